@@ -1,0 +1,1 @@
+from musiclm_pytorch.version import __version__
