@@ -1,1 +1,35 @@
+"""MusicLM in PyTorch. Names are imported on first use, so that the package itself costs next to nothing."""
+
+from importlib import import_module
+
 from musiclm_pytorch.version import __version__
+
+_HOMES = {
+    'musiclm_pytorch.mulan.audio_transformer': ['AudioSpectrogramTransformer'],
+    'musiclm_pytorch.mulan.text_transformer': ['TextTransformer'],
+    'musiclm_pytorch.mulan.contrastive': [
+        'MultiLayerContrastiveLoss',
+        'SigmoidContrastiveLearning',
+        'SoftmaxContrastiveLearning',
+    ],
+    'musiclm_pytorch.mulan.model': ['MuLaN'],
+    'musiclm_pytorch.mulan.recipes': [
+        'create_optimized_audiospectrogram_transformer',
+        'get_optimal_spectrogram_params',
+    ],
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+__all__ = ['__version__', *sorted(_HOME_OF)]
+
+
+def __getattr__(name: str):
+    if name not in _HOME_OF:
+        raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+    value = getattr(import_module(_HOME_OF[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

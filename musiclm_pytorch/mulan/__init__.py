@@ -1,0 +1,1 @@
+"""The joint embedding of music and text."""

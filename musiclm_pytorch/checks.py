@@ -1,0 +1,110 @@
+"""Argument checks shared by every room. Imports nothing from the package."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from beartype import BeartypeConf, beartype
+from torch import Tensor
+
+# beartype raises its own exception class by default; users catch TypeError
+typechecked = beartype(conf=BeartypeConf(violation_type=TypeError, is_pep484_tower=True))
+
+
+def records_config(init: Callable) -> Callable:
+    """Decorate `__init__`, so that the plain keywords a module was built with stand in `module.config`.
+
+    Submodules among the arguments are left out: they carry a config of their own.
+    """
+    signature = inspect.signature(init)
+
+    @functools.wraps(init)
+    def wrapper(self: torch.nn.Module, *args: Any, **kwargs: Any) -> None:
+        init(self, *args, **kwargs)
+        bound = signature.bind(self, *args, **kwargs)
+        bound.apply_defaults()
+        arguments = list(bound.arguments.items())[1:]
+        self.config = {name: value for name, value in arguments if not isinstance(value, torch.nn.Module)}
+
+    return wrapper
+
+
+def values_can_be_checked() -> bool:
+    """Whether tensor *values* may be looked at: not while torch.compile or an exporter traces the code."""
+    return not torch.compiler.is_compiling()
+
+
+def check_positive(**values: float | None) -> None:
+    """Raise ValueError unless each keyword is None or a finite number above zero."""
+    for name, value in values.items():
+        if value is not None and not (value > 0 and math.isfinite(value)):
+            raise ValueError(f'{name} must be greater than 0, got {value}')
+
+
+def check_probability(**values: float) -> None:
+    """Raise ValueError unless each keyword lies in [0, 1)."""
+    for name, value in values.items():
+        if not 0.0 <= value < 1.0:
+            raise ValueError(f'{name} must lie in [0, 1), got {value}')
+
+
+def check_audio(audio: Any, *, ndim: int, shape: str, name: str = 'wavs') -> None:
+    """Check rank, dtype and size of a batch of waves or spectrograms.
+
+    Raises TypeError for anything but a floating-point tensor, ValueError for a wrong rank or an empty batch.
+    """
+    if not isinstance(audio, Tensor):
+        raise TypeError(f'{name} must be a torch.Tensor of shape {shape}, got {type(audio).__name__}')
+    if audio.dtype in (torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64):
+        raise TypeError(
+            f'{name} must hold floating-point samples in [-1, 1], got integer PCM of {audio.dtype}; '
+            f'convert it first, for 16 bits: {name}.float() / 32768'
+        )
+    if not audio.is_floating_point():
+        raise TypeError(f'{name} must be a floating-point tensor, got {audio.dtype}')
+    if audio.ndim != ndim:
+        hint = ''
+        if ndim == 2 and audio.ndim == 1:
+            hint = f'; for one wave pass {name}[None]'
+        elif ndim == 2 and audio.ndim == 3:
+            hint = f'; for (batch, channels, samples) mix down first: {name}.mean(dim=1)'
+        raise ValueError(f'{name} must have shape {shape}, got {tuple(audio.shape)}{hint}')
+    if audio.shape[0] == 0:
+        raise ValueError(f'{name} is an empty batch of shape {tuple(audio.shape)}; pass at least one item')
+
+
+def check_finite(audio: Tensor, name: str = 'wavs') -> None:
+    """Raise ValueError naming the first item of the batch that holds NaN or infinity."""
+    if not values_can_be_checked() or torch.isfinite(audio).all():
+        return
+    finite = torch.isfinite(audio).flatten(1).all(dim=-1)
+    bad = int((~finite).nonzero()[0])
+    raise ValueError(
+        f'{name}[{bad}] holds NaN or infinite samples; clean the data first (torch.nan_to_num hides such faults)'
+    )
+
+
+def check_lengths(
+    lengths: Tensor | Sequence[int], *, batch: int, limit: int, unit: str, device: torch.device
+) -> Tensor:
+    """Turn `audio_lengths` into an int64 tensor `(batch,)` on `device`, each in [1, limit].
+
+    Raises TypeError for non-integers, ValueError for a wrong shape or a length of 0 or beyond `limit`.
+    """
+    lengths = torch.as_tensor(lengths, device=device)
+    if lengths.is_floating_point() or lengths.dtype == torch.bool or lengths.is_complex():
+        raise TypeError(f'audio_lengths must be integers (a count of {unit}), got {lengths.dtype}')
+    if lengths.shape != (batch,):
+        raise ValueError(f'audio_lengths must have shape ({batch},), one length an item, got {tuple(lengths.shape)}')
+    lengths = lengths.long()
+    if values_can_be_checked() and not ((lengths >= 1) & (lengths <= limit)).all():
+        bad = int(((lengths < 1) | (lengths > limit)).nonzero()[0])
+        raise ValueError(
+            f'audio_lengths[{bad}] is {int(lengths[bad])}, but must lie between 1 and the {limit} {unit} given'
+        )
+    return lengths

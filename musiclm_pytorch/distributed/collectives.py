@@ -1,0 +1,75 @@
+"""Differentiable collectives over torch.distributed. Imports nothing from the package.
+
+The world is looked up at each call, so a module built before `init_process_group` works as well, and without a
+process group everything here is the identity.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def world_size() -> int:
+    """Number of processes of the default group, 1 without one."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """Index of this process in the default group, 0 without one."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def gather_sizes(size: int, device: torch.device) -> list[int]:
+    """The `size` of every rank, in rank order."""
+    if world_size() == 1:
+        return [size]
+    sizes = torch.zeros(world_size(), dtype=torch.int64, device=device)
+    sizes[rank()] = size
+    dist.all_reduce(sizes)
+    return sizes.tolist()
+
+
+def gather_rows(rows: Tensor, sizes: list[int]) -> Tensor:
+    """Concatenate `(n_r, …)` over all ranks to `(sum n_r, …)`, differentiably and for uneven `n_r`.
+
+    The gradient that reaches a row is the sum of what every rank's loss sends it (open_clip calls this
+    `gather_with_grad`); each rank must therefore take part in the backward pass too.
+
+    Args:
+        rows: this rank's rows.
+        sizes: the number of rows of every rank, from `gather_sizes`.
+    """
+    return rows if len(sizes) == 1 else _GatherRows.apply(rows, sizes)
+
+
+def mean_over_ranks(value: Tensor) -> Tensor:
+    """The mean of a scalar over ranks as the value, with the gradient of this rank's own part.
+
+    That is what data-parallel training wants of a loss: every rank reports the same number, and the averaging of
+    gradients over ranks gives the gradient of that number.
+    """
+    if world_size() == 1:
+        return value
+    mean = value.detach().clone()
+    dist.all_reduce(mean)
+    return value + (mean / world_size() - value.detach())
+
+
+class _GatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, rows, sizes):
+        ctx.sizes = sizes
+        # collectives want equal shapes: pad to the largest, and cut the padding off again
+        padded = rows.new_zeros(max(sizes), *rows.shape[1:])
+        padded[: len(rows)] = rows
+        gathered = [torch.empty_like(padded) for _ in sizes]
+        dist.all_gather(gathered, padded)
+        return torch.cat([part[:size] for part, size in zip(gathered, sizes)])
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad = grad.contiguous().clone()
+        dist.all_reduce(grad)
+        return grad.split(ctx.sizes)[rank()], None

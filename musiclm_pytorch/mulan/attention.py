@@ -1,0 +1,194 @@
+"""Attention kernels: the one place that picks how softmax(q kᵀ + bias) v is computed.
+
+Three kernels give the same numbers; `attend` chooses.
+
+- dense: `scaled_dot_product_attention` over a bias written out as `(b, h, n, n)`. The plain reference, and the
+  form that torch.compile and exporters understand.
+- chunked: for the CPU. Walks over blocks of queries, looks the bias of a block up as it goes and recomputes it in
+  the backward pass, so that no n × n tensor is ever held (the idea of arXiv 2205.14135, without its tiling of keys).
+- flex: for CUDA. FlexAttention looks the bias up inside the fused kernel.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+# elements of a (heads, queries, keys) block: 4 MiB of float32, which stays in the cache
+CHUNK_ELEMENTS = 2**20
+
+
+@dataclass
+class PositionBias:
+    """A bias that depends only on the offset between two positions of a 2-d grid.
+
+    The offset (dy, dx) of a pair of tokens is `codes[i] - codes[j] + centre`, a column of the table, because a code
+    is `y * (2 * width - 1) + x`.
+
+    Attributes:
+        table: `(h, offsets)` float, the bias a head for each of the (2 * height - 1) * (2 * width - 1) offsets.
+        codes: `(b, n)` or `(1, n)` int64, the position of each token.
+        centre: the column of offset (0, 0).
+        lengths: `(b,)` int64, how many leading tokens of each sample are real, or None when all are.
+    """
+
+    table: Tensor
+    codes: Tensor
+    centre: int
+    lengths: Tensor | None = None
+
+    def key_mask(self) -> Tensor | None:
+        """`(b, n)` bool, true where a token is real."""
+        if self.lengths is None:
+            return None
+        positions = torch.arange(self.codes.shape[-1], device=self.codes.device)
+        return positions < rearrange(self.lengths, 'b -> b 1')
+
+    def dense(self) -> Tensor:
+        """The bias written out, `(b, h, n, n)`, minus infinity where a key is padding."""
+        columns = rearrange(self.codes, 'b i -> b i 1') - rearrange(self.codes, 'b j -> b 1 j') + self.centre
+        bias = rearrange(self.table[:, columns], 'h b i j -> b h i j')
+        mask = self.key_mask()
+        if mask is None:
+            return bias
+        return bias.masked_fill(~rearrange(mask, 'b j -> b 1 1 j'), -torch.inf)
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    bias: PositionBias | None = None,
+    mask: Tensor | None = None,
+    dropout: float = 0.0,
+) -> Tensor:
+    """softmax(q kᵀ + bias) v; the scale is expected inside `q`.
+
+    Args:
+        q, k, v: `(b, h, n, d)`.
+        bias: position bias of the tokens (it also says which of them are padding).
+        mask: `(b, n)` bool, the keys that may be attended to; only without `bias`.
+        dropout: probability of dropping an attention weight.
+
+    Returns:
+        `(b, h, n, d)`; rows of padding tokens hold finite values without meaning.
+    """
+    if bias is None:
+        mask = None if mask is None else rearrange(mask, 'b j -> b 1 1 j')
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=1.0)
+
+    # the fused kernels have no dropout of weights
+    if dropout == 0.0 and q.is_cuda:
+        return _flex(q, k, v, bias)
+    if dropout == 0.0 and q.device.type == 'cpu' and not torch.compiler.is_compiling():
+        return _chunked(q, k, v, bias)
+    return _dense(q, k, v, bias, dropout)
+
+
+def _dense(q: Tensor, k: Tensor, v: Tensor, bias: PositionBias, dropout: float = 0.0) -> Tensor:
+    attn_mask = bias.dense().to(q.dtype)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, dropout_p=dropout, scale=1.0)
+
+
+@cache
+def _compiled_flex_attention():
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=False)
+
+
+def _flex(q: Tensor, k: Tensor, v: Tensor, bias: PositionBias) -> Tensor:
+    """FlexAttention with the bias looked up inside the kernel (arXiv 2412.05496)."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    codes = bias.codes.expand(q.shape[0], -1)
+    table, centre, lengths = bias.table, bias.centre, bias.lengths
+
+    def score_mod(score, b, h, i, j):
+        score = score + table[h, codes[b, i] - codes[b, j] + centre]
+        return score if lengths is None else torch.where(j < lengths[b], score, -torch.inf)
+
+    # uncompiled, FlexAttention writes the whole n × n scores out: good for checking its numbers on a CPU only
+    compile_here = q.is_cuda and not torch.compiler.is_compiling()
+    kernel = _compiled_flex_attention() if compile_here else flex_attention
+    return kernel(q, k, v, score_mod=score_mod, scale=1.0)
+
+
+def _chunked(q: Tensor, k: Tensor, v: Tensor, bias: PositionBias) -> Tensor:
+    return _ChunkedAttention.apply(q, k, v, bias.table, bias.codes, bias.centre, bias.lengths)
+
+
+class _ChunkedAttention(torch.autograd.Function):
+    """Attention with a looked-up bias over blocks of queries, one sample after another."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, table, codes, centre, lengths):
+        ctx.centre = centre
+        lengths = [q.shape[2]] * q.shape[0] if lengths is None else lengths.tolist()
+        ctx.lengths = lengths
+        lookup = table.to(q.dtype)
+        out = torch.zeros_like(q, memory_format=torch.contiguous_format)
+        for b, n in enumerate(lengths):
+            for rows in _blocks(n, q.shape[1]):
+                block_bias = _look_up(lookup, _columns(codes, b, rows, n, centre))
+                out[b, :, rows] = F.scaled_dot_product_attention(
+                    q[b : b + 1, :, rows],
+                    k[b : b + 1, :, :n],
+                    v[b : b + 1, :, :n],
+                    attn_mask=block_bias[None],
+                    scale=1.0,
+                )[0]
+        ctx.save_for_backward(q, k, v, table, codes, out)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_out):
+        q, k, v, table, codes, out = ctx.saved_tensors
+        grad_q, grad_k, grad_v = (torch.zeros(t.shape, dtype=torch.float32) for t in (q, k, v))
+        grad_table = torch.zeros(table.shape, dtype=torch.float32)
+        lookup = table.float()
+
+        for b, n in enumerate(ctx.lengths):
+            keys, values = k[b, :, :n].float(), v[b, :, :n].float()
+            for rows in _blocks(n, q.shape[1]):
+                queries, grad_rows = q[b, :, rows].float(), grad_out[b, :, rows].float()
+                columns = _columns(codes, b, rows, n, ctx.centre)
+
+                weights = torch.baddbmm(_look_up(lookup, columns), queries, keys.transpose(1, 2))
+                weights = torch.softmax(weights, dim=-1)
+                grad_v[b, :, :n].baddbmm_(weights.transpose(1, 2), grad_rows)
+
+                # softmax backward: dS = P ∘ (dP - rowsum(dO ∘ O))
+                mean = (grad_rows * out[b, :, rows]).sum(dim=-1, keepdim=True)
+                grad_scores = torch.bmm(grad_rows, values.transpose(1, 2)).sub_(mean).mul_(weights)
+
+                grad_q[b, :, rows] = torch.bmm(grad_scores, keys)
+                grad_k[b, :, :n].baddbmm_(grad_scores.transpose(1, 2), queries)
+                if ctx.needs_input_grad[3]:
+                    columns = columns.flatten().expand(len(table), -1)
+                    grad_table.scatter_add_(1, columns, grad_scores.flatten(1))
+
+        grads = (grad.to(t.dtype) for grad, t in zip((grad_q, grad_k, grad_v, grad_table), (q, k, v, table)))
+        return *grads, None, None, None
+
+
+def _blocks(n: int, heads: int) -> list[slice]:
+    rows = max(1, CHUNK_ELEMENTS // (heads * n))
+    return [slice(start, min(start + rows, n)) for start in range(0, n, rows)]
+
+
+def _columns(codes: Tensor, b: int, rows: slice, n: int, centre: int) -> Tensor:
+    codes = codes[b if codes.shape[0] > 1 else 0]
+    return (codes[rows] + centre)[:, None] - codes[None, :n]
+
+
+def _look_up(table: Tensor, columns: Tensor) -> Tensor:
+    return table.gather(1, columns.flatten().expand(len(table), -1)).view(len(table), *columns.shape)

@@ -1,0 +1,408 @@
+"""The audio tower: an Audio Spectrogram Transformer (arXiv 2104.01778) with a dynamic 2-d position bias."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+
+import torch
+from einops import pack, rearrange, repeat
+from einops.layers.torch import Rearrange
+from torch import Tensor, nn
+
+from musiclm_pytorch.checks import (
+    check_audio,
+    check_finite,
+    check_lengths,
+    check_positive,
+    check_probability,
+    records_config,
+    typechecked,
+    values_can_be_checked,
+)
+from musiclm_pytorch.mulan.attention import PositionBias
+from musiclm_pytorch.mulan.contrastive import masked_mean
+from musiclm_pytorch.mulan.layers import LayerNorm, Transformer
+from musiclm_pytorch.mulan.spectrogram import LogMel, SpecAugment, Spectrogram
+
+
+class AudioSpectrogramTransformer(nn.Module):
+    """Embed waves `(batch, samples)` as `(batch, dim)`.
+
+    Args:
+        dim: width of the tower, a multiple of 4, at least 8.
+        depth, heads, dim_head, ff_mult: size of the transformer.
+        patch_size: bins and frames of a patch; one number for both, or a pair.
+        attn_dropout, ff_dropout: dropout probabilities.
+        accept_spec: take spectrograms instead of waves, `(batch, frames, bins)`, or `(batch, bins, frames)` with
+            `accept_spec_time_first = False`.
+        spec_n_fft, spec_power, spec_win_length, spec_hop_length, spec_pad, spec_center, spec_pad_mode: the power
+            spectrogram, in samples, as in `torchaudio.transforms.Spectrogram`. `spec_win_length = None` is
+            `spec_n_fft`, `spec_hop_length = None` half of the window.
+        spec_aug_stretch_factor: in training, stretch in time by a random rate between this and its inverse; 1 is off.
+        spec_aug_freq_mask, spec_aug_time_mask: in training, blank up to that many bins and frames; 0 is off.
+        patch_dropout_prob: in training, leave out that fraction of the patches (arXiv 2212.00794).
+        support_variable_length: let the calls take `audio_lengths`.
+        max_audio_length: longest wave in samples; a longer one is cut, with one warning. Without `accept_spec` only.
+        audio_sample_rate: sample rate in Hz that the waves have; needed for `spec_n_mels`, for resampling and for
+            windows in seconds.
+        spec_n_mels: number of mel bands. None keeps the linear power spectrogram of musiclm-pytorch 0.2.8.
+        spec_f_min, spec_f_max: range of the mel bands in Hz; None is half the sample rate.
+        spec_mean, spec_std: fixed normalisation of the log-mel spectrogram, `(x - mean) / (2 * std)`; the defaults
+            are those of AudioSet (AST's recipe).
+
+    Raises:
+        ValueError: sizes that do not fit together. TypeError: arguments of a wrong type.
+    """
+
+    @records_config
+    @typechecked
+    def __init__(
+        self,
+        dim: int,
+        depth: int,
+        patch_size: int | tuple[int, int] | list[int] = 16,
+        dim_head: int = 64,
+        heads: int = 8,
+        attn_dropout: float = 0.0,
+        ff_mult: float = 4,
+        ff_dropout: float = 0.0,
+        accept_spec: bool = False,
+        accept_spec_time_first: bool = True,
+        spec_n_fft: int = 128,
+        spec_power: float = 2,
+        spec_win_length: int | None = 24,
+        spec_hop_length: int | None = None,
+        spec_pad: int = 0,
+        spec_center: bool = True,
+        spec_pad_mode: str = 'reflect',
+        spec_aug_stretch_factor: float = 0.8,
+        spec_aug_freq_mask: int = 80,
+        spec_aug_time_mask: int = 80,
+        patch_dropout_prob: float = 0.25,
+        support_variable_length: bool = False,
+        max_audio_length: int | None = None,
+        audio_sample_rate: int | None = None,
+        spec_n_mels: int | None = None,
+        spec_f_min: float = 0.0,
+        spec_f_max: float | None = None,
+        spec_mean: float = -4.2677393,
+        spec_std: float = 4.5689974,
+    ):
+        super().__init__()
+        patch_size = (patch_size, patch_size) if isinstance(patch_size, int) else tuple(patch_size)
+        if len(patch_size) != 2 or min(patch_size) < 1:
+            raise ValueError(f'patch_size must be one or two positive integers, got {patch_size}')
+        if dim % 4 != 0 or dim < 8:
+            raise ValueError(
+                f'dim must be a multiple of 4 and at least 8 for the 2-d sinusoidal positions, got {dim}; '
+                f'try {max(8, -(-dim // 4) * 4)}'
+            )
+        check_positive(max_audio_length=max_audio_length, audio_sample_rate=audio_sample_rate)
+        check_probability(patch_dropout_prob=patch_dropout_prob)
+        if max_audio_length is not None and accept_spec:
+            raise ValueError('max_audio_length counts samples of a wave and cannot go with accept_spec=True')
+
+        self.dim = dim
+        self.depth = depth
+        self.patch_size = patch_size
+        self.patch_dropout_prob = patch_dropout_prob
+        self.accept_spec = accept_spec
+        self.accept_spec_time_first = accept_spec_time_first
+        self.support_variable_length = support_variable_length
+        self.max_audio_length = max_audio_length
+        self.sample_rate = audio_sample_rate
+        self._warned_of_cut = False
+
+        # front end
+
+        self.spec = Spectrogram(
+            n_fft=spec_n_fft,
+            win_length=spec_win_length,
+            hop_length=spec_hop_length,
+            power=spec_power,
+            pad=spec_pad,
+            center=spec_center,
+            pad_mode=spec_pad_mode,
+        )
+        self.log_mel = None
+        if spec_n_mels is not None:
+            if accept_spec:
+                raise ValueError('spec_n_mels needs waves; with accept_spec=True pass log-mel spectrograms instead')
+            if audio_sample_rate is None:
+                raise ValueError('spec_n_mels needs audio_sample_rate: mel bands are placed in Hz')
+            if spec_power != 2:
+                raise ValueError(f'spec_n_mels needs a power spectrogram, spec_power=2, got {spec_power}')
+            self.log_mel = LogMel(
+                spec_n_mels,
+                bins=self.spec.bins,
+                sample_rate=audio_sample_rate,
+                f_min=spec_f_min,
+                f_max=spec_f_max,
+                mean=spec_mean,
+                std=spec_std,
+            )
+        bins = self.spec.bins if spec_n_mels is None else spec_n_mels
+        if not accept_spec and bins < patch_size[0]:
+            raise ValueError(
+                f'the spectrogram has {bins} bins, fewer than a patch is high ({patch_size[0]}); '
+                'raise spec_n_fft or spec_n_mels, or lower patch_size'
+            )
+        min_samples = self.spec.min_samples(patch_size[1])
+        if max_audio_length is not None and max_audio_length < min_samples:
+            raise ValueError(f'max_audio_length {max_audio_length} is shorter than one patch, {min_samples} samples')
+
+        self.aug = SpecAugment(
+            stretch_factor=spec_aug_stretch_factor,
+            freq_mask=spec_aug_freq_mask,
+            time_mask=spec_aug_time_mask,
+            power=1 if accept_spec else spec_power,
+            min_frames=patch_size[1],
+        )
+
+        # patches
+
+        dim_patch = patch_size[0] * patch_size[1]
+        self.to_patch_tokens = nn.Sequential(
+            Rearrange('b (y p1) (x p2) -> b y x (p1 p2)', p1=patch_size[0], p2=patch_size[1]),
+            nn.LayerNorm(dim_patch),
+            nn.Linear(dim_patch, dim),
+            nn.LayerNorm(dim),
+        )
+
+        # transformer, and the bias of its attention as a function of the offset between two patches
+
+        self.transformer = Transformer(
+            dim=dim,
+            depth=depth,
+            dim_head=dim_head,
+            heads=heads,
+            attn_dropout=attn_dropout,
+            ff_mult=ff_mult,
+            ff_dropout=ff_dropout,
+        )
+        self.norm = LayerNorm(dim)
+
+        dim_hidden = dim // 4
+        self.dynamic_pos_bias_mlp = nn.Sequential(
+            nn.Linear(2, dim_hidden),
+            nn.SiLU(),
+            nn.Linear(dim_hidden, dim_hidden),
+            nn.SiLU(),
+            nn.Linear(dim_hidden, heads),
+        )
+
+    @property
+    def device(self) -> torch.device:
+        return self.norm.learned_gamma.device
+
+    def forward(
+        self,
+        x: Tensor,
+        force_no_patch_dropout: bool = False,
+        return_all_layers: bool = False,
+        audio_lengths: Tensor | Sequence[int] | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Embed a batch.
+
+        Args:
+            x: `(b, samples)` float waves, or spectrograms with `accept_spec`.
+            force_no_patch_dropout: keep all patches in training.
+            return_all_layers: also return the hidden states of all layers but the last.
+            audio_lengths: `(b,)` true lengths in samples (with `accept_spec`, in frames). The embedding is that of
+                each item cut to its length, whatever the rest holds.
+
+        Returns:
+            `(b, dim)`, and with `return_all_layers` also `(depth - 1, b, n, dim)`.
+
+        Raises:
+            TypeError: not a floating-point tensor. ValueError: a wrong shape, NaN, too short for one patch, lengths
+            of 0 or beyond the tensor.
+        """
+        embeds, layers, _ = self.encode(x, audio_lengths, force_no_patch_dropout=force_no_patch_dropout)
+        if not return_all_layers:
+            return embeds
+        # an empty stack still has to tell the shape of a layer
+        return embeds, torch.stack(layers[:-1]) if len(layers) > 1 else layers[0].new_empty(0, *layers[0].shape)
+
+    def encode(
+        self,
+        x: Tensor,
+        audio_lengths: Tensor | Sequence[int] | None = None,
+        *,
+        force_no_patch_dropout: bool = False,
+    ) -> tuple[Tensor, list[Tensor], Tensor | None]:
+        """Embedding `(b, dim)`, the `depth` hidden states `(b, n, dim)`, and the mask `(b, n)` of real tokens."""
+        x, lengths = self.check_input(x, audio_lengths)
+        spec, frames = self.to_spectrogram(x, lengths)
+
+        # crop to whole patches
+
+        patch_bins, patch_frames = self.patch_size
+        height, width = spec.shape[-2] // patch_bins, spec.shape[-1] // patch_frames
+        spec = spec[..., : height * patch_bins, : width * patch_frames]
+        tokens = self.to_patch_tokens(spec.to(self.to_patch_tokens[1].weight.dtype))
+
+        # positions, absolute and relative
+
+        tokens = tokens + sincos_2d(height, width, self.dim, device=tokens.device).to(tokens.dtype)
+        tokens = rearrange(tokens, 'b y x d -> b (y x) d')
+        table, codes, centre = self.position_table(height, width)
+
+        # choose the patches that take part
+
+        dropout = self.patch_dropout_prob if self.training and not force_no_patch_dropout else 0.0
+        columns = None if frames is None else frames // patch_frames
+        if dropout > 0.0 or columns is not None:
+            kept, lengths = choose_patches(height, width, columns, len(tokens), dropout, device=tokens.device)
+            tokens = tokens.gather(1, repeat(kept, 'b n -> b n d', d=self.dim))
+            codes = codes[kept]
+        else:
+            codes, lengths = codes[None], None
+        bias = PositionBias(table, codes, centre, lengths)
+
+        # attention, what else
+
+        layers = self.transformer(tokens, bias=bias)
+        mask = bias.key_mask()
+        return self.norm(masked_mean(layers[-1], mask)), layers, mask
+
+    def check_input(self, x: Tensor, audio_lengths) -> tuple[Tensor, Tensor | None]:
+        """Check and cut a batch; lengths become a tensor on the device of the batch."""
+        if self.accept_spec:
+            shape = '(batch, frames, bins)' if self.accept_spec_time_first else '(batch, bins, frames)'
+            check_audio(x, ndim=3, shape=shape, name='spectrograms')
+            x = rearrange(x, 'b t f -> b f t') if self.accept_spec_time_first else x
+            if x.shape[1] < self.patch_size[0]:
+                raise ValueError(f'spectrograms have {x.shape[1]} bins, fewer than a patch ({self.patch_size[0]})')
+            unit, shortest = 'frames', self.patch_size[1]
+        else:
+            check_audio(x, ndim=2, shape='(batch, samples)')
+            unit, shortest = 'samples', self.spec.min_samples(self.patch_size[1])
+
+        if x.shape[-1] < shortest:
+            raise ValueError(
+                f'the audio has {x.shape[-1]} {unit}, but one patch needs at least {shortest}; pad it with zeros or '
+                'choose a smaller patch_size or hop'
+            )
+        lengths = None
+        if audio_lengths is not None:
+            if not self.support_variable_length:
+                raise ValueError(
+                    'audio_lengths needs an AudioSpectrogramTransformer built with support_variable_length=True'
+                )
+            lengths = check_lengths(audio_lengths, batch=x.shape[0], limit=x.shape[-1], unit=unit, device=x.device)
+            if values_can_be_checked() and not (lengths >= shortest).all():
+                raise ValueError(
+                    f'audio_lengths holds {int(lengths.min())} {unit}, but one patch needs at least {shortest}; leave '
+                    'such items out or pad them with zeros'
+                )
+        if self.max_audio_length is not None and x.shape[-1] > self.max_audio_length:
+            self.warn_of_cut(x.shape[-1])
+            x = x[..., : self.max_audio_length]
+            lengths = None if lengths is None else lengths.clamp(max=self.max_audio_length)
+        return x, lengths
+
+    def warn_of_cut(self, samples: int) -> None:
+        if self._warned_of_cut or not values_can_be_checked():
+            return
+        self._warned_of_cut = True
+        warnings.warn(
+            f'audio of {samples} samples is cut to max_audio_length, {self.max_audio_length} (said once); '
+            'MuLaN.embed_audio embeds long audio whole, by windows',
+            stacklevel=5,
+        )
+
+    def to_spectrogram(self, x: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Waves to augmented spectrograms `(b, bins, frames)` and the frames of each item (None: all)."""
+        if self.accept_spec:
+            spec, frames = x, lengths
+            if lengths is not None:
+                padding = torch.arange(x.shape[-1], device=x.device) >= rearrange(lengths, 'b -> b 1 1')
+                spec = spec.masked_fill(padding, 0.0)
+            check_finite(spec, 'spectrograms')
+        else:
+            if lengths is None:
+                check_finite(x)
+            else:
+                padding = torch.arange(x.shape[-1], device=x.device) >= rearrange(lengths, 'b -> b 1')
+                check_finite(x.masked_fill(padding, 0.0))
+            spec, frames = self.spec(x, lengths)
+
+        if self.training:
+            spec, frames = self.aug.stretch(spec, frames)
+        if self.log_mel is not None:
+            spec = self.log_mel(spec)
+        if self.training:
+            spec = self.aug.mask(spec, frames)
+        return spec, frames
+
+    def position_table(self, height: int, width: int) -> tuple[Tensor, Tensor, int]:
+        """The bias for every offset of a grid of patches, run once over the unique offsets.
+
+        Returns:
+            table `(heads, (2 * height - 1) * (2 * width - 1))`, codes `(height * width,)`, column of offset (0, 0).
+        """
+        device = self.device
+        dy = torch.arange(1 - height, height, device=device)
+        dx = torch.arange(1 - width, width, device=device)
+        offsets = rearrange(torch.stack(torch.meshgrid(dy, dx, indexing='ij'), dim=-1), 'y x two -> (y x) two')
+        table = self.dynamic_pos_bias_mlp(offsets.to(self.dynamic_pos_bias_mlp[0].weight.dtype))
+
+        stride = 2 * width - 1
+        y, x = torch.arange(height, device=device), torch.arange(width, device=device)
+        codes = rearrange(rearrange(y, 'y -> y 1') * stride + x, 'y x -> (y x)')
+        return (
+            rearrange(table, 'offsets h -> h offsets').contiguous(),
+            codes,
+            (height - 1) * stride + width - 1,
+        )
+
+
+def sincos_2d(height: int, width: int, dim: int, *, device: torch.device, temperature: float = 10000) -> Tensor:
+    """`(height, width, dim)` sinusoidal positions of a grid (Better plain ViT baselines, arXiv 2205.01580)."""
+    omega = torch.arange(dim // 4, device=device) / (dim // 4 - 1)
+    omega = 1.0 / temperature**omega
+    y, x = (rearrange(torch.arange(size, device=device), 'p -> p 1') * omega for size in (height, width))
+    y, x = repeat(y, 'y d -> y x d', x=width), repeat(x, 'x d -> y x d', y=height)
+    return pack((x.sin(), x.cos(), y.sin(), y.cos()), 'y x *')[0]
+
+
+def choose_patches(
+    height: int, width: int, columns: Tensor | None, batch: int, dropout: float, *, device: torch.device
+) -> tuple[Tensor, Tensor | None]:
+    """Which patches of each item take part: real ones, minus a random fraction.
+
+    Args:
+        columns: `(b,)` the columns of patches that each item fills, or None for all.
+        dropout: fraction of an item's own patches to leave out; at least one stays.
+
+    Returns:
+        kept `(b, n)` int64, indices into the flattened grid, the real ones first and in order, and lengths `(b,)`,
+        how many are real, or None when all are.
+    """
+    total = height * width
+    score = torch.zeros(batch, total, device=device)
+    if dropout > 0.0:
+        # drawn column by column, so that padding at the end does not change what the first columns get
+        score = rearrange(torch.rand(batch, width, height, device=device), 'b x y -> b (y x)')
+    counts = torch.full((batch,), total, device=device)
+    if columns is not None:
+        x = torch.arange(total, device=device) % width
+        score = score.masked_fill(x >= rearrange(columns, 'b -> b 1'), torch.inf)
+        counts = columns * height
+
+    counts = (counts * (1 - dropout)).long().clamp(min=1)
+    if not values_can_be_checked():
+        most, same = total, False
+    elif columns is None:
+        most, same = max(1, int(total * (1 - dropout))), True
+    else:
+        most = int(counts.max())
+        same = bool((counts == most).all())
+
+    # the lowest scores stay; in order of position, so that looking up their biases walks through memory
+    kept = score.argsort(dim=-1)[:, :most]
+    spare = torch.arange(kept.shape[-1], device=device) >= rearrange(counts, 'b -> b 1')
+    kept = kept.masked_fill(spare, total).sort(dim=-1).values
+    return kept.clamp(max=total - 1), None if same else counts

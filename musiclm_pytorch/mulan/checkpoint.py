@@ -1,0 +1,169 @@
+"""MuLaN on disk: our folders, and the files that the trainer of musiclm-pytorch 0.2.8 wrote. Nothing is unpickled."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from musiclm_pytorch.mulan.audio_transformer import AudioSpectrogramTransformer
+from musiclm_pytorch.mulan.text_transformer import TextTransformer
+from musiclm_pytorch.version import __version__
+
+CONFIG_FILE = 'config.json'
+WEIGHTS_FILE = 'model.safetensors'
+
+
+def save(mulan: nn.Module, folder: str | Path) -> None:
+    """Write the config and weights of a MuLaN; each file is written aside and renamed, so none is ever half there."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    config = {
+        'model': 'MuLaN',
+        'version': __version__,
+        'audio': mulan.audio.config,
+        'text': mulan.text.config,
+        'mulan': mulan.config,
+    }
+    weights = {name: tensor.detach().contiguous().cpu() for name, tensor in mulan.state_dict().items()}
+
+    aside = {name: folder / f'.{name}.{os.getpid()}.tmp' for name in (WEIGHTS_FILE, CONFIG_FILE)}
+    try:
+        save_file(weights, str(aside[WEIGHTS_FILE]))
+        aside[CONFIG_FILE].write_text(json.dumps(config, indent=2) + '\n', encoding='utf-8')
+        for name, path in aside.items():
+            path.replace(folder / name)
+    finally:
+        for path in aside.values():
+            path.unlink(missing_ok=True)
+
+
+def load(cls: type, folder: str | Path) -> nn.Module:
+    """Rebuild a MuLaN of class `cls` from its folder.
+
+    Raises FileNotFoundError for a missing file, ValueError for a config or weights that do not belong together.
+    """
+    folder = Path(folder)
+    for name in (CONFIG_FILE, WEIGHTS_FILE):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f'no {name} in {folder}; expected a folder written by MuLaN.save_pretrained')
+    try:
+        config = json.loads((folder / CONFIG_FILE).read_text(encoding='utf-8'))
+        keywords = [config[part] for part in ('audio', 'text', 'mulan')]
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f'{folder / CONFIG_FILE} is not the config of a MuLaN: {error!r}') from error
+    mulan = _build(cls, *keywords)
+    _load_strictly(mulan, load_file(str(folder / WEIGHTS_FILE)), source=folder)
+    return mulan.eval()
+
+
+class LoadUpstream:
+    """`MuLaN.load_upstream(path)` builds a model from a file of upstream's trainer, `mulan.N.pt`.
+
+    Called on an instance, it loads the weights into that model instead. Either way the model is returned.
+
+    Upstream saved no config. Sizes are read off the weights; what weights do not show keeps upstream's default and
+    can be said with `audio`, `text` and further keywords of `MuLaN`, for instance
+    `MuLaN.load_upstream(path, audio=dict(spec_n_fft=256, spec_hop_length=64))`.
+
+    Raises FileNotFoundError for a missing file, ValueError for one that does not hold a MuLaN.
+    """
+
+    def __get__(self, instance: nn.Module | None, owner: type) -> partial:
+        return partial(_build_upstream, owner) if instance is None else partial(_load_upstream_into, instance)
+
+
+def _build_upstream(
+    cls: type,
+    path: str | Path,
+    *,
+    audio: dict[str, Any] | None = None,
+    text: dict[str, Any] | None = None,
+    **keywords: Any,
+) -> nn.Module:
+    state = _read_upstream(path)
+    known_audio, known_text, known_mulan = _infer_config(state, known=audio or {}, source=path)
+    mulan = _build(cls, {**known_audio, **(audio or {})}, {**known_text, **(text or {})}, {**known_mulan, **keywords})
+    _load_strictly(mulan, state, source=path)
+    return mulan.eval()
+
+
+def _load_upstream_into(mulan: nn.Module, path: str | Path) -> nn.Module:
+    _load_strictly(mulan, _read_upstream(path), source=path)
+    return mulan
+
+
+def _read_upstream(path: str | Path) -> dict[str, Tensor]:
+    """The state dict in a file of upstream's trainer, without the prefix that DDP adds."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f'no checkpoint at {path}')
+    package = torch.load(path, map_location='cpu', weights_only=True)
+    state = package.get('model', package) if isinstance(package, dict) else None
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ValueError(f'{path} holds no state dict of a MuLaN under "model"')
+    state = {name.removeprefix('module.'): tensor for name, tensor in state.items()}
+    if 'audio_to_latents.weight' not in state:
+        raise ValueError(f'{path} is not a MuLaN: it has no audio_to_latents.weight, but {sorted(state)[:3]} …')
+    return state
+
+
+def _infer_config(state: dict[str, Tensor], *, known: dict, source: str | Path) -> tuple[dict, dict, dict]:
+    """Constructor keywords of both towers and of MuLaN, as far as the shapes of the weights tell them."""
+
+    def tower(name: str) -> dict[str, Any]:
+        attention, feed_forward = f'{name}.transformer.layers.0.0', f'{name}.transformer.layers.0.1'
+        dim_inner, dim = state[f'{attention}.to_q.weight'].shape
+        dim_head = len(state[f'{attention}.q_scale'])
+        dim_hidden = state[f'{feed_forward}.4.weight'].shape[1]
+        layers = {key.split('.')[3] for key in state if key.startswith(f'{name}.transformer.layers.')}
+        # upstream rounds int(dim * mult * 2 / 3); the usual 4, or the smallest multiplier that gives this width
+        mult = 4 if int(dim * 4 * 2 / 3) == dim_hidden else math.nextafter(dim_hidden * 3 / (dim * 2), math.inf)
+        return dict(dim=dim, depth=len(layers), dim_head=dim_head, heads=dim_inner // dim_head, ff_mult=mult)
+
+    audio, text = tower('audio'), tower('text')
+    text['num_tokens'] = len(state['text.token_emb.weight'])
+    text['max_seq_len'] = len(state['text.pos_emb.weight'])
+
+    audio['spec_win_length'] = len(state['audio.spec.window'])
+    if 'patch_size' not in known:
+        area = len(state['audio.to_patch_tokens.1.weight'])
+        audio['patch_size'] = math.isqrt(area)
+        if audio['patch_size'] ** 2 != area:
+            raise ValueError(f'{source} has patches of {area} values, not a square; say audio=dict(patch_size=(…, …))')
+    if audio['spec_win_length'] > 128 and 'spec_n_fft' not in known:
+        raise ValueError(
+            f'{source} has a window of {audio["spec_win_length"]} samples and so not the default spec_n_fft of 128, '
+            'which the weights do not show; say audio=dict(spec_n_fft=…)'
+        )
+
+    mulan = dict(
+        dim_latent=len(state['audio_to_latents.weight']),
+        sigmoid_contrastive_loss='contrast.bias' in state,
+        hierarchical_contrastive_loss='audio_layers_indices' in state,
+    )
+    if mulan['hierarchical_contrastive_loss']:
+        mulan['hierarchical_contrastive_loss_layers'] = len(state['audio_layers_indices'])
+    return audio, text, mulan
+
+
+def _build(cls: type, audio: dict, text: dict, mulan: dict) -> nn.Module:
+    return cls(
+        audio_transformer=AudioSpectrogramTransformer(**audio),
+        text_transformer=TextTransformer(**text),
+        **mulan,
+    )
+
+
+def _load_strictly(mulan: nn.Module, state: dict[str, Tensor], *, source: str | Path) -> None:
+    try:
+        mulan.load_state_dict(state, strict=True)
+    except RuntimeError as error:
+        raise ValueError(f'the weights in {source} do not fit this model: {error}') from error

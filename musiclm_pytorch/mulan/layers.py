@@ -1,0 +1,114 @@
+"""Building blocks of both towers. Parameter names are those of musiclm-pytorch 0.2.8."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from musiclm_pytorch.checks import check_positive, check_probability
+from musiclm_pytorch.mulan.attention import PositionBias, attend
+
+
+def l2norm(t: Tensor) -> Tensor:
+    return F.normalize(t, p=2, dim=-1)
+
+
+class LayerNorm(nn.Module):
+    """Layer norm without a bias, with or without a learned gain."""
+
+    def __init__(self, dim: int, scale: bool = True):
+        super().__init__()
+        self.dim = dim
+        self.learned_gamma = nn.Parameter(torch.ones(dim)) if scale else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, (self.dim,), self.learned_gamma)
+
+
+class GEGLU(nn.Module):
+    """Gated GELU: half of the features gate the other half (arXiv 2002.05202)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, gate = x.chunk(2, dim=-1)
+        return F.gelu(gate) * x
+
+
+def FeedForward(dim: int, mult: float = 4, dropout: float = 0.0) -> nn.Sequential:
+    # two thirds, so that the gated layer costs what an ungated one of width dim * mult would
+    dim_hidden = int(dim * mult * 2 / 3)
+    return nn.Sequential(
+        LayerNorm(dim),
+        nn.Linear(dim, dim_hidden * 2, bias=False),
+        GEGLU(),
+        nn.Dropout(dropout),
+        nn.Linear(dim_hidden, dim, bias=False),
+    )
+
+
+class Attention(nn.Module):
+    """Pre-norm multi-head self-attention with normalised queries and keys (arXiv 2302.05442)."""
+
+    def __init__(self, dim: int, dim_head: int = 64, heads: int = 8, dropout: float = 0.0, scale: float = 8):
+        super().__init__()
+        self.heads = heads
+        self.scale = scale
+        self.dropout = dropout
+        dim_inner = dim_head * heads
+
+        self.norm = LayerNorm(dim)
+        self.to_q = nn.Linear(dim, dim_inner, bias=False)
+        self.to_kv = nn.Linear(dim, dim_inner * 2, bias=False)
+        self.q_scale = nn.Parameter(torch.ones(dim_head))
+        self.k_scale = nn.Parameter(torch.ones(dim_head))
+        self.to_out = nn.Sequential(nn.Linear(dim_inner, dim, bias=False), nn.Dropout(dropout))
+
+    def forward(self, x: Tensor, bias: PositionBias | None = None, mask: Tensor | None = None) -> Tensor:
+        """`(b, n, d)` to `(b, n, d)`; `mask` `(b, n)` is true where a key may be attended to."""
+        x = self.norm(x)
+        q, k, v = self.to_q(x), *self.to_kv(x).chunk(2, dim=-1)
+        q, k, v = (rearrange(t, 'b n (h d) -> b h n d', h=self.heads) for t in (q, k, v))
+
+        # both learned gains and the scale act on the same dot product, so one multiplication carries all three
+        gain = (self.q_scale * self.k_scale * self.scale).to(q.dtype)
+        q, k = l2norm(q) * gain, l2norm(k)
+
+        out = attend(q, k, v, bias=bias, mask=mask, dropout=self.dropout if self.training else 0.0)
+        return self.to_out(rearrange(out, 'b h n d -> b n (h d)'))
+
+
+class Transformer(nn.Module):
+    """A stack of residual attention and feed-forward layers."""
+
+    def __init__(
+        self,
+        dim: int,
+        depth: int,
+        dim_head: int = 64,
+        heads: int = 8,
+        attn_dropout: float = 0.0,
+        ff_mult: float = 4,
+        ff_dropout: float = 0.0,
+    ):
+        super().__init__()
+        check_positive(dim=dim, depth=depth, dim_head=dim_head, heads=heads, ff_mult=ff_mult)
+        check_probability(attn_dropout=attn_dropout, ff_dropout=ff_dropout)
+        self.layers = nn.ModuleList(
+            nn.ModuleList(
+                [
+                    Attention(dim=dim, dim_head=dim_head, heads=heads, dropout=attn_dropout),
+                    FeedForward(dim=dim, mult=ff_mult, dropout=ff_dropout),
+                ]
+            )
+            for _ in range(depth)
+        )
+
+    def forward(self, x: Tensor, bias: PositionBias | None = None, mask: Tensor | None = None) -> list[Tensor]:
+        """`(b, n, d)` to the output of every layer, a list of `depth` tensors `(b, n, d)`."""
+        layers = []
+        for attention, feed_forward in self.layers:
+            x = attention(x, bias=bias, mask=mask) + x
+            x = feed_forward(x) + x
+            layers.append(x)
+        return layers

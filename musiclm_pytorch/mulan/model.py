@@ -1,0 +1,297 @@
+"""MuLaN: one embedding space for music and its descriptions (arXiv 2208.12415)."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+
+import torch
+from einops import einsum
+from torch import Tensor, nn
+
+from musiclm_pytorch.checks import check_audio, check_lengths, check_positive, records_config, typechecked
+from musiclm_pytorch.data.audio import AudioFile, resample, windows
+from musiclm_pytorch.mulan import checkpoint
+from musiclm_pytorch.mulan.audio_transformer import AudioSpectrogramTransformer
+from musiclm_pytorch.mulan.contrastive import (
+    MultiLayerContrastiveLoss,
+    SigmoidContrastiveLearning,
+    SoftmaxContrastiveLearning,
+)
+from musiclm_pytorch.mulan.layers import l2norm
+from musiclm_pytorch.mulan.text_transformer import TextTransformer
+
+
+class MuLaN(nn.Module):
+    """Two towers, trained so that a clip and its description land close to each other.
+
+    Args:
+        audio_transformer: the audio tower.
+        text_transformer: the text tower.
+        dim_latent: width of the joint space.
+        decoupled_contrastive_learning: leave the positive pair out of the softmax's denominator (arXiv 2110.06848).
+        hierarchical_contrastive_loss: also contrast hidden states of several layers (arXiv 2208.13628).
+        hierarchical_contrastive_loss_layers: how many; by default one fewer than the shallower tower has.
+        sigmoid_contrastive_loss: the loss of SigLIP (arXiv 2303.15343) instead of a softmax.
+    """
+
+    @records_config
+    @typechecked
+    def __init__(
+        self,
+        audio_transformer: AudioSpectrogramTransformer,
+        text_transformer: TextTransformer,
+        dim_latent: int = 128,
+        decoupled_contrastive_learning: bool = True,
+        hierarchical_contrastive_loss: bool = False,
+        hierarchical_contrastive_loss_layers: int | None = None,
+        sigmoid_contrastive_loss: bool = False,
+    ):
+        super().__init__()
+        check_positive(dim_latent=dim_latent)
+        self.dim_latent = dim_latent
+        self.audio = audio_transformer
+        self.text = text_transformer
+
+        self.text_to_latents = nn.Linear(self.text.dim, dim_latent)
+        self.audio_to_latents = nn.Linear(self.audio.dim, dim_latent)
+
+        if sigmoid_contrastive_loss:
+            self.contrast = SigmoidContrastiveLearning()
+        else:
+            self.contrast = SoftmaxContrastiveLearning(decoupled_contrastive_learning=decoupled_contrastive_learning)
+
+        self.multi_layer_contrastive_learning = None
+        if hierarchical_contrastive_loss:
+            depths = self.audio.depth, self.text.depth
+            layers = hierarchical_contrastive_loss_layers
+            layers = max(1, min(depths) - 1) if layers is None else layers
+            if not 1 <= layers <= min(depths):
+                raise ValueError(
+                    f'hierarchical_contrastive_loss_layers must lie between 1 and the depth of the shallower tower, '
+                    f'{min(depths)}, got {layers}'
+                )
+            self.register_buffer('text_layers_indices', interspersed_indices(layers, self.text.depth))
+            self.register_buffer('audio_layers_indices', interspersed_indices(layers, self.audio.depth))
+            self.multi_layer_contrastive_learning = MultiLayerContrastiveLoss(
+                audio_dim=self.audio.dim,
+                text_dim=self.text.dim,
+                dim_latent=dim_latent,
+                layers=layers,
+                decoupled_contrastive_learning=decoupled_contrastive_learning,
+                sigmoid_contrastive_loss=sigmoid_contrastive_loss,
+            )
+
+    @property
+    def device(self) -> torch.device:
+        return self.audio_to_latents.weight.device
+
+    @property
+    def sample_rate(self) -> int | None:
+        """Sample rate in Hz of the waves this model expects, None when it was not told."""
+        return self.audio.sample_rate
+
+    # embedding
+
+    def get_audio_latents(
+        self,
+        wavs: Tensor,
+        return_all_layers: bool = False,
+        audio_lengths: Tensor | Sequence[int] | None = None,
+        sample_rate: int | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Embed waves.
+
+        Args:
+            wavs: `(b, samples)` float waves.
+            return_all_layers: also return the hidden states of all layers but the last, `(depth - 1, b, n, dim)`.
+            audio_lengths: `(b,)` true lengths in samples of `wavs`.
+            sample_rate: rate of `wavs` in Hz, if it is not the model's own: they are resampled.
+
+        Returns:
+            `(b, dim_latent)` float32, of length 1.
+        """
+        wavs, audio_lengths = self.to_own_rate(wavs, audio_lengths, sample_rate)
+        embeds = self.audio(wavs, return_all_layers=return_all_layers, audio_lengths=audio_lengths)
+        embeds, *layers = embeds if return_all_layers else (embeds,)
+        latents = l2norm(self.audio_to_latents(embeds).float())
+        return (latents, *layers) if return_all_layers else latents
+
+    def get_text_latents(
+        self,
+        texts: Tensor | None = None,
+        raw_texts: Sequence[str] | None = None,
+        return_all_layers: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Embed texts, given as token ids `(b, n)` or as a list of strings.
+
+        Returns:
+            `(b, dim_latent)` float32, of length 1, and with `return_all_layers` also `(depth - 1, b, 1 + n, dim)`.
+        """
+        embeds = self.text(texts, raw_texts=raw_texts, return_all_layers=return_all_layers)
+        embeds, *layers = embeds if return_all_layers else (embeds,)
+        latents = l2norm(self.text_to_latents(embeds).float())
+        return (latents, *layers) if return_all_layers else latents
+
+    @torch.no_grad()
+    def embed_audio(
+        self,
+        audio: Tensor | str | Path,
+        window: float = 10.0,
+        hop: float = 1.0,
+        sample_rate: int | None = None,
+        batch_size: int = 4,
+    ) -> Tensor:
+        """Embed long audio in bounded memory: the mean over windows, as MusicLM does (arXiv 2301.11325).
+
+        The last window ends with the audio; audio shorter than a window is embedded whole. A file is read window by
+        window. The model computes in eval mode and is left in the mode it was in.
+
+        Args:
+            audio: `(samples,)` or `(b, samples)` waves, or the path of a sound file (mixed down to mono).
+            window, hop: length of a window and distance between two, in seconds.
+            sample_rate: rate of a tensor in Hz, by default the model's own; a file tells its own.
+            batch_size: windows embedded at a time.
+
+        Returns:
+            `(dim_latent,)`, or `(b, dim_latent)` for a batch, float32, of length 1.
+
+        Raises:
+            FileNotFoundError, ValueError: no such file, or not audio; a model that does not know its sample rate.
+        """
+        check_positive(window=window, hop=hop, batch_size=batch_size)
+        if self.sample_rate is None:
+            raise ValueError(
+                'windows in seconds need the sample rate of the model; build the audio tower with audio_sample_rate'
+            )
+        if isinstance(audio, Tensor):
+            if audio.ndim == 2:
+                return torch.stack([self.embed_audio(wave, window, hop, sample_rate, batch_size) for wave in audio])
+            check_audio(audio, ndim=1, shape='(samples,) or (batch, samples)', name='audio')
+            rate = self.sample_rate if sample_rate is None else sample_rate
+            return self._embed_windows(lambda i, j: audio[i:j], len(audio), rate, window, hop, batch_size)
+        if sample_rate is not None:
+            raise ValueError(f'a file tells its own sample rate; leave out sample_rate={sample_rate}')
+        with AudioFile(audio) as file:
+            return self._embed_windows(file.read, len(file), file.sample_rate, window, hop, batch_size)
+
+    def _embed_windows(self, read, total: int, rate: int, window: float, hop: float, batch_size: int) -> Tensor:
+        spans = windows(total, max(1, round(window * rate)), max(1, round(hop * rate)))
+        mean, count = torch.zeros(self.dim_latent, device=self.device), 0
+        with evaluating(self):
+            while batch := list(islice(spans, batch_size)):
+                # neighbouring windows overlap: read what they share once
+                offset = batch[0][0]
+                piece = read(offset, batch[-1][1]).to(self.device)
+                wavs = torch.stack([piece[start - offset : stop - offset] for start, stop in batch])
+                mean += self.get_audio_latents(wavs, sample_rate=rate).sum(dim=0)
+                count += len(batch)
+        return l2norm(mean / count)
+
+    def to_own_rate(self, wavs: Tensor, audio_lengths, sample_rate: int | None) -> tuple[Tensor, Tensor | None]:
+        """Resample a batch to the model's rate; lengths follow."""
+        if sample_rate is None or sample_rate == self.sample_rate:
+            return wavs, audio_lengths
+        if self.sample_rate is None:
+            raise ValueError(
+                f'cannot resample from {sample_rate} Hz: this MuLaN does not know its own sample rate; build the '
+                'audio tower with audio_sample_rate'
+            )
+        check_audio(wavs, ndim=2, shape='(batch, samples)')
+        if audio_lengths is not None:
+            audio_lengths = check_lengths(
+                audio_lengths, batch=len(wavs), limit=wavs.shape[-1], unit='samples', device=wavs.device
+            )
+            # the filter would carry what the padding holds into the end of the wave
+            padding = torch.arange(wavs.shape[-1], device=wavs.device) >= audio_lengths[:, None]
+            wavs = wavs.masked_fill(padding, 0.0)
+            audio_lengths = -(-audio_lengths * self.sample_rate // sample_rate)
+        return resample(wavs, sample_rate, self.sample_rate), audio_lengths
+
+    # training
+
+    def forward(
+        self,
+        wavs: Tensor,
+        texts: Tensor | None = None,
+        raw_texts: Sequence[str] | None = None,
+        return_latents: bool = False,
+        return_similarities: bool = False,
+        return_pairwise_similarities: bool = False,
+        audio_lengths: Tensor | Sequence[int] | None = None,
+        sample_rate: int | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Contrastive loss of a batch of pairs, or the similarities within it.
+
+        Args:
+            wavs: `(b, samples)` float waves.
+            texts: `(b, n)` integer token ids; or
+            raw_texts: `b` strings.
+            return_latents: return the latents of both towers, two of `(b, dim_latent)`.
+            return_similarities: return the cosine of each pair, `(b,)`.
+            return_pairwise_similarities: return the cosine of every wave with every text, `(b, b')`.
+            audio_lengths: `(b,)` true lengths in samples.
+            sample_rate: rate of `wavs` in Hz, if it is not the model's own.
+
+        Returns:
+            the loss, a float32 scalar, unless something else is asked for. Under torch.distributed it is the loss of
+            the joined batch of all ranks.
+
+        Raises:
+            ValueError: different numbers of waves and texts, or fewer than 2 pairs for a softmax loss.
+        """
+        wavs, audio_lengths = self.to_own_rate(wavs, audio_lengths, sample_rate)
+        audio_embeds, audio_layers, audio_mask = self.audio.encode(wavs, audio_lengths)
+        text_embeds, text_layers = self.text.encode(texts, raw_texts)
+        audio_latents = l2norm(self.audio_to_latents(audio_embeds).float())
+        text_latents = l2norm(self.text_to_latents(text_embeds).float())
+
+        if return_latents:
+            return audio_latents, text_latents
+        if return_pairwise_similarities:
+            return einsum(audio_latents, text_latents, 'i d, j d -> i j')
+        if len(audio_latents) != len(text_latents):
+            raise ValueError(f'got {len(audio_latents)} waves but {len(text_latents)} texts; they must come in pairs')
+        if return_similarities:
+            return einsum(audio_latents, text_latents, 'i d, i d -> i')
+
+        loss = self.contrast(audio_latents, text_latents)
+        if self.multi_layer_contrastive_learning is None:
+            return loss
+        return loss + self.multi_layer_contrastive_learning(
+            audio_layers=torch.stack([audio_layers[i] for i in self.audio_layers_indices.tolist()]),
+            text_layers=torch.stack([text_layers[i] for i in self.text_layers_indices.tolist()]),
+            audio_mask=audio_mask,
+        )
+
+    # saving
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write `config.json` and `model.safetensors`, from which `from_pretrained` rebuilds the model."""
+        checkpoint.save(self, folder)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> MuLaN:
+        """Rebuild a model from the folder that `save_pretrained` wrote; in eval mode, on the CPU."""
+        return checkpoint.load(cls, folder)
+
+    load_upstream = checkpoint.LoadUpstream()
+
+
+def interspersed_indices(layers: int, total_layers: int) -> Tensor:
+    """`(layers,)` indices spread evenly over a tower of `total_layers`, the first one included."""
+    return (torch.arange(layers) * (total_layers / layers)).floor().long()
+
+
+@contextlib.contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Put a module into eval mode for a while."""
+    modes = [(child, child.training) for child in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for child, training in modes:
+            child.training = training

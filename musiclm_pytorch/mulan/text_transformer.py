@@ -1,0 +1,170 @@
+"""The text tower: a BERT-like transformer over CLIP's byte-pair tokens, read off at a CLS token."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from einops import pack, repeat
+from torch import Tensor, nn
+
+from musiclm_pytorch.checks import check_positive, records_config, typechecked, values_can_be_checked
+from musiclm_pytorch.mulan.layers import LayerNorm, Transformer
+
+VOCAB_SIZE = 49408  # of x_clip.tokenizer, CLIP's byte-pair encoding
+
+
+class TextTransformer(nn.Module):
+    """Embed token ids or strings as `(batch, dim)`.
+
+    Args:
+        dim, depth, heads, dim_head, ff_mult: size of the transformer.
+        num_tokens: size of the vocabulary; the default is that of CLIP's tokenizer, which `raw_texts` needs.
+        max_seq_len: longest text in tokens; a longer one is cut, with one warning.
+        attn_dropout, ff_dropout: dropout probabilities.
+        pad_id: the token id that counts as padding.
+    """
+
+    @records_config
+    @typechecked
+    def __init__(
+        self,
+        dim: int,
+        depth: int,
+        num_tokens: int = VOCAB_SIZE,
+        max_seq_len: int = 256,
+        dim_head: int = 64,
+        heads: int = 8,
+        attn_dropout: float = 0.0,
+        ff_dropout: float = 0.0,
+        ff_mult: float = 4,
+        pad_id: int = 0,
+    ):
+        super().__init__()
+        check_positive(num_tokens=num_tokens, max_seq_len=max_seq_len)
+        self.dim = dim
+        self.depth = depth
+        self.num_tokens = num_tokens
+        self.max_seq_len = max_seq_len
+        self.pad_id = pad_id
+        self._warned_of_cut = False
+
+        self.token_emb = nn.Embedding(num_tokens, dim)
+        self.pos_emb = nn.Embedding(max_seq_len, dim)
+        self.cls_token = nn.Parameter(torch.randn(dim))
+
+        self.transformer = Transformer(
+            dim=dim,
+            depth=depth,
+            dim_head=dim_head,
+            heads=heads,
+            attn_dropout=attn_dropout,
+            ff_dropout=ff_dropout,
+            ff_mult=ff_mult,
+        )
+        self.norm = LayerNorm(dim)
+
+    @property
+    def device(self) -> torch.device:
+        return self.cls_token.device
+
+    def forward(
+        self,
+        x: Tensor | None = None,
+        raw_texts: Sequence[str] | None = None,
+        mask: Tensor | None = None,
+        return_all_layers: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Embed a batch of texts, given as ids or as strings.
+
+        Args:
+            x: `(b, n)` integer token ids.
+            raw_texts: list of `b` strings. An empty one is embedded as no words at all.
+            mask: `(b, n)` bool, true where a token counts; by default wherever it is not `pad_id`.
+            return_all_layers: also return the hidden states of all layers but the last.
+
+        Returns:
+            `(b, dim)`, and with `return_all_layers` also `(depth - 1, b, 1 + n, dim)`, the CLS token first.
+
+        Raises:
+            TypeError: ids that are not integers, texts that are not strings. ValueError: both or neither of `x` and
+            `raw_texts`, a wrong shape, ids outside the vocabulary.
+        """
+        embeds, layers = self.encode(x, raw_texts, mask)
+        if not return_all_layers:
+            return embeds
+        return embeds, torch.stack(layers[:-1]) if len(layers) > 1 else layers[0].new_empty(0, *layers[0].shape)
+
+    def encode(
+        self, x: Tensor | None = None, raw_texts: Sequence[str] | None = None, mask: Tensor | None = None
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Embedding `(b, dim)` and the `depth` hidden states `(b, 1 + n, dim)`."""
+        if (x is None) == (raw_texts is None):
+            given = 'neither' if x is None else 'both'
+            raise ValueError(f'pass either token ids (texts) or strings (raw_texts), got {given}')
+        if raw_texts is not None:
+            x = self.tokenize(raw_texts)
+        x, mask = self.check_input(x, mask)
+
+        # token embedding + positional embedding, after a CLS token as in BERT
+
+        tokens = self.token_emb(x) + self.pos_emb.weight[: x.shape[1]]
+        cls_tokens = repeat(self.cls_token, 'd -> b d', b=len(x))
+        tokens, _ = pack((cls_tokens, tokens), 'b * d')
+        mask = F.pad(mask, (1, 0), value=True)
+
+        layers = self.transformer(tokens, mask=mask)
+        return self.norm(layers[-1][:, 0]), layers
+
+    def tokenize(self, raw_texts: Sequence[str]) -> Tensor:
+        """Strings to token ids `(b, n)`, cut at `max_seq_len` and padded to the longest."""
+        # importing the tokenizer reads CLIP's 49,000 merges, which only strings need
+        from x_clip.tokenizer import tokenizer
+
+        if isinstance(raw_texts, str) or not all(isinstance(text, str) for text in raw_texts):
+            raise TypeError(f'raw_texts must be a list of strings, got {raw_texts!r:.80}; put one text in a list')
+        if len(raw_texts) == 0:
+            raise ValueError('raw_texts is an empty list; pass at least one text')
+
+        ids = [torch.tensor(tokenizer.encode(text), dtype=torch.long) for text in raw_texts]
+        longest = max(len(text) for text in ids)
+        if longest > self.max_seq_len:
+            self.warn_of_cut(longest)
+        ids = [text[: self.max_seq_len] for text in ids]
+        return nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=self.pad_id).to(self.device)
+
+    def check_input(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Check and cut a batch of ids; the mask is made where it is missing."""
+        if not isinstance(x, Tensor) or x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
+            kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
+            raise TypeError(f'texts must be an integer tensor (batch, tokens), got {kind}; strings go into raw_texts')
+        if x.ndim != 2 or x.shape[0] == 0:
+            raise ValueError(f'texts must have shape (batch, tokens) with at least one text, got {tuple(x.shape)}')
+        if values_can_be_checked() and not ((x >= 0) & (x < self.num_tokens)).all():
+            bad = int(x[(x < 0) | (x >= self.num_tokens)][0])
+            raise ValueError(
+                f'token id {bad} is outside the vocabulary of {self.num_tokens} ids; raise num_tokens or use the '
+                f'tokenizer that the model was built for (raw_texts needs num_tokens={VOCAB_SIZE})'
+            )
+        if mask is None:
+            mask = x != self.pad_id
+        elif mask.shape != x.shape or mask.dtype != torch.bool:
+            raise ValueError(
+                f'mask must be a bool tensor of shape {tuple(x.shape)}, got {mask.dtype} of {tuple(mask.shape)}'
+            )
+        if x.shape[1] > self.max_seq_len:
+            self.warn_of_cut(x.shape[1])
+            x, mask = x[:, : self.max_seq_len], mask[:, : self.max_seq_len]
+        return x, mask
+
+    def warn_of_cut(self, tokens: int) -> None:
+        if self._warned_of_cut or not values_can_be_checked():
+            return
+        self._warned_of_cut = True
+        warnings.warn(
+            f'a text of {tokens} tokens is cut to the context of {self.max_seq_len} (said once); '
+            'raise max_seq_len to read all of it',
+            stacklevel=5,
+        )
