@@ -1,6 +1,10 @@
-"""Packaging. What a static table cannot say: where the fairseq stand-in lies on the installing machine."""
+"""Packaging. What a static table cannot say: where pip finds the fairseq stand-in on the installing machine."""
 
+import hashlib
+import os
 import re
+import tempfile
+import zipfile
 from pathlib import Path
 
 from setuptools import find_packages, setup
@@ -8,13 +12,43 @@ from setuptools import find_packages, setup
 ROOT = Path(__file__).resolve().parent
 VERSION = re.search(r"^__version__ = '(.+)'$", (ROOT / 'musiclm_pytorch/version.py').read_text(), re.M)[1]
 
-# audiolm-pytorch requires and imports fairseq, whose last release neither builds with today's pip nor
-# imports on Python >= 3.11. compat/fairseq is a small distribution of that name with just what
-# audiolm-pytorch calls; pip wants an absolute URI for it, known only where the checkout lies.
-FAIRSEQ_STAND_IN = f'fairseq @ {(ROOT / "compat" / "fairseq").as_uri()}'
 
+def fairseq_stand_in():
+    """The requirement that makes pip take compat/fairseq where audiolm-pytorch asks for fairseq.
+
+    audiolm-pytorch requires and imports fairseq, whose last release neither builds with today's pip nor
+    imports on Python >= 3.11. compat/fairseq is a small distribution of that name with just what
+    audiolm-pytorch calls. pip wants an absolute URI for it, and writes that URI into the metadata of the
+    installed package, where it reads it again whenever it resolves `musiclm-pytorch[some-extra]`, and into
+    the wheel that it may keep in its cache. So the URI must outlive this build, which for an sdist or a git
+    address runs in a folder that pip deletes: an archive in the user's cache folder, named by its content.
+    """
+    source = ROOT / 'compat' / 'fairseq'
+    files = {
+        path.relative_to(source).as_posix(): path.read_bytes()
+        for path in sorted(source.rglob('*'))
+        if path.suffix in {'.py', '.toml', '.md'} and 'build' not in path.relative_to(source).parts
+    }
+    digest = hashlib.sha256(repr(sorted(files.items())).encode()).hexdigest()[:16]
+    try:
+        cache = Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache') / 'musiclm-pytorch'
+        archive = cache / f'fairseq-{digest}.zip'
+        if not archive.exists():
+            cache.mkdir(parents=True, exist_ok=True)
+            # written aside and renamed, so that another build at the same time never reads half a file
+            handle, aside = tempfile.mkstemp(dir=cache)
+            with open(handle, 'wb') as file, zipfile.ZipFile(file, 'w') as bundle:
+                for name, content in files.items():
+                    bundle.writestr(f'fairseq/{name}', content)
+            os.replace(aside, archive)
+    except (OSError, RuntimeError):  # no home folder, or one that may not be written to
+        return f'fairseq @ {source.as_uri()}'
+    return f'fairseq @ {archive.absolute().as_uri()}'
+
+
+# One line an extra, and only extras whose code is in the package; `all` is their union.
 EXTRAS = {
-    'test': ['pytest>=8', 'hypothesis>=6.100', 'ruff>=0.9'],
+    'test': ['pytest>=8', 'hypothesis>=6.100', 'ruff>=0.12'],
 }
 
 setup(
@@ -36,12 +70,15 @@ setup(
         'lion-pytorch>=0.2',
         'safetensors>=0.4.3',
         'soundfile>=0.12',
-        'torch>=2.6,<2.12',  # torchaudio ends at 2.11 and refuses to import beside a newer torch
-        'torchaudio>=2.6,<2.12',
+        # One release of torch: torchaudio 2.11, its last, does not load beside an older torch and refuses a
+        # newer one, yet names neither, so nothing but these bounds keeps pip from mixing them.
+        'torch>=2.11,<2.12',
+        'torchaudio>=2.11,<2.12',
+        'torchvision>=0.26,<0.27',  # x-clip imports it
         'tqdm>=4.60',
         'vector-quantize-pytorch>=1.20',
         'x-clip>=0.14',
-        FAIRSEQ_STAND_IN,
+        fairseq_stand_in(),
     ],
     extras_require={**EXTRAS, 'all': sorted({need for needs in EXTRAS.values() for need in needs})},
     keywords=['artificial intelligence', 'deep learning', 'transformers', 'text to music', 'contrastive learning'],
@@ -49,7 +86,6 @@ setup(
         'Development Status :: 4 - Beta',
         'Intended Audience :: Developers',
         'Intended Audience :: Science/Research',
-        'License :: OSI Approved :: MIT License',
         'Programming Language :: Python :: 3.10',
         'Programming Language :: Python :: 3.11',
         'Programming Language :: Python :: 3.12',
