@@ -74,7 +74,7 @@ def check_audio(audio: Any, *, ndim: int, shape: str, name: str = 'wavs') -> Non
         elif ndim == 2 and audio.ndim == 3:
             hint = f'; for (batch, channels, samples) mix down first: {name}.mean(dim=1)'
         raise ValueError(f'{name} must have shape {shape}, got {tuple(audio.shape)}{hint}')
-    if audio.shape[0] == 0:
+    if ndim > 1 and audio.shape[0] == 0:
         raise ValueError(f'{name} is an empty batch of shape {tuple(audio.shape)}; pass at least one item')
 
 

@@ -101,18 +101,20 @@ def _dense(q: Tensor, k: Tensor, v: Tensor, bias: PositionBias, dropout: float =
 def _compiled_flex_attention():
     from torch.nn.attention.flex_attention import flex_attention
 
-    return torch.compile(flex_attention, dynamic=False)
+    return torch.compile(flex_attention)
 
 
 def _flex(q: Tensor, k: Tensor, v: Tensor, bias: PositionBias) -> Tensor:
     """FlexAttention with the bias looked up inside the kernel (arXiv 2412.05496)."""
     from torch.nn.attention.flex_attention import flex_attention
 
-    codes = bias.codes.expand(q.shape[0], -1)
-    table, centre, lengths = bias.table, bias.centre, bias.lengths
+    key_codes = bias.codes.expand(q.shape[0], -1)
+    # tensors only: a plain number in the closure would compile the kernel anew whenever it changes
+    query_codes = key_codes + bias.centre
+    table, lengths = bias.table, bias.lengths
 
     def score_mod(score, b, h, i, j):
-        score = score + table[h, codes[b, i] - codes[b, j] + centre]
+        score = score + table[h, query_codes[b, i] - key_codes[b, j]]
         return score if lengths is None else torch.where(j < lengths[b], score, -torch.inf)
 
     # uncompiled, FlexAttention writes the whole n × n scores out: good for checking its numbers on a CPU only

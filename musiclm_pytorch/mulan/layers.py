@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from musiclm_pytorch.checks import check_positive, check_probability
 from musiclm_pytorch.mulan.attention import PositionBias, attend
+from musiclm_pytorch.mulan.linear import Linear
 
 
 def l2norm(t: Tensor) -> Tensor:
@@ -40,10 +41,10 @@ def FeedForward(dim: int, mult: float = 4, dropout: float = 0.0) -> nn.Sequentia
     dim_hidden = int(dim * mult * 2 / 3)
     return nn.Sequential(
         LayerNorm(dim),
-        nn.Linear(dim, dim_hidden * 2, bias=False),
+        Linear(dim, dim_hidden * 2),
         GEGLU(),
         nn.Dropout(dropout),
-        nn.Linear(dim_hidden, dim, bias=False),
+        Linear(dim_hidden, dim),
     )
 
 
@@ -58,11 +59,11 @@ class Attention(nn.Module):
         dim_inner = dim_head * heads
 
         self.norm = LayerNorm(dim)
-        self.to_q = nn.Linear(dim, dim_inner, bias=False)
-        self.to_kv = nn.Linear(dim, dim_inner * 2, bias=False)
+        self.to_q = Linear(dim, dim_inner)
+        self.to_kv = Linear(dim, dim_inner * 2)
         self.q_scale = nn.Parameter(torch.ones(dim_head))
         self.k_scale = nn.Parameter(torch.ones(dim_head))
-        self.to_out = nn.Sequential(nn.Linear(dim_inner, dim, bias=False), nn.Dropout(dropout))
+        self.to_out = nn.Sequential(Linear(dim_inner, dim), nn.Dropout(dropout))
 
     def forward(self, x: Tensor, bias: PositionBias | None = None, mask: Tensor | None = None) -> Tensor:
         """`(b, n, d)` to `(b, n, d)`; `mask` `(b, n)` is true where a key may be attended to."""

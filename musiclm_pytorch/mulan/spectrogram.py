@@ -190,8 +190,8 @@ class RandomTimeStretch(nn.Module):
 
     A phase vocoder interpolates the magnitudes of the STFT between frames and only the phases take more work; a
     power spectrogram has no phases, so interpolating magnitudes gives its very numbers at little cost
-    (`torchaudio.transforms.TimeStretch` is the reference in the tests). The length of the batch is kept: what a
-    slower item has too much is cut, what a faster one lacks counts as padding.
+    (`torchaudio.transforms.TimeStretch` is the reference in the tests). No item grows: what a slower one has too
+    much is cut, what a faster one lacks counts as padding.
     """
 
     def __init__(self, factor: float, power: float, min_frames: int):
@@ -233,7 +233,7 @@ class RandomTimeStretch(nn.Module):
         if self.power != 1:
             stretched = stretched**self.power
 
-        frames = (frames / rates).ceil().long().clamp(min=1, max=total)
+        frames = torch.minimum((frames / rates).ceil().long(), frames)
         return stretched.masked_fill(~frame_mask(frames, total), 0.0), frames
 
 
@@ -256,6 +256,8 @@ class RandomMask(nn.Module):
         self.max_fraction = max_fraction
 
     def forward(self, spec: Tensor, frames: Tensor | None) -> Tensor:
+        if self.max_width == 0:
+            return spec
         batch, bins, total = spec.shape
         device = spec.device
         if self.axis == 'frequency':

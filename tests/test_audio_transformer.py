@@ -1,0 +1,290 @@
+import warnings
+
+import pytest
+import torch
+from conftest import tiny_audio
+from torch import nn
+
+from musiclm_pytorch.mulan.audio_transformer import choose_patches, sincos_2d
+from musiclm_pytorch.mulan.model import evaluating
+
+NAN = float('nan')
+
+
+def padded(waves, filling, total):
+    batch = torch.full((len(waves), total), filling)
+    for row, wave in zip(batch, waves):
+        row[: len(wave)] = wave
+    return batch, torch.tensor([len(wave) for wave in waves])
+
+
+# ---- position bias ----
+
+
+@pytest.mark.parametrize(('height', 'width'), [(1, 1), (2, 5), (4, 3)])
+def test_position_table_equals_the_mlp_on_every_pair(height, width):
+    tower = tiny_audio()
+    table, codes, centre = tower.position_table(height, width)
+    grid = torch.cartesian_prod(torch.arange(height), torch.arange(width)).view(-1, 2)
+    pairs = tower.dynamic_pos_bias_mlp((grid[:, None] - grid[None, :]).float())
+    torch.testing.assert_close(table[:, codes[:, None] - codes[None, :] + centre], pairs.permute(2, 0, 1))
+
+
+def test_positions_tell_rows_from_columns():
+    positions = sincos_2d(3, 5, 16, device='cpu')
+    assert positions.shape == (3, 5, 16)
+    assert (positions[0, :, 8:] == positions[0, :1, 8:]).all()
+    assert (positions[:, 0, :8] == positions[:1, 0, :8]).all()
+    assert len(positions.view(15, 16).unique(dim=0)) == 15
+
+
+# ---- lengths ----
+
+VARIANTS = {
+    'power': dict(),
+    'log-mel': dict(audio_sample_rate=16000, spec_n_fft=512, spec_win_length=200, spec_n_mels=32, patch_size=8),
+    'not centred': dict(spec_center=False),
+    'zeros around': dict(spec_pad=20, spec_pad_mode='replicate'),
+    'tall patches': dict(patch_size=(32, 4)),
+}
+
+
+@pytest.mark.parametrize('variant', VARIANTS)
+@pytest.mark.parametrize('filling', [0.0, 3.0, NAN])
+def test_padded_item_is_embedded_like_the_item_alone(variant, filling):
+    tower = tiny_audio(support_variable_length=True, **VARIANTS[variant]).eval()
+    waves = [torch.randn(n) for n in (2500, 1200, 1997, 2300)]
+    batch, lengths = padded(waves, filling, total=3100)
+    together = tower(batch, audio_lengths=lengths)
+    for embed, wave in zip(together, waves):
+        torch.testing.assert_close(embed, tower(wave[None])[0], atol=1e-5, rtol=0)
+        torch.testing.assert_close(embed, tower(wave[None], audio_lengths=[len(wave)])[0], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize('time_first', [True, False])
+def test_padded_spectrogram_is_embedded_like_the_item_alone(time_first):
+    tower = tiny_audio(accept_spec=True, accept_spec_time_first=time_first, support_variable_length=True).eval()
+    specs = [torch.rand(t, 40) for t in (70, 33, 16)]
+    batch = torch.full((3, 90, 40), NAN)
+    for row, spec in zip(batch, specs):
+        row[: len(spec)] = spec
+    order = (lambda t: t) if time_first else (lambda t: t.transpose(-1, -2))
+    together = tower(order(batch), audio_lengths=[70, 33, 16])
+    for embed, spec in zip(together, specs):
+        torch.testing.assert_close(embed, tower(order(spec[None]))[0], atol=1e-5, rtol=0)
+
+
+def test_patch_dropout_of_a_padded_item_is_that_of_the_item_alone():
+    tower = tiny_audio(
+        support_variable_length=True, spec_aug_stretch_factor=1, spec_aug_freq_mask=0, spec_aug_time_mask=0
+    ).train()
+    wave = torch.randn(2000)
+    batch, lengths = padded([wave, torch.randn(2900)], NAN, total=3100)
+    torch.manual_seed(5)
+    together = tower(batch, audio_lengths=lengths)[0]
+    torch.manual_seed(5)
+    torch.testing.assert_close(together, tower(wave[None])[0], atol=1e-5, rtol=0)
+    torch.manual_seed(6)
+    assert (tower(wave[None])[0] - together).abs().max() > 1e-3
+
+
+def test_augmented_padded_item_is_that_of_the_item_alone():
+    tower = tiny_audio(support_variable_length=True).train()
+    wave = torch.randn(1, 2000)
+    for seed in range(5):
+        torch.manual_seed(seed)
+        alone = tower(wave)
+        torch.manual_seed(seed)
+        together = tower(nn.functional.pad(wave, (0, 999), value=NAN), audio_lengths=[2000])
+        torch.testing.assert_close(together, alone, atol=1e-5, rtol=0)
+
+
+def test_gradients_of_padded_items_are_those_of_the_items_alone():
+    tower = tiny_audio(support_variable_length=True).eval()
+    waves = [torch.randn(n) for n in (2500, 1200, 1997)]
+    batch, lengths = padded(waves, NAN, total=2600)
+
+    gradients = []
+    for embeds in (tower(batch, audio_lengths=lengths), torch.cat([tower(wave[None]) for wave in waves])):
+        tower.zero_grad()
+        (embeds * torch.arange(32.0)).sum().backward()
+        gradients.append({name: p.grad.clone() for name, p in tower.named_parameters()})
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradient, gradients[1][name], atol=1e-4, rtol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize(
+    ('lengths', 'error', 'message'),
+    [
+        ([2000, 0], ValueError, r'audio_lengths\[1\] is 0'),
+        ([2000, 2001], ValueError, r'audio_lengths\[1\] is 2001, but must lie between 1 and the 2000 samples'),
+        ([2000], ValueError, r'audio_lengths must have shape \(2,\)'),
+        ([2000.0, 10.0], TypeError, 'audio_lengths must be integers'),
+        ([2000, 100], ValueError, 'holds 100 samples, but one patch needs at least 180'),
+    ],
+)
+def test_bad_lengths(lengths, error, message):
+    with pytest.raises(error, match=message):
+        tiny_audio(support_variable_length=True)(torch.randn(2, 2000), audio_lengths=lengths)
+
+
+def test_lengths_have_to_be_switched_on():
+    with pytest.raises(ValueError, match='support_variable_length=True'):
+        tiny_audio()(torch.randn(1, 2000), audio_lengths=[2000])
+
+
+def test_long_audio_is_cut_with_one_warning():
+    tower = tiny_audio(max_audio_length=1500, support_variable_length=True).eval()
+    wave = torch.randn(2, 2000)
+    with pytest.warns(UserWarning, match='audio of 2000 samples is cut to max_audio_length, 1500') as caught:
+        embeds = tower(wave)
+        with_lengths = tower(wave, audio_lengths=[2000, 1300])
+    assert len(caught) == 1
+    torch.testing.assert_close(embeds, tower(wave[:, :1500]))
+    torch.testing.assert_close(with_lengths[1], tower(wave[1:, :1300])[0], atol=1e-5, rtol=0)
+
+
+# ---- patches ----
+
+
+@pytest.mark.parametrize('dropout', [0.0, 0.25, 0.9, 0.999])
+def test_chosen_patches_are_real_distinct_and_as_many_as_asked(dropout):
+    columns = torch.tensor([7, 1, 4])
+    kept, lengths = choose_patches(3, 7, columns, 3, dropout, device='cpu')
+    expected = [max(1, int(3 * c * (1 - dropout))) for c in columns]
+    assert expected == ([kept.shape[1]] * 3 if lengths is None else lengths.tolist())
+    for row, count, filled in zip(kept, expected, columns):
+        real = row[:count]
+        assert len(real.unique()) == count
+        assert (real % 7 < filled).all()
+        assert (real.diff() > 0).all()
+
+
+def test_every_patch_can_stay():
+    seen = torch.cat([choose_patches(2, 3, None, 4, 0.5, device='cpu')[0].flatten() for _ in range(30)])
+    assert seen.bincount(minlength=6).min() > 0.3 * len(seen) / 6
+
+
+def test_choosing_without_dropout_draws_no_random_numbers():
+    before = torch.get_rng_state()
+    choose_patches(3, 7, torch.tensor([7, 2]), 2, 0.0, device='cpu')
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_no_patch_dropout_when_forced_off():
+    tower = tiny_audio(spec_aug_stretch_factor=1, spec_aug_freq_mask=0, spec_aug_time_mask=0)
+    wave = torch.randn(1, 2000)
+    kept_all = tower(wave, force_no_patch_dropout=True)
+    with evaluating(tower):
+        torch.testing.assert_close(kept_all, tower(wave))
+    assert (tower(wave) - kept_all).abs().max() > 1e-3
+
+
+def test_training_is_random_and_eval_is_not():
+    tower, wave = tiny_audio(), torch.randn(2, 2000)
+    assert not torch.equal(tower(wave), tower(wave))
+    tower.eval()
+    assert torch.equal(tower(wave), tower(wave))
+
+
+# ---- layers, depth, printing ----
+
+
+@pytest.mark.parametrize('depth', [1, 2, 3])
+def test_all_layers_but_the_last_are_returned(depth):
+    embeds, layers = tiny_audio(depth=depth).eval()(torch.randn(2, 2000), return_all_layers=True)
+    assert embeds.shape == (2, 32)
+    assert layers.shape == (depth - 1, 2, 40, 32)
+
+
+def test_nothing_is_printed_or_warned_of(capfd):
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        tiny_audio()(torch.randn(2, 1999)).sum().backward()
+    out = capfd.readouterr()
+    assert out.out == out.err == ''
+
+
+def test_every_parameter_learns():
+    tower = tiny_audio(support_variable_length=True)
+    (tower(torch.randn(2, 2000), audio_lengths=[2000, 1500]) * torch.arange(32.0)).sum().backward()
+    for name, parameter in tower.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.isfinite().all(), name
+        assert parameter.grad.abs().sum() > 0, name
+
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+def test_autocast_stays_close(dtype):
+    tower, wave = tiny_audio().eval(), torch.randn(2, 2000)
+    expected = tower(wave)
+    with torch.autocast('cpu', dtype=dtype):
+        torch.testing.assert_close(tower(wave).float(), expected, atol=0.1, rtol=0.1)
+
+
+def test_a_model_cast_to_bfloat16_works():
+    tower, wave = tiny_audio().eval(), torch.randn(2, 2000)
+    expected = tower(wave)
+    torch.testing.assert_close(tower.bfloat16()(wave).float(), expected, atol=0.15, rtol=0.15)
+
+
+def test_float64_waves_work():
+    tower, wave = tiny_audio().eval(), torch.randn(2, 2000)
+    torch.testing.assert_close(tower(wave.double()), tower(wave))
+
+
+# ---- bad input ----
+
+
+@pytest.mark.parametrize(
+    ('x', 'error', 'message'),
+    [
+        (torch.zeros(0, 2000), ValueError, r'empty batch of shape \(0, 2000\)'),
+        (torch.zeros(2, 0), ValueError, 'has 0 samples, but one patch needs at least 180'),
+        (torch.zeros(2, 100), ValueError, 'has 100 samples, but one patch needs at least 180'),
+        (torch.zeros(2000), ValueError, r'for one wave pass wavs\[None\]'),
+        (torch.zeros(2, 1, 2000), ValueError, r'wavs.mean\(dim=1\)'),
+        (torch.zeros(2, 2000, dtype=torch.int16), TypeError, 'integer PCM of torch.int16'),
+        (torch.zeros(2, 2000, dtype=torch.complex64), TypeError, 'torch.complex64'),
+        ([[0.0] * 2000], TypeError, 'torch.Tensor of shape .*, got list'),
+        (torch.tensor([[0.0] * 2000, [0.0] * 1999 + [NAN]]), ValueError, r'wavs\[1\] holds NaN or infinite'),
+        (torch.full((1, 2000), float('inf')), ValueError, r'wavs\[0\] holds NaN or infinite'),
+    ],
+)
+def test_bad_waves(x, error, message):
+    with pytest.raises(error, match=message):
+        tiny_audio()(x)
+
+
+@pytest.mark.parametrize(
+    ('keywords', 'error', 'message'),
+    [
+        (dict(dim=30), ValueError, 'dim must be a multiple of 4 .* got 30; try 32'),
+        (dict(dim=4), ValueError, 'got 4; try 8'),
+        (dict(dim='512'), TypeError, '512'),
+        (dict(patch_size=0), ValueError, 'patch_size'),
+        (dict(patch_size=(4, 4, 4)), TypeError, 'patch_size'),
+        (dict(patch_size=128), ValueError, 'has 65 bins, fewer than a patch is high'),
+        (dict(patch_dropout_prob=1.0), ValueError, 'patch_dropout_prob'),
+        (dict(spec_aug_freq_mask=-1), ValueError, 'widest frequency mask'),
+        (dict(spec_aug_stretch_factor=0.0), ValueError, 'spec_aug_stretch_factor'),
+        (dict(max_audio_length=10), ValueError, 'max_audio_length 10 is shorter than one patch'),
+        (dict(accept_spec=True, max_audio_length=9999), ValueError, 'cannot go with accept_spec'),
+        (dict(spec_n_mels=32), ValueError, 'spec_n_mels needs audio_sample_rate'),
+        (dict(spec_n_mels=32, accept_spec=True), ValueError, 'spec_n_mels needs waves'),
+        (dict(depht=3), TypeError, 'depht'),
+    ],
+)
+def test_bad_settings(keywords, error, message):
+    with pytest.raises(error, match=message):
+        tiny_audio(**keywords)
+
+
+def test_bad_spectrograms():
+    tower = tiny_audio(accept_spec=True)
+    with pytest.raises(ValueError, match=r'shape \(batch, frames, bins\)'):
+        tower(torch.zeros(2, 2000))
+    with pytest.raises(ValueError, match='have 8 bins, fewer than a patch'):
+        tower(torch.zeros(2, 40, 8))
+    with pytest.raises(ValueError, match='has 8 frames, but one patch needs at least 16'):
+        tower(torch.zeros(2, 8, 40))

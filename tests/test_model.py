@@ -1,0 +1,341 @@
+import json
+import math
+
+import pytest
+import soundfile
+import torch
+from conftest import GOLDEN, build_golden, state_of, tiny_audio, tiny_mulan, tiny_text
+
+from musiclm_pytorch import MuLaN
+from musiclm_pytorch.data.audio import AudioFile, resample, windows
+
+KNOWS_RATE = dict(audio_sample_rate=8000, support_variable_length=True)
+
+
+def ids(batch=3, tokens=7):
+    return torch.randint(1, 100, (batch, tokens))
+
+
+# ---- forward ----
+
+
+def test_latents_have_length_one_and_similarities_are_cosines():
+    mulan, wavs, texts = tiny_mulan().eval(), torch.randn(3, 2000), ids()
+    audio, text = mulan(wavs, texts, return_latents=True)
+    assert audio.shape == text.shape == (3, 16)
+    torch.testing.assert_close(audio.norm(dim=-1), torch.ones(3))
+    torch.testing.assert_close(text.norm(dim=-1), torch.ones(3))
+    pairwise = mulan(wavs, texts, return_pairwise_similarities=True)
+    torch.testing.assert_close(pairwise, audio @ text.T)
+    torch.testing.assert_close(mulan(wavs, texts, return_similarities=True), pairwise.diagonal())
+
+
+def test_pairwise_similarities_of_different_numbers():
+    mulan = tiny_mulan().eval()
+    assert mulan(torch.randn(3, 2000), ids(5), return_pairwise_similarities=True).shape == (3, 5)
+
+
+@pytest.mark.parametrize('keywords', [dict(), dict(return_similarities=True)])
+def test_waves_and_texts_come_in_pairs(keywords):
+    with pytest.raises(ValueError, match='got 3 waves but 2 texts'):
+        tiny_mulan()(torch.randn(3, 2000), ids(2), **keywords)
+
+
+def test_all_layers():
+    mulan = tiny_mulan(audio=dict(depth=3))
+    _, audio_layers = mulan.get_audio_latents(torch.randn(2, 2000), return_all_layers=True)
+    _, text_layers = mulan.get_text_latents(ids(2), return_all_layers=True)
+    assert audio_layers.shape[:2] == (2, 2)
+    assert text_layers.shape == (1, 2, 8, 24)
+
+
+HIERARCHIES = {
+    'depth 1': (dict(depth=1), dict(depth=1), dict()),
+    'layers = depth': (dict(depth=3), dict(depth=3), dict(hierarchical_contrastive_loss_layers=3)),
+    'uneven towers': (dict(depth=4), dict(depth=2), dict(hierarchical_contrastive_loss_layers=2)),
+    'sigmoid': (dict(depth=3), dict(depth=2), dict(sigmoid_contrastive_loss=True)),
+}
+
+
+@pytest.mark.parametrize('case', HIERARCHIES)
+def test_hierarchical_loss_trains_every_parameter(case):
+    audio, text, keywords = HIERARCHIES[case]
+    mulan = tiny_mulan(audio, text, hierarchical_contrastive_loss=True, **keywords)
+    mulan(torch.randn(3, 2000), ids()).backward()
+    for name, parameter in mulan.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.isfinite().all(), name
+
+
+@pytest.mark.parametrize('layers', [0, 4])
+def test_hierarchical_layers_out_of_range(layers):
+    with pytest.raises(ValueError, match=f'between 1 and the depth of the shallower tower, 3, got {layers}'):
+        tiny_mulan(
+            dict(depth=5),
+            dict(depth=3),
+            hierarchical_contrastive_loss=True,
+            hierarchical_contrastive_loss_layers=layers,
+        )
+
+
+@pytest.mark.parametrize('sigmoid', [False, True])
+def test_padded_pairs_have_the_loss_of_unpadded_ones(sigmoid):
+    mulan = tiny_mulan(
+        dict(depth=3, support_variable_length=True),
+        hierarchical_contrastive_loss=True,
+        sigmoid_contrastive_loss=sigmoid,
+    ).eval()
+    wavs, texts = torch.randn(3, 2000), ids()
+    padding = torch.full((3, 777), math.nan)
+    torch.testing.assert_close(
+        mulan(torch.cat([wavs, padding], dim=1), texts, audio_lengths=[2000] * 3), mulan(wavs, texts)
+    )
+
+
+def test_a_batch_overfits():
+    mulan = tiny_mulan()
+    wavs, texts = torch.sin(torch.arange(1, 7)[:, None] * torch.arange(2000) * 0.4), ids(6)
+    optimizer = torch.optim.Adam(mulan.parameters(), lr=3e-3)
+    for _ in range(100):
+        optimizer.zero_grad()
+        mulan(wavs, texts).backward()
+        optimizer.step()
+    pairwise = mulan.eval()(wavs, texts, return_pairwise_similarities=True)
+    assert (pairwise.argmax(dim=1) == torch.arange(6)).all()
+
+
+def test_wrong_towers():
+    with pytest.raises(TypeError, match='audio_transformer'):
+        MuLaN(tiny_text(), tiny_text())
+    with pytest.raises(ValueError, match='dim_latent must be greater than 0'):
+        tiny_mulan(dim_latent=0)
+
+
+# ---- sample rates ----
+
+
+def test_waves_of_another_rate_are_resampled():
+    mulan = tiny_mulan(audio=KNOWS_RATE).eval()
+    wavs = torch.randn(2, 6000)
+    torch.testing.assert_close(
+        mulan.get_audio_latents(wavs, sample_rate=24000), mulan.get_audio_latents(resample(wavs, 24000, 8000))
+    )
+    texts = ids(2)
+    torch.testing.assert_close(mulan(wavs, texts, sample_rate=24000), mulan(resample(wavs, 24000, 8000), texts))
+
+
+def test_resampled_padded_item_is_that_of_the_item_alone():
+    mulan = tiny_mulan(audio=KNOWS_RATE).eval()
+    waves = [torch.randn(n) for n in (9001, 5555)]
+    batch = torch.full((2, 9500), math.nan)
+    for row, wave in zip(batch, waves):
+        row[: len(wave)] = wave
+    together = mulan.get_audio_latents(batch, audio_lengths=[9001, 5555], sample_rate=22050)
+    for latents, wave in zip(together, waves):
+        torch.testing.assert_close(
+            latents, mulan.get_audio_latents(wave[None], sample_rate=22050)[0], atol=1e-5, rtol=0
+        )
+
+
+def test_resampling_needs_a_rate():
+    with pytest.raises(ValueError, match='cannot resample from 24000 Hz.*audio_sample_rate'):
+        tiny_mulan().get_audio_latents(torch.randn(1, 2000), sample_rate=24000)
+    with pytest.raises(ValueError, match='greater than 0 Hz, got 0'):
+        tiny_mulan(audio=KNOWS_RATE).get_audio_latents(torch.randn(1, 2000), sample_rate=0)
+
+
+# ---- long audio ----
+
+
+@pytest.mark.parametrize(
+    ('total', 'expected'),
+    [(5, [(0, 5)]), (10, [(0, 10)]), (11, [(0, 10), (1, 11)]), (17, [(0, 10), (4, 14), (7, 17)])],
+)
+def test_windows_cover_everything(total, expected):
+    assert list(windows(total, 10, 4)) == expected
+
+
+def test_long_audio_is_the_mean_over_windows():
+    mulan = tiny_mulan(audio=KNOWS_RATE)
+    mulan.audio.train()
+    mulan.text.eval()
+    wave = torch.randn(8000 * 5 + 1234)
+    latents = mulan.embed_audio(wave, window=2.0, hop=0.5, batch_size=3)
+    # modes are left as they were
+    assert mulan.audio.training
+    assert not mulan.text.training
+
+    mulan.eval()
+    starts = [*range(0, len(wave) - 16000, 4000), len(wave) - 16000]
+    each = torch.cat([mulan.get_audio_latents(wave[None, i : i + 16000]) for i in starts])
+    expected = torch.nn.functional.normalize(each.mean(dim=0), dim=-1)
+    torch.testing.assert_close(latents, expected, atol=1e-5, rtol=0)
+    assert not latents.requires_grad
+
+    both = mulan.embed_audio(torch.stack([wave, wave.flip(0)]), window=2.0, hop=0.5)
+    torch.testing.assert_close(both[0], latents, atol=1e-5, rtol=0)
+    assert both.shape == (2, 16)
+
+
+@pytest.mark.parametrize(('suffix', 'tolerance'), [('.wav', 1e-4), ('.flac', 1e-3), ('.ogg', 0.2), ('.mp3', 0.2)])
+@pytest.mark.parametrize('rate', [8000, 22050])
+def test_files_are_embedded_like_their_waves(tmp_path, suffix, tolerance, rate):
+    mulan = tiny_mulan(audio=KNOWS_RATE).eval()
+    time = torch.arange(rate * 4) / rate
+    stereo = 0.3 * torch.stack([torch.sin(time * 2000), torch.sin(time * 3000) * torch.cos(time * 9)])
+    path = tmp_path / f'song{suffix}'
+    soundfile.write(path, stereo.T.numpy(), rate)
+    expected = mulan.embed_audio(stereo.mean(dim=0), window=1.5, sample_rate=rate)
+    torch.testing.assert_close(mulan.embed_audio(path, window=1.5), expected, atol=tolerance, rtol=0)
+    torch.testing.assert_close(mulan.embed_audio(str(path), window=1.5), expected, atol=tolerance, rtol=0)
+
+
+def test_audio_files_are_read_piece_by_piece(tmp_path):
+    wave = torch.rand(5000) - 0.5
+    soundfile.write(tmp_path / 'a.wav', wave.numpy(), 8000, subtype='FLOAT')
+    with AudioFile(tmp_path / 'a.wav') as file:
+        assert (len(file), file.sample_rate) == (5000, 8000)
+        torch.testing.assert_close(file.read(1000, 1100), wave[1000:1100])
+        torch.testing.assert_close(file.read(0, 5000), wave)
+        with pytest.raises(ValueError, match='ends at sample 5000'):
+            file.read(4990, 5010)
+
+
+def test_bad_long_audio(tmp_path):
+    mulan = tiny_mulan(audio=KNOWS_RATE)
+    (tmp_path / 'not.wav').write_bytes(b'no audio at all')
+    soundfile.write(tmp_path / 'ok.wav', torch.zeros(9000).numpy(), 8000)
+    cases = [
+        (lambda: mulan.embed_audio(tmp_path / 'none.wav'), FileNotFoundError, 'no audio file at .*none.wav'),
+        (lambda: mulan.embed_audio(tmp_path / 'not.wav'), ValueError, 'not.wav cannot be read as audio'),
+        (lambda: mulan.embed_audio(tmp_path / 'ok.wav', sample_rate=1), ValueError, 'leave out sample_rate=1'),
+        (lambda: mulan.embed_audio(torch.zeros(9000), window=0), ValueError, 'window must be greater than 0'),
+        (lambda: mulan.embed_audio(torch.zeros(9000), hop=-1.0), ValueError, 'hop must be greater than 0'),
+        (lambda: mulan.embed_audio(torch.zeros(1, 2, 9000)), ValueError, r'\(samples,\) or \(batch, samples\)'),
+        (lambda: mulan.embed_audio(torch.zeros(9000).short()), TypeError, 'integer PCM'),
+        (lambda: mulan.embed_audio(torch.zeros(0)), ValueError, 'has 0 samples'),
+        (lambda: tiny_mulan().embed_audio(torch.zeros(9000)), ValueError, 'build the audio tower with audio_sample'),
+    ]
+    for call, error, message in cases:
+        with pytest.raises(error, match=message):
+            call()
+
+
+# ---- saving ----
+
+
+def test_a_model_is_rebuilt_from_its_folder(tmp_path):
+    mulan = tiny_mulan(
+        dict(patch_size=(8, 16), audio_sample_rate=8000, spec_n_mels=16, spec_n_fft=256, spec_win_length=100),
+        dict(depth=3, pad_id=1),
+        sigmoid_contrastive_loss=True,
+        hierarchical_contrastive_loss=True,
+        hierarchical_contrastive_loss_layers=2,
+    ).eval()
+    mulan.save_pretrained(tmp_path / 'new' / 'folder')
+    again = MuLaN.from_pretrained(tmp_path / 'new' / 'folder')
+    assert not again.training
+    wavs, texts = torch.randn(2, 3000), ids(2)
+    assert torch.equal(again(wavs, texts), mulan(wavs, texts))
+    assert sorted(path.name for path in (tmp_path / 'new' / 'folder').iterdir()) == ['config.json', 'model.safetensors']
+    assert again.audio.config == json.loads(json.dumps(mulan.audio.config)) | dict(patch_size=[8, 16])
+
+
+def test_a_failed_save_leaves_the_old_one(tmp_path, monkeypatch):
+    mulan = tiny_mulan()
+    mulan.save_pretrained(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    mulan.config['surprise'] = object()  # cannot be written as JSON
+    with pytest.raises(TypeError):
+        mulan.save_pretrained(tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_bad_folders(tmp_path):
+    with pytest.raises(FileNotFoundError, match='no config.json in'):
+        MuLaN.from_pretrained(tmp_path)
+    tiny_mulan().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / 'config.json').read_text())
+    for broken, error, message in [
+        ('{', ValueError, 'config.json is not the config of a MuLaN'),
+        ('[]', ValueError, 'config.json is not the config of a MuLaN'),
+        (json.dumps({**config, 'audio': {**config['audio'], 'dim': 64}}), ValueError, 'do not fit this model'),
+        (json.dumps({**config, 'audio': {**config['audio'], 'dmi': 64}}), TypeError, 'dmi'),
+    ]:
+        (tmp_path / 'config.json').write_text(broken)
+        with pytest.raises(error, match=message):
+            MuLaN.from_pretrained(tmp_path)
+
+
+# ---- upstream's files ----
+
+
+@pytest.mark.parametrize('prefix', ['', 'module.'])
+@pytest.mark.parametrize('name', ['softmax_decoupled', 'softmax_hierarchical', 'sigmoid_hierarchical'])
+def test_upstreams_checkpoints_load(tmp_path, name, prefix):
+    golden, tensors = build_golden(name)
+    state = {prefix + key: value for key, value in state_of(tensors).items()}
+    optimizer = torch.optim.Adam(golden.parameters())
+    torch.save(dict(model=state, optim=optimizer.state_dict()), tmp_path / 'mulan.1000.pt')
+
+    # what the weights do not show has to be said
+    hidden = dict(spec_n_fft=256, spec_hop_length=64) if name == 'sigmoid_hierarchical' else dict()
+    keywords = dict(decoupled_contrastive_learning=golden.config['decoupled_contrastive_learning'])
+    mulan = MuLaN.load_upstream(tmp_path / 'mulan.1000.pt', audio=hidden, **keywords)
+    loss = mulan(tensors['in.wavs'], tensors['in.texts'])
+    torch.testing.assert_close(loss, tensors['out.loss'].squeeze(), atol=0, rtol=1e-4)
+
+    # into a model that is there already
+    other, _ = build_golden(name)
+    torch.nn.init.zeros_(other.audio_to_latents.weight)
+    assert other.load_upstream(str(tmp_path / 'mulan.1000.pt')) is other
+    torch.testing.assert_close(other(tensors['in.wavs'], tensors['in.texts']), loss)
+
+
+def test_unusual_sizes_of_upstreams_checkpoints(tmp_path):
+    mulan = tiny_mulan(dict(patch_size=(8, 4), ff_mult=3), dict(ff_mult=2, heads=3))
+    torch.save(dict(model=mulan.state_dict()), tmp_path / 'm.pt')
+    with pytest.raises(ValueError, match='patches of 32 values, not a square'):
+        MuLaN.load_upstream(tmp_path / 'm.pt')
+    again = MuLaN.load_upstream(tmp_path / 'm.pt', audio=dict(patch_size=(8, 4)))
+    wavs, texts = torch.randn(2, 2000), ids(2)
+    assert torch.equal(again(wavs, texts), mulan.eval()(wavs, texts))
+
+    state = mulan.state_dict()
+    state['audio.spec.window'] = torch.hann_window(400)
+    torch.save(dict(model=state), tmp_path / 'm.pt')
+    with pytest.raises(ValueError, match=r'window of 400 samples .* say audio=dict\(spec_n_fft'):
+        MuLaN.load_upstream(tmp_path / 'm.pt', audio=dict(patch_size=(8, 4)))
+
+
+class Marker:
+    def __reduce__(self):
+        return (open, ('pwned', 'w'))
+
+
+def test_upstreams_checkpoints_execute_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save(dict(model=Marker()), 'bad.pt')
+    with pytest.raises(Exception, match='[Ww]eights.only'):
+        MuLaN.load_upstream('bad.pt')
+    assert not (tmp_path / 'pwned').exists()
+
+
+def test_bad_upstream_files(tmp_path):
+    with pytest.raises(FileNotFoundError, match='no checkpoint at'):
+        MuLaN.load_upstream(tmp_path / 'none.pt')
+    torch.save(dict(model=dict(a=torch.ones(1))), tmp_path / 'other.pt')
+    with pytest.raises(ValueError, match='is not a MuLaN: it has no audio_to_latents.weight'):
+        MuLaN.load_upstream(tmp_path / 'other.pt')
+    torch.save([1, 2], tmp_path / 'list.pt')
+    with pytest.raises(ValueError, match='holds no state dict'):
+        MuLaN.load_upstream(tmp_path / 'list.pt')
+    torch.save(dict(model=tiny_mulan().state_dict()), tmp_path / 'small.pt')
+    with pytest.raises(ValueError, match='do not fit this model'):
+        build_golden('softmax_decoupled')[0].load_upstream(tmp_path / 'small.pt')
+
+
+def test_state_dict_has_upstreams_keys():
+    assert GOLDEN.is_dir()
+    towers = tiny_audio(audio_sample_rate=8000, spec_n_mels=16, spec_n_fft=256), tiny_audio()
+    assert list(towers[0].state_dict()) == list(towers[1].state_dict())

@@ -1,0 +1,92 @@
+import pytest
+import torch
+from conftest import tiny_text
+
+from musiclm_pytorch import TextTransformer
+from musiclm_pytorch.mulan.text_transformer import VOCAB_SIZE
+
+
+@pytest.fixture(scope='module')
+def words():
+    torch.manual_seed(0)
+    return TextTransformer(dim=16, depth=2, heads=2, dim_head=8, max_seq_len=12).eval()
+
+
+def test_vocabulary_is_that_of_the_tokenizer():
+    from x_clip.tokenizer import tokenizer
+
+    assert tokenizer.vocab_size == VOCAB_SIZE
+
+
+def test_padding_changes_nothing():
+    tower = tiny_text().eval()
+    ids = torch.randint(1, 100, (2, 7))
+    torch.testing.assert_close(tower(torch.nn.functional.pad(ids, (0, 5))), tower(ids), atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(
+        tower(torch.cat([ids, ids], dim=1)[:, :9], mask=torch.arange(9).expand(2, 9) < 7), tower(ids), atol=1e-6, rtol=1e-5
+    )
+
+
+def test_order_and_words_matter():
+    tower = tiny_text().eval()
+    ids = torch.tensor([[5, 6, 7], [7, 6, 5], [5, 6, 8]])
+    embeds = tower(ids)
+    assert torch.pdist(embeds).min() > 1e-3
+
+
+def test_strings_are_embedded_like_their_ids(words):
+    from x_clip.tokenizer import tokenizer
+
+    texts = ['a slow piano', 'drums']
+    torch.testing.assert_close(words(raw_texts=texts), words(tokenizer.tokenize(texts)))
+    torch.testing.assert_close(words(raw_texts=texts)[1:], words(raw_texts=texts[1:]), atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize('text', ['', '   ', '🎹🎶', 'музыка', '音楽', 'موسيقى', '\n\t\x00', 'café ｆｕｌｌｗｉｄｔｈ', '&amp;<b>'])
+def test_any_string_has_a_finite_embedding(words, text):
+    embeds = words(raw_texts=[text, 'a flute'])
+    assert embeds.shape == (2, 16)
+    assert embeds.isfinite().all()
+    torch.testing.assert_close(words(raw_texts=[text]), embeds[:1], atol=1e-6, rtol=1e-5)
+
+
+def test_long_prompts_are_cut_with_one_warning():
+    tower = TextTransformer(dim=16, depth=1, heads=2, dim_head=8, max_seq_len=12).eval()
+    ids = torch.randint(1, 100, (2, 30))
+    with pytest.warns(UserWarning, match='a text of 30 tokens is cut to the context of 12') as caught:
+        embeds = tower(ids)
+        of_string = tower(raw_texts=['la ' * 20])
+    assert len(caught) == 1
+    torch.testing.assert_close(embeds, tower(ids[:, :12]))
+    torch.testing.assert_close(of_string, tower(raw_texts=['la ' * 12]))
+
+
+@pytest.mark.parametrize('depth', [1, 3])
+def test_all_layers_but_the_last_are_returned(depth):
+    embeds, layers = tiny_text(depth=depth)(torch.randint(1, 100, (2, 7)), return_all_layers=True)
+    assert embeds.shape == (2, 24)
+    assert layers.shape == (depth - 1, 2, 8, 24)
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'error', 'message'),
+    [
+        (dict(), ValueError, 'got neither'),
+        (dict(x=torch.ones(1, 3).long(), raw_texts=['a']), ValueError, 'got both'),
+        (dict(x=torch.ones(2, 3)), TypeError, 'texts must be an integer tensor .* got torch.float32'),
+        (dict(x=torch.ones(2, 3, dtype=torch.bool)), TypeError, 'got torch.bool'),
+        (dict(x='a song'), TypeError, 'got str; strings go into raw_texts'),
+        (dict(x=torch.ones(3).long()), ValueError, r'shape \(batch, tokens\)'),
+        (dict(x=torch.ones(0, 3).long()), ValueError, r'at least one text, got \(0, 3\)'),
+        (dict(x=torch.tensor([[1, 100]])), ValueError, 'token id 100 is outside the vocabulary of 100 ids'),
+        (dict(x=torch.tensor([[-1, 1]])), ValueError, 'token id -1 is outside'),
+        (dict(raw_texts='a song'), TypeError, "list of strings, got 'a song'; put one text in a list"),
+        (dict(raw_texts=['a', 3]), TypeError, 'list of strings'),
+        (dict(raw_texts=[]), ValueError, 'raw_texts is an empty list'),
+        (dict(raw_texts=['a song']), ValueError, 'raw_texts needs num_tokens=49408'),
+        (dict(x=torch.ones(2, 3).long(), mask=torch.ones(2, 4).bool()), ValueError, r'mask must be a bool tensor'),
+    ],
+)
+def test_bad_input(arguments, error, message):
+    with pytest.raises(error, match=message):
+        tiny_text()(**arguments)
