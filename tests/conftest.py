@@ -22,9 +22,7 @@ def tiny_audio(**keywords) -> AudioSpectrogramTransformer:
 
 
 def tiny_text(**keywords) -> TextTransformer:
-    return TextTransformer(
-        **{**dict(dim=24, depth=2, heads=2, dim_head=8, num_tokens=100, max_seq_len=12), **keywords}
-    )
+    return TextTransformer(**{**dict(dim=24, depth=2, heads=2, dim_head=8, num_tokens=100, max_seq_len=12), **keywords})
 
 
 def tiny_mulan(audio=None, text=None, **keywords) -> MuLaN:
@@ -40,9 +38,7 @@ def load_golden(name: str) -> tuple[dict, dict[str, torch.Tensor]]:
 def build_golden(name: str) -> tuple[MuLaN, dict[str, torch.Tensor]]:
     """The model of such a file, with its weights loaded strictly, in eval mode."""
     config, tensors = load_golden(name)
-    mulan = MuLaN(
-        AudioSpectrogramTransformer(**config['audio']), TextTransformer(**config['text']), **config['mulan']
-    )
+    mulan = MuLaN(AudioSpectrogramTransformer(**config['audio']), TextTransformer(**config['text']), **config['mulan'])
     mulan.load_state_dict(state_of(tensors), strict=True)
     return mulan.eval(), tensors
 

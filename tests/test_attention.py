@@ -67,7 +67,9 @@ def test_kernel_equals_formula(kernel, case, chunk, monkeypatch):
     # FlexAttention has no backward pass on a CPU
     leaves = [] if (kernel, device) == ('flex', 'cpu') else [t.requires_grad_() for t in (q, k, v, bias.table)]
     # rows of padding have no meaning: neither compare them nor send a gradient through them
-    real = torch.ones(q.shape[0], q.shape[2], dtype=torch.bool, device=device) if bias.lengths is None else bias.key_mask()
+    real = (
+        torch.ones(q.shape[0], q.shape[2], dtype=torch.bool, device=device) if bias.lengths is None else bias.key_mask()
+    )
     weight = torch.randn_like(q) * rearrange(real, 'b n -> b 1 n 1')
 
     results = []

@@ -23,7 +23,10 @@ def test_padding_changes_nothing():
     ids = torch.randint(1, 100, (2, 7))
     torch.testing.assert_close(tower(torch.nn.functional.pad(ids, (0, 5))), tower(ids), atol=1e-6, rtol=1e-5)
     torch.testing.assert_close(
-        tower(torch.cat([ids, ids], dim=1)[:, :9], mask=torch.arange(9).expand(2, 9) < 7), tower(ids), atol=1e-6, rtol=1e-5
+        tower(torch.cat([ids, ids], dim=1)[:, :9], mask=torch.arange(9).expand(2, 9) < 7),
+        tower(ids),
+        atol=1e-6,
+        rtol=1e-5,
     )
 
 
@@ -42,7 +45,9 @@ def test_strings_are_embedded_like_their_ids(words):
     torch.testing.assert_close(words(raw_texts=texts)[1:], words(raw_texts=texts[1:]), atol=1e-6, rtol=1e-5)
 
 
-@pytest.mark.parametrize('text', ['', '   ', '🎹🎶', 'музыка', '音楽', 'موسيقى', '\n\t\x00', 'café ｆｕｌｌｗｉｄｔｈ', '&amp;<b>'])
+@pytest.mark.parametrize(
+    'text', ['', '   ', '🎹🎶', 'музыка', '音楽', 'موسيقى', '\n\t\x00', 'café ｆｕｌｌｗｉｄｔｈ', '&amp;<b>']
+)
 def test_any_string_has_a_finite_embedding(words, text):
     embeds = words(raw_texts=[text, 'a flute'])
     assert embeds.shape == (2, 16)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
-from torchaudio.functional import melscale_fbanks, spectrogram
+from torchaudio.functional import melscale_fbanks
 
 from musiclm_pytorch.checks import check_positive
 
@@ -75,28 +76,26 @@ class Spectrogram(nn.Module):
             wavs: `(b, samples)`.
             lengths: `(b,)` int64, the true number of samples of each wave.
         """
-        frames = None
-        center = self.center
-        pad = self.pad
+        frames, center = None, self.center
         if lengths is not None:
-            wavs = self.pad_each_at_its_end(wavs, lengths)
+            wavs, center = self.pad_each_at_its_end(wavs, lengths), False
             frames = self.num_frames(lengths)
-            center, pad = False, 0
+        elif self.pad > 0:
+            wavs = F.pad(wavs, (self.pad, self.pad))
 
         # there is no half-precision FFT on every device, and powers of samples overflow fp16
         with torch.autocast(wavs.device.type, enabled=False):
-            spec = spectrogram(
+            spec = torch.stft(
                 wavs.float(),
-                pad=pad,
-                window=self.window.float(),
                 n_fft=self.n_fft,
                 hop_length=self.hop_length,
                 win_length=self.win_length,
-                power=self.power,
-                normalized=False,
+                window=self.window.float(),
                 center=center,
                 pad_mode=self.pad_mode,
-            )
+                return_complex=True,
+            ).abs()
+            spec = spec if self.power == 1 else spec**self.power
         if frames is not None:
             spec = spec.masked_fill(~frame_mask(frames, spec.shape[-1]), 0.0)
         return spec, frames
