@@ -91,6 +91,7 @@ def test_the_bridge_first(tmp_path):
     run(program, HF_HUB_OFFLINE='1', HF_HOME=str(tmp_path))
 
 
+@pytest.mark.slow
 def test_audiolm_pytorch_first(tmp_path):
     """What audiolm_pytorch left behind in a program that imported it goes back to the defaults; what the program
     has set since stays."""
@@ -159,6 +160,7 @@ def test_a_fairseq_that_cannot_be_used(fairseq, reason, tmp_path):
     run(program, PYTHONPATH=os.pathsep.join([str(tmp_path), os.environ.get('PYTHONPATH', '')]))
 
 
+@pytest.mark.slow
 def test_an_import_that_fails_halfway_is_undone_as_well(tmp_path):
     """And audiolm-pytorch's absence is told from that of something it imports."""
     (tmp_path / 'absent').mkdir()
