@@ -54,7 +54,7 @@ EXTRAS = {
 setup(
     name='musiclm-pytorch',
     version=VERSION,
-    description='MusicLM in PyTorch: the MuLaN text-audio model and text-to-music generation',
+    description='MuLaN, the joint embedding of music and text that MusicLM is conditioned on, in PyTorch',
     long_description=(ROOT / 'README.md').read_text(encoding='utf-8'),
     long_description_content_type='text/markdown',
     license='MIT',
@@ -81,7 +81,7 @@ setup(
         fairseq_stand_in(),
     ],
     extras_require={**EXTRAS, 'all': sorted({need for needs in EXTRAS.values() for need in needs})},
-    keywords=['artificial intelligence', 'deep learning', 'transformers', 'text to music', 'contrastive learning'],
+    keywords=['artificial intelligence', 'deep learning', 'transformers', 'music', 'contrastive learning'],
     classifiers=[
         'Development Status :: 4 - Beta',
         'Intended Audience :: Developers',

@@ -41,8 +41,9 @@ TEXT = dict(dim=512, depth=6, heads=8, dim_head=64)
 
 def build(weights: Path | None):
     import torch
-    from musiclm_pytorch import AudioSpectrogramTransformer, MuLaN, TextTransformer
     from safetensors.torch import load_file
+
+    from musiclm_pytorch import AudioSpectrogramTransformer, MuLaN, TextTransformer
 
     torch.manual_seed(0)
     audio = AudioSpectrogramTransformer(**AUDIO, spec_aug_stretch_factor=1.0)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from einops import einsum, rearrange
+
 from musiclm_pytorch.mulan import attention
 from musiclm_pytorch.mulan.attention import PositionBias, attend
 

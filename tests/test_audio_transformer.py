@@ -5,8 +5,8 @@ import torch
 from conftest import tiny_audio
 from torch import nn
 
-from musiclm_pytorch.mulan.audio_transformer import choose_patches, sincos_2d
 from musiclm_pytorch.mulan.model import evaluating
+from musiclm_pytorch.mulan.patches import choose_patches, sincos_2d
 
 NAN = float('nan')
 

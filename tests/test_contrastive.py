@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from musiclm_pytorch import MultiLayerContrastiveLoss, SigmoidContrastiveLearning, SoftmaxContrastiveLearning
-from musiclm_pytorch.mulan.contrastive import masked_mean
+from musiclm_pytorch.mulan.layers import masked_mean
 
 
 def latents(*shape):

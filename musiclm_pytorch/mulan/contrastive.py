@@ -11,7 +11,7 @@ import math
 
 import torch
 import torch.nn.functional as F
-from einops import einsum, rearrange, reduce
+from einops import einsum, rearrange
 from torch import Tensor, nn
 
 from musiclm_pytorch.checks import check_positive
@@ -22,7 +22,7 @@ from musiclm_pytorch.distributed.collectives import (
     rank,
     world_size,
 )
-from musiclm_pytorch.mulan.layers import LayerNorm, l2norm
+from musiclm_pytorch.mulan.layers import LayerNorm, l2norm, masked_mean
 
 # CLIP's bound (arXiv 2103.00020, section 2.5); beyond it the logits of cosines make training unstable
 MAX_TEMPERATURE = 100.0
@@ -226,12 +226,3 @@ class MultiLayerContrastiveLoss(nn.Module):
         text_latents = l2norm((text_latents + self.text_latent_bias).float())
 
         return self.contrast(audio_latents, text_latents)
-
-
-def masked_mean(tokens: Tensor, mask: Tensor | None = None) -> Tensor:
-    """`(…, b, n, d)` to `(…, b, d)`: the mean over the tokens where `mask` `(b, n)` is true."""
-    if mask is None:
-        return reduce(tokens, '... n d -> ... d', 'mean')
-    mask = rearrange(mask, 'b n -> b n 1')
-    total = reduce(tokens.masked_fill(~mask, 0.0), '... n d -> ... d', 'sum')
-    return total / reduce(mask, 'b n 1 -> b 1', 'sum')

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
+from einops import rearrange, reduce
 from torch import Tensor, nn
 
 from musiclm_pytorch.checks import check_positive, check_probability
@@ -14,6 +14,15 @@ from musiclm_pytorch.mulan.linear import Linear
 
 def l2norm(t: Tensor) -> Tensor:
     return F.normalize(t, p=2, dim=-1)
+
+
+def masked_mean(tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+    """`(…, b, n, d)` to `(…, b, d)`: the mean over the tokens where `mask` `(b, n)` is true."""
+    if mask is None:
+        return reduce(tokens, '... n d -> ... d', 'mean')
+    mask = rearrange(mask, 'b n -> b n 1')
+    total = reduce(tokens.masked_fill(~mask, 0.0), '... n d -> ... d', 'sum')
+    return total / reduce(mask, 'b n 1 -> b 1', 'sum')
 
 
 class LayerNorm(nn.Module):

@@ -17,10 +17,11 @@ class _Recipe:
     f_max: float  # Hz
     window: float  # seconds
     hop: float  # seconds
+    stretch_factor: float = 0.8
 
 
 _RECIPES = {
-    'music': _Recipe(n_mels=128, f_min=30.0, f_max=16000.0, window=0.025, hop=0.010),
+    'music': _Recipe(n_mels=128, f_min=30.0, f_max=16000.0, window=0.025, hop=0.010, stretch_factor=1.0),
     'speech': _Recipe(n_mels=80, f_min=0.0, f_max=8000.0, window=0.025, hop=0.010),
     'general': _Recipe(n_mels=64, f_min=50.0, f_max=14000.0, window=0.032, hop=0.010),
 }
@@ -45,7 +46,8 @@ def get_optimal_spectrogram_params(audio_sample_rate: int = 16000, use_case: str
       interpolates the spectrum; it does not change the resolution). Where the sample rate is so low that even a
       window's own resolution, four bins of padding to one, leaves bands empty, there are fewer bands, a multiple of
       the patch height.
-    - Patch dropout of 0.25 and a stretch of 0.8 stay the defaults of musiclm-pytorch.
+    - No time stretch for 'music', because captions speak of tempo and a stretch would change it under an unchanged
+      caption; elsewhere it and the patch dropout stay the defaults of musiclm-pytorch, 0.8 and 0.25.
 
     Args:
         audio_sample_rate: sample rate of the waves in Hz, at least 1,000.
@@ -81,6 +83,7 @@ def get_optimal_spectrogram_params(audio_sample_rate: int = 16000, use_case: str
         spec_n_mels=n_mels,
         spec_f_min=recipe.f_min,
         spec_f_max=f_max,
+        spec_aug_stretch_factor=recipe.stretch_factor,
         spec_aug_freq_mask=n_mels * 48 // 128,
         spec_aug_time_mask=192,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 
 import torch
 import torch.nn.functional as F
@@ -151,7 +152,8 @@ class LogMel(nn.Module):
         check_positive(spec_n_mels=n_mels, spec_f_max=f_max, spec_std=std)
         if not 0 <= f_min < f_max <= sample_rate / 2:
             raise ValueError(
-                f'need 0 <= spec_f_min < spec_f_max <= audio_sample_rate / 2, got {f_min}, {f_max} and {sample_rate / 2}'
+                'need 0 <= spec_f_min < spec_f_max <= audio_sample_rate / 2, '
+                f'got {f_min}, {f_max} and {sample_rate / 2}'
             )
         self.mean = mean
         self.std = std
@@ -171,8 +173,6 @@ class LogMel(nn.Module):
 
 def mel_filters(n_mels: int, *, bins: int, sample_rate: int, f_min: float, f_max: float) -> Tensor:
     """`(bins, n_mels)` triangular filters of height 1 on the Slaney mel scale."""
-    import warnings
-
     with warnings.catch_warnings():
         # torchaudio warns of empty filters; callers here check for them and raise
         warnings.filterwarnings('ignore', message='At least one mel filterbank')
