@@ -347,7 +347,9 @@ class AudioSpectrogramTransformer(nn.Module):
         dy = torch.arange(1 - height, height, device=device)
         dx = torch.arange(1 - width, width, device=device)
         offsets = rearrange(torch.stack(torch.meshgrid(dy, dx, indexing='ij'), dim=-1), 'y x two -> (y x) two')
-        table = self.dynamic_pos_bias_mlp(offsets.to(self.dynamic_pos_bias_mlp[0].weight.dtype))
+        # small, and summed over many pairs in the backward pass: not under autocast
+        with torch.autocast(device.type, enabled=False):
+            table = self.dynamic_pos_bias_mlp(offsets.to(self.dynamic_pos_bias_mlp[0].weight.dtype))
 
         stride = 2 * width - 1
         y, x = torch.arange(height, device=device), torch.arange(width, device=device)

@@ -105,7 +105,10 @@ def _read_upstream(path: str | Path) -> dict[str, Tensor]:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f'no checkpoint at {path}')
-    package = torch.load(path, map_location='cpu', weights_only=True)
+    try:
+        package = torch.load(path, map_location='cpu', weights_only=True)
+    except Exception as error:  # torch raises one of many, by what is wrong with the file
+        raise ValueError(f'{path} is damaged, or holds more than tensors and was not loaded: {error}') from error
     state = package.get('model', package) if isinstance(package, dict) else None
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise ValueError(f'{path} holds no state dict of a MuLaN under "model"')
@@ -138,10 +141,12 @@ def _infer_config(state: dict[str, Tensor], *, known: dict, source: str | Path) 
         audio['patch_size'] = math.isqrt(area)
         if audio['patch_size'] ** 2 != area:
             raise ValueError(f'{source} has patches of {area} values, not a square; say audio=dict(patch_size=(…, …))')
-    if audio['spec_win_length'] > 128 and 'spec_n_fft' not in known:
+    # hop and transform leave no trace: upstream's defaults go with its default window only
+    if audio['spec_win_length'] != 24 and 'spec_n_fft' not in known:
         raise ValueError(
-            f'{source} has a window of {audio["spec_win_length"]} samples and so not the default spec_n_fft of 128, '
-            'which the weights do not show; say audio=dict(spec_n_fft=…)'
+            f'{source} has a window of {audio["spec_win_length"]} samples, not the default 24, so its spec_n_fft is '
+            'probably not the default either, and the weights do not show it; say audio=dict(spec_n_fft=…) and, '
+            'if it is not half of the window, spec_hop_length'
         )
 
     mulan = dict(

@@ -81,8 +81,9 @@ class Attention(nn.Module):
         q, k, v = (rearrange(t, 'b n (h d) -> b h n d', h=self.heads) for t in (q, k, v))
 
         # both learned gains and the scale act on the same dot product, so one multiplication carries all three
-        gain = (self.q_scale * self.k_scale * self.scale).to(q.dtype)
-        q, k = l2norm(q) * gain, l2norm(k)
+        gain = self.q_scale * self.k_scale * self.scale
+        # autocast keeps norms in float32; the kernels want one dtype
+        q, k = (l2norm(q) * gain).to(v.dtype), l2norm(k).to(v.dtype)
 
         out = attend(q, k, v, bias=bias, mask=mask, dropout=self.dropout if self.training else 0.0)
         return self.to_out(rearrange(out, 'b h n d -> b n (h d)'))
