@@ -108,7 +108,7 @@ def _read_upstream(path: str | Path) -> dict[str, Tensor]:
     try:
         package = torch.load(path, map_location='cpu', weights_only=True)
     except Exception as error:  # torch raises one of many, by what is wrong with the file
-        raise ValueError(f'{path} is damaged, or holds more than tensors and was not loaded: {error}') from error
+        raise ValueError(f'{path} is damaged, or holds more than tensors; it was not loaded') from error
     state = package.get('model', package) if isinstance(package, dict) else None
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise ValueError(f'{path} holds no state dict of a MuLaN under "model"')
