@@ -128,25 +128,28 @@ def _chunked(q: Tensor, k: Tensor, v: Tensor, bias: PositionBias) -> Tensor:
 
 
 class _ChunkedAttention(torch.autograd.Function):
-    """Attention with a looked-up bias over blocks of queries, one sample after another."""
+    """Attention with a looked-up bias over blocks of queries."""
 
     @staticmethod
     def forward(ctx, q, k, v, table, codes, centre, lengths):
+        batch, heads, total, _ = q.shape
         ctx.centre = centre
-        lengths = [q.shape[2]] * q.shape[0] if lengths is None else lengths.tolist()
-        ctx.lengths = lengths
+        ctx.lengths = [total] * batch if lengths is None else lengths.tolist()
+
+        # samples on one grid share a bias, and so one call
+        if len(codes) == 1 and lengths is None:
+            groups = [(slice(0, batch), total)]
+        else:
+            groups = [(slice(b, b + 1), n) for b, n in enumerate(ctx.lengths)]
+
         lookup = table.to(q.dtype)
         out = torch.zeros_like(q, memory_format=torch.contiguous_format)
-        for b, n in enumerate(lengths):
-            for rows in _blocks(n, q.shape[1]):
-                block_bias = _look_up(lookup, _columns(codes, b, rows, n, centre))
-                out[b, :, rows] = F.scaled_dot_product_attention(
-                    q[b : b + 1, :, rows],
-                    k[b : b + 1, :, :n],
-                    v[b : b + 1, :, :n],
-                    attn_mask=block_bias[None],
-                    scale=1.0,
-                )[0]
+        for group, n in groups:
+            for rows in _blocks(n, heads):
+                block_bias = _look_up(lookup, _columns(codes, group.start, rows, n, centre))[None]
+                out[group, :, rows] = F.scaled_dot_product_attention(
+                    q[group, :, rows], k[group, :, :n], v[group, :, :n], attn_mask=block_bias, scale=1.0
+                )
         ctx.save_for_backward(q, k, v, table, codes, out)
         return out
 

@@ -21,7 +21,7 @@ from musiclm_pytorch.checks import (
     values_can_be_checked,
 )
 from musiclm_pytorch.mulan.attention import PositionBias
-from musiclm_pytorch.mulan.layers import LayerNorm, Transformer, masked_mean
+from musiclm_pytorch.mulan.layers import Encoding, LayerNorm, Transformer, masked_mean
 from musiclm_pytorch.mulan.patches import choose_patches, sincos_2d
 from musiclm_pytorch.mulan.spectrogram import LogMel, SpecAugment, Spectrogram
 
@@ -202,7 +202,8 @@ class AudioSpectrogramTransformer(nn.Module):
         force_no_patch_dropout: bool = False,
         return_all_layers: bool = False,
         audio_lengths: Tensor | Sequence[int] | None = None,
-    ) -> Tensor | tuple[Tensor, Tensor]:
+        return_encoding: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor] | Encoding:
         """Embed a batch.
 
         Args:
@@ -211,6 +212,7 @@ class AudioSpectrogramTransformer(nn.Module):
             return_all_layers: also return the hidden states of all layers but the last.
             audio_lengths: `(b,)` true lengths in samples (with `accept_spec`, in frames). The embedding is that of
                 each item cut to its length, whatever the rest holds.
+            return_encoding: return everything there is, as an `Encoding`.
 
         Returns:
             `(b, dim)`, and with `return_all_layers` also `(depth - 1, b, n, dim)`.
@@ -219,20 +221,6 @@ class AudioSpectrogramTransformer(nn.Module):
             TypeError: not a floating-point tensor. ValueError: a wrong shape, NaN, too short for one patch, lengths
             of 0 or beyond the tensor.
         """
-        embeds, layers, _ = self.encode(x, audio_lengths, force_no_patch_dropout=force_no_patch_dropout)
-        if not return_all_layers:
-            return embeds
-        # an empty stack still has to tell the shape of a layer
-        return embeds, torch.stack(layers[:-1]) if len(layers) > 1 else layers[0].new_empty(0, *layers[0].shape)
-
-    def encode(
-        self,
-        x: Tensor,
-        audio_lengths: Tensor | Sequence[int] | None = None,
-        *,
-        force_no_patch_dropout: bool = False,
-    ) -> tuple[Tensor, list[Tensor], Tensor | None]:
-        """Embedding `(b, dim)`, the `depth` hidden states `(b, n, dim)`, and the mask `(b, n)` of real tokens."""
         x, lengths = self.check_input(x, audio_lengths)
         spec, frames = self.to_spectrogram(x, lengths)
 
@@ -265,7 +253,11 @@ class AudioSpectrogramTransformer(nn.Module):
 
         layers = self.transformer(tokens, bias=bias)
         mask = bias.key_mask()
-        return self.norm(masked_mean(layers[-1], mask)), layers, mask
+        encoding = Encoding(self.norm(masked_mean(layers[-1], mask)), layers, mask)
+
+        if return_encoding:
+            return encoding
+        return (encoding.embeds, encoding.all_but_last()) if return_all_layers else encoding.embeds
 
     def check_input(self, x: Tensor, audio_lengths) -> tuple[Tensor, Tensor | None]:
         """Check and cut a batch; lengths become a tensor on the device of the batch."""

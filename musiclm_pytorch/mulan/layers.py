@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange, reduce
@@ -10,6 +12,26 @@ from torch import Tensor, nn
 from musiclm_pytorch.checks import check_positive, check_probability
 from musiclm_pytorch.mulan.attention import PositionBias, attend
 from musiclm_pytorch.mulan.linear import Linear
+
+
+class Encoding(NamedTuple):
+    """All that a tower knows of a batch.
+
+    Attributes:
+        embeds: `(b, d)`, the embedding.
+        layers: the output of each of the `depth` layers, `(b, n, d)`.
+        mask: `(b, n)` bool, true where a token is real, or None when all are.
+    """
+
+    embeds: Tensor
+    layers: list[Tensor]
+    mask: Tensor | None = None
+
+    def all_but_last(self) -> Tensor:
+        """`(depth - 1, b, n, d)`, which is what upstream returns as all layers."""
+        # an empty stack still has to tell the shape of a layer
+        first = self.layers[0]
+        return torch.stack(self.layers[:-1]) if len(self.layers) > 1 else first.new_empty(0, *first.shape)
 
 
 def l2norm(t: Tensor) -> Tensor:

@@ -243,10 +243,10 @@ class MuLaN(nn.Module):
             ValueError: different numbers of waves and texts, or fewer than 2 pairs for a softmax loss.
         """
         wavs, audio_lengths = self.to_own_rate(wavs, audio_lengths, sample_rate)
-        audio_embeds, audio_layers, audio_mask = self.audio.encode(wavs, audio_lengths)
-        text_embeds, text_layers = self.text.encode(texts, raw_texts)
-        audio_latents = l2norm(self.audio_to_latents(audio_embeds).float())
-        text_latents = l2norm(self.text_to_latents(text_embeds).float())
+        audio = self.audio(wavs, audio_lengths=audio_lengths, return_encoding=True)
+        text = self.text(texts, raw_texts=raw_texts, return_encoding=True)
+        audio_latents = l2norm(self.audio_to_latents(audio.embeds).float())
+        text_latents = l2norm(self.text_to_latents(text.embeds).float())
 
         if return_latents:
             return audio_latents, text_latents
@@ -261,9 +261,9 @@ class MuLaN(nn.Module):
         if self.multi_layer_contrastive_learning is None:
             return loss
         return loss + self.multi_layer_contrastive_learning(
-            audio_layers=torch.stack([audio_layers[i] for i in self.audio_layers_indices.tolist()]),
-            text_layers=torch.stack([text_layers[i] for i in self.text_layers_indices.tolist()]),
-            audio_mask=audio_mask,
+            audio_layers=torch.stack([audio.layers[i] for i in self.audio_layers_indices.tolist()]),
+            text_layers=torch.stack([text.layers[i] for i in self.text_layers_indices.tolist()]),
+            audio_mask=audio.mask,
         )
 
     # saving

@@ -11,7 +11,7 @@ from einops import pack, repeat
 from torch import Tensor, nn
 
 from musiclm_pytorch.checks import check_positive, records_config, typechecked, values_can_be_checked
-from musiclm_pytorch.mulan.layers import LayerNorm, Transformer
+from musiclm_pytorch.mulan.layers import Encoding, LayerNorm, Transformer
 
 VOCAB_SIZE = 49408  # of x_clip.tokenizer, CLIP's byte-pair encoding
 
@@ -76,7 +76,8 @@ class TextTransformer(nn.Module):
         raw_texts: Sequence[str] | None = None,
         mask: Tensor | None = None,
         return_all_layers: bool = False,
-    ) -> Tensor | tuple[Tensor, Tensor]:
+        return_encoding: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor] | Encoding:
         """Embed a batch of texts, given as ids or as strings.
 
         Args:
@@ -84,6 +85,7 @@ class TextTransformer(nn.Module):
             raw_texts: list of `b` strings. An empty one is embedded as no words at all.
             mask: `(b, n)` bool, true where a token counts; by default wherever it is not `pad_id`.
             return_all_layers: also return the hidden states of all layers but the last.
+            return_encoding: return everything there is, as an `Encoding`.
 
         Returns:
             `(b, dim)`, and with `return_all_layers` also `(depth - 1, b, 1 + n, dim)`, the CLS token first.
@@ -92,15 +94,6 @@ class TextTransformer(nn.Module):
             TypeError: ids that are not integers, texts that are not strings. ValueError: both or neither of `x` and
             `raw_texts`, a wrong shape, ids outside the vocabulary.
         """
-        embeds, layers = self.encode(x, raw_texts, mask)
-        if not return_all_layers:
-            return embeds
-        return embeds, torch.stack(layers[:-1]) if len(layers) > 1 else layers[0].new_empty(0, *layers[0].shape)
-
-    def encode(
-        self, x: Tensor | None = None, raw_texts: Sequence[str] | None = None, mask: Tensor | None = None
-    ) -> tuple[Tensor, list[Tensor]]:
-        """Embedding `(b, dim)` and the `depth` hidden states `(b, 1 + n, dim)`."""
         if (x is None) == (raw_texts is None):
             given = 'neither' if x is None else 'both'
             raise ValueError(f'pass either token ids (texts) or strings (raw_texts), got {given}')
@@ -116,7 +109,11 @@ class TextTransformer(nn.Module):
         mask = F.pad(mask, (1, 0), value=True)
 
         layers = self.transformer(tokens, mask=mask)
-        return self.norm(layers[-1][:, 0]), layers
+        encoding = Encoding(self.norm(layers[-1][:, 0]), layers, mask)
+
+        if return_encoding:
+            return encoding
+        return (encoding.embeds, encoding.all_but_last()) if return_all_layers else encoding.embeds
 
     def tokenize(self, raw_texts: Sequence[str]) -> Tensor:
         """Strings to token ids `(b, n)`, cut at `max_seq_len` and padded to the longest."""
