@@ -144,7 +144,7 @@ def show(mulan: MuLaN) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--steps', type=int, default=300, help='training steps (default 300)')
+    parser.add_argument('--steps', type=int, default=500, help='training steps (default 500)')
     steps = parser.parse_args().steps
 
     torch.manual_seed(0)
