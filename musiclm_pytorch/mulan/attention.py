@@ -20,8 +20,10 @@ from einops import rearrange
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# elements of a (heads, queries, keys) block: 4 MiB of float32, which stays in the cache
+# elements of a (heads, queries, keys) block: 4 MiB of float32, which stays in the cache; for long audio more,
+# because the products need a fair number of queries at a time
 CHUNK_ELEMENTS = 2**20
+MIN_CHUNK_ROWS = 128
 
 
 @dataclass
@@ -186,7 +188,7 @@ class _ChunkedAttention(torch.autograd.Function):
 
 
 def _blocks(n: int, heads: int) -> list[slice]:
-    rows = max(1, CHUNK_ELEMENTS // (heads * n))
+    rows = max(MIN_CHUNK_ROWS, CHUNK_ELEMENTS // (heads * n))
     return [slice(start, min(start + rows, n)) for start in range(0, n, rows)]
 
 
