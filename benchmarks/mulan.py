@@ -49,7 +49,7 @@ def build(weights: Path | None):
     audio = AudioSpectrogramTransformer(**AUDIO, spec_aug_stretch_factor=1.0)
     mulan = MuLaN(audio_transformer=audio, text_transformer=TextTransformer(**TEXT))
     if weights is not None:
-        # the buffer of the stretch holds no weight, and upstream shapes it by the factor
+        # this buffer holds no weight but a table that depends on the stretch factor
         state = load_file(str(weights))
         state['audio.aug.0.phase_advance'] = mulan.state_dict()['audio.aug.0.phase_advance']
         mulan.load_state_dict(state, strict=True)
@@ -154,7 +154,8 @@ def run(side: str, job: str, weights: Path, args: argparse.Namespace, out: Path 
         command, env=environment, cwd=tempfile.gettempdir(), capture_output=True, text=True, check=False
     )
     if done.returncode != 0:
-        if 'memory' in done.stderr.lower() or done.returncode == -9:
+        out_of_memory = ("can't allocate memory", 'MemoryError', 'CUDA out of memory')
+        if done.returncode == -9 or any(phrase in done.stderr for phrase in out_of_memory):
             return None
         raise RuntimeError(f'{side}, {job}:\n{done.stderr[-3000:]}')
     return {} if out else json.loads(done.stdout.splitlines()[-1])

@@ -1,7 +1,7 @@
 """Train a small MuLaN on sounds made here, then look sounds up by words it has not read and clips it has not heard.
 
-Every pair is synthesised: an instrument in a register at a tempo, and a sentence that says so. No downloads, about a
-minute on two cores.
+Every pair is synthesised: an instrument in a register at a tempo, and a sentence that says so. No downloads, one or two
+minutes on two cores.
 
     python examples/retrieval_demo.py
 """

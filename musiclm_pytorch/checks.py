@@ -34,9 +34,14 @@ def records_config(init: Callable) -> Callable:
     return wrapper
 
 
+def is_traced() -> bool:
+    """Whether torch.compile, an exporter or torch.jit.trace records the code just now."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+
+
 def values_can_be_checked() -> bool:
-    """Whether tensor *values* may be looked at: not while torch.compile or an exporter traces the code."""
-    return not torch.compiler.is_compiling()
+    """Whether tensor *values* may be looked at and decided upon: not in a recording, which must fit any values."""
+    return not is_traced()
 
 
 def check_positive(**values: float | None) -> None:
@@ -60,13 +65,11 @@ def check_audio(audio: Any, *, ndim: int, shape: str, name: str = 'wavs') -> Non
     """
     if not isinstance(audio, Tensor):
         raise TypeError(f'{name} must be a torch.Tensor of shape {shape}, got {type(audio).__name__}')
-    if audio.dtype in (torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64):
-        raise TypeError(
-            f'{name} must hold floating-point samples in [-1, 1], got integer PCM of {audio.dtype}; '
-            f'convert it first, for 16 bits: {name}.float() / 32768'
-        )
     if not audio.is_floating_point():
-        raise TypeError(f'{name} must be a floating-point tensor, got {audio.dtype}')
+        hint = ''
+        if name != 'spectrograms' and not audio.is_complex() and audio.dtype != torch.bool:
+            hint = f', integer PCM; convert it to [-1, 1] first, for 16 bits: {name}.float() / 32768'
+        raise TypeError(f'{name} must be a floating-point tensor, got {audio.dtype}{hint}')
     if audio.ndim != ndim:
         hint = ''
         if ndim == 2 and audio.ndim == 1:
@@ -78,15 +81,19 @@ def check_audio(audio: Any, *, ndim: int, shape: str, name: str = 'wavs') -> Non
         raise ValueError(f'{name} is an empty batch of shape {tuple(audio.shape)}; pass at least one item')
 
 
-def check_finite(audio: Tensor, name: str = 'wavs') -> None:
-    """Raise ValueError naming the first item of the batch that holds NaN or infinity."""
-    if not values_can_be_checked() or torch.isfinite(audio).all():
+def check_finite(values: Tensor, fault: str) -> None:
+    """Raise ValueError, naming the first item of the batch that holds NaN or infinity in place of `{}` in `fault`."""
+    if not values_can_be_checked() or torch.isfinite(values).all():
         return
-    finite = torch.isfinite(audio).flatten(1).all(dim=-1)
-    bad = int((~finite).nonzero()[0])
-    raise ValueError(
-        f'{name}[{bad}] holds NaN or infinite samples; clean the data first (torch.nan_to_num hides such faults)'
-    )
+    finite = torch.isfinite(values).flatten(1).all(dim=-1)
+    raise ValueError(fault.format(int((~finite).nonzero()[0])))
+
+
+def check_sample_rate(sample_rate: Any) -> None:
+    """Raise TypeError unless a sample rate is an int, ValueError unless it is above zero."""
+    if not isinstance(sample_rate, int) or isinstance(sample_rate, bool):
+        raise TypeError(f'sample_rate must be an integer in Hz, got {sample_rate!r}')
+    check_positive(sample_rate=sample_rate)
 
 
 def check_lengths(

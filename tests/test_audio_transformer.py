@@ -1,3 +1,4 @@
+import copy
 import warnings
 
 import pytest
@@ -5,6 +6,8 @@ import torch
 from conftest import tiny_audio
 from torch import nn
 
+from musiclm_pytorch import create_optimized_audiospectrogram_transformer
+from musiclm_pytorch.mulan.kernels import plain_kernels
 from musiclm_pytorch.mulan.model import evaluating
 from musiclm_pytorch.mulan.patches import choose_patches, sincos_2d
 
@@ -140,6 +143,7 @@ def test_long_audio_is_cut_with_one_warning():
         embeds = tower(wave)
         with_lengths = tower(wave, audio_lengths=[2000, 1300])
     assert len(caught) == 1
+    assert caught[0].filename == __file__
     torch.testing.assert_close(embeds, tower(wave[:, :1500]))
     torch.testing.assert_close(with_lengths[1], tower(wave[1:, :1300])[0], atol=1e-5, rtol=0)
 
@@ -158,6 +162,16 @@ def test_chosen_patches_are_real_distinct_and_as_many_as_asked(dropout):
         assert len(real.unique()) == count
         assert (real % 7 < filled).all()
         assert (real.diff() > 0).all()
+
+
+@pytest.mark.parametrize('dropout', [0.1, 0.25, 0.3, 0.35, 0.8, 0.9, 0.95])
+def test_as_many_patches_stay_with_a_length_as_without(dropout):
+    for width in range(1, 200):
+        kept, lengths = choose_patches(2, width, None, 1, dropout, device='cpu')
+        with_length, _ = choose_patches(2, width + 3, torch.tensor([width]), 1, dropout, device='cpu')
+        assert lengths is None
+        assert kept.shape[1] == with_length.shape[1] == max(1, int(2 * width * (1 - dropout)))
+        assert len(kept.unique()) == kept.shape[1]
 
 
 def test_every_patch_can_stay():
@@ -228,6 +242,50 @@ def test_a_model_cast_to_bfloat16_works():
     torch.testing.assert_close(tower.bfloat16()(wave).float(), expected, atol=0.15, rtol=0.15)
 
 
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+def test_casting_a_model_leaves_its_spectrogram_alone(dtype):
+    """A pure tone: its leakage would show in the quiet bands if window or filters were rounded."""
+    tower = create_optimized_audiospectrogram_transformer(dim=32, depth=2, heads=2, dim_head=8).eval()
+    tone = 0.5 * torch.sin(torch.arange(16000) * 0.17)[None]
+    spec, expected = tower.to_spectrogram(tone, None)[0], tower(tone)
+    cast = copy.deepcopy(tower).to(dtype)
+    torch.testing.assert_close(cast.to_spectrogram(tone, None)[0], spec)
+    assert torch.cosine_similarity(cast(tone).float(), expected) > 0.999
+    assert torch.equal(cast.float().spec.window, tower.spec.window)
+
+
+def test_a_half_precision_model_takes_full_scale_waves():
+    tower = tiny_audio(spec_n_fft=1024, spec_win_length=1024).half().eval()
+    square = torch.sign(torch.sin(torch.arange(16000) * 0.01))[None]
+    assert tower.to_spectrogram(square, None)[0].max() > torch.finfo(torch.float16).max
+    assert tower(square).isfinite().all()
+
+
+def test_gradients_can_be_differentiated_with_plain_kernels():
+    tower, wave = tiny_audio().eval(), torch.randn(1, 2000, requires_grad=True)
+    with plain_kernels():
+        (gradient,) = torch.autograd.grad(tower(wave).square().sum(), wave, create_graph=True)
+    gradient.square().sum().backward()
+    assert tower.transformer.layers[0][0].to_q.weight.grad.isfinite().all()
+    torch.testing.assert_close(gradient, torch.autograd.grad(tower(wave).square().sum(), wave)[0], atol=1e-4, rtol=1e-3)
+
+
+def test_a_trace_fits_other_lengths():
+    class WithLengths(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.tower = tiny_audio(support_variable_length=True, depth=1)
+
+        def forward(self, wavs, lengths):
+            return self.tower(wavs, audio_lengths=lengths)
+
+    module, wavs = WithLengths().eval(), torch.randn(2, 2000)
+    with torch.no_grad():
+        traced = torch.jit.trace(module, (wavs, torch.tensor([2000, 2000])), check_trace=False)
+        shorter = torch.tensor([1100, 1900])
+        torch.testing.assert_close(traced(wavs, shorter), module(wavs, shorter), atol=1e-5, rtol=1e-4)
+
+
 def test_float64_waves_work():
     tower, wave = tiny_audio().eval(), torch.randn(2, 2000)
     torch.testing.assert_close(tower(wave.double()), tower(wave))
@@ -244,11 +302,12 @@ def test_float64_waves_work():
         (torch.zeros(2, 100), ValueError, 'has 100 samples, but one patch needs at least 180'),
         (torch.zeros(2000), ValueError, r'for one wave pass wavs\[None\]'),
         (torch.zeros(2, 1, 2000), ValueError, r'wavs.mean\(dim=1\)'),
-        (torch.zeros(2, 2000, dtype=torch.int16), TypeError, 'integer PCM of torch.int16'),
+        (torch.zeros(2, 2000, dtype=torch.int16), TypeError, 'torch.int16, integer PCM; .* wavs.float'),
         (torch.zeros(2, 2000, dtype=torch.complex64), TypeError, 'torch.complex64'),
         ([[0.0] * 2000], TypeError, 'torch.Tensor of shape .*, got list'),
         (torch.tensor([[0.0] * 2000, [0.0] * 1999 + [NAN]]), ValueError, r'wavs\[1\] holds NaN or infinite'),
         (torch.full((1, 2000), float('inf')), ValueError, r'wavs\[0\] holds NaN or infinite'),
+        (torch.full((1, 2000), 1e30), ValueError, r'wavs\[0\] is so loud that its spectrogram overflows'),
     ],
 )
 def test_bad_waves(x, error, message):

@@ -5,8 +5,9 @@ import pytest
 import soundfile
 import torch
 from conftest import GOLDEN, build_golden, state_of, tiny_audio, tiny_mulan, tiny_text
+from torchaudio import functional
 
-from musiclm_pytorch import MuLaN
+from musiclm_pytorch import MuLaN, TextTransformer
 from musiclm_pytorch.data.audio import AudioFile, resample, windows
 
 KNOWS_RATE = dict(audio_sample_rate=8000, support_variable_length=True)
@@ -137,11 +138,27 @@ def test_resampled_padded_item_is_that_of_the_item_alone():
         )
 
 
+@pytest.mark.parametrize(('from_rate', 'to_rate'), [(44100, 16000), (16000, 44100), (22050, 24000), (8000, 48000)])
+def test_resampled_lengths_are_exact(from_rate, to_rate):
+    for samples in (1, 2, 999, 44100, *range(440995, 441010)):
+        resampled = resample(torch.ones(1, samples), from_rate, to_rate)
+        assert resampled.shape[-1] == -(-samples * to_rate // from_rate)
+    wave = torch.randn(1, 3000)
+    torch.testing.assert_close(
+        resample(wave, from_rate, to_rate), functional.resample(wave, from_rate, to_rate), atol=1e-5, rtol=1e-4
+    )
+
+
 def test_resampling_needs_a_rate():
     with pytest.raises(ValueError, match='cannot resample from 24000 Hz.*audio_sample_rate'):
         tiny_mulan().get_audio_latents(torch.randn(1, 2000), sample_rate=24000)
-    with pytest.raises(ValueError, match='greater than 0 Hz, got 0'):
-        tiny_mulan(audio=KNOWS_RATE).get_audio_latents(torch.randn(1, 2000), sample_rate=0)
+    knows = tiny_mulan(audio=KNOWS_RATE)
+    with pytest.raises(ValueError, match='sample_rate must be greater than 0, got 0'):
+        knows.get_audio_latents(torch.randn(1, 2000), sample_rate=0)
+    with pytest.raises(TypeError, match='sample_rate must be an integer in Hz, got 22050.5'):
+        knows.get_audio_latents(torch.randn(1, 2000), sample_rate=22050.5)
+    with pytest.raises(ValueError, match='have no samples'):
+        knows.get_audio_latents(torch.zeros(2, 0), sample_rate=16000)
 
 
 # ---- long audio ----
@@ -203,6 +220,7 @@ def test_audio_files_are_read_piece_by_piece(tmp_path):
 
 def test_bad_long_audio(tmp_path):
     mulan = tiny_mulan(audio=KNOWS_RATE)
+    short = tiny_mulan(audio=dict(audio_sample_rate=8000, max_audio_length=4000))
     (tmp_path / 'not.wav').write_bytes(b'no audio at all')
     soundfile.write(tmp_path / 'ok.wav', torch.zeros(9000).numpy(), 8000)
     cases = [
@@ -214,6 +232,9 @@ def test_bad_long_audio(tmp_path):
         (lambda: mulan.embed_audio(torch.zeros(1, 2, 9000)), ValueError, r'\(samples,\) or \(batch, samples\)'),
         (lambda: mulan.embed_audio(torch.zeros(9000).short()), TypeError, 'integer PCM'),
         (lambda: mulan.embed_audio(torch.zeros(0)), ValueError, 'has 0 samples'),
+        (lambda: mulan.embed_audio(torch.zeros(0, 9000)), ValueError, 'empty batch'),
+        (lambda: mulan.embed_audio(torch.zeros(9000).numpy()), TypeError, 'got ndarray; .* torch.from_numpy'),
+        (lambda: short.embed_audio(torch.zeros(9000)), ValueError, 'longer than max_audio_length.*pass window=0.5'),
         (lambda: tiny_mulan().embed_audio(torch.zeros(9000)), ValueError, 'build the audio tower with audio_sample'),
     ]
     for call, error, message in cases:
@@ -251,6 +272,25 @@ def test_a_failed_save_leaves_the_old_one(tmp_path, monkeypatch):
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
+def test_compiled_towers_are_saved_as_what_they_are(tmp_path):
+    mulan = tiny_mulan()
+    mulan.audio = torch.compile(mulan.audio)
+    mulan.text.compile()
+    mulan.save_pretrained(tmp_path)
+    again = MuLaN.from_pretrained(tmp_path)
+    assert list(again.state_dict()) == list(tiny_mulan().state_dict())
+
+
+def test_a_tower_that_could_not_be_rebuilt_is_not_saved(tmp_path):
+    class Wider(TextTransformer):
+        pass
+
+    mulan = MuLaN(tiny_audio(), Wider(dim=24, depth=1, heads=2, dim_head=8, num_tokens=100))
+    with pytest.raises(TypeError, match='a Wider could not be rebuilt .* plain TextTransformer'):
+        mulan.save_pretrained(tmp_path / 'folder')
+    assert not (tmp_path / 'folder').exists()
+
+
 def test_bad_folders(tmp_path):
     with pytest.raises(FileNotFoundError, match='no config.json in'):
         MuLaN.from_pretrained(tmp_path)
@@ -265,6 +305,11 @@ def test_bad_folders(tmp_path):
         (tmp_path / 'config.json').write_text(broken)
         with pytest.raises(error, match=message):
             MuLaN.from_pretrained(tmp_path)
+    (tmp_path / 'config.json').write_text(json.dumps(config))
+    whole = (tmp_path / 'model.safetensors').read_bytes()
+    (tmp_path / 'model.safetensors').write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match='model.safetensors is damaged'):
+        MuLaN.from_pretrained(tmp_path)
 
 
 # ---- upstream's files ----

@@ -170,6 +170,7 @@ def test_bad_mel_settings(keywords, message):
         (dict(pad=-1), 'spec_pad must be at least 0, got -1'),
         (dict(pad_mode='mirror'), "spec_pad_mode must be one of .*, got 'mirror'"),
         (dict(power=0), 'spec_power must be greater than 0'),
+        (dict(power=0.5), 'spec_power must be at least 1, the magnitude, got 0.5'),
     ],
 )
 def test_bad_spectrogram_settings(keywords, message):

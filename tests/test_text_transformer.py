@@ -62,8 +62,15 @@ def test_long_prompts_are_cut_with_one_warning():
         embeds = tower(ids)
         of_string = tower(raw_texts=['la ' * 20])
     assert len(caught) == 1
+    assert caught[0].filename == __file__
     torch.testing.assert_close(embeds, tower(ids[:, :12]))
     torch.testing.assert_close(of_string, tower(raw_texts=['la ' * 12]))
+
+
+@pytest.mark.parametrize('dtype', [torch.uint8, torch.int8, torch.int16, torch.int32])
+def test_ids_of_any_integer_type(words, dtype):
+    ids = torch.tensor([[5, 6, 7]])
+    torch.testing.assert_close(words(ids.to(dtype)), words(ids))
 
 
 @pytest.mark.parametrize('depth', [1, 3])
@@ -90,6 +97,7 @@ def test_all_layers_but_the_last_are_returned(depth):
         (dict(raw_texts=[]), ValueError, 'raw_texts is an empty list'),
         (dict(raw_texts=['a song']), ValueError, 'raw_texts needs num_tokens=49408'),
         (dict(x=torch.ones(2, 3).long(), mask=torch.ones(2, 4).bool()), ValueError, r'mask must be a bool tensor'),
+        (dict(x=torch.ones(1, 2).long(), mask=[[True, True]]), TypeError, 'mask must be a bool tensor .*, got list'),
     ],
 )
 def test_bad_input(arguments, error, message):

@@ -6,19 +6,27 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torchaudio import functional
 
 
 def resample(wavs: Tensor, from_rate: int, to_rate: int) -> Tensor:
-    """Band-limited resampling of `(…, samples)` to `(…, ceil(samples * to_rate / from_rate))`; rates in Hz."""
+    """Band-limited resampling of `(…, samples)` to `(…, ceil(samples * to_rate / from_rate))`; rates in Hz.
+
+    The filters take memory in proportion to the rates over their greatest common divisor: rates without one, such as
+    11,127 and 16,000 Hz, cost gigabytes.
+    """
     if from_rate <= 0 or to_rate <= 0:
         raise ValueError(f'sample rates must be greater than 0 Hz, got {from_rate} and {to_rate}')
     if from_rate == to_rate:
         return wavs
     # in float32: the filters lose too much in half precision
     with torch.autocast(wavs.device.type, enabled=False):
-        return functional.resample(wavs.float(), from_rate, to_rate)
+        # torchaudio rounds the length in float32: give it a few samples more, and cut at the exact length
+        spare = -(-from_rate // to_rate) + 1
+        length = -(-wavs.shape[-1] * to_rate // from_rate)
+        return functional.resample(F.pad(wavs.float(), (0, spare)), from_rate, to_rate)[..., :length]
 
 
 class AudioFile:
@@ -67,9 +75,9 @@ class AudioFile:
 
 
 def windows(total: int, window: int, hop: int) -> Iterator[tuple[int, int]]:
-    """Start and stop of the windows over `total` samples; the last one ends with the audio, so nothing is left out.
+    """Start and stop of the windows over `total` samples; the last one ends with the audio.
 
-    Audio shorter than a window is one window.
+    Audio shorter than a window is one window. With a hop beyond the window, what lies between two is left out.
     """
     start = 0
     while start + window < total:

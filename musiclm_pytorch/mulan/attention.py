@@ -20,6 +20,8 @@ from einops import rearrange
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from musiclm_pytorch.mulan.kernels import fast_kernels_allowed
+
 # elements of a (heads, queries, keys) block: 4 MiB of float32, which stays in the cache; for long audio more,
 # because the products need a fair number of queries at a time
 CHUNK_ELEMENTS = 2**20
@@ -89,7 +91,7 @@ def attend(
     # the fused kernels have no dropout of weights
     if dropout == 0.0 and q.is_cuda:
         return _flex(q, k, v, bias)
-    if dropout == 0.0 and q.device.type == 'cpu' and not torch.compiler.is_compiling():
+    if dropout == 0.0 and q.device.type == 'cpu' and fast_kernels_allowed():
         return _chunked(q, k, v, bias)
     return _dense(q, k, v, bias, dropout)
 

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange, repeat
 from einops.layers.torch import Rearrange
 from torch import Tensor, nn
@@ -21,7 +22,7 @@ from musiclm_pytorch.checks import (
     values_can_be_checked,
 )
 from musiclm_pytorch.mulan.attention import PositionBias
-from musiclm_pytorch.mulan.layers import Encoding, LayerNorm, Transformer, masked_mean
+from musiclm_pytorch.mulan.layers import Encoding, Float32LayerNorm, LayerNorm, Transformer, masked_mean
 from musiclm_pytorch.mulan.patches import choose_patches, sincos_2d
 from musiclm_pytorch.mulan.spectrogram import LogMel, SpecAugment, Spectrogram
 
@@ -165,7 +166,7 @@ class AudioSpectrogramTransformer(nn.Module):
         dim_patch = patch_size[0] * patch_size[1]
         self.to_patch_tokens = nn.Sequential(
             Rearrange('b (y p1) (x p2) -> b y x (p1 p2)', p1=patch_size[0], p2=patch_size[1]),
-            nn.LayerNorm(dim_patch),
+            Float32LayerNorm(dim_patch),
             nn.Linear(dim_patch, dim),
             nn.LayerNorm(dim),
         )
@@ -229,7 +230,7 @@ class AudioSpectrogramTransformer(nn.Module):
         patch_bins, patch_frames = self.patch_size
         height, width = spec.shape[-2] // patch_bins, spec.shape[-1] // patch_frames
         spec = spec[..., : height * patch_bins, : width * patch_frames]
-        tokens = self.to_patch_tokens(spec.to(self.to_patch_tokens[1].weight.dtype))
+        tokens = self.to_patch_tokens(spec)
 
         # positions, absolute and relative
 
@@ -302,7 +303,7 @@ class AudioSpectrogramTransformer(nn.Module):
         warnings.warn(
             f'audio of {samples} samples is cut to max_audio_length, {self.max_audio_length} (said once); '
             'MuLaN.embed_audio embeds long audio whole, by windows',
-            stacklevel=5,
+            stacklevel=6,  # past check_input, forward and the two frames of a module's call
         )
 
     def to_spectrogram(self, x: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -312,14 +313,15 @@ class AudioSpectrogramTransformer(nn.Module):
             if lengths is not None:
                 padding = torch.arange(x.shape[-1], device=x.device) >= rearrange(lengths, 'b -> b 1 1')
                 spec = spec.masked_fill(padding, 0.0)
-            check_finite(spec, 'spectrograms')
+            check_finite(spec, 'spectrograms[{}] holds NaN or infinity; clean the data first')
         else:
-            if lengths is None:
-                check_finite(x)
-            else:
+            real = x
+            if lengths is not None:
                 padding = torch.arange(x.shape[-1], device=x.device) >= rearrange(lengths, 'b -> b 1')
-                check_finite(x.masked_fill(padding, 0.0))
+                real = x.masked_fill(padding, 0.0)
+            check_finite(real, 'wavs[{}] holds NaN or infinite samples; clean the data first')
             spec, frames = self.spec(x, lengths)
+            check_finite(spec, 'wavs[{}] is so loud that its spectrogram overflows; samples should lie in [-1, 1]')
 
         if self.training:
             spec, frames = self.aug.stretch(spec, frames)
@@ -339,9 +341,12 @@ class AudioSpectrogramTransformer(nn.Module):
         dy = torch.arange(1 - height, height, device=device)
         dx = torch.arange(1 - width, width, device=device)
         offsets = rearrange(torch.stack(torch.meshgrid(dy, dx, indexing='ij'), dim=-1), 'y x two -> (y x) two')
-        # small, and summed over many pairs in the backward pass: not under autocast
+        # in float32 under autocast and in a model that was cast: half precision cannot even hold the offsets
         with torch.autocast(device.type, enabled=False):
-            table = self.dynamic_pos_bias_mlp(offsets.to(self.dynamic_pos_bias_mlp[0].weight.dtype))
+            table = offsets.float()
+            for layer in self.dynamic_pos_bias_mlp:
+                is_linear = isinstance(layer, nn.Linear)
+                table = F.linear(table, layer.weight.float(), layer.bias.float()) if is_linear else layer(table)
 
         stride = 2 * width - 1
         y, x = torch.arange(height, device=device), torch.arange(width, device=device)

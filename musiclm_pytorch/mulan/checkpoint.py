@@ -1,4 +1,4 @@
-"""MuLaN on disk: our folders, and the files that the trainer of musiclm-pytorch 0.2.8 wrote. Nothing is unpickled."""
+"""MuLaN on disk: our folders, and the files that the trainer of musiclm-pytorch 0.2.8 wrote. Nothing in them is run."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -23,6 +24,12 @@ WEIGHTS_FILE = 'model.safetensors'
 
 def save(mulan: nn.Module, folder: str | Path) -> None:
     """Write the config and weights of a MuLaN; each file is written aside and renamed, so none is ever half there."""
+    for tower, kind in ((mulan.audio, AudioSpectrogramTransformer), (mulan.text, TextTransformer)):
+        if type(getattr(tower, '_orig_mod', tower)) is not kind:
+            raise TypeError(
+                f'a {type(tower).__name__} could not be rebuilt from its folder, only a plain {kind.__name__}; '
+                'save its state_dict instead'
+            )
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     config = {
@@ -32,7 +39,11 @@ def save(mulan: nn.Module, folder: str | Path) -> None:
         'text': mulan.text.config,
         'mulan': mulan.config,
     }
-    weights = {name: tensor.detach().contiguous().cpu() for name, tensor in mulan.state_dict().items()}
+    # torch.compile wraps a tower under this name
+    weights = {
+        name.replace('_orig_mod.', ''): tensor.detach().contiguous().cpu()
+        for name, tensor in mulan.state_dict().items()
+    }
 
     aside = {name: folder / f'.{name}.{os.getpid()}.tmp' for name in (WEIGHTS_FILE, CONFIG_FILE)}
     try:
@@ -60,7 +71,11 @@ def load(cls: type, folder: str | Path) -> nn.Module:
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise ValueError(f'{folder / CONFIG_FILE} is not the config of a MuLaN: {error!r}') from error
     mulan = _build(cls, *keywords)
-    _load_strictly(mulan, load_file(str(folder / WEIGHTS_FILE)), source=folder)
+    try:
+        weights = load_file(str(folder / WEIGHTS_FILE))
+    except SafetensorError as error:
+        raise ValueError(f'{folder / WEIGHTS_FILE} is damaged: {error}') from error
+    _load_strictly(mulan, weights, source=folder)
     return mulan.eval()
 
 
@@ -77,7 +92,9 @@ class LoadUpstream:
     """
 
     def __get__(self, instance: nn.Module | None, owner: type) -> partial:
-        return partial(_build_upstream, owner) if instance is None else partial(_load_upstream_into, instance)
+        bound = partial(_build_upstream, owner) if instance is None else partial(_load_upstream_into, instance)
+        bound.__doc__ = self.__doc__
+        return bound
 
 
 def _build_upstream(

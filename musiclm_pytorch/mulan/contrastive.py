@@ -82,6 +82,12 @@ class _ContrastiveLoss(nn.Module):
                 'audio and text latents must come in pairs of one shape, got '
                 f'{tuple(audio_latents.shape)} and {tuple(text_latents.shape)}'
             )
+        layers = len(self.temperatures)
+        if audio_latents.ndim not in (2, 3) or (audio_latents.shape[0] if audio_latents.ndim == 3 else 1) != layers:
+            raise ValueError(
+                f'latents must have shape (batch, dim){"" if layers == 1 else f" for each of {layers} layers"}, '
+                f'{"or " if layers == 1 else ""}({layers}, batch, dim), got {tuple(audio_latents.shape)}'
+            )
         # exponentials of logits up to 100 need float32, whatever autocast would choose
         with torch.autocast(audio_latents.device.type, enabled=False):
             audio, text = (t.float() if t.ndim == 3 else t.float()[None] for t in (audio_latents, text_latents))

@@ -59,6 +59,14 @@ class LayerNorm(nn.Module):
         return F.layer_norm(x, (self.dim,), self.learned_gamma)
 
 
+class Float32LayerNorm(nn.LayerNorm):
+    """Layer norm computed in float32 whatever the model is cast to: powers of samples exceed what fp16 can hold."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias = self.weight.float(), self.bias.float()
+        return F.layer_norm(x.float(), self.normalized_shape, weight, bias, self.eps).to(self.weight.dtype)
+
+
 class GEGLU(nn.Module):
     """Gated GELU: half of the features gate the other half (arXiv 2002.05202)."""
 

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from musiclm_pytorch.mulan.kernels import fast_kernels_allowed
+
 # below this many multiplications a call costs more than it saves
 MIN_MULTIPLICATIONS = 2**24
 
@@ -26,20 +28,24 @@ def has_fast_float32() -> bool:
 
 
 class Linear(nn.Linear):
-    """`nn.Linear` without a bias, through the faster library where float32 runs on a CPU."""
+    """`nn.Linear` without a bias, through the faster library where float32 runs on a CPU.
+
+    A subclass, so that tools which go by the exact type of a layer have to be told of it, such as
+    `torch.ao.quantization.quantize_dynamic(mulan, {Linear})`.
+    """
 
     def __init__(self, in_features: int, out_features: int):
         super().__init__(in_features, out_features, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         if (
-            not torch.compiler.is_compiling()
-            and x.device.type == 'cpu'
+            x.device.type == 'cpu'
             and x.dtype == self.weight.dtype == torch.float32
             and x.numel() * self.out_features >= MIN_MULTIPLICATIONS
             and torch.backends.mkldnn.enabled
             and not torch.is_autocast_enabled('cpu')
             and has_fast_float32()
+            and fast_kernels_allowed()
         ):
             return _OneDNNLinear.apply(x, self.weight)
         return super().forward(x)

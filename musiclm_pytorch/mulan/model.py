@@ -11,7 +11,14 @@ import torch
 from einops import einsum
 from torch import Tensor, nn
 
-from musiclm_pytorch.checks import check_audio, check_lengths, check_positive, records_config, typechecked
+from musiclm_pytorch.checks import (
+    check_audio,
+    check_lengths,
+    check_positive,
+    check_sample_rate,
+    records_config,
+    typechecked,
+)
 from musiclm_pytorch.data.audio import AudioFile, resample, windows
 from musiclm_pytorch.mulan import checkpoint
 from musiclm_pytorch.mulan.audio_transformer import AudioSpectrogramTransformer
@@ -73,8 +80,11 @@ class MuLaN(nn.Module):
                     f'hierarchical_contrastive_loss_layers must lie between 1 and the depth of the shallower tower, '
                     f'{min(depths)}, got {layers}'
                 )
+            # the buffers are part of upstream's state dict; the lists spare a look at them at every step
             self.register_buffer('text_layers_indices', interspersed_indices(layers, self.text.depth))
             self.register_buffer('audio_layers_indices', interspersed_indices(layers, self.audio.depth))
+            self.text_layers = self.text_layers_indices.tolist()
+            self.audio_layers = self.audio_layers_indices.tolist()
             self.multi_layer_contrastive_learning = MultiLayerContrastiveLoss(
                 audio_dim=self.audio.dim,
                 text_dim=self.text.dim,
@@ -166,11 +176,24 @@ class MuLaN(nn.Module):
             raise ValueError(
                 'windows in seconds need the sample rate of the model; build the audio tower with audio_sample_rate'
             )
+        longest = self.audio.max_audio_length
+        if longest is not None and round(window * self.sample_rate) > longest:
+            raise ValueError(
+                f'a window of {window} s is longer than max_audio_length, {longest} samples at {self.sample_rate} Hz; '
+                f'pass window={longest / self.sample_rate:g} or less'
+            )
+        if not isinstance(audio, (Tensor, str, Path)):
+            raise TypeError(
+                f'audio must be a tensor or the path of a file, got {type(audio).__name__}; '
+                'for a numpy array pass torch.from_numpy(audio)'
+            )
         if isinstance(audio, Tensor):
             if audio.ndim == 2:
+                check_audio(audio, ndim=2, shape='(samples,) or (batch, samples)', name='audio')
                 return torch.stack([self.embed_audio(wave, window, hop, sample_rate, batch_size) for wave in audio])
             check_audio(audio, ndim=1, shape='(samples,) or (batch, samples)', name='audio')
             rate = self.sample_rate if sample_rate is None else sample_rate
+            check_sample_rate(rate)
             return self._embed_windows(lambda i, j: audio[i:j], len(audio), rate, window, hop, batch_size)
         if sample_rate is not None:
             raise ValueError(f'a file tells its own sample rate; leave out sample_rate={sample_rate}')
@@ -194,12 +217,15 @@ class MuLaN(nn.Module):
         """Resample a batch to the model's rate; lengths follow."""
         if sample_rate is None or sample_rate == self.sample_rate:
             return wavs, audio_lengths
+        check_sample_rate(sample_rate)
         if self.sample_rate is None:
             raise ValueError(
                 f'cannot resample from {sample_rate} Hz: this MuLaN does not know its own sample rate; build the '
                 'audio tower with audio_sample_rate'
             )
         check_audio(wavs, ndim=2, shape='(batch, samples)')
+        if wavs.shape[-1] == 0:
+            raise ValueError(f'wavs of shape {tuple(wavs.shape)} have no samples')
         if audio_lengths is not None:
             audio_lengths = check_lengths(
                 audio_lengths, batch=len(wavs), limit=wavs.shape[-1], unit='samples', device=wavs.device
@@ -237,7 +263,8 @@ class MuLaN(nn.Module):
 
         Returns:
             the loss, a float32 scalar, unless something else is asked for. Under torch.distributed it is the loss of
-            the joined batch of all ranks.
+            the joined batch of all ranks, and every rank has to ask for it, or those that do wait for ever; latents and
+            similarities are a rank's own.
 
         Raises:
             ValueError: different numbers of waves and texts, or fewer than 2 pairs for a softmax loss.
@@ -261,8 +288,8 @@ class MuLaN(nn.Module):
         if self.multi_layer_contrastive_learning is None:
             return loss
         return loss + self.multi_layer_contrastive_learning(
-            audio_layers=torch.stack([audio.layers[i] for i in self.audio_layers_indices.tolist()]),
-            text_layers=torch.stack([text.layers[i] for i in self.text_layers_indices.tolist()]),
+            audio_layers=torch.stack([audio.layers[i] for i in self.audio_layers]),
+            text_layers=torch.stack([text.layers[i] for i in self.text_layers]),
             audio_mask=audio.mask,
         )
 

@@ -42,11 +42,12 @@ def choose_patches(
         score = score.masked_fill(x >= rearrange(columns, 'b -> b 1'), torch.inf)
         counts = columns * height
 
-    counts = (counts * (1 - dropout)).long().clamp(min=1)
-    if not values_can_be_checked():
-        most, same = total, False
-    elif columns is None:
+    # in float64, so that an item has as many with a length as without, and as many as Python's floats say
+    counts = (counts.double() * (1 - dropout)).long().clamp(min=1)
+    if columns is None:
         most, same = max(1, int(total * (1 - dropout))), True
+    elif not values_can_be_checked():
+        most, same = total, False
     else:
         most = int(counts.max())
         same = bool((counts == most).all())

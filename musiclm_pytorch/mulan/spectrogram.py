@@ -16,7 +16,18 @@ from musiclm_pytorch.checks import check_positive
 PAD_MODES = ('reflect', 'constant', 'replicate', 'circular')
 
 
-class Spectrogram(nn.Module):
+class _Float32Buffers(nn.Module):
+    """A module whose buffers stay float32 when the model is cast: rounded, a window leaks and filters blur."""
+
+    def _apply(self, fn, recurse=True):
+        before = dict(self.named_buffers(recurse=False))
+        super()._apply(fn, recurse)
+        for name, buffer in before.items():
+            setattr(self, name, buffer.to(getattr(self, name).device))
+        return self
+
+
+class Spectrogram(_Float32Buffers):
     """Short-time power spectrogram `(batch, samples)` → `(batch, bins, frames)`, in float32.
 
     The arguments are those of `torchaudio.transforms.Spectrogram`, and so are the numbers. In addition a batch of
@@ -36,6 +47,8 @@ class Spectrogram(nn.Module):
     ):
         super().__init__()
         check_positive(spec_n_fft=n_fft, spec_win_length=win_length, spec_hop_length=hop_length, spec_power=power)
+        if power < 1:
+            raise ValueError(f'spec_power must be at least 1, the magnitude, got {power}')
         win_length = n_fft if win_length is None else win_length
         if win_length > n_fft:
             raise ValueError(f'spec_win_length {win_length} exceeds spec_n_fft {n_fft}; raise spec_n_fft')
@@ -91,7 +104,7 @@ class Spectrogram(nn.Module):
                 n_fft=self.n_fft,
                 hop_length=self.hop_length,
                 win_length=self.win_length,
-                window=self.window.float(),
+                window=self.window,
                 center=center,
                 pad_mode=self.pad_mode,
                 return_complex=True,
@@ -126,7 +139,7 @@ class Spectrogram(nn.Module):
         return wavs.gather(1, positions).masked_fill(~inside, 0.0)
 
 
-class LogMel(nn.Module):
+class LogMel(_Float32Buffers):
     """Power spectrogram `(b, bins, t)` → normalised log-mel `(b, mels, t)`.
 
     Natural logarithm of Slaney-scale triangular filters (torchaudio's `mel_scale = 'slaney'`, without area
@@ -167,7 +180,7 @@ class LogMel(nn.Module):
 
     def forward(self, power: Tensor) -> Tensor:
         with torch.autocast(power.device.type, enabled=False):
-            mel = torch.einsum('b f t, f m -> b m t', power.float(), self.filters.float())
+            mel = torch.einsum('b f t, f m -> b m t', power.float(), self.filters)
             return (mel.clamp(min=self.FLOOR).log() - self.mean) / (2 * self.std)
 
 

@@ -137,6 +137,7 @@ class TextTransformer(nn.Module):
         if not isinstance(x, Tensor) or x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
             kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
             raise TypeError(f'texts must be an integer tensor (batch, tokens), got {kind}; strings go into raw_texts')
+        x = x.long()
         if x.ndim != 2 or x.shape[0] == 0:
             raise ValueError(f'texts must have shape (batch, tokens) with at least one text, got {tuple(x.shape)}')
         if values_can_be_checked() and not ((x >= 0) & (x < self.num_tokens)).all():
@@ -147,6 +148,8 @@ class TextTransformer(nn.Module):
             )
         if mask is None:
             mask = x != self.pad_id
+        elif not isinstance(mask, Tensor):
+            raise TypeError(f'mask must be a bool tensor of shape {tuple(x.shape)}, got {type(mask).__name__}')
         elif mask.shape != x.shape or mask.dtype != torch.bool:
             raise ValueError(
                 f'mask must be a bool tensor of shape {tuple(x.shape)}, got {mask.dtype} of {tuple(mask.shape)}'
@@ -163,5 +166,5 @@ class TextTransformer(nn.Module):
         warnings.warn(
             f'a text of {tokens} tokens is cut to the context of {self.max_seq_len} (said once); '
             'raise max_seq_len to read all of it',
-            stacklevel=5,
+            stacklevel=6,  # past check_input, forward and the two frames of a module's call
         )
