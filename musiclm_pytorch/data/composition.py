@@ -18,7 +18,7 @@ CHORDS = {
 # Functional harmony: where a chord may lead, and how often. The tonic returns after every chord or two, so that few
 # bars are enough to hear the key.
 LEADS = {
-    'tonic': {'fourth': 4, 'fifth': 2, 'second tonic': 2, 'second': 1},
+    'tonic': {'fourth': 5, 'fifth': 1, 'second tonic': 2, 'second': 1},
     'second tonic': {'tonic': 1, 'fourth': 1},
     'fourth': {'tonic': 3, 'fifth': 1},
     'second': {'fifth': 1},
@@ -26,7 +26,7 @@ LEADS = {
 }
 BEATS_A_CHORD = {'slow': 1, 'medium': 2, 'fast': 2}
 # of the root, the third and the fifth of a chord; overtones make the fifth loud enough
-VOICES = (1.0, 0.85, 0.6)
+VOICES = (1.0, 0.9, 0.5)
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Note:
 
 def progression(beats: int, each: int, random: np.random.Generator) -> list[str]:
     """The function at each beat, which changes after `each` beats: from the tonic to a cadence on the tonic."""
-    cadence = ['fifth'] * each + ['tonic'] * 2
+    cadence = ['fifth', 'tonic', 'tonic']
     functions = ['tonic'] * max(1, min(each, beats - len(cadence)))
     while len(functions) < beats - len(cadence):
         leads = LEADS[functions[-1]]
@@ -68,13 +68,13 @@ def compose(labels: MusicLabels, beats: float, random: np.random.Generator) -> t
     elif labels.texture == 'chords':
         notes = block_chords(chord_at, low, high, random)
     elif labels.texture == 'arpeggio':
-        notes = arpeggio(chord_at, low, high, random)
+        notes = arpeggio(chord_at, low, high, 0.22 if labels.tempo == 'slow' else 0.35, random)
     else:
         notes = melody(labels, chord_at, low + 7, high, random)
         # struck on every beat, an octave or less below the melody
         notes += [Note(it.start, it.length, it.pitch, 0.4 * it.loudness) for it in block_chords(chord_at, low, low + 11, random)]
     notes = sorted((it for it in notes if it.start < beats), key=lambda it: it.start)
-    drums = [it for it in drum_pattern(total, random) if it.start < beats] if labels.drums else []
+    drums = [it for it in drum_pattern(labels, total, random) if it.start < beats] if labels.drums else []
     return notes, drums
 
 
@@ -83,7 +83,8 @@ def melody(
 ) -> list[Note]:
     """Chord tones on the beats, mostly by small steps, and now and then a note of the scale in between."""
     scale = [(labels.tonic + step) % 12 for step in SCALES[labels.mode]]
-    split = choose(random, (0.15, 0.25, 0.35))
+    # few and light enough that the beats, not the eighths between them, are the pulse
+    split = choose(random, (0.0, 0.15)) if labels.tempo == 'slow' else choose(random, (0.15, 0.25, 0.35))
     pitch = choose(random, within(chord_at[0][:1], low, high))
     notes: list[Note] = []
     beats = len(chord_at)
@@ -95,7 +96,7 @@ def melody(
             tones = within(chord[:1], low, high) if is_last else tones
             # near the last note, but rather not the same; the root is the most likely of a chord's tones
             weights = [
-                (0.4 if tone == pitch else math.exp(-abs(tone - pitch) / 4)) * VOICES[chord.index(tone % 12)]
+                (0.4 if tone == pitch else math.exp(-abs(tone - pitch) / 4)) * VOICES[chord.index(tone % 12)] ** 2
                 for tone in tones
             ]
             pitch = choose(random, tones, weights)
@@ -103,8 +104,8 @@ def melody(
             # the leading tone instead of the seventh over the dominant of a minor key
             steps = {step for step in scale if all((step - tone) % 12 not in (1, 11) for tone in chord)} | set(chord)
             between = [it for it in within(tuple(steps), low, high) if 0 < abs(it - pitch) <= 4]
-            notes.append(Note(beat, 0.5, pitch, 1.0))
-            notes.append(Note(beat + 0.5, 0.5, choose(random, between or [pitch]), 0.55))
+            notes.append(Note(beat, 0.6, pitch, 1.0))
+            notes.append(Note(beat + 0.5, 0.5, choose(random, between or [pitch]), 0.5))
         else:
             notes.append(Note(beat, 1.0, pitch, 1.0))
     return notes
@@ -126,7 +127,9 @@ def block_chords(chord_at: list[tuple[int, ...]], low: int, high: int, random: n
     return notes
 
 
-def arpeggio(chord_at: list[tuple[int, ...]], low: int, high: int, random: np.random.Generator) -> list[Note]:
+def arpeggio(
+    chord_at: list[tuple[int, ...]], low: int, high: int, light: float, random: np.random.Generator
+) -> list[Note]:
     """The tones of each chord one after the other, two a beat: root and third on the beats, the fifth in between."""
     closing = choose(random, (0, 2))  # the fourth note is the root again, or the fifth
     notes = []
@@ -139,16 +142,16 @@ def arpeggio(chord_at: list[tuple[int, ...]], low: int, high: int, random: np.ra
         second = beat_of_chord % 2 == 1 or (beat_of_chord == 0 and beat % 2 == 1)
         on_beat = third if second else root
         between = within((chord[closing],), root, high)[-1] if second else fifth
-        # the note on a beat rings through it, the one between is light
+        # the note on a beat rings through it, the one between is `light`
         notes.append(Note(beat, 1.0, on_beat, 1.0))
-        notes.append(Note(beat + 0.5, 0.5, between, 0.35))
+        notes.append(Note(beat + 0.5, 0.5, between, light))
     return notes
 
 
-def drum_pattern(beats: int, random: np.random.Generator) -> list[Note]:
+def drum_pattern(labels: MusicLabels, beats: int, random: np.random.Generator) -> list[Note]:
     """Kick, snare and hi-hat in 4/4."""
     style = choose(random, ('backbeat', 'four on the floor', 'half'))
-    hats_between = random.random() < 0.5
+    hats_between = random.random() < 0.5 and labels.tempo != 'slow'
     notes = []
     for beat in range(beats):
         hit = beat % 4

@@ -121,6 +121,11 @@ def resonances(hertz: np.ndarray, peaks: Sequence[tuple[float, float, float]], f
     return floor + sum(gain * np.exp(-0.5 * ((hertz - centre) / width) ** 2) for centre, width, gain in peaks)
 
 
+def roll_off(hertz: float) -> float:
+    """Exponent of a brightness: less is lost from one harmonic to the next where they lie closer together."""
+    return min(1.5, max(0.3, hertz / 220))
+
+
 def shaped_noise(noise: np.ndarray, rate: int, low: float, high: float) -> np.ndarray:
     """The part of `noise` between two frequencies, with soft edges."""
     spectrum = np.fft.rfft(noise)
@@ -160,25 +165,26 @@ def guitar(hertz: float, seconds: float, player: Player) -> np.ndarray:
     samples = int((seconds + 0.06) * rate)
     k = harmonic_numbers(hertz, rate)
     size = np.abs(np.sin(np.pi * k * 0.13)) / k**0.7 * resonances(k * hertz, [(200, 80, 1.0), (400, 150, 0.7)], 0.7)
-    decay = 2.2 + 0.9 * k**1.3 / player.brightness + hertz / 250
+    decay = 3.0 + 1.1 * k**1.3 / player.brightness + hertz / 250
     wave = damped_partials(k * hertz, size, decay, np.full(len(k), np.pi / 2) * (k % 2), samples, rate)
     pick = player.noise_of(samples) * np.exp(-np.arange(samples) / (0.003 * rate))
-    return (wave + 0.25 * pick * size.sum() / 3).astype(np.float32) * envelope(samples, rate, 0.001, 0.06)
+    return (wave + 0.35 * pick * size.sum() / 3).astype(np.float32) * envelope(samples, rate, 0.001, 0.06)
 
 
 def strings(hertz: float, seconds: float, player: Player) -> np.ndarray:
-    """A bowed sawtooth through a body, three players a little apart, slow attack, wide vibrato, bow noise."""
+    """A bowed sawtooth through a body, two players a little apart, slow attack, wide vibrato, bow noise."""
     rate = player.rate
     samples = int((seconds + 0.15) * rate)
     k = harmonic_numbers(hertz, rate)
     body = resonances(k * hertz, [(290, 60, 0.8), (480, 100, 0.8), (1100, 250, 0.8), (2600, 600, 1.0)], 0.45)
     size = body * k ** (-0.9 / player.brightness)
     wave = np.zeros(samples, np.float32)
-    for cents in (-6, 5):
+    for cents in (-3, 3):
         tuned = hertz * 2 ** (cents / 1200)
-        wave += harmonics(vibrato_phase(tuned, samples, player, cents=22, delay=0.15), size)
-    wave += 0.1 * np.sqrt((size**2).sum()) * player.noise_of(samples)
-    return wave * envelope(samples, rate, 0.08, 0.15)
+        wave += harmonics(vibrato_phase(tuned, samples, player, cents=14, delay=0.15), size)
+    bow = 0.1 + 0.3 * np.exp(-np.arange(samples) / (0.03 * rate))
+    wave += bow * np.sqrt((size**2).sum()) * player.noise_of(samples)
+    return (wave * envelope(samples, rate, 0.03, 0.15)).astype(np.float32)
 
 
 def flute(hertz: float, seconds: float, player: Player) -> np.ndarray:
@@ -203,7 +209,7 @@ def brass(hertz: float, seconds: float, player: Player) -> np.ndarray:
     t = np.arange(samples) / rate
     ends = np.minimum(1.0, np.maximum(0.0, (seconds + 0.06 - t) / 0.12))
     pressure = (1 - np.exp(-t / 0.045)) * ends
-    shine = np.clip(0.45 + 0.4 * player.brightness * pressure, 0.0, 0.93)
+    shine = np.clip(0.45 + 0.4 * player.brightness * pressure, 0.0, 0.93) ** roll_off(hertz)
     phase = vibrato_phase(hertz, samples, player, cents=6, delay=0.4, scoop=60)
     return harmonics(phase, size, shine) * envelope(samples, rate, 0.03, 0.06)
 
@@ -225,10 +231,10 @@ def bell(hertz: float, seconds: float, player: Player) -> np.ndarray:
     rate = player.rate
     samples = int((seconds + 0.9) * rate)
     ratios = np.array([1.0, 2.0, 2.76, 4.07, 5.4, 8.93, 11.3, 13.3, 1.002])
-    size = np.array([1.0, 0.35, 0.45, 0.3, 0.4, 0.3, 0.15, 0.1, 0.5]) * np.maximum(ratios, 1) ** (
+    size = np.array([1.0, 0.3, 0.6, 0.3, 0.5, 0.4, 0.2, 0.1, 0.5]) * np.maximum(ratios, 1) ** (
         0.4 * (player.brightness - 1)
     )
-    decay = np.array([1.6, 2.2, 7.0, 6.0, 9.0, 14.0, 18.0, 22.0, 1.4])
+    decay = np.array([1.6, 2.2, 3.5, 4.5, 5.0, 8.0, 12.0, 16.0, 1.4])
     wave = damped_partials(ratios * hertz, size, decay, np.arange(9) * 1.3, samples, rate)
     return wave * envelope(samples, rate, 0.001, 0.6)
 
@@ -240,7 +246,7 @@ def synth(hertz: float, seconds: float, player: Player) -> np.ndarray:
     k = harmonic_numbers(hertz, rate)
     size = (k % 2) / k**0.75
     t = np.arange(samples) / rate
-    shine = np.clip(0.80 + 0.18 * np.exp(-t / 0.10) * player.brightness, 0.0, 0.99)
+    shine = np.clip(0.80 + 0.18 * np.exp(-t / 0.10) * player.brightness, 0.0, 0.99) ** roll_off(hertz)
     steady = 2 * np.pi * hertz * t
     wave = harmonics(steady * 2 ** (7 / 1200), size, shine) + harmonics(steady * 2 ** (-7 / 1200) + 1.0, size, shine)
     return wave * envelope(samples, rate, 0.004, 0.03)
@@ -258,16 +264,17 @@ PLAYED_BY: dict[str, Callable[[float, float, Player], np.ndarray]] = {
 }
 
 
-def drum_kit(player: Player) -> dict[str, np.ndarray]:
-    """Kick, snare and hi-hat of one clip."""
+def drum_kit(player: Player, tonic: int) -> dict[str, np.ndarray]:
+    """Kick, snare and hi-hat of one clip; skins are tuned to the tonic, so that they do not blur the key."""
     rate, random = player.rate, player.random
     t = np.arange(int(0.3 * rate)) / rate
-    lowest, drop = random.uniform(45, 60), random.uniform(90, 140)
+    lowest = 440 * 2 ** ((26 + (tonic - 26) % 12 - 69) / 12 + player.detune)  # 37 to 69 Hz
+    drop = random.uniform(90, 140)
     # the pitch falls from lowest + drop to lowest
     kick = np.sin(2 * np.pi * (lowest * t + drop * 0.025 * (1 - np.exp(-t / 0.025)))) * np.exp(-t / 0.09)
     kick += 0.15 * player.noise_of(len(t)) * np.exp(-t / 0.003)
     snap = shaped_noise(player.noise_of(len(t)), rate, 900, 7000) * np.exp(-t / random.uniform(0.05, 0.08))
-    body = np.sin(2 * np.pi * random.uniform(170, 220) * t) * np.exp(-t / 0.05)
+    body = np.sin(2 * np.pi * 4 * lowest * t) * np.exp(-t / 0.04)
     hiss = shaped_noise(player.noise_of(len(t)), rate, 0.3 * min(rate, 32000), 16000) * np.exp(-t / 0.025)
     fade = envelope(len(t), rate, 0.001, 0.05)
     return {
@@ -282,6 +289,7 @@ def render_notes(
     drums: list[Note],
     *,
     instrument: str,
+    tonic: int,
     bpm: float,
     samples: int,
     rate: int,
@@ -292,6 +300,7 @@ def render_notes(
     Args:
         notes, drums: what to play, with onsets and lengths in beats.
         instrument: one of `PLAYED_BY`.
+        tonic: pitch class that the drums are tuned to.
         bpm: beats per minute.
         samples, rate: length and sample rate in Hz of the wave.
         random: draws the player, the drum kit and where the first beat lies (10 to 60 ms after the start).
@@ -312,8 +321,8 @@ def render_notes(
         add(wave, sounds[kind], first + note.start * beat, note.loudness * random.uniform(0.92, 1.0), rate)
     wave /= np.sqrt(np.mean(wave * wave) + 1e-12)
     if drums:
-        kit = drum_kit(player)
-        level = 4.0 * random.uniform(0.8, 1.2)
+        kit = drum_kit(player, tonic)
+        level = 2.8 * random.uniform(0.8, 1.2)
         for note in drums:
             add(wave, kit[note.pitch], first + note.start * beat, note.loudness * level, rate)
     wave *= envelope(samples, rate, 0.002, 0.02)

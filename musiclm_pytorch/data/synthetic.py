@@ -134,6 +134,7 @@ class SyntheticMusic(Dataset):
             notes,
             drums,
             instrument=labels.instrument,
+            tonic=labels.tonic,
             bpm=labels.bpm,
             samples=self.samples,
             rate=self.sample_rate,
