@@ -59,29 +59,30 @@ def estimate_key(wave: np.ndarray, rate: int) -> tuple[int, str]:
 
 
 def features(wave: np.ndarray, rate: int) -> np.ndarray:
-    """Statistics of the log-mel spectrogram: mean, deviation, mean rise and mean fall of 40 bands; cepstra of them."""
+    """Statistics of the log-mel spectrogram in each of 40 bands (level, spread, rise and decay from frame to frame),
+    and of the spectrum's centroid and flatness."""
     mel = librosa.feature.melspectrogram(y=wave, sr=rate, n_fft=1024, hop_length=256, n_mels=40, fmin=40)
     log = np.log(mel + 1e-6)
     step = np.diff(log, axis=1)
+    centroid = (np.arange(40)[:, None] * mel).sum(axis=0) / mel.sum(axis=0)
+    flatness = log.mean(axis=0) - np.log(mel.mean(axis=0) + 1e-6)
     return np.concatenate(
         [
             log.mean(axis=1),
             log.std(axis=1),
             np.maximum(step, 0).mean(axis=1),
-            np.quantile(step, 0.9, axis=1),
-            np.quantile(log, 0.1, axis=1),
-            np.quantile(log, 0.9, axis=1),
+            np.quantile(step, [0.25, 0.5, 0.9], axis=1).ravel(),
+            np.quantile(log, [0.1, 0.9], axis=1).ravel(),
+            np.quantile([centroid, flatness], [0.1, 0.5, 0.9], axis=1).ravel(),
         ]
     )
 
 
 def classify(attribute: str, trained: list, heard: list) -> float:
     """Accuracy on `heard` of a logistic regression fitted to `trained`, each a list of (features, labels)."""
-    model = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=300))
+    model = make_pipeline(StandardScaler(), LogisticRegression(C=0.2, max_iter=300))
     model.fit(np.stack([it for it, _ in trained]), [getattr(labels, attribute) for _, labels in trained])
-    return float(
-        model.score(np.stack([it for it, _ in heard]), [getattr(labels, attribute) for _, labels in heard])
-    )
+    return float(model.score(np.stack([it for it, _ in heard]), [getattr(labels, attribute) for _, labels in heard]))
 
 
 def listen(music: SyntheticMusic, indices: range) -> list:

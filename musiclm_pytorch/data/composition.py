@@ -12,9 +12,21 @@ from musiclm_pytorch.data.attributes import REGISTERS, MusicLabels, choose
 SCALES = {'major': (0, 2, 4, 5, 7, 9, 11), 'minor': (0, 2, 3, 5, 7, 8, 10)}
 # A chord is its semitones above the tonic, the root first. Dominants of minor keys have the leading tone.
 CHORDS = {
-    'major': {'tonic': (0, 4, 7), 'second tonic': (9, 0, 4), 'fourth': (5, 9, 0), 'second': (2, 5, 9), 'fifth': (7, 11, 2)},
-    'minor': {'tonic': (0, 3, 7), 'second tonic': (8, 0, 3), 'fourth': (5, 8, 0), 'second': (2, 5, 8), 'fifth': (7, 11, 2)},
-}  # fmt: skip
+    'major': {
+        'tonic': (0, 4, 7),
+        'second tonic': (9, 0, 4),
+        'fourth': (5, 9, 0),
+        'second': (2, 5, 9),
+        'fifth': (7, 11, 2),
+    },
+    'minor': {
+        'tonic': (0, 3, 7),
+        'second tonic': (8, 0, 3),
+        'fourth': (5, 8, 0),
+        'second': (2, 5, 8),
+        'fifth': (7, 11, 2),
+    },
+}
 # Functional harmony: where a chord may lead, and how often. The tonic returns after every chord or two, so that few
 # bars are enough to hear the key.
 LEADS = {
@@ -72,7 +84,10 @@ def compose(labels: MusicLabels, beats: float, random: np.random.Generator) -> t
     else:
         notes = melody(labels, chord_at, low + 7, high, random)
         # struck on every beat, an octave or less below the melody
-        notes += [Note(it.start, it.length, it.pitch, 0.4 * it.loudness) for it in block_chords(chord_at, low, low + 11, random)]
+        notes += [
+            Note(it.start, it.length, it.pitch, 0.4 * it.loudness)
+            for it in block_chords(chord_at, low, low + 11, random)
+        ]
     notes = sorted((it for it in notes if it.start < beats), key=lambda it: it.start)
     drums = [it for it in drum_pattern(labels, total, random) if it.start < beats] if labels.drums else []
     return notes, drums

@@ -30,7 +30,7 @@ class Player:
     detune: float  # octaves
     vibrato_rate: float  # Hz
     vibrato_depth: float  # 1 is usual
-    noise: np.ndarray  # white, (samples,) float32, at least as long as a note
+    noise: np.ndarray  # (samples,) float32, longer than any note
     random: np.random.Generator
 
     @classmethod
@@ -165,7 +165,7 @@ def guitar(hertz: float, seconds: float, player: Player) -> np.ndarray:
     samples = int((seconds + 0.06) * rate)
     k = harmonic_numbers(hertz, rate)
     size = np.abs(np.sin(np.pi * k * 0.13)) / k**0.7 * resonances(k * hertz, [(200, 80, 1.0), (400, 150, 0.7)], 0.7)
-    decay = 3.0 + 1.1 * k**1.3 / player.brightness + hertz / 250
+    decay = 2.2 + 1.1 * k**1.3 / player.brightness + hertz / 250
     wave = damped_partials(k * hertz, size, decay, np.full(len(k), np.pi / 2) * (k % 2), samples, rate)
     pick = player.noise_of(samples) * np.exp(-np.arange(samples) / (0.003 * rate))
     return (wave + 0.35 * pick * size.sum() / 3).astype(np.float32) * envelope(samples, rate, 0.001, 0.06)
@@ -196,7 +196,7 @@ def flute(hertz: float, seconds: float, player: Player) -> np.ndarray:
     phase = vibrato_phase(hertz, samples, player, cents=8, delay=0.2)
     t = np.arange(samples) / rate
     tremble = 1 + 0.18 * player.vibrato_depth * np.minimum(1, t / 0.2) * np.sin(2 * np.pi * player.vibrato_rate * t)
-    breath = player.noise_of(samples) * (0.09 + 0.25 * np.exp(-t / 0.04))
+    breath = player.noise_of(samples) * (0.12 + 0.3 * np.exp(-t / 0.04))
     return ((harmonics(phase, size) * tremble + breath) * envelope(samples, rate, 0.05, 0.07)).astype(np.float32)
 
 
@@ -264,23 +264,28 @@ PLAYED_BY: dict[str, Callable[[float, float, Player], np.ndarray]] = {
 }
 
 
+# Hz: between which frequencies an instrument's noise lies, where it is not white
+BREATH = {'flute': (700, 5000), 'strings': (500, 6000)}
+
+
 def drum_kit(player: Player, tonic: int) -> dict[str, np.ndarray]:
     """Kick, snare and hi-hat of one clip; skins are tuned to the tonic, so that they do not blur the key."""
     rate, random = player.rate, player.random
     t = np.arange(int(0.3 * rate)) / rate
+    noise = random.standard_normal((3, len(t)), dtype=np.float32)
     lowest = 440 * 2 ** ((26 + (tonic - 26) % 12 - 69) / 12 + player.detune)  # 37 to 69 Hz
     drop = random.uniform(90, 140)
     # the pitch falls from lowest + drop to lowest
     kick = np.sin(2 * np.pi * (lowest * t + drop * 0.025 * (1 - np.exp(-t / 0.025)))) * np.exp(-t / 0.09)
-    kick += 0.15 * player.noise_of(len(t)) * np.exp(-t / 0.003)
-    snap = shaped_noise(player.noise_of(len(t)), rate, 900, 7000) * np.exp(-t / random.uniform(0.05, 0.08))
+    kick += 0.15 * noise[0] * np.exp(-t / 0.003)
+    snap = shaped_noise(noise[1], rate, 900, 7000) * np.exp(-t / random.uniform(0.05, 0.08))
     body = np.sin(2 * np.pi * 4 * lowest * t) * np.exp(-t / 0.04)
-    hiss = shaped_noise(player.noise_of(len(t)), rate, 0.3 * min(rate, 32000), 16000) * np.exp(-t / 0.025)
+    hiss = shaped_noise(noise[2], rate, 0.3 * min(rate, 32000), 16000) * np.exp(-t / 0.025)
     fade = envelope(len(t), rate, 0.001, 0.05)
     return {
-        'kick': (1.0 * kick * fade).astype(np.float32),
+        'kick': (kick * fade).astype(np.float32),
         'snare': ((0.45 * snap + 0.4 * body) * fade).astype(np.float32),
-        'hat': (0.35 * hiss * fade).astype(np.float32),
+        'hat': (0.45 * hiss * fade).astype(np.float32),
     }
 
 
@@ -305,7 +310,9 @@ def render_notes(
         samples, rate: length and sample rate in Hz of the wave.
         random: draws the player, the drum kit and where the first beat lies (10 to 60 ms after the start).
     """
-    player = Player.draw(rate, samples + 4 * rate, random)
+    player = Player.draw(rate, 4 * rate, random)
+    if instrument in BREATH:
+        player.noise = shaped_noise(player.noise, rate, *BREATH[instrument])
     play = PLAYED_BY[instrument]
     beat = 60 / bpm
     first = random.uniform(0.01, 0.06)
@@ -322,7 +329,7 @@ def render_notes(
     wave /= np.sqrt(np.mean(wave * wave) + 1e-12)
     if drums:
         kit = drum_kit(player, tonic)
-        level = 2.8 * random.uniform(0.8, 1.2)
+        level = 3.2 * random.uniform(0.8, 1.2)
         for note in drums:
             add(wave, kit[note.pitch], first + note.start * beat, note.loudness * level, rate)
     wave *= envelope(samples, rate, 0.002, 0.02)
