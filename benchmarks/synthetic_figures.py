@@ -24,6 +24,7 @@ import torch
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
+from threadpoolctl import threadpool_limits  # a requirement of scikit-learn
 
 from musiclm_pytorch import SyntheticMusic
 
@@ -94,6 +95,7 @@ def within(found: float, true: float, tolerance: float) -> bool:
     return abs(found / true - 1) <= tolerance
 
 
+@threadpool_limits.wrap(limits=1)  # on a busy machine, threads at such small sizes cost several times the work
 def measure(clips: int, trained: int, seconds: float, sample_rate: int) -> tuple[dict[str, float], list[dict]]:
     settings = dict(seconds=seconds, sample_rate=sample_rate)
     train, valid = SyntheticMusic(trained, **settings), SyntheticMusic(clips, split='valid', **settings)

@@ -17,6 +17,7 @@ from musiclm_pytorch.data.composition import Note
 
 HIGHEST = 0.45  # of the sample rate: no partial lies above, so that vibrato and envelopes do not fold back
 MOST_PARTIALS = 48
+UNTHREADED = 2**18  # multiplications that OpenBLAS leaves to one thread
 LOUDNESS = 0.1  # root mean square of a clip, -20 dB of full scale
 CEILING = 0.95
 
@@ -75,7 +76,12 @@ def damped_partials(
     angle = (turns[:, None] * column % 1.0 * (2 * np.pi)).astype(np.float32)
     size = np.exp(-decays[:, None] / rate * column)
     right = np.concatenate([np.cos(angle) * size, np.sin(angle) * size], axis=0).astype(np.float32)
-    return (left @ right).reshape(-1)[:samples]
+    # piece by piece: OpenBLAS would start its threads for more, which at this size only get in each other's way
+    each = max(1, UNTHREADED // right.size)
+    wave = np.empty((rows, columns), np.float32)
+    for first in range(0, rows, each):
+        np.matmul(left[first : first + each], right, out=wave[first : first + each])
+    return wave.reshape(-1)[:samples]
 
 
 def harmonics(phase: np.ndarray, amplitudes: np.ndarray, brightness: np.ndarray | float = 1.0) -> np.ndarray:
