@@ -48,7 +48,7 @@ def fairseq_stand_in():
 
 # One line an extra, and only extras whose code is in the package; `all` is their union.
 EXTRAS = {
-    'test': ['pytest>=8', 'hypothesis>=6.100', 'ruff>=0.12'],
+    'test': ['pytest>=8', 'hypothesis>=6.100', 'librosa>=0.11', 'ruff>=0.12', 'scikit-learn>=1.3'],
 }
 
 setup(

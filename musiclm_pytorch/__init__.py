@@ -5,6 +5,8 @@ from importlib import import_module
 from musiclm_pytorch.version import __version__
 
 _HOMES = {
+    'musiclm_pytorch.data.attributes': ['MusicLabels'],
+    'musiclm_pytorch.data.synthetic': ['SyntheticMusic'],
     'musiclm_pytorch.mulan.audio_transformer': ['AudioSpectrogramTransformer'],
     'musiclm_pytorch.mulan.text_transformer': ['TextTransformer'],
     'musiclm_pytorch.mulan.contrastive': [

@@ -1,0 +1,159 @@
+"""Music by synthesis, with captions and labels: data to learn from and to be measured on, without a download."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Collection
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from musiclm_pytorch.checks import typechecked
+from musiclm_pytorch.data import attributes
+from musiclm_pytorch.data.attributes import MusicLabels, check_seed, check_split, generator
+from musiclm_pytorch.data.captions import check_mentions, draw_mentions, write_caption
+from musiclm_pytorch.data.composition import compose
+from musiclm_pytorch.data.synthesis import render_notes
+
+# what a generator of random numbers is for; part of its key, so that no two uses share their numbers
+_LABELS, _CAPTION, _WAVE, _ITEM = range(4)
+
+
+class SyntheticMusic(Dataset):
+    """Pairs of a wave and a caption, composed and synthesised when asked for.
+
+    An item depends on its index, the seed, the split and the settings alone: it is the same in any order and any
+    process. Nothing is stored, so that `length` may be as large as the training is long.
+
+        waves = SyntheticMusic(seconds=5.0, sample_rate=16000)
+        wave, caption = waves[0]  # (80000,) float32 in [-1, 1], 'a slow flute melody in minor, without drums'
+        waves.labels(0)  # MusicLabels(instrument='flute', tempo='slow', …), without synthesis
+
+    Waves are mono, of root mean square 0.1 (-20 dB of full scale; a little less where peaks would pass 0.95).
+    Captions leave attributes out now and then; `labels(i).mentioned` has those told. The split 'valid' has other
+    music, and phrasings (sentence patterns, combinations of synonyms) that 'train' never uses.
+
+    Args:
+        length: number of items.
+        seed: 0 or above; another seed, other items.
+        seconds: length of each wave, 1 at least.
+        sample_rate: Hz, 8,000 at least, so that the highest notes fit below half of it.
+        split: 'train' or 'valid'.
+
+    Raises:
+        TypeError: an argument of another type.
+        ValueError: an argument out of its range.
+    """
+
+    #: the values of each attribute
+    ATTRIBUTES = attributes.ATTRIBUTES
+
+    @typechecked
+    def __init__(
+        self,
+        length: int = 100_000,
+        *,
+        seed: int = 0,
+        seconds: float = 5.0,
+        sample_rate: int = 16000,
+        split: str = 'train',
+    ):
+        if length < 1:
+            raise ValueError(f'length must be 1 at least, got {length}')
+        if not 1 <= seconds <= 600:
+            raise ValueError(f'seconds must lie in 1 to 600, got {seconds}')
+        if sample_rate < 8000:
+            raise ValueError(f'sample_rate must be at least 8000 Hz, got {sample_rate}; resample the waves instead')
+        self.length = length
+        self.seed = check_seed(seed)
+        self.seconds = float(seconds)
+        self.sample_rate = sample_rate
+        self.split = split
+        self._split = check_split(split)
+
+    @property
+    def samples(self) -> int:
+        """Samples of each wave."""
+        return round(self.seconds * self.sample_rate)
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> tuple[Tensor, str]:
+        """The wave, `(samples,)` float32, and the caption of an item. Raises IndexError beyond the length."""
+        index = self._index(index)
+        return self._wave(self.labels(index), self._key(_WAVE, index)), self.text(index)
+
+    def labels(self, index: int) -> MusicLabels:
+        """What is true of item `index`, in some 50 µs: nothing is synthesised."""
+        index = self._index(index)
+        mentioned = draw_mentions(generator(*self._key(_CAPTION, index)))
+        return MusicLabels.draw(generator(*self._key(_LABELS, index)), mentioned=mentioned)
+
+    def text(self, index: int) -> str:
+        """The caption of item `index`, without its wave."""
+        index = self._index(index)
+        random = generator(*self._key(_CAPTION, index))
+        return write_caption(self.labels(index), draw_mentions(random), self.split, random)
+
+    def draw_labels(self, seed: int = 0, **given: Any) -> MusicLabels:
+        """Labels with the values given, such as `instrument='flute', drums=False`, and the others at random.
+
+        Raises TypeError for an unknown attribute, ValueError for a value outside its vocabulary.
+        """
+        return MusicLabels.draw(generator(_LABELS, check_seed(seed)), **given)
+
+    def render(self, labels: MusicLabels, seed: int = 0) -> Tensor:
+        """Music with these labels, `(samples,)` float32 in [-1, 1]; another seed, another piece.
+
+        The same in every data set of these `seconds` and `sample_rate`.
+        """
+        return self._wave(labels, (_WAVE, check_seed(seed)))
+
+    def caption(self, labels: MusicLabels, seed: int = 0, *, mention: Collection[str] | None = None) -> str:
+        """A sentence that is true of these labels, in a phrasing of this data set's split.
+
+        Args:
+            labels: what to tell.
+            seed: another seed, another sentence.
+            mention: the attributes to tell: some of 'instrument', 'tempo', 'mode', 'register', 'texture', 'drums',
+                'bpm', 'key'. By default two or more of them at random.
+
+        Raises ValueError if `mention` is empty or names anything else.
+        """
+        random = generator(_CAPTION, check_seed(seed))
+        mentions = draw_mentions(random) if mention is None else check_mentions(mention)
+        return write_caption(labels, mentions, self.split, random)
+
+    def _wave(self, labels: MusicLabels, key: tuple[int, ...]) -> Tensor:
+        random = generator(*key)
+        notes, drums = compose(labels, self.seconds * labels.bpm / 60, random)
+        wave = render_notes(
+            notes,
+            drums,
+            instrument=labels.instrument,
+            tonic=labels.tonic,
+            bpm=labels.bpm,
+            samples=self.samples,
+            rate=self.sample_rate,
+            random=random,
+        )
+        return torch.from_numpy(wave)
+
+    def _key(self, use: int, index: int) -> tuple[int, ...]:
+        return (_ITEM, use, self.seed, self._split, index)
+
+    def _index(self, index: int) -> int:
+        index = operator.index(index)
+        place = index + self.length if index < 0 else index
+        if not 0 <= place < self.length:
+            raise IndexError(f'item {index} of a data set of {self.length}; give a larger length to have more')
+        return place
+
+    def __repr__(self) -> str:
+        return (
+            f'SyntheticMusic({self.length}, seed={self.seed}, seconds={self.seconds:g}, '
+            f'sample_rate={self.sample_rate}, split={self.split!r})'
+        )
