@@ -5,6 +5,10 @@ from importlib import import_module
 from musiclm_pytorch.version import __version__
 
 _HOMES = {
+    'musiclm_pytorch.data.collate': ['collate_pairs'],
+    'musiclm_pytorch.data.datasets': ['AudioTextDataset'],
+    'musiclm_pytorch.data.shard_writer': ['write_shards'],
+    'musiclm_pytorch.data.shards': ['ShardedAudioText'],
     'musiclm_pytorch.mulan.audio_transformer': ['AudioSpectrogramTransformer'],
     'musiclm_pytorch.mulan.text_transformer': ['TextTransformer'],
     'musiclm_pytorch.mulan.contrastive': [
