@@ -48,7 +48,15 @@ def fairseq_stand_in():
 
 # One line an extra, and only extras whose code is in the package; `all` is their union.
 EXTRAS = {
-    'test': ['pytest>=8', 'hypothesis>=6.100', 'librosa>=0.11', 'ruff>=0.12', 'scikit-learn>=1.3'],
+    'shards': ['webdataset>=0.2.100'],
+    'test': [
+        'pytest>=8',
+        'hypothesis>=6.100',
+        'librosa>=0.11',
+        'ruff>=0.12',
+        'scikit-learn>=1.3',
+        'webdataset>=0.2.100',
+    ],
 }
 
 setup(
@@ -60,6 +68,7 @@ setup(
     license='MIT',
     python_requires='>=3.10',
     packages=find_packages(include=['musiclm_pytorch', 'musiclm_pytorch.*']),
+    entry_points={'console_scripts': ['musiclm = musiclm_pytorch.cli:main']},
     package_data={'musiclm_pytorch': ['py.typed']},
     install_requires=[
         'accelerate>=1.0',

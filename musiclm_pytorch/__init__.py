@@ -6,6 +6,10 @@ from musiclm_pytorch.version import __version__
 
 _HOMES = {
     'musiclm_pytorch.data.attributes': ['MusicLabels'],
+    'musiclm_pytorch.data.collate': ['collate_pairs'],
+    'musiclm_pytorch.data.datasets': ['AudioTextDataset'],
+    'musiclm_pytorch.data.shard_writer': ['write_shards'],
+    'musiclm_pytorch.data.shards': ['ShardedAudioText'],
     'musiclm_pytorch.data.synthetic': ['SyntheticMusic'],
     'musiclm_pytorch.mulan.audio_transformer': ['AudioSpectrogramTransformer'],
     'musiclm_pytorch.mulan.text_transformer': ['TextTransformer'],

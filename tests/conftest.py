@@ -11,6 +11,9 @@ from musiclm_pytorch import AudioSpectrogramTransformer, MuLaN, TextTransformer
 
 GOLDEN = Path(__file__).parent / 'golden'
 
+# tiny models gain nothing from a second thread, and wait long for it where the machine is busy
+torch.set_num_threads(1)
+
 
 @pytest.fixture(autouse=True)
 def seeded():

@@ -1,0 +1,177 @@
+"""Pairs of audio and caption from folders, manifests and MusicCaps, read crop by crop."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import logging
+import operator
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from torch.utils.data import Dataset
+
+from musiclm_pytorch.checks import typechecked
+from musiclm_pytorch.data import sources
+from musiclm_pytorch.data.audio import AudioFile
+from musiclm_pytorch.data.reading import ClipReader, span_at
+from musiclm_pytorch.data.sources import Clip, Listing
+
+logger = logging.getLogger(__name__)
+
+
+class AudioTextDataset(ClipReader, Dataset):
+    """Clips with captions, as items `dict(wave=(samples,) float32 in [-1, 1], caption=str)` at `sample_rate`, mono.
+
+    Built by `from_folder`, `from_manifest`, `from_musiccaps`, or `from_path`, which tells them apart. Of a long file
+    only the crop is read. WAV, FLAC, OGG, MP3 and whatever else libsndfile reads, of any rate and channel count.
+
+    What cannot be used is left out, named in the log (at level WARNING) and kept with its reason in `skipped`. A
+    missing caption, and whatever a file's header tells (missing, empty, not audio, too short), is found here; damage
+    further inside is found when that piece is read: such an item is None, and `collate_pairs` drops it.
+
+    Randomness depends on (seed, epoch, index) alone. Call `set_epoch` before each epoch; it also reaches
+    `persistent_workers`.
+
+    Args:
+        clips: what to read.
+        sample_rate: of the waves given, in Hz: the model's.
+        max_seconds: length of a crop; shorter clips keep their length. None gives every clip whole.
+        min_seconds: a clip shorter than this is skipped.
+        seed: of what is drawn.
+        training: draw crop and caption at random; otherwise the middle of the clip and its first caption.
+        check_headers: open every file once. Without it, all faults of files are found when they are read.
+
+    Raises:
+        ValueError: nothing is usable; the message says why. FileNotFoundError: there is no such folder or manifest.
+    """
+
+    @typechecked
+    def __init__(
+        self,
+        clips: Sequence[Clip] | Listing,
+        *,
+        sample_rate: int,
+        max_seconds: float | None = 10.0,
+        min_seconds: float = 0.5,
+        seed: int = 0,
+        training: bool = True,
+        check_headers: bool = True,
+    ):
+        super().__init__(
+            sample_rate=sample_rate, max_seconds=max_seconds, min_seconds=min_seconds, seed=seed, training=training
+        )
+        listing = clips if isinstance(clips, Listing) else Listing('the list of clips', list(clips), {})
+        self.source = listing.source
+        self._skipped = dict(listing.skipped)
+        self.clips = list(listing.clips)
+        if check_headers:
+            self.clips = self._usable(self.clips)
+        for name, reason in self._skipped.items():
+            logger.warning('skipped %s: %s', name, reason)
+        if not self.clips:
+            first = next((f', the first, {name}: {reason}' for name, reason in self._skipped.items()), '')
+            raise ValueError(f'{self.source} gives no usable clip; {len(self._skipped)} skipped{first}')
+        if self._skipped:
+            logger.warning('%s: %d clips, %d skipped', self.source, len(self.clips), len(self._skipped))
+        self._share(len(self.clips))
+
+    @classmethod
+    def from_folder(cls, folder: str | Path, **keywords: Any) -> AudioTextDataset:
+        """Audio files under `folder` with a .txt (a caption a line) or .json of the same name; see `list_folder`."""
+        return cls(sources.list_folder(folder), **keywords)
+
+    @classmethod
+    def from_manifest(cls, path: str | Path, **keywords: Any) -> AudioTextDataset:
+        """A CSV, TSV or JSONL with paths relative to itself; see `list_manifest`."""
+        return cls(sources.list_manifest(path), **keywords)
+
+    @classmethod
+    def from_musiccaps(
+        cls, path: str | Path, audio_folder: str | Path, aspects: bool = True, **keywords: Any
+    ) -> AudioTextDataset:
+        """MusicCaps' CSV over a folder of clips or whole tracks named by ytid; see `list_musiccaps`."""
+        return cls(sources.list_musiccaps(path, audio_folder, aspects), **keywords)
+
+    @classmethod
+    def from_path(cls, source: str | Path, audio_folder: str | Path | None = None, **keywords: Any) -> AudioTextDataset:
+        """A folder, a manifest, or, with `audio_folder`, MusicCaps' CSV."""
+        return cls(sources.list_clips(source, audio_folder), **keywords)
+
+    def _usable(self, clips: list[Clip]) -> list[Clip]:
+        # opening a file mostly waits for the disk or the network
+        with ThreadPoolExecutor(max_workers=8) as pool:
+            reasons = list(pool.map(self._fault_in_header, clips))
+        self._skipped |= {clip.name: reason for clip, reason in zip(clips, reasons) if reason}
+        return [clip for clip, reason in zip(clips, reasons) if not reason]
+
+    def _fault_in_header(self, clip: Clip) -> str | None:
+        try:
+            with AudioFile(clip.path) as file:
+                span_at(file, clip.start, clip.end, self.sample_rate, self.min_seconds)
+        except (OSError, ValueError) as error:
+            return str(error)
+        return None
+
+    def __len__(self) -> int:
+        return len(self.clips)
+
+    def __getitem__(self, index: int) -> dict[str, Any] | None:
+        """`dict(wave=(samples,) float32, caption=str)`, or None for a clip that cannot be read."""
+        index = operator.index(index)
+        if not -len(self) <= index < len(self):
+            raise IndexError(f'index {index} lies outside of the {len(self)} clips')
+        index %= len(self)
+        clip = self.clips[index]
+        try:
+            with AudioFile(clip.path) as file:
+                return self._item(index, file, clip.captions, (clip.start, clip.end))
+        except (OSError, ValueError) as error:
+            self._found_unreadable(index, str(error))
+            return None
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        """All captions of a clip."""
+        return self.clips[index].captions
+
+    def _name(self, index: int) -> str:
+        return self.clips[index].name
+
+    @typechecked
+    def set_epoch(self, epoch: int) -> None:
+        """Draw crops and captions of this epoch from now on, in worker processes too."""
+        if epoch < 0:
+            raise ValueError(f'epoch must not be negative, got {epoch}')
+        self._state[0] = epoch
+
+    def validation(self) -> AudioTextDataset:
+        """The same clips with fixed crops and captions, the same at each visit."""
+        return self._of(self.clips, training=False)
+
+    @typechecked
+    def split(self, valid_fraction: float = 0.05, seed: int = 42) -> tuple[AudioTextDataset, AudioTextDataset]:
+        """Two data sets, for training and (with fixed crops) for validation, that share no recording.
+
+        Which recordings are held out depends on their names and `seed`, not on their order or on the machine. At least
+        one is on either side. Raises ValueError if there are not two.
+        """
+        if not 0 < valid_fraction < 1:
+            raise ValueError(f'valid_fraction must lie between 0 and 1, got {valid_fraction}')
+        recordings = {clip.recording or str(clip.path) for clip in self.clips}
+        if len(recordings) < 2:
+            raise ValueError(f'{self.source} has one recording only, {recordings.pop()}; splitting needs at least two')
+        ranked = sorted(recordings, key=lambda name: hashlib.sha256(f'{seed} {name}'.encode()).digest())
+        held_out = set(ranked[: min(max(1, round(valid_fraction * len(ranked))), len(ranked) - 1)])
+        sides = {True: [], False: []}
+        for clip in self.clips:
+            sides[(clip.recording or str(clip.path)) in held_out].append(clip)
+        return self._of(sides[False], training=self.training), self._of(sides[True], training=False)
+
+    def _of(self, clips: list[Clip], training: bool) -> AudioTextDataset:
+        view = copy.copy(self)
+        view.clips, view.training = clips, training
+        view._share(len(clips))
+        view.set_epoch(self.epoch)
+        return view

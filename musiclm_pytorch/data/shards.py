@@ -1,0 +1,360 @@
+"""Clips in tar shards of the WebDataset format, for data sets that are too many files for a disk to seek through.
+
+Shards are read by position, not as a stream: each process and worker seeks to the samples that are its own. So every
+sample is read once an epoch, however many shards, processes and workers there are, and a run resumes where it was.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tarfile
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from torch.utils.data import IterableDataset, get_worker_info
+
+from musiclm_pytorch.checks import check_positive, typechecked
+from musiclm_pytorch.data.audio import AudioFile
+from musiclm_pytorch.data.reading import ClipReader, logger
+from musiclm_pytorch.data.sources import AUDIO_SUFFIXES, captions_of, unique
+from musiclm_pytorch.distributed import collectives
+
+INDEX = 'index.json'
+
+
+def webdataset() -> ModuleType:
+    """The package of that name, or an ImportError that says how to install it."""
+    try:
+        import webdataset
+    except ImportError as error:
+        raise ImportError("shards need webdataset: pip install 'musiclm-pytorch[shards]'") from error
+    return webdataset
+
+
+class ShardedAudioText(ClipReader, IterableDataset):
+    """Clips from tar shards, as items `dict(wave=(samples,) float32 in [-1, 1], caption=str)` at `sample_rate`, mono.
+
+    Each rank gives its own part of an epoch, each worker of a `DataLoader` its own part of that, without repeats or
+    gaps; the parts of two ranks differ by one item at most. Pass the loader's `batch_size` here too: then the batches
+    of a rank come in one order, whatever the number of workers, and a position in it is a plain count of items.
+
+    The order and what is drawn depend on (seed, epoch, world size) alone. Call `set_epoch` before each epoch. To
+    resume, keep `state_dict(position)`, with `position` the number of items that this rank has taken from its epoch
+    (batches × batch size, no matter whether items were dropped), and iterate after `load_state_dict`.
+
+    A sample that cannot be read (damaged tar, damaged audio, no caption) is named in the log, counted in `skipped`
+    and given as None, which `collate_pairs` drops.
+
+    Args:
+        shards: a folder that `write_shards` or another WebDataset writer filled, or the tar files themselves, as paths
+            or as `'name-{000000..000015}.tar'`. Samples are an audio file and a .json or .txt with captions.
+        sample_rate, max_seconds, min_seconds, seed, training: as in `AudioTextDataset`. Outside of training the order
+            is that of the shards.
+        batch_size: that of the `DataLoader`.
+        mixed_shards: so many shards at a time are shuffled together; they are open at the same time.
+        rank, world_size: which part to give, by default as torch.distributed says when iteration begins.
+
+    Raises:
+        ImportError: webdataset is not installed. FileNotFoundError, ValueError: no such shards, or none with samples.
+    """
+
+    @typechecked
+    def __init__(
+        self,
+        shards: str | Path | Sequence[str | Path],
+        *,
+        sample_rate: int,
+        max_seconds: float | None = 10.0,
+        min_seconds: float = 0.5,
+        seed: int = 0,
+        training: bool = True,
+        batch_size: int = 1,
+        mixed_shards: int = 16,
+        rank: int | None = None,
+        world_size: int | None = None,
+    ):
+        super().__init__(
+            sample_rate=sample_rate, max_seconds=max_seconds, min_seconds=min_seconds, seed=seed, training=training
+        )
+        check_positive(batch_size=batch_size, mixed_shards=mixed_shards)
+        if (rank is None) != (world_size is None):
+            raise ValueError(f'rank and world_size go together, got rank={rank} and world_size={world_size}')
+        if rank is not None and not 0 <= rank < world_size:
+            raise ValueError(f'rank must lie in [0, world_size), got {rank} of {world_size}')
+        self.batch_size = batch_size
+        self.mixed_shards = mixed_shards
+        self._given_place = None if rank is None else (rank, world_size)
+        self._base_plus_ext = webdataset().tariterators.base_plus_ext
+        self._shards = self._find(shards)
+        if not self._shards:
+            raise ValueError(f'{shards} holds no samples; a sample is an audio file and a .json or .txt with captions')
+        # where each shard begins in the whole
+        self._starts = [0]
+        for _, keys in self._shards:
+            self._starts.append(self._starts[-1] + len(keys))
+        for name, reason in self._skipped.items():
+            logger.warning('skipped %s: %s', name, reason)
+        self._share(self.total)
+
+    # what there is
+
+    def _find(self, shards: str | Path | Sequence[str | Path]) -> list[tuple[Path, Sequence[str]]]:
+        """Path and keys of the samples of each shard."""
+        if isinstance(shards, (str, Path)):
+            folder = Path(shards)
+            if (folder / INDEX).is_file():
+                return self._indexed(folder)
+            if folder.is_dir():
+                paths = sorted(folder.glob('*.tar'))
+            else:
+                paths = [Path(path) for path in webdataset().shardlists.expand_urls(str(shards))]
+        else:
+            paths = [Path(path) for path in shards]
+        found = []
+        for path in paths:
+            if not path.is_file():
+                raise FileNotFoundError(f'no shard at {path}')
+            with closing(Shard(path, self._base_plus_ext)) as shard:
+                if shard.fault:
+                    self._skipped[str(path)] = f'damaged, what follows is lost: {shard.fault}'
+                keys = [key for key in shard.samples if not shard.lacks(key)]
+                self._skipped |= {f'{path}: {key}': shard.lacks(key) for key in shard.samples if shard.lacks(key)}
+            if keys:
+                found.append((path, keys))
+        return found
+
+    def _indexed(self, folder: Path) -> list[tuple[Path, Sequence[str]]]:
+        index = read_index(folder)
+        if not index['complete']:
+            raise ValueError(f'{folder} is not complete: writing was interrupted; run the same write again to go on')
+        found = []
+        for shard in index['shards']:
+            path = folder / shard['name']
+            if shard['samples'] and not path.is_file():
+                raise FileNotFoundError(f'no shard at {path}, though {folder / INDEX} names it')
+            if shard['samples']:
+                found.append((path, NumberedKeys(path, shard['samples'])))
+        return found
+
+    @property
+    def total(self) -> int:
+        """Samples in all shards."""
+        return self._starts[-1]
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes with the shards and their numbers of samples."""
+        content = [(path.name, len(keys)) for path, keys in self._shards]
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+
+    # whose part
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """Rank and world size."""
+        return self._given_place or (collectives.rank(), collectives.world_size())
+
+    def __getstate__(self) -> dict[str, Any]:
+        # a spawned worker has no process group to ask
+        return {**self.__dict__, '_given_place': self.place}
+
+    @property
+    def part(self) -> tuple[int, int]:
+        """The stretch of the epoch's order that is this rank's."""
+        rank, world = self.place
+        return self.total * rank // world, self.total * (rank + 1) // world
+
+    def __len__(self) -> int:
+        """Items that this rank gives in this epoch, from its position on."""
+        first, last = self.part
+        return last - first - self.position
+
+    # position
+
+    @property
+    def position(self) -> int:
+        """Items of this rank's part that are passed over."""
+        return int(self._state[1])
+
+    @typechecked
+    def set_epoch(self, epoch: int, position: int = 0) -> None:
+        """Begin with this item of this epoch at the next iteration, in worker processes too."""
+        first, last = self.part
+        if epoch < 0 or not 0 <= position <= last - first:
+            raise ValueError(
+                f'epoch must not be negative and position lie between 0 and the {last - first} items of this rank, '
+                f'got epoch {epoch} and position {position}'
+            )
+        self._state[0], self._state[1] = epoch, position
+
+    @typechecked
+    def state_dict(self, position: int) -> dict[str, Any]:
+        """Where this epoch is once this rank has taken `position` items of it: plain numbers and strings."""
+        world_size = self.place[1]
+        state = dict(seed=self.seed, world_size=world_size, fingerprint=self.fingerprint, training=self.training)
+        # the last batch may be smaller than the others
+        return dict(epoch=self.epoch, position=min(position, self.part[1] - self.part[0]), **state)
+
+    @typechecked
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a `state_dict`. Raises ValueError if it belongs to other shards, or to another order of them."""
+        own = self.state_dict(0)
+        for key in ('fingerprint', 'seed', 'world_size', 'training'):
+            if state.get(key) != own[key]:
+                raise ValueError(
+                    f'the state was taken with {key} {state.get(key)!r}, but here it is {own[key]!r}: its position '
+                    'means nothing; resume with what it was taken with, or begin the next epoch by set_epoch'
+                )
+        self.set_epoch(state['epoch'], state['position'])
+
+    # items
+
+    def order(self, first: int, last: int) -> Iterator[tuple[int, int]]:
+        """Shard and place in the shard of the samples `first` to `last` of this epoch's order."""
+        shards = list(range(len(self._shards)))
+        if self.training:
+            self._randomness(-1).shuffle(shards)
+        begin = 0
+        for group in range(0, len(shards), self.mixed_shards):
+            mixed = shards[group : group + self.mixed_shards]
+            end = begin + sum(len(self._shards[shard][1]) for shard in mixed)
+            if begin < last and end > first:
+                samples = [(shard, place) for shard in mixed for place in range(len(self._shards[shard][1]))]
+                if self.training:
+                    self._randomness(-2 - group).shuffle(samples)
+                yield from samples[max(0, first - begin) : last - begin]
+            begin = end
+
+    def __iter__(self) -> Iterator[dict[str, Any] | None]:
+        info = get_worker_info()
+        worker, workers = (info.id, info.num_workers) if info else (0, 1)
+        first, last = self.part
+        opened: OrderedDict[int, Shard] = OrderedDict()
+        try:
+            for count, (shard, place) in enumerate(self.order(first + self.position, last)):
+                # a DataLoader takes a batch of each worker in turn
+                if count // self.batch_size % workers == worker:
+                    yield self._sample(opened, shard, place)
+        finally:
+            for shard in opened.values():
+                shard.close()
+
+    def _sample(self, opened: OrderedDict[int, Shard], number: int, place: int) -> dict[str, Any] | None:
+        path, keys = self._shards[number]
+        index = self._starts[number] + place
+        try:
+            if number not in opened:
+                if len(opened) >= self.mixed_shards:
+                    opened.popitem(last=False)[1].close()
+                opened[number] = Shard(path, self._base_plus_ext)
+            opened.move_to_end(number)
+            audio, captions = opened[number].read(keys[place])
+            with audio:
+                return self._item(index, audio, captions)
+        except (OSError, ValueError, tarfile.TarError) as error:
+            self._found_unreadable(index, str(error))
+            return None
+
+    def _name(self, index: int) -> str:
+        number = next(it for it, start in enumerate(self._starts[1:]) if index < start)
+        path, keys = self._shards[number]
+        return f'{path}: {keys[index - self._starts[number]]}'
+
+
+class Shard:
+    """A tar file as a table of samples, read by key. Attribute `fault` tells why its end could not be read, if so."""
+
+    def __init__(self, path: Path, base_plus_ext):
+        self.path = path
+        self.fault: str | None = None
+        self.samples: dict[str, dict[str, tarfile.TarInfo]] = {}
+        self._file = open(path, 'rb')  # noqa: SIM115
+        size = os.fstat(self._file.fileno()).st_size
+        try:
+            # past a damaged header, look for the next one
+            self._tar = tarfile.open(fileobj=self._file, mode='r:', ignore_zeros=True)  # noqa: SIM115
+            for member in self._tar:
+                key, suffix = base_plus_ext(member.name)
+                if member.offset_data + member.size > size:
+                    self.fault = f'it ends within {member.name}'
+                elif member.isfile() and key is not None:
+                    self.samples.setdefault(key, {})[f'.{suffix.lower()}'] = member
+        except (tarfile.TarError, OSError) as error:
+            self.fault = self.fault or str(error)
+
+    def close(self) -> None:
+        self._file.close()
+
+    def parts(self, key: str) -> tuple[list[str], list[str]]:
+        """Suffixes of the audio and of the caption files of a sample."""
+        suffixes = self.samples.get(key, {})
+        return [it for it in suffixes if it in AUDIO_SUFFIXES], [it for it in suffixes if it in ('.json', '.txt')]
+
+    def lacks(self, key: str) -> str | None:
+        """Why a sample cannot be read, as far as names tell."""
+        if key not in self.samples:
+            return 'not in the shard, which is damaged' + (f': {self.fault}' if self.fault else '')
+        audio, captions = self.parts(key)
+        if len(audio) == 1 and captions:
+            return None
+        return f'a sample needs one audio file and a .json or .txt, but has {", ".join(self.samples[key])}'
+
+    def read(self, key: str) -> tuple[AudioFile, tuple[str, ...]]:
+        """The audio, opened inside of the tar, and the captions. Raises ValueError for what is missing or damaged."""
+        if fault := self.lacks(key):
+            raise ValueError(fault)
+        (suffix,), texts = self.parts(key)
+        captions = [caption for text in texts for caption in self._captions(key, text)]
+        if not captions:
+            raise ValueError('no caption')
+        member = self.samples[key][suffix]
+        return AudioFile(self._tar.extractfile(member), f'{self.path}: {member.name}'), unique(captions)
+
+    def _captions(self, key: str, suffix: str) -> list[str]:
+        member = self.samples[key][suffix]
+        try:
+            text = self._tar.extractfile(member).read().decode()
+            if suffix == '.txt':
+                return [line.strip() for line in text.splitlines() if line.strip()]
+            content = json.loads(text)
+        except ValueError as error:
+            raise ValueError(f'{member.name} is damaged: {error}') from error
+        return captions_of(content if isinstance(content, dict) else {'captions': content}, member.name)
+
+
+@dataclass(frozen=True)
+class NumberedKeys(Sequence):
+    """Keys of the samples of a shard that `write_shards` wrote: made when asked for, as there may be millions."""
+
+    path: Path
+    count: int
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, place: int) -> str:
+        return key_of(self.path, place)
+
+
+def key_of(path: Path, place: int) -> str:
+    """The key of a sample that `write_shards` wrote."""
+    return f'{path.stem}-{place:06d}'
+
+
+def read_index(folder: Path) -> dict[str, Any]:
+    """What `write_shards` notes about a folder. Raises ValueError for a file that is not such a note."""
+    path = folder / INDEX
+    try:
+        index = json.loads(path.read_text(encoding='utf-8'))
+        assert all({'name', 'samples'} <= set(shard) for shard in index['shards'])
+        assert {'fingerprint', 'shard_size', 'complete', 'skipped'} <= set(index)
+    except (ValueError, KeyError, TypeError, AssertionError) as error:
+        raise ValueError(f'{path} is damaged or was not written by write_shards; remove it or the folder') from error
+    return index

@@ -1,0 +1,117 @@
+"""The command `musiclm`."""
+
+import json
+import re
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from test_datasets import ramp, write
+
+from musiclm_pytorch import ShardedAudioText, cli
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def music(tmp_path):
+    for index in range(3):
+        write(tmp_path / 'music' / f'{index}.wav', ramp(1), caption=f'clip {index}')
+    write(tmp_path / 'music' / 'mute.wav', ramp(1), caption=None)
+    return tmp_path / 'music'
+
+
+def test_shard(music, tmp_path, capsys, caplog):
+    assert cli.main(['shard', str(music), '-o', str(tmp_path / 'out'), '--shard-size', '2']) == 0
+    out = capsys.readouterr().out
+    assert out.splitlines()[:2] == ['shard 1 of 2', 'shard 2 of 2']
+    assert out.endswith(f'3 clips in 2 shards under {tmp_path / "out"}; 1 skipped\n')
+    assert 'mute.wav: no caption' in caplog.text
+    dataset = ShardedAudioText(tmp_path / 'out', sample_rate=8000)
+    assert sorted(item['caption'] for item in dataset) == ['clip 0', 'clip 1', 'clip 2']
+    # again: nothing is left to do
+    assert cli.main(['shard', str(music), '-o', str(tmp_path / 'out'), '--shard-size', '2']) == 0
+    assert capsys.readouterr().out.startswith('3 clips in 2 shards')
+
+
+def test_shard_of_musiccaps(tmp_path):
+    write(tmp_path / 'audio' / 'abcdefghijk.wav', ramp(1), caption=None)
+    (tmp_path / 'm.csv').write_text('ytid,start_s,end_s,caption\nabcdefghijk,30,40,a song\n')
+    arguments = [
+        'shard',
+        str(tmp_path / 'm.csv'),
+        '--audio-folder',
+        str(tmp_path / 'audio'),
+        '-o',
+        str(tmp_path / 'out'),
+    ]
+    assert cli.main(arguments) == 0
+    assert json.loads((tmp_path / 'out' / 'index.json').read_text())['shards'][0]['samples'] == 1
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'says'),
+    [
+        (['{here}/none.csv', '-o', '{here}/out'], 'musiclm shard: error: no manifest at .*none.csv'),
+        (['{here}/music', '-o', '{here}/out', '--shard-size', '0'], 'error: shard_size must be greater than 0, got 0'),
+        (['{here}/music', '-o', '{here}/music/0.wav'], 'error: .*0.wav'),
+    ],
+)
+def test_errors_are_one_line_and_exit_code_2(music, tmp_path, capsys, arguments, says):
+    assert cli.main(['shard', *(argument.format(here=tmp_path) for argument in arguments)]) == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if 'skipped' not in line]
+    assert len(errors) == 1
+    assert re.search(says, errors[0])
+
+
+def test_missing_extra_is_one_line(music, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'webdataset', None)
+    assert cli.main(['shard', str(music), '-o', str(tmp_path / 'out')]) == 2
+    assert "pip install 'musiclm-pytorch[shards]'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('arguments', [[], ['paint'], ['shard'], ['shard', 'x', '-o', 'y', '--shard-size', 'many']])
+def test_wrong_usage_exits_with_2(arguments, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(arguments)
+    assert stopped.value.code == 2
+    assert 'usage: musiclm' in capsys.readouterr().err
+
+
+def test_every_option_has_help(monkeypatch):
+    parsers = []
+    original = cli.argparse.ArgumentParser.parse_args
+    monkeypatch.setattr(
+        cli.argparse.ArgumentParser,
+        'parse_args',
+        lambda self, *a: parsers.append(self) or original(self, ['--version']),
+    )
+    with pytest.raises(SystemExit):
+        cli.main([])
+    (subcommands,) = (action for action in parsers[0]._actions if action.dest == 'command')
+    assert set(subcommands.choices) == {'shard'}
+    for parser in subcommands.choices.values():
+        assert parser.description
+        assert all(action.help for action in parser._actions)
+
+
+def test_interruption_is_no_traceback(music, tmp_path, capsys, monkeypatch):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr('musiclm_pytorch.data.shard_writer.write_shards', interrupt)
+    assert cli.main(['shard', str(music), '-o', str(tmp_path / 'out')]) == 130
+    assert 'musiclm shard: interrupted' in capsys.readouterr().err
+
+
+def test_entry_point(monkeypatch):
+    given = {}
+    monkeypatch.setattr('setuptools.setup', lambda **keywords: given.update(keywords))
+    runpy.run_path(str(ROOT / 'setup.py'))
+    assert given['entry_points'] == {'console_scripts': ['musiclm = musiclm_pytorch.cli:main']}
+    done = subprocess.run(
+        [sys.executable, '-m', 'musiclm_pytorch.cli', '--version'], cwd=ROOT, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout) == (0, f'musiclm-pytorch {given["version"]}\n')

@@ -1,0 +1,429 @@
+"""Data sets of files: what is read and how much of it, what is drawn, and what becomes of files that are no use."""
+
+import csv
+import io
+import json
+import logging
+import pickle
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from torch.utils.data import DataLoader
+
+from musiclm_pytorch import AudioTextDataset
+from musiclm_pytorch.data.audio import AudioFile, resample
+from musiclm_pytorch.data.collate import collate_pairs
+from musiclm_pytorch.data.sources import Clip
+
+RATE = 8000
+FORMATS = ['wav', 'flac', 'ogg', 'mp3']
+
+
+def ramp(seconds, rate=RATE, channels=1):
+    """A wave whose samples tell where they are from: rising from 0 to 0.5."""
+    return np.repeat(np.linspace(0, 0.5, round(seconds * rate), dtype='float32')[:, None], channels, axis=1)
+
+
+def noise(seconds, rate=RATE, channels=1, seed=0):
+    return (np.random.default_rng(seed).standard_normal((round(seconds * rate), channels)) * 0.1).astype('float32')
+
+
+def write(path, samples, rate=RATE, caption='a sound', **keywords):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    soundfile.write(path, samples, rate, **keywords)
+    if caption is not None:
+        path.with_suffix('.txt').write_text(caption)
+    return path
+
+
+def opened(folder, **keywords):
+    return AudioTextDataset.from_folder(folder, **{**dict(sample_rate=RATE, max_seconds=1.0), **keywords})
+
+
+# ---- reading ----
+
+
+@pytest.mark.parametrize('suffix', FORMATS)
+@pytest.mark.parametrize('rate', [8000, 11025, 16000])
+def test_piece_is_that_of_the_whole_file(tmp_path, suffix, rate):
+    path = write(tmp_path / f'a.{suffix}', noise(9, 16000, channels=2), 16000)
+    whole = resample(torch.from_numpy(soundfile.read(path, dtype='float32')[0]).mean(dim=-1), 16000, rate)
+    with AudioFile(path) as file:
+        total = file.length_at(rate)
+        assert total == len(whole) == 9 * rate
+        # one file object, forwards and backwards, and up to either end
+        for start, stop in [(5, 6), (40000, 40500), (3, 9000), (total - 1, total), (0, total), (total - 900, total)]:
+            torch.testing.assert_close(file.read_at(start, stop, rate), whole[start:stop], atol=1e-6, rtol=0)
+        with pytest.raises(ValueError, match=rf'samples 0 to {total + 1} at {rate} Hz lie outside'):
+            file.read_at(0, total + 1, rate)
+
+
+@pytest.mark.parametrize('in_memory', [False, True])
+def test_seeking_in_ogg_is_exact(tmp_path, in_memory):
+    # libsndfile by itself gets many of these wrong: it seeks falsely within the last page and after having read
+    time = np.arange(658119) / 22050
+    path = write(tmp_path / 'a.ogg', 0.3 * np.sin(2 * np.pi * 220 * time) * (np.sin(3 * time) > 0), 22050)
+    whole = torch.from_numpy(soundfile.read(path, dtype='float32')[0])
+    starts = torch.randint(len(whole) - 2000, (20,)).tolist() + list(range(len(whole) - 60000, len(whole), 1900))
+    with AudioFile(io.BytesIO(path.read_bytes()) if in_memory else path) as file:
+        for start in starts:
+            stop = min(len(whole), start + 2000)
+            torch.testing.assert_close(file.read(start, stop), whole[start:stop], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize('suffix', FORMATS)
+def test_crop_of_a_long_file_reads_the_crop_only(tmp_path, suffix, monkeypatch):
+    write(tmp_path / f'a.{suffix}', noise(120, 16000), 16000)
+    read, original = [], soundfile.SoundFile.read
+    monkeypatch.setattr(soundfile.SoundFile, 'read', lambda self, n, **kw: read.append(n) or original(self, n, **kw))
+    dataset = opened(tmp_path, max_seconds=5.0)
+    assert read == []  # opening looks at headers
+    assert dataset[0]['wave'].shape == (5 * RATE,)
+    run_up = 2**15 if suffix == 'ogg' else 0
+    assert 5 * 16000 <= sum(read) <= 5.1 * 16000 + run_up
+
+
+@pytest.mark.parametrize('rate', [8000, 11025, 44100])
+def test_any_rate_and_channels_come_out_mono_at_the_models_rate(tmp_path, rate):
+    seconds = 3
+    tone = 0.4 * np.sin(2 * np.pi * 440 * np.arange(seconds * rate) / rate)
+    write(tmp_path / 'a.wav', np.stack([tone, np.zeros_like(tone)], axis=1), rate)
+    wave = opened(tmp_path, max_seconds=None)[0]['wave']
+    assert wave.dtype == torch.float32
+    assert wave.shape == (seconds * RATE,)
+    expected = 0.2 * torch.sin(2 * np.pi * 440 * torch.arange(seconds * RATE) / RATE)
+    torch.testing.assert_close(wave[100:-100], expected[100:-100], atol=2e-3, rtol=0)
+
+
+def test_crops_move_in_training_and_stay_in_validation(tmp_path):
+    write(tmp_path / 'a.wav', ramp(4), subtype='FLOAT')
+    dataset = opened(tmp_path)
+    starts = []
+    for epoch in range(30):
+        dataset.set_epoch(epoch)
+        wave = dataset[0]['wave']
+        assert wave.shape == (RATE,)
+        starts.append(float(wave[0] / 0.5 * 4))
+    assert min(starts) < 0.5
+    assert max(starts) > 2.5
+    assert len(set(starts)) > 25
+    fixed = dataset.validation()
+    first = fixed[0]['wave']
+    fixed.set_epoch(7)
+    assert torch.equal(fixed[0]['wave'], first)
+    assert float(first[0] / 0.5 * 4) == pytest.approx(1.5, abs=0.01)  # the middle
+    assert dataset.training
+
+
+def test_short_clips_keep_their_length(tmp_path):
+    write(tmp_path / 'a.wav', ramp(0.7))
+    write(tmp_path / 'b.wav', ramp(3))
+    dataset = opened(tmp_path)
+    batch = collate_pairs([dataset[0], dataset[1]])
+    assert batch['audio_lengths'].tolist() == [5600, 8000]
+
+
+def test_draws_depend_on_seed_epoch_and_index_alone(tmp_path):
+    for index in range(4):
+        write(tmp_path / f'{index}.wav', ramp(4), subtype='FLOAT', caption='one\ntwo\nthree\nfour')
+
+    def items(seed, epoch, order=range(4)):
+        dataset = opened(tmp_path, seed=seed)
+        dataset.set_epoch(epoch)
+        found = {index: dataset[index] for index in order}
+        return [(float(found[index]['wave'][0]), found[index]['caption']) for index in range(4)]
+
+    assert items(0, 3) == items(0, 3, order=[2, 0, 2, 3, 1])
+    assert len({str(it) for it in (items(0, 3), items(0, 4), items(1, 3))}) == 3
+    assert len({start for start, _ in items(0, 3)}) == 4
+
+
+@pytest.mark.parametrize('context', ['fork', 'spawn'])
+def test_set_epoch_and_faults_cross_to_living_workers(tmp_path, context):
+    for index in range(3):
+        write(tmp_path / f'{index}.wav', ramp(4), subtype='FLOAT')
+    write(tmp_path / '3.wav', np.full((4 * RATE, 1), np.nan), subtype='FLOAT')
+    dataset, alone = opened(tmp_path), opened(tmp_path)
+    loader = DataLoader(
+        dataset, 2, num_workers=1, persistent_workers=True, collate_fn=list, multiprocessing_context=context
+    )
+    for epoch in (0, 5):
+        dataset.set_epoch(epoch)
+        alone.set_epoch(epoch)
+        found = [item for batch in loader for item in batch]
+        assert [float(item['wave'][0]) for item in found[:3]] == [float(alone[i]['wave'][0]) for i in range(3)]
+        assert found[3] is None
+    assert dataset.skipped == {str(tmp_path / '3.wav'): 'unreadable, see the log of the worker'}
+
+
+def test_captions_of_every_form(tmp_path):
+    write(tmp_path / 'sub' / 'lines.wav', ramp(1), caption='first\n\n  second \nfirst\n')
+    for name, content in dict(
+        string='one', list=['one', 'two'], object=dict(caption='one'), both=dict(text='one', captions=['two', ''])
+    ).items():
+        write(tmp_path / f'{name}.wav', ramp(1), caption=None)
+        (tmp_path / f'{name}.json').write_text(json.dumps(content))
+    dataset = opened(tmp_path)
+    found = {dataset.clips[i].path.stem: dataset.captions(i) for i in range(len(dataset))}
+    assert found == dict(
+        both=('one', 'two'), list=('one', 'two'), object=('one',), string=('one',), lines=('first', 'second')
+    )
+    lines = [clip.path.stem for clip in dataset.clips].index('lines')
+    drawn = set()
+    for epoch in range(20):
+        dataset.set_epoch(epoch)
+        drawn.add(dataset[lines]['caption'])
+    assert drawn == {'first', 'second'}
+    assert dataset.validation()[lines]['caption'] == 'first'
+
+
+# ---- manifests ----
+
+
+@pytest.mark.parametrize('form', ['csv', 'tsv', 'jsonl'])
+def test_manifest(tmp_path, form):
+    write(tmp_path / 'audio' / 'a, b.wav', ramp(4), caption=None, subtype='FLOAT')
+    audio = 'audio/a, b.wav'
+    rows = [
+        dict(path=audio, captions=['one', 'two'], start=1, end=2.5),
+        dict(path=audio, captions=['a "quoted", text\nin two lines'], start=3, end=99),
+        dict(path=str(tmp_path / audio), captions=['whole'], start='', end=''),
+    ]
+    path = tmp_path / f'manifest.{form}'
+    with open(path, 'w', newline='') as file:
+        if form == 'jsonl':
+            file.writelines(json.dumps(row) + '\n' for row in rows)
+        else:
+            table = csv.DictWriter(file, rows[0], delimiter=',' if form == 'csv' else '\t')
+            table.writeheader()
+            table.writerows({**row, 'captions': json.dumps(row['captions'])} for row in rows)
+    dataset = AudioTextDataset.from_manifest(path, sample_rate=RATE, max_seconds=None)
+    assert [dataset.captions(i) for i in range(3)] == [tuple(row['captions']) for row in rows]
+    for index, (start, end) in enumerate([(1, 2.5), (3, 4), (0, 4)]):
+        wave = dataset[index]['wave']
+        assert len(wave) == round((end - start) * RATE)
+        assert float(wave[0]) == pytest.approx(start / 4 * 0.5, abs=1e-3)
+
+
+def test_manifest_with_upstreams_usual_names(tmp_path):
+    write(tmp_path / 'a.wav', ramp(1), caption=None)
+    (tmp_path / 'm.csv').write_text('\ufeffaudio,text,other\na.wav,"one, two",3\n', encoding='utf-8')
+    assert AudioTextDataset.from_path(tmp_path / 'm.csv', sample_rate=RATE).captions(0) == ('one, two',)
+
+
+@pytest.mark.parametrize(
+    ('name', 'text', 'says'),
+    [
+        (
+            'm.csv',
+            'path,caption,start\na.wav,x,soon\n',
+            r"m.csv, line 2: start must be a number of seconds, got 'soon'",
+        ),
+        ('m.csv', 'path,caption,start\na.wav,x,-1\n', r'line 2: start must be a number of seconds from 0 on'),
+        ('m.csv', 'path,caption,start,end\na.wav,x,2,1\n', r'line 2: end 1 must be greater than start 2'),
+        ('m.csv', 'file,caption\na.wav,x\n', r'line 2: no file name under audio or path; there are file, caption$'),
+        ('m.csv', 'ytid,caption\nabc,x\n', r'for MusicCaps pass the folder of its audio too'),
+        ('m.csv', 'path,caption\na.wav,x,y\n', r'line 2: more cells than columns'),
+        ('m.csv', 'path,captions\na.wav,[x\n', r'line 2: captions is not a JSON list'),
+        ('m.jsonl', '{"path": "a.wav"\n', r'm.jsonl, line 1 is not JSON'),
+        ('m.jsonl', '\n[1]\n', r'line 2 must be an object'),
+        (
+            'm.jsonl',
+            '{"path": "a.wav", "caption": 3}\n',
+            r'line 1: caption must be a string or a list of strings, got 3',
+        ),
+        ('m.txt', '', r'neither a folder nor a manifest; a manifest ends in .csv, .tsv, .jsonl'),
+    ],
+)
+def test_errors_in_manifests_name_the_line(tmp_path, name, text, says):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=says):
+        AudioTextDataset.from_manifest(tmp_path / name, sample_rate=RATE)
+
+
+def test_musiccaps(tmp_path):
+    folder = tmp_path / 'audio'
+    ids = ['-0Gj8-vB1q4', '_aB-d_fG1h2', 'abcdefghijk', 'ABCDEFGHIJK', 'YYbcdefghij', 'lmnopqrstuv', 'missing0000']
+    write(folder / f'[{ids[0]}]-[30-40].wav', ramp(10), caption=None)
+    write(folder / f'{ids[1]}_30_40.flac', ramp(10), caption=None)
+    write(folder / f'{ids[2]}.wav', ramp(10), caption=None)  # cut already
+    write(folder / 'sub' / f'{ids[3]}.wav', ramp(60), caption=None)  # the whole track
+    write(folder / f'Y{ids[4]}_30000_40000.wav', ramp(10), caption=None)
+    write(folder / f'Some title [{ids[5]}].wav', ramp(60), caption=None)
+    path = tmp_path / 'musiccaps-public.csv'
+    with open(path, 'w', newline='') as file:
+        table = csv.writer(file)
+        table.writerow(['ytid', 'start_s', 'end_s', 'audioset_positive_labels', 'aspect_list', 'caption', 'author_id'])
+        table.writerows([ytid, 30, 40, '/m/1', "['slow', 'rock \\'n\\' roll']", f'song {ytid}', 1] for ytid in ids)
+    dataset = AudioTextDataset.from_musiccaps(path, folder, sample_rate=RATE, max_seconds=None)
+    assert [dataset.captions(i)[0] for i in range(len(dataset))] == [f'song {ytid}' for ytid in ids[:6]]
+    assert dataset.captions(0)[1] == "slow, rock 'n' roll"
+    assert dataset.skipped == {'missing0000 [30-40]': f'no file named by it under {folder}'}
+    for index in range(6):
+        wave = dataset[index]['wave']
+        assert len(wave) == 10 * RATE
+        assert float(wave[0]) == pytest.approx(0.25 if index in (3, 5) else 0, abs=2e-3), ids[index]
+    plain = AudioTextDataset.from_musiccaps(path, folder, aspects=False, sample_rate=RATE)
+    assert plain.captions(0) == (f'song {ids[0]}',)
+    assert len(AudioTextDataset.from_path(path, folder, sample_rate=RATE)) == 6
+
+    path.write_text('ytid,caption\nabcdefghijk,x\n')
+    with pytest.raises(ValueError, match='line 2: no start_s and no end_s, which MusicCaps has'):
+        AudioTextDataset.from_musiccaps(path, folder, sample_rate=RATE)
+    path.write_text('ytid,start_s,end_s,caption,aspect_list\nabcdefghijk,1,2,x,os.getcwd()\n')
+    with pytest.raises(ValueError, match='aspect_list must be a list of strings'):
+        AudioTextDataset.from_musiccaps(path, folder, sample_rate=RATE)
+
+
+# ---- faults ----
+
+
+def damage(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2 :] = bytes(len(content) - len(content) // 2)
+    path.write_bytes(content)
+
+
+def test_unusable_files_are_skipped_counted_and_named(tmp_path, caplog):
+    write(tmp_path / 'good.wav', ramp(2))
+    write(tmp_path / 'short.wav', ramp(0.1))
+    write(tmp_path / 'zero.wav', ramp(0))
+    write(tmp_path / 'silent.wav', ramp(1), caption=None)
+    write(tmp_path / 'blank.wav', ramp(1), caption=' \n')
+    write(tmp_path / 'latin.wav', ramp(1), caption=None)
+    (tmp_path / 'latin.txt').write_bytes(b'caf\xe9')
+    write(tmp_path / 'json.wav', ramp(1), caption=None)
+    (tmp_path / 'json.json').write_text('{')
+    for name in ('empty.mp3', 'text.flac', 'apple.m4a'):
+        (tmp_path / name).write_bytes(b'' if name == 'empty.mp3' else b'not audio at all')
+        (tmp_path / name).with_suffix('.txt').write_text('x')
+    with caplog.at_level(logging.WARNING):
+        dataset = opened(tmp_path)
+    reasons = {name.removeprefix(f'{tmp_path}/'): reason for name, reason in dataset.skipped.items()}
+    expected = {
+        'short.wav': 'too short: 0.1 s, but min_seconds is 0.5',
+        'zero.wav': 'is empty',
+        'silent.wav': 'no caption: neither',
+        'blank.wav': 'is empty',
+        'latin.wav': 'is not UTF-8',
+        'json.wav': 'is not JSON',
+        'empty.mp3': 'cannot be read as audio',
+        'text.flac': 'cannot be read as audio',
+        'apple.m4a': 'cannot be read as audio',
+    }
+    assert len(dataset) == 1
+    assert reasons.keys() == expected.keys()
+    for name, reason in expected.items():
+        assert reason in reasons[name]
+        assert any(str(tmp_path / name) in record.getMessage() for record in caplog.records)
+    assert '1 clips, 9 skipped' in caplog.text
+
+
+def test_damage_inside_is_found_when_read(tmp_path, caplog):
+    write(tmp_path / 'a.flac', noise(3))
+    write(tmp_path / 'b.wav', np.full((3 * RATE, 1), np.nan), subtype='FLOAT')
+    write(tmp_path / 'c.wav', ramp(3))
+    write(tmp_path / 'd.wav', ramp(3))
+    damage(tmp_path / 'a.flac')
+    dataset = opened(tmp_path, max_seconds=None)
+    assert len(dataset) == 4
+    assert dataset.skipped == {}
+    (tmp_path / 'd.wav').unlink()
+    for _ in range(2):  # named once, tried each time
+        assert [dataset[index] is None for index in range(4)] == [True, True, False, True]
+    assert [len(dataset), sorted(dataset.skipped)] == [4, [str(tmp_path / it) for it in ('a.flac', 'b.wav', 'd.wav')]]
+    reasons = list(dataset.skipped.values())
+    assert 'damaged between samples' in reasons[0]
+    assert 'NaN' in reasons[1]
+    assert 'no audio file at' in reasons[2]
+    assert sum('skipped' in record.getMessage() for record in caplog.records) == 3
+    batch = collate_pairs([dataset[index] for index in range(4)])
+    assert batch['wavs'].shape == (1, 3 * RATE)
+    write(tmp_path / 'd.wav', ramp(3))
+    assert dataset[3] is not None
+
+
+def test_without_looking_at_headers(tmp_path):
+    write(tmp_path / 'a.wav', ramp(1))
+    (tmp_path / 'b.wav').write_bytes(b'x')
+    (tmp_path / 'b.txt').write_text('x')
+    dataset = opened(tmp_path, check_headers=False)
+    assert [dataset[index] is None for index in range(len(dataset))] == [False, True]
+    assert list(dataset.skipped) == [str(tmp_path / 'b.wav')]
+
+
+def test_nothing_usable_is_an_error_that_says_why(tmp_path):
+    with pytest.raises(FileNotFoundError, match='no folder at'):
+        opened(tmp_path / 'none')
+    with pytest.raises(FileNotFoundError, match='no manifest at'):
+        AudioTextDataset.from_manifest(tmp_path / 'none.csv', sample_rate=RATE)
+    with pytest.raises(FileNotFoundError, match='no CSV of MusicCaps at'):
+        AudioTextDataset.from_musiccaps(tmp_path / 'none.csv', tmp_path, sample_rate=RATE)
+    with pytest.raises(ValueError, match=r'no audio files under .*; looked for .*\.flac'):
+        opened(tmp_path)
+    write(tmp_path / 'a.wav', ramp(1), caption=None)
+    with pytest.raises(ValueError, match=r'gives no usable clip; 1 skipped, the first, .*a\.wav: no caption: neither'):
+        opened(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ('keywords', 'error', 'says'),
+    [
+        (dict(sample_rate=0), ValueError, 'sample_rate must be greater than 0, got 0'),
+        (dict(sample_rate='8k'), TypeError, 'sample_rate'),
+        (dict(max_seconds=-1.0), ValueError, 'max_seconds must be greater than 0'),
+        (dict(max_seconds=0.2), ValueError, 'max_seconds 0.2 must not be less than min_seconds 0.5'),
+    ],
+)
+def test_bad_arguments(tmp_path, keywords, error, says):
+    write(tmp_path / 'a.wav', ramp(1))
+    with pytest.raises(error, match=says):
+        opened(tmp_path, **keywords)
+
+
+def test_indices(tmp_path):
+    write(tmp_path / 'a.wav', ramp(1))
+    dataset = opened(tmp_path)
+    assert torch.equal(dataset[-1]['wave'], dataset[0]['wave'])
+    with pytest.raises(IndexError, match='index 1 lies outside of the 1 clips'):
+        dataset[1]
+    with pytest.raises(ValueError, match='epoch must not be negative, got -1'):
+        dataset.set_epoch(-1)
+    assert len(pickle.loads(pickle.dumps(dataset))) == 1
+
+
+# ---- splitting ----
+
+
+def test_split_shares_no_recording(tmp_path):
+    clips = []
+    for index in range(10):
+        path = write(tmp_path / f'{index}.wav', ramp(4), caption=None)
+        clips += [Clip(path, (f'{index}',), start, start + 1.0, f'recording {index}') for start in range(3)]
+    dataset = AudioTextDataset(clips, sample_rate=RATE)
+    train, valid = dataset.split(0.2, seed=1)
+    assert [len(train), len(valid)] == [24, 6]
+    assert not {clip.path for clip in train.clips} & {clip.path for clip in valid.clips}
+    assert [train.training, valid.training] == [True, False]
+    again = AudioTextDataset(clips[::-1], sample_rate=RATE).split(0.2, seed=1)[1]
+    assert set(again.clips) == set(valid.clips)
+    assert {frozenset(dataset.split(0.2, seed=seed)[1].clips) for seed in range(5)} != {frozenset(valid.clips)}
+    assert [len(it) for it in dataset.split(0.01)] == [27, 3]
+    assert [len(it) for it in dataset.split(0.99)] == [3, 27]
+
+
+def test_one_recording_under_several_names(tmp_path):
+    write(tmp_path / 'a.wav', ramp(1))
+    write(tmp_path / 'a.flac', ramp(1))
+    (tmp_path / 'm.csv').write_text('path,caption\na.wav,x\n./a.wav,y\nsub/../a.flac,z\n')
+    (tmp_path / 'sub').mkdir()
+    (tmp_path / 'sub' / 'link.wav').symlink_to(tmp_path / 'a.wav')
+    (tmp_path / 'sub' / 'link.txt').write_text('x')
+    for dataset in (AudioTextDataset.from_manifest(tmp_path / 'm.csv', sample_rate=RATE), opened(tmp_path)):
+        assert len(dataset) == 3
+        with pytest.raises(ValueError, match='has one recording only, a; splitting needs at least two'):
+            dataset.split()
+    with pytest.raises(ValueError, match='valid_fraction must lie between 0 and 1, got 0'):
+        dataset.split(0.0)

@@ -1,0 +1,405 @@
+"""Shards: what is written is what was there, each sample is read once by someone, and runs go on where they were."""
+
+import json
+import logging
+import pickle
+import sys
+import tarfile
+from itertools import chain
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+import webdataset
+from test_datasets import damage, noise, ramp, write
+from torch.utils.data import DataLoader, IterableDataset
+
+from musiclm_pytorch import AudioTextDataset, ShardedAudioText, collate_pairs, write_shards
+from musiclm_pytorch.data.sources import Clip
+
+RATE = 8000
+
+
+@pytest.fixture(scope='module')
+def clips(tmp_path_factory):
+    """Eleven captioned parts of one file, told apart by caption and by content."""
+    path = write(tmp_path_factory.mktemp('audio') / 'a.wav', ramp(11), caption=None)
+    return [Clip(path, (f'clip {index}',), float(index), index + 1.0, f'r{index}') for index in range(11)]
+
+
+@pytest.fixture(scope='module')
+def folders(clips, tmp_path_factory):
+    """The same clips in shards of several sizes: 11, 4 and 1 shards."""
+    root = tmp_path_factory.mktemp('shards')
+    for size in (1, 3, 100):
+        write_shards(clips, root / str(size), shard_size=size)
+    return root
+
+
+def opened(folder, **keywords):
+    return ShardedAudioText(folder, **{**dict(sample_rate=RATE, max_seconds=0.6), **keywords})
+
+
+def captions(items):
+    return [None if item is None else item['caption'] for item in items]
+
+
+EVERYTHING = sorted(f'clip {index}' for index in range(11))
+
+
+# ---- writing ----
+
+
+def test_whole_files_are_stored_byte_by_byte_and_parts_lossless(tmp_path):
+    whole = [write(tmp_path / f'audio/whole.{suffix}', noise(1, 44100, 2), 44100) for suffix in ('wav', 'ogg', 'mp3')]
+    source = write(tmp_path / 'audio/part.wav', noise(3, 44100, 2) * 9, 44100, subtype='PCM_16')
+    wide = write(tmp_path / 'audio/wide.wav', noise(3), subtype='PCM_24')
+    loud = write(tmp_path / 'audio/loud.wav', noise(3) * 30, subtype='FLOAT')
+    clips = [Clip(path, ('a', 'ü')) for path in whole]
+    clips += [Clip(path, ('b',), 0.5, 1.75) for path in (source, wide, loud)]
+    index = write_shards(clips, tmp_path / 'shards')
+    assert [shard['samples'] for shard in index['shards']] == [6]
+    with tarfile.open(tmp_path / 'shards' / 'shard-000000.tar') as tar:
+        files = {name.removeprefix('shard-000000-'): tar.extractfile(name).read() for name in tar.getnames()}
+    for place, path in enumerate(whole):
+        assert files[f'{place:06d}{path.suffix}'] == path.read_bytes()
+        assert json.loads(files[f'{place:06d}.json'])['captions'] == ['a', 'ü']
+    for name, path, dtype in [
+        ('000003.flac', source, 'int16'),
+        ('000004.flac', wide, 'int32'),
+        ('000005.wav', loud, 'float32'),
+    ]:
+        (tmp_path / name).write_bytes(files[name])
+        found, rate = soundfile.read(tmp_path / name, dtype=dtype, always_2d=True)
+        original, original_rate = soundfile.read(path, dtype=dtype, always_2d=True)
+        assert rate == original_rate
+        assert np.array_equal(found, original[round(0.5 * rate) : round(1.75 * rate)])
+
+
+def test_reading_shards_is_reading_the_files(tmp_path):
+    for index in range(5):
+        write(tmp_path / f'audio/{index}.flac', noise(2, 16000, 2, seed=index), 16000, caption=f'{index}\nor {index}')
+    dataset = AudioTextDataset.from_folder(tmp_path / 'audio', sample_rate=RATE, max_seconds=1.0, seed=5)
+    write_shards(dataset, tmp_path / 'shards', shard_size=2)
+    shards = opened(tmp_path / 'shards', max_seconds=1.0, seed=5)
+    for training in (True, False):
+        shards.training = training
+        reference = dataset if training else dataset.validation()
+        for epoch in range(3):
+            shards.set_epoch(epoch)
+            reference.set_epoch(epoch)
+            found = {item['caption'][-1]: item for item in shards}
+            assert len(found) == 5
+            for index in range(5):
+                item = reference[index]
+                assert found[str(index)]['caption'] == item['caption']
+                assert torch.equal(found[str(index)]['wave'], item['wave'])
+
+
+def test_interrupted_writing_goes_on_without_repeats_or_gaps(tmp_path, clips):
+    class Interrupted(Exception):
+        pass
+
+    def stop(number, count):
+        assert count == 4
+        if number == 2:
+            raise Interrupted
+
+    with pytest.raises(Interrupted):
+        write_shards(clips, tmp_path / 'a', shard_size=3, on_shard=stop)
+    with pytest.raises(ValueError, match='is not complete: writing was interrupted; run the same write again'):
+        opened(tmp_path / 'a')
+    # killed while it wrote a shard, and after it renamed one but before it noted it
+    (tmp_path / 'a' / '.shard-000002.tar.partial').write_bytes(b'half')
+    (tmp_path / 'a' / 'shard-000002.tar').write_bytes(b'unnoted')
+    kept = (tmp_path / 'a' / 'shard-000001.tar').stat().st_mtime_ns
+    index = write_shards(clips, tmp_path / 'a', shard_size=3)
+    assert [shard['samples'] for shard in index['shards']] == [3, 3, 3, 2]
+    assert (tmp_path / 'a' / 'shard-000001.tar').stat().st_mtime_ns == kept
+    write_shards(clips, tmp_path / 'b', shard_size=3)
+    for path in sorted((tmp_path / 'b').iterdir()):
+        assert (tmp_path / 'a' / path.name).read_bytes() == path.read_bytes()
+    assert sorted(it.name for it in (tmp_path / 'a').iterdir()) == sorted(it.name for it in (tmp_path / 'b').iterdir())
+
+
+def test_failed_shard_leaves_nothing_half_written(tmp_path):
+    class Breaks(list):
+        def __getitem__(self, index):
+            if index == 3:
+                raise OSError('no space left on device')
+            return torch.zeros(RATE), 'x'
+
+    with pytest.raises(OSError, match='no space left'):
+        write_shards(Breaks([0] * 5), tmp_path / 'a', shard_size=2, sample_rate=RATE)
+    assert sorted(it.name for it in (tmp_path / 'a').iterdir()) == ['index.json', 'shard-000000.tar']
+
+
+def test_folder_of_something_else_is_refused(tmp_path, clips):
+    write_shards(clips, tmp_path / 'a', shard_size=3)
+    before = {it.name: it.read_bytes() for it in (tmp_path / 'a').iterdir()}
+    for other, size in ((clips[:-1], 3), (clips, 4)):
+        with pytest.raises(ValueError, match='holds shards of other clips, or of another shard_size'):
+            write_shards(other, tmp_path / 'a', shard_size=size)
+    assert {it.name: it.read_bytes() for it in (tmp_path / 'a').iterdir()} == before
+    (tmp_path / 'a' / 'index.json').unlink()
+    with pytest.raises(ValueError, match='holds shard-000000.tar, which was not written here'):
+        write_shards(clips, tmp_path / 'a', shard_size=3)
+    (tmp_path / 'a' / 'index.json').write_text('{}')
+    with pytest.raises(ValueError, match='index.json is damaged or was not written by write_shards'):
+        opened(tmp_path / 'a')
+
+
+def test_clips_that_do_not_decode_are_skipped_and_noted(tmp_path, clips, caplog):
+    broken = write(tmp_path / 'broken.flac', noise(2), caption=None)
+    damage(broken)
+    nan = write(tmp_path / 'nan.wav', np.full((RATE, 1), np.nan), caption=None, subtype='FLOAT')
+    missing = tmp_path / 'missing.wav'
+    bad = [Clip(path, ('x',)) for path in (broken, nan, missing)] + [Clip(clips[0].path, ('x',), 20.0, 21.0)]
+    index = write_shards([clips[0], *bad, clips[1]], tmp_path / 'a', shard_size=3)
+    assert [shard['samples'] for shard in index['shards']] == [1, 1]
+    assert list(index['skipped']) == [clip.name for clip in bad]
+    for clip, reason in zip(bad, ['damaged between samples', 'NaN', 'no audio file', 'holds no samples']):
+        assert reason in index['skipped'][clip.name]
+        assert clip.name in caplog.text
+    assert sorted(captions(opened(tmp_path / 'a'))) == ['clip 0', 'clip 1']
+    with pytest.raises(ValueError, match='no clip can be read; 4 skipped, the first, .*broken.flac'):
+        write_shards(bad, tmp_path / 'b', shard_size=3)
+
+
+def test_other_data_sets(tmp_path):
+    pairs = [(torch.full((RATE,), 0.1 * it), f'{it}') for it in range(3)] + [None]
+    index = write_shards(pairs, tmp_path / 'a', sample_rate=RATE)
+    assert index['skipped'] == {'item 3': 'the data set gives None for it'}
+    items = list(opened(tmp_path / 'a', training=False))
+    assert captions(items) == ['0', '1', '2']
+    assert [float(item['wave'].mean()) for item in items] == pytest.approx([0, 0.1, 0.2], abs=1e-6)
+    with pytest.raises(ValueError, match='list is not made of files: pass sample_rate, in Hz'):
+        write_shards(pairs, tmp_path / 'b')
+    with pytest.raises(TypeError, match='item 0 must be a wave and a string; token ids need the tokenizer'):
+        write_shards([(torch.zeros(9), torch.tensor([1]))], tmp_path / 'c', sample_rate=RATE)
+    with pytest.raises(TypeError, match='Endless has no length; shards are written of data sets of fixed size'):
+        write_shards(Endless(), tmp_path / 'd', sample_rate=RATE)
+    with pytest.raises(ValueError, match='shard_size must be greater than 0, got 0'):
+        write_shards(pairs, tmp_path / 'e', shard_size=0, sample_rate=RATE)
+
+
+class Endless(IterableDataset):
+    def __iter__(self):
+        return iter(())
+
+
+# ---- reading: every sample once ----
+
+
+@pytest.mark.filterwarnings('ignore:This DataLoader will create')
+@pytest.mark.parametrize('size', ['1', '3', '100'])
+@pytest.mark.parametrize(('world', 'workers'), [(1, 0), (2, 0), (3, 0), (5, 0), (1, 3), (2, 3), (3, 2)])
+def test_no_repeats_or_gaps_over_ranks_and_workers(folders, size, world, workers):
+    parts = []
+    for rank in range(world):
+        dataset = opened(folders / size, rank=rank, world_size=world, batch_size=2)
+        loader = DataLoader(dataset, 2, num_workers=workers, collate_fn=captions)
+        parts.append([caption for batch in loader for caption in batch])
+        assert len(parts[-1]) == len(dataset)
+        assert len(loader) == -(-len(dataset) // 2)
+    assert sorted(chain(*parts)) == EVERYTHING
+    assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+def test_more_ranks_than_samples(folders):
+    parts = [captions(opened(folders / '3', rank=rank, world_size=20)) for rank in range(20)]
+    assert sorted(chain(*parts)) == EVERYTHING
+
+
+def worker(rank, world, folder, shards):
+    dist.init_process_group('gloo', init_method=f'file://{folder}/rendezvous', rank=rank, world_size=world)
+    found = {}
+    for context in ('fork', 'spawn') if rank == 0 else ('fork',):
+        loader = DataLoader(
+            opened(shards, batch_size=2), 2, num_workers=2, collate_fn=captions, multiprocessing_context=context
+        )
+        found[context] = [caption for batch in loader for caption in batch]
+    assert len({str(it) for it in found.values()}) == 1
+    dist.barrier()
+    with open(f'{folder}/{rank}.json', 'w') as file:
+        json.dump(found['fork'], file)
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_processes_with_workers(folders, tmp_path):
+    mp.start_processes(worker, args=(2, str(tmp_path), folders / '3'), nprocs=2, start_method='spawn')
+    parts = [json.loads((tmp_path / f'{rank}.json').read_text()) for rank in range(2)]
+    assert sorted(chain(*parts)) == EVERYTHING
+    assert captions(opened(folders / '3', batch_size=2)) == list(chain(*parts))
+
+
+@pytest.mark.filterwarnings('ignore:This DataLoader will create')
+def test_order_does_not_depend_on_workers(folders):
+    orders = []
+    for workers in (0, 1, 3):
+        loader = DataLoader(opened(folders / '3', batch_size=2), 2, num_workers=workers, collate_fn=captions)
+        orders.append(list(loader))
+    assert orders[0] == orders[1] == orders[2]
+    assert [len(batch) for batch in orders[0]] == [2, 2, 2, 2, 2, 1]
+
+
+def test_order_depends_on_seed_and_epoch(folders):
+    def order(seed, epoch, **keywords):
+        dataset = opened(folders / '3', seed=seed, **keywords)
+        dataset.set_epoch(epoch)
+        return captions(dataset)
+
+    assert order(0, 1) == order(0, 1)
+    assert len({str(order(*it)) for it in [(0, 1), (0, 2), (1, 1), (2, 1)]}) == 4
+    assert order(0, 1, training=False) == [f'clip {index}' for index in range(11)]
+    # two shards at a time: their samples are mixed with one another, and with no others
+    mixed = [int(caption.split()[1]) // 3 for caption in order(0, 1, mixed_shards=2)]
+    halves = [mixed[:cut] for cut in (5, 6) if not set(mixed[:cut]) & set(mixed[cut:])]
+    assert halves
+    assert any(a != b for a, b in zip(mixed, sorted(mixed)))
+
+
+@pytest.mark.parametrize('workers', [0, 2])
+def test_resuming_gives_exactly_the_rest(folders, workers):
+    def epoch(dataset):
+        return [
+            (item['caption'], item['wave'].tolist())
+            for batch in DataLoader(dataset, 2, num_workers=workers, collate_fn=list)
+            for item in batch
+        ]
+
+    dataset = opened(folders / '3', batch_size=2, rank=1, world_size=2)
+    dataset.set_epoch(4)
+    whole = epoch(dataset)
+    for batches in (0, 1, 2, 3):
+        state = json.loads(json.dumps(dataset.state_dict(batches * 2)))
+        resumed = opened(folders / '3', batch_size=2, rank=1, world_size=2)
+        resumed.load_state_dict(state)
+        assert len(resumed) == len(whole[batches * 2 :])
+        assert epoch(resumed) == whole[batches * 2 :]
+        resumed.set_epoch(5)
+        assert len(epoch(resumed)) == 6
+
+
+def test_state_of_something_else_is_refused(folders):
+    state = opened(folders / '3').state_dict(4)
+    for other, says in [
+        (opened(folders / '1'), 'fingerprint'),
+        (opened(folders / '3', seed=1), 'seed 0, but here it is 1'),
+        (opened(folders / '3', rank=0, world_size=2), 'world_size 1, but here it is 2'),
+        (opened(folders / '3', training=False), 'training True, but here it is False'),
+    ]:
+        with pytest.raises(ValueError, match=says):
+            other.load_state_dict(state)
+    for epoch, position in ((-1, 0), (0, 12), (0, -1)):
+        with pytest.raises(ValueError, match=f'got epoch {epoch} and position {position}'):
+            opened(folders / '3').set_epoch(epoch, position)
+
+
+def test_set_epoch_reaches_living_workers(folders):
+    dataset = opened(folders / '3', batch_size=2)
+    loader = DataLoader(dataset, 2, num_workers=1, persistent_workers=True, collate_fn=captions)
+    for epoch, position in ((0, 0), (3, 4)):
+        dataset.set_epoch(epoch, position)
+        alone = opened(folders / '3', batch_size=2)
+        alone.set_epoch(epoch, position)
+        assert list(chain(*loader)) == captions(alone)
+
+
+def test_only_the_crop_is_read(tmp_path, monkeypatch):
+    write(tmp_path / 'audio/a.flac', noise(60))
+    write_shards(AudioTextDataset.from_folder(tmp_path / 'audio', sample_rate=RATE), tmp_path / 'shards')
+    read, original = [], soundfile.SoundFile.read
+    monkeypatch.setattr(soundfile.SoundFile, 'read', lambda self, n, **kw: read.append(n) or original(self, n, **kw))
+    assert len(list(opened(tmp_path / 'shards', max_seconds=2.0))) == 1
+    assert sum(read) == 2 * RATE
+
+
+# ---- faults ----
+
+
+def test_damaged_members_are_skipped_and_named(tmp_path, clips, caplog):
+    write_shards(clips, tmp_path, shard_size=100)
+    path = tmp_path / 'shard-000000.tar'
+    with tarfile.open(path) as tar:
+        members = {member.name.removeprefix('shard-000000-'): member for member in tar}
+    content = bytearray(path.read_bytes())
+    flac, note, header = members['000002.flac'], members['000004.json'], members['000006.flac']
+    content[flac.offset_data : flac.offset_data + flac.size] = bytes(flac.size)
+    content[note.offset_data] = ord('x')
+    content[header.offset : header.offset + 512] = b'\xff' * 512
+    del content[members['000009.flac'].offset_data + 100 :]
+    path.write_bytes(content)
+    dataset = opened(tmp_path, training=False)
+    items = list(dataset)
+    assert len(items) == 11
+    assert [index for index, item in enumerate(items) if item is None] == [2, 4, 6, 9, 10]
+    assert captions(items)[5] == 'clip 5'
+    reasons = {name.split('-')[-1]: reason for name, reason in dataset.skipped.items()}
+    assert 'cannot be read as audio' in reasons['000002']
+    assert 'is damaged' in reasons['000004']
+    assert 'needs one audio file and a .json or .txt, but has .json' in reasons['000006']
+    assert 'ends within shard-000000-000009.flac' in reasons['000009']
+    assert 'not in the shard' in reasons['000010']
+    assert caplog.text.count('skipped') == 5
+    assert collate_pairs(items)['wavs'].shape[0] == 6
+
+
+def test_missing_and_empty_shards(tmp_path, clips):
+    write_shards(clips, tmp_path / 'a', shard_size=4)
+    (tmp_path / 'a' / 'shard-000001.tar').unlink()
+    with pytest.raises(FileNotFoundError, match='no shard at .*shard-000001.tar, though .*index.json names it'):
+        opened(tmp_path / 'a')
+    with pytest.raises(FileNotFoundError, match='no shard at .*none.tar'):
+        opened([tmp_path / 'none.tar'])
+    (tmp_path / 'empty').mkdir()
+    with pytest.raises(ValueError, match='holds no samples; a sample is an audio file and'):
+        opened(tmp_path / 'empty')
+
+
+@pytest.mark.parametrize(
+    ('keywords', 'says'),
+    [
+        (dict(rank=0), 'rank and world_size go together'),
+        (dict(rank=2, world_size=2), r'rank must lie in \[0, world_size\), got 2 of 2'),
+        (dict(batch_size=0), 'batch_size must be greater than 0'),
+        (dict(mixed_shards=0), 'mixed_shards must be greater than 0'),
+    ],
+)
+def test_bad_arguments(folders, keywords, says):
+    with pytest.raises(ValueError, match=says):
+        opened(folders / '3', **keywords)
+
+
+@pytest.mark.parametrize('use', [write_shards, opened])
+def test_missing_webdataset_names_the_extra(tmp_path, monkeypatch, use):
+    monkeypatch.setitem(sys.modules, 'webdataset', None)
+    with pytest.raises(ImportError, match=r"pip install 'musiclm-pytorch\[shards\]'"):
+        use([], tmp_path) if use is write_shards else use(tmp_path)
+
+
+# ---- the format ----
+
+
+def test_webdataset_reads_ours_and_we_read_its(tmp_path, folders, caplog):
+    urls = [str(path) for path in sorted((folders / '3').glob('*.tar'))]
+    theirs = list(webdataset.WebDataset(urls, shardshuffle=False))
+    assert [json.loads(sample['json'])['captions'] for sample in theirs] == [[f'clip {it}'] for it in range(11)]
+
+    write(tmp_path / 'a.flac', ramp(1), caption=None)
+    audio = (tmp_path / 'a.flac').read_bytes()
+    with webdataset.ShardWriter(str(tmp_path / 'x-%06d.tar'), maxcount=2, verbose=0) as writer:
+        for index in range(5):
+            text = {'txt': f'clip {index}\n'} if index % 2 else {'json': {'text': f'clip {index}'}}
+            writer.write({'__key__': f'sub/{index}', 'flac': audio, **text})
+        writer.write({'__key__': 'mute', 'flac': audio})
+    for shards in (tmp_path, str(tmp_path / 'x-{000000..000002}.tar'), sorted(tmp_path.glob('*.tar'))):
+        dataset = opened(shards, training=False)
+        assert captions(dataset) == [f'clip {index}' for index in range(5)]
+        assert [name.split(': ')[1] for name in dataset.skipped] == ['mute']
+    with caplog.at_level(logging.WARNING):
+        assert len(pickle.loads(pickle.dumps(dataset))) == 5
