@@ -18,7 +18,7 @@ from torchaudio import functional
 # the low-pass filter of `resample`: zero crossings on each side, and its edge as a fraction of the lower Nyquist rate
 FILTER_WIDTH = 6
 ROLLOFF = 0.99
-# libsndfile 1.2 lands elsewhere when it seeks in an OGG file that it has read from, or into its last page (see its issue
+# libsndfile 1.2 lands elsewhere when it seeks in an OGG file that it has read from, or into its last page (its issue
 # 885). So such a file is opened anew, and decoding begins before the last page, and before by Vorbis' longest block.
 OGG_RUN_UP = 2**13
 OGG_LONGEST_PAGE = 65307  # bytes
