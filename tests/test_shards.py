@@ -5,7 +5,7 @@ import logging
 import pickle
 import sys
 import tarfile
-from itertools import chain
+from itertools import chain, groupby
 
 import numpy as np
 import pytest
@@ -256,6 +256,12 @@ def test_order_depends_on_seed_and_epoch(folders):
     assert order(0, 1) == order(0, 1)
     assert len({str(order(*it)) for it in [(0, 1), (0, 2), (1, 1), (2, 1)]}) == 4
     assert order(0, 1, training=False) == [f'clip {index}' for index in range(11)]
+    # one shard at a time: shards in one order, samples within each in another
+    alone = [int(caption.split()[1]) for caption in order(0, 1, mixed_shards=1)]
+    visited = [shard for shard, _ in groupby(it // 3 for it in alone)]
+    assert sorted(visited) == [0, 1, 2, 3]
+    assert visited != [0, 1, 2, 3]
+    assert captions(opened(folders / '100')) != [f'clip {index}' for index in range(11)]
     # two shards at a time: their samples are mixed with one another, and with no others
     mixed = [int(caption.split()[1]) // 3 for caption in order(0, 1, mixed_shards=2)]
     halves = [mixed[:cut] for cut in (5, 6) if not set(mixed[:cut]) & set(mixed[cut:])]
