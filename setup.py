@@ -77,8 +77,10 @@ setup(
         'einops>=0.8',
         'ema-pytorch>=0.7',
         'lion-pytorch>=0.2',
+        'matplotlib>=3.8',
         'safetensors>=0.4.3',
         'soundfile>=0.12',
+        'tensorboard>=2.15',
         # One release of torch: torchaudio 2.11, its last, does not load beside an older torch and refuses a
         # newer one, yet names neither, so nothing but these bounds keeps pip from mixing them.
         'torch>=2.11,<2.12',

@@ -1,5 +1,7 @@
 """Code that users already write, run as it stands."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -19,6 +21,30 @@ def test_mulan():
     assert names['loss'].isfinite()
     assert names['mulan'].audio.to_patch_tokens[2].weight.grad.abs().sum() > 0
     assert names['embeds'].shape == (2, 128)
+
+
+TRAINER = """
+import sys
+sys.path.insert(0, {tests!r})
+import torch
+from conftest import tiny_mulan
+from test_contract import run
+
+mulan = tiny_mulan(dict(depth=1), dict(depth=1))
+before = mulan.audio_to_latents.weight.clone()
+dataset = [(torch.randn(1000 + 10 * i), torch.randint(1, 100, (3 + i % 4,))) for i in range(20)]
+trainer = run('07_trainer.py', mulan=mulan, dataset=dataset)['trainer']
+assert trainer.step == 10
+assert not torch.equal(mulan.audio_to_latents.weight, before)
+"""
+
+
+@pytest.mark.slow
+def test_trainer(tmp_path):
+    # in a process of its own: Accelerate allows one precision a process
+    script = TRAINER.format(tests=str(CONTRACT.parent))
+    subprocess.run([sys.executable, '-c', script], cwd=tmp_path, check=True)
+    assert (tmp_path / 'results' / 'checkpoints' / 'step-000000010').is_dir()
 
 
 def test_variable_length():

@@ -6,19 +6,39 @@ process group everything here is the identity.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+_alone = False
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Act as if this were the only process: for what one process does while others do not, such as evaluation."""
+    global _alone
+    before, _alone = _alone, True
+    try:
+        yield
+    finally:
+        _alone = before
+
+
+def _has_company() -> bool:
+    return not _alone and dist.is_available() and dist.is_initialized()
+
 
 def world_size() -> int:
     """Number of processes of the default group, 1 without one."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    return dist.get_world_size() if _has_company() else 1
 
 
 def rank() -> int:
     """Index of this process in the default group, 0 without one."""
-    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+    return dist.get_rank() if _has_company() else 0
 
 
 def gather_sizes(size: int, device: torch.device) -> list[int]:
@@ -42,6 +62,11 @@ def gather_rows(rows: Tensor, sizes: list[int]) -> Tensor:
         sizes: the number of rows of every rank, from `gather_sizes`.
     """
     return rows if len(sizes) == 1 else _GatherRows.apply(rows, sizes)
+
+
+def gather_batch(latents: Tensor, sizes: list[int]) -> Tensor:
+    """`gather_rows` along the batch axis of `(…, b, d)`, the last but one."""
+    return gather_rows(latents.transpose(0, -2), sizes).transpose(0, -2)
 
 
 def mean_over_ranks(value: Tensor) -> Tensor:

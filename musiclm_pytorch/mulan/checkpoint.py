@@ -32,13 +32,7 @@ def save(mulan: nn.Module, folder: str | Path) -> None:
             )
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    config = {
-        'model': 'MuLaN',
-        'version': __version__,
-        'audio': mulan.audio.config,
-        'text': mulan.text.config,
-        'mulan': mulan.config,
-    }
+    config = config_of(mulan)
     # torch.compile wraps a tower under this name
     weights = {
         name.replace('_orig_mod.', ''): tensor.detach().contiguous().cpu()
@@ -54,6 +48,17 @@ def save(mulan: nn.Module, folder: str | Path) -> None:
     finally:
         for path in aside.values():
             path.unlink(missing_ok=True)
+
+
+def config_of(mulan: nn.Module) -> dict[str, Any]:
+    """What a MuLaN was built with."""
+    return {
+        'model': 'MuLaN',
+        'version': __version__,
+        'audio': mulan.audio.config,
+        'text': mulan.text.config,
+        'mulan': mulan.config,
+    }
 
 
 def load(cls: type, folder: str | Path) -> nn.Module:

@@ -15,13 +15,7 @@ from einops import einsum, rearrange
 from torch import Tensor, nn
 
 from musiclm_pytorch.checks import check_positive
-from musiclm_pytorch.distributed.collectives import (
-    gather_rows,
-    gather_sizes,
-    mean_over_ranks,
-    rank,
-    world_size,
-)
+from musiclm_pytorch.distributed.collectives import gather_batch, gather_sizes, mean_over_ranks, rank, world_size
 from musiclm_pytorch.mulan.layers import LayerNorm, l2norm, masked_mean
 
 # CLIP's bound (arXiv 2103.00020, section 2.5); beyond it the logits of cosines make training unstable
@@ -99,12 +93,6 @@ class _ContrastiveLoss(nn.Module):
         raise NotImplementedError
 
 
-def _gather(latents: Tensor, sizes: list[int]) -> Tensor:
-    """`(l, b, d)` of this rank to `(l, n, d)` of all ranks."""
-    rows = gather_rows(rearrange(latents, 'l b d -> b l d'), sizes)
-    return rearrange(rows, 'n l d -> l n d')
-
-
 def _own_pairs(sizes: list[int], device: torch.device) -> Tensor:
     """`(b,)`: the column, among all samples, that holds the partner of each own row."""
     return sum(sizes[: rank()]) + torch.arange(sizes[rank()], device=device)
@@ -132,11 +120,11 @@ class SoftmaxContrastiveLearning(_ContrastiveLoss):
                 'with; raise the batch size (drop_last=True in the DataLoader) or use sigmoid_contrastive_loss=True'
             )
         temperature = self.temperature()
-        audio_to_text = einsum(audio, _gather(text, sizes), 'l i d, l j d -> l i j') * temperature
+        audio_to_text = einsum(audio, gather_batch(text, sizes), 'l i d, l j d -> l i j') * temperature
         if len(sizes) == 1:
             text_to_audio = rearrange(audio_to_text, 'l i j -> l j i')
         else:
-            text_to_audio = einsum(text, _gather(audio, sizes), 'l i d, l j d -> l i j') * temperature
+            text_to_audio = einsum(text, gather_batch(audio, sizes), 'l i d, l j d -> l i j') * temperature
 
         pairs = _own_pairs(sizes, audio.device)
         own = torch.arange(len(pairs), device=audio.device)
@@ -166,7 +154,9 @@ class SigmoidContrastiveLearning(_ContrastiveLoss):
         self.bias = nn.Parameter(torch.full((layers, 1, 1), float(init_bias)))
 
     def loss_of_own_rows(self, audio: Tensor, text: Tensor, sizes: list[int]) -> Tensor:
-        logits = einsum(audio, _gather(text, sizes), 'l i d, l j d -> l i j') * self.temperature() + self.bias.float()
+        logits = (
+            einsum(audio, gather_batch(text, sizes), 'l i d, l j d -> l i j') * self.temperature() + self.bias.float()
+        )
         is_pair = F.one_hot(_own_pairs(sizes, audio.device), sum(sizes)).bool()
         return -F.logsigmoid(torch.where(is_pair, logits, -logits)).sum()
 
@@ -223,6 +213,12 @@ class MultiLayerContrastiveLoss(nn.Module):
         Returns:
             scalar, summed over layers.
         """
+        return self.contrast(*self.latents(audio_layers, text_layers, audio_mask))
+
+    def latents(
+        self, audio_layers: Tensor, text_layers: Tensor, audio_mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """What is contrasted: the latents of each layer, two of `(l, b, dim_latent)`, of length 1."""
         audio_embeds = self.audio_norm(masked_mean(audio_layers, audio_mask)) * self.audio_gamma
         audio_latents = einsum(audio_embeds, self.audio_latent_weight, 'l b d, l d e -> l b e')
         audio_latents = l2norm((audio_latents + self.audio_latent_bias).float())
@@ -231,4 +227,4 @@ class MultiLayerContrastiveLoss(nn.Module):
         text_latents = einsum(text_embeds, self.text_latent_weight, 'l b d, l d e -> l b e')
         text_latents = l2norm((text_latents + self.text_latent_bias).float())
 
-        return self.contrast(audio_latents, text_latents)
+        return audio_latents, text_latents

@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from einops import einsum
@@ -29,6 +30,20 @@ from musiclm_pytorch.mulan.contrastive import (
 )
 from musiclm_pytorch.mulan.layers import l2norm
 from musiclm_pytorch.mulan.text_transformer import TextTransformer
+
+
+class PairLatents(NamedTuple):
+    """What the loss of a batch of pairs is computed from; a batch may be embedded in parts and joined.
+
+    Attributes:
+        audio, text: `(b, dim_latent)` float32, of length 1.
+        audio_layers, text_layers: `(l, b, dim_latent)`, the same for hidden states, with the hierarchical loss only.
+    """
+
+    audio: Tensor
+    text: Tensor
+    audio_layers: Tensor | None = None
+    text_layers: Tensor | None = None
 
 
 class MuLaN(nn.Module):
@@ -269,29 +284,46 @@ class MuLaN(nn.Module):
         Raises:
             ValueError: different numbers of waves and texts, or fewer than 2 pairs for a softmax loss.
         """
+        latents = self.pair_latents(wavs, texts, raw_texts, audio_lengths, sample_rate)
+        if return_latents:
+            return latents.audio, latents.text
+        if return_pairwise_similarities:
+            return einsum(latents.audio, latents.text, 'i d, j d -> i j')
+        if len(latents.audio) != len(latents.text):
+            raise ValueError(f'got {len(latents.audio)} waves but {len(latents.text)} texts; they must come in pairs')
+        if return_similarities:
+            return einsum(latents.audio, latents.text, 'i d, i d -> i')
+        return self.loss(latents)
+
+    def pair_latents(
+        self,
+        wavs: Tensor,
+        texts: Tensor | None = None,
+        raw_texts: Sequence[str] | None = None,
+        audio_lengths: Tensor | Sequence[int] | None = None,
+        sample_rate: int | None = None,
+    ) -> PairLatents:
+        """Both towers' latents of a batch, as the loss needs them; arguments as in `forward`."""
         wavs, audio_lengths = self.to_own_rate(wavs, audio_lengths, sample_rate)
         audio = self.audio(wavs, audio_lengths=audio_lengths, return_encoding=True)
         text = self.text(texts, raw_texts=raw_texts, return_encoding=True)
         audio_latents = l2norm(self.audio_to_latents(audio.embeds).float())
         text_latents = l2norm(self.text_to_latents(text.embeds).float())
-
-        if return_latents:
-            return audio_latents, text_latents
-        if return_pairwise_similarities:
-            return einsum(audio_latents, text_latents, 'i d, j d -> i j')
-        if len(audio_latents) != len(text_latents):
-            raise ValueError(f'got {len(audio_latents)} waves but {len(text_latents)} texts; they must come in pairs')
-        if return_similarities:
-            return einsum(audio_latents, text_latents, 'i d, i d -> i')
-
-        loss = self.contrast(audio_latents, text_latents)
         if self.multi_layer_contrastive_learning is None:
-            return loss
-        return loss + self.multi_layer_contrastive_learning(
+            return PairLatents(audio_latents, text_latents)
+        layers = self.multi_layer_contrastive_learning.latents(
             audio_layers=torch.stack([audio.layers[i] for i in self.audio_layers]),
             text_layers=torch.stack([text.layers[i] for i in self.text_layers]),
             audio_mask=audio.mask,
         )
+        return PairLatents(audio_latents, text_latents, *layers)
+
+    def loss(self, latents: PairLatents) -> Tensor:
+        """The contrastive loss of a batch of pairs, a float32 scalar."""
+        loss = self.contrast(latents.audio, latents.text)
+        if self.multi_layer_contrastive_learning is None:
+            return loss
+        return loss + self.multi_layer_contrastive_learning.contrast(latents.audio_layers, latents.text_layers)
 
     # saving
 

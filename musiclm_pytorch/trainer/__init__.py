@@ -1,0 +1,13 @@
+"""Training. Names are imported on first use."""
+
+from importlib import import_module
+
+_HOME_OF = {'MuLaNTrainer': 'musiclm_pytorch.trainer.mulan', 'Trainer': 'musiclm_pytorch.trainer.loop'}
+
+__all__ = sorted(_HOME_OF)
+
+
+def __getattr__(name: str):
+    if name not in _HOME_OF:
+        raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+    return getattr(import_module(_HOME_OF[name]), name)

@@ -1,0 +1,129 @@
+"""The order of the data: a function of seed, epoch and position, so that a run can be resumed anywhere in it."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from musiclm_pytorch.distributed.collectives import rank, world_size
+from musiclm_pytorch.trainer.checkpoints import random_states, restore_random_states
+
+
+class SeededItems(Dataset):
+    """A data set whose random draws depend on (seed, epoch, index) alone, in whatever process it is read."""
+
+    def __init__(self, dataset: Dataset, seed: int):
+        self.dataset = dataset
+        self.seed = seed
+        self.epoch: int | None = None
+
+    def __getitem__(self, key: tuple[int, int]) -> Any:
+        epoch, index = key
+        if epoch != self.epoch:
+            self.epoch = epoch
+            if hasattr(self.dataset, 'set_epoch'):
+                self.dataset.set_epoch(epoch)
+        states = random_states(cuda=False)  # workers may not touch it
+        try:
+            seed_everything(mixed_seed(self.seed, epoch, index))
+            return self.dataset[index]
+        finally:
+            restore_random_states(states)
+
+
+class _BatchKeys:
+    """Batches of (epoch, index) for this rank, from a position in an epoch on."""
+
+    def __init__(self, keys: list[list[tuple[int, int]]]):
+        self.keys = keys
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        return iter(self.keys)
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+
+class Batches:
+    """Batches of a data set, epoch after epoch.
+
+    A batch over all ranks is `batch_size * world` consecutive items of the epoch's permutation; each rank reads its
+    own `batch_size` of them.
+
+    Args:
+        dataset: a map-style data set.
+        batch_size: items a batch and rank.
+        collate_fn: makes a batch of a list of items.
+        seed: of the order and of the random draws of items.
+        drop_last: leave out the last, smaller batch of an epoch; otherwise it is split evenly over ranks.
+        num_workers, prefetch_factor, pin_memory: as in `DataLoader`.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        *,
+        batch_size: int,
+        collate_fn: Callable,
+        seed: int,
+        drop_last: bool = True,
+        num_workers: int = 0,
+        prefetch_factor: int | None = None,
+        pin_memory: bool = False,
+    ):
+        self.items = SeededItems(dataset, seed)
+        self.size = len(dataset)
+        self.batch_size = batch_size
+        self.seed = seed
+        self.drop_last = drop_last
+        self.loader_keywords = dict(
+            collate_fn=collate_fn, num_workers=num_workers, prefetch_factor=prefetch_factor, pin_memory=pin_memory
+        )
+        together = batch_size * world_size()
+        self.batches_an_epoch = self.size // together if drop_last else -(-self.size // together)
+        if self.batches_an_epoch == 0:
+            raise ValueError(
+                f'the data set has {self.size} items, fewer than one batch of {batch_size} on each of {world_size()} '
+                'processes; lower batch_size'
+            )
+
+    def keys(self, epoch: int) -> list[list[tuple[int, int]]]:
+        """The (epoch, index) pairs of each batch that this rank reads in an epoch."""
+        generator = torch.Generator().manual_seed(mixed_seed(self.seed, epoch))
+        order = torch.randperm(self.size, generator=generator).tolist()
+        together = self.batch_size * world_size()
+        batches = []
+        for i in range(self.batches_an_epoch):
+            share = order[i * together : (i + 1) * together]
+            # equal shares of a full batch, shares that differ by one of the last one
+            start, stop = (len(share) * r // world_size() for r in (rank(), rank() + 1))
+            batches.append([(epoch, index) for index in share[start:stop]])
+        return batches
+
+    def iterate(self, position: int) -> Iterator[Any]:
+        """Batches without end, from the `position`-th of the run on."""
+        while True:
+            epoch, offset = divmod(position, self.batches_an_epoch)
+            keys = self.keys(epoch)[offset:]
+            # an own generator: the loader would draw a seed from the global one whenever it starts
+            generator = torch.Generator().manual_seed(mixed_seed(self.seed, epoch, offset))
+            loader = DataLoader(self.items, batch_sampler=_BatchKeys(keys), generator=generator, **self.loader_keywords)
+            yield from loader
+            position += len(keys)
+
+
+def mixed_seed(*parts: int) -> int:
+    """One 32-bit seed from several non-negative integers."""
+    return int(numpy.random.SeedSequence(parts).generate_state(1)[0])
+
+
+def seed_everything(seed: int) -> None:
+    """Seed torch (CPU), numpy and random."""
+    torch.random.default_generator.manual_seed(seed)
+    numpy.random.seed(seed)  # noqa: NPY002 - what data sets draw from
+    random.seed(seed)

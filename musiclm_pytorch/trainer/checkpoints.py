@@ -1,0 +1,157 @@
+"""Training states on disk: a folder a checkpoint, written aside and renamed; tensors in safetensors, the rest JSON."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+NAME = 'step-{:09d}'
+PATTERN = re.compile(r'step-(\d{9})')
+TENSORS_FILE, STATE_FILE = 'state.safetensors', 'state.json'
+
+
+def write(folder: Path, step: int, state: dict[str, Any]) -> Path:
+    """Write a checkpoint into `folder`; it appears whole under its name or not at all.
+
+    `state` is a tree of dicts, lists, tuples, tensors, numbers, strings, booleans and None.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    target = folder / NAME.format(step)
+    aside = folder / f'.{target.name}.{os.getpid()}.tmp'
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        aside.mkdir()
+        tensors: dict[str, Tensor] = {}
+        tree = _flatten(state, '', tensors)
+        save_file(tensors, str(aside / TENSORS_FILE))
+        (aside / STATE_FILE).write_text(json.dumps(tree), encoding='utf-8')
+        for file in aside.iterdir():
+            _sync(file)
+        if target.exists():
+            # only a run that was resumed from before this step gets here: the new state replaces the old one
+            retired = folder / f'.{target.name}.{os.getpid()}.old'
+            target.rename(retired)
+            aside.rename(target)
+            shutil.rmtree(retired)
+        else:
+            aside.rename(target)
+        _sync(folder)
+    except OSError as error:
+        raise OSError(
+            error.errno, f'checkpoint {target} could not be written ({error}); the earlier ones are intact'
+        ) from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    return target
+
+
+def read(path: Path) -> dict[str, Any]:
+    """Read a checkpoint. Raises FileNotFoundError if there is none, ValueError if it is damaged."""
+    if not path.is_dir():
+        raise FileNotFoundError(f'no checkpoint at {path}')
+    try:
+        tensors = load_file(str(path / TENSORS_FILE))
+        return _unflatten(json.loads((path / STATE_FILE).read_text(encoding='utf-8')), tensors)
+    except Exception as error:  # of safetensors, json and the file system, by what is damaged
+        raise ValueError(f'checkpoint {path} is damaged: {error!r}') from error
+
+
+def steps(folder: Path) -> list[Path]:
+    """The checkpoints in a folder, oldest first."""
+    if not folder.is_dir():
+        return []
+    return sorted(path for path in folder.iterdir() if PATTERN.fullmatch(path.name) and path.is_dir())
+
+
+def read_newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
+    """The newest checkpoint that can be read; damaged ones are passed over with a warning."""
+    for path in reversed(steps(folder)):
+        try:
+            return path, read(path)
+        except ValueError as error:
+            logger.warning('%s; going back to the one before', error)
+    return None
+
+
+def prune(folder: Path, keep: int) -> None:
+    """Remove all but the newest `keep` checkpoints, and what an interrupted writer left behind."""
+    for path in steps(folder)[:-keep]:
+        shutil.rmtree(path)
+    for path in folder.glob('.step-*'):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _flatten(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
+    """A JSON tree in which tensors are references into `tensors`, and dict keys keep their types."""
+    if isinstance(value, Tensor):
+        tensors[name] = value.detach().cpu().clone().contiguous()
+        return {'tensor': name}
+    if isinstance(value, dict):
+        items = [[key, _flatten(item, f'{name}/{key}', tensors)] for key, item in value.items()]
+        return {'dict': items}
+    if isinstance(value, (list, tuple)):
+        kind = 'tuple' if isinstance(value, tuple) else 'list'
+        return {kind: [_flatten(item, f'{name}/{i}', tensors) for i, item in enumerate(value)]}
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    raise TypeError(f'{name or "the state"} holds a {type(value).__name__}, which is neither a tensor nor JSON')
+
+
+def _unflatten(tree: Any, tensors: dict[str, Tensor]) -> Any:
+    if not isinstance(tree, dict):
+        return tree
+    ((kind, content),) = tree.items()
+    if kind == 'tensor':
+        return tensors[content]
+    if kind == 'dict':
+        return {key: _unflatten(item, tensors) for key, item in content}
+    items = [_unflatten(item, tensors) for item in content]
+    return tuple(items) if kind == 'tuple' else items
+
+
+def _sync(path: Path) -> None:
+    """Make sure that a file or folder survives a power cut before its name says that it is whole."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def random_states(cuda: bool = True) -> dict[str, Any]:
+    """The states of the generators of torch, numpy and random in this process, and of CUDA where it is in use."""
+    import random
+
+    import numpy
+
+    kind, keys, position, has_gauss, gauss = numpy.random.get_state()  # noqa: NPY002 - what data sets draw from
+    return dict(
+        torch=torch.get_rng_state(),
+        cuda=torch.cuda.get_rng_state() if cuda and torch.cuda.is_initialized() else None,
+        numpy=[kind, torch.from_numpy(keys.astype('int64')), position, has_gauss, gauss],
+        random=random.getstate(),
+    )
+
+
+def restore_random_states(states: dict[str, Any]) -> None:
+    import random
+
+    import numpy
+
+    torch.set_rng_state(states['torch'])
+    if states['cuda'] is not None:
+        torch.cuda.set_rng_state(states['cuda'])
+    kind, keys, position, has_gauss, gauss = states['numpy']
+    numpy.random.set_state((kind, keys.numpy().astype('uint32'), position, has_gauss, gauss))  # noqa: NPY002
+    random.setstate(states['random'])

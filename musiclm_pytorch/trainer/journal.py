@@ -1,0 +1,60 @@
+"""What happened when: metrics.jsonl, and curves of it as a picture."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+
+class Journal:
+    """Appends metrics to `metrics.jsonl` in a folder, a line each, and draws `curves.png` of them."""
+
+    def __init__(self, folder: Path):
+        self.path = folder / 'metrics.jsonl'
+        self.picture = folder / 'curves.png'
+
+    def write(self, part: str, step: int, metrics: dict[str, Any]) -> None:
+        with self.path.open('a', encoding='utf-8') as file:
+            file.write(json.dumps(dict(part=part, step=step, **metrics)) + '\n')
+
+    def read(self, part: str) -> list[dict[str, Any]]:
+        """The lines of a part, by step; where a resumed run wrote a step again, the later line counts."""
+        if not self.path.is_file():
+            return []
+        lines = {}
+        for line in self.path.read_text(encoding='utf-8').splitlines():
+            try:
+                entry = json.loads(line)
+            except json.JSONDecodeError:  # cut short when the process was killed
+                continue
+            if entry.get('part') == part:
+                lines[entry['step']] = entry
+        return [lines[step] for step in sorted(lines)]
+
+    def draw(self) -> None:
+        """Draw the loss and the recalls over steps."""
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+
+        panels = {
+            'loss': [('train', 'loss'), ('valid', 'loss')],
+            'learning rate': [('train', 'lr')],
+            'recall at 1': [('valid', 'audio_to_text_recall_at_1'), ('valid', 'text_to_audio_recall_at_1')],
+        }
+        figure = Figure(figsize=(13, 3.6), layout='constrained')
+        FigureCanvasAgg(figure)
+        for axes, (title, curves) in zip(figure.subplots(1, len(panels)), panels.items()):
+            for part, name in curves:
+                points = [(line['step'], line[name]) for line in self.read(part) if name in line]
+                points = [(step, value) for step, value in points if math.isfinite(value)]
+                if points:
+                    label = f'{part} {name.replace("_", " ")}'
+                    axes.plot(*zip(*points), label=label, marker='.' if len(points) < 40 else None)
+            axes.set(title=title, xlabel='step')
+            if axes.lines:
+                axes.legend(fontsize=8)
+        aside = self.picture.with_suffix('.tmp.png')
+        figure.savefig(aside, dpi=110)
+        aside.replace(self.picture)

@@ -1,0 +1,435 @@
+"""The training loop, one for all trainers: what to compute is theirs, how to train is here."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object, send_to_device
+from ema_pytorch import EMA
+from lion_pytorch import Lion
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from tqdm.auto import tqdm
+
+from musiclm_pytorch.checks import check_positive
+from musiclm_pytorch.trainer import checkpoints
+from musiclm_pytorch.trainer.batches import Batches
+from musiclm_pytorch.trainer.journal import Journal
+from musiclm_pytorch.trainer.schedules import check_schedule, learning_rate
+
+logger = logging.getLogger(__name__)
+
+OPTIMIZERS = ('adam', 'adamw', 'lion')
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on: the loss is not a number, or the model has collapsed."""
+
+
+class Trainer:
+    """Trains a model on batches: optimizer, schedule, precision, averages, checkpoints, logs, several processes.
+
+    A subclass gives `compute_gradients` (the loss of the micro-batches of a step, its gradients accumulated) and may
+    give `validate`. Everything random is a function of `seed` and the step, so a run that was resumed equals one that
+    was never stopped.
+
+    Args:
+        model: what is trained.
+        step_module: the module whose forward pass the subclass calls; it is wrapped for several processes.
+        dataset: a map-style data set.
+        collate_fn: makes a batch of a list of items.
+        batch_size: items a micro-batch and process.
+        grad_accum_every: micro-batches a step.
+        lr, betas, weight_decay, optimizer: 'adam', 'adamw' or 'lion'; matrices alone are decayed, never gains,
+            biases, embeddings or temperatures.
+        max_grad_norm: largest norm of the gradients, None for no clipping.
+        lr_scheduler_type, warmup_steps, min_lr_ratio: see `schedules.learning_rate`.
+        mixed_precision: 'no', 'bf16' or 'fp16' (on CUDA only).
+        use_ema, ema_beta, ema_update_every: exponential moving average of the weights, used for validation and the
+            best model.
+        results_folder: where checkpoints, logs and curves go.
+        resume: go on from the newest checkpoint in the results folder, if there is one. Otherwise what is in the
+            folder is moved aside, to a folder beside it.
+        checkpoint_every, max_checkpoints: steps between checkpoints, and how many are kept.
+        validate_every: steps between validations; None is once an epoch.
+        log_with: trackers by Accelerate's names, such as 'tensorboard' or 'wandb'.
+        log_every: steps between lines in `metrics.jsonl` and the trackers.
+        num_workers, prefetch_factor: processes that read data, and batches each reads ahead.
+        drop_last: leave out the last, smaller batch of an epoch.
+        seed: of the data order and of everything random in the step.
+        accelerate_kwargs: further keywords of `accelerate.Accelerator`.
+        progress: show a progress bar.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        step_module: nn.Module,
+        dataset: Dataset,
+        *,
+        collate_fn: Callable,
+        batch_size: int,
+        grad_accum_every: int = 1,
+        lr: float = 3e-4,
+        betas: tuple[float, float] = (0.9, 0.99),
+        weight_decay: float = 0.0,
+        optimizer: str = 'adam',
+        max_grad_norm: float | None = 0.5,
+        lr_scheduler_type: str = 'constant',
+        warmup_steps: int = 0,
+        min_lr_ratio: float = 0.0,
+        mixed_precision: str | None = None,
+        use_ema: bool = False,
+        ema_beta: float = 0.999,
+        ema_update_every: int = 1,
+        results_folder: str | Path = './results',
+        resume: bool = False,
+        checkpoint_every: int = 1000,
+        max_checkpoints: int = 5,
+        validate_every: int | None = None,
+        log_with: str | list[str] | None = None,
+        log_every: int = 10,
+        num_workers: int = 0,
+        prefetch_factor: int | None = None,
+        drop_last: bool = True,
+        seed: int = 42,
+        accelerate_kwargs: dict[str, Any] | None = None,
+        progress: bool = True,
+    ):
+        check_positive(
+            batch_size=batch_size,
+            grad_accum_every=grad_accum_every,
+            lr=lr,
+            max_grad_norm=max_grad_norm,
+            checkpoint_every=checkpoint_every,
+            max_checkpoints=max_checkpoints,
+            validate_every=validate_every,
+            log_every=log_every,
+        )
+        check_schedule(lr_scheduler_type)
+        if optimizer not in OPTIMIZERS:
+            raise ValueError(f'unknown optimizer {optimizer!r}; choose one of {", ".join(map(repr, OPTIMIZERS))}')
+        if weight_decay < 0 or warmup_steps < 0 or seed < 0:
+            raise ValueError(
+                f'weight_decay, warmup_steps and seed must be at least 0, got {weight_decay}, {warmup_steps}, {seed}'
+            )
+        if mixed_precision == 'fp16' and not torch.cuda.is_available():
+            raise ValueError("mixed_precision='fp16' needs a CUDA device; use 'bf16' on a CPU")
+
+        self.accelerator = Accelerator(
+            mixed_precision=mixed_precision,
+            log_with=log_with,
+            project_dir=str(results_folder),
+            **(accelerate_kwargs or {}),
+        )
+        self.results_folder = Path(results_folder)
+        self.seed = seed
+        self.lr = lr
+        self.schedule = dict(schedule=lr_scheduler_type, warmup_steps=warmup_steps, min_lr_ratio=min_lr_ratio)
+        self.grad_accum_every = grad_accum_every
+        self.max_grad_norm = max_grad_norm
+        self.checkpoint_every = checkpoint_every
+        self.max_checkpoints = max_checkpoints
+        self.log_every = log_every
+        self.progress = progress
+        self.step = 0
+        self.position = 0  # in the data, in batches of this process
+        self.best: float | None = None
+
+        if self.is_main:
+            self.results_folder.parent.mkdir(parents=True, exist_ok=True)
+            if not resume:
+                _move_aside(self.results_folder)
+            self.results_folder.mkdir(parents=True, exist_ok=True)
+        self.accelerator.wait_for_everyone()
+
+        self.batches = Batches(
+            dataset,
+            batch_size=batch_size,
+            collate_fn=collate_fn,
+            seed=seed,
+            drop_last=drop_last,
+            num_workers=num_workers,
+            prefetch_factor=prefetch_factor,
+            pin_memory=self.device.type == 'cuda',
+        )
+        self.steps_an_epoch = max(1, self.batches.batches_an_epoch // grad_accum_every)
+        self.validate_every = self.steps_an_epoch if validate_every is None else validate_every
+
+        self.model = model.to(self.device)
+        self.ema = None
+        if use_ema:
+            self.ema = EMA(
+                model, beta=ema_beta, update_every=ema_update_every, update_after_step=0, include_online_model=False
+            )
+        self.optimizer = _build_optimizer(optimizer, model, lr, betas, weight_decay)
+        self.step_module, self.optimizer = self.accelerator.prepare(step_module, self.optimizer)
+        self.journal = Journal(self.results_folder) if self.is_main else None
+        self.trackers_started = False
+
+        if resume and (found := checkpoints.read_newest(self.checkpoint_folder)) is not None:
+            path, state = found
+            self.load_state(state)
+            logger.info('resuming from %s', path)
+
+    # what a subclass gives
+
+    def compute_gradients(self, batches: list[Any]) -> dict[str, float]:
+        """Accumulate the gradients of one step over its micro-batches; returns metrics, `loss` among them."""
+        raise NotImplementedError
+
+    def validate(self) -> dict[str, Any] | None:
+        """Metrics on held-out data, `score` among them (higher is better); None if there is no such data."""
+        return None
+
+    def save_model(self, folder: Path) -> None:
+        """Write the model (its average, where there is one) for use."""
+        raise NotImplementedError
+
+    # places
+
+    @property
+    def device(self) -> torch.device:
+        return self.accelerator.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.accelerator.is_main_process
+
+    @property
+    def checkpoint_folder(self) -> Path:
+        return self.results_folder / 'checkpoints'
+
+    @property
+    def evaluated_model(self) -> nn.Module:
+        """The model that validation judges: the average of the weights, where there is one."""
+        return self.model if self.ema is None else self.ema.ema_model
+
+    # training
+
+    def train(
+        self,
+        num_epochs: int | None = None,
+        num_train_steps: int | None = None,
+        with_validation: bool = True,
+        log_fn: Callable[[dict[str, float]], None] | None = None,
+    ) -> dict[str, Any]:
+        """Train up to a step of the whole run: a resumed run does the rest only.
+
+        Args:
+            num_epochs: passes over the data; or
+            num_train_steps: steps. One epoch if neither is given.
+            with_validation: validate every `validate_every` steps and at the end.
+            log_fn: called with the metrics of each step.
+
+        Returns:
+            the last metrics, of training and validation.
+        """
+        if num_epochs is not None and num_train_steps is not None:
+            raise ValueError(f'pass num_epochs or num_train_steps, got both: {num_epochs} and {num_train_steps}')
+        check_positive(num_epochs=num_epochs, num_train_steps=num_train_steps)
+        total = num_train_steps or math.ceil((num_epochs or 1) * self.steps_an_epoch)
+        self.start_trackers(total)
+
+        results: dict[str, Any] = {}
+        data = self.batches.iterate(self.position)
+        bar = tqdm(
+            total=total, initial=min(self.step, total), disable=not (self.progress and self.is_main), unit='step'
+        )
+        saved = validated = self.step
+        with bar:
+            while self.step < total:
+                results |= self.train_step(data, total)
+                bar.update()
+                bar.set_postfix(loss=f'{results["loss"]:.3f}', lr=f'{results["lr"]:.1e}')
+                if log_fn is not None:
+                    log_fn(results)
+                if with_validation and self.step % self.validate_every == 0:
+                    results |= self.run_validation()
+                    validated = self.step
+                if self.step % self.checkpoint_every == 0:
+                    self.save()
+                    saved = self.step
+        if with_validation and validated != self.step:
+            results |= self.run_validation()
+        if saved != self.step:
+            self.save()
+        if self.journal is not None:
+            self.journal.draw()
+        return results
+
+    def train_step(self, data: Iterator[Any], total: int) -> dict[str, float]:
+        """One step of the optimizer."""
+        start = time.perf_counter()
+        rate = learning_rate(self.step, lr=self.lr, total_steps=total, **self.schedule)
+        for group in self.optimizer.param_groups:
+            group['lr'] = rate
+
+        self.model.train()
+        metrics = self.compute_gradients([self.next_batch(data) for _ in range(self.grad_accum_every)])
+        if not math.isfinite(metrics['loss']):
+            raise TrainingError(
+                f'the loss is {metrics["loss"]} at step {self.step}; lower the learning rate ({rate:.1e}) or look at '
+                f'the data of this step. The newest checkpoint is in {self.checkpoint_folder}'
+            )
+        if self.max_grad_norm is not None:
+            norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
+            metrics['grad_norm'] = float(norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if self.ema is not None:
+            self.ema.update()
+
+        self.step += 1
+        metrics |= dict(lr=rate, seconds=time.perf_counter() - start)
+        if self.step % self.log_every == 0 or self.step == total:
+            self.log(metrics, 'train')
+        return metrics
+
+    def next_batch(self, data: Iterator[Any]) -> Any:
+        """The next batch that can be trained on; what the data set could not read may leave none or too little."""
+        for _ in range(self.batches.batches_an_epoch):
+            batch = next(data)
+            self.position += 1
+            if self.is_usable(batch):
+                return send_to_device(batch, self.device)
+            logger.warning('left out a batch at step %d: too few of its items could be read', self.step)
+        raise TrainingError(f'no batch of a whole epoch could be used at step {self.step}; look at the log of the data')
+
+    def is_usable(self, batch: Any) -> bool:
+        """Whether a batch holds enough to train on."""
+        return batch is not None
+
+    def run_validation(self) -> dict[str, Any]:
+        states = checkpoints.random_states()
+        metrics = self.validate()
+        # looking at the model must not change what training draws next
+        checkpoints.restore_random_states(states)
+        if metrics is None:
+            return {}
+        self.log(metrics, 'valid')
+        if self.best is None or metrics['score'] > self.best:
+            self.best = metrics['score']
+            if self.is_main:
+                self.save_model(self.results_folder / 'best')
+        return {f'valid_{name}': value for name, value in metrics.items()}
+
+    # logs
+
+    def start_trackers(self, total: int) -> None:
+        if not self.trackers_started:
+            config = dict(lr=self.lr, batch_size=self.batches.batch_size, total_steps=total, seed=self.seed)
+            self.accelerator.init_trackers('training', config=config | self.schedule)
+            self.trackers_started = True
+
+    def log(self, metrics: dict[str, Any], part: str) -> None:
+        if self.journal is not None:
+            self.journal.write(part, self.step, metrics)
+        numbers = {f'{part}/{name}': value for name, value in metrics.items() if isinstance(value, (int, float))}
+        self.accelerator.log(numbers, step=self.step)
+
+    # states
+
+    def state(self) -> dict[str, Any]:
+        """Everything that the rest of the run depends on. Every process has to call it."""
+        scaler = self.accelerator.scaler
+        return dict(
+            step=self.step,
+            best=self.best,
+            data=dict(size=self.batches.size, batch_size=self.batches.batch_size, seed=self.seed),
+            model=self.model.state_dict(),
+            optimizer=self.optimizer.state_dict(),
+            scaler=None if scaler is None else scaler.state_dict(),
+            ema=None if self.ema is None else self.ema.state_dict(),
+            processes=gather_object([dict(random=checkpoints.random_states(), position=self.position)]),
+            config=self.model_config(),
+        )
+
+    def model_config(self) -> dict[str, Any]:
+        """What the model was built with, for the checkpoint."""
+        return {}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        data = dict(size=self.batches.size, batch_size=self.batches.batch_size, seed=self.seed)
+        if state['data'] != data:
+            logger.warning(
+                'the checkpoint was made with data %s, now it is %s: the order of the data changes from here on',
+                state['data'],
+                data,
+            )
+        if len(state['processes']) != self.accelerator.num_processes:
+            logger.warning('the number of processes changed: random states start afresh')
+            self.position = max(process['position'] for process in state['processes'])
+        else:
+            own = state['processes'][self.accelerator.process_index]
+            checkpoints.restore_random_states(own['random'])
+            self.position = own['position']
+        self.step = state['step']
+        self.best = state['best']
+        self.model.load_state_dict(state['model'])
+        self.optimizer.load_state_dict(state['optimizer'])
+        if self.ema is not None and state['ema'] is not None:
+            self.ema.load_state_dict(state['ema'])
+        if self.accelerator.scaler is not None and state['scaler'] is not None:
+            self.accelerator.scaler.load_state_dict(state['scaler'])
+
+    def save(self) -> None:
+        """Write a checkpoint and prune old ones. Every process has to call it."""
+        state = self.state()
+        if self.is_main:
+            checkpoints.write(self.checkpoint_folder, self.step, state)
+            checkpoints.prune(self.checkpoint_folder, self.max_checkpoints)
+        self.accelerator.wait_for_everyone()
+
+    def load(self, path: str | Path) -> None:
+        """Go on from a checkpoint: the folder of one, or a folder of several, of which the newest is taken."""
+        path = Path(path)
+        if checkpoints.PATTERN.fullmatch(path.name):
+            self.load_state(checkpoints.read(path))
+            return
+        for folder in (path, path / 'checkpoints'):
+            if (found := checkpoints.read_newest(folder)) is not None:
+                self.load_state(found[1])
+                return
+        raise FileNotFoundError(f'no checkpoint in {path}')
+
+
+def _build_optimizer(
+    name: str, model: nn.Module, lr: float, betas: tuple[float, float], weight_decay: float
+) -> torch.optim.Optimizer:
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if not parameters:
+        raise ValueError('the model has no parameter that requires a gradient: there is nothing to train')
+    decayed = {id(p) for module in model.modules() if isinstance(module, nn.Linear) for p in [module.weight]}
+    groups = [
+        dict(params=[p for p in parameters if id(p) in decayed], weight_decay=weight_decay),
+        dict(params=[p for p in parameters if id(p) not in decayed], weight_decay=0.0),
+    ]
+    groups = [group for group in groups if group['params']]
+    if name == 'lion':
+        return Lion(groups, lr=lr, betas=betas)
+    # Adam with a decay adds it to the gradient, where the second moment divides it away: AdamW is meant
+    kind = torch.optim.AdamW if name == 'adamw' or weight_decay > 0 else torch.optim.Adam
+    return kind(groups, lr=lr, betas=betas)
+
+
+def _move_aside(folder: Path) -> None:
+    """Rename a folder that is not empty to `name.1`, `name.2`, …, so that no earlier result is lost."""
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return
+    number = 1
+    while (target := folder.with_name(f'{folder.name}.{number}')).exists():
+        number += 1
+    folder.rename(target)
+    logger.warning('%s held earlier results; they are now in %s', folder, target)
+
+
+def detached(loss: Tensor) -> float:
+    return loss.detach().float().item()

@@ -1,0 +1,296 @@
+"""Training MuLaN on pairs of audio and text."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import send_to_device
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, random_split
+
+from musiclm_pytorch.checks import check_positive, typechecked
+from musiclm_pytorch.data.collate import collate_pairs
+from musiclm_pytorch.data.datasets import AudioTextDataset
+from musiclm_pytorch.distributed.collectives import alone, gather_batch, gather_sizes, rank, world_size
+from musiclm_pytorch.mulan import checkpoint
+from musiclm_pytorch.mulan.model import MuLaN, PairLatents, evaluating
+from musiclm_pytorch.trainer.batches import SeededItems
+from musiclm_pytorch.trainer.grad_cache import grad_cache_backward, join_latents, split_batch
+from musiclm_pytorch.trainer.loop import Trainer, TrainingError, detached
+from musiclm_pytorch.trainer.retrieval import mean_cosine, retrieval_metrics, similarity_histogram
+
+COLLAPSED = 0.99  # mean cosine between different items; a healthy model is far below
+
+
+class _PairStep(nn.Module):
+    """What runs under data-parallel training: the loss of a batch, or its latents alone."""
+
+    def __init__(self, mulan: MuLaN):
+        super().__init__()
+        self.mulan = mulan
+
+    def forward(self, batch: dict[str, Any], latents_only: bool = False) -> Tensor | PairLatents:
+        latents = self.mulan.pair_latents(**batch)
+        if not latents_only:
+            return self.mulan.loss(latents)
+        # the parameters of the loss have got their gradients already; data-parallel training waits for them here
+        unused = sum(parameter.sum() for parameter in self.loss_parameters()) * 0.0
+        return PairLatents(latents.audio + unused, *latents[1:])
+
+    def loss_parameters(self) -> list[nn.Parameter]:
+        losses = [self.mulan.contrast]
+        if self.mulan.multi_layer_contrastive_learning is not None:
+            losses.append(self.mulan.multi_layer_contrastive_learning.contrast)
+        return [parameter for loss in losses for parameter in loss.parameters()]
+
+
+class MuLaNTrainer(Trainer):
+    """Trains a MuLaN on a data set of pairs.
+
+    The data set gives pairs of a wave and a text (string or token ids), in either order; see
+    `musiclm_pytorch.data.collate_pairs`. Waves of different lengths are padded where the audio tower was built with
+    `support_variable_length = True`, and cut to the shortest of their batch otherwise.
+
+    With `grad_accum_every` or `grad_cache_chunk_size` a step is one contrast over all pairs of its micro-batches, with
+    the memory of one of them (GradCache, arXiv 2101.06983).
+
+    Args:
+        mulan: the model; it is trained in place.
+        dataset: pairs, by index: a map-style data set or a list.
+        num_train_steps: steps of `train()` when it is not told otherwise.
+        batch_size: pairs a micro-batch and process; by default 32, or what the data set has.
+        data_max_length: longest wave in samples; longer ones are cut.
+        valid_frac: share of the data set held out for validation, when there is no `valid_dataset`.
+        valid_dataset: held-out pairs.
+        random_split_seed: of the split.
+        max_valid_items: held-out pairs that validation looks at, at most.
+        use_lion: the optimizer Lion.
+        use_mixed_precision: fp16 on CUDA, bf16 on a CPU; `mixed_precision` names one.
+        save_model_every: upstream's name of `checkpoint_every`.
+        grad_cache_chunk_size: pairs embedded at a time.
+        collapse_after: step from which embeddings that are all alike are an error; at the start they often are.
+        compile_model: run both towers through torch.compile.
+        folder: not used; upstream had it and ignored it.
+        force_clear_prev_results: True deletes the results folder; by default earlier results are moved aside.
+        further keywords: those of `Trainer`.
+    """
+
+    @typechecked
+    def __init__(
+        self,
+        mulan: MuLaN,
+        dataset: Any,
+        *,
+        num_train_steps: int | None = None,
+        batch_size: int | None = None,
+        data_max_length: int | None = None,
+        folder: str | Path | None = None,
+        lr: float = 3e-4,
+        grad_accum_every: int = 1,
+        betas: tuple[float, float] = (0.9, 0.99),
+        max_grad_norm: float | None = 0.5,
+        valid_frac: float = 0.05,
+        valid_dataset: Any = None,
+        random_split_seed: int = 42,
+        max_valid_items: int = 1024,
+        save_model_every: int | None = None,
+        checkpoint_every: int | None = None,
+        results_folder: str | Path = './results',
+        accelerate_kwargs: dict | None = None,
+        use_lion: bool = False,
+        force_clear_prev_results: bool | None = None,
+        use_mixed_precision: bool = False,
+        mixed_precision: str | None = None,
+        grad_cache_chunk_size: int | None = None,
+        compile_model: bool = False,
+        collapse_after: int = 500,
+        collate_fn: Callable | None = None,
+        **keywords: Any,
+    ):
+        check_positive(
+            data_max_length=data_max_length,
+            grad_cache_chunk_size=grad_cache_chunk_size,
+            num_train_steps=num_train_steps,
+            max_valid_items=max_valid_items,
+        )
+        if save_model_every is not None and checkpoint_every is not None:
+            raise ValueError('save_model_every and checkpoint_every are two names of one number; pass one')
+        if not 0 <= valid_frac < 1:
+            raise ValueError(f'valid_frac must lie in [0, 1), got {valid_frac}')
+        for name, data in (('dataset', dataset), ('valid_dataset', valid_dataset)):
+            if data is not None and not (hasattr(data, '__len__') and hasattr(data, '__getitem__')):
+                raise TypeError(f'{name} must have a length and items by index, got {type(data).__name__}')
+        if len(dataset) < 2:
+            raise ValueError(f'the data set has {len(dataset)} items; a contrast needs at least 2 pairs')
+        if batch_size is not None and batch_size < 2:
+            raise ValueError(f'batch_size must be at least 2 for a contrast, got {batch_size}')
+
+        if valid_dataset is None and valid_frac > 0 and isinstance(dataset, AudioTextDataset):
+            # by recording, and with fixed crops
+            dataset, valid_dataset = dataset.split(valid_frac, seed=random_split_seed)
+        elif valid_dataset is None and valid_frac > 0:
+            held_out = int(len(dataset) * valid_frac)
+            generator = torch.Generator().manual_seed(random_split_seed)
+            dataset, valid_dataset = random_split(dataset, [len(dataset) - held_out, held_out], generator=generator)
+        if batch_size is None:
+            batch_size = min(32, max(2, len(dataset) // world_size()))
+        if mixed_precision is None and use_mixed_precision:
+            mixed_precision = 'fp16' if torch.cuda.is_available() else 'bf16'
+        if use_lion:
+            keywords['optimizer'] = 'lion'
+        results_folder = Path(results_folder)
+        if force_clear_prev_results and rank() == 0:
+            _clear(results_folder)
+
+        self.mulan = mulan
+        self.num_train_steps = num_train_steps
+        self.valid_dataset = valid_dataset
+        self.max_valid_items = max_valid_items
+        self.collapse_after = collapse_after
+        self.grad_cache_chunk_size = grad_cache_chunk_size
+        self.collate_fn = collate_fn or partial(
+            collate_for,
+            max_length=data_max_length,
+            pad_id=mulan.text.pad_id,
+            with_lengths=mulan.audio.support_variable_length,
+        )
+        super().__init__(
+            mulan,
+            _PairStep(mulan),
+            dataset,
+            collate_fn=self.collate_fn,
+            batch_size=batch_size,
+            grad_accum_every=grad_accum_every,
+            lr=lr,
+            betas=betas,
+            max_grad_norm=max_grad_norm,
+            mixed_precision=mixed_precision,
+            results_folder=results_folder,
+            checkpoint_every=checkpoint_every or save_model_every or 1000,
+            accelerate_kwargs=accelerate_kwargs,
+            **keywords,
+        )
+        if compile_model:
+            # after the average has copied the model: a compiled forward pass cannot be copied
+            mulan.audio.compile()
+            mulan.text.compile()
+
+    def train(
+        self,
+        num_epochs: int | None = None,
+        num_train_steps: int | None = None,
+        with_validation: bool = True,
+        log_fn: Callable[[dict[str, float]], None] | None = None,
+    ) -> dict[str, Any]:
+        """See `Trainer.train`."""
+        if num_epochs is None and num_train_steps is None:
+            num_train_steps = self.num_train_steps
+        return super().train(num_epochs, num_train_steps, with_validation, log_fn)
+
+    def is_usable(self, batch: dict[str, Any] | None) -> bool:
+        return batch is not None and len(batch['wavs']) >= 2
+
+    def compute_gradients(self, batches: list[dict[str, Any]]) -> dict[str, float]:
+        chunks = batches
+        if self.grad_cache_chunk_size is not None:
+            chunks = [chunk for batch in batches for chunk in split_batch(batch, self.grad_cache_chunk_size)]
+        autocast = self.accelerator.autocast
+        if len(chunks) == 1:
+            with autocast():
+                loss = self.step_module(chunks[0])
+            self.accelerator.backward(loss)
+            return dict(loss=detached(loss))
+
+        def encode(chunk):
+            with autocast():
+                return self.mulan.pair_latents(**chunk)
+
+        def encode_last(chunk):
+            with autocast():
+                return self.step_module(chunk, latents_only=True)
+
+        loss, _ = grad_cache_backward(
+            chunks,
+            encode=encode,
+            encode_last=encode_last,
+            loss_of=self.mulan.loss,
+            backward=self.accelerator.backward,
+        )
+        return dict(loss=detached(loss))
+
+    @torch.no_grad()
+    def validate(self) -> dict[str, Any] | None:
+        if self.valid_dataset is None or len(self.valid_dataset) < 2:
+            return None
+        latents = self.embed_held_out()
+        similarities = latents.audio @ latents.text.T
+        # the loss of batches as large as those of training, so that the two can be compared
+        size = min(self.batches.batch_size, len(similarities))
+        with alone():
+            losses = [
+                self.evaluated_model.loss(select(latents, slice(i, i + size)))
+                for i in range(0, len(similarities) - size + 1, size)
+            ]
+        metrics: dict[str, Any] = dict(loss=float(torch.stack(losses).mean()), **retrieval_metrics(similarities))
+        metrics['score'] = (metrics['audio_to_text_map_at_10'] + metrics['text_to_audio_map_at_10']) / 2
+        metrics['audio_mean_cosine'] = mean_cosine(latents.audio)
+        metrics['text_mean_cosine'] = mean_cosine(latents.text)
+        metrics['similarities'] = similarity_histogram(similarities)
+        self.check_collapse(metrics)
+        return metrics
+
+    def embed_held_out(self) -> PairLatents:
+        """Latents of the held-out pairs, embedded by all processes, each its share."""
+        total = min(len(self.valid_dataset), self.max_valid_items)
+        start, stop = (total * r // world_size() for r in (rank(), rank() + 1))
+        # every validation draws the same crops and captions
+        items = SeededItems(self.valid_dataset, self.seed)
+        keys = [(0, index) for index in range(start, stop)]
+        loader = DataLoader(items, sampler=keys, batch_size=self.batches.batch_size, collate_fn=self.collate_fn)
+        model = self.evaluated_model
+        with evaluating(model):
+            batches = (send_to_device(batch, self.device) for batch in loader if batch is not None)
+            parts = [model.pair_latents(**batch) for batch in batches]
+        own = join_latents(parts)
+        sizes = gather_sizes(len(own.audio), self.device)
+        return PairLatents(*(None if t is None else gather_batch(t, sizes) for t in own))
+
+    def check_collapse(self, metrics: dict[str, Any]) -> None:
+        """Raise once all embeddings are alike although warm-up is over: from there no loss leads back."""
+        alike = min(metrics['audio_mean_cosine'], metrics['text_mean_cosine'])
+        if alike > COLLAPSED and self.step >= self.collapse_after:
+            raise TrainingError(
+                f'the embeddings have collapsed at step {self.step}: the mean cosine between different items is '
+                f'{metrics["audio_mean_cosine"]:.3f} for audio and {metrics["text_mean_cosine"]:.3f} for text; lower '
+                f'the learning rate ({self.lr:.1e}), lengthen the warm-up, or raise the batch size'
+            )
+
+    def save_model(self, folder: Path) -> None:
+        self.evaluated_model.save_pretrained(folder)
+
+    def model_config(self) -> dict[str, Any]:
+        return checkpoint.config_of(self.mulan)
+
+
+def collate_for(items: list[Any], *, max_length: int | None, pad_id: int, with_lengths: bool) -> dict[str, Any] | None:
+    """A batch for `mulan.pair_latents`, see `collate_pairs`; a module's function, so that workers can be sent it."""
+    batch = collate_pairs(items, max_length=max_length, pad_id=pad_id)
+    if batch is None or with_lengths:
+        return batch
+    # a tower without lengths can only be given what all items have
+    lengths = batch.pop('audio_lengths')
+    return batch | dict(wavs=batch['wavs'][:, : int(lengths.min())])
+
+
+def select(latents: PairLatents, items: slice) -> PairLatents:
+    """Some items of a batch of latents."""
+    return PairLatents(*(None if t is None else t[..., items, :] for t in latents))
+
+
+def _clear(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,448 @@
+import json
+import logging
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy
+import pytest
+import torch
+from conftest import tiny_mulan
+from torch.utils.data import Dataset
+
+from musiclm_pytorch import MuLaN
+from musiclm_pytorch.mulan.model import PairLatents
+from musiclm_pytorch.trainer import MuLaNTrainer, checkpoints
+from musiclm_pytorch.trainer.batches import Batches
+from musiclm_pytorch.trainer.grad_cache import grad_cache_backward, join_latents, split_batch
+from musiclm_pytorch.trainer.loop import TrainingError
+from musiclm_pytorch.trainer.retrieval import mean_cosine, retrieval_metrics, similarity_histogram
+from musiclm_pytorch.trainer.schedules import learning_rate
+
+
+class Tones(Dataset):
+    """Tones of as many pitches as there are items, with ids that name the pitch; phases are random."""
+
+    def __init__(self, size=24):
+        self.size = size
+
+    def __len__(self):
+        return self.size
+
+    def __getitem__(self, index):
+        phase = random.random() + numpy.random.rand() + torch.rand(())  # noqa: NPY002 - users' data sets do
+        wave = torch.sin((index + 1) * torch.arange(1200) * 0.1 + phase)
+        return wave, torch.tensor([index + 1, 50, index + 1])
+
+
+def build(**keywords):
+    torch.manual_seed(3)
+    audio = dict(depth=1, support_variable_length=True, attn_dropout=0.1, ff_dropout=0.1)
+    return tiny_mulan(audio, dict(depth=1, ff_dropout=0.1), **keywords)
+
+
+def trainer(folder, mulan=None, **keywords):
+    defaults = dict(
+        batch_size=4, lr=1e-3, results_folder=folder, accelerate_kwargs=dict(cpu=True), progress=False, valid_frac=0.25
+    )
+    return MuLaNTrainer(mulan or build(), Tones(), **{**defaults, **keywords})
+
+
+def weights(module):
+    return {name: tensor.clone() for name, tensor in module.state_dict().items()}
+
+
+def assert_same(found, expected):
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(found[name], tensor), name
+
+
+# ---- learning ----
+
+
+def test_it_learns(tmp_path):
+    mulan = build(decoupled_contrastive_learning=False)
+    run = trainer(tmp_path, mulan, batch_size=18, lr=3e-3, validate_every=40, log_every=20)
+    losses = []
+    results = run.train(num_train_steps=120, log_fn=lambda metrics: losses.append(metrics['loss']))
+    assert len(losses) == 120
+    assert sum(losses[-10:]) < 0.5 * sum(losses[:10])
+    assert math.isfinite(results['valid_loss'])
+    lines = [json.loads(line) for line in (tmp_path / 'metrics.jsonl').read_text().splitlines()]
+    assert [line['step'] for line in lines if line['part'] == 'train'] == [20, 40, 60, 80, 100, 120]
+    assert [line['step'] for line in lines if line['part'] == 'valid'] == [40, 80, 120]
+    assert (tmp_path / 'curves.png').stat().st_size > 1000
+    assert isinstance(MuLaN.from_pretrained(tmp_path / 'best'), MuLaN)
+    assert [path.name for path in checkpoints.steps(tmp_path / 'checkpoints')] == ['step-000000120']
+
+
+@pytest.mark.parametrize('optimizer', ['adam', 'adamw', 'lion'])
+def test_optimizers_decay_matrices_only(tmp_path, optimizer):
+    mulan = build()
+    run = trainer(tmp_path, mulan, optimizer=optimizer, weight_decay=0.1)
+    decayed = {id(p) for group in run.optimizer.param_groups if group['weight_decay'] > 0 for p in group['params']}
+    every = {id(p) for group in run.optimizer.param_groups for p in group['params']}
+    assert every == {id(p) for p in mulan.parameters()}
+    names = {name for name, p in mulan.named_parameters() if id(p) in decayed}
+    assert 'audio.transformer.layers.0.0.to_q.weight' in names
+    assert not {'contrast.temperatures', 'text.token_emb.weight', 'text.cls_token'} & names
+    assert not any(name.endswith(('bias', 'gamma', 'q_scale')) for name in names)
+    run.train(num_train_steps=1, with_validation=False)
+
+
+def test_schedules():
+    def rates(schedule):
+        return [
+            learning_rate(step, lr=2.0, schedule=schedule, warmup_steps=4, total_steps=12, min_lr_ratio=0.1)
+            for step in range(13)
+        ]
+
+    for schedule in ('constant', 'linear', 'cosine'):
+        assert rates(schedule)[:4] == [0.5, 1.0, 1.5, 2.0]
+    assert rates('constant')[4:] == [2.0] * 9
+    assert rates('linear')[8] == pytest.approx(1.1)
+    assert rates('linear')[12] == rates('cosine')[12] == pytest.approx(0.2)
+    assert rates('cosine')[6] > rates('linear')[6]
+    assert learning_rate(0, lr=1.0, schedule='constant', warmup_steps=1000, total_steps=50) == pytest.approx(0.2)
+
+
+# ---- GradCache ----
+
+
+def gradients(mulan, compute):
+    mulan.zero_grad()
+    torch.manual_seed(7)
+    loss = compute()
+    return loss, {name: p.grad.clone() for name, p in mulan.named_parameters()}
+
+
+@pytest.mark.parametrize('sizes', [2, 3, 5, 7])
+@pytest.mark.parametrize('keywords', [dict(), dict(sigmoid_contrastive_loss=True, hierarchical_contrastive_loss=True)])
+def test_grad_cache_equals_the_whole_batch(sizes, keywords):
+    mulan = build(**keywords).train()
+    wavs, texts = torch.randn(7, 1200), torch.randint(1, 100, (7, 3))
+    chunks = split_batch(dict(wavs=wavs, texts=texts), sizes)
+
+    def whole():
+        # dropout draws in the order of the chunks
+        loss = mulan.loss(join_latents([mulan.pair_latents(**chunk) for chunk in chunks]))
+        loss.backward()
+        return loss.detach()
+
+    def cached():
+        return grad_cache_backward(
+            chunks,
+            encode=lambda chunk: mulan.pair_latents(**chunk),
+            loss_of=mulan.loss,
+            backward=torch.Tensor.backward,
+        )[0]
+
+    (expected_loss, expected), (loss, found) = gradients(mulan, whole), gradients(mulan, cached)
+    torch.testing.assert_close(loss, expected_loss)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, atol=1e-5, rtol=1e-5, msg=name)
+
+
+def test_grad_cache_leaves_the_random_state_where_one_pass_would():
+    mulan = build().train()
+    chunks = split_batch(dict(wavs=torch.randn(4, 1200), texts=torch.randint(1, 100, (4, 3))), 2)
+    states = []
+    for passes in range(2):
+        torch.manual_seed(7)
+        if passes == 0:
+            _ = [mulan.pair_latents(**chunk) for chunk in chunks]
+        else:
+            grad_cache_backward(
+                chunks,
+                encode=lambda chunk: mulan.pair_latents(**chunk),
+                loss_of=mulan.loss,
+                backward=torch.Tensor.backward,
+            )
+        states.append(torch.get_rng_state())
+    assert torch.equal(*states)
+
+
+def test_accumulation_and_chunks_are_one_contrast(tmp_path):
+    """A step of 2 micro-batches of 6, in chunks of 2 or not, equals one of a batch of 12 (without dropout)."""
+    results = []
+    for name, keywords in {
+        'whole': dict(batch_size=12),
+        'accumulated': dict(batch_size=6, grad_accum_every=2),
+        'chunked': dict(batch_size=12, grad_cache_chunk_size=5),
+    }.items():
+        torch.manual_seed(3)
+        still = dict(
+            patch_dropout_prob=0.0, spec_aug_stretch_factor=1, spec_aug_freq_mask=0, spec_aug_time_mask=0, depth=1
+        )
+        mulan = tiny_mulan(dict(support_variable_length=True, **still), dict(depth=1))
+        trainer(tmp_path / name, mulan, valid_frac=0.0, **keywords).train(num_train_steps=3, with_validation=False)
+        results.append(weights(mulan))
+    # a constant in a softmax has no gradient but rounding, which Adam blows up to full steps
+    results = [{name: t for name, t in result.items() if 'pos_bias_mlp.4.bias' not in name} for result in results]
+    for other in results[1:]:
+        for name, tensor in results[0].items():
+            torch.testing.assert_close(other[name], tensor, atol=2e-5, rtol=1e-4, msg=name)
+
+
+def test_join_and_split():
+    parts = [PairLatents(*torch.randn(2, 3, 4), *torch.randn(2, 2, 3, 4)) for _ in range(2)]
+    joined = join_latents(parts)
+    assert joined.audio.shape == (6, 4)
+    assert joined.text_layers.shape == (2, 6, 4)
+    assert [len(part['a']) for part in split_batch(dict(a=torch.zeros(5), b=list('abcde')), 2)] == [2, 2, 1]
+
+
+# ---- resuming ----
+
+RUNS = {
+    'plain': dict(),
+    'average': dict(use_ema=True, lr_scheduler_type='cosine', warmup_steps=3, optimizer='adamw', weight_decay=0.1),
+    'chunks': dict(grad_cache_chunk_size=3, grad_accum_every=2),
+    'workers': dict(num_workers=1),
+}
+
+
+@pytest.mark.parametrize('name', RUNS)
+def test_resuming_equals_never_having_stopped(tmp_path, name):
+    keywords = dict(RUNS[name], checkpoint_every=3)
+    straight = trainer(tmp_path / 'straight', **keywords)
+    straight.train(num_train_steps=10)
+
+    class Stop(Exception):
+        pass
+
+    def stop(metrics):
+        if stopped.step == 8:
+            raise Stop
+
+    stopped = trainer(tmp_path / 'stopped', **keywords)
+    with pytest.raises(Stop):
+        stopped.train(num_train_steps=10, log_fn=stop)
+    torch.manual_seed(999)
+    torch.rand(5)
+    resumed = trainer(tmp_path / 'stopped', scrambled(build()), resume=True, **keywords)
+    assert resumed.step == 6
+    resumed.train(num_train_steps=10)
+    assert_same(weights(resumed.mulan), weights(straight.mulan))
+    if straight.ema is not None:
+        assert_same(weights(resumed.ema.ema_model), weights(straight.ema.ema_model))
+    first, second = (
+        json.loads((tmp_path / run / 'metrics.jsonl').read_text().splitlines()[-1]) for run in ('straight', 'stopped')
+    )
+    assert first == second
+
+
+def scrambled(mulan):
+    for parameter in mulan.parameters():
+        torch.nn.init.normal_(parameter)
+    return mulan
+
+
+def test_validation_does_not_change_training(tmp_path):
+    results = []
+    for i, with_validation in enumerate((True, False)):
+        run = trainer(tmp_path / str(i), validate_every=2)
+        run.train(num_train_steps=5, with_validation=with_validation)
+        results.append(weights(run.mulan))
+    assert_same(*results)
+
+
+def test_a_damaged_checkpoint_is_passed_over(tmp_path, caplog):
+    trainer(tmp_path, checkpoint_every=2).train(num_train_steps=6)
+    newest = tmp_path / 'checkpoints' / 'step-000000006' / 'state.safetensors'
+    newest.write_bytes(newest.read_bytes()[:1000])
+    (tmp_path / 'checkpoints' / 'step-000000004' / 'state.json').write_text('{')
+    with caplog.at_level(logging.WARNING):
+        assert trainer(tmp_path, resume=True).step == 2
+    assert 'step-000000006 is damaged' in caplog.text
+    assert 'step-000000004 is damaged' in caplog.text
+
+
+def test_checkpoints_are_pruned_and_written_whole(tmp_path, monkeypatch):
+    run = trainer(tmp_path, checkpoint_every=1, max_checkpoints=2)
+    run.train(num_train_steps=4, with_validation=False)
+    assert [path.name for path in checkpoints.steps(run.checkpoint_folder)] == ['step-000000003', 'step-000000004']
+
+    def full(*_):
+        raise OSError(28, 'No space left on device')
+
+    monkeypatch.setattr(checkpoints, 'save_file', full)
+    with pytest.raises(OSError, match='step-000000005 could not be written .*No space left.* earlier ones are intact'):
+        run.train(num_train_steps=5, with_validation=False)
+    assert sorted(path.name for path in run.checkpoint_folder.iterdir()) == ['step-000000003', 'step-000000004']
+    assert checkpoints.read(run.checkpoint_folder / 'step-000000004')['step'] == 4
+
+
+def test_states_come_back_as_they_were(tmp_path):
+    state = dict(a=[1, 2.5, None, True, 'x'], b=(torch.arange(3), {0: torch.ones(2).half(), 'k': ()}), c={})
+    path = checkpoints.write(tmp_path, 7, state)
+    again = checkpoints.read(path)
+    assert again['a'] == state['a']
+    assert again['c'] == {}
+    assert isinstance(again['b'], tuple)
+    assert torch.equal(again['b'][0], torch.arange(3))
+    assert again['b'][1][0].dtype == torch.float16
+    assert again['b'][1]['k'] == ()
+    with pytest.raises(TypeError, match='/oops holds a object'):
+        checkpoints.write(tmp_path, 8, dict(oops=object()))
+    assert [path.name for path in tmp_path.iterdir()] == ['step-000000007']
+
+
+SCRIPT = """
+import sys
+sys.path.insert(0, {tests!r})
+from test_trainer import trainer
+run = trainer(sys.argv[1], checkpoint_every=1, max_checkpoints=2, resume=True)
+run.train(num_train_steps=100000, with_validation=False)
+"""
+
+
+@pytest.mark.slow
+def test_sigkill_at_random_moments_loses_no_state(tmp_path):
+    """Killed again and again, each run goes on from a checkpoint that loads."""
+    draw = random.Random(0)
+    script = SCRIPT.format(tests=str(Path(__file__).parent))
+    reached = 0
+    for _ in range(4):
+        process = subprocess.Popen(
+            [sys.executable, '-c', script, str(tmp_path)], env={**os.environ, 'OMP_NUM_THREADS': '1'}
+        )
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline:
+            found = checkpoints.steps(tmp_path / 'checkpoints')
+            if found and int(found[-1].name[5:]) >= reached + 3:
+                break
+            time.sleep(0.05)
+        time.sleep(draw.random() * 0.5)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        path, state = checkpoints.read_newest(tmp_path / 'checkpoints')
+        assert path == checkpoints.steps(tmp_path / 'checkpoints')[-1]
+        assert state['step'] >= reached + 3
+        reached = state['step']
+
+
+# ---- folders ----
+
+
+def test_earlier_results_are_moved_aside_or_deleted_when_asked(tmp_path, caplog):
+    folder = tmp_path / 'results'
+    for _ in range(3):
+        trainer(folder).train(num_train_steps=1, with_validation=False)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ['results', 'results.1', 'results.2']
+    assert 'held earlier results' in caplog.text
+    trainer(folder, force_clear_prev_results=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ['results', 'results.1', 'results.2']
+    assert checkpoints.steps(folder / 'checkpoints') == []
+
+
+# ---- faults ----
+
+
+def test_a_loss_that_is_not_a_number_stops_training_with_the_step(tmp_path, monkeypatch):
+    run = trainer(tmp_path)
+    run.train(num_train_steps=2, with_validation=False)
+    monkeypatch.setattr(run.mulan.contrast, 'temperature', lambda: torch.tensor([[[math.nan]]], requires_grad=True))
+    with pytest.raises(TrainingError, match='the loss is nan at step 2; lower the learning rate'):
+        run.train(num_train_steps=4, with_validation=False)
+
+
+def test_collapse_stops_training_with_the_step(tmp_path):
+    run = trainer(tmp_path, collapse_after=3, validate_every=1)
+    with torch.no_grad():
+        run.mulan.audio_to_latents.weight.zero_()
+        run.mulan.audio_to_latents.weight.requires_grad_(False)
+    with pytest.raises(TrainingError, match='collapsed at step 3: .* 1.000 for audio'):
+        run.train(num_train_steps=5)
+
+
+@pytest.mark.parametrize(
+    ('keywords', 'message'),
+    [
+        (dict(batch_size=1), 'batch_size must be at least 2'),
+        (dict(batch_size=100), 'has 18 items, fewer than one batch of 100'),
+        (dict(lr=-1.0), 'lr must be greater than 0'),
+        (dict(lr_scheduler_type='step'), "unknown lr_scheduler_type 'step'"),
+        (dict(optimizer='sgd'), "unknown optimizer 'sgd'"),
+        (dict(valid_frac=1.0), 'valid_frac'),
+        (dict(save_model_every=5, checkpoint_every=6), 'two names of one number'),
+        (dict(mixed_precision='fp16'), 'fp16'),
+    ],
+)
+def test_bad_settings(tmp_path, keywords, message):
+    if keywords.get('mixed_precision') == 'fp16' and torch.cuda.is_available():
+        pytest.skip('fp16 works on CUDA')
+    with pytest.raises(ValueError, match=message):
+        trainer(tmp_path, **keywords)
+
+
+def test_loading_what_is_not_there(tmp_path):
+    run = trainer(tmp_path / 'results')
+    with pytest.raises(FileNotFoundError, match='no checkpoint'):
+        run.load(tmp_path / 'nothing')
+    with pytest.raises(ValueError, match='pass num_epochs or num_train_steps'):
+        run.train(num_epochs=1, num_train_steps=1)
+
+
+# ---- data order ----
+
+
+def test_every_item_once_an_epoch_in_another_order():
+    batches = Batches(Tones(10), batch_size=3, collate_fn=list, seed=1, drop_last=False)
+    first, second = ([index for keys in batches.keys(epoch) for _, index in keys] for epoch in (0, 1))
+    assert sorted(first) == sorted(second) == list(range(10))
+    assert first != second
+    assert batches.batches_an_epoch == 4
+
+
+def test_items_draw_the_same_wherever_they_are_read():
+    def waves(position, workers):
+        batches = Batches(Tones(10), batch_size=3, collate_fn=list, seed=1, num_workers=workers)
+        data = batches.iterate(position)
+        return [wave for _ in range(4) for wave, _ in next(data)]
+
+    before = torch.get_rng_state()
+    here = waves(2, 0)
+    assert torch.equal(before, torch.get_rng_state())
+    for first, second in zip(here, waves(2, 2)):
+        assert torch.equal(first, second)
+    assert torch.equal(here[3], waves(3, 0)[0])
+
+
+# ---- metrics ----
+
+
+def test_retrieval_metrics_of_known_ranks():
+    similarities = torch.eye(20) * 2 + torch.rand(20, 20)
+    perfect = retrieval_metrics(similarities)
+    assert perfect['audio_to_text_recall_at_1'] == perfect['text_to_audio_map_at_10'] == 1.0
+    similarities[0, :3] = torch.tensor([0.0, 5.0, 5.0])  # two columns beat pair 0, and every other
+    similarities[0, 3:] = -1.0
+    metrics = retrieval_metrics(similarities)
+    assert metrics['audio_to_text_recall_at_1'] == pytest.approx(19 / 20)
+    assert metrics['audio_to_text_recall_at_5'] == 1.0
+    assert metrics['audio_to_text_map_at_10'] == pytest.approx((19 + 1 / 3) / 20)
+    assert metrics['text_to_audio_recall_at_1'] == pytest.approx(17 / 20)
+
+
+def test_embeddings_that_are_all_alike_do_not_look_perfect():
+    metrics = retrieval_metrics(torch.ones(20, 20))
+    assert metrics['audio_to_text_recall_at_10'] == 0.0
+    assert metrics['audio_to_text_median_rank'] == 20
+    alike = torch.ones(5, 4) / 2
+    assert mean_cosine(alike) == pytest.approx(1.0)
+    assert mean_cosine(torch.eye(4)) == pytest.approx(0.0)
+
+
+def test_histogram_has_all_shares():
+    histogram = similarity_histogram(torch.eye(10))
+    assert sum(histogram['pairs']) == pytest.approx(1.0)
+    assert sum(histogram['others']) == pytest.approx(1.0)
+    assert histogram['pairs'][-1] == 1.0
+    assert histogram['others'][20] == 1.0
