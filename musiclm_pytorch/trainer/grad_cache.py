@@ -19,7 +19,7 @@ def grad_cache_backward(
     loss_of: Callable[[PairLatents], Tensor],
     backward: Callable[[Tensor], None],
     encode_last: Callable[[Any], PairLatents] | None = None,
-) -> tuple[Tensor, PairLatents]:
+) -> Tensor:
     """Accumulate the gradients of one loss over all chunks, holding the graph of one chunk at a time.
 
     Each chunk is embedded without a graph, the loss and its gradient with respect to all latents are computed, and
@@ -35,7 +35,7 @@ def grad_cache_backward(
             then averages what all parts have accumulated.
 
     Returns:
-        the loss and the latents, both detached.
+        the loss, detached.
     """
     states, cached = [], []
     with torch.no_grad():
@@ -59,7 +59,7 @@ def grad_cache_backward(
         _carry(latents, gradients, start)
         start += len(latents.audio)
     restore_random_states(after)
-    return loss.detach(), PairLatents(*(None if leaf is None else leaf.detach() for leaf in leaves))
+    return loss.detach()
 
 
 def join_latents(parts: Sequence[PairLatents]) -> PairLatents:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -57,6 +58,8 @@ class Trainer:
         results_folder: where checkpoints, logs and curves go.
         resume: go on from the newest checkpoint in the results folder, if there is one. Otherwise what is in the
             folder is moved aside, to a folder beside it.
+        force_clear_prev_results: True deletes what is in the results folder instead.
+        num_train_steps: steps of `train()` when it is not told otherwise; one epoch if this is None too.
         checkpoint_every, max_checkpoints: steps between checkpoints, and how many are kept.
         validate_every: steps between validations; None is once an epoch.
         log_with: trackers by Accelerate's names, such as 'tensorboard' or 'wandb'.
@@ -91,6 +94,8 @@ class Trainer:
         ema_update_every: int = 1,
         results_folder: str | Path = './results',
         resume: bool = False,
+        force_clear_prev_results: bool | None = None,
+        num_train_steps: int | None = None,
         checkpoint_every: int = 1000,
         max_checkpoints: int = 5,
         validate_every: int | None = None,
@@ -112,6 +117,7 @@ class Trainer:
             max_checkpoints=max_checkpoints,
             validate_every=validate_every,
             log_every=log_every,
+            num_train_steps=num_train_steps,
         )
         check_schedule(lr_scheduler_type)
         if optimizer not in OPTIMIZERS:
@@ -139,13 +145,16 @@ class Trainer:
         self.max_checkpoints = max_checkpoints
         self.log_every = log_every
         self.progress = progress
+        self.num_train_steps = num_train_steps
         self.step = 0
         self.position = 0  # in the data, in batches of this process
         self.best: float | None = None
 
         if self.is_main:
             self.results_folder.parent.mkdir(parents=True, exist_ok=True)
-            if not resume:
+            if force_clear_prev_results and self.results_folder.exists():
+                shutil.rmtree(self.results_folder)
+            elif not resume:
                 _move_aside(self.results_folder)
             self.results_folder.mkdir(parents=True, exist_ok=True)
         self.accelerator.wait_for_everyone()
@@ -225,7 +234,7 @@ class Trainer:
 
         Args:
             num_epochs: passes over the data; or
-            num_train_steps: steps. One epoch if neither is given.
+            num_train_steps: steps. If neither is given, as the trainer was built.
             with_validation: validate every `validate_every` steps and at the end.
             log_fn: called with the metrics of each step.
 
@@ -235,6 +244,8 @@ class Trainer:
         if num_epochs is not None and num_train_steps is not None:
             raise ValueError(f'pass num_epochs or num_train_steps, got both: {num_epochs} and {num_train_steps}')
         check_positive(num_epochs=num_epochs, num_train_steps=num_train_steps)
+        if num_epochs is None and num_train_steps is None:
+            num_train_steps = self.num_train_steps
         total = num_train_steps or math.ceil((num_epochs or 1) * self.steps_an_epoch)
         self.start_trackers(total)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -62,7 +61,6 @@ class MuLaNTrainer(Trainer):
     Args:
         mulan: the model; it is trained in place.
         dataset: pairs, by index: a map-style data set or a list.
-        num_train_steps: steps of `train()` when it is not told otherwise.
         batch_size: pairs a micro-batch and process; by default 32, or what the data set has.
         data_max_length: longest wave in samples; longer ones are cut.
         valid_frac: share of the data set held out for validation, when there is no `valid_dataset`.
@@ -76,7 +74,6 @@ class MuLaNTrainer(Trainer):
         collapse_after: step from which embeddings that are all alike are an error; at the start they often are.
         compile_model: run both towers through torch.compile.
         folder: not used; upstream had it and ignored it.
-        force_clear_prev_results: True deletes the results folder; by default earlier results are moved aside.
         further keywords: those of `Trainer`.
     """
 
@@ -86,7 +83,6 @@ class MuLaNTrainer(Trainer):
         mulan: MuLaN,
         dataset: Any,
         *,
-        num_train_steps: int | None = None,
         batch_size: int | None = None,
         data_max_length: int | None = None,
         folder: str | Path | None = None,
@@ -103,7 +99,6 @@ class MuLaNTrainer(Trainer):
         results_folder: str | Path = './results',
         accelerate_kwargs: dict | None = None,
         use_lion: bool = False,
-        force_clear_prev_results: bool | None = None,
         use_mixed_precision: bool = False,
         mixed_precision: str | None = None,
         grad_cache_chunk_size: int | None = None,
@@ -115,7 +110,6 @@ class MuLaNTrainer(Trainer):
         check_positive(
             data_max_length=data_max_length,
             grad_cache_chunk_size=grad_cache_chunk_size,
-            num_train_steps=num_train_steps,
             max_valid_items=max_valid_items,
         )
         if save_model_every is not None and checkpoint_every is not None:
@@ -143,12 +137,8 @@ class MuLaNTrainer(Trainer):
             mixed_precision = 'fp16' if torch.cuda.is_available() else 'bf16'
         if use_lion:
             keywords['optimizer'] = 'lion'
-        results_folder = Path(results_folder)
-        if force_clear_prev_results and rank() == 0:
-            _clear(results_folder)
 
         self.mulan = mulan
-        self.num_train_steps = num_train_steps
         self.valid_dataset = valid_dataset
         self.max_valid_items = max_valid_items
         self.collapse_after = collapse_after
@@ -180,18 +170,6 @@ class MuLaNTrainer(Trainer):
             mulan.audio.compile()
             mulan.text.compile()
 
-    def train(
-        self,
-        num_epochs: int | None = None,
-        num_train_steps: int | None = None,
-        with_validation: bool = True,
-        log_fn: Callable[[dict[str, float]], None] | None = None,
-    ) -> dict[str, Any]:
-        """See `Trainer.train`."""
-        if num_epochs is None and num_train_steps is None:
-            num_train_steps = self.num_train_steps
-        return super().train(num_epochs, num_train_steps, with_validation, log_fn)
-
     def is_usable(self, batch: dict[str, Any] | None) -> bool:
         return batch is not None and len(batch['wavs']) >= 2
 
@@ -214,7 +192,7 @@ class MuLaNTrainer(Trainer):
             with autocast():
                 return self.step_module(chunk, latents_only=True)
 
-        loss, _ = grad_cache_backward(
+        loss = grad_cache_backward(
             chunks,
             encode=encode,
             encode_last=encode_last,
@@ -290,7 +268,3 @@ def collate_for(items: list[Any], *, max_length: int | None, pad_id: int, with_l
 def select(latents: PairLatents, items: slice) -> PairLatents:
     """Some items of a batch of latents."""
     return PairLatents(*(None if t is None else t[..., items, :] for t in latents))
-
-
-def _clear(folder: Path) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
