@@ -10,7 +10,7 @@ from musiclm_pytorch import (
 RATES = (1000, 4000, 8000, 11025, 16000, 22050, 24000, 32000, 44100, 48000, 96000, 192000)
 
 
-@pytest.mark.parametrize('use_case', ['music', 'speech', 'general'])
+@pytest.mark.parametrize('use_case', ['music', 'tonal', 'speech', 'general'])
 @pytest.mark.parametrize('rate', RATES)
 def test_params_are_keywords_that_work_at_any_rate(use_case, rate):
     params = get_optimal_spectrogram_params(audio_sample_rate=rate, use_case=use_case)
@@ -18,7 +18,7 @@ def test_params_are_keywords_that_work_at_any_rate(use_case, rate):
     assert tower.sample_rate == rate
     assert tower.log_mel.filters.amax(dim=0).min() > 0
     assert params['spec_n_mels'] % 16 == 0
-    assert params['spec_hop_length'] == round(rate / 100)
+    assert params['spec_hop_length'] == round(rate / (50 if use_case == 'tonal' else 100))
     assert tower(torch.randn(1, rate // 2)).isfinite().all()
 
 
@@ -38,6 +38,26 @@ def test_bands_rise_and_tell_pitches_apart():
     spec, _ = tower.to_spectrogram(waves, None)
     loudest = spec.mean(dim=-1).argmax(dim=-1)
     assert (loudest.diff() > 0).all()
+
+
+def test_tonal_patches_hold_the_whole_spectrum():
+    tower = create_optimized_audiospectrogram_transformer(dim=16, depth=1, use_case='tonal', patch_dropout_prob=0.0)
+    spec, _ = tower.to_spectrogram(torch.randn(1, 16000), None)
+    assert spec.shape[1:] == (160, 51)
+    assert tower.patch_size == (160, 4)
+
+
+@pytest.mark.parametrize('pitch', [880.0, 1760.0])
+def test_tonal_tells_semitones_apart(pitch):
+    time = torch.arange(16000) / 16000
+    waves = torch.stack([torch.sin(2 * torch.pi * hertz * time) for hertz in (pitch, pitch * 2 ** (1 / 12))])
+
+    def likeness(use_case):
+        tower = create_optimized_audiospectrogram_transformer(dim=16, depth=1, use_case=use_case).eval()
+        bands = tower.to_spectrogram(waves, None)[0].mean(dim=-1)
+        return torch.corrcoef(bands)[0, 1]
+
+    assert likeness('tonal') < likeness('music') - 0.05
 
 
 def test_spectrogram_values_are_of_order_one():
@@ -61,7 +81,7 @@ def test_keywords_override_the_recipe():
 @pytest.mark.parametrize(
     ('arguments', 'error', 'message'),
     [
-        (dict(use_case='opera'), ValueError, "unknown use_case 'opera'; choose one of 'music', 'speech', 'general'"),
+        (dict(use_case='opera'), ValueError, "unknown use_case 'opera'; choose one of 'music', 'tonal', 'speech', 'general'"),
         (dict(audio_sample_rate=44), ValueError, 'in Hz and must be at least 1000, got 44'),
         (dict(audio_sample_rate=0), ValueError, 'audio_sample_rate must be greater than 0'),
         (dict(audio_sample_rate='16k'), TypeError, '16k'),

@@ -18,10 +18,12 @@ class _Recipe:
     window: float  # seconds
     hop: float  # seconds
     stretch_factor: float = 0.8
+    frames: int | None = None  # of a patch that holds all bands; None for patches of 16 × 16
 
 
 _RECIPES = {
     'music': _Recipe(n_mels=128, f_min=30.0, f_max=16000.0, window=0.025, hop=0.010, stretch_factor=1.0),
+    'tonal': _Recipe(n_mels=160, f_min=40.0, f_max=8000.0, window=0.128, hop=0.020, stretch_factor=1.0, frames=4),
     'speech': _Recipe(n_mels=80, f_min=0.0, f_max=8000.0, window=0.025, hop=0.010),
     'general': _Recipe(n_mels=64, f_min=50.0, f_max=14000.0, window=0.032, hop=0.010),
 }
@@ -33,25 +35,32 @@ PATCH = 16
 def get_optimal_spectrogram_params(audio_sample_rate: int = 16000, use_case: str = 'music') -> dict[str, Any]:
     """Keywords for `AudioSpectrogramTransformer(**params)`: a log-mel front end for a kind of audio.
 
+    'music' is the front end of the papers. 'tonal' is for small models that have to hear key, mode and melody: patches
+    of 80 ms that hold the whole spectrum, at a quarter of the tokens.
+
     Where the numbers come from:
 
     - 'music': 128 mel bands, windows of 25 ms every 10 ms, as MuLan describes its AST tower (arXiv 2208.12415, which
       names 64 and 128 bands; the finer one tells neighbouring pitches apart). From 30 Hz, just above the lowest note
       of a piano (27.5 Hz) and below the lowest of a bass guitar (41.2 Hz), to 16 kHz or half the sample rate.
+    - 'tonal': windows of 128 ms, whose resolution of 16 Hz (four bins of a Hann window between two sines: 31 Hz) tells
+      the overtones of neighbouring semitones apart, which 25 ms do not; 160 bands from 40 Hz to 8 kHz every 20 ms. A
+      patch is 4 frames of all bands: an interval lies within one token, wherever its notes are. By
+      `benchmarks/learning.py`.
     - 'speech': 80 bands over 0 to 8,000 Hz, 25 ms every 10 ms: Whisper's front end (arXiv 2212.04356, section 2.2).
     - 'general': 64 bands over 50 to 14,000 Hz, 32 ms every 10 ms: PANNs on AudioSet (arXiv 1912.10211, section V).
-    - Patches of 16 × 16, mask sizes of 48 / 128 of the bands and 192 / 1,024 of ten seconds of frames, and the fixed
+    - Elsewhere patches of 16 × 16; mask sizes of 48 / 128 of the bands and 192 / 1,024 of ten seconds of frames, and the fixed
       normalisation by AudioSet's mean and deviation: AST (arXiv 2104.01778).
     - The FFT is the next power of two that holds the window and puts a bin into every mel band (zero padding
       interpolates the spectrum; it does not change the resolution). Where the sample rate is so low that even a
       window's own resolution, four bins of padding to one, leaves bands empty, there are fewer bands, a multiple of
       the patch height.
-    - No time stretch for 'music', because captions speak of tempo and a stretch would change it under an unchanged
+    - No time stretch for 'music' and 'tonal', because captions speak of tempo and a stretch would change it under an unchanged
       caption; elsewhere it and the patch dropout stay the defaults of musiclm-pytorch, 0.8 and 0.25.
 
     Args:
         audio_sample_rate: sample rate of the waves in Hz, at least 1,000.
-        use_case: 'music', 'speech' or 'general'.
+        use_case: 'music', 'tonal', 'speech' or 'general'.
 
     Raises:
         ValueError: an unknown use case or a sample rate below 1,000 Hz.
@@ -75,7 +84,7 @@ def get_optimal_spectrogram_params(audio_sample_rate: int = 16000, use_case: str
 
     return dict(
         audio_sample_rate=audio_sample_rate,
-        patch_size=PATCH,
+        patch_size=PATCH if recipe.frames is None else (n_mels, recipe.frames),
         spec_n_fft=n_fft,
         spec_win_length=win_length,
         spec_hop_length=round(recipe.hop * audio_sample_rate),
@@ -106,7 +115,7 @@ def create_optimized_audiospectrogram_transformer(
 
     Args:
         dim, depth: size of the tower.
-        use_case: 'music', 'speech' or 'general'.
+        use_case: 'music', 'tonal', 'speech' or 'general'.
         audio_sample_rate: sample rate of the waves in Hz.
         keywords: any further keyword of `AudioSpectrogramTransformer`; one of the recipe's overrides it.
     """

@@ -428,7 +428,8 @@ def _build_optimizer(
         return Lion(groups, lr=lr, betas=betas)
     # Adam with a decay adds it to the gradient, where the second moment divides it away: AdamW is meant
     kind = torch.optim.AdamW if name == 'adamw' or weight_decay > 0 else torch.optim.Adam
-    return kind(groups, lr=lr, betas=betas)
+    # one pass over each weight and its moments instead of ten
+    return kind(groups, lr=lr, betas=betas, fused=True)
 
 
 def _move_aside(folder: Path) -> None:
