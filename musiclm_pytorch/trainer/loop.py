@@ -384,7 +384,13 @@ class Trainer:
             self.position = own['position']
         self.step = state['step']
         self.best = state['best']
-        self.model.load_state_dict(state['model'])
+        try:
+            self.model.load_state_dict(state['model'])
+        except RuntimeError as error:
+            changed = checkpoints.differences(state['config'], self.model_config())
+            raise ValueError(
+                f'the checkpoint in {self.results_folder} is of another model: {"; ".join(changed) or error}'
+            ) from error
         self.optimizer.load_state_dict(state['optimizer'])
         if self.ema is not None and state['ema'] is not None:
             self.ema.load_state_dict(state['ema'])
