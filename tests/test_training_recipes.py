@@ -68,6 +68,9 @@ def test_values_become_what_the_constructors_want(tmp_path):
     assert training['max_grad_norm'] is None
     assert recipe.train_keywords == dict(num_train_steps=7)  # in place of the default's epochs
     assert recipe.updated(training=dict(num_epochs=2)).train_keywords == dict(num_epochs=2)
+    lion, no_lion = (MuLaNRecipe.load(written(tmp_path, f'training: {{use_lion: {it}}}')) for it in ('true', 'false'))
+    assert 'optimizer' not in lion.training
+    assert no_lion.training['optimizer'] == 'adamw'
     as_json = written(tmp_path, json.dumps(dict(training=dict(lr=5e-4, betas=[0.9, 0.98]))), 'recipe.json')
     assert MuLaNRecipe.load(as_json).training['betas'] == (0.9, 0.98)
     assert MuLaNRecipe.load(recipe.save(tmp_path)) == recipe

@@ -16,7 +16,7 @@ from musiclm_pytorch.mulan.recipes import create_optimized_audiospectrogram_tran
 from musiclm_pytorch.mulan.text_transformer import TextTransformer
 from musiclm_pytorch.trainer.loop import Trainer
 from musiclm_pytorch.trainer.mulan import MuLaNTrainer
-from musiclm_pytorch.trainer.sections import Section, check_sections, keywords_of, read_content
+from musiclm_pytorch.trainer.sections import Section, check_sections, keywords_of, read_content, says_something
 
 FILE = 'recipe.json'
 IS_CODE = 'it is an object of Python; build the trainer in Python to pass one'
@@ -59,7 +59,9 @@ class Recipe:
         content = self.to_dict()
         for name, changes in sections.items():
             section = self.SECTIONS[name]
-            replaced = {other for key, it in changes.items() if it is not None for other in section.alternatives(key)}
+            replaced = {
+                other for key, it in changes.items() if says_something(it) for other in section.alternatives(key)
+            }
             kept = {key: value for key, value in content[name].items() if key not in replaced}
             content[name] = {**kept, **changes}
         return type(self)(**content, source=self.source)

@@ -92,11 +92,16 @@ def check_section(values: Any, name: str, sections: Mapping[str, Section], sourc
             owners = [other for other in sections if key in sections[other].types]
             hint = f'it belongs to section {owners[0]!r}' if owners else nearest(key, types)
             raise ValueError(f'{source}: unknown key {key!r} in section {name!r}; {hint}')
-        both = section.alternatives(key) & {other for other, it in values.items() if it is not None}
-        if both and value is not None:
+        both = section.alternatives(key) & {other for other, it in values.items() if says_something(it)}
+        if both and says_something(value):
             raise ValueError(f'{where} and {name}.{min(both)} say the same thing in two ways; keep one')
         checked[key] = fitted(value, types[key], where)
     return checked
+
+
+def says_something(value: Any) -> bool:
+    """Whether a value of a key in a group decides what the group is about: null and false leave it open."""
+    return value is not None and value is not False
 
 
 def fitted(value: Any, hint: Any, where: str) -> Any:
