@@ -78,6 +78,7 @@ setup(
         'ema-pytorch>=0.7',
         'lion-pytorch>=0.2',
         'matplotlib>=3.8',
+        'pyyaml>=6',
         'safetensors>=0.4.3',
         'soundfile>=0.12',
         'tensorboard>=2.15',

@@ -6,6 +6,7 @@ import argparse
 import logging
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from musiclm_pytorch.version import __version__
 
@@ -21,13 +22,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format='%(message)s')
     try:
         options.run(options)
-    except (OSError, ValueError, ImportError) as error:
-        print(f'musiclm {options.command}: error: {" ".join(str(error).split())}', file=sys.stderr)
+    except user_errors() as error:
+        print(f'{options.prog}: error: {" ".join(str(error).split())}', file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f'musiclm {options.command}: interrupted', file=sys.stderr)
+        print(f'{options.prog}: interrupted', file=sys.stderr)
         return 130
     return 0
+
+
+def user_errors() -> tuple[type[Exception], ...]:
+    """What is told in a line. TrainingError counts where training is loaded, which is not done for its sake."""
+    loop = sys.modules.get('musiclm_pytorch.trainer.loop')
+    return OSError, ValueError, TypeError, ImportError, *([loop.TrainingError] if loop else [])
 
 
 def shard(subcommands) -> None:
@@ -46,7 +53,7 @@ def shard(subcommands) -> None:
     parser.add_argument(
         '--shard-size', metavar='N', type=int, default=1000, help='clips a shard (default: %(default)s)'
     )
-    parser.set_defaults(run=run_shard)
+    parser.set_defaults(run=run_shard, prog=parser.prog)
 
 
 def run_shard(options: argparse.Namespace) -> None:
@@ -66,7 +73,144 @@ def run_shard(options: argparse.Namespace) -> None:
     print(f'{clips} clips in {shards} shards under {options.output}; {len(index["skipped"])} skipped')
 
 
-SUBCOMMANDS = [shard]
+def train(subcommands) -> None:
+    """`musiclm train`: a subcommand of its own for each kind of model."""
+    parser = subcommands.add_parser('train', help='train a model', description='Train a model on audio and captions.')
+    models = parser.add_subparsers(dest='model', required=True, metavar='MODEL')
+    for declare in TRAININGS:
+        declare(models)
+
+
+def train_mulan(models) -> None:
+    """`musiclm train mulan`: from data and a recipe to a trained MuLaN."""
+    parser = models.add_parser(
+        'mulan',
+        help='MuLaN, the joint embedding of music and text',
+        description='Train MuLaN. Works as it is under `torchrun` and `accelerate launch` too.',
+    )
+    data = 'a folder, a .csv or .jsonl manifest, a folder of tar shards, the CSV of MusicCaps, or "synthetic"'
+    parser.add_argument('--data', metavar='SOURCE', required=True, help=f'pairs of audio and text: {data}')
+    parser.add_argument(
+        '--audio-folder', metavar='FOLDER', help='--data is the CSV of MusicCaps, and its audio lies in this folder'
+    )
+    parser.add_argument(
+        '--valid-data',
+        metavar='SOURCE',
+        help='held-out pairs, as --data (default: a share of --data; none for shards)',
+    )
+    parser.add_argument(
+        '--valid-audio-folder', metavar='FOLDER', help='the same for --valid-data as --audio-folder for --data'
+    )
+    add_training_options(parser)
+    parser.add_argument(
+        '--init-from',
+        metavar='FOLDER',
+        help='start from the model in this folder, written by save_pretrained; then the sections audio, text and mulan '
+        'of a recipe are not used',
+    )
+    parser.add_argument('--batch-size', type=int, metavar='N', help='pairs a micro-batch and process')
+    parser.add_argument(
+        '--grad-cache-chunk-size', type=int, metavar='N', help='pairs embedded at a time: less memory, the same step'
+    )
+    parser.set_defaults(run=run_train_mulan, prog=parser.prog)
+
+
+def add_training_options(parser: argparse.ArgumentParser) -> None:
+    """The options that every training has."""
+    parser.add_argument(
+        '--config', metavar='FILE', help='a recipe, in YAML or JSON; what it leaves out is as in the default recipe'
+    )
+    parser.add_argument('--output', metavar='FOLDER', required=True, help='where checkpoints, logs and the model go')
+    parser.add_argument(
+        '--resume',
+        action='store_true',
+        help='go on from the newest checkpoint under --output, if there is one, by the recipe there if there is no '
+        '--config; otherwise what is under --output is moved aside',
+    )
+    length = parser.add_mutually_exclusive_group()
+    length.add_argument('--steps', type=int, metavar='N', help='steps of the whole run')
+    length.add_argument('--epochs', type=int, metavar='N', help='passes over the data, in the whole run')
+    parser.add_argument('--lr', type=float, metavar='RATE', help='highest learning rate')
+    parser.add_argument('--seed', type=int, metavar='N', help='of the weights, the order of the data and the dropout')
+    parser.add_argument('--precision', choices=['no', 'bf16', 'fp16'], help='mixed precision; fp16 needs CUDA')
+    parser.add_argument('--workers', type=int, metavar='N', help='processes that read data')
+    parser.add_argument('--validate-every', type=int, metavar='N', help='steps between validations (default: an epoch)')
+    parser.add_argument('--checkpoint-every', type=int, metavar='N', help='steps between checkpoints')
+    parser.add_argument(
+        '--log-with', metavar='NAME', help="a tracker by Accelerate's name, such as tensorboard or wandb"
+    )
+
+
+# options that stand for a key of the section 'training'
+OVERRIDES = dict(
+    steps='num_train_steps',
+    epochs='num_epochs',
+    batch_size='batch_size',
+    lr='lr',
+    seed='seed',
+    precision='mixed_precision',
+    workers='num_workers',
+    grad_cache_chunk_size='grad_cache_chunk_size',
+    validate_every='validate_every',
+    checkpoint_every='checkpoint_every',
+    log_with='log_with',
+)
+
+
+def run_train_mulan(options: argparse.Namespace) -> None:
+    from musiclm_pytorch.mulan.model import MuLaN
+    from musiclm_pytorch.trainer.batches import seed_everything
+    from musiclm_pytorch.trainer.recipes import FILE, MuLaNRecipe
+
+    output = Path(options.output)
+    if options.config is None and options.resume and (output / FILE).is_file():
+        options.config = output / FILE
+    recipe = MuLaNRecipe.default() if options.config is None else MuLaNRecipe.load(options.config)
+    changes = {key: value for name, key in OVERRIDES.items() if (value := getattr(options, name)) is not None}
+    recipe = recipe.updated(training=changes)
+
+    seed_everything(recipe.seed)
+    if options.init_from is None:
+        mulan = recipe.build_model()
+    else:
+        mulan = MuLaN.from_pretrained(options.init_from)
+        recipe = recipe.with_model_of(mulan)
+    dataset = recipe.open_data(options.data, mulan, audio_folder=options.audio_folder)
+    valid_dataset = None
+    if options.valid_data is not None or options.data == 'synthetic':
+        valid_dataset = recipe.open_data(
+            options.valid_data or options.data, mulan, audio_folder=options.valid_audio_folder, training=False
+        )
+    trainer = recipe.build_trainer(
+        mulan, dataset, valid_dataset=valid_dataset, results_folder=output, resume=options.resume
+    )
+    if trainer.is_main:
+        recipe.save(output)
+        if trainer.step > 0:
+            print(f'going on from step {trainer.step}', flush=True)
+    trainer.train(**recipe.train_keywords)
+    if trainer.is_main:
+        report(trainer)
+
+
+def report(trainer) -> None:
+    """What came out of a training of MuLaN, in a few lines."""
+    print(f'{trainer.step} steps done; checkpoints and metrics.jsonl are in {trainer.results_folder}')
+    validations = trainer.journal.read('valid')
+    if not validations:
+        print('no held-out pairs, hence no best model; give --valid-data')
+        return
+    best, folder = max(validations, key=lambda it: it['score']), trainer.results_folder / 'best'
+    print(f'the best model, of step {best["step"]}, is in {folder}; its retrieval of held-out pairs:')
+    for way in ('audio_to_text', 'text_to_audio'):
+        numbers = ', '.join(f'{label} {best[f"{way}_{name}"]:.3g}' for name, label in METRICS.items())
+        print(f'{way.replace("_", " ")}: {numbers}')
+
+
+METRICS = dict(recall_at_1='R@1', recall_at_5='R@5', recall_at_10='R@10', median_rank='median rank', map_at_10='mAP@10')
+
+TRAININGS = [train_mulan]
+SUBCOMMANDS = [shard, train]
 
 if __name__ == '__main__':
     sys.exit(main())

@@ -20,6 +20,17 @@ def seeded():
     torch.manual_seed(0)
 
 
+@pytest.fixture
+def music(tmp_path):
+    """Three captioned sound files of a second, and one without a caption."""
+    from test_datasets import ramp, write
+
+    for index in range(3):
+        write(tmp_path / 'music' / f'{index}.wav', ramp(1), caption=f'clip {index}')
+    write(tmp_path / 'music' / 'mute.wav', ramp(1), caption=None)
+    return tmp_path / 'music'
+
+
 def tiny_audio(**keywords) -> AudioSpectrogramTransformer:
     return AudioSpectrogramTransformer(**{**dict(dim=32, depth=2, heads=2, dim_head=8), **keywords})
 

@@ -15,14 +15,6 @@ from musiclm_pytorch import ShardedAudioText, cli
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.fixture
-def music(tmp_path):
-    for index in range(3):
-        write(tmp_path / 'music' / f'{index}.wav', ramp(1), caption=f'clip {index}')
-    write(tmp_path / 'music' / 'mute.wav', ramp(1), caption=None)
-    return tmp_path / 'music'
-
-
 def test_shard(music, tmp_path, capsys, caplog):
     assert cli.main(['shard', str(music), '-o', str(tmp_path / 'out'), '--shard-size', '2']) == 0
     out = capsys.readouterr().out
@@ -90,11 +82,23 @@ def test_every_option_has_help(monkeypatch):
     )
     with pytest.raises(SystemExit):
         cli.main([])
-    (subcommands,) = (action for action in parsers[0]._actions if action.dest == 'command')
-    assert set(subcommands.choices) == {'shard'}
-    for parser in subcommands.choices.values():
+    commands = dict(parsers_below(parsers[0]))
+    assert set(commands) == {'shard', 'train', 'train mulan'}
+    for parser in commands.values():
         assert parser.description
-        assert all(action.help for action in parser._actions)
+        for action in parser._actions:
+            assert action.help or action.dest == 'model', action  # the line of subcommands has none of its own
+
+
+def parsers_below(parser, name=''):
+    """Every subcommand's parser, by its words."""
+    for action in parser._actions:
+        if isinstance(action, cli.argparse._SubParsersAction):
+            assert action._choices_actions
+            assert all(it.help for it in action._choices_actions)
+            for word, below in action.choices.items():
+                yield f'{name} {word}'.strip(), below
+                yield from parsers_below(below, f'{name} {word}'.strip())
 
 
 def test_interruption_is_no_traceback(music, tmp_path, capsys, monkeypatch):

@@ -6,9 +6,11 @@ _HOME_OF = {
     'AudioTextDataset': 'datasets',
     'Clip': 'sources',
     'MusicLabels': 'attributes',
+    'ShardItems': 'shards',
     'ShardedAudioText': 'shards',
     'SyntheticMusic': 'synthetic',
     'collate_pairs': 'collate',
+    'open_pairs': 'opening',
     'write_shards': 'shard_writer',
 }
 

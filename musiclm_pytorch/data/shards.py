@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import tarfile
+from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import closing
@@ -18,7 +19,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from torch.utils.data import IterableDataset, get_worker_info
+from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from musiclm_pytorch.checks import check_positive, typechecked
 from musiclm_pytorch.data.audio import AudioFile
@@ -263,9 +264,36 @@ class ShardedAudioText(ClipReader, IterableDataset):
             return None
 
     def _name(self, index: int) -> str:
-        number = next(it for it, start in enumerate(self._starts[1:]) if index < start)
+        number, place = self._locate(index)
         path, keys = self._shards[number]
-        return f'{path}: {keys[index - self._starts[number]]}'
+        return f'{path}: {keys[place]}'
+
+    def _locate(self, index: int) -> tuple[int, int]:
+        """Shard and place in the shard of a sample of the whole."""
+        number = bisect_right(self._starts, index) - 1
+        return number, index - self._starts[number]
+
+
+class ShardItems(Dataset):
+    """The samples of shards by index, in the order of the shards: for validation, which looks at the same few."""
+
+    def __init__(self, shards: ShardedAudioText):
+        self.shards = shards
+        self._opened: OrderedDict[int, Shard] = OrderedDict()
+        self._process = os.getpid()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, '_opened': OrderedDict()}
+
+    def __len__(self) -> int:
+        return self.shards.total
+
+    def __getitem__(self, index: int) -> dict[str, Any] | None:
+        if not 0 <= index < len(self):
+            raise IndexError(f'index {index} lies outside of the {len(self)} samples')
+        if self._process != os.getpid():  # a forked worker shares the position in its parent's files
+            self._opened, self._process = OrderedDict(), os.getpid()
+        return self.shards._sample(self._opened, *self.shards._locate(index))
 
 
 class Shard:

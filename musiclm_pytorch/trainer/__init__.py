@@ -2,7 +2,11 @@
 
 from importlib import import_module
 
-_HOME_OF = {'MuLaNTrainer': 'musiclm_pytorch.trainer.mulan', 'Trainer': 'musiclm_pytorch.trainer.loop'}
+_HOME_OF = {
+    'MuLaNRecipe': 'musiclm_pytorch.trainer.recipes',
+    'MuLaNTrainer': 'musiclm_pytorch.trainer.mulan',
+    'Trainer': 'musiclm_pytorch.trainer.loop',
+}
 
 __all__ = sorted(_HOME_OF)
 

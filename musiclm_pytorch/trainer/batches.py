@@ -92,6 +92,11 @@ class Batches:
                 'processes; lower batch_size'
             )
 
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What a position in the data belongs to."""
+        return dict(size=self.size, batch_size=self.batch_size, seed=self.seed)
+
     def keys(self, epoch: int) -> list[list[tuple[int, int]]]:
         """The (epoch, index) pairs of each batch that this rank reads in an epoch."""
         generator = torch.Generator().manual_seed(mixed_seed(self.seed, epoch))

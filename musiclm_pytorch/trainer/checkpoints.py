@@ -92,6 +92,14 @@ def prune(folder: Path, keep: int) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
+def differences(saved: Any, own: Any, name: str = '') -> list[str]:
+    """Where two configs differ, but for the version of the package that wrote them."""
+    if isinstance(saved, dict) and isinstance(own, dict):
+        keys = sorted({*saved, *own} - {'version'})
+        return [it for key in keys for it in differences(saved.get(key), own.get(key), f'{name}.{key}'.lstrip('.'))]
+    return [] if saved == own else [f'{name} was {saved!r} and is {own!r} now']
+
+
 def _flatten(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
     """A JSON tree in which tensors are references into `tensors`, and dict keys keep their types."""
     if isinstance(value, Tensor):

@@ -21,13 +21,14 @@ from tqdm.auto import tqdm
 
 from musiclm_pytorch.checks import check_positive
 from musiclm_pytorch.trainer import checkpoints
-from musiclm_pytorch.trainer.batches import Batches
 from musiclm_pytorch.trainer.journal import Journal
 from musiclm_pytorch.trainer.schedules import check_schedule, learning_rate
+from musiclm_pytorch.trainer.streams import open_batches
 
 logger = logging.getLogger(__name__)
 
 OPTIMIZERS = ('adam', 'adamw', 'lion')
+UNUSABLE_BATCHES = 1000  # in a row, after which a stream without epochs is given up
 
 
 class TrainingError(RuntimeError):
@@ -44,7 +45,8 @@ class Trainer:
     Args:
         model: what is trained.
         step_module: the module whose forward pass the subclass calls; it is wrapped for several processes.
-        dataset: a map-style data set.
+        dataset: a map-style data set, `ShardedAudioText`, or another `IterableDataset`, which is not entered again
+            where a run was stopped.
         collate_fn: makes a batch of a list of items.
         batch_size: items a micro-batch and process.
         grad_accum_every: micro-batches a step.
@@ -61,7 +63,8 @@ class Trainer:
         force_clear_prev_results: True deletes what is in the results folder instead.
         num_train_steps: steps of `train()` when it is not told otherwise; one epoch if this is None too.
         checkpoint_every, max_checkpoints: steps between checkpoints, and how many are kept.
-        validate_every: steps between validations; None is once an epoch.
+        validate_every: steps between validations; None is once an epoch, or as often as checkpoints where the data set
+            does not tell how long an epoch is.
         log_with: trackers by Accelerate's names, such as 'tensorboard' or 'wandb'.
         log_every: steps between lines in `metrics.jsonl` and the trackers.
         num_workers, prefetch_factor: processes that read data, and batches each reads ahead.
@@ -159,7 +162,7 @@ class Trainer:
             self.results_folder.mkdir(parents=True, exist_ok=True)
         self.accelerator.wait_for_everyone()
 
-        self.batches = Batches(
+        self.batches = open_batches(
             dataset,
             batch_size=batch_size,
             collate_fn=collate_fn,
@@ -169,8 +172,10 @@ class Trainer:
             prefetch_factor=prefetch_factor,
             pin_memory=self.device.type == 'cuda',
         )
-        self.steps_an_epoch = max(1, self.batches.batches_an_epoch // grad_accum_every)
-        self.validate_every = self.steps_an_epoch if validate_every is None else validate_every
+        self.steps_an_epoch = None  # of a stream, nobody knows
+        if self.batches.batches_an_epoch is not None:
+            self.steps_an_epoch = max(1, self.batches.batches_an_epoch // grad_accum_every)
+        self.validate_every = validate_every or self.steps_an_epoch or checkpoint_every
 
         self.model = model.to(self.device)
         self.ema = None
@@ -246,6 +251,8 @@ class Trainer:
         check_positive(num_epochs=num_epochs, num_train_steps=num_train_steps)
         if num_epochs is None and num_train_steps is None:
             num_train_steps = self.num_train_steps
+        if num_train_steps is None and self.steps_an_epoch is None:
+            raise ValueError('the data set does not tell how long an epoch is; pass num_train_steps')
         total = num_train_steps or math.ceil((num_epochs or 1) * self.steps_an_epoch)
         self.start_trackers(total)
 
@@ -306,7 +313,7 @@ class Trainer:
 
     def next_batch(self, data: Iterator[Any]) -> Any:
         """The next batch that can be trained on; what the data set could not read may leave none or too little."""
-        for _ in range(self.batches.batches_an_epoch):
+        for _ in range(self.batches.batches_an_epoch or UNUSABLE_BATCHES):
             batch = next(data)
             self.position += 1
             if self.is_usable(batch):
@@ -354,7 +361,7 @@ class Trainer:
         return dict(
             step=self.step,
             best=self.best,
-            data=dict(size=self.batches.size, batch_size=self.batches.batch_size, seed=self.seed),
+            data=self.batches.identity,
             model=self.model.state_dict(),
             optimizer=self.optimizer.state_dict(),
             scaler=None if scaler is None else scaler.state_dict(),
@@ -368,7 +375,7 @@ class Trainer:
         return {}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        data = dict(size=self.batches.size, batch_size=self.batches.batch_size, seed=self.seed)
+        data = self.batches.identity
         if state['data'] != data:
             logger.warning(
                 'the checkpoint was made with data %s, now it is %s: the order of the data changes from here on',
@@ -384,7 +391,13 @@ class Trainer:
             self.position = own['position']
         self.step = state['step']
         self.best = state['best']
-        self.model.load_state_dict(state['model'])
+        try:
+            self.model.load_state_dict(state['model'])
+        except RuntimeError as error:
+            changed = checkpoints.differences(state['config'], self.model_config())
+            raise ValueError(
+                f'the checkpoint in {self.results_folder} is of another model: {"; ".join(changed) or error}'
+            ) from error
         self.optimizer.load_state_dict(state['optimizer'])
         if self.ema is not None and state['ema'] is not None:
             self.ema.load_state_dict(state['ema'])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -10,11 +11,12 @@ from typing import Any
 import torch
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, random_split
+from torch.utils.data import DataLoader, IterableDataset, random_split
 
 from musiclm_pytorch.checks import check_positive, typechecked
 from musiclm_pytorch.data.collate import collate_pairs
 from musiclm_pytorch.data.datasets import AudioTextDataset
+from musiclm_pytorch.data.shards import ShardedAudioText, ShardItems
 from musiclm_pytorch.distributed.collectives import alone, gather_batch, gather_sizes, rank, world_size
 from musiclm_pytorch.mulan import checkpoint
 from musiclm_pytorch.mulan.model import MuLaN, PairLatents, evaluating
@@ -22,6 +24,8 @@ from musiclm_pytorch.trainer.batches import SeededItems
 from musiclm_pytorch.trainer.grad_cache import grad_cache_backward, join_latents, split_batch
 from musiclm_pytorch.trainer.loop import Trainer, TrainingError, detached
 from musiclm_pytorch.trainer.retrieval import mean_cosine, retrieval_metrics, similarity_histogram
+
+logger = logging.getLogger(__name__)
 
 COLLAPSED = 0.99  # mean cosine between different items; a healthy model is far below
 
@@ -60,11 +64,12 @@ class MuLaNTrainer(Trainer):
 
     Args:
         mulan: the model; it is trained in place.
-        dataset: pairs, by index: a map-style data set or a list.
+        dataset: pairs: a map-style data set, a list, `ShardedAudioText`, or another `IterableDataset`.
         batch_size: pairs a micro-batch and process; by default 32, or what the data set has.
         data_max_length: longest wave in samples; longer ones are cut.
-        valid_frac: share of the data set held out for validation, when there is no `valid_dataset`.
-        valid_dataset: held-out pairs.
+        valid_frac: share of the data set held out for validation, when there is no `valid_dataset`; what is iterable is
+            not split.
+        valid_dataset: held-out pairs, by index, or `ShardedAudioText`.
         random_split_seed: of the split.
         max_valid_items: held-out pairs that validation looks at, at most.
         use_lion: the optimizer Lion.
@@ -116,15 +121,24 @@ class MuLaNTrainer(Trainer):
             raise ValueError('save_model_every and checkpoint_every are two names of one number; pass one')
         if not 0 <= valid_frac < 1:
             raise ValueError(f'valid_frac must lie in [0, 1), got {valid_frac}')
-        for name, data in (('dataset', dataset), ('valid_dataset', valid_dataset)):
-            if data is not None and not (hasattr(data, '__len__') and hasattr(data, '__getitem__')):
+        if isinstance(valid_dataset, ShardedAudioText):
+            valid_dataset = ShardItems(valid_dataset)
+        streamed = isinstance(dataset, IterableDataset)
+        for name, data in (('dataset', None if streamed else dataset), ('valid_dataset', valid_dataset)):
+            by_index = hasattr(data, '__len__') and hasattr(data, '__getitem__')
+            if data is not None and (not by_index or isinstance(data, IterableDataset)):
                 raise TypeError(f'{name} must have a length and items by index, got {type(data).__name__}')
-        if len(dataset) < 2:
-            raise ValueError(f'the data set has {len(dataset)} items; a contrast needs at least 2 pairs')
+        items = 32 * world_size() if streamed else len(dataset)
+        if isinstance(dataset, ShardedAudioText):
+            items = dataset.total
+        if items < 2:
+            raise ValueError(f'the data set has {items} items; a contrast needs at least 2 pairs')
         if batch_size is not None and batch_size < 2:
             raise ValueError(f'batch_size must be at least 2 for a contrast, got {batch_size}')
 
-        if valid_dataset is None and valid_frac > 0 and isinstance(dataset, AudioTextDataset):
+        if valid_dataset is None and streamed:
+            logger.warning('%s is not split: without a valid_dataset there is no validation', type(dataset).__name__)
+        elif valid_dataset is None and valid_frac > 0 and isinstance(dataset, AudioTextDataset):
             # by recording, and with fixed crops
             dataset, valid_dataset = dataset.split(valid_frac, seed=random_split_seed)
         elif valid_dataset is None and valid_frac > 0:
@@ -132,7 +146,7 @@ class MuLaNTrainer(Trainer):
             generator = torch.Generator().manual_seed(random_split_seed)
             dataset, valid_dataset = random_split(dataset, [len(dataset) - held_out, held_out], generator=generator)
         if batch_size is None:
-            batch_size = min(32, max(2, len(dataset) // world_size()))
+            batch_size = min(32, max(2, (items if streamed else len(dataset)) // world_size()))
         if mixed_precision is None and use_mixed_precision:
             mixed_precision = 'fp16' if torch.cuda.is_available() else 'bf16'
         if use_lion:

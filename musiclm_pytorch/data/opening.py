@@ -1,0 +1,58 @@
+"""Pairs of audio and text from whatever a user points at."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch.utils.data import Dataset
+
+from musiclm_pytorch.checks import typechecked
+from musiclm_pytorch.data.datasets import AudioTextDataset
+from musiclm_pytorch.data.shards import ShardedAudioText
+from musiclm_pytorch.data.synthetic import SyntheticMusic
+
+SYNTHETIC = 'synthetic'
+
+
+@typechecked
+def open_pairs(
+    source: str | Path,
+    *,
+    sample_rate: int,
+    audio_folder: str | Path | None = None,
+    training: bool = True,
+    max_seconds: float | None = 10.0,
+    min_seconds: float = 0.5,
+    seed: int = 0,
+    check_headers: bool = True,
+    mixed_shards: int = 16,
+    synthetic_length: int = 20_000,
+    synthetic_valid_length: int = 256,
+) -> Dataset:
+    """The data set at `source`: a folder, a manifest, MusicCaps' CSV (with `audio_folder`), shards, or 'synthetic'.
+
+    A folder with .tar files in it is one of shards. A folder named synthetic is reached as './synthetic'.
+
+    Args:
+        sample_rate: of the waves given, in Hz.
+        training: random crops and captions; otherwise fixed ones, and the held-out split of 'synthetic'.
+        max_seconds, min_seconds, seed: as in `AudioTextDataset`; a synthetic wave is `max_seconds` long.
+        check_headers: as in `AudioTextDataset`; shards and synthesis have nothing to check.
+        mixed_shards: as in `ShardedAudioText`.
+        synthetic_length, synthetic_valid_length: items of 'synthetic', in training and outside of it.
+
+    Raises:
+        FileNotFoundError, ValueError: nothing is there, or nothing usable.
+    """
+    crops = dict(sample_rate=sample_rate, max_seconds=max_seconds, min_seconds=min_seconds, seed=seed)
+    if str(source) == SYNTHETIC:
+        if max_seconds is None:
+            raise ValueError('synthetic music has no length of its own; give max_seconds')
+        length, split = (synthetic_length, 'train') if training else (synthetic_valid_length, 'valid')
+        return SyntheticMusic(length, seed=seed, seconds=max_seconds, sample_rate=sample_rate, split=split)
+    path = Path(source)
+    if audio_folder is None and (path.suffix == '.tar' or (path.is_dir() and any(path.glob('*.tar')))):
+        return ShardedAudioText(source, **crops, training=training, mixed_shards=mixed_shards)
+    if audio_folder is None and not path.exists():
+        raise FileNotFoundError(f'no folder, manifest or shards at {source}')
+    return AudioTextDataset.from_path(source, audio_folder, **crops, training=training, check_headers=check_headers)

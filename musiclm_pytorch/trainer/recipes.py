@@ -1,0 +1,198 @@
+"""Recipes: a model, its data and its training in one file, checked when it is read and kept beside the results."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, ClassVar
+
+from musiclm_pytorch.data.opening import open_pairs
+from musiclm_pytorch.mulan.audio_transformer import AudioSpectrogramTransformer
+from musiclm_pytorch.mulan.model import MuLaN
+from musiclm_pytorch.mulan.recipes import create_optimized_audiospectrogram_transformer
+from musiclm_pytorch.mulan.text_transformer import TextTransformer
+from musiclm_pytorch.trainer.loop import Trainer
+from musiclm_pytorch.trainer.mulan import MuLaNTrainer
+from musiclm_pytorch.trainer.sections import Section, check_sections, keywords_of, read_content, says_something
+
+FILE = 'recipe.json'
+IS_CODE = 'it is an object of Python; build the trainer in Python to pass one'
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What every recipe does; a subclass has a field for each of its `SECTIONS`, a dict of keywords.
+
+    Keys and types are checked when a recipe is made.
+    """
+
+    SECTIONS: ClassVar[Mapping[str, Section]] = {}
+
+    source: str = field(default='the recipe', kw_only=True, compare=False)
+
+    def __post_init__(self):
+        for name, values in check_sections(self.to_dict(), self.SECTIONS, self.source).items():
+            object.__setattr__(self, name, values)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Recipe:
+        """Read a YAML or JSON file. What it leaves out is as in the default recipe.
+
+        Raises FileNotFoundError; ValueError for an unknown section or key and TypeError for a wrong value, which name
+        the file and the key.
+        """
+        path = Path(path)
+        content = read_content(path)
+        return cls(source=str(path)).updated(
+            **check_sections({} if content is None else content, cls.SECTIONS, str(path))
+        )
+
+    @classmethod
+    def default(cls) -> Recipe:
+        return cls(source='the default recipe')
+
+    def updated(self, **sections: Mapping[str, Any]) -> Recipe:
+        """The recipe with other values for some keys; a key takes the place of others that say the same thing."""
+        content = self.to_dict()
+        for name, changes in sections.items():
+            section = self.SECTIONS[name]
+            replaced = {
+                other for key, it in changes.items() if says_something(it) for other in section.alternatives(key)
+            }
+            kept = {key: value for key, value in content[name].items() if key not in replaced}
+            content[name] = {**kept, **changes}
+        return type(self)(**content, source=self.source)
+
+    def to_dict(self) -> dict[str, dict[str, Any]]:
+        return {it.name: getattr(self, it.name) for it in fields(self) if it.name != 'source'}
+
+    def save(self, folder: str | Path) -> Path:
+        """Write `recipe.json` into a folder; `load` reads it."""
+        path = Path(folder) / FILE
+        aside = path.with_suffix('.tmp')
+        aside.write_text(json.dumps(self.to_dict(), indent=2) + '\n', encoding='utf-8')
+        aside.replace(path)
+        return path
+
+    @contextmanager
+    def section(self, name: str) -> Iterator[dict[str, Any]]:
+        """The keywords of a section; what they are refused for tells where they stand."""
+        try:
+            yield dict(getattr(self, name))
+        except (TypeError, ValueError) as error:
+            kind = TypeError if isinstance(error, TypeError) else ValueError
+            raise kind(f'{self.source}, section {name!r}: {error}') from error
+
+
+DEFAULT = {
+    'audio': dict(dim=256, depth=4, use_case='music', audio_sample_rate=16000, support_variable_length=True),
+    'text': dict(dim=256, depth=4),
+    'mulan': dict(dim_latent=128),
+    'data': dict(max_seconds=10.0),
+    'training': dict(
+        num_epochs=20,
+        lr=5e-4,
+        optimizer='adamw',
+        weight_decay=0.05,
+        lr_scheduler_type='cosine',
+        warmup_steps=500,
+        use_ema=True,
+        checkpoint_every=500,
+        seed=42,
+    ),
+}
+
+
+@dataclass(frozen=True)
+class MuLaNRecipe(Recipe):
+    """Sections `audio`, `text` and `mulan` (the model), `data` and `training`."""
+
+    SECTIONS: ClassVar[Mapping[str, Section]] = {
+        'audio': Section((create_optimized_audiospectrogram_transformer, AudioSpectrogramTransformer)),
+        'text': Section((TextTransformer,)),
+        'mulan': Section(
+            (MuLaN,),
+            refused=dict(
+                audio_transformer="the audio tower is section 'audio'",
+                text_transformer="the text tower is section 'text'",
+            ),
+        ),
+        'data': Section(
+            (open_pairs,),
+            refused=dict(
+                source='say --data on the command line',
+                audio_folder='say --audio-folder on the command line',
+                sample_rate="it is audio_sample_rate in section 'audio'",
+                training='it follows from what the data is for: --data or --valid-data',
+            ),
+        ),
+        'training': Section(
+            (MuLaNTrainer, Trainer),
+            refused=dict(
+                mulan="the model is sections 'audio', 'text' and 'mulan'",
+                model="the model is sections 'audio', 'text' and 'mulan'",
+                step_module=IS_CODE,
+                collate_fn=IS_CODE,
+                dataset='say --data on the command line',
+                valid_dataset='say --valid-data on the command line',
+                results_folder='say --output on the command line',
+                resume='say --resume on the command line',
+                folder='it does nothing',
+            ),
+            more=dict(num_epochs=keywords_of(Trainer.train)['num_epochs']),
+            groups=(
+                frozenset({'num_epochs', 'num_train_steps'}),
+                frozenset({'checkpoint_every', 'save_model_every'}),
+                frozenset({'mixed_precision', 'use_mixed_precision'}),
+                frozenset({'optimizer', 'use_lion'}),
+            ),
+        ),
+    }
+
+    audio: dict[str, Any] = field(default_factory=lambda: dict(DEFAULT['audio']))
+    text: dict[str, Any] = field(default_factory=lambda: dict(DEFAULT['text']))
+    mulan: dict[str, Any] = field(default_factory=lambda: dict(DEFAULT['mulan']))
+    data: dict[str, Any] = field(default_factory=lambda: dict(DEFAULT['data']))
+    training: dict[str, Any] = field(default_factory=lambda: dict(DEFAULT['training']))
+
+    @property
+    def seed(self) -> int:
+        return self.training.get('seed', DEFAULT['training']['seed'])
+
+    def build_model(self) -> MuLaN:
+        """A new model, with weights drawn from torch's generator."""
+        with self.section('audio') as keywords:
+            audio = create_optimized_audiospectrogram_transformer(**keywords)
+        with self.section('text') as keywords:
+            text = TextTransformer(**keywords)
+        with self.section('mulan') as keywords:
+            return MuLaN(audio, text, **keywords)
+
+    def with_model_of(self, mulan: MuLaN) -> MuLaNRecipe:
+        """The recipe of a model that was built elsewhere."""
+        sections = {name: getattr(self, name) for name in ('data', 'training')}
+        model = dict(audio=mulan.audio.config, text=mulan.text.config, mulan=mulan.config)
+        return MuLaNRecipe(**model, **sections, source=self.source)
+
+    def open_data(self, data: str, mulan: MuLaN, *, audio_folder: str | None = None, training: bool = True) -> Any:
+        """The data set at `data`, as the model wants it; see `open_pairs`."""
+        if mulan.sample_rate is None:
+            raise ValueError('the model does not know its sample rate; build it with audio_sample_rate')
+        with self.section('data') as keywords:
+            return open_pairs(
+                data, sample_rate=mulan.sample_rate, audio_folder=audio_folder, training=training, **keywords
+            )
+
+    def build_trainer(self, mulan: MuLaN, dataset: Any, **keywords: Any) -> MuLaNTrainer:
+        """A trainer; `keywords` are those that do not stand in a recipe. Its length is `train_keywords`."""
+        with self.section('training') as training:
+            training.pop('num_epochs', None)
+            return MuLaNTrainer(mulan, dataset, **training, **keywords)
+
+    @property
+    def train_keywords(self) -> dict[str, int]:
+        """How long to train: keywords of `Trainer.train`."""
+        return {key: it for key in ('num_epochs', 'num_train_steps') if (it := self.training.get(key)) is not None}

@@ -1,0 +1,173 @@
+"""Sections of a recipe: keywords from a file, checked against the signatures of what they are keywords of."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import json
+import re
+import typing
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from beartype import BeartypeConf
+from beartype.door import is_bearable
+
+# YAML 1.1 takes 5e-4 for a string: it wants a dot before the exponent
+NUMBER = re.compile(r'[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+')
+CONF = BeartypeConf(is_pep484_tower=True)  # an int where a float is asked for
+
+
+@dataclass(frozen=True)
+class Section:
+    """What a section may hold.
+
+    Attributes:
+        targets: functions and classes whose keywords it holds; the first that has a name tells its type.
+        refused: keywords of theirs that cannot stand in a file, and why.
+        more: types of further keys.
+        groups: keys that are ways to say one thing, of which a section holds one at most.
+    """
+
+    targets: tuple[Callable, ...]
+    refused: Mapping[str, str] = field(default_factory=dict)
+    more: Mapping[str, Any] = field(default_factory=dict)
+    groups: tuple[frozenset[str], ...] = ()
+
+    @property
+    def types(self) -> dict[str, Any]:
+        """The type of each valid key."""
+        types = dict(self.more)
+        for target in self.targets:
+            for name, hint in keywords_of(target).items():
+                types.setdefault(name, hint)
+        return {name: hint for name, hint in types.items() if name not in self.refused}
+
+    def alternatives(self, key: str) -> set[str]:
+        """Other keys that say the same thing."""
+        return {other for group in self.groups if key in group for other in group} - {key}
+
+
+def keywords_of(target: Callable) -> dict[str, Any]:
+    """Names and types of what a function or class can be called with, `*args` and `**keywords` left out."""
+    function = target.__init__ if inspect.isclass(target) else target
+    hints = typing.get_type_hints(function)
+    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    parameters = inspect.signature(function).parameters.values()
+    return {it.name: hints.get(it.name, Any) for it in parameters if it.kind in named and it.name != 'self'}
+
+
+def check_sections(content: Any, sections: Mapping[str, Section], source: str) -> dict[str, dict[str, Any]]:
+    """The sections of a recipe with their values as the signatures want them: tuples for lists, numbers for '5e-4'.
+
+    Raises ValueError for an unknown section or key, with the nearest that exists, TypeError for a value of another
+    type; all name `source`, the section and the key.
+    """
+    if not isinstance(content, Mapping):
+        raise TypeError(f'{source} must hold the sections {", ".join(sections)}, got {shown(content)}')
+    for name in content:
+        if name not in sections:
+            owners = [section for section in sections if name in sections[section].types]
+            hint = f'it is a key of section {owners[0]!r}' if owners else nearest(name, sections)
+            raise ValueError(f'{source}: unknown section {name!r}; {hint}')
+    return {name: check_section(content.get(name), name, sections, source) for name in sections}
+
+
+def check_section(values: Any, name: str, sections: Mapping[str, Section], source: str) -> dict[str, Any]:
+    if values is None:  # a heading with nothing below it
+        return {}
+    if not isinstance(values, Mapping):
+        raise TypeError(f'{source}: section {name!r} must hold keys and values, got {shown(values)}')
+    section = sections[name]
+    types = section.types
+    checked = {}
+    for key, value in values.items():
+        where = f'{source}: {name}.{key}'
+        if key in section.refused:
+            raise ValueError(f'{where} cannot stand in a recipe: {section.refused[key]}')
+        if key not in types:
+            owners = [other for other in sections if key in sections[other].types]
+            hint = f'it belongs to section {owners[0]!r}' if owners else nearest(key, types)
+            raise ValueError(f'{source}: unknown key {key!r} in section {name!r}; {hint}')
+        both = section.alternatives(key) & {other for other, it in values.items() if says_something(it)}
+        if both and says_something(value):
+            raise ValueError(f'{where} and {name}.{min(both)} say the same thing in two ways; keep one')
+        checked[key] = fitted(value, types[key], where)
+    return checked
+
+
+def says_something(value: Any) -> bool:
+    """Whether a value of a key in a group decides what the group is about: null and false leave it open."""
+    return value is not None and value is not False
+
+
+def fitted(value: Any, hint: Any, where: str) -> Any:
+    """A value as a type hint wants it. Raises TypeError that starts with `where`."""
+    candidates = [value]
+    if isinstance(value, list):
+        candidates.append(tuple(value))
+    if isinstance(value, str) and NUMBER.fullmatch(value):
+        candidates.append(float(value))
+    if isinstance(value, bool) and hint is not Any and bool not in (hint, *typing.get_args(hint)):
+        candidates = []  # Python takes yes for the number 1
+    for candidate in candidates:
+        if is_bearable(candidate, hint, conf=CONF):
+            return candidate
+    expected = hint.__name__ if inspect.isclass(hint) and not typing.get_args(hint) else str(hint)
+    raise TypeError(f'{where} must be {expected.replace("pathlib.", "")}, got {shown(value)}')
+
+
+def nearest(name: Any, known: Mapping[str, Any]) -> str:
+    close = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
+    return f'did you mean {close[0]!r}?' if close else f'known are {", ".join(sorted(known))}'
+
+
+def shown(value: Any) -> str:
+    return f'{value!r:.60} ({type(value).__name__})'
+
+
+def read_content(path: Path) -> Any:
+    """What a YAML or JSON file holds. Nothing in it is run, and a key given twice is an error.
+
+    Raises FileNotFoundError if there is none, ValueError for a file of another kind or one with a fault in it.
+    """
+    if path.suffix.lower() not in ('.yaml', '.yml', '.json'):
+        raise ValueError(f'{path} must end in .yaml, .yml or .json to be read as a recipe')
+    if not path.is_file():
+        raise FileNotFoundError(f'no recipe at {path}')
+    try:
+        text = path.read_text(encoding='utf-8')
+        if path.suffix.lower() == '.json':
+            return json.loads(text, object_pairs_hook=_unique)
+        return yaml.load(text, Loader=_Loader)  # a SafeLoader
+    except UnicodeDecodeError as error:
+        raise ValueError(f'{path} is not UTF-8: {error.reason} at byte {error.start}') from error
+    except (yaml.YAMLError, ValueError) as error:
+        raise ValueError(f'{path} cannot be read: {" ".join(str(error).split())}') from error
+
+
+class _Loader(yaml.SafeLoader):
+    pass
+
+
+def _unique(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
+    keys = [key for key, _ in pairs]
+    if repeated := [key for key in keys if keys.count(key) > 1]:
+        raise ValueError(f'the key {repeated[0]!r} is given twice')
+    return dict(pairs)
+
+
+def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
+    loader.flatten_mapping(node)
+    try:
+        return _unique(
+            [(loader.construct_object(key), loader.construct_object(it, deep=True)) for key, it in node.value]
+        )
+    except (TypeError, ValueError) as error:
+        raise yaml.constructor.ConstructorError(None, None, str(error), node.start_mark) from error
+
+
+_Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)

@@ -1,0 +1,157 @@
+"""`musiclm train`: real, tiny trainings through the command."""
+
+import json
+import re
+
+import pytest
+from safetensors.torch import load_file
+from test_training_recipes import TINY, written
+
+from musiclm_pytorch import MuLaN, cli
+from musiclm_pytorch.trainer import recipes
+from musiclm_pytorch.trainer.recipes import MuLaNRecipe
+
+SHORT = (
+    TINY
+    + """
+data: {max_seconds: 1.0, synthetic_length: 12, synthetic_valid_length: 6}
+training: {batch_size: 4, num_train_steps: 4, checkpoint_every: 2, progress: false, accelerate_kwargs: {cpu: true}}
+"""
+)
+
+
+@pytest.fixture
+def config(tmp_path):
+    return written(tmp_path, SHORT)
+
+
+def run(*arguments):
+    return cli.main(['train', 'mulan', *map(str, arguments)])
+
+
+def weights(folder):
+    return load_file(str(folder / 'state.safetensors'))
+
+
+def newest(output):
+    return weights(sorted((output / 'checkpoints').iterdir())[-1])
+
+
+def test_synthetic(config, tmp_path, capsys):
+    output = tmp_path / 'out'
+    assert (
+        run('--data', 'synthetic', '--config', config, '--output', output, '--lr', '1e-3', '--validate-every', 2) == 0
+    )
+    out = capsys.readouterr().out
+    assert f'4 steps done; checkpoints and metrics.jsonl are in {output}' in out
+    assert re.search(rf'the best model, of step [24], is in {re.escape(str(output))}/best', out)
+    assert re.search(r'audio to text: R@1 .*R@5 .*R@10 .*median rank .*mAP@10', out)
+    assert 'text to audio: R@1' in out
+    assert MuLaN.from_pretrained(output / 'best').sample_rate == 8000
+    recipe = json.loads((output / 'recipe.json').read_text())
+    assert recipe['training']['lr'] == 1e-3
+    assert recipe['audio']['dim'] == 32
+
+
+def test_resumed_run_equals_one_that_was_never_stopped(config, tmp_path, capsys):
+    whole, parts = tmp_path / 'whole', tmp_path / 'parts'
+    common = ['--data', 'synthetic', '--config', config, '--validate-every', 10]
+    assert run(*common, '--output', whole) == 0
+    assert run(*common, '--output', parts) == 0
+    # as if it had been killed after the checkpoint of step 2
+    for path in sorted((parts / 'checkpoints').iterdir())[1:]:
+        path.rename(tmp_path / 'gone')
+    capsys.readouterr()
+    # the recipe is the one that lies in the results
+    assert run('--data', 'synthetic', '--output', parts, '--resume') == 0
+    assert 'going on from step 2\n' in capsys.readouterr().out
+    assert not (tmp_path / 'parts.1').exists()
+    expected, found = newest(whole), newest(parts)
+    assert expected.keys() == found.keys()
+    assert all((found[name] == tensor).all() for name, tensor in expected.items())
+
+
+def test_folder_and_fine_tuning(config, music, tmp_path, capsys):
+    assert run('--data', music, '--output', tmp_path / 'a', '--config', config, '--batch-size', 2, '--epochs', 1) == 0
+    assert 'steps done' in capsys.readouterr().out
+
+    # steps too small to move the weights; the default recipe but for the model
+    arguments = ['--data', music, '--valid-data', music, '--init-from', tmp_path / 'b', '--output', tmp_path / 'c']
+    start = MuLaNRecipe.load(config).build_model()
+    start.save_pretrained(tmp_path / 'b')
+    assert run(*arguments, '--steps', 1, '--batch-size', 2, '--lr', '1e-12') == 0
+    tuned = MuLaN.from_pretrained(tmp_path / 'c' / 'best').state_dict()
+    assert all((tuned[name] - tensor).abs().max() < 1e-6 for name, tensor in start.state_dict().items())
+    recipe = json.loads((tmp_path / 'c' / 'recipe.json').read_text())
+    assert (recipe['audio']['dim'], recipe['training']['num_train_steps']) == (32, 1)
+    assert 'num_epochs' not in recipe['training']
+
+
+def test_overrides(config, tmp_path, monkeypatch):
+    taken = {}
+
+    class Taken(Exception):
+        pass
+
+    def build_trainer(self, *arguments, **keywords):
+        taken.update(self.training)
+        raise Taken
+
+    monkeypatch.setattr(recipes.MuLaNRecipe, 'build_trainer', build_trainer)
+    options = dict(
+        steps=9, batch_size=6, lr=0.5, seed=8, precision='bf16', workers=1, grad_cache_chunk_size=3, validate_every=7
+    )
+    options |= dict(checkpoint_every=5, log_with='tensorboard')
+    given = [word for name, value in options.items() for word in (f'--{name.replace("_", "-")}', value)]
+    with pytest.raises(Taken):
+        run('--data', 'synthetic', '--config', config, '--output', tmp_path / 'out', *given)
+    assert set(options) | {'epochs'} == set(cli.OVERRIDES)
+    assert {name: taken[cli.OVERRIDES[name]] for name in options} == options
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'says'),
+    [
+        (['--data', '{here}/none'], 'no folder, manifest or shards at .*none'),
+        (['--config', '{here}/none.yaml'], 'no recipe at .*none.yaml'),
+        (['--config', '{here}/section.yaml'], "section.yaml: unknown section 'mulam'; did you mean 'mulan'"),
+        (
+            ['--config', '{here}/typo.yaml'],
+            "typo.yaml: unknown key 'warmup' in section 'training'; did you mean 'warmup_st",
+        ),
+        (['--config', '{here}/type.yaml'], r"type.yaml: training.lr must be float, got 'fast' \(str\)"),
+        (['--init-from', '{here}'], 'no config.json in'),
+        (['--batch-size', '100'], 'the data set has 12 items, fewer than one batch of 100'),
+        (['--lr', '-1'], "section 'training': lr must be greater than 0, got -1"),
+        (['--lr', '1e30', '--steps', '4'], 'the loss is (nan|inf)'),
+    ],
+)
+def test_errors_are_one_line_and_exit_code_2(config, tmp_path, capsys, arguments, says):
+    written(tmp_path, 'mulam: {}', 'section.yaml')
+    written(tmp_path, 'training: {warmup: 5}', 'typo.yaml')
+    written(tmp_path, 'training: {lr: fast}', 'type.yaml')
+    given = ['--data', 'synthetic', '--config', config, '--output', tmp_path / 'out']
+    assert run(*given, *(argument.format(here=tmp_path) for argument in arguments)) == 2
+    errors = capsys.readouterr().err.splitlines()
+    assert len(errors) == 1
+    assert errors[0].startswith('musiclm train mulan: error: ')
+    assert re.search(says, errors[0])
+
+
+def test_a_run_is_not_resumed_with_another_model(config, tmp_path, capsys):
+    output = tmp_path / 'out'
+    assert run('--data', 'synthetic', '--config', config, '--output', output, '--steps', 1) == 0
+    other = written(tmp_path, SHORT.replace('dim_latent: 16', 'dim_latent: 8'), 'other.yaml')
+    assert run('--data', 'synthetic', '--config', other, '--output', output, '--resume') == 2
+    assert re.search('is of another model: mulan.dim_latent was 16 and is 8 now', capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    'arguments',
+    [[], ['mulan'], ['soup'], ['mulan', '--data', 'x', '--output', 'y', '--steps', '1', '--epochs', '1']],
+)
+def test_wrong_usage_exits_with_2(arguments, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(['train', *arguments])
+    assert stopped.value.code == 2
+    assert 'usage: musiclm train' in capsys.readouterr().err
