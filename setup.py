@@ -54,7 +54,6 @@ EXTRAS = {
         'hypothesis>=6.100',
         'librosa>=0.11',
         'ruff>=0.12',
-        'scikit-learn>=1.3',
         'webdataset>=0.2.100',
     ],
 }
@@ -80,6 +79,7 @@ setup(
         'matplotlib>=3.8',
         'pyyaml>=6',
         'safetensors>=0.4.3',
+        'scikit-learn>=1.3',
         'soundfile>=0.12',
         'tensorboard>=2.15',
         # One release of torch: torchaudio 2.11, its last, does not load beside an older torch and refuses a

@@ -81,7 +81,11 @@ def test_keywords_override_the_recipe():
 @pytest.mark.parametrize(
     ('arguments', 'error', 'message'),
     [
-        (dict(use_case='opera'), ValueError, "unknown use_case 'opera'; choose one of 'music', 'tonal', 'speech', 'general'"),
+        (
+            dict(use_case='opera'),
+            ValueError,
+            "unknown use_case 'opera'; choose one of 'music', 'tonal', 'speech', 'general'",
+        ),
         (dict(audio_sample_rate=44), ValueError, 'in Hz and must be at least 1000, got 44'),
         (dict(audio_sample_rate=0), ValueError, 'audio_sample_rate must be greater than 0'),
         (dict(audio_sample_rate='16k'), TypeError, '16k'),

@@ -23,22 +23,24 @@ WEIGHTS_FILE = 'model.safetensors'
 
 
 def save(mulan: nn.Module, folder: str | Path) -> None:
-    """Write the config and weights of a MuLaN; each file is written aside and renamed, so none is ever half there."""
+    """Write the config and weights of a MuLaN."""
     for tower, kind in ((mulan.audio, AudioSpectrogramTransformer), (mulan.text, TextTransformer)):
         if type(getattr(tower, '_orig_mod', tower)) is not kind:
             raise TypeError(
                 f'a {type(tower).__name__} could not be rebuilt from its folder, only a plain {kind.__name__}; '
                 'save its state_dict instead'
             )
+    # torch.compile wraps a tower under this name
+    weights = {name.replace('_orig_mod.', ''): tensor for name, tensor in mulan.state_dict().items()}
+    write_folder(folder, config_of(mulan), weights)
+
+
+def write_folder(folder: str | Path, config: dict[str, Any], weights: dict[str, Tensor]) -> None:
+    """Write `config.json` and `model.safetensors`; each is written aside and renamed, so none is ever half there."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    config = config_of(mulan)
-    # torch.compile wraps a tower under this name
-    weights = {
-        name.replace('_orig_mod.', ''): tensor.detach().contiguous().cpu()
-        for name, tensor in mulan.state_dict().items()
-    }
-
+    # views of one storage, such as tied weights, are written as tensors of their own
+    weights = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in weights.items()}
     aside = {name: folder / f'.{name}.{os.getpid()}.tmp' for name in (WEIGHTS_FILE, CONFIG_FILE)}
     try:
         save_file(weights, str(aside[WEIGHTS_FILE]))
@@ -66,22 +68,30 @@ def load(cls: type, folder: str | Path) -> nn.Module:
 
     Raises FileNotFoundError for a missing file, ValueError for a config or weights that do not belong together.
     """
+    config, weights = read_folder(folder, 'MuLaN', parts=('audio', 'text', 'mulan'))
+    mulan = _build(cls, *config)
+    load_strictly(mulan, weights, source=folder)
+    return mulan.eval()
+
+
+def read_folder(folder: str | Path, model: str, parts: tuple[str, ...]) -> tuple[list[Any], dict[str, Tensor]]:
+    """The `parts` of the config and the weights in a folder that `model.save_pretrained` wrote.
+
+    Raises FileNotFoundError for a missing file, ValueError for a damaged one or one of another model.
+    """
     folder = Path(folder)
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         if not (folder / name).is_file():
-            raise FileNotFoundError(f'no {name} in {folder}; expected a folder written by MuLaN.save_pretrained')
+            raise FileNotFoundError(f'no {name} in {folder}; expected a folder written by {model}.save_pretrained')
     try:
         config = json.loads((folder / CONFIG_FILE).read_text(encoding='utf-8'))
-        keywords = [config[part] for part in ('audio', 'text', 'mulan')]
+        found = [config[part] for part in parts]
     except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f'{folder / CONFIG_FILE} is not the config of a MuLaN: {error!r}') from error
-    mulan = _build(cls, *keywords)
+        raise ValueError(f'{folder / CONFIG_FILE} is not the config of a {model}: {error!r}') from error
     try:
-        weights = load_file(str(folder / WEIGHTS_FILE))
+        return found, load_file(str(folder / WEIGHTS_FILE))
     except SafetensorError as error:
         raise ValueError(f'{folder / WEIGHTS_FILE} is damaged: {error}') from error
-    _load_strictly(mulan, weights, source=folder)
-    return mulan.eval()
 
 
 class LoadUpstream:
@@ -113,12 +123,12 @@ def _build_upstream(
     state = _read_upstream(path)
     known_audio, known_text, known_mulan = _infer_config(state, known=audio or {}, source=path)
     mulan = _build(cls, {**known_audio, **(audio or {})}, {**known_text, **(text or {})}, {**known_mulan, **keywords})
-    _load_strictly(mulan, state, source=path)
+    load_strictly(mulan, state, source=path)
     return mulan.eval()
 
 
 def _load_upstream_into(mulan: nn.Module, path: str | Path) -> nn.Module:
-    _load_strictly(mulan, _read_upstream(path), source=path)
+    load_strictly(mulan, _read_upstream(path), source=path)
     return mulan
 
 
@@ -189,8 +199,9 @@ def _build(cls: type, audio: dict, text: dict, mulan: dict) -> nn.Module:
     )
 
 
-def _load_strictly(mulan: nn.Module, state: dict[str, Tensor], *, source: str | Path) -> None:
+def load_strictly(model: nn.Module, state: dict[str, Tensor], *, source: str | Path) -> None:
+    """Load all weights of a model. Raises ValueError where names or shapes differ."""
     try:
-        mulan.load_state_dict(state, strict=True)
+        model.load_state_dict(state, strict=True)
     except RuntimeError as error:
         raise ValueError(f'the weights in {source} do not fit this model: {error}') from error

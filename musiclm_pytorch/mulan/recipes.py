@@ -49,14 +49,14 @@ def get_optimal_spectrogram_params(audio_sample_rate: int = 16000, use_case: str
       `benchmarks/learning.py`.
     - 'speech': 80 bands over 0 to 8,000 Hz, 25 ms every 10 ms: Whisper's front end (arXiv 2212.04356, section 2.2).
     - 'general': 64 bands over 50 to 14,000 Hz, 32 ms every 10 ms: PANNs on AudioSet (arXiv 1912.10211, section V).
-    - Elsewhere patches of 16 × 16; mask sizes of 48 / 128 of the bands and 192 / 1,024 of ten seconds of frames, and the fixed
-      normalisation by AudioSet's mean and deviation: AST (arXiv 2104.01778).
+    - Elsewhere patches of 16 × 16; mask sizes of 48 / 128 of the bands and 192 / 1,024 of ten seconds of frames, and
+      the fixed normalisation by AudioSet's mean and deviation: AST (arXiv 2104.01778).
     - The FFT is the next power of two that holds the window and puts a bin into every mel band (zero padding
       interpolates the spectrum; it does not change the resolution). Where the sample rate is so low that even a
       window's own resolution, four bins of padding to one, leaves bands empty, there are fewer bands, a multiple of
       the patch height.
-    - No time stretch for 'music' and 'tonal', because captions speak of tempo and a stretch would change it under an unchanged
-      caption; elsewhere it and the patch dropout stay the defaults of musiclm-pytorch, 0.8 and 0.25.
+    - No time stretch for 'music' and 'tonal', because captions speak of tempo and a stretch would change it under an
+      unchanged caption; elsewhere it and the patch dropout stay the defaults of musiclm-pytorch, 0.8 and 0.25.
 
     Args:
         audio_sample_rate: sample rate of the waves in Hz, at least 1,000.

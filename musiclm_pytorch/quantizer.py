@@ -1,0 +1,331 @@
+"""MuLaN latents to conditioning: residual vector quantization, and an embedding of each code for each stage."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from einops import rearrange
+from sklearn.cluster import KMeans
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from vector_quantize_pytorch import ResidualVQ
+
+from musiclm_pytorch.audiolm.bridge import AudioConditionerBase
+from musiclm_pytorch.checks import check_positive, check_probability, records_config, typechecked
+from musiclm_pytorch.data.collate import collate_pairs
+from musiclm_pytorch.mulan import checkpoint
+from musiclm_pytorch.mulan.model import MuLaN, evaluating
+
+logger = logging.getLogger(__name__)
+
+MULAN_FOLDER = 'mulan'
+
+
+class MuLaNEmbedQuantizer(AudioConditionerBase):
+    """Turns waves or texts into the conditioning of AudioLM's stages (MusicLM, arXiv 2301.11325, section 3.2).
+
+    A latent of MuLaN becomes `rq_num_quantizers` codes by residual vector quantization; each namespace, one a stage,
+    has an embedding of its own for every code of every level.
+
+        quantizer = MuLaNEmbedQuantizer(mulan, conditioning_dims=(1024, 1024, 1024))
+        quantizer.fit(dataset)
+        conditioning = quantizer(wavs=wavs, namespace='coarse')  # (b, 8, 1024)
+
+    `fit` learns the codebooks from many latents and freezes them. A quantizer that was never fitted learns them as
+    musiclm-pytorch 0.2.8 does, by an exponential moving average over whatever batches pass in training mode, and
+    refuses to work in eval mode. Loading a state dict counts as fitting.
+
+    `parameters()` are the conditioning embeddings alone, which are trained with their stages; MuLaN is never trained
+    here.
+
+    Args:
+        mulan: a trained MuLaN.
+        conditioning_dims: width of the conditioning of each namespace, that of its transformer.
+        rq_num_quantizers: levels of quantization.
+        rq_ema_decay: of the moving average, where `fit` is not used.
+        codebook_size: codes of each level.
+        namespaces: names of the stages.
+        cond_drop_prob: in training, the conditioning of that share of the items is all zeros, the null condition that
+            classifier-free guidance compares with (arXiv 2207.12598).
+        sample_rate: rate in Hz of the waves given, where a call does not say; by default MuLaN's own.
+
+    Raises:
+        ValueError: namespaces and widths that do not pair up, numbers out of range.
+    """
+
+    @records_config
+    @typechecked
+    def __init__(
+        self,
+        mulan: MuLaN,
+        conditioning_dims: Sequence[int],
+        rq_num_quantizers: int = 8,
+        rq_ema_decay: float = 0.9,
+        codebook_size: int = 1024,
+        namespaces: Sequence[str] = ('semantic', 'coarse', 'fine'),
+        cond_drop_prob: float = 0.0,
+        sample_rate: int | None = None,
+    ):
+        super().__init__()
+        check_positive(rq_num_quantizers=rq_num_quantizers, codebook_size=codebook_size, sample_rate=sample_rate)
+        check_probability(cond_drop_prob=cond_drop_prob)
+        if isinstance(namespaces, str) or not namespaces or len(set(namespaces)) != len(namespaces):
+            raise ValueError(f'namespaces must be one or more different names, got {namespaces!r}')
+        if len(conditioning_dims) != len(namespaces):
+            raise ValueError(
+                f'each namespace needs a width: got {len(conditioning_dims)} conditioning_dims '
+                f'{tuple(conditioning_dims)} for {len(namespaces)} namespaces {tuple(namespaces)}'
+            )
+        for name, dim in zip(namespaces, conditioning_dims):
+            check_positive(**{f'conditioning_dims of {name!r}': dim})
+
+        self.mulan = mulan
+        self.namespaces = tuple(namespaces)
+        self.conditioning_dims = tuple(conditioning_dims)
+        self.dim = mulan.dim_latent
+        self.num_codebooks = rq_num_quantizers
+        self.codebook_size = codebook_size
+        self.cond_drop_prob = cond_drop_prob
+        self.sample_rate = sample_rate
+
+        self.rq = ResidualVQ(
+            dim=self.dim,
+            num_quantizers=rq_num_quantizers,
+            codebook_size=codebook_size,
+            decay=rq_ema_decay,
+            commitment_weight=0,
+            kmeans_init=True,
+            threshold_ema_dead_code=2,
+            quantize_dropout=False,
+        )
+        self.frozen = False
+        self.warned = False
+        self.register_load_state_dict_post_hook(_freeze_if_fitted)
+
+        self.cond_embeddings = nn.ParameterDict()
+        for name, dim in zip(namespaces, conditioning_dims):  # one by one: a dict would be sorted
+            self.cond_embeddings[name] = nn.Parameter(0.02 * torch.randn(rq_num_quantizers, codebook_size, dim))
+        self.set_default_namespace(self.namespaces[0])
+
+    def parameters(self, recurse: bool = True):
+        """The conditioning embeddings: what an optimizer of a stage trains beside its transformer."""
+        return self.cond_embeddings.parameters(recurse)
+
+    def train(self, mode: bool = True) -> MuLaNEmbedQuantizer:
+        super().train(mode)
+        self.mulan.eval()
+        if self.frozen:
+            self.rq.eval()
+        return self
+
+    @property
+    def device(self) -> torch.device:
+        return self.mulan.device
+
+    @property
+    def is_fitted(self) -> bool:
+        """Whether every level has codebooks."""
+        return all(bool(codebook.initted) for codebook in self._codebooks())
+
+    def set_default_namespace(self, namespace: str) -> None:
+        """Choose the namespace of calls that do not name one. Raises ValueError for an unknown one."""
+        self._default_namespace = self._check_namespace(namespace)
+
+    # conditioning
+
+    def forward(
+        self,
+        wavs: Tensor | None = None,
+        texts: Tensor | None = None,
+        namespace: str | None = None,
+        *,
+        raw_texts: Sequence[str] | None = None,
+        latents: Tensor | None = None,
+        audio_lengths: Tensor | Sequence[int] | None = None,
+        sample_rate: int | None = None,
+    ) -> Tensor:
+        """The conditioning of a stage.
+
+        Args:
+            wavs: `(b, samples)` waves, or
+            texts: `(b, n)` token ids, or
+            raw_texts: `b` strings, or
+            latents: `(b, dim_latent)` latents of MuLaN, such as `mulan.embed_audio` gives for long audio.
+            namespace: name of the stage; the default namespace otherwise.
+            audio_lengths, sample_rate: of `wavs`, as in `MuLaN.get_audio_latents`.
+
+        Returns:
+            `(b, rq_num_quantizers, conditioning dim)` float32, differentiable with respect to the embeddings.
+        """
+        namespace = self._default_namespace if namespace is None else self._check_namespace(namespace)
+        indices = self.indices(
+            wavs, texts, raw_texts=raw_texts, latents=latents, audio_lengths=audio_lengths, sample_rate=sample_rate
+        )
+        conditioning = self.embed(indices, namespace)
+        if not self.training or self.cond_drop_prob == 0:
+            return conditioning
+        kept = torch.rand(len(conditioning), device=conditioning.device) >= self.cond_drop_prob
+        return conditioning * rearrange(kept, 'b -> b 1 1')
+
+    @torch.no_grad()
+    def indices(
+        self,
+        wavs: Tensor | None = None,
+        texts: Tensor | None = None,
+        *,
+        raw_texts: Sequence[str] | None = None,
+        latents: Tensor | None = None,
+        audio_lengths: Tensor | Sequence[int] | None = None,
+        sample_rate: int | None = None,
+    ) -> Tensor:
+        """The codes, `(b, rq_num_quantizers)` int64; arguments as in `forward`."""
+        given = dict(wavs=wavs, texts=texts, raw_texts=raw_texts, latents=latents)
+        given = [name for name, value in given.items() if value is not None]
+        if len(given) != 1:
+            raise ValueError(f'pass one of wavs, texts, raw_texts and latents, got {" and ".join(given) or "none"}')
+        with evaluating(self.mulan):
+            if wavs is not None:
+                rate = self.sample_rate if sample_rate is None else sample_rate
+                latents = self.mulan.get_audio_latents(wavs, audio_lengths=audio_lengths, sample_rate=rate)
+            elif latents is None:
+                latents = self.mulan.get_text_latents(texts, raw_texts=raw_texts)
+        self._check_latents(latents)
+        if not self.frozen:
+            self._warn_or_refuse()
+        _, indices, _ = self.rq(latents)
+        return indices
+
+    def embed(self, indices: Tensor, namespace: str | None = None) -> Tensor:
+        """The conditioning of codes `(b, q)`: `(b, q, conditioning dim)`."""
+        namespace = self._default_namespace if namespace is None else self._check_namespace(namespace)
+        levels = torch.arange(self.num_codebooks, device=indices.device)
+        return self.cond_embeddings[namespace][levels, indices]
+
+    # codebooks
+
+    def fit(self, data: Any, *, batch_size: int = 32, max_items: int | None = None, seed: int = 0) -> list[float]:
+        """Learn the codebooks by residual k-means, level by level, and freeze them.
+
+        Args:
+            data: `(n, dim_latent)` latents, or a data set of pairs as `MuLaNTrainer` takes, of which both the audio and
+                the text of each pair are embedded.
+            batch_size: pairs embedded at a time.
+            max_items: pairs used of the data set; all by default.
+            seed: of the k-means.
+
+        Returns:
+            after each level, the share of the latents' squared length that is still missing.
+
+        Raises:
+            ValueError: fewer latents than codes, or latents of another width.
+        """
+        check_positive(batch_size=batch_size, max_items=max_items)
+        latents = data if isinstance(data, Tensor) else self._embed_data(data, batch_size, max_items)
+        self._check_latents(latents)
+        latents = latents.detach().float().cpu().numpy()
+        different = len(np.unique(latents, axis=0))
+        if different < self.codebook_size:
+            raise ValueError(
+                f'{self.codebook_size} codes need at least as many different latents, got {different} in '
+                f'{len(latents)}; give more data or a smaller codebook_size'
+            )
+        residual, missing = latents.copy(), []
+        for codebook in self._codebooks():
+            means = KMeans(self.codebook_size, n_init=1, max_iter=50, random_state=seed).fit(residual)
+            counts = np.bincount(means.labels_, minlength=self.codebook_size)
+            residual = residual - means.cluster_centers_[means.labels_]
+            missing.append(float(np.square(residual).sum() / np.square(latents).sum()))
+            embed = torch.from_numpy(means.cluster_centers_).to(codebook.embed)[None]
+            cluster_size = torch.from_numpy(counts).to(codebook.cluster_size)[None]
+            codebook.embed.copy_(embed)
+            codebook.cluster_size.copy_(cluster_size)
+            codebook.embed_avg.copy_(embed * cluster_size[..., None])
+            codebook.initted.fill_(True)
+        self.freeze()
+        return missing
+
+    def freeze(self) -> None:
+        """Keep the codebooks as they are from here on, in training mode too."""
+        self.frozen = True
+        self.rq.eval()
+
+    @torch.no_grad()
+    def _embed_data(self, dataset: Any, batch_size: int, max_items: int | None) -> Tensor:
+        latents: list[Tensor] = []
+        items = 0
+        with evaluating(self.mulan):
+            for batch in DataLoader(dataset, batch_size=batch_size, collate_fn=self._collate):
+                if batch is None:
+                    continue
+                wavs, lengths = batch.pop('wavs').to(self.device), batch.pop('audio_lengths')
+                if not self.mulan.audio.support_variable_length:
+                    wavs, lengths = wavs[:, : int(lengths.min())], None
+                latents.append(self.mulan.get_audio_latents(wavs, audio_lengths=lengths, sample_rate=self.sample_rate))
+                texts = {name: it.to(self.device) if isinstance(it, Tensor) else it for name, it in batch.items()}
+                latents.append(self.mulan.get_text_latents(**texts))
+                items += len(wavs)
+                if max_items is not None and items >= max_items:
+                    break
+        if not latents:
+            raise ValueError('the data set gave no pair that could be read; nothing to fit the codebooks to')
+        return torch.cat(latents)
+
+    def _collate(self, items: list[Any]) -> dict[str, Any] | None:
+        return collate_pairs(items, pad_id=self.mulan.text.pad_id)
+
+    def _codebooks(self) -> list[nn.Module]:
+        return [layer._codebook for layer in self.rq.layers]
+
+    def _warn_or_refuse(self) -> None:
+        if not self.training and not self.is_fitted:
+            raise ValueError(
+                'this quantizer has no codebooks yet: call quantizer.fit(dataset) with the data set that MuLaN was '
+                'trained on, or load the state of a fitted one'
+            )
+        if self.training and not self.warned:
+            self.warned = True
+            warnings.warn(
+                'the codebooks of this quantizer follow whatever batches pass, so its codes change their meaning '
+                'during training; call quantizer.fit(dataset) first',
+                stacklevel=4,
+            )
+
+    def _check_namespace(self, namespace: str) -> str:
+        if namespace not in self.namespaces:
+            raise ValueError(f'no namespace {namespace!r}; this quantizer has {", ".join(map(repr, self.namespaces))}')
+        return namespace
+
+    def _check_latents(self, latents: Tensor) -> None:
+        if latents.ndim != 2 or latents.shape[1] != self.dim:
+            raise ValueError(f'latents must have shape (b, {self.dim}), got {tuple(latents.shape)}')
+
+    # saving
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write codebooks, embeddings and, in a folder `mulan` within, MuLaN; for `from_pretrained`."""
+        if not self.is_fitted:
+            raise ValueError('this quantizer has no codebooks yet; call fit before saving it')
+        self.mulan.save_pretrained(Path(folder) / MULAN_FOLDER)
+        weights = {name: it for name, it in self.state_dict().items() if not name.startswith('mulan.')}
+        checkpoint.write_folder(folder, dict(model='MuLaNEmbedQuantizer', quantizer=self.config), weights)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, mulan: MuLaN | None = None) -> MuLaNEmbedQuantizer:
+        """Rebuild a quantizer from its folder, in eval mode; `mulan` is used instead of the saved one, if given."""
+        (config,), weights = checkpoint.read_folder(folder, 'MuLaNEmbedQuantizer', parts=('quantizer',))
+        mulan = MuLaN.from_pretrained(Path(folder) / MULAN_FOLDER) if mulan is None else mulan
+        quantizer = cls(mulan, **config)
+        weights |= {f'mulan.{name}': tensor for name, tensor in mulan.state_dict().items()}
+        checkpoint.load_strictly(quantizer, weights, source=folder)
+        return quantizer.eval()
+
+
+def _freeze_if_fitted(quantizer: MuLaNEmbedQuantizer, _) -> None:
+    if quantizer.is_fitted:
+        quantizer.freeze()
