@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import tiny_mulan
 
 CONTRACT = Path(__file__).parent / 'contract'
 
@@ -21,6 +22,57 @@ def test_mulan():
     assert names['loss'].isfinite()
     assert names['mulan'].audio.to_patch_tokens[2].weight.grad.abs().sum() > 0
     assert names['embeds'].shape == (2, 128)
+
+
+@pytest.mark.slow
+def test_quantizer():
+    mulan = tiny_mulan(dict(depth=1), dict(depth=1))
+    with pytest.warns(UserWarning, match='call quantizer.fit'):
+        names = run('01_quantizer.py', mulan=mulan, torch=torch)
+    assert names['conds'].shape == (2, 8, 1024)
+
+
+SEMANTIC = """
+import sys
+sys.path.insert(0, {tests!r})
+from pathlib import Path
+import soundfile
+import torch
+import test_fairseq_stand_in as hubert
+from conftest import tiny_mulan
+from musiclm_pytorch import MuLaNEmbedQuantizer
+
+settings = hubert.make_settings('base', encoder_layers=9)
+model, checkpoint = hubert.make_checkpoint('base', settings, num_hidden_layers=9)
+Path('hubert').mkdir()
+torch.save(checkpoint, 'hubert/hubert_base_ls960.pt')
+frames = hubert.reference_layers(model, torch.randn(2, 4000))[0][-1].flatten(0, 1)
+hubert.save_kmeans(frames, 'hubert/hubert_base_ls960_L9_km500.bin')
+
+Path('sounds').mkdir()
+for i in range(20):
+    soundfile.write(f'sounds/{{i}}.wav', torch.randn(11000, 2).clamp(-1, 1).numpy(), 16000)
+
+mulan = tiny_mulan(dict(depth=1), dict(depth=1))
+quantizer = MuLaNEmbedQuantizer(mulan, conditioning_dims=(1024,), namespaces=('semantic',), codebook_size=16)
+quantizer.fit(torch.randn(40, 16))
+asked = []
+quantizer.register_forward_hook(lambda module, inputs, output: asked.append(output.shape))
+if not torch.cuda.is_available():
+    torch.nn.Module.cuda = lambda self: self
+
+code = Path({piece!r}).read_text().replace('/path/to/audio/files', 'sounds')
+exec(code)
+assert trainer.steps == 1
+assert asked[0] == (1, 8, 1024)
+"""
+
+
+@pytest.mark.slow
+def test_semantic_trainer(tmp_path):
+    # in a process of its own: audiolm-pytorch allows one trainer a process
+    script = SEMANTIC.format(tests=str(CONTRACT.parent), piece=str(CONTRACT / '02_semantic_trainer.py'))
+    subprocess.run([sys.executable, '-c', script], cwd=tmp_path, check=True)
 
 
 TRAINER = """

@@ -2,7 +2,9 @@
 
 Importing audiolm_pytorch replaces `warnings.warn` by a function that does nothing and sets the root logger and
 transformers' logger to ERROR. And its three transformers ask the Hugging Face Hub for the configuration of a T5
-when they are built, even where the width of their conditioning is given. Its names come from here instead:
+when they are built, even where the width of their conditioning is given. Its folder reader and its trainers read and
+write sound with torchaudio, which needs torchcodec and FFmpeg for that: here they use soundfile. Its names come from
+here instead:
 
     from musiclm_pytorch.audiolm.bridge import SemanticTransformer
 
@@ -15,7 +17,14 @@ import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import ModuleType
+from typing import Any
+
+import torchaudio
+from torch import Tensor
+
+from musiclm_pytorch.data.audio import AudioFile
 
 __all__ = [
     'AudioConditionerBase',
@@ -112,8 +121,30 @@ def _register_t5_config(t5: ModuleType) -> None:
     t5.T5_CONFIGS.setdefault(T5_NAME, {}).setdefault('config', T5Config(**T5_CONFIG))
 
 
+class _SoundFiles:
+    """torchaudio, except that files are read and written by soundfile."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torchaudio, name)
+
+    @staticmethod
+    def load(path: str | Path) -> tuple[Tensor, int]:
+        """`(channels, samples)` float32 in [-1, 1], and the rate in Hz."""
+        with AudioFile(path) as file:
+            return file.read_channels(0, len(file)), file.sample_rate
+
+    @staticmethod
+    def save(path: str | Path, wave: Tensor, sample_rate: int) -> None:
+        """Write `(channels, samples)`."""
+        import soundfile
+
+        soundfile.write(str(path), wave.detach().cpu().float().T.numpy(), sample_rate)
+
+
 _audiolm = _import_audiolm()
 _register_t5_config(_audiolm.t5)
+for _module in (_audiolm.data, _audiolm.trainer, _audiolm.audiolm_pytorch):
+    _module.torchaudio = _SoundFiles()
 
 AudioConditionerBase = _audiolm.utils.AudioConditionerBase
 AudioLM = _audiolm.AudioLM
