@@ -22,7 +22,10 @@ EXPECTED_ROWS = 8
 
 
 class Product:
-    """x ↦ x Wᵀ + b for a weight that stays as it is, laid out once for the library that is fastest at few rows."""
+    """x ↦ x Wᵀ + b for a weight that stays as it is, laid out once for the library that is fastest at few rows.
+
+    Takes and gives float32, whatever the weight's own dtype: reading weights is what decoding spends its time with.
+    """
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None, *, dtype: torch.dtype):
         self.weight = weight.detach().to(dtype).contiguous()
@@ -34,14 +37,16 @@ class Product:
             and has_fast_float32()
             and hasattr(torch.ops.mkldnn, '_reorder_linear_weight')
         )
+        self.dtype = dtype
         self.num_bytes = self.weight.nbytes
         if self.packed:
             self.weight = torch.ops.mkldnn._reorder_linear_weight(self.weight, EXPECTED_ROWS)
 
     def __call__(self, x: Tensor) -> Tensor:
+        x = x.to(self.dtype)
         if self.packed:
-            return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, 'none', [], '')
-        return F.linear(x, self.weight, self.bias)
+            return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, 'none', [], '').float()
+        return F.linear(x, self.weight, self.bias).float()
 
 
 class Residual:
@@ -61,15 +66,15 @@ class HyperConnection:
     a stream) and of the way out (1 a stream) are computed together.
     """
 
-    def __init__(self, connection: nn.Module, *, dtype: torch.dtype):
+    def __init__(self, connection: nn.Module):
         gain = connection.norm.scale * (connection.norm.gamma + 1)
         dynamic = torch.cat((connection.dynamic_alpha_fn, connection.dynamic_beta_fn[:, None]), dim=1)
-        self.dynamic = (gain[:, None] * dynamic).detach().to(dtype).t().contiguous()
+        self.dynamic = (gain[:, None] * dynamic).detach().float().t().contiguous()
         static = torch.cat((connection.static_alpha, connection.static_beta[:, None]), dim=1)
-        self.static = static.detach().to(dtype)
+        self.static = static.detach().float()
         num_streams = static.shape[0]
         scale = torch.stack((connection.dynamic_alpha_scale, connection.dynamic_beta_scale))
-        self.scale = scale.repeat_interleave(torch.tensor([num_streams + 1, 1], device=scale.device)).detach().to(dtype)
+        self.scale = scale.repeat_interleave(torch.tensor([num_streams + 1, 1], device=scale.device)).detach().float()
 
     def width(self, streams: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         norm = torch.linalg.vector_norm(streams, dim=-1, keepdim=True).clamp_min_(1e-12)
@@ -83,14 +88,14 @@ class HyperConnection:
         return torch.addcmul(streams, beta, output[:, None])
 
 
-def connection_of(block: nn.Module, *, dtype: torch.dtype) -> Residual | HyperConnection:
-    return HyperConnection(block, dtype=dtype) if hasattr(block, 'static_alpha') else Residual()
+def connection_of(block: nn.Module) -> Residual | HyperConnection:
+    return HyperConnection(block) if hasattr(block, 'static_alpha') else Residual()
 
 
 class Norm:
-    def __init__(self, norm: nn.Module, *, dtype: torch.dtype):
+    def __init__(self, norm: nn.Module):
         self.shape = tuple(norm.gamma.shape)
-        self.gamma, self.beta = norm.gamma.detach().to(dtype), norm.beta.detach().to(dtype)
+        self.gamma, self.beta = norm.gamma.detach().float(), norm.beta.detach().float()
 
     def __call__(self, x: Tensor) -> Tensor:
         return F.layer_norm(x, self.shape, self.gamma, self.beta)
@@ -98,9 +103,9 @@ class Norm:
 
 class FeedForward:
     def __init__(self, block: nn.Module, *, dtype: torch.dtype):
-        self.connection = connection_of(block, dtype=dtype)
+        self.connection = connection_of(block)
         norm, to_hidden, _, hidden_norm, _, to_out = block.branch
-        self.norm, self.hidden_norm = Norm(norm, dtype=dtype), Norm(hidden_norm, dtype=dtype)
+        self.norm, self.hidden_norm = Norm(norm), Norm(hidden_norm)
         self.to_hidden, self.to_out = Product(to_hidden.weight, dtype=dtype), Product(to_out.weight, dtype=dtype)
 
     def __call__(self, streams: Tensor) -> Tensor:
@@ -113,49 +118,53 @@ class Attention:
     """Multi-query attention: h query heads, one head of keys and values. Keys and values come from the raw input."""
 
     def __init__(self, block: nn.Module, *, dtype: torch.dtype):
-        self.connection = connection_of(block, dtype=dtype)
+        self.connection = connection_of(block)
         branch = block.branch
         self.heads = branch.heads
         self.dim_head = branch.to_kv.out_features // 2
-        self.norm = Norm(branch.norm, dtype=dtype)
+        self.norm = Norm(branch.norm)
         has_context_norm = hasattr(branch.context_norm, 'gamma')
-        self.context_norm = Norm(branch.context_norm, dtype=dtype) if has_context_norm else None
+        self.context_norm = Norm(branch.context_norm) if has_context_norm else None
         self.to_q = Product(branch.to_q.weight * self.dim_head**-0.5, dtype=dtype)
         self.to_kv = Product(branch.to_kv.weight, dtype=dtype)
         self.to_out = Product(branch.to_out[0].weight, dtype=dtype)
         self.null_kv = None
         if branch.num_null_kv > 0:
-            self.null_kv = torch.cat(tuple(branch.null_kv.detach()), dim=-1).to(dtype)  # (n, 2 d)
+            self.null_kv = branch.null_kv.detach().float()  # (2, n, d)
 
-    def keys_and_values(self, context: Tensor, first_values: Tensor | None, *, norm: bool) -> tuple[Tensor, Tensor]:
-        """Of a conditioning (b, n, d) → (b, n, 2 d), and its values before those of the first layer are mixed in."""
-        kv = self.to_kv(self.context_norm(context) if norm else context)
-        values = kv[..., self.dim_head :].clone()
-        if first_values is not None:
-            kv[..., self.dim_head :].lerp_(first_values, 0.5)
-        return kv, values
+    def keys_and_values(self, x: Tensor, first_values: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Keys, values and the values before those of the first layer are mixed in, each (b, n, d), of (b, n, d)."""
+        k, v = self.to_kv(x).chunk(2, dim=-1)
+        return k, v if first_values is None else torch.lerp(v, first_values, 0.5), v
 
-    def attend(self, x: Tensor, kv: Tensor, bias: Tensor) -> Tensor:
-        """x (b·m, d), kv (b, n, 2 d), bias (1 or b, 1 or m·h, n) → (b·m, d)."""
-        batch, num_keys, _ = kv.shape
+    def attend(self, x: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+        """x (b·m, d), k (b, d, n), v (b, n, d), bias (1 or b, 1 or m·h, n) → (b·m, d)."""
+        batch, num_keys, _ = v.shape
         q = self.to_q(self.norm(x)).view(batch, -1, self.dim_head)  # (b, m·h, d)
-        k, v = kv[..., : self.dim_head], kv[..., self.dim_head :]
-        scores = torch.baddbmm(bias.expand(batch, q.shape[1], num_keys), q, k.transpose(1, 2))
+        scores = torch.baddbmm(bias.expand(batch, q.shape[1], num_keys), q, k)
         return self.to_out(torch.bmm(scores.softmax(dim=-1), v).view(x.shape[0], -1))
+
+
+def additive(visible: Tensor) -> Tensor:
+    """(b, n) bool → (b, 1, n), 0 for the keys that may be seen and MASKED for the others."""
+    return torch.zeros(visible.shape, device=visible.device).masked_fill(~visible, MASKED)[:, None]
 
 
 @dataclass
 class Cache:
-    """Keys and values of one generation, for all the tokens it can ever have.
+    """Keys and values of one generation, for all the tokens it can ever have, float32.
 
-    kv: (b, prefix + capacity, 2 d) a layer, the conditioning's keys (`prefix` of them) first
+    k: (b, d, prefix + capacity), v: (b, prefix + capacity, d), a layer; `prefix` keys of the conditioning first
     mask: (b, 1, prefix + capacity), 0 or MASKED, or None if every row sees every key
-    cross_kv: (b, n + 1, 2 d) a layer; cross_bias: (b, 1, n + 1) or (1, 1, 1). Empty without cross-attention.
+    cross_k, cross_v: the same of the conditioning, a layer; empty without cross-attention
+    cross_bias: (b, 1, n) or (1, 1, 1)
     """
 
-    kv: list[Tensor]
+    k: list[Tensor]
+    v: list[Tensor]
     mask: Tensor | None
-    cross_kv: list[Tensor]
+    cross_k: list[Tensor]
+    cross_v: list[Tensor]
     cross_bias: Tensor
     prefix: int
     length: int = 0
@@ -164,17 +173,17 @@ class Cache:
 class CachedTransformer:
     """`Transformer` of audiolm-pytorch, any options, computed exactly as its uncached forward in evaluation mode.
 
-    Holds its own copy of the weights, cast to `dtype` and laid out for decoding: build a new one after training on.
+    Holds its own copy of the weights, the matrices cast to `dtype` and laid out for decoding; everything else is
+    float32.
     """
 
     def __init__(self, transformer: nn.Module, *, dtype: torch.dtype):
-        self.dtype = dtype
         self.is_prefix = transformer.cond_as_self_attn_prefix
         self.mixes_values = transformer.add_value_residual
         self.attentions = [Attention(layer[0], dtype=dtype) for layer in transformer.layers]
         self.crosses = [Attention(layer[1], dtype=dtype) for layer in transformer.layers if layer[1] is not None]
         self.feedforwards = [FeedForward(layer[2], dtype=dtype) for layer in transformer.layers]
-        self.norm = Norm(transformer.norm, dtype=dtype)
+        self.norm = Norm(transformer.norm)
         self.heads, self.dim_head = self.attentions[0].heads, self.attentions[0].dim_head
         connection = self.attentions[0].connection
         self.num_streams = connection.static.shape[0] if isinstance(connection, HyperConnection) else 1
@@ -202,55 +211,46 @@ class CachedTransformer:
         key_mask: (b, k) bool, True where one of the first k tokens may be seen; those after them always may
         context: (b, n, d), already projected to the transformer's width; context_mask: (b, n) bool
         """
-        prefix_kv = self._prefix(batch, context)
-        prefix = prefix_kv[0].shape[1] if prefix_kv else 0
-        shape = (batch, prefix + capacity, 2 * self.dim_head)
-        kv = [torch.zeros(shape, dtype=self.dtype, device=device) for _ in self.attentions]
-        for own, given in zip(kv, prefix_kv):
-            own[:, :prefix] = given
+        prefix_k, prefix_v = self._given(self.attentions, batch, context if self.is_prefix else None)
+        prefix = prefix_v[0].shape[1]
+        k, v = [], []
+        for given_k, given_v in zip(prefix_k, prefix_v):
+            k.append(F.pad(given_k, (0, capacity)))
+            v.append(F.pad(given_v, (0, 0, 0, capacity)))
 
         visible = torch.ones(batch, prefix + capacity, dtype=torch.bool, device=device)
         if key_mask is not None:
             visible[:, prefix : prefix + key_mask.shape[1]] = key_mask
         if self.is_prefix and context_mask is not None:
             visible[:, prefix - context_mask.shape[1] : prefix] = context_mask
-        mask = None if visible.all() else self._additive(visible)
+        mask = None if visible.all() else additive(visible)
 
-        cross_kv, cross_bias = [], torch.zeros(1, 1, 1, dtype=self.dtype, device=device)
-        if self.crosses:
-            cross_kv = self._cross(batch, context)
-            if context_mask is not None and not context_mask.all():
-                cross_bias = self._additive(F.pad(context_mask, (self.crosses[0].null_kv.shape[0], 0), value=True))
-        return Cache(kv, mask, cross_kv, cross_bias, prefix)
+        cross_k, cross_v = self._given(self.crosses, batch, context)
+        cross_bias = torch.zeros(1, 1, 1, device=device)
+        if self.crosses and context_mask is not None and not context_mask.all():
+            num_null = cross_v[0].shape[1] - context_mask.shape[1]
+            cross_bias = additive(F.pad(context_mask, (num_null, 0), value=True))
+        return Cache(k, v, mask, cross_k, cross_v, cross_bias, prefix)
 
-    def _additive(self, visible: Tensor) -> Tensor:
-        return torch.zeros(visible.shape, dtype=self.dtype, device=visible.device).masked_fill(~visible, MASKED)[
-            :, None
-        ]
-
-    def _prefix(self, batch: int, context: Tensor | None) -> list[Tensor]:
-        """Keys and values in front of the tokens' own, a layer: null ones and the conditioning, if there are any."""
-        parts, first_values = [], None
-        for attention in self.attentions:
-            kv = [] if attention.null_kv is None else [attention.null_kv.expand(batch, -1, -1)]
-            if self.is_prefix:
-                given, values = attention.keys_and_values(context, first_values, norm=False)
-                kv.append(given)
-                first_values = self._first(first_values, values)
-            if kv:
-                parts.append(torch.cat(kv, dim=1))
-        return parts
-
-    def _cross(self, batch: int, context: Tensor) -> list[Tensor]:
-        parts, first_values = [], None
-        for cross in self.crosses:
-            kv, values = cross.keys_and_values(context, first_values, norm=True)
-            parts.append(torch.cat((cross.null_kv.expand(batch, -1, -1), kv), dim=1))
-            first_values = self._first(first_values, values)
-        return parts
-
-    def _first(self, first: Tensor | None, values: Tensor) -> Tensor | None:
-        return (values if first is None else first) if self.mixes_values else None
+    def _given(
+        self, attentions: list[Attention], batch: int, context: Tensor | None
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Keys (b, d, n) and values (b, n, d) that are there before any token, a layer: null ones, conditioning."""
+        keys, values, first_values = [], [], None
+        for attention in attentions:
+            k = v = self.norm.gamma.new_zeros(batch, 0, self.dim_head)
+            if attention.null_kv is not None:
+                k, v = (null.expand(batch, -1, -1) for null in attention.null_kv)
+            if context is not None:
+                # a prefix is read as it is, like tokens are
+                normed = context if self.is_prefix else attention.context_norm(context)
+                given_k, given_v, own_values = attention.keys_and_values(normed, first_values)
+                if self.mixes_values and first_values is None:
+                    first_values = own_values
+                k, v = torch.cat((k, given_k), dim=1), torch.cat((v, given_v), dim=1)
+            keys.append(k.transpose(1, 2).contiguous())
+            values.append(v.contiguous())
+        return keys, values
 
     def extend(self, x: Tensor, bias: Tensor, cache: Cache) -> Tensor:
         """The features of new tokens, whose keys and values go into the cache.
@@ -271,19 +271,20 @@ class CachedTransformer:
         first_values = None
         for layer, (attention, feedforward) in enumerate(zip(self.attentions, self.feedforwards)):
             x, kept = attention.connection.width(streams)
-            new = attention.to_kv(x).view(batch, num_new, -1)
-            seen = cache.kv[layer][:, :stop]
-            seen[:, start:] = new
-            if first_values is not None:
-                seen[:, start:, self.dim_head :].lerp_(first_values, 0.5)
-            elif self.mixes_values:
-                first_values = new[..., self.dim_head :]
-            streams = attention.connection.depth(attention.attend(x, seen, bias), kept)
+            k, v, own_values = attention.keys_and_values(x.view(batch, num_new, dim), first_values)
+            if self.mixes_values and first_values is None:
+                first_values = own_values
+            seen_k, seen_v = cache.k[layer][:, :, :stop], cache.v[layer][:, :stop]
+            seen_k[:, :, start:] = k.transpose(1, 2)
+            seen_v[:, start:] = v
+            streams = attention.connection.depth(attention.attend(x, seen_k, seen_v, bias), kept)
 
             if self.crosses:
                 cross = self.crosses[layer]
                 x, kept = cross.connection.width(streams)
-                streams = cross.connection.depth(cross.attend(x, cache.cross_kv[layer], cache.cross_bias), kept)
+                streams = cross.connection.depth(
+                    cross.attend(x, cache.cross_k[layer], cache.cross_v[layer], cache.cross_bias), kept
+                )
 
             streams = feedforward(streams)
 

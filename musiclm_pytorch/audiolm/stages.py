@@ -63,7 +63,7 @@ class Session:
 
     def logits(self) -> Tensor:
         """(b, c) float32 for the next token."""
-        logits = self.decoder.head(self.features, self.index).float()
+        logits = self.decoder.head(self.features, self.index)
         if self.is_guided:
             with_condition, without = logits.chunk(2)
             logits = without + (with_condition - without) * self.cond_scale
@@ -81,7 +81,7 @@ class Session:
 
     def _bias_rows(self, start: int, stop: int) -> Tensor:
         network = self.decoder.network
-        return self.bias.rows(start, stop, heads=network.heads, prefix=self.cache.prefix).to(network.dtype)
+        return self.bias.rows(start, stop, heads=network.heads, prefix=self.cache.prefix)
 
     def _extend(self, embeds: Tensor, bias: Tensor) -> None:
         if self.is_guided:
@@ -92,7 +92,7 @@ class Session:
 class Decoder:
     """Weights of a stage, copied and laid out for decoding: after training on, build a new one.
 
-    dtype: float32 to decode exactly what the stage itself computes, bfloat16 for speed; None keeps that of the stage
+    dtype: of the weight matrices; float32 decodes exactly what the stage computes, bfloat16 faster, None as they are
 
     Raises ValueError for a transformer whose uncached forward sees no sensible context.
     """
@@ -128,7 +128,7 @@ class Decoder:
         """The context (b, n, d) of the transformer and its mask; zeros for the rows without conditioning."""
         if text_embeds is None:
             return None, None
-        context = self.transformer.proj_text_embed(text_embeds).to(self.dtype)
+        context = self.transformer.proj_text_embed(text_embeds).float()
         mask = (text_embeds != 0).any(dim=-1) if self.masks_empty_conditioning else None
         if is_guided:
             context = torch.cat((context, torch.zeros_like(context)))
@@ -172,7 +172,7 @@ class SemanticDecoder(Decoder):
         self.codebook_size = transformer.num_semantic_tokens
 
     def embed(self, tokens: Tensor, index: int) -> Tensor:
-        return self.transformer.semantic_embedding(tokens).to(self.dtype)
+        return self.transformer.semantic_embedding(tokens).float()
 
     @torch.inference_mode()
     def begin(
@@ -188,7 +188,7 @@ class SemanticDecoder(Decoder):
         key_mask = torch.arange(embeds.shape[1], device=prime.device) >= first[:, None]
         return Session(
             self,
-            embeds.to(self.dtype),
+            embeds.float(),
             bias=semantic_bias(self.transformer, 1 + max_tokens),
             num_known=prime.shape[1],
             max_tokens=max_tokens,
@@ -213,7 +213,7 @@ class CoarseDecoder(Decoder):
         self.num_quantizers = transformer.num_coarse_quantizers
 
     def embed(self, tokens: Tensor, index: int) -> Tensor:
-        return self._embed(tokens, index % self.num_quantizers).to(self.dtype)
+        return self._embed(tokens, index % self.num_quantizers).float()
 
     def _embed(self, tokens: Tensor, quantizer: int | Tensor) -> Tensor:
         transformer = self.transformer
@@ -244,7 +244,7 @@ class CoarseDecoder(Decoder):
         num_semantic = semantic_ids.shape[1]
         return Session(
             self,
-            prompt.to(self.dtype),
+            prompt.float(),
             bias=coarse_bias(transformer, num_semantic, 2 + num_semantic + max_tokens),
             num_known=prime.shape[1] * self.num_quantizers,
             max_tokens=max_tokens,
@@ -266,7 +266,7 @@ class FineDecoder(Decoder):
         self.num_quantizers = transformer.num_fine_quantizers
 
     def embed(self, tokens: Tensor, index: int) -> Tensor:
-        return self._embed(tokens, index % self.num_quantizers).to(self.dtype)
+        return self._embed(tokens, index % self.num_quantizers).float()
 
     def _embed(self, tokens: Tensor, quantizer: int | Tensor) -> Tensor:
         embeds = self.transformer.fine_embedding(tokens + quantizer * self.codebook_size)
@@ -296,7 +296,7 @@ class FineDecoder(Decoder):
         prompt = torch.cat((starts[0], coarse, starts[1], fine), dim=1)
         return Session(
             self,
-            prompt.to(self.dtype),
+            prompt.float(),
             bias=fine_bias(transformer, num_frames),
             num_known=prime.shape[1] * self.num_quantizers,
             max_tokens=(num_frames if max_frames is None else max_frames) * self.num_quantizers,
