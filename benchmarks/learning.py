@@ -233,7 +233,8 @@ def train(side: str, args: argparse.Namespace) -> dict:
         times.append(seconds)
         if step in look_at:
             # looking draws nothing, and training goes on in training mode
-            point = dict(pairs=step * args.batch_size, seconds=sum(times), loss=loss, **recall(mulan, held_out))
+            point = dict(pairs=step * args.batch_size, seconds=sum(times), loss=loss)
+            point |= dict(**recall(mulan, held_out), zero_shot=zero_shot(mulan, held_out))
             curve.append(point)
             mulan.train()
             print(json.dumps(dict(side=side, lr=args.lr, **point)), file=sys.stderr, flush=True)
@@ -256,8 +257,6 @@ def train(side: str, args: argparse.Namespace) -> dict:
             trainer.train(num_train_steps=steps, with_validation=False, log_fn=log_fn)
     found = dict(side=side, lr=args.lr, pairs=args.use, seconds=sum(times), step_seconds=statistics.median(times))
     found |= dict(clips_a_second=args.batch_size / found['step_seconds'], curve=curve)
-    if args.looks:
-        found['zero_shot'] = zero_shot(mulan, held_out)
     if args.save and side == 'ours':
         mulan.save_pretrained(args.save)
     return found
@@ -302,7 +301,7 @@ def show(runs: list[dict]) -> None:
     print('\n| | ' + ' | '.join(names) + ' |\n|' + '---|' * (len(names) + 1))
     for found in runs:
         last = found['curve'][-1]
-        shares = [last['text_to_audio'], last['audio_to_text'], *found['zero_shot'].values()]
+        shares = [last['text_to_audio'], last['audio_to_text'], *last['zero_shot'].values()]
         cells = [f'{share:.1%}' for share in shares] + [f'{found["clips_a_second"]:.0f}', f'{found["lr"]:g}']
         print(f'| {found["side"]} | ' + ' | '.join(cells) + ' |')
 

@@ -19,6 +19,7 @@ _HOMES = {
         'SoftmaxContrastiveLearning',
     ],
     'musiclm_pytorch.mulan.model': ['MuLaN'],
+    'musiclm_pytorch.musiclm': ['MusicLM'],
     'musiclm_pytorch.quantizer': ['MuLaNEmbedQuantizer'],
     'musiclm_pytorch.trainer.mulan': ['MuLaNTrainer'],
     'musiclm_pytorch.mulan.recipes': [

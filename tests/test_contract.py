@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import test_musiclm as parts
 import torch
 from conftest import tiny_mulan
 
@@ -30,6 +31,13 @@ def test_quantizer():
     with pytest.warns(UserWarning, match='call quantizer.fit'):
         names = run('01_quantizer.py', mulan=mulan, torch=torch)
     assert names['conds'].shape == (2, 8, 1024)
+
+
+@pytest.mark.slow
+def test_musiclm():
+    quantizer = parts.build_quantizer()
+    names = run('03_musiclm.py', audio_lm=parts.build_audio_lm(), quantizer=quantizer)
+    assert names['music'].shape == (1, 10 * parts.RATE)
 
 
 SEMANTIC = """

@@ -1,0 +1,427 @@
+"""Text to music: MuLaN's conditioning, AudioLM's three stages, and a choice by MuLaN among what they make."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import warnings
+from collections.abc import Sequence
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from einops import einsum, rearrange, reduce, repeat
+from torch import Tensor, nn
+
+from musiclm_pytorch.audiolm.bridge import AudioLM
+from musiclm_pytorch.audiolm.decoding import generate_coarse, generate_fine, generate_semantic
+from musiclm_pytorch.audiolm.sampling import Progress, Sampling
+from musiclm_pytorch.checks import check_finite, check_positive, check_sample_rate, typechecked
+from musiclm_pytorch.data.audio import AudioFile, resample
+from musiclm_pytorch.mulan.layers import l2norm
+from musiclm_pytorch.mulan.model import evaluating
+from musiclm_pytorch.quantizer import MuLaNEmbedQuantizer
+
+STAGES = ('semantic', 'coarse', 'fine')
+SHORTEST_DECODED = 32  # frames
+RANKING_WINDOW = 10.0  # seconds that MuLaN hears at once (MusicLM, section 3.2)
+
+Story = Sequence[tuple[float, str]]
+PerStage = float | Sequence[float]
+CountPerStage = int | Sequence[int | None] | None
+
+
+class Music(NamedTuple):
+    """What `MusicLM` gives with `return_scores`.
+
+    waves: `(prompts, samples)`, the best of each prompt, or `(prompts, num_samples, samples)` with `return_all`
+    scores: `(prompts, num_samples)`, cosine of each sample with its prompt in MuLaN's space
+    """
+
+    waves: Tensor
+    scores: Tensor
+
+
+class MusicLM(nn.Module):
+    """Text to music (arXiv 2301.11325).
+
+        musiclm = MusicLM(audio_lm, mulan_embed_quantizer)
+        music = musiclm('the crystalline sounds of the piano in a ballroom', num_samples=4)  # (1, samples)
+
+    Args:
+        audio_lm: an `AudioLM` of audiolm-pytorch, whose stages were built with `audio_text_condition = True`.
+        mulan_embed_quantizer: fitted, with a namespace for each stage that is conditioned.
+        windows: seconds that each stage sees at once, those of its training crops. Longer music continues the first two
+            with half a window of overlap; the fine stage's windows are independent.
+
+    Raises:
+        ValueError: parts that do not fit each other.
+    """
+
+    @typechecked
+    def __init__(
+        self,
+        audio_lm: AudioLM,
+        mulan_embed_quantizer: MuLaNEmbedQuantizer,
+        windows: tuple[float, float, float] = (30.0, 10.0, 3.0),
+    ):
+        super().__init__()
+        check_positive(**{f'the window of the {name} stage': it for name, it in zip(STAGES, windows)})
+        if audio_lm.audio_conditioner is not None:
+            raise ValueError(
+                'build AudioLM without audio_conditioner: MusicLM conditions each stage itself, by its own namespace'
+            )
+        self.audio_lm = audio_lm
+        self.mulan_embed_quantizer = mulan_embed_quantizer
+        self.windows = windows
+        self.stages = {name: getattr(audio_lm, name).transformer for name in STAGES}
+        self._check_parts()
+
+    def _check_parts(self) -> None:
+        quantizer = self.mulan_embed_quantizer
+        conditioned = [name for name in STAGES if self.stages[name].has_condition]
+        if not conditioned:
+            raise ValueError(
+                'no stage takes conditioning, so the text would change nothing; build the transformers with '
+                'audio_text_condition = True'
+            )
+        for name in conditioned:
+            if name not in quantizer.namespaces:
+                raise ValueError(
+                    f'the quantizer has no namespace {name!r} for the {name} stage, only '
+                    f'{", ".join(map(repr, quantizer.namespaces))}'
+                )
+            given, wanted = quantizer.cond_embeddings[name].shape[-1], conditioning_dim(self.stages[name])
+            if given != wanted:
+                raise ValueError(
+                    f'the {name} stage takes conditioning of width {wanted}, but the quantizer gives {given}; set its '
+                    'conditioning_dims'
+                )
+        if self.codec_codebook_size is not None and self.codec_codebook_size != self.stages['coarse'].codebook_size:
+            raise ValueError(
+                f'the codec has {self.codec_codebook_size} codes a codebook, but the stages '
+                f'{self.stages["coarse"].codebook_size}'
+            )
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.audio_lm.parameters()).device
+
+    @property
+    def codec(self) -> nn.Module:
+        return self.audio_lm.fine.codec
+
+    @property
+    def codec_codebook_size(self) -> int | None:
+        return getattr(self.codec, 'codebook_size', None)
+
+    @property
+    def tokenizer(self) -> nn.Module:
+        """What makes semantic tokens of waves; its rate is needed even where none are made."""
+        tokenizer = self.audio_lm.semantic.wav2vec
+        if tokenizer is None:
+            raise ValueError('this AudioLM was built without wav2vec, whose rate tells how many tokens a second has')
+        return tokenizer
+
+    @property
+    def sample_rate(self) -> int:
+        """Of the music, in Hz."""
+        return self.codec.target_sample_hz
+
+    @property
+    def frame_rate(self) -> Fraction:
+        """Frames of the codec a second."""
+        return Fraction(self.codec.target_sample_hz, self.codec.downsample_factor)
+
+    @property
+    def semantic_rate(self) -> Fraction:
+        """Semantic tokens a second."""
+        return Fraction(self.tokenizer.target_sample_hz, self.tokenizer.downsample_factor)
+
+    @typechecked
+    @torch.no_grad()
+    def forward(
+        self,
+        text: str | Sequence[str] | Story,
+        num_samples: int = 1,
+        *,
+        seconds: float | None = None,
+        max_length: int | None = None,
+        temperature: PerStage = (1.0, 0.95, 0.4),
+        top_k: CountPerStage = None,
+        top_p: PerStage | None = None,
+        cond_scale: PerStage = 3.0,
+        prime_wave: Tensor | None = None,
+        prime_wave_input_sample_hz: int | None = None,
+        prime_wave_path: str | Path | None = None,
+        seed: int | None = None,
+        max_batch: int | None = None,
+        return_all: bool = False,
+        return_scores: bool = False,
+        progress: Progress = False,
+    ) -> Tensor | Music:
+        """Music for one prompt, for several, or for a story.
+
+        Args:
+            text: a prompt; or several; or a story, one piece whose prompt changes, as pairs of (seconds, prompt).
+            num_samples: pieces made for each prompt, all at once, of which MuLaN chooses.
+            seconds: length of the music, the prime included; 10 by default, for a story the sum of its parts.
+            max_length: the same in semantic tokens, as `AudioLM` takes it.
+            temperature, top_k, top_p, cond_scale: of all stages, or three for semantic, coarse and fine; see
+                `audiolm.sampling.Sampling`. The temperatures are MusicLM's.
+            prime_wave, prime_wave_input_sample_hz: music to go on from, `(samples,)` or `(channels, samples)`, and its
+                rate in Hz; or
+            prime_wave_path: the file that it is in.
+            seed: the same pieces again; also independent of `max_batch`.
+            max_batch: pieces made at a time, for less memory; all by default.
+            return_all: all pieces of each prompt instead of the best.
+            return_scores: the scores by which MuLaN chose, too.
+            progress: a bar a stage, or a function of (steps, steps in all).
+
+        Returns:
+            `(prompts, samples)` float32 at `sample_rate`, the piece of each prompt that MuLaN finds nearest to it; with
+            `return_all`, `(prompts, num_samples, samples)`; with `return_scores`, a `Music`.
+
+        Raises:
+            ValueError: an empty prompt, a length that is not positive or no longer than the prime, an unfitted
+                quantizer, a prime without a rate.
+        """
+        check_positive(num_samples=num_samples, seconds=seconds, max_length=max_length, max_batch=max_batch)
+        if not self.mulan_embed_quantizer.is_fitted:
+            raise ValueError('the quantizer has no codebooks yet; call mulan_embed_quantizer.fit(dataset) first')
+        prompts, story = self._read_prompts(text)
+        seconds = self._read_seconds(seconds, max_length, story)
+        samplings = self._read_sampling(temperature, top_k, top_p, cond_scale)
+        prime = self._read_prime(prime_wave, prime_wave_input_sample_hz, prime_wave_path, seconds)
+
+        with evaluating(self):
+            indices = self.mulan_embed_quantizer.indices(raw_texts=prompts)  # a row a prompt, or a part of the story
+            pieces = 1 if story else len(prompts)
+            total = pieces * num_samples
+            seed = torch.seed() if seed is None else seed
+            # one a piece, so that a piece does not depend on those made beside it
+            generators = [torch.Generator(self.device).manual_seed((seed + i) % 2**63) for i in range(total)]
+            waves = []
+            for start in range(0, total, max_batch or total):
+                rows = range(start, min(start + (max_batch or total), total))
+                if story:
+                    ends = itertools.accumulate(length for length, _ in story)
+                    parts = [Part(end, repeat(row, 'q -> b q', b=len(rows))) for end, row in zip(ends, indices)]
+                else:
+                    parts = [Part(seconds, indices[[row // num_samples for row in rows]])]
+                codes = self._generate(parts, samplings, prime, [generators[row] for row in rows], progress)
+                waves.append(self._decode(codes, seconds))
+            waves = rearrange(torch.cat(waves), '(p s) n -> p s n', s=num_samples)
+            scores = None
+            if return_scores or (num_samples > 1 and not return_all):
+                scores = self._score(waves, prompts, story)
+        if not return_all:
+            waves = waves[:, 0] if num_samples == 1 else waves[torch.arange(pieces), scores.argmax(dim=1)]
+        return Music(waves, scores) if return_scores else waves
+
+    # generation
+
+    def _generate(
+        self,
+        parts: list[Part],
+        samplings: list[Sampling],
+        prime: Tensor | None,
+        generators: list[torch.Generator],
+        progress: Progress,
+    ) -> Tensor:
+        """Codes of all levels, `(b, t, q)`. Each part goes on from what there is, under a conditioning of its own."""
+        semantic, coarse, fine = self._encode_prime(prime, len(generators))
+        fine_known = fine.shape[1]
+        unique_consecutive = self.audio_lm.semantic.unique_consecutive
+        shared = dict(generator=generators, progress=progress)
+
+        for end, indices in parts:
+            length, window = math.ceil(end * self.semantic_rate), round(self.windows[0] * self.semantic_rate)
+            if length > semantic.shape[1]:
+                semantic = generate_semantic(
+                    self.stages['semantic'],
+                    max_length=length,
+                    min_length=length,
+                    text_embeds=self._conditioning('semantic', indices),
+                    prime=semantic,
+                    sampling=samplings[0],
+                    window=window if length > window else None,
+                    overlap=window // 2,
+                    **shared,
+                ).tokens
+
+        for end, indices in parts:
+            length, window = math.ceil(end * self.frame_rate), round(self.windows[1] * self.frame_rate)
+            # without repetitions, no one knows which tokens belong to a window
+            has_windows = length > window and not unique_consecutive
+            if length > coarse.shape[1]:
+                coarse = generate_coarse(
+                    self.stages['coarse'],
+                    semantic,
+                    max_length=length,
+                    min_length=length,
+                    text_embeds=self._conditioning('coarse', indices),
+                    prime=coarse,
+                    sampling=samplings[1],
+                    unique_consecutive=unique_consecutive,
+                    window=window if has_windows else None,
+                    overlap=window // 2,
+                    semantic_per_frame=self.semantic_rate / self.frame_rate,
+                    **shared,
+                ).tokens
+
+        made = []
+        begin = 0
+        for end, indices in parts:
+            stop = math.ceil(end * self.frame_rate)
+            made.append(
+                generate_fine(
+                    self.stages['fine'],
+                    coarse[:, begin:stop],
+                    text_embeds=self._conditioning('fine', indices),
+                    prime=fine[:, min(begin, fine_known) : min(stop, fine_known)],
+                    sampling=samplings[2],
+                    window=round(self.windows[2] * self.frame_rate),
+                    **shared,
+                ).tokens
+            )
+            begin = stop
+        return torch.cat((coarse, torch.cat(made, dim=1)), dim=-1)
+
+    def _conditioning(self, name: str, indices: Tensor) -> Tensor | None:
+        return self.mulan_embed_quantizer.embed(indices, name) if self.stages[name].has_condition else None
+
+    def _encode_prime(self, prime: Tensor | None, batch: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Semantic tokens `(b, n)`, coarse and fine codes `(b, t, q)` of a wave `(1, samples)` at `sample_rate`."""
+        coarse_levels = self.stages['coarse'].num_coarse_quantizers
+        levels = coarse_levels + self.stages['fine'].num_fine_quantizers
+        semantic = torch.zeros(1, 0, dtype=torch.long, device=self.device)
+        codes = torch.zeros(1, 0, levels, dtype=torch.long, device=self.device)
+        if prime is not None:
+            wave = resample(prime, self.sample_rate, self.tokenizer.target_sample_hz)
+            semantic = rearrange(self.tokenizer(wave, flatten=False), 'b ... -> b (...)')
+            if self.audio_lm.semantic.unique_consecutive:
+                semantic = torch.unique_consecutive(semantic, dim=1)
+            _, codes, _ = self.codec(prime, return_encoded=True)
+        semantic, codes = repeat(semantic, '1 n -> b n', b=batch), repeat(codes, '1 t q -> b t q', b=batch)
+        return semantic.clone(), codes[..., :coarse_levels].clone(), codes[..., coarse_levels:].clone()
+
+    def _decode(self, codes: Tensor, seconds: float) -> Tensor:
+        """Waves `(b, samples)` of codes."""
+        # the convolutions of a codec reflect what they are given, and need something to reflect
+        spare = max(0, SHORTEST_DECODED - codes.shape[1])
+        codes = torch.cat((codes, codes[:, -1:].expand(-1, spare, -1)), dim=1)
+        waves = rearrange(self.codec.decode_from_codebook_indices(codes), 'b 1 n -> b n').float()
+        return waves[:, : round(seconds * self.sample_rate)]
+
+    def _score(self, waves: Tensor, prompts: list[str], story: Story | None) -> Tensor:
+        """Cosine of each wave of `(p, s, n)` with its prompt, or with the mean of a story's, `(p, s)`."""
+        mulan = self.mulan_embed_quantizer.mulan
+        text = mulan.get_text_latents(raw_texts=prompts)
+        if story:
+            shares = torch.tensor([length for length, _ in story], device=text.device)
+            text = l2norm((text * shares[:, None]).sum(dim=0, keepdim=True))
+        flat = rearrange(waves, 'p s n -> (p s) n')
+        if mulan.sample_rate is None:
+            warnings.warn(
+                f'MuLaN does not know its sample rate and hears the music at {self.sample_rate} Hz; build its audio '
+                'tower with audio_sample_rate',
+                stacklevel=3,
+            )
+            audio = mulan.get_audio_latents(flat)
+        elif flat.shape[-1] > RANKING_WINDOW * self.sample_rate:
+            audio = mulan.embed_audio(flat, window=RANKING_WINDOW, sample_rate=self.sample_rate)
+        else:
+            audio = mulan.get_audio_latents(flat, sample_rate=self.sample_rate)
+        audio = rearrange(audio, '(p s) d -> p s d', s=waves.shape[1])
+        return einsum(audio, text, 'p s d, p d -> p s')
+
+    # arguments
+
+    def _read_prompts(self, text: str | Sequence[str] | Story) -> tuple[list[str], Story | None]:
+        """The prompts, and the story if it is one."""
+        items = [text] if isinstance(text, str) else list(text)
+        if not items:
+            raise ValueError('text is an empty list; pass at least one prompt')
+        is_story = not isinstance(items[0], str)
+        prompts = [prompt for _, prompt in items] if is_story else items
+        for prompt in prompts:
+            if not prompt.strip():
+                raise ValueError(f'a prompt must say something, got {prompt!r}')
+        if not is_story:
+            return prompts, None
+        for length, prompt in items:
+            check_positive(**{f'the length of {prompt!r} in seconds': length})
+        return prompts, items
+
+    def _read_seconds(self, seconds: float | None, max_length: int | None, story: Story | None) -> float:
+        given = [name for name, it in dict(seconds=seconds, max_length=max_length).items() if it is not None]
+        if story:
+            if given:
+                raise ValueError(f'a story tells its length itself; leave out {given[0]}')
+            return float(sum(length for length, _ in story))
+        if len(given) == 2:
+            raise ValueError(f'pass seconds or max_length, got both: {seconds} and {max_length}')
+        if max_length is not None:
+            return float(max_length / self.semantic_rate)
+        return 10.0 if seconds is None else float(seconds)
+
+    def _read_sampling(self, temperature: Any, top_k: Any, top_p: Any, cond_scale: Any) -> list[Sampling]:
+        given = dict(temperature=temperature, top_k=top_k, top_p=top_p, cond_scale=cond_scale)
+        for name, value in given.items():
+            given[name] = tuple(value) if isinstance(value, Sequence) else (value,) * len(STAGES)
+            if len(given[name]) != len(STAGES):
+                raise ValueError(f'{name} must be one number or three, for {", ".join(STAGES)}, got {value}')
+        samplings = []
+        for i, name in enumerate(STAGES):
+            own = {key: values[i] for key, values in given.items()}
+            if not self.stages[name].has_condition:
+                own['cond_scale'] = 1.0
+            samplings.append(Sampling(**own))
+        return samplings
+
+    def _read_prime(
+        self, wave: Tensor | None, rate: int | None, path: str | Path | None, seconds: float
+    ) -> Tensor | None:
+        """The prime as `(1, samples)` at `sample_rate`, whole frames of the codec."""
+        if wave is None and path is None:
+            return None
+        if wave is not None and path is not None:
+            raise ValueError('pass prime_wave or prime_wave_path, not both')
+        if path is not None:
+            with AudioFile(path) as file:
+                wave, rate = file.read(0, len(file)), file.sample_rate
+        if rate is None:
+            raise ValueError('prime_wave needs its rate in Hz: pass prime_wave_input_sample_hz')
+        check_sample_rate(rate)
+        if wave.ndim not in (1, 2) or not wave.is_floating_point() or wave.shape[-1] == 0:
+            raise ValueError(
+                f'prime_wave must be floats of shape (samples,) or (channels, samples), got {wave.dtype} of shape '
+                f'{tuple(wave.shape)}'
+            )
+        wave = wave[None] if wave.ndim == 1 else reduce(wave, 'c n -> 1 n', 'mean')
+        check_finite(wave, 'prime_wave holds NaN or infinity')
+        if wave.shape[-1] / rate >= seconds:
+            raise ValueError(
+                f'the prime lasts {wave.shape[-1] / rate:.2f} s and the music {seconds:g} s, the prime included; ask '
+                'for more seconds'
+            )
+        wave = resample(wave.to(self.device), rate, self.sample_rate)
+        frames = wave.shape[-1] // self.codec.downsample_factor
+        return wave[:, : frames * self.codec.downsample_factor] if frames else None
+
+
+class Part(NamedTuple):
+    """A part of the music under one conditioning: where it ends, in seconds, and MuLaN's codes `(b, q)`."""
+
+    end: float
+    indices: Tensor
+
+
+def conditioning_dim(stage: nn.Module) -> int:
+    """Width of the conditioning that a stage of AudioLM was built for."""
+    projection = stage.proj_text_embed
+    if isinstance(projection, nn.Linear):
+        return projection.in_features
+    return stage.to_logits.in_features if hasattr(stage, 'to_logits') else stage.coarse_logit_weights.shape[-1]

@@ -1,0 +1,262 @@
+"""Text to music: lengths, seeds, choice by MuLaN, continuation, stories, and what goes wrong."""
+
+import pytest
+import soundfile
+import torch
+from conftest import tiny_mulan
+from torch import nn
+
+from musiclm_pytorch import MuLaNEmbedQuantizer, MusicLM
+from musiclm_pytorch.audiolm.bridge import (
+    AudioLM,
+    CoarseTransformer,
+    FineTransformer,
+    HubertWithKmeans,
+    SemanticTransformer,
+    SoundStream,
+)
+
+RATE, HOP, TOKEN_RATE = 1600, 32, 10  # Hz, samples a frame, semantic tokens a second
+
+
+ADJECTIVES, NOUNS = (
+    ('slow', 'a fast', 'one deep and', 'bright'),
+    ('flute', 'drums', 'cathedral organ', 'guitar, please'),
+)
+
+
+class Tokenizer(HubertWithKmeans):
+    """Semantic tokens that tell how loud a tenth of a second is: one k-means of one feature, made by hand."""
+
+    def __init__(self):
+        nn.Module.__init__(self)
+        self.target_sample_hz = 800
+        self.seq_len_multiple_of = None
+
+    codebook_size = 6
+    downsample_factor = 80
+
+    def forward(self, waves, flatten=True, input_sample_hz=None):
+        loudness = waves[:, : waves.shape[1] // 80 * 80].unflatten(1, (-1, 80)).abs().amax(dim=-1)
+        return (loudness * 6).long().clamp(max=5)
+
+
+def build_audio_lm(conditioned=('semantic', 'coarse', 'fine'), dim=16, unique_consecutive=False, **keywords):
+    torch.manual_seed(1)
+    shared = dict(dim=dim, depth=1, heads=2)
+    coarse = dict(codebook_size=8, num_coarse_quantizers=2)
+    codec = SoundStream(
+        channels=4, strides=(2, 4, 4), channel_mults=(1, 2, 2), codebook_dim=8, codebook_size=8, rq_num_quantizers=3,
+        target_sample_hz=RATE, attn_dim_head=4, attn_heads=1, use_local_attn=False,
+    )  # fmt: skip
+    for layer in codec.rq.rvqs[0].layers:
+        layer._codebook.initted.fill_(True)
+        layer._codebook.embed.normal_()
+    return AudioLM(
+        wav2vec=Tokenizer(),
+        codec=codec,
+        semantic_transformer=SemanticTransformer(
+            num_semantic_tokens=6, audio_text_condition='semantic' in conditioned, **shared
+        ),
+        coarse_transformer=CoarseTransformer(
+            num_semantic_tokens=6, audio_text_condition='coarse' in conditioned, **coarse, **shared
+        ),
+        fine_transformer=FineTransformer(
+            num_fine_quantizers=1, audio_text_condition='fine' in conditioned, **coarse, **shared
+        ),
+        unique_consecutive=unique_consecutive,
+        **keywords,
+    ).eval()
+
+
+def build_quantizer(fitted=True, **keywords):
+    mulan = tiny_mulan(
+        dict(depth=1, audio_sample_rate=800, spec_n_fft=64), dict(depth=1, num_tokens=49408, max_seq_len=64)
+    )
+    keywords = dict(conditioning_dims=(16, 16, 16), rq_num_quantizers=2, codebook_size=5) | keywords
+    quantizer = MuLaNEmbedQuantizer(mulan, **keywords)
+    # far larger than after initialisation, so that conditions make a difference in an untrained stage
+    for embedding in quantizer.parameters():
+        embedding.data.normal_()
+    if fitted:
+        prompts = [f'{adjective} {noun}' for adjective in ADJECTIVES for noun in NOUNS]
+        quantizer.fit(mulan.eval().get_text_latents(raw_texts=prompts))
+    return quantizer.eval()
+
+
+@pytest.fixture(scope='module')
+def musiclm():
+    torch.manual_seed(0)
+    return MusicLM(build_audio_lm(), build_quantizer())
+
+
+def test_one_prompt(musiclm):
+    music = musiclm('a slow flute', num_samples=3, seconds=0.5, seed=1)
+    assert music.shape == (1, RATE // 2)
+    assert music.dtype == torch.float32
+    assert music.isfinite().all()
+    assert music.std() > 0
+
+
+def test_the_best_is_what_mulan_finds_nearest(musiclm):
+    prompts = ['a slow flute', 'fast drums', 'an organ']
+    waves, scores = musiclm(prompts, num_samples=4, seconds=0.5, seed=1, return_all=True, return_scores=True)
+    assert waves.shape == (3, 4, 800)
+    assert scores.shape == (3, 4)
+    mulan = musiclm.mulan_embed_quantizer.mulan
+    for i, prompt in enumerate(prompts):
+        text = mulan.get_text_latents(raw_texts=[prompt])[0]
+        expected = mulan.get_audio_latents(waves[i], sample_rate=RATE) @ text
+        torch.testing.assert_close(scores[i], expected, atol=1e-5, rtol=0)
+    best = musiclm(prompts, num_samples=4, seconds=0.5, seed=1)
+    assert torch.equal(best, waves[torch.arange(3), scores.argmax(dim=1)])
+    assert len({wave.sum().item() for wave in waves[0]}) == 4
+
+
+def test_seeds_and_batches(musiclm):
+    keywords = dict(num_samples=3, seconds=0.4, return_all=True)
+    first = musiclm(['a', 'b'], seed=5, **keywords)
+    assert torch.equal(first, musiclm(['a', 'b'], seed=5, **keywords))
+    assert not torch.equal(first, musiclm(['a', 'b'], seed=6, **keywords))
+    torch.testing.assert_close(musiclm(['a', 'b'], seed=5, max_batch=2, **keywords), first, atol=1e-5, rtol=0)
+
+
+def test_each_stage_gets_its_own_namespace(musiclm):
+    codes = musiclm.mulan_embed_quantizer.indices(raw_texts=['a'])
+    asked = {}
+    handles = []
+    for name, stage in musiclm.stages.items():
+        hook = stage.proj_text_embed.register_forward_hook
+        handles.append(hook(lambda module, inputs, output, name=name: asked.setdefault(name, inputs[0])))
+    musiclm('a', seconds=0.2, seed=0)
+    for handle in handles:
+        handle.remove()
+    for name in musiclm.stages:
+        expected = musiclm.mulan_embed_quantizer.embed(codes, name)
+        assert any(torch.equal(row, expected[0]) for row in asked[name]), name
+
+
+def test_the_text_matters(musiclm):
+    keywords = dict(seconds=0.5, seed=3, temperature=0.0)
+    prompts = ['slow flute', 'a fast drums', 'one deep and cathedral organ', 'bright guitar, please']
+    codes = musiclm.mulan_embed_quantizer.indices(raw_texts=prompts)
+    waves = musiclm(prompts, **keywords)
+    assert len(codes.unique(dim=0)) > 1
+    assert len(waves.unique(dim=0)) > 1
+
+
+def test_longer_than_every_window():
+    torch.manual_seed(0)
+    musiclm = MusicLM(build_audio_lm(), build_quantizer(), windows=(1.0, 0.5, 0.2))
+    music = musiclm('a', seconds=2.3, seed=1)
+    assert music.shape == (1, round(2.3 * RATE))
+    assert music[:, -200:].std() > 0
+
+
+def test_without_repetitions_of_semantic_tokens():
+    torch.manual_seed(0)
+    musiclm = MusicLM(build_audio_lm(unique_consecutive=True), build_quantizer(), windows=(1.0, 0.5, 0.2))
+    assert musiclm('a', seconds=1.2, seed=1).shape == (1, round(1.2 * RATE))
+
+
+def test_goes_on_from_a_prime(musiclm, tmp_path):
+    time = torch.arange(800) / 1600
+    prime = 0.8 * torch.sin(2 * torch.pi * 200 * time)
+    whole = musiclm('a', 2, seconds=1.0, prime_wave=prime, prime_wave_input_sample_hz=RATE, seed=1, return_all=True)
+    assert whole.shape == (1, 2, RATE)
+    # the codes of the prime are kept, so both begin with what the codec makes of it
+    _, codes, _ = musiclm.codec(prime[None], return_encoded=True)
+    alone = musiclm.codec.decode_from_codebook_indices(codes)[0, 0]
+    torch.testing.assert_close(whole[0, 0, :700], alone[:700], atol=1e-4, rtol=1e-3)
+    torch.testing.assert_close(whole[0, 1, :700], alone[:700], atol=1e-4, rtol=1e-3)
+    assert not torch.equal(whole[0, 0], whole[0, 1])
+    # stereo at another rate, from a file
+    soundfile.write(tmp_path / 'prime.wav', torch.stack((prime, prime), dim=1).repeat_interleave(2, 0).numpy(), 3200)
+    assert musiclm('a', seconds=1.0, prime_wave_path=tmp_path / 'prime.wav').shape == (1, RATE)
+
+
+def test_a_story_follows_its_prompts(musiclm):
+    story = [(0.5, 'slow flute'), (0.75, 'a fast flute')]
+    music = musiclm(story, seed=2)
+    assert music.shape == (1, round(1.25 * RATE))
+    again = musiclm([(0.5, 'slow flute'), (0.75, 'bright guitar, please')], seed=2)
+    codes = musiclm.mulan_embed_quantizer.indices(raw_texts=['a fast flute', 'bright guitar, please'])
+    assert not torch.equal(codes[0], codes[1])
+    # the codec looks some frames ahead
+    torch.testing.assert_close(music[:, :500], again[:, :500], atol=1e-4, rtol=1e-3)
+    assert not torch.allclose(music[:, 900:], again[:, 900:])
+
+
+def test_a_stage_without_conditioning():
+    torch.manual_seed(0)
+    quantizer = build_quantizer(conditioning_dims=(16,), namespaces=('semantic',))
+    assert MusicLM(build_audio_lm(conditioned=('semantic',)), quantizer)('a', seconds=0.3).shape == (1, 480)
+
+
+def test_length_in_tokens_and_progress(musiclm):
+    steps = []
+    music = musiclm('a', max_length=4, progress=lambda done, total: steps.append((done, total)))
+    assert music.shape == (1, 4 * RATE // TOKEN_RATE)
+    assert steps[-1][0] == steps[-1][1]
+
+
+def test_modes_are_left_as_they_were(musiclm):
+    musiclm.train()
+    musiclm('a', seconds=0.2)
+    assert musiclm.audio_lm.semantic.training
+    musiclm.eval()
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'error', 'message'),
+    [
+        (dict(text=''), ValueError, "a prompt must say something, got ''"),
+        (dict(text=['a', '  ']), ValueError, 'a prompt must say something'),
+        (dict(text=[]), ValueError, 'text is an empty list'),
+        (dict(text='a', seconds=0.0), ValueError, r'seconds must be greater than 0, got 0.0'),
+        (dict(text='a', seconds=-1.0), ValueError, 'seconds must be greater than 0'),
+        (dict(text='a', seconds=1.0, max_length=4), ValueError, 'pass seconds or max_length, got both'),
+        (dict(text='a', num_samples=0), ValueError, 'num_samples must be greater than 0, got 0'),
+        (dict(text='a', temperature=(1.0, 0.5)), ValueError, 'temperature must be one number or three'),
+        (dict(text='a', temperature=-1.0), ValueError, 'temperature must be 0 or above'),
+        (dict(text='a', top_p=1.5), ValueError, r'top_p must lie in \(0, 1\]'),
+        (dict(text=[(1.0, 'a')], seconds=2.0), ValueError, 'a story tells its length itself'),
+        (dict(text=[(-1.0, 'a')]), ValueError, "the length of 'a' in seconds must be greater than 0"),
+        (dict(text=3), TypeError, '3'),
+        (dict(text='a', prime_wave=torch.randn(100)), ValueError, 'prime_wave needs its rate'),
+        (dict(text='a', prime_wave=torch.randn(800), prime_wave_input_sample_hz=RATE, seconds=0.5), ValueError,
+         'the prime lasts 0.50 s and the music 0.5 s'),
+        (dict(text='a', prime_wave=torch.full((800,), torch.nan), prime_wave_input_sample_hz=RATE), ValueError,
+         'prime_wave holds NaN or infinity'),
+        (dict(text='a', prime_wave=torch.ones(8, dtype=torch.int16), prime_wave_input_sample_hz=RATE), ValueError,
+         'prime_wave must be floats of shape'),
+        (dict(text='a', prime_wave_path='nowhere.wav'), FileNotFoundError, 'no audio file at nowhere.wav'),
+    ],
+)  # fmt: skip
+def test_bad_calls(musiclm, arguments, error, message):
+    with pytest.raises(error, match=message):
+        musiclm(**arguments)
+
+
+@pytest.mark.parametrize(
+    ('audio_lm', 'quantizer', 'message'),
+    [
+        (dict(conditioned=()), {}, 'no stage takes conditioning'),
+        ({}, dict(namespaces=('semantic', 'coarse'), conditioning_dims=(16, 16)), "no namespace 'fine'"),
+        ({}, dict(conditioning_dims=(16, 12, 16)), 'the coarse stage takes conditioning of width 16'),
+    ],
+)
+def test_parts_that_do_not_fit(audio_lm, quantizer, message):
+    with pytest.raises(ValueError, match=message):
+        MusicLM(build_audio_lm(**audio_lm), build_quantizer(**quantizer))
+
+
+def test_unfitted_quantizer():
+    with pytest.raises(ValueError, match='the quantizer has no codebooks yet'):
+        MusicLM(build_audio_lm(), build_quantizer(fitted=False))('a')
+
+
+def test_audio_lm_with_a_conditioner_of_its_own():
+    quantizer = build_quantizer()
+    with pytest.raises(ValueError, match='build AudioLM without audio_conditioner'):
+        MusicLM(build_audio_lm(audio_conditioner=quantizer), quantizer)
