@@ -32,7 +32,7 @@ def make(batch=3, heads=2, height=3, width=5, keep=None, shared=False, lengths=N
     table = torch.randn(heads, (2 * height - 1) * stride)
     lengths = None if lengths is None else torch.tensor(lengths)
     bias = PositionBias(table, codes, (height - 1) * stride + width - 1, lengths)
-    q, k, v = torch.randn(3, batch, heads, keep, dim)
+    q, k, v = torch.randn(3, batch, keep, heads, dim).transpose(2, 3)  # as projections lay them out
     return q, k, v, bias
 
 

@@ -141,10 +141,8 @@ class _ChunkedAttention(torch.autograd.Function):
         ctx.lengths = [total] * batch if lengths is None else lengths.tolist()
 
         # samples on one grid share a bias, and so one call
-        if len(codes) == 1 and lengths is None:
-            groups = [(slice(0, batch), total)]
-        else:
-            groups = [(slice(b, b + 1), n) for b, n in enumerate(ctx.lengths)]
+        ctx.shared = len(codes) == 1 and lengths is None
+        groups = _groups(batch if ctx.shared else 1, ctx.lengths)
 
         lookup = table.to(q.dtype)
         out = torch.zeros_like(q, memory_format=torch.contiguous_format)
@@ -165,28 +163,44 @@ class _ChunkedAttention(torch.autograd.Function):
         grad_table = torch.zeros(table.shape, dtype=torch.float32)
         lookup = table.float()
 
-        for b, n in enumerate(ctx.lengths):
-            keys, values = k[b, :, :n].float(), v[b, :, :n].float()
-            for rows in _blocks(n, q.shape[1]):
-                queries, grad_rows = q[b, :, rows].float(), grad_out[b, :, rows].float()
-                columns = _columns(codes, b, rows, n, ctx.centre)
+        # several short samples at a time, as many as make a block
+        heads, total = q.shape[1:3]
+        size = max(1, CHUNK_ELEMENTS // (heads * total**2)) if ctx.shared else 1
+        for group, n in _groups(size, ctx.lengths):
 
-                weights = torch.baddbmm(_look_up(lookup, columns), queries, keys.transpose(1, 2))
+            def flat(t: Tensor, rows: slice) -> Tensor:
+                # a view of what is contiguous, such as the gradients, which are written to
+                return t[group, :, rows].flatten(0, 1)  # noqa: B023 - called within the iteration
+
+            everything = slice(0, n)
+            keys, values = flat(k, everything).float(), flat(v, everything).float()
+            for rows in _blocks(n, heads):
+                queries, grad_rows = flat(q, rows).float(), flat(grad_out, rows).float()
+                columns = _columns(codes, group.start, rows, n, ctx.centre)
+
+                weights = torch.bmm(queries, keys.transpose(1, 2))
+                weights.view(-1, heads, *columns.shape).add_(_look_up(lookup, columns))
                 weights = torch.softmax(weights, dim=-1)
-                grad_v[b, :, :n].baddbmm_(weights.transpose(1, 2), grad_rows)
+                flat(grad_v, everything).baddbmm_(weights.transpose(1, 2), grad_rows)
 
                 # softmax backward: dS = P ∘ (dP - rowsum(dO ∘ O))
-                mean = (grad_rows * out[b, :, rows]).sum(dim=-1, keepdim=True)
+                mean = (grad_rows * flat(out, rows)).sum(dim=-1, keepdim=True)
                 grad_scores = torch.bmm(grad_rows, values.transpose(1, 2)).sub_(mean).mul_(weights)
 
-                grad_q[b, :, rows] = torch.bmm(grad_scores, keys)
-                grad_k[b, :, :n].baddbmm_(grad_scores.transpose(1, 2), queries)
+                flat(grad_q, rows).copy_(torch.bmm(grad_scores, keys))
+                flat(grad_k, everything).baddbmm_(grad_scores.transpose(1, 2), queries)
                 if ctx.needs_input_grad[3]:
-                    columns = columns.flatten().expand(len(table), -1)
-                    grad_table.scatter_add_(1, columns, grad_scores.flatten(1))
+                    sums = grad_scores.view(-1, heads, columns.numel()).sum(dim=0)
+                    grad_table.scatter_add_(1, columns.flatten().expand(heads, -1), sums)
 
         grads = (grad.to(t.dtype) for grad, t in zip((grad_q, grad_k, grad_v, grad_table), (q, k, v, table)))
         return *grads, None, None, None
+
+
+def _groups(size: int, lengths: list[int]) -> list[tuple[slice, int]]:
+    """Samples taken together, and how many tokens they have; `size` is 1 unless all have as many."""
+    batch = len(lengths)
+    return [(slice(b, min(b + size, batch)), lengths[b]) for b in range(0, batch, size)]
 
 
 def _blocks(n: int, heads: int) -> list[slice]:
