@@ -5,6 +5,9 @@ from importlib import import_module
 from musiclm_pytorch.version import __version__
 
 _HOMES = {
+    'musiclm_pytorch.audiolm.semantic': ['SemanticTokenizer'],
+    'musiclm_pytorch.audiolm.semantic_mulan': ['MuLaNSemanticTokenizer'],
+    'musiclm_pytorch.audiolm.semantic_transformers': ['TransformersSemanticTokenizer'],
     'musiclm_pytorch.data.attributes': ['MusicLabels'],
     'musiclm_pytorch.data.collate': ['collate_pairs'],
     'musiclm_pytorch.data.datasets': ['AudioTextDataset'],

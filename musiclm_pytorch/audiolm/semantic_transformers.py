@@ -1,0 +1,255 @@
+"""Semantic tokens from pretrained audio models: HuBERT, MERT, w2v-BERT, wav2vec 2.0, WavLM and their like."""
+
+from __future__ import annotations
+
+import bisect
+import copy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from musiclm_pytorch.audiolm.bridge import HubertWithKmeans
+from musiclm_pytorch.audiolm.semantic import SemanticTokenizer
+from musiclm_pytorch.checks import check_sample_rate, typechecked
+
+ENCODER_FOLDER = 'encoder'
+
+
+class TransformersSemanticTokenizer(SemanticTokenizer):
+    """k-means over the hidden states of one layer of an audio encoder of `transformers`.
+
+        tokenizer = TransformersSemanticTokenizer('facebook/hubert-base-ls960', layer=9)
+        tokenizer.fit(dataset)
+
+    Any encoder that keeps its layers in `encoder.layers` will do: HuBERT, wav2vec 2.0, WavLM, w2v-BERT 2.0 and more,
+    and MERT where it differs from HuBERT in name only; no code of a repository is run. A wave of `n` samples gives
+    `(n - receptive field) // downsample_factor + 1` tokens, for HuBERT at 16 kHz `(n - 400) // 320 + 1`: one less than
+    `n // 320` where `n` is a multiple of 320.
+
+    Only the layers below the chosen one are kept.
+
+    Args:
+        model: folder of a model, its name on the Hugging Face Hub, or a model.
+        codebook_size: number of different tokens.
+        layer: whose output is used, counted from 1, before any final norm: fairseq's `output_layer`. MusicLM takes the
+            7th of w2v-BERT, open-musiclm the 7th of MERT, audiolm-pytorch the 9th of HuBERT.
+        feature_extractor: what prepares the waves, one of `transformers`; by default the one saved beside the model.
+            Where there is none, waves go to the model as they are, and `target_sample_hz` has to be given.
+        target_sample_hz: rate in Hz that the model was trained at; by default the feature extractor's.
+        seq_len_multiple_of: cut waves to a multiple of so many samples.
+        window_seconds: longer waves are encoded in windows of this length; None encodes them whole.
+
+    Raises:
+        FileNotFoundError: no such model. ValueError: a model of another kind, a layer that there is not, weights that
+        do not fit.
+    """
+
+    @typechecked
+    def __init__(
+        self,
+        model: str | Path | nn.Module,
+        codebook_size: int = 1024,
+        layer: int = 7,
+        feature_extractor: Any = None,
+        target_sample_hz: int | None = None,
+        seq_len_multiple_of: int | None = None,
+        window_seconds: float | None = 30.0,
+    ):
+        if isinstance(model, nn.Module):
+            model = copy.deepcopy(model)
+        else:
+            if feature_extractor is None:
+                feature_extractor = _load_feature_extractor(model, required=target_sample_hz is None)
+            model = _load_model(model)
+        name = type(model).__name__
+        layers = getattr(getattr(model, 'encoder', None), 'layers', None)
+        if not isinstance(layers, nn.ModuleList) or model.config.is_encoder_decoder:
+            raise ValueError(f'a {name} is no audio encoder with layers in encoder.layers, such as HubertModel')
+        if not 1 <= layer <= len(layers):
+            raise ValueError(f'layer must lie between 1 and the depth of this {name}, {len(layers)}, got {layer}')
+
+        rate = getattr(feature_extractor, 'sampling_rate', None)
+        if target_sample_hz is None:
+            target_sample_hz = rate
+        if target_sample_hz is None:
+            raise ValueError('without a feature_extractor, say which rate the model was trained at: target_sample_hz')
+        if rate is not None and target_sample_hz != rate:
+            raise ValueError(f'target_sample_hz is {target_sample_hz}, but the feature extractor works at {rate} Hz')
+        check_sample_rate(target_sample_hz)
+        downsample_factor, receptive_field = _framing(model, feature_extractor, target_sample_hz)
+
+        super().__init__(
+            dim=model.config.hidden_size,
+            codebook_size=codebook_size,
+            target_sample_hz=target_sample_hz,
+            downsample_factor=downsample_factor,
+            receptive_field=receptive_field,
+            seq_len_multiple_of=seq_len_multiple_of,
+            window_seconds=window_seconds,
+        )
+        self.layer = layer
+        self.window_seconds = window_seconds
+        self.feature_extractor = feature_extractor
+        model.encoder.layers = layers[:layer]
+        model.config.num_hidden_layers = layer
+        self.encoder = model.requires_grad_(False)
+        self.eval()
+
+    @classmethod
+    def from_fairseq(
+        cls, checkpoint_path: str | Path, *, layer: int = 9, target_sample_hz: int = 16000, **keywords: Any
+    ) -> TransformersSemanticTokenizer:
+        """A HuBERT in a checkpoint of fairseq, such as `hubert_base_ls960.pt`, with centres still to fit.
+
+        The waves go to the model as they are, as in audiolm-pytorch. Further keywords as in the constructor.
+        """
+        from fairseq.checkpoint_utils import load_model_ensemble_and_task
+
+        (model, *_), *_ = load_model_ensemble_and_task([str(checkpoint_path)])
+        return cls(_hubert_of(model), layer=layer, target_sample_hz=target_sample_hz, **keywords)
+
+    @classmethod
+    @typechecked
+    def from_audiolm(cls, tokenizer: HubertWithKmeans) -> TransformersSemanticTokenizer:
+        """audiolm-pytorch's own tokenizer, centres included: the same tokens, and it can be saved without pickle.
+
+        `HubertWithKmeans` unpickles the file of its k-means: build it from files that you trust.
+        """
+        if tokenizer.output_layer is None:
+            raise ValueError('output_layer=None is the output after the final norm; name the layer')
+        adapted = cls(
+            _hubert_of(tokenizer.model),
+            codebook_size=tokenizer.codebook_size,
+            layer=tokenizer.output_layer,
+            target_sample_hz=tokenizer.target_sample_hz,
+            seq_len_multiple_of=tokenizer.seq_len_multiple_of,
+            window_seconds=None,
+        )
+        adapted.kmeans.set(tokenizer.cluster_centers)
+        return adapted.to(tokenizer.cluster_centers.device)
+
+    def _encode(self, wavs: Tensor) -> Tensor:
+        inputs = wavs
+        if self.feature_extractor is not None:
+            inputs = _extract(self.feature_extractor, wavs.cpu().numpy()).to(wavs.device)
+        states = []
+
+        def keep(_module: nn.Module, _inputs: Any, output: Any) -> None:
+            states.append(output[0] if isinstance(output, tuple) else output)
+
+        # of the layer itself: what models report as hidden states differs by a final norm between them
+        hook = self.encoder.encoder.layers[-1].register_forward_hook(keep)
+        try:
+            self.encoder(inputs.to(self.encoder.dtype))
+        finally:
+            hook.remove()
+        return states[0]
+
+    def _saved_keywords(self) -> dict[str, Any]:
+        return dict(
+            codebook_size=self.codebook_size,
+            layer=self.layer,
+            target_sample_hz=self.target_sample_hz,
+            seq_len_multiple_of=self.seq_len_multiple_of,
+            window_seconds=self.window_seconds,
+        )
+
+    def _save_encoder(self, folder: Path) -> dict[str, Any]:
+        self.encoder.save_pretrained(folder / ENCODER_FOLDER)
+        if self.feature_extractor is not None:
+            self.feature_extractor.save_pretrained(folder / ENCODER_FOLDER)
+        return dict(folder=ENCODER_FOLDER, feature_extractor=self.feature_extractor is not None)
+
+    def _saved_weights(self) -> dict[str, Tensor]:
+        return {name: it for name, it in self.state_dict().items() if not name.startswith('encoder.')}
+
+    @classmethod
+    def _rebuild(cls, folder: Path, keywords: dict[str, Any], encoder: dict[str, Any]) -> TransformersSemanticTokenizer:
+        return cls(folder / encoder['folder'], **keywords)
+
+
+def _hubert_of(model: nn.Module) -> nn.Module:
+    hubert = getattr(model, 'hubert', None)
+    if hubert is None:
+        raise TypeError(
+            f'expected the HuBERT of the stand-in for fairseq in compat/fairseq, got a {type(model).__module__}.'
+            f'{type(model).__name__}; install the stand-in'
+        )
+    return hubert
+
+
+def _load_model(source: str | Path) -> nn.Module:
+    from transformers import AutoModel, HubertConfig, HubertModel, PreTrainedConfig
+
+    keywords = dict(output_loading_info=True, dtype=torch.float32)
+    try:
+        settings, _ = PreTrainedConfig.get_config_dict(source)
+        model_class = AutoModel
+        if settings.get('model_type') == 'mert_model':
+            # with these off, MERT is HuBERT by another name, and none of the code in its repository is needed
+            unlike = [it for it in ('feature_extractor_cqt', 'deepnorm') if settings.get(it)]
+            if unlike or not settings.get('feat_proj_layer_norm', True):
+                raise ValueError(f'this MERT is no plain HuBERT: {", ".join(unlike) or "feat_proj_layer_norm off"}')
+            model_class = HubertModel
+            keywords['config'] = HubertConfig(**{name: it for name, it in settings.items() if name != 'model_type'})
+        model, report = model_class.from_pretrained(source, **keywords)
+    except OSError as error:
+        raise FileNotFoundError(f'{source} is neither the folder of a model nor on the Hugging Face Hub') from error
+    missing = {it for it in report['missing_keys'] if not it.endswith('masked_spec_embed')}
+    if missing or report['mismatched_keys']:
+        raise ValueError(
+            f'the weights in {source} do not fill this {type(model).__name__}: {len(missing)} are missing, such as '
+            f'{min(missing, default="none")}, and {len(report["mismatched_keys"])} have another shape'
+        )
+    return model
+
+
+def _load_feature_extractor(source: str | Path, *, required: bool) -> Any:
+    from transformers import AutoFeatureExtractor
+
+    try:
+        return AutoFeatureExtractor.from_pretrained(source)
+    except OSError as error:
+        if not required:
+            return None
+        raise FileNotFoundError(
+            f'{source} has no feature extractor (preprocessor_config.json), or there is no such model; if its waves '
+            'need no preparation, pass target_sample_hz, the rate in Hz that it was trained at'
+        ) from error
+
+
+def _extract(feature_extractor: Any, wavs: np.ndarray) -> Tensor:
+    """`(b, samples)` to what the model takes."""
+    prepared = feature_extractor(
+        list(wavs), sampling_rate=feature_extractor.sampling_rate, return_tensors='pt', pad_to_multiple_of=None
+    )
+    # all waves are as long as each other: there is nothing to mask
+    return prepared['input_features' if 'input_features' in prepared else 'input_values']
+
+
+def _framing(model: nn.Module, feature_extractor: Any, rate: int) -> tuple[int, int]:
+    """Samples from one frame to the next, and samples that a frame needs."""
+    if model.main_input_name == 'input_values':
+        factor, receptive = 1, 1
+        for kernel, stride in zip(model.config.conv_kernel, model.config.conv_stride):
+            receptive += (kernel - 1) * factor
+            factor *= stride
+        return factor, receptive
+    if feature_extractor is None:
+        raise ValueError(f'a {type(model).__name__} takes no waves; it needs its feature_extractor')
+
+    # frames are made by the feature extractor, and the model keeps them: measure their distance, and the shortest
+    # wave that gives as many as a second does
+    def frames(samples: int) -> int:
+        return _extract(feature_extractor, np.zeros((1, samples), dtype=np.float32)).shape[1]
+
+    count = frames(rate)
+    a_second = (frames(9 * rate) - count) // 8
+    factor, rest = divmod(rate, a_second) if a_second else (0, 0)
+    if not factor or rest:
+        raise ValueError(f'{type(feature_extractor).__name__} gives no fixed number of frames a second')
+    shortest = bisect.bisect_left(range(rate), count, lo=rate - 2 * factor, key=frames)
+    return factor, shortest - (count - 1) * factor

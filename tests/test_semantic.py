@@ -1,0 +1,556 @@
+"""Semantic tokenizers: what audiolm-pytorch needs of them, for each kind of encoder, and what goes wrong."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_audio, tiny_mulan
+from test_fairseq_stand_in import make_checkpoint, make_hubert, reference_layers, save_kmeans
+from torchaudio.functional import resample
+from transformers import (
+    SeamlessM4TFeatureExtractor,
+    Wav2Vec2BertConfig,
+    Wav2Vec2BertModel,
+    Wav2Vec2FeatureExtractor,
+    WavLMConfig,
+    WavLMModel,
+)
+
+from musiclm_pytorch import MuLaNSemanticTokenizer, SemanticTokenizer, SyntheticMusic, TransformersSemanticTokenizer
+from musiclm_pytorch.audiolm.bridge import (
+    CoarseTransformer,
+    CoarseTransformerWrapper,
+    HubertWithKmeans,
+    SemanticTransformer,
+    SemanticTransformerWrapper,
+    SoundStream,
+)
+
+CODES = 6
+FRONT_END = dict(
+    audio_sample_rate=8000, spec_n_fft=256, spec_win_length=256, spec_hop_length=80, spec_n_mels=32, patch_size=(32, 4)
+)
+
+
+def tiny_wav2vec2_bert():
+    config = Wav2Vec2BertConfig(
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=24,
+        conv_depthwise_kernel_size=3,
+    )
+    return Wav2Vec2BertModel(config)
+
+
+def tiny_wavlm():
+    conv = dict(conv_dim=[8, 8], conv_kernel=[10, 4], conv_stride=[8, 4], num_feat_extract_layers=2)
+    sizes = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24)
+    return WavLMModel(WavLMConfig(**conv, **sizes, num_conv_pos_embeddings=6, num_conv_pos_embedding_groups=2))
+
+
+def hubert_folder(folder, layout='base', **extractor):
+    make_hubert(layout).save_pretrained(folder)
+    Wav2Vec2FeatureExtractor(do_normalize=True, **extractor).save_pretrained(folder)
+    return folder
+
+
+def audiolm_tokenizer(folder, layer=2):
+    """audiolm-pytorch's own, with the stand-in for fairseq."""
+    hubert, checkpoint = make_checkpoint('base')
+    torch.save(checkpoint, folder / 'hubert.pt')
+    save_kmeans(reference_layers(hubert, torch.randn(1, 3000))[0][layer - 1][0], folder / 'kmeans.bin')
+    return HubertWithKmeans(folder / 'hubert.pt', folder / 'kmeans.bin', output_layer=layer)
+
+
+def build(kind, folder, **keywords):
+    if kind == 'audiolm':
+        return TransformersSemanticTokenizer.from_audiolm(audiolm_tokenizer(folder))
+    keywords = dict(codebook_size=CODES) | keywords
+    if kind == 'mulan':
+        # mulan is built with what makes its training random
+        tokenizer = MuLaNSemanticTokenizer(tiny_mulan(FRONT_END | dict(attn_dropout=0.5)), **keywords)
+    elif kind == 'mulan grid':
+        tower = tiny_audio(**FRONT_END | dict(patch_size=(8, 5)))
+        tokenizer = MuLaNSemanticTokenizer(tower, columns='concat', **keywords)
+    elif kind == 'hubert':
+        tokenizer = TransformersSemanticTokenizer(hubert_folder(folder), layer=2, **keywords)
+    elif kind == 'wavlm':
+        tokenizer = TransformersSemanticTokenizer(tiny_wavlm(), layer=2, target_sample_hz=4000, **keywords)
+    else:
+        extractor = SeamlessM4TFeatureExtractor()
+        tokenizer = TransformersSemanticTokenizer(
+            tiny_wav2vec2_bert(), layer=2, feature_extractor=extractor, **keywords
+        )
+    rate = tokenizer.target_sample_hz
+    tokenizer.fit([*(sounds(rate)), *(0.3 * torch.randn(3, rate // 2))])
+    return tokenizer
+
+
+def sounds(rate, seconds=0.5):
+    """Tones, and noise in bursts."""
+    time = torch.arange(int(rate * seconds)) / rate
+    tones = [torch.sin(2 * torch.pi * pitch * time) for pitch in (110, 440, 1330)]
+    return [*tones, torch.randn(len(time)) * (time % 0.1 > 0.05)]
+
+
+KINDS = ('mulan', 'mulan grid', 'hubert', 'audiolm', 'wavlm', 'w2v-bert')
+
+
+@pytest.fixture(params=KINDS)
+def tokenizer(request, tmp_path):
+    return build(request.param, tmp_path)
+
+
+@pytest.fixture
+def mulan_tokenizer(tmp_path):
+    return build('mulan', tmp_path)
+
+
+def ids_of(tokenizer, length, batch=2):
+    generator = torch.Generator().manual_seed(length)
+    return tokenizer(0.3 * torch.randn(batch, length, generator=generator))
+
+
+# What each kind promises
+
+
+def test_as_many_tokens_as_stated_for_every_length(tokenizer):
+    shortest = tokenizer.min_samples()
+    assert tokenizer.num_tokens(shortest) == 1
+    assert tokenizer.num_tokens(shortest - 1) == 0
+    with pytest.raises(ValueError, match=f'has {shortest - 1} samples .* needs {shortest}'):
+        ids_of(tokenizer, shortest - 1)
+    step = tokenizer.downsample_factor
+    lengths = [shortest, shortest + step - 1, shortest + step, *(5 * step + extra for extra in (-1, 0, 1, step // 2))]
+    for length in lengths:
+        ids = ids_of(tokenizer, max(length, shortest))
+        assert ids.shape == (2, tokenizer.num_tokens(max(length, shortest)))
+        assert ids.dtype == torch.int64
+    for tokens in (1, 2, 9):
+        assert tokenizer.num_tokens(tokenizer.min_samples(tokens)) == tokens
+        assert tokenizer.num_tokens(tokenizer.min_samples(tokens) - 1) == tokens - 1
+
+
+def test_ids_lie_in_the_codebook_and_differ(tokenizer):
+    rate = tokenizer.target_sample_hz
+    ids = torch.cat([tokenizer(torch.stack(sounds(rate))), tokenizer(0.3 * torch.randn(4, rate // 2))])
+    assert tokenizer.codebook_size == tokenizer.kmeans.centers.shape[0]
+    assert (ids >= 0).all()
+    assert (ids < tokenizer.codebook_size).all()
+    assert len(ids.unique()) > 2
+    assert torch.equal(tokenizer(torch.stack(sounds(rate)), flatten=False)[:3], ids[:3])
+
+
+def test_items_of_a_batch_do_not_see_each_other(tokenizer):
+    waves = torch.stack(sounds(tokenizer.target_sample_hz))
+    together = tokenizer(waves)
+    assert torch.equal(together, torch.cat([tokenizer(wave[None]) for wave in waves]))
+
+
+def test_tokens_are_nearest_centres_of_the_features(tokenizer):
+    waves = 0.3 * torch.randn(2, 2000)
+    features = tokenizer.features(waves)
+    normal = (features - tokenizer.kmeans.mean) / tokenizer.kmeans.std
+    expected = (normal[:, :, None] - tokenizer.kmeans.centers).square().sum(dim=-1).argmin(dim=-1)
+    assert torch.equal(tokenizer(waves), expected)
+
+
+@pytest.mark.parametrize('factor', [2, 0.5])
+def test_waves_of_another_rate_are_resampled(tokenizer, factor):
+    own, rate = tokenizer.target_sample_hz, int(tokenizer.target_sample_hz * factor)
+    waves = torch.stack(sounds(rate))
+    expected = tokenizer(resample(waves, rate, own))
+    found = tokenizer(waves, input_sample_hz=rate)
+    assert found.shape == expected.shape
+    assert (found == expected).float().mean() > 0.97  # resampling differs in rounding at the end
+    assert torch.equal(tokenizer(waves, input_sample_hz=own), tokenizer(waves))
+
+
+def test_the_same_while_something_around_it_trains(tokenizer):
+    waves = 0.3 * torch.randn(2, 2000)
+    expected = tokenizer(waves)
+    holder = torch.nn.ModuleList([tokenizer]).train()
+    before = torch.get_rng_state()
+    assert not any(module.training for module in tokenizer.modules())
+    assert torch.equal(tokenizer(waves), expected)
+    assert torch.equal(torch.get_rng_state(), before)
+    with torch.autocast('cpu', torch.bfloat16):
+        assert torch.equal(tokenizer(waves), expected)
+    assert not any(parameter.requires_grad for parameter in holder.parameters())
+
+
+@pytest.mark.parametrize('kind', ['mulan', 'hubert', 'w2v-bert'])
+def test_long_waves_are_encoded_in_windows(kind, tmp_path):
+    tokenizer = build(kind, tmp_path, window_seconds=0.25)
+    step, rate = tokenizer.downsample_factor, tokenizer.target_sample_hz
+    tokens = int(0.25 * rate / step)
+    wave = 0.3 * torch.randn(1, tokenizer.min_samples(2 * tokens + 3))
+    found = tokenizer(wave)
+    assert found.shape[1] == 2 * tokens + 3
+    span = tokenizer.min_samples(tokens)
+    for window, start in enumerate((0, tokens)):
+        expected = tokenizer(wave[:, start * step : start * step + span])
+        assert torch.equal(found[:, window * tokens : (window + 1) * tokens], expected)
+    # the last window ends with the wave
+    last = tokenizer(wave[:, (tokens + 3) * step :])
+    assert torch.equal(found[:, -3:], last[:, -3:])
+
+
+def test_saved_and_rebuilt(tokenizer, tmp_path):
+    waves = 0.3 * torch.randn(2, 3000)
+    tokenizer.save_pretrained(tmp_path / 'saved')
+    files = [path for path in (tmp_path / 'saved').rglob('*') if path.is_file()]
+    assert {path.suffix for path in files} == {'.json', '.safetensors'}
+    for cls in (SemanticTokenizer, type(tokenizer)):
+        rebuilt = cls.from_pretrained(tmp_path / 'saved')
+        assert type(rebuilt) is type(tokenizer)
+        assert torch.equal(rebuilt(waves), tokenizer(waves))
+        assert rebuilt.num_tokens(3000) == tokenizer.num_tokens(3000)
+        assert rebuilt._window == tokenizer._window
+    rebuilt.save_pretrained(tmp_path / 'again')
+    for path in files:
+        twin = tmp_path / 'again' / path.relative_to(tmp_path / 'saved')
+        assert twin.read_bytes() == path.read_bytes()
+
+
+# In audiolm-pytorch
+
+
+def train_a_step(wrapper, wave):
+    wrapper.train()
+    before = {name: it.clone() for name, it in wrapper.wav2vec.state_dict().items()}
+    optimizer = torch.optim.SGD(wrapper.transformer.parameters(), lr=0.1)
+    losses = []
+    for _ in range(2):
+        loss = wrapper(raw_wave=wave, return_loss=True)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert all(np.isfinite(losses))
+    assert sum(float(it.grad.abs().sum()) for it in wrapper.transformer.parameters() if it.grad is not None) > 0
+    assert all(torch.equal(it, before[name]) for name, it in wrapper.wav2vec.state_dict().items())
+
+
+def test_the_semantic_stage_trains_with_it(tokenizer):
+    transformer = SemanticTransformer(
+        num_semantic_tokens=tokenizer.codebook_size, dim=16, depth=1, heads=2, flash_attn=False
+    )
+    wrapper = SemanticTransformerWrapper(transformer=transformer, wav2vec=tokenizer)
+    train_a_step(wrapper, torch.stack(sounds(tokenizer.target_sample_hz))[2:])
+    # and is asked to go on from a wave of another rate
+    rate = tokenizer.target_sample_hz * 2
+    ids = wrapper.generate(prime_wave=sounds(rate)[3][None], prime_wave_input_sample_hz=rate, max_length=8)
+    assert ids.shape[0] == 1
+
+
+@pytest.mark.parametrize('kind', ['mulan', 'hubert'])
+def test_the_coarse_stage_trains_with_it(kind, tmp_path):
+    tokenizer = build(kind, tmp_path)
+    codec = SoundStream(
+        channels=4, strides=(2, 4, 4), channel_mults=(1, 2, 2), codebook_dim=8, codebook_size=8, rq_num_quantizers=3,
+        target_sample_hz=tokenizer.target_sample_hz, attn_dim_head=4, attn_heads=1, use_local_attn=False,
+    )  # fmt: skip
+    transformer = CoarseTransformer(
+        num_semantic_tokens=tokenizer.codebook_size, codebook_size=8, num_coarse_quantizers=2, dim=16, depth=1, heads=2
+    )
+    wrapper = CoarseTransformerWrapper(transformer=transformer, codec=codec, wav2vec=tokenizer)
+    train_a_step(wrapper, torch.stack(sounds(tokenizer.target_sample_hz, 0.1))[2:])
+
+
+# Fitting
+
+
+def test_fitted_tokens_tell_different_sounds_apart(mulan_tokenizer):
+    train, held_out = torch.stack(sounds(8000)), torch.stack(sounds(8000, 0.6))
+    histograms = [
+        torch.stack([ids.bincount(minlength=CODES) for ids in mulan_tokenizer(it)]) for it in (train, held_out)
+    ]
+    histograms = [it / it.sum(dim=-1, keepdim=True) for it in histograms]
+    distances = torch.cdist(histograms[1], histograms[0], p=1)
+    assert distances.argmin(dim=-1).tolist() == [0, 1, 2, 3]
+    others = distances + 2 * torch.eye(4)
+    assert others.min() > 0.5  # of at most 2
+
+
+def test_fitting_is_seeded_and_says_what_is_lost(tmp_path):
+    waves = 0.3 * torch.randn(6, 4000)
+    tokenizers = [build('mulan', tmp_path) for _ in range(3)]
+    tokenizers[1].encoder.load_state_dict(tokenizers[0].encoder.state_dict())
+    tokenizers[2].encoder.load_state_dict(tokenizers[0].encoder.state_dict())
+    lost = [it.fit(waves, seed=seed) for it, seed in zip(tokenizers, (1, 1, 2))]
+    assert lost[0] == lost[1]
+    assert torch.equal(tokenizers[0].kmeans.centers, tokenizers[1].kmeans.centers)
+    assert not torch.equal(tokenizers[0].kmeans.centers, tokenizers[2].kmeans.centers)
+    features = tokenizers[0].features(waves)
+    normal = tokenizers[0].kmeans.normalise(features)
+    nearest = tokenizers[0].kmeans.centers[tokenizers[0](waves)]
+    expected = (normal - nearest).square().sum() / normal.square().sum()
+    assert lost[0] == pytest.approx(float(expected), rel=0.02)
+
+
+def test_any_data_of_waves_will_do(mulan_tokenizer, caplog):
+    first, second, third = 0.3 * torch.randn(3, 4000)
+    items = [
+        (first, 'a caption'),
+        None,
+        dict(wave=second[:3000], caption='…'),
+        torch.zeros(100),
+        (torch.tensor([3]), third),
+    ]
+    mulan_tokenizer.fit([first, second[:3000], third])
+    mean, centers = mulan_tokenizer.kmeans.mean.clone(), mulan_tokenizer.kmeans.centers.clone()
+    for batch_size in (1, 2, 9):
+        mulan_tokenizer.fit(items, batch_size=batch_size)
+        torch.testing.assert_close(mulan_tokenizer.kmeans.mean, mean)
+    assert 'left out 1 waves that are too short' in caplog.text
+    # stereo is mixed down
+    mulan_tokenizer.fit([torch.stack([first, first]), second[:3000], third])
+    assert torch.equal(mulan_tokenizer.kmeans.centers, centers)
+    for batch_size in (2, 8):
+        mulan_tokenizer.fit([first, second[:3000], third, torch.randn(4000)], max_items=3, batch_size=batch_size)
+        torch.testing.assert_close(mulan_tokenizer.kmeans.mean, mean)
+
+
+def test_a_data_set_tells_its_rate(mulan_tokenizer):
+    music = SyntheticMusic(2, seconds=1, sample_rate=16000)
+    mulan_tokenizer.fit(music)
+    mean = mulan_tokenizer.kmeans.mean.clone()
+    mulan_tokenizer.fit([music[0], music[1]], sample_rate=16000)
+    assert torch.equal(mulan_tokenizer.kmeans.mean, mean)
+    mulan_tokenizer.fit([music[0], music[1]])  # taken for 8 kHz
+    assert not torch.allclose(mulan_tokenizer.kmeans.mean, mean, atol=1e-3)
+
+
+# MuLaN's tower
+
+
+@pytest.mark.parametrize(('columns', 'layer'), [('mean', 1), ('concat', 3), ('mean', None)])
+def test_features_are_the_states_of_the_layer_column_by_column(columns, layer):
+    tower = tiny_audio(**FRONT_END | dict(patch_size=(8, 5), depth=3))
+    tokenizer = MuLaNSemanticTokenizer(tower, CODES, layer=layer, columns=columns)
+    assert len(tokenizer.encoder.transformer.layers) == (layer or 2)
+    waves = torch.randn(2, 4000)
+    states = tower.eval()(waves, return_encoding=True).layers[(layer or 2) - 1].unflatten(1, (4, -1))
+    expected = states.mean(dim=1) if columns == 'mean' else torch.cat(states.unbind(dim=1), dim=-1)
+    assert expected.shape[1] == 10
+    torch.testing.assert_close(tokenizer.features(waves), expected)
+
+
+def test_training_mulan_on_does_not_change_the_tokens():
+    mulan = tiny_mulan(FRONT_END)
+    tokenizer = MuLaNSemanticTokenizer(mulan, CODES)
+    waves = torch.randn(3, 8000)
+    tokenizer.fit(waves)
+    expected = tokenizer(waves)
+    with torch.no_grad():
+        for parameter in mulan.parameters():
+            assert parameter.requires_grad
+            parameter.add_(torch.randn_like(parameter))
+    assert torch.equal(tokenizer(waves), expected)
+    assert mulan.training
+
+
+@pytest.mark.parametrize('center', [True, False])
+@pytest.mark.parametrize('frames', [1, 4])
+def test_a_token_every_patch_whatever_the_spectrogram(center, frames):
+    tower = tiny_audio(**FRONT_END | dict(patch_size=(32, frames), spec_center=center))
+    tokenizer = MuLaNSemanticTokenizer(tower, CODES)
+    step = 80 * frames
+    assert tokenizer.downsample_factor == tokenizer.seq_len_multiple_of == step
+    for length in (step, step + 1, 7 * step - 1, 7 * step, 30 * step):
+        assert tokenizer.features(torch.randn(1, length)).shape[1] == tokenizer.num_tokens(length) == length // step
+
+
+def test_windows_keep_to_the_longest_audio_of_the_tower(recwarn):
+    tower = tiny_audio(**FRONT_END | dict(max_audio_length=8 * 320 + 17))
+    tokenizer = MuLaNSemanticTokenizer(tower, CODES)
+    wave = torch.randn(1, 20 * 320)
+    features = tokenizer.features(wave)
+    assert features.shape[1] == 20
+    torch.testing.assert_close(features[:, 8:16], tokenizer.features(wave[:, 8 * 320 : 16 * 320]))
+    assert not [it for it in recwarn if 'max_audio_length' in str(it.message)]
+
+
+@pytest.mark.parametrize(
+    ('tower', 'keywords', 'says'),
+    [
+        (dict(accept_spec=True), {}, 'accept_spec'),
+        ({}, {}, 'audio_sample_rate'),
+        (FRONT_END, dict(layer=3), 'between 1 and the depth of the tower, 2, got 3'),
+        (FRONT_END, dict(layer=0), 'got 0'),
+        (FRONT_END, dict(columns='sum'), "'mean' or 'concat'"),
+        (FRONT_END, dict(codebook_size=0), 'codebook_size'),
+        (FRONT_END, dict(window_seconds=0.0), 'window_seconds'),
+        (FRONT_END | dict(max_audio_length=300), {}, 'shorter than a token, 320 samples'),
+    ],
+)
+def test_towers_and_keywords_that_do_not_fit(tower, keywords, says):
+    with pytest.raises(ValueError, match=says):
+        MuLaNSemanticTokenizer(tiny_audio(**tower), **keywords)
+
+
+# Models of transformers and fairseq
+
+
+@pytest.mark.parametrize('layout', ['base', 'large'])
+@pytest.mark.parametrize('layer', [1, 3])
+def test_features_are_those_of_the_layer_on_normalised_waves(layout, layer, tmp_path):
+    tokenizer = TransformersSemanticTokenizer(hubert_folder(tmp_path, layout), CODES, layer=layer)
+    assert (tokenizer.downsample_factor, tokenizer.min_samples()) == (40, 60)
+    waves = 3 + torch.randn(2, 1600)
+    normal = (waves - waves.mean(dim=-1, keepdim=True)) / waves.std(dim=-1, keepdim=True, correction=0)
+    expected = reference_layers(make_hubert(layout), normal)[0][layer - 1]
+    torch.testing.assert_close(tokenizer.features(waves), expected, atol=1e-4, rtol=0)
+    assert len(tokenizer.encoder.encoder.layers) == layer
+
+
+def test_audiolm_own_tokenizer_goes_on_with_the_same_tokens(tmp_path):
+    theirs = audiolm_tokenizer(tmp_path)
+    ours = TransformersSemanticTokenizer.from_audiolm(theirs)
+    waves = torch.randn(2, 3210)
+    assert torch.equal(ours(waves), theirs(waves))
+    assert ours.codebook_size == theirs.codebook_size
+    assert ours.target_sample_hz == theirs.target_sample_hz
+    fitted = TransformersSemanticTokenizer.from_fairseq(tmp_path / 'hubert.pt', layer=2, codebook_size=CODES)
+    torch.testing.assert_close(fitted.features(waves), ours.features(waves))
+    fitted.fit(waves)
+    assert len(fitted(waves).unique()) == CODES
+
+
+def test_mert_is_hubert_by_another_name(tmp_path):
+    import json
+
+    hubert_folder(tmp_path)
+    expected = TransformersSemanticTokenizer(tmp_path, CODES, layer=2).features(torch.ones(1, 900).cumsum(dim=1))
+    config = json.loads((tmp_path / 'config.json').read_text())
+    mert = config | dict(
+        model_type='mert_model',
+        architectures=['MERTModel'],
+        auto_map=dict(AutoModel='modeling_MERT.MERTModel', AutoConfig='configuration_MERT.MERTConfig'),
+        feature_extractor_cqt=False,
+        deepnorm=False,
+    )
+    (tmp_path / 'config.json').write_text(json.dumps(mert))
+    tokenizer = TransformersSemanticTokenizer(tmp_path, CODES, layer=2)
+    torch.testing.assert_close(tokenizer.features(torch.ones(1, 900).cumsum(dim=1)), expected)
+    for option in ('feature_extractor_cqt', 'deepnorm'):
+        (tmp_path / 'config.json').write_text(json.dumps(mert | {option: True}))
+        with pytest.raises(ValueError, match=f'no plain HuBERT: {option}'):
+            TransformersSemanticTokenizer(tmp_path, CODES, layer=2)
+
+
+def test_models_that_cannot_be_used(tmp_path):
+    from transformers import BertConfig, BertModel
+
+    with pytest.raises(FileNotFoundError, match='nowhere'):
+        TransformersSemanticTokenizer(tmp_path / 'nowhere')
+    with pytest.raises(FileNotFoundError, match='nowhere is neither'):
+        TransformersSemanticTokenizer(tmp_path / 'nowhere', target_sample_hz=16000)
+    make_hubert('base').save_pretrained(tmp_path / 'bare')
+    with pytest.raises(FileNotFoundError, match='pass target_sample_hz'):
+        TransformersSemanticTokenizer(tmp_path / 'bare', layer=1)
+    bare = TransformersSemanticTokenizer(tmp_path / 'bare', CODES, layer=1, target_sample_hz=8000)
+    waves = torch.randn(1, 500)
+    expected = reference_layers(make_hubert('base'), waves)[0][0]
+    torch.testing.assert_close(bare.features(waves), expected, atol=1e-5, rtol=0)
+    with pytest.raises(ValueError, match='layer must lie between 1 and the depth of this HubertModel, 3, got 7'):
+        TransformersSemanticTokenizer(tmp_path / 'bare', target_sample_hz=16000)
+    with pytest.raises(ValueError, match='extractor works at 16000 Hz'):
+        TransformersSemanticTokenizer(hubert_folder(tmp_path / 'hubert'), layer=1, target_sample_hz=8000)
+    with pytest.raises(ValueError, match='target_sample_hz'):
+        TransformersSemanticTokenizer(make_hubert('base'), layer=1)
+    bert = BertModel(BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8))
+    with pytest.raises(ValueError, match='a BertModel is no audio encoder'):
+        TransformersSemanticTokenizer(bert, layer=1, target_sample_hz=16000)
+    with pytest.raises(ValueError, match='takes no waves'):
+        TransformersSemanticTokenizer(tiny_wav2vec2_bert(), layer=1, target_sample_hz=16000)
+
+
+def test_weights_that_are_not_there_are_not_made_up(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    hubert_folder(tmp_path)
+    weights = load_file(tmp_path / 'model.safetensors')
+    del weights['encoder.layers.0.attention.q_proj.weight']
+    save_file(weights, tmp_path / 'model.safetensors', metadata={'format': 'pt'})
+    with pytest.raises(ValueError, match=r'1 are missing, such as encoder\.layers\.0\.attention\.q_proj'):
+        TransformersSemanticTokenizer(tmp_path, layer=1)
+
+
+def test_the_model_given_is_left_alone(tmp_path):
+    hubert = make_hubert('base').train()
+    TransformersSemanticTokenizer(hubert, CODES, layer=1, target_sample_hz=16000)
+    assert len(hubert.encoder.layers) == hubert.config.num_hidden_layers == 3
+    assert hubert.training
+    assert all(parameter.requires_grad for parameter in hubert.parameters())
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ('waves', 'keywords', 'error', 'says'),
+    [
+        (torch.ones(1, 4000, dtype=torch.int16), {}, TypeError, 'int16'),
+        (np.ones((1, 4000), dtype=np.float32), {}, TypeError, 'ndarray'),
+        (torch.randn(4000), {}, ValueError, r'wavs\[None\]'),
+        (torch.randn(1, 2, 4000), {}, ValueError, 'mix down'),
+        (torch.randn(0, 4000), {}, ValueError, 'empty batch'),
+        (torch.randn(1, 0), {}, ValueError, 'has 0 samples'),
+        (torch.randn(1, 0), dict(input_sample_hz=16000), ValueError, 'has 0 samples'),
+        (torch.full((1, 4000), torch.nan), {}, ValueError, r'wavs\[0\] holds NaN'),
+        (torch.randn(1, 4000), dict(input_sample_hz=0), ValueError, 'sample_rate'),
+        (torch.randn(1, 4000), dict(input_sample_hz=16000.5), TypeError, 'sample_rate'),
+    ],
+)
+def test_waves_that_cannot_be_tokenized(mulan_tokenizer, waves, keywords, error, says):
+    with pytest.raises(error, match=says):
+        mulan_tokenizer(waves, **keywords)
+
+
+def test_a_tokenizer_that_was_never_fitted_says_so(tmp_path):
+    tokenizer = MuLaNSemanticTokenizer(tiny_audio(**FRONT_END), CODES)
+    assert not tokenizer.is_fitted
+    with pytest.raises(ValueError, match=r'call tokenizer\.fit\(dataset\)'):
+        tokenizer(torch.randn(1, 4000))
+    with pytest.raises(ValueError, match='call fit before saving'):
+        tokenizer.save_pretrained(tmp_path / 'saved')
+    assert not (tmp_path / 'saved').exists()
+
+
+@pytest.mark.parametrize(
+    ('data', 'keywords', 'error', 'says'),
+    [
+        (torch.randn(1, 800), {}, ValueError, '6 centres need at least as many different frames, got 2 in 2'),
+        ([], {}, ValueError, 'got 0'),
+        (['a text'], {}, TypeError, 'item 0 must be a wave'),
+        ([torch.randn(4000), 3], {}, TypeError, 'item 1'),
+        (torch.randn(2, 8000), dict(batch_size=0), ValueError, 'batch_size'),
+        (torch.randn(2, 8000), dict(max_frames=5), ValueError, 'max_frames 5 is less than codebook_size 6'),
+        (torch.randn(2, 8000), dict(sample_rate=-1), ValueError, 'sample_rate'),
+    ],
+)
+def test_data_that_nothing_can_be_learned_from(data, keywords, error, says):
+    tokenizer = MuLaNSemanticTokenizer(tiny_audio(**FRONT_END), CODES)
+    with pytest.raises(error, match=says):
+        tokenizer.fit(data, **keywords)
+    assert not tokenizer.is_fitted
+
+
+def test_folders_that_hold_something_else(mulan_tokenizer, tmp_path):
+    with pytest.raises(FileNotFoundError, match='no config.json'):
+        SemanticTokenizer.from_pretrained(tmp_path)
+    mulan_tokenizer.save_pretrained(tmp_path / 'tokenizer')
+    with pytest.raises(ValueError, match=r'holds a MuLaNSemanticTokenizer, not a TransformersSemanticTokenizer'):
+        TransformersSemanticTokenizer.from_pretrained(tmp_path / 'tokenizer')
+    tiny_mulan().save_pretrained(tmp_path / 'mulan')
+    with pytest.raises(ValueError, match='is not the config of a SemanticTokenizer'):
+        SemanticTokenizer.from_pretrained(tmp_path / 'mulan')
+    config = (tmp_path / 'tokenizer' / 'config.json').read_text()
+    (tmp_path / 'tokenizer' / 'config.json').write_text(config.replace('"codebook_size": 6', '"codebook_size": 7'))
+    with pytest.raises(ValueError, match='do not fit'):
+        SemanticTokenizer.from_pretrained(tmp_path / 'tokenizer')
+    (tmp_path / 'tokenizer' / 'config.json').write_text(config.replace('MuLaNSemanticTokenizer', 'os'))
+    with pytest.raises(ValueError, match='holds a os, not one of'):
+        SemanticTokenizer.from_pretrained(tmp_path / 'tokenizer')
