@@ -3,33 +3,44 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import warnings
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from einops import einsum, rearrange, reduce, repeat
+import torch.nn.functional as F
+from einops import einsum, rearrange, repeat
 from torch import Tensor, nn
 
 from musiclm_pytorch.audiolm.bridge import AudioLM
 from musiclm_pytorch.audiolm.decoding import generate_coarse, generate_fine, generate_semantic
+from musiclm_pytorch.audiolm.requests import (
+    STAGES,
+    CountPerStage,
+    PerStage,
+    Story,
+    read_prime,
+    read_prompts,
+    read_sampling,
+    read_seconds,
+)
 from musiclm_pytorch.audiolm.sampling import Progress, Sampling
-from musiclm_pytorch.checks import check_finite, check_positive, check_sample_rate, typechecked
-from musiclm_pytorch.data.audio import AudioFile, resample
+from musiclm_pytorch.audiolm.saving import load_module, save_module
+from musiclm_pytorch.audiolm.semantic import SemanticTokenizer
+from musiclm_pytorch.checks import check_positive, typechecked
+from musiclm_pytorch.data.audio import resample
+from musiclm_pytorch.mulan.checkpoint import CONFIG_FILE
 from musiclm_pytorch.mulan.layers import l2norm
 from musiclm_pytorch.mulan.model import evaluating
 from musiclm_pytorch.quantizer import MuLaNEmbedQuantizer
 
-STAGES = ('semantic', 'coarse', 'fine')
-SHORTEST_DECODED = 32  # frames
+# frames: the convolutions of a codec reflect what they are given, and need something to reflect
+SHORTEST_CODED = 32
 RANKING_WINDOW = 10.0  # seconds that MuLaN hears at once (MusicLM, section 3.2)
-
-Story = Sequence[tuple[float, str]]
-PerStage = float | Sequence[float]
-CountPerStage = int | Sequence[int | None] | None
 
 
 class Music(NamedTuple):
@@ -190,10 +201,16 @@ class MusicLM(nn.Module):
         check_positive(num_samples=num_samples, seconds=seconds, max_length=max_length, max_batch=max_batch)
         if not self.mulan_embed_quantizer.is_fitted:
             raise ValueError('the quantizer has no codebooks yet; call mulan_embed_quantizer.fit(dataset) first')
-        prompts, story = self._read_prompts(text)
-        seconds = self._read_seconds(seconds, max_length, story)
-        samplings = self._read_sampling(temperature, top_k, top_p, cond_scale)
-        prime = self._read_prime(prime_wave, prime_wave_input_sample_hz, prime_wave_path, seconds)
+        prompts, story = read_prompts(text)
+        seconds = read_seconds(seconds, max_length, story, semantic_rate=self.semantic_rate)
+        samplings = read_sampling(
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            cond_scale=cond_scale,
+            conditioned=[self.stages[name].has_condition for name in STAGES],
+        )
+        prime = read_prime(prime_wave, prime_wave_input_sample_hz, prime_wave_path, seconds=seconds)
 
         with evaluating(self):
             indices = self.mulan_embed_quantizer.indices(raw_texts=prompts)  # a row a prompt, or a part of the story
@@ -226,7 +243,7 @@ class MusicLM(nn.Module):
         self,
         parts: list[Part],
         samplings: list[Sampling],
-        prime: Tensor | None,
+        prime: tuple[Tensor, int] | None,
         generators: list[torch.Generator],
         progress: Progress,
     ) -> Tensor:
@@ -292,25 +309,30 @@ class MusicLM(nn.Module):
     def _conditioning(self, name: str, indices: Tensor) -> Tensor | None:
         return self.mulan_embed_quantizer.embed(indices, name) if self.stages[name].has_condition else None
 
-    def _encode_prime(self, prime: Tensor | None, batch: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Semantic tokens `(b, n)`, coarse and fine codes `(b, t, q)` of a wave `(1, samples)` at `sample_rate`."""
+    def _encode_prime(self, prime: tuple[Tensor, int] | None, batch: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Semantic tokens `(b, n)`, coarse and fine codes `(b, t, q)` of a wave `(1, samples)` and its rate."""
         coarse_levels = self.stages['coarse'].num_coarse_quantizers
         levels = coarse_levels + self.stages['fine'].num_fine_quantizers
         semantic = torch.zeros(1, 0, dtype=torch.long, device=self.device)
         codes = torch.zeros(1, 0, levels, dtype=torch.long, device=self.device)
         if prime is not None:
-            wave = resample(prime, self.sample_rate, self.tokenizer.target_sample_hz)
-            semantic = rearrange(self.tokenizer(wave, flatten=False), 'b ... -> b (...)')
+            wave, rate = prime[0].to(self.device), prime[1]
+            own = resample(wave, rate, self.tokenizer.target_sample_hz)
+            if own.shape[-1] >= self.tokenizer.downsample_factor:
+                semantic = rearrange(self.tokenizer(own, flatten=False), 'b ... -> b (...)')
             if self.audio_lm.semantic.unique_consecutive:
                 semantic = torch.unique_consecutive(semantic, dim=1)
-            _, codes, _ = self.codec(prime, return_encoded=True)
+            wave = resample(wave, rate, self.sample_rate)
+            if frames := wave.shape[-1] // self.codec.downsample_factor:
+                missing = SHORTEST_CODED * self.codec.downsample_factor - wave.shape[-1]
+                _, codes, _ = self.codec(F.pad(wave, (0, max(0, missing))), return_encoded=True)
+                codes = codes[:, :frames]
         semantic, codes = repeat(semantic, '1 n -> b n', b=batch), repeat(codes, '1 t q -> b t q', b=batch)
         return semantic.clone(), codes[..., :coarse_levels].clone(), codes[..., coarse_levels:].clone()
 
     def _decode(self, codes: Tensor, seconds: float) -> Tensor:
         """Waves `(b, samples)` of codes."""
-        # the convolutions of a codec reflect what they are given, and need something to reflect
-        spare = max(0, SHORTEST_DECODED - codes.shape[1])
+        spare = max(0, SHORTEST_CODED - codes.shape[1])
         codes = torch.cat((codes, codes[:, -1:].expand(-1, spare, -1)), dim=1)
         waves = rearrange(self.codec.decode_from_codebook_indices(codes), 'b 1 n -> b n').float()
         return waves[:, : round(seconds * self.sample_rate)]
@@ -337,79 +359,45 @@ class MusicLM(nn.Module):
         audio = rearrange(audio, '(p s) d -> p s d', s=waves.shape[1])
         return einsum(audio, text, 'p s d, p d -> p s')
 
-    # arguments
+    # saving
 
-    def _read_prompts(self, text: str | Sequence[str] | Story) -> tuple[list[str], Story | None]:
-        """The prompts, and the story if it is one."""
-        items = [text] if isinstance(text, str) else list(text)
-        if not items:
-            raise ValueError('text is an empty list; pass at least one prompt')
-        is_story = not isinstance(items[0], str)
-        prompts = [prompt for _, prompt in items] if is_story else items
-        for prompt in prompts:
-            if not prompt.strip():
-                raise ValueError(f'a prompt must say something, got {prompt!r}')
-        if not is_story:
-            return prompts, None
-        for length, prompt in items:
-            check_positive(**{f'the length of {prompt!r} in seconds': length})
-        return prompts, items
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write everything that `from_pretrained` rebuilds: MuLaN, quantizer, tokenizer, codec and stages.
 
-    def _read_seconds(self, seconds: float | None, max_length: int | None, story: Story | None) -> float:
-        given = [name for name, it in dict(seconds=seconds, max_length=max_length).items() if it is not None]
-        if story:
-            if given:
-                raise ValueError(f'a story tells its length itself; leave out {given[0]}')
-            return float(sum(length for length, _ in story))
-        if len(given) == 2:
-            raise ValueError(f'pass seconds or max_length, got both: {seconds} and {max_length}')
-        if max_length is not None:
-            return float(max_length / self.semantic_rate)
-        return 10.0 if seconds is None else float(seconds)
-
-    def _read_sampling(self, temperature: Any, top_k: Any, top_p: Any, cond_scale: Any) -> list[Sampling]:
-        given = dict(temperature=temperature, top_k=top_k, top_p=top_p, cond_scale=cond_scale)
-        for name, value in given.items():
-            given[name] = tuple(value) if isinstance(value, Sequence) else (value,) * len(STAGES)
-            if len(given[name]) != len(STAGES):
-                raise ValueError(f'{name} must be one number or three, for {", ".join(STAGES)}, got {value}')
-        samplings = []
-        for i, name in enumerate(STAGES):
-            own = {key: values[i] for key, values in given.items()}
-            if not self.stages[name].has_condition:
-                own['cond_scale'] = 1.0
-            samplings.append(Sampling(**own))
-        return samplings
-
-    def _read_prime(
-        self, wave: Tensor | None, rate: int | None, path: str | Path | None, seconds: float
-    ) -> Tensor | None:
-        """The prime as `(1, samples)` at `sample_rate`, whole frames of the codec."""
-        if wave is None and path is None:
-            return None
-        if wave is not None and path is not None:
-            raise ValueError('pass prime_wave or prime_wave_path, not both')
-        if path is not None:
-            with AudioFile(path) as file:
-                wave, rate = file.read(0, len(file)), file.sample_rate
-        if rate is None:
-            raise ValueError('prime_wave needs its rate in Hz: pass prime_wave_input_sample_hz')
-        check_sample_rate(rate)
-        if wave.ndim not in (1, 2) or not wave.is_floating_point() or wave.shape[-1] == 0:
+        Raises ValueError for a tokenizer or codec that cannot be saved.
+        """
+        folder = Path(folder)
+        if not hasattr(self.tokenizer, 'save_pretrained'):
             raise ValueError(
-                f'prime_wave must be floats of shape (samples,) or (channels, samples), got {wave.dtype} of shape '
-                f'{tuple(wave.shape)}'
+                f'the semantic tokenizer, a {type(self.tokenizer).__name__}, cannot be saved; use one of '
+                'musiclm_pytorch.audiolm.semantic'
             )
-        wave = wave[None] if wave.ndim == 1 else reduce(wave, 'c n -> 1 n', 'mean')
-        check_finite(wave, 'prime_wave holds NaN or infinity')
-        if wave.shape[-1] / rate >= seconds:
-            raise ValueError(
-                f'the prime lasts {wave.shape[-1] / rate:.2f} s and the music {seconds:g} s, the prime included; ask '
-                'for more seconds'
-            )
-        wave = resample(wave.to(self.device), rate, self.sample_rate)
-        frames = wave.shape[-1] // self.codec.downsample_factor
-        return wave[:, : frames * self.codec.downsample_factor] if frames else None
+        save_module(self.codec, folder / 'codec')
+        for name, stage in self.stages.items():
+            save_module(stage, folder / name)
+        self.tokenizer.save_pretrained(folder / 'tokenizer')
+        self.mulan_embed_quantizer.save_pretrained(folder / 'quantizer')
+        settings = dict(windows=self.windows, unique_consecutive=self.audio_lm.semantic.unique_consecutive)
+        # last, so that a folder with it is whole
+        (folder / CONFIG_FILE).write_text(json.dumps(dict(model='MusicLM', **settings), indent=2) + '\n')
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> MusicLM:
+        """Rebuild everything from a folder that `save_pretrained` wrote, in eval mode, on the CPU."""
+        folder = Path(folder)
+        if not (folder / CONFIG_FILE).is_file():
+            raise FileNotFoundError(f'no {CONFIG_FILE} in {folder}; expected a folder written by save_pretrained')
+        settings = json.loads((folder / CONFIG_FILE).read_text())
+        if settings.get('model') != 'MusicLM':
+            raise ValueError(f'{folder / CONFIG_FILE} is not the config of a MusicLM')
+        audio_lm = AudioLM(
+            wav2vec=SemanticTokenizer.from_pretrained(folder / 'tokenizer'),
+            codec=load_module(folder / 'codec'),
+            **{f'{name}_transformer': load_module(folder / name) for name in STAGES},
+            unique_consecutive=settings['unique_consecutive'],
+        )
+        quantizer = MuLaNEmbedQuantizer.from_pretrained(folder / 'quantizer')
+        return cls(audio_lm, quantizer, windows=tuple(settings['windows'])).eval()
 
 
 class Part(NamedTuple):

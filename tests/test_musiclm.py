@@ -3,7 +3,7 @@
 import pytest
 import soundfile
 import torch
-from conftest import tiny_mulan
+from conftest import tiny_audio, tiny_mulan
 from torch import nn
 
 from musiclm_pytorch import MuLaNEmbedQuantizer, MusicLM
@@ -15,6 +15,7 @@ from musiclm_pytorch.audiolm.bridge import (
     SemanticTransformer,
     SoundStream,
 )
+from musiclm_pytorch.audiolm.semantic_mulan import MuLaNSemanticTokenizer
 
 RATE, HOP, TOKEN_RATE = 1600, 32, 10  # Hz, samples a frame, semantic tokens a second
 
@@ -41,7 +42,9 @@ class Tokenizer(HubertWithKmeans):
         return (loudness * 6).long().clamp(max=5)
 
 
-def build_audio_lm(conditioned=('semantic', 'coarse', 'fine'), dim=16, unique_consecutive=False, **keywords):
+def build_audio_lm(
+    conditioned=('semantic', 'coarse', 'fine'), dim=16, unique_consecutive=False, tokenizer=None, **keywords
+):
     torch.manual_seed(1)
     shared = dict(dim=dim, depth=1, heads=2)
     coarse = dict(codebook_size=8, num_coarse_quantizers=2)
@@ -53,7 +56,7 @@ def build_audio_lm(conditioned=('semantic', 'coarse', 'fine'), dim=16, unique_co
         layer._codebook.initted.fill_(True)
         layer._codebook.embed.normal_()
     return AudioLM(
-        wav2vec=Tokenizer(),
+        wav2vec=tokenizer or Tokenizer(),
         codec=codec,
         semantic_transformer=SemanticTransformer(
             num_semantic_tokens=6, audio_text_condition='semantic' in conditioned, **shared
@@ -205,6 +208,27 @@ def test_modes_are_left_as_they_were(musiclm):
     musiclm('a', seconds=0.2)
     assert musiclm.audio_lm.semantic.training
     musiclm.eval()
+
+
+def test_saved_and_rebuilt(musiclm, tmp_path):
+    torch.manual_seed(0)
+    tower = tiny_audio(depth=1, audio_sample_rate=800, spec_n_fft=64, patch_size=(33, 4))
+    tokenizer = MuLaNSemanticTokenizer(tower, codebook_size=6)
+    tokenizer.fit(torch.randn(4, 1600))
+    saved = MusicLM(build_audio_lm(tokenizer=tokenizer), build_quantizer(), windows=(2.0, 1.0, 0.5))
+    saved.save_pretrained(tmp_path / 'music')
+    assert not list(tmp_path.rglob('*.pt'))
+    rebuilt = MusicLM.from_pretrained(tmp_path / 'music')
+    assert rebuilt.windows == (2.0, 1.0, 0.5)
+    keywords = dict(num_samples=2, seconds=0.7, seed=4, prime_wave=torch.randn(400), prime_wave_input_sample_hz=RATE)
+    assert torch.equal(rebuilt('slow flute', **keywords), saved('slow flute', **keywords))
+
+    with pytest.raises(ValueError, match='the semantic tokenizer, a Tokenizer, cannot be saved'):
+        musiclm.save_pretrained(tmp_path / 'other')
+    with pytest.raises(FileNotFoundError, match='expected a folder written by save_pretrained'):
+        MusicLM.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match='not the config of a MusicLM'):
+        MusicLM.from_pretrained(tmp_path / 'music' / 'codec')
 
 
 @pytest.mark.parametrize(

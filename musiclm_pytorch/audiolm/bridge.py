@@ -3,8 +3,9 @@
 Importing audiolm_pytorch replaces `warnings.warn` by a function that does nothing and sets the root logger and
 transformers' logger to ERROR. And its three transformers ask the Hugging Face Hub for the configuration of a T5
 when they are built, even where the width of their conditioning is given. Its folder reader and its trainers read and
-write sound with torchaudio, which needs torchcodec and FFmpeg for that: here they use soundfile. Its names come from
-here instead:
+write sound with torchaudio, which needs torchcodec and FFmpeg for that: here they use soundfile. Its transformers and
+SoundStream forget what they were built with, or pickle it: from here on they keep their keywords, which `saving`
+writes. Its names come from here instead:
 
     from musiclm_pytorch.audiolm.bridge import SemanticTransformer
 
@@ -12,6 +13,8 @@ Raises ImportError if audiolm-pytorch or a usable fairseq is missing.
 """
 
 import _warnings
+import functools
+import inspect
 import logging
 import os
 import warnings
@@ -47,6 +50,7 @@ __all__ = [
     'SoundStreamTrainer',
 ]
 
+CONFIG = 'built_with'  # where a module keeps its keywords
 T5_NAME = 'google/t5-v1_1-base'
 
 # The model's published configuration. audiolm-pytorch reads the width; the rest keeps the entry true for others.
@@ -141,10 +145,28 @@ class _SoundFiles:
         soundfile.write(str(path), wave.detach().cpu().float().T.numpy(), sample_rate)
 
 
+def _keep_keywords(cls: type) -> None:
+    """Let instances of a class carry the plain keywords that they are built with."""
+    init = cls.__init__
+    signature = inspect.signature(init)
+
+    @functools.wraps(init)
+    def wrapper(self, *args: Any, **kwargs: Any) -> None:
+        init(self, *args, **kwargs)
+        if type(self) is cls and not hasattr(self, CONFIG):
+            given = dict(list(signature.bind(self, *args, **kwargs).arguments.items())[1:])
+            given |= given.pop('kwargs', {})
+            setattr(self, CONFIG, given)
+
+    cls.__init__ = wrapper
+
+
 _audiolm = _import_audiolm()
 _register_t5_config(_audiolm.t5)
 for _module in (_audiolm.data, _audiolm.trainer, _audiolm.audiolm_pytorch):
     _module.torchaudio = _SoundFiles()
+for _name in ('SemanticTransformer', 'CoarseTransformer', 'FineTransformer', 'SoundStream'):
+    _keep_keywords(getattr(_audiolm, _name))
 
 AudioConditionerBase = _audiolm.utils.AudioConditionerBase
 AudioLM = _audiolm.AudioLM

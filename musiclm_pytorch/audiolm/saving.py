@@ -1,0 +1,51 @@
+"""AudioLM's modules on disk: what they were built with as JSON, their weights in safetensors. Nothing is run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from musiclm_pytorch.audiolm import bridge
+from musiclm_pytorch.mulan import checkpoint
+
+KINDS = ('SemanticTransformer', 'CoarseTransformer', 'FineTransformer', 'SoundStream')
+
+
+def save_module(module: nn.Module, folder: str | Path) -> None:
+    """Write a transformer or SoundStream of audiolm-pytorch.
+
+    Raises ValueError for a module that was built before `musiclm_pytorch.audiolm.bridge` was imported: audiolm-pytorch
+    does not keep what a module was built with.
+    """
+    kind = kind_of(module)
+    if not hasattr(module, bridge.CONFIG):
+        raise ValueError(
+            f'this {kind} was built before musiclm_pytorch looked on, so its keywords are not known; import '
+            'musiclm_pytorch.audiolm.bridge before building it'
+        )
+    checkpoint.write_folder(folder, dict(model=kind, keywords=getattr(module, bridge.CONFIG)), module.state_dict())
+
+
+def load_module(folder: str | Path) -> nn.Module:
+    """Rebuild a module from its folder, in eval mode."""
+    (kind, keywords), weights = checkpoint.read_folder(folder, 'save_module', parts=('model', 'keywords'))
+    if kind not in KINDS:
+        raise ValueError(f'{folder} holds a {kind!r}, not one of {", ".join(KINDS)}')
+    module = getattr(bridge, kind)(**{name: _tuples(value) for name, value in keywords.items()})
+    checkpoint.load_strictly(module, weights, source=folder)
+    return module.eval()
+
+
+def kind_of(module: nn.Module) -> str:
+    """The class of audiolm-pytorch that a module is of; TypeError for any other."""
+    for kind in KINDS:
+        if isinstance(module, getattr(bridge, kind)):
+            return kind
+    raise TypeError(f'a {type(module).__name__} cannot be saved, only {", ".join(KINDS)}')
+
+
+def _tuples(value: Any) -> Any:
+    """JSON has no tuples, and audiolm-pytorch no lists."""
+    return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
