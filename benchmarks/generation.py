@@ -68,7 +68,7 @@ class Stages:
             bridge.CoarseTransformerWrapper(transformer=coarse, codec=codec, unique_consecutive=False),
             bridge.FineTransformerWrapper(transformer=fine, codec=codec),
         ]
-        options = dict(dtype=torch.bfloat16 if args.dtype == 'bf16' else torch.float32)
+        options = dict(dtype=torch.bfloat16 if args.dtype == 'bf16' else torch.float32, compile=args.compile)
         kinds = (SemanticDecoder, CoarseDecoder, FineDecoder)
         self.ours = [kind(stage, **options) for kind, stage in zip(kinds, self.transformers)]
         self.device, self.cond_scale = args.device, args.cond_scale
@@ -182,7 +182,8 @@ def measure(stages: Stages, parts: list[str], repeats: int) -> dict:
         for rows in (1, SAMPLES, 2 * SAMPLES):
             times = token_times(stages, rows, 1600 if 'growth' in parts else 200)
             own = found[f'{rows} rows'] = dict(token_100_ms=1e3 * around(times, 100))
-            own['share_of_floor'] = weight_bytes / bandwidth / around(times, 100)
+            own |= dict(share_of_floor=weight_bytes / bandwidth / around(times, 100))
+            own |= dict(tokens_per_second=rows / around(times, 100))
             if 'growth' in parts:
                 own |= dict(token_1500_ms=1e3 * around(times, 1500), growth=around(times, 1500) / around(times, 100))
         print(json.dumps(found, indent=2))
@@ -253,6 +254,7 @@ def main(args: argparse.Namespace) -> None:
         threads=args.threads,
         device=args.device,
         dtype=args.dtype,
+        compile=args.compile,
         cond_scale=args.cond_scale,
         torch=torch.__version__,
         agreement=agreement,
@@ -270,6 +272,7 @@ if __name__ == '__main__':
     parser.add_argument('--threads', type=int, default=2)
     parser.add_argument('--device', choices=('cpu', 'cuda'), default='cpu')
     parser.add_argument('--dtype', choices=('fp32', 'bf16'), default='fp32')
+    parser.add_argument('--compile', action='store_true', help='fixed shapes, on a GPU as a CUDA graph')
     parser.add_argument('--cond-scale', type=float, default=1.0, help='guidance of both sides (default 1, none)')
     parser.add_argument('--out', type=Path, default=ROOT / 'build' / 'benchmarks' / 'generation.json')
     main(parser.parse_args())

@@ -1,7 +1,7 @@
 """What the semantic, coarse and fine stage of AudioLM put into their transformer, and what they read from it.
 
 A `Decoder` holds the weights of a stage ready for decoding. Its `begin` reads the prompt and gives a `Session`, which
-gives the logits of the next token and takes the token that was chosen.
+gives the logits of the next token and takes the token that was chosen. All of it belongs under torch.inference_mode().
 """
 
 from __future__ import annotations
