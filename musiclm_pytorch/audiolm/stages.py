@@ -99,11 +99,13 @@ class Session:
 class Decoder:
     """Weights of a stage, copied and laid out for decoding: after training on, build a new one.
 
-    compile: run a token's step through torch.compile at fixed shapes, each looking at the whole length, and replay it
-        as a CUDA graph on a GPU. It pays off there for long runs; on a CPU the step as it is is faster
+    compile: run a token's step through torch.compile at fixed shapes, and replay it as a CUDA graph on a GPU, which it
+        is meant for: each session is recorded anew, each token looks at all the places there will be, and on a CPU
+        the weights are not laid out for few rows
     dtype: of the weight matrices; float32 decodes exactly what the stage computes, bfloat16 faster, None as they are
 
-    Raises ValueError for a transformer whose uncached forward sees no sensible context.
+    Raises ValueError for `num_null_kv` in self-attention together with `flash_attn`, where the stage's own forward
+    hides each token from itself.
     """
 
     # whether the conditioning's rows of zeros are masked, as this stage's own forward does
