@@ -1,8 +1,9 @@
 """Sampling from AudioLM's stages: `generate_*` of this library against audiolm-pytorch's own `generate`.
 
-Same weights, one process, audiolm-pytorch first timed where it is quick and then where it is slow. Before any timing,
-both sides' logits of one batch have to agree. Stages of dim 512 and depth 6, 3 coarse and 5 fine quantizers of 1024
-codes, cross-attention to 12 conditioning embeddings, random weights.
+Same weights, one process; this library runs before and after each run of the other, and its median counts. Before any
+timing, both sides' logits of one batch have to agree. Stages of dim 512 and depth 6, 3 coarse and 5 fine quantizers of
+1024 codes, cross-attention to 12 conditioning embeddings, random weights. Laying out the weights for decoding (some
+60 ms a stage, once) is not timed.
 
     python benchmarks/generation.py                       # everything, about six minutes on two free cores
     python benchmarks/generation.py --parts floor growth  # only this library's own figures, in seconds
