@@ -5,9 +5,12 @@ from importlib import import_module
 from musiclm_pytorch.version import __version__
 
 _HOMES = {
+    'musiclm_pytorch.audiolm.decoding': ['generate_coarse', 'generate_fine', 'generate_semantic'],
+    'musiclm_pytorch.audiolm.sampling': ['Sampling'],
     'musiclm_pytorch.audiolm.semantic': ['SemanticTokenizer'],
     'musiclm_pytorch.audiolm.semantic_mulan': ['MuLaNSemanticTokenizer'],
     'musiclm_pytorch.audiolm.semantic_transformers': ['TransformersSemanticTokenizer'],
+    'musiclm_pytorch.audiolm.stages': ['CoarseDecoder', 'FineDecoder', 'SemanticDecoder'],
     'musiclm_pytorch.data.attributes': ['MusicLabels'],
     'musiclm_pytorch.data.collate': ['collate_pairs'],
     'musiclm_pytorch.data.datasets': ['AudioTextDataset'],

@@ -1,5 +1,6 @@
 """Tiny stages of AudioLM with weights that make every part matter, and their uncached logits."""
 
+import random
 import warnings
 
 import torch
@@ -13,29 +14,31 @@ SIZES = dict(dim=32, depth=2, heads=2, dim_head=8)
 
 
 def semantic_stage(**options) -> SemanticTransformer:
-    return shaken(SemanticTransformer(num_semantic_tokens=SEMANTIC, **SIZES, **options))
+    return _build(SemanticTransformer, num_semantic_tokens=SEMANTIC, **options)
 
 
 def coarse_stage(**options) -> CoarseTransformer:
     sizes = dict(num_semantic_tokens=SEMANTIC, codebook_size=CODES, num_coarse_quantizers=COARSE)
-    return shaken(CoarseTransformer(**sizes, **SIZES, **options))
+    return _build(CoarseTransformer, **sizes, **options)
 
 
 def fine_stage(**options) -> FineTransformer:
     sizes = dict(codebook_size=CODES, num_coarse_quantizers=COARSE, num_fine_quantizers=FINE)
-    return shaken(FineTransformer(**sizes, **SIZES, **options))
+    return _build(FineTransformer, **sizes, **options)
 
 
-def shaken(module: nn.Module) -> nn.Module:
-    """Away from the start, where hyper-connections do nothing, and logits in the range of a trained model's."""
-    generator = torch.Generator().manual_seed(0)
+def _build(kind: type, **options) -> nn.Module:
+    """A stage away from its start, where hyper-connections do nothing, with logits as far apart as a trained one's."""
+    random.seed(0)  # of the stream that a block reads at first
+    torch.manual_seed(0)
+    stage = kind(**SIZES, **options)
     with torch.no_grad():
-        for name, parameter in module.named_parameters():
+        for name, parameter in stage.named_parameters():
             if 'logit_weights' in name:
                 parameter.mul_(0.2)
-            noise = torch.randn(parameter.shape, generator=generator)
+            noise = torch.randn(parameter.shape)
             parameter.add_(noise * (0.3 / parameter.shape[-1] ** 0.5 if parameter.ndim > 1 else 0.3))
-    return module.eval()
+    return stage.eval()
 
 
 def codes(*shape: int, num: int = CODES, seed: int = 0) -> torch.Tensor:

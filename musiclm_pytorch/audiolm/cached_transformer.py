@@ -6,6 +6,7 @@ Legend of the einops-like comments: b batch, m new tokens, n keys, h heads, s re
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -27,11 +28,12 @@ class Product:
     Takes and gives float32, whatever the weight's own dtype: reading weights is what decoding spends its time with.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None = None, *, dtype: torch.dtype):
+    def __init__(self, weight: Tensor, bias: Tensor | None = None, *, dtype: torch.dtype, pack: bool = True):
         self.weight = weight.detach().to(dtype).contiguous()
         self.bias = None if bias is None else bias.detach().to(dtype)
         self.packed = (
-            self.weight.device.type == 'cpu'
+            pack
+            and self.weight.device.type == 'cpu'
             and dtype in (torch.float32, torch.bfloat16)
             and torch.backends.mkldnn.enabled
             and has_fast_float32()
@@ -102,11 +104,14 @@ class Norm:
 
 
 class FeedForward:
-    def __init__(self, block: nn.Module, *, dtype: torch.dtype):
+    def __init__(self, block: nn.Module, *, dtype: torch.dtype, pack: bool):
         self.connection = connection_of(block)
         norm, to_hidden, _, hidden_norm, _, to_out = block.branch
         self.norm, self.hidden_norm = Norm(norm), Norm(hidden_norm)
-        self.to_hidden, self.to_out = Product(to_hidden.weight, dtype=dtype), Product(to_out.weight, dtype=dtype)
+        self.to_hidden, self.to_out = (
+            Product(to_hidden.weight, dtype=dtype, pack=pack),
+            Product(to_out.weight, dtype=dtype, pack=pack),
+        )
 
     def __call__(self, streams: Tensor) -> Tensor:
         x, kept = self.connection.width(streams)
@@ -117,7 +122,7 @@ class FeedForward:
 class Attention:
     """Multi-query attention: h query heads, one head of keys and values. Keys and values come from the raw input."""
 
-    def __init__(self, block: nn.Module, *, dtype: torch.dtype):
+    def __init__(self, block: nn.Module, *, dtype: torch.dtype, pack: bool):
         self.connection = connection_of(block)
         branch = block.branch
         self.heads = branch.heads
@@ -125,9 +130,9 @@ class Attention:
         self.norm = Norm(branch.norm)
         has_context_norm = hasattr(branch.context_norm, 'gamma')
         self.context_norm = Norm(branch.context_norm) if has_context_norm else None
-        self.to_q = Product(branch.to_q.weight * self.dim_head**-0.5, dtype=dtype)
-        self.to_kv = Product(branch.to_kv.weight, dtype=dtype)
-        self.to_out = Product(branch.to_out[0].weight, dtype=dtype)
+        self.to_q = Product(branch.to_q.weight * self.dim_head**-0.5, dtype=dtype, pack=pack)
+        self.to_kv = Product(branch.to_kv.weight, dtype=dtype, pack=pack)
+        self.to_out = Product(branch.to_out[0].weight, dtype=dtype, pack=pack)
         self.null_kv = None
         if branch.num_null_kv > 0:
             self.null_kv = branch.null_kv.detach().float()  # (2, n, d)
@@ -174,15 +179,17 @@ class CachedTransformer:
     """`Transformer` of audiolm-pytorch, any options, computed exactly as its uncached forward in evaluation mode.
 
     Holds its own copy of the weights, the matrices cast to `dtype` and laid out for decoding; everything else is
-    float32.
+    float32. `pack=False` leaves the layout of the matrices to torch.compile.
     """
 
-    def __init__(self, transformer: nn.Module, *, dtype: torch.dtype):
+    def __init__(self, transformer: nn.Module, *, dtype: torch.dtype, pack: bool = True):
         self.is_prefix = transformer.cond_as_self_attn_prefix
         self.mixes_values = transformer.add_value_residual
-        self.attentions = [Attention(layer[0], dtype=dtype) for layer in transformer.layers]
-        self.crosses = [Attention(layer[1], dtype=dtype) for layer in transformer.layers if layer[1] is not None]
-        self.feedforwards = [FeedForward(layer[2], dtype=dtype) for layer in transformer.layers]
+        self.attentions = [Attention(layer[0], dtype=dtype, pack=pack) for layer in transformer.layers]
+        self.crosses = [
+            Attention(layer[1], dtype=dtype, pack=pack) for layer in transformer.layers if layer[1] is not None
+        ]
+        self.feedforwards = [FeedForward(layer[2], dtype=dtype, pack=pack) for layer in transformer.layers]
         self.norm = Norm(transformer.norm)
         self.heads, self.dim_head = self.attentions[0].heads, self.attentions[0].dim_head
         connection = self.attentions[0].connection
@@ -253,14 +260,19 @@ class CachedTransformer:
         return keys, values
 
     def extend(self, x: Tensor, bias: Tensor, cache: Cache) -> Tensor:
-        """The features of new tokens, whose keys and values go into the cache.
+        """The features (b, m, d) of new tokens, whose keys and values go into the cache.
 
         x: (b, m, d) embeddings
         bias: (m, h, prefix + length + m), what each new token adds to the scores of the keys, −inf for later ones
         """
-        batch, num_new, dim = x.shape
         start = cache.prefix + cache.length
-        stop = start + num_new
+        stop = start + x.shape[1]
+        cache.length += x.shape[1]
+        return self.forward(x, bias, cache, slice(start, stop), stop)
+
+    def forward(self, x: Tensor, bias: Tensor, cache: Cache, at: slice | Tensor, stop: int) -> Tensor:
+        """`extend`, told where in the cache the new tokens go and how many of its keys are looked at."""
+        batch, num_new, dim = x.shape
         bias = bias.reshape(1, num_new * self.heads, stop)
         if cache.mask is not None:
             bias = bias + cache.mask[..., :stop]
@@ -274,20 +286,55 @@ class CachedTransformer:
             k, v, own_values = attention.keys_and_values(x.view(batch, num_new, dim), first_values)
             if self.mixes_values and first_values is None:
                 first_values = own_values
+            cache.k[layer][:, :, at] = k.transpose(1, 2)
+            cache.v[layer][:, at] = v
             seen_k, seen_v = cache.k[layer][:, :, :stop], cache.v[layer][:, :stop]
-            seen_k[:, :, start:] = k.transpose(1, 2)
-            seen_v[:, start:] = v
             streams = attention.connection.depth(attention.attend(x, seen_k, seen_v, bias), kept)
 
             if self.crosses:
                 cross = self.crosses[layer]
                 x, kept = cross.connection.width(streams)
-                streams = cross.connection.depth(
-                    cross.attend(x, cache.cross_k[layer], cache.cross_v[layer], cache.cross_bias), kept
-                )
+                x = cross.attend(x, cache.cross_k[layer], cache.cross_v[layer], cache.cross_bias)
+                streams = cross.connection.depth(x, kept)
 
             streams = feedforward(streams)
 
-        cache.length += num_new
         x = streams.sum(dim=1) if self.num_streams > 1 else streams
         return self.norm(x).view(batch, num_new, dim)
+
+
+class FixedStep:
+    """`extend` by one token at shapes that stay the same, so that it can be compiled, and recorded on a GPU.
+
+    Each token looks at the whole cache: the bias has to be −inf for what is not there yet.
+    """
+
+    def __init__(self, network: CachedTransformer, cache: Cache, batch: int):
+        self.cache = cache
+        width, device = cache.v[0].shape[1], cache.v[0].device
+        self.x = torch.zeros(batch, 1, network.norm.shape[0], device=device)
+        self.bias = torch.zeros(1, network.heads, width, device=device)
+        self.at = torch.tensor([cache.prefix + cache.length], device=device)
+        self.run = partial(torch.compile(network.forward), self.x, self.bias, cache, self.at, width)
+        self.graph = None
+        if device.type == 'cuda':
+            # What this writes into the cache at `at` is written over by the first token.
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                self.run()
+            torch.cuda.current_stream().wait_stream(stream)
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self.features = self.run()
+
+    def __call__(self, x: Tensor, bias: Tensor) -> Tensor:
+        """x (b, 1, d), bias (1, h, prefix + capacity) → (b, 1, d), valid until the next call."""
+        self.x.copy_(x)
+        self.bias.copy_(bias)
+        self.at.fill_(self.cache.prefix + self.cache.length)
+        self.cache.length += 1
+        if self.graph is None:
+            return self.run()
+        self.graph.replay()
+        return self.features

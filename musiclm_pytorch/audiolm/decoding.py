@@ -217,7 +217,7 @@ def generate_fine(
     prime: Tensor | None = None,
     sampling: Sampling = PLAIN,
     window: int | None = None,
-    max_batch: int | None = None,
+    max_batch: int = 32,
     generator: Generators = None,
     progress: Progress = False,
 ) -> TokenSequences:
@@ -227,7 +227,7 @@ def generate_fine(
     prime: (b, frames, q') int64 fine codes that the result begins with
     window: frames; all windows are made apart from each other, in one batch. It should be the length of the crops
         that the stage was trained on, for its position bias depends on it; shorter samples are padded to it
-    max_batch: the most windows at once, None for all
+    max_batch: the most windows at once, which bounds memory
     transformer, text_embeds, sampling, generator, progress: as in `generate_semantic`
 
     Returns codes (b, t, q') and lengths (b,) in frames.
@@ -295,12 +295,11 @@ class _Job(NamedTuple):
     begin: int
 
 
-def _batches(jobs: list[_Job], max_batch: int | None) -> Iterator[list[_Job]]:
+def _batches(jobs: list[_Job], max_batch: int) -> Iterator[list[_Job]]:
     """Jobs that can go side by side: with as many frames given."""
     for begin in sorted({job.begin for job in jobs}):
         alike = [job for job in jobs if job.begin == begin]
-        size = max_batch or len(alike)
-        yield from (alike[at : at + size] for at in range(0, len(alike), size))
+        yield from (alike[at : at + max_batch] for at in range(0, len(alike), max_batch))
 
 
 def _at(text_embeds: Embeds, number: int) -> Tensor | None:
@@ -326,10 +325,13 @@ def _empty(batch: int, *shape: int) -> Tensor:
 
 
 def _padded(rows: list[Tensor], template: Tensor) -> TokenSequences:
-    tokens = template.repeat(len(rows), *[1] * template.ndim)
+    # plain tensors: a loss could not be computed from those that inference mode makes
+    with torch.inference_mode(False):
+        tokens = torch.full((len(rows), *template.shape), PAD, device=template.device)
+        lengths = torch.tensor([len(row) for row in rows], device=template.device)
     for own, row in zip(tokens, rows):
         own[: len(row)] = row
-    return TokenSequences(tokens, torch.tensor([len(row) for row in rows], device=template.device))
+    return TokenSequences(tokens, lengths)
 
 
 # ---------------------------------------------------------------------------------------------------------------

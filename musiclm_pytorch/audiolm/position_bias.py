@@ -32,19 +32,19 @@ class PositionBias:
         self.table, self.codes, self.zero, self.across = table, codes, zero, across
         self.query_groups, self.key_groups = query_groups, key_groups
 
-    def rows(self, start: int, stop: int, *, heads: int, prefix: int = 0) -> Tensor:
-        """(stop − start, heads, prefix + stop): for the tokens [start, stop), over `prefix` keys without a position
-        and the tokens [0, stop); −inf for keys later than the query."""
+    def rows(self, start: int, stop: int, *, heads: int, num_keys: int, prefix: int = 0) -> Tensor:
+        """(stop − start, heads, prefix + num_keys): for the tokens [start, stop), over `prefix` keys without a position
+        and the tokens [0, num_keys); −inf for keys later than the query."""
         queries = torch.arange(start, stop, device=self.codes.device)[:, None]
-        is_later = torch.arange(stop, device=self.codes.device) > queries
+        is_later = torch.arange(num_keys, device=self.codes.device) > queries
         if self.table is None:
-            rows = torch.zeros(stop - start, heads, stop, device=self.codes.device)
+            rows = torch.zeros(stop - start, heads, num_keys, device=self.codes.device)
         else:
             # a later key's column may lie outside of the table, and its value does not matter
-            columns = (self.codes[queries] - self.codes[:stop] + self.zero).clamp_(0, self.table.shape[1] - 1)
+            columns = (self.codes[queries] - self.codes[:num_keys] + self.zero).clamp_(0, self.table.shape[1] - 1)
             rows = self.table[:, columns].transpose(0, 1)
             if self.across is not None:
-                is_across = self.query_groups[queries] != self.key_groups[:stop]
+                is_across = self.query_groups[queries] != self.key_groups[:num_keys]
                 rows = torch.where(is_across[:, None], self.across, rows)
         rows = rows.masked_fill(is_later[:, None], float('-inf'))
         return F.pad(rows, (prefix, 0))

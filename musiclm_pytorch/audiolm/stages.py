@@ -1,7 +1,7 @@
 """What the semantic, coarse and fine stage of AudioLM put into their transformer, and what they read from it.
 
 A `Decoder` holds the weights of a stage ready for decoding. Its `begin` reads the prompt and gives a `Session`, which
-gives the logits of the next token and takes the token that was chosen.
+gives the logits of the next token and takes the token that was chosen. All of it belongs under torch.inference_mode().
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from musiclm_pytorch.audiolm.bridge import CoarseTransformer, FineTransformer, SemanticTransformer
-from musiclm_pytorch.audiolm.cached_transformer import CachedTransformer, Product
+from musiclm_pytorch.audiolm.cached_transformer import CachedTransformer, FixedStep, Product
 from musiclm_pytorch.audiolm.position_bias import PositionBias, coarse_bias, fine_bias, semantic_bias
 from musiclm_pytorch.checks import typechecked
 
@@ -57,9 +57,12 @@ class Session:
             context_mask=context_mask,
         )
         self._rows, self._rows_from = None, 0
-        for block in prompt.split(PROMPT_BLOCK, dim=1):
+        for block in self._both(prompt).split(PROMPT_BLOCK, dim=1):
             start = self.cache.length
-            self._extend(block, self._bias_rows(start, start + block.shape[1]))
+            stop = start + block.shape[1]
+            features = network.extend(block, self._bias_rows(start, stop, num_keys=stop), self.cache)
+            self.features = features[:, -1]
+        self._fixed_step = FixedStep(network, self.cache, len(self.features)) if decoder.compile else None
 
     def logits(self) -> Tensor:
         """(b, c) float32 for the next token."""
@@ -74,37 +77,45 @@ class Session:
         position = self.cache.length
         if self._rows is None or position >= self._rows_from + len(self._rows):
             self._rows_from = position
-            self._rows = self._bias_rows(position, min(position + BIAS_BLOCK, self.capacity))
-        row = self._rows[position - self._rows_from, :, : self.cache.prefix + position + 1]
-        self._extend(self.decoder.embed(tokens, self.index)[:, None], row[None])
+            stop = min(position + BIAS_BLOCK, self.capacity)
+            self._rows = self._bias_rows(position, stop, num_keys=self.capacity if self._fixed_step else stop)
+        row = self._rows[position - self._rows_from][None]
+        embeds = self._both(self.decoder.embed(tokens, self.index)[:, None])
+        if self._fixed_step is not None:
+            features = self._fixed_step(embeds, row)
+        else:
+            features = self.decoder.network.extend(embeds, row[..., : self.cache.prefix + position + 1], self.cache)
+        self.features = features[:, -1]
         self.index += 1
 
-    def _bias_rows(self, start: int, stop: int) -> Tensor:
-        network = self.decoder.network
-        return self.bias.rows(start, stop, heads=network.heads, prefix=self.cache.prefix)
+    def _bias_rows(self, start: int, stop: int, num_keys: int) -> Tensor:
+        heads = self.decoder.network.heads
+        return self.bias.rows(start, stop, num_keys=num_keys, heads=heads, prefix=self.cache.prefix)
 
-    def _extend(self, embeds: Tensor, bias: Tensor) -> None:
-        if self.is_guided:
-            embeds = embeds.repeat(2, 1, 1)
-        self.features = self.decoder.network.extend(embeds, bias, self.cache)[:, -1]
+    def _both(self, embeds: Tensor) -> Tensor:
+        return embeds.repeat(2, 1, 1) if self.is_guided else embeds
 
 
 class Decoder:
     """Weights of a stage, copied and laid out for decoding: after training on, build a new one.
 
+    compile: run a token's step through torch.compile at fixed shapes, and replay it as a CUDA graph on a GPU, which it
+        is meant for: each session is recorded anew, each token looks at all the places there will be, and on a CPU
+        the weights are not laid out for few rows
     dtype: of the weight matrices; float32 decodes exactly what the stage computes, bfloat16 faster, None as they are
 
-    Raises ValueError for a transformer whose uncached forward sees no sensible context.
+    Raises ValueError for `num_null_kv` in self-attention together with `flash_attn`, where the stage's own forward
+    hides each token from itself.
     """
 
     # whether the conditioning's rows of zeros are masked, as this stage's own forward does
     masks_empty_conditioning = False
 
-    def __init__(self, transformer: nn.Module, dtype: torch.dtype | None):
-        self.transformer = transformer
+    def __init__(self, transformer: nn.Module, dtype: torch.dtype | None, compile: bool):
+        self.transformer, self.compile = transformer, compile
         self.dtype = dtype or next(transformer.parameters()).dtype
         with torch.inference_mode():
-            self.network = CachedTransformer(transformer.transformer, dtype=self.dtype)
+            self.network = CachedTransformer(transformer.transformer, dtype=self.dtype, pack=not compile)
 
     @property
     def device(self) -> torch.device:
@@ -165,8 +176,8 @@ class SemanticDecoder(Decoder):
 
     @typechecked
     @torch.inference_mode()
-    def __init__(self, transformer: SemanticTransformer, *, dtype: torch.dtype | None = None):
-        super().__init__(transformer, dtype)
+    def __init__(self, transformer: SemanticTransformer, *, dtype: torch.dtype | None = None, compile: bool = False):
+        super().__init__(transformer, dtype, compile)
         self.heads = [Product(transformer.to_logits.weight, transformer.to_logits.bias, dtype=self.dtype)]
         self.end_id = transformer.eos_id
         self.codebook_size = transformer.num_semantic_tokens
@@ -205,8 +216,8 @@ class CoarseDecoder(Decoder):
 
     @typechecked
     @torch.inference_mode()
-    def __init__(self, transformer: CoarseTransformer, *, dtype: torch.dtype | None = None):
-        super().__init__(transformer, dtype)
+    def __init__(self, transformer: CoarseTransformer, *, dtype: torch.dtype | None = None, compile: bool = False):
+        super().__init__(transformer, dtype, compile)
         self.heads = [Product(weight, dtype=self.dtype) for weight in transformer.coarse_logit_weights]
         self.end_id = transformer.coarse_eos_id
         self.codebook_size = transformer.codebook_size
@@ -259,8 +270,8 @@ class FineDecoder(Decoder):
 
     @typechecked
     @torch.inference_mode()
-    def __init__(self, transformer: FineTransformer, *, dtype: torch.dtype | None = None):
-        super().__init__(transformer, dtype)
+    def __init__(self, transformer: FineTransformer, *, dtype: torch.dtype | None = None, compile: bool = False):
+        super().__init__(transformer, dtype, compile)
         self.heads = [Product(weight, dtype=self.dtype) for weight in transformer.fine_logit_weights]
         self.codebook_size = transformer.codebook_size
         self.num_quantizers = transformer.num_fine_quantizers

@@ -194,3 +194,30 @@ def test_bfloat16_stays_near():
     wanted = fine_logits(stage, coarse, tokens.flatten(1)[:, :-1])[:, FINE:]
     assert found.dtype == torch.float32
     assert (found - wanted).square().mean().sqrt() < 0.05 * wanted.std()
+
+
+@pytest.mark.slow
+def test_compiled():
+    stage, ids = semantic_stage(), codes(2, 6, num=SEMANTIC)
+    session = SemanticDecoder(stage, compile=True).begin(ids[:, :3], max_tokens=6)
+    assert_equal(forced(session, ids[:, 3:]), semantic_logits(stage, ids)[:, 3:-1])
+
+
+@pytest.mark.parametrize('condition', CONDITIONS)
+def test_fixed_shapes(monkeypatch, condition):
+    """What is compiled, as it is before."""
+    monkeypatch.setattr(torch, 'compile', lambda function: function)
+    options = CONDITIONS[condition]
+    stage, coarse, tokens = fine_stage(**options), codes(2, 5, COARSE), codes(2, 5, FINE, seed=1)
+    coarse[1, 4:], text_embeds = -1, conditioning(options, 2)
+    session = FineDecoder(stage, compile=True).begin(coarse, tokens[:, :1], text_embeds=text_embeds)
+    wanted = fine_logits(stage, coarse, tokens.flatten(1)[:, :-1], text_embeds)
+    assert_equal(forced(session, tokens.flatten(1)[:, FINE:]), wanted[:, FINE:])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
+def test_recorded_graph():
+    stage, coarse, tokens = fine_stage().cuda(), codes(2, 5, COARSE).cuda(), codes(2, 5, FINE, seed=1).cuda()
+    session = FineDecoder(stage, compile=True).begin(coarse, tokens[:, :1])
+    wanted = fine_logits(stage, coarse, tokens.flatten(1)[:, :-1])
+    assert_equal(forced(session, tokens.flatten(1)[:, FINE:]), wanted[:, FINE:])
