@@ -271,6 +271,8 @@ def run(side: str, lr: float, use: int, looks: int, args: argparse.Namespace) ->
     command += ['--batch-size', str(args.batch_size)] + (['--save', str(args.save)] if args.save else [])
     path = args.upstream if side == 'upstream' else ROOT
     environment = {**os.environ, 'PYTHONPATH': str(path), 'HF_HUB_OFFLINE': '1'}
+    # large blocks come and go at each step: without this, glibc asks the kernel for fresh pages every time
+    environment |= {'MALLOC_MMAP_MAX_': '0', 'MALLOC_TRIM_THRESHOLD_': '-1'}
     # started elsewhere, so that the folder of this repository is not on the path by itself
     done = subprocess.run(
         command, env=environment, cwd=tempfile.gettempdir(), stdout=subprocess.PIPE, text=True, check=False
@@ -361,10 +363,10 @@ def install_upstream(folder: Path) -> None:
 if __name__ == '__main__':
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--sides', nargs='+', choices=SIDES, default=SIDES)
-    parser.add_argument('--pairs', type=int, default=60_000, help='pairs that each side sees (default 60,000)')
-    parser.add_argument('--batch-size', type=int, default=64)
-    parser.add_argument('--lrs', type=float, nargs='+', default=[3e-4, 1e-3, 2e-3], help='learning rates to try')
-    parser.add_argument('--looks', type=int, default=12, help='points of the curve (default 12)')
+    parser.add_argument('--pairs', type=int, default=144_000, help='pairs that each side sees (default 144,000)')
+    parser.add_argument('--batch-size', type=int, default=256)
+    parser.add_argument('--lrs', type=float, nargs='+', default=[5e-4, 1e-3, 2e-3], help='learning rates to try')
+    parser.add_argument('--looks', type=int, default=8, help='points of the curve (default 8)')
     parser.add_argument('--throughput', action='store_true', help='only time the loops')
     parser.add_argument('--steps', type=int, default=20, help='steps of a timing (default 20)')
     parser.add_argument('--rounds', type=int, default=3, help='timings of each side (default 3)')

@@ -25,6 +25,9 @@ class TextTransformer(nn.Module):
         max_seq_len: longest text in tokens; a longer one is cut, with one warning.
         attn_dropout, ff_dropout: dropout probabilities.
         pad_id: the token id that counts as padding.
+        init_std: standard deviation of new token embeddings; positions and the CLS token begin at a tenth of it, so that
+            a text begins as what its words are. With 1 for all three, as in 0.2.8, a contrast takes several times as
+            many pairs to tell words apart (`benchmarks/learning.py`).
     """
 
     @records_config
@@ -41,9 +44,10 @@ class TextTransformer(nn.Module):
         ff_dropout: float = 0.0,
         ff_mult: float = 4,
         pad_id: int = 0,
+        init_std: float = 0.1,
     ):
         super().__init__()
-        check_positive(num_tokens=num_tokens, max_seq_len=max_seq_len)
+        check_positive(num_tokens=num_tokens, max_seq_len=max_seq_len, init_std=init_std)
         self.dim = dim
         self.depth = depth
         self.num_tokens = num_tokens
@@ -54,6 +58,10 @@ class TextTransformer(nn.Module):
         self.token_emb = nn.Embedding(num_tokens, dim)
         self.pos_emb = nn.Embedding(max_seq_len, dim)
         self.cls_token = nn.Parameter(torch.randn(dim))
+        with torch.no_grad():
+            self.token_emb.weight.mul_(init_std)
+            self.pos_emb.weight.mul_(init_std / 10)
+            self.cls_token.mul_(init_std / 10)
 
         self.transformer = Transformer(
             dim=dim,
