@@ -399,7 +399,7 @@ class Trainer:
         return dict(
             step=self.step,
             best=self.best,
-            data=dict(size=self.batches.size, batch_size=self.batches.batch_size, seed=self.seed),
+            data=self.data_order(),
             model=self.model.state_dict(),
             optimizer=self.optimizer.state_dict(),
             scaler=None if self.scaler is None else self.scaler.state_dict(),
@@ -408,12 +408,16 @@ class Trainer:
             config=self.model_config(),
         )
 
+    def data_order(self) -> dict[str, int]:
+        """What the order of the data depends on; over how many processes it is shared out is not part of it."""
+        return dict(size=self.batches.size, batch_size=self.batches.batch_size * world_size(), seed=self.seed)
+
     def model_config(self) -> dict[str, Any]:
         """What the model was built with, for the checkpoint."""
         return {}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        data = dict(size=self.batches.size, batch_size=self.batches.batch_size, seed=self.seed)
+        data = self.data_order()
         if state['data'] != data:
             logger.warning(
                 'the checkpoint was made with data %s, now it is %s: the order of the data changes from here on',

@@ -187,7 +187,8 @@ class MuLaNTrainer(Trainer):
 
     def compute_gradients(self, batches: list[dict[str, Any]]) -> dict[str, float]:
         chunks = self.split(batches)
-        if len(chunks) == 1:
+        # all processes in the same way, since each waits for the others in the same order
+        if max(gather_sizes(len(chunks), self.device)) == 1:
             with self.autocast():
                 loss = self.step_module(chunks[0])
             self.backward(loss)
