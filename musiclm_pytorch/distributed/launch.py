@@ -129,20 +129,29 @@ def _on_cpu(mulan: MuLaN) -> MuLaN:
 @contextlib.contextmanager
 def _undisturbed() -> Iterator[None]:
     """Undo what the elastic launcher leaves in its process: signal handlers and an environment variable."""
-    variable = 'TORCHELASTIC_SIGNALS_TO_HANDLE'
-    before, value = {}, os.environ.get(variable)
+    # processes that are started again must not meet in the store that holds the addresses of those that died
+    wanted = {'TORCH_DISABLE_SHARE_RDZV_TCP_STORE': '1', 'TORCHELASTIC_SIGNALS_TO_HANDLE': None}
+    environment = {name: os.environ.get(name) for name in wanted}
+    handlers = {}
     if threading.current_thread() is threading.main_thread():
         numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
-        before = {number: signal.getsignal(number) for number in numbers}
+        handlers = {number: signal.getsignal(number) for number in numbers}
+    _set_environment(wanted)
     try:
         yield
     finally:
-        for number, handler in before.items():
+        for number, handler in handlers.items():
             if handler is not None:
                 signal.signal(number, handler)
-        os.environ.pop(variable, None)
-        if value is not None:
-            os.environ[variable] = value
+        _set_environment(environment)
+
+
+def _set_environment(values: dict[str, str | None]) -> None:
+    for name, value in values.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
 
 
 @contextlib.contextmanager

@@ -75,6 +75,8 @@ class WorldTrainer(MuLaNTrainer):
         for tower in (model.audio, model.text):
             tower.transformer.checkpoint_activations = config.gradient_checkpointing
 
+        accelerate_kwargs = dict(accelerate_kwargs or {})
+        _join_world(config, accelerate_kwargs.get('kwargs_handlers', []))
         # dropout masks differ between processes, and are the same whenever these are started again
         process_seed = mixed_seed(seed, int(os.environ.get('RANK', 0)))
         torch.manual_seed(process_seed)
@@ -86,7 +88,7 @@ class WorldTrainer(MuLaNTrainer):
             # a launcher that starts its processes again wants them to go on; all but the first look at what is there
             resume=resume or _is_restart(self.marker) or int(os.environ.get('RANK', 0)) > 0,
             results_folder=results_folder,
-            accelerate_kwargs=_accelerate_keywords(config, accelerate_kwargs or {}),
+            accelerate_kwargs=_accelerate_keywords(config, accelerate_kwargs),
             seed=seed,
             grad_accum_every=config.gradient_accumulation_steps,
             max_grad_norm=config.gradient_clipping,
@@ -96,10 +98,6 @@ class WorldTrainer(MuLaNTrainer):
             prefetch_factor=config.prefetch_factor,
             **keywords,
         )
-        if dist.get_backend() != config.backend:
-            raise ValueError(
-                f'the process group of this program uses {dist.get_backend()!r}, but the config says {config.backend!r}'
-            )
         steps = gather_object([self.step])
         if len(set(steps)) > 1:
             raise RuntimeError(
@@ -333,17 +331,31 @@ def _check_world(config: DistributedConfig) -> None:
         )
 
 
+def _join_world(config: DistributedConfig, handlers: list[Any]) -> None:
+    if not dist.is_initialized():
+        keywords = {}
+        for handler in handlers:
+            if isinstance(handler, InitProcessGroupKwargs):
+                keywords = {name: value for name, value in handler.to_kwargs().items() if name == 'timeout'}
+        store, rank, world_size = next(dist.rendezvous('env://', **keywords))
+        if os.environ.get('LOCAL_WORLD_SIZE') == os.environ['WORLD_SIZE']:
+            # torchrun keeps its store when it starts processes again, and with it the addresses of those that died
+            store = dist.PrefixStore(f'attempt {os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)}', store)
+        dist.init_process_group(config.backend, store=store, rank=rank, world_size=world_size, **keywords)
+    if dist.get_backend() != config.backend:
+        raise ValueError(
+            f'the process group of this program uses {dist.get_backend()!r}, but the config says {config.backend!r}'
+        )
+
+
 def _accelerate_keywords(config: DistributedConfig, given: dict[str, Any]) -> dict[str, Any]:
     cpu = config.device_type == 'cpu'
     if given.get('cpu', cpu) != cpu:
         raise ValueError(f'accelerate_kwargs say cpu={given["cpu"]}, but backend={config.backend!r} does not')
-    handlers = [
-        DistributedDataParallelKwargs(
-            bucket_cap_mb=config.bucket_cap_mb, find_unused_parameters=config.find_unused_parameters
-        ),
-        InitProcessGroupKwargs(backend=config.backend),
-    ]
-    return given | dict(cpu=cpu, kwargs_handlers=[*handlers, *given.get('kwargs_handlers', [])])
+    ddp = DistributedDataParallelKwargs(
+        bucket_cap_mb=config.bucket_cap_mb, find_unused_parameters=config.find_unused_parameters
+    )
+    return given | dict(cpu=cpu, kwargs_handlers=[ddp, *given.get('kwargs_handlers', [])])
 
 
 def _check_batchnorm(mulan: MuLaN, device_type: str) -> None:
