@@ -1,9 +1,11 @@
 """Several processes train as one does, and survive the loss of one."""
 
+import dataclasses
 import json
 import math
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -14,10 +16,14 @@ import torch
 from conftest import tiny_mulan
 from torch.utils.data import Dataset
 
+from musiclm_pytorch import MuLaN
 from musiclm_pytorch.distributed import (
     DistributedConfig,
     DistributedMuLaNTrainer,
+    create_distributed_config,
+    run_distributed_training,
 )
+from musiclm_pytorch.distributed.trainer import WorldTrainer
 from musiclm_pytorch.trainer import MuLaNTrainer, checkpoints
 
 TESTS = Path(__file__).parent
@@ -316,6 +322,189 @@ def test_one_program_under_every_launcher(tmp_path, launcher):
     trained = sorted(tmp_path.glob('trained*'))
     assert len(trained) == (1 if launcher in ('script', 'interactive') else 2)
     for folder in trained:
-        from musiclm_pytorch import MuLaN
-
         assert largest_difference(weights(MuLaN.from_pretrained(folder)), expected) <= 1e-5
+
+
+NODE = """
+import sys
+sys.path.insert(0, {tests!r})
+from test_distributed_training import *
+config = DistributedConfig(
+    world_size=2, backend='gloo', num_nodes=2, node_rank=int(sys.argv[2]), master_addr='127.0.0.1',
+    master_port=int(sys.argv[3]),
+)
+_, trained = train_together(sys.argv[1], config=config, steps=3, batch_size=4)
+torch.save(trained, f'{{sys.argv[1]}}/{{sys.argv[2]}}.pt')
+"""
+
+
+@pytest.mark.slow
+def test_two_nodes(tmp_path):
+    """Each node runs the program; both get the weights of one process."""
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        port = free.getsockname()[1]
+    script = NODE.format(tests=str(TESTS))
+    command = [sys.executable, '-c', script, str(tmp_path / 'results')]
+    nodes = [subprocess.Popen([*command, str(node), str(port)]) for node in range(2)]
+    assert [node.wait() for node in nodes] == [0, 0]
+    _, _, expected = train_alone(tmp_path / 'alone', steps=3, batch_size=8)
+    for node in range(2):
+        found = torch.load(tmp_path / 'results' / f'{node}.pt', weights_only=True)
+        assert largest_difference(found, expected) <= 1e-5
+
+
+# ---- settings ----
+
+
+def test_config_resolves_what_is_left_open(monkeypatch):
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
+    config = DistributedConfig(use_amp=True)
+    assert (config.world_size, config.backend, config.use_ddp, config.amp_dtype) == (1, 'gloo', True, 'bf16')
+    assert DistributedConfig(use_fsdp=True).use_ddp is False
+    assert DistributedConfig(world_size=4).processes_a_node == 4
+    assert create_distributed_config(gradient_clipping=1.0).gradient_clipping == 1.0
+    assert not create_distributed_config().use_amp
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.world_size = 2
+    for name, value in dict(RANK='1', LOCAL_RANK='1', WORLD_SIZE='6', LOCAL_WORLD_SIZE='3').items():
+        monkeypatch.setenv(name, value)
+    assert create_distributed_config().world_size == 6
+    assert DistributedConfig().processes_a_node == 3
+
+
+def test_config_on_a_machine_with_gpus(monkeypatch):
+    """What is decided from the number of GPUs; nothing runs on them here."""
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
+    monkeypatch.setattr(torch.cuda, 'is_bf16_supported', lambda including_emulation: False)
+    config = create_distributed_config()
+    assert (config.world_size, config.backend, config.use_amp, config.amp_dtype) == (2, 'nccl', True, 'fp16')
+    assert 2 <= config.num_workers <= 8
+    assert DistributedConfig(num_nodes=3, master_addr='a').world_size == 6
+    assert DistributedConfig(world_size=5, backend='gloo').device_type == 'cpu'
+    with pytest.raises(ValueError, match='3 processes need as many GPUs, but there are 2; lower world_size'):
+        DistributedConfig(world_size=3)
+    with pytest.raises(ValueError, match='fp16.* with use_ddp only'):
+        DistributedConfig(use_fsdp=True, use_amp=True)
+
+
+@pytest.mark.parametrize(
+    ('fields', 'message'),
+    [
+        (dict(world_size=0), 'world_size must be greater than 0'),
+        (dict(gradient_accumulation_steps=0), 'gradient_accumulation_steps'),
+        (dict(gradient_clipping=-1.0), 'gradient_clipping'),
+        (dict(bucket_cap_mb=0), 'bucket_cap_mb'),
+        (dict(backend='mpi'), "unknown backend 'mpi'"),
+        (dict(backend='nccl'), 'nccl.* needs CUDA'),
+        (dict(use_ddp=True, use_fsdp=True), 'choose one'),
+        (dict(world_size=2, use_ddp=False), 'needs use_ddp or use_fsdp'),
+        (dict(use_amp=True, amp_dtype='fp16'), 'fp16.* works on CUDA'),
+        (dict(use_amp=True, amp_dtype='fp8'), "unknown amp_dtype 'fp8'"),
+        (dict(amp_dtype='bf16'), 'does nothing without use_amp'),
+        (dict(prefetch_factor=2), 'prefetch_factor=2 needs num_workers'),
+        (dict(num_workers=-1), 'num_workers and max_restarts must be at least 0'),
+        (dict(max_restarts=-1), 'num_workers and max_restarts must be at least 0'),
+        (dict(world_size=3, num_nodes=2, master_addr='a'), 'cannot be shared evenly'),
+        (dict(world_size=2, num_nodes=2), 'needs master_addr'),
+        (dict(node_rank=1), 'node_rank must lie in'),
+        (dict(master_port=70000), 'master_port'),
+        (dict(use_fsdp=True, find_unused_parameters=True), 'find_unused_parameters is a setting of DDP'),
+        (dict(use_fsdp=True, sync_batchnorm=True), 'sync_batchnorm works with use_ddp only'),
+        (dict(use_fsdp=True, compile=True), 'compile works with use_ddp only'),
+    ],
+)
+def test_config_refuses_what_it_cannot_honour(monkeypatch, fields, message):
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
+    with pytest.raises(ValueError, match=message):
+        DistributedConfig(**fields)
+
+
+def test_wrong_settings_of_the_trainer(tmp_path):
+    config = DistributedConfig(world_size=2, backend='gloo', sync_batchnorm=True)
+    with pytest.raises(TypeError, match="unknown keyword 'batchsize'"):
+        DistributedMuLaNTrainer(still_mulan(), StillTones(), config, batchsize=4)
+    with pytest.raises(ValueError, match='grad_accum_every is decided by gradient_accumulation_steps'):
+        DistributedMuLaNTrainer(still_mulan(), StillTones(), config, grad_accum_every=4)
+    with pytest.raises(TypeError):
+        DistributedConfig(wrong=1)
+    with pytest.raises(TypeError):
+        DistributedConfig(world_size='two')
+    with pytest.raises(ValueError, match='distributed_config or its fields, not both; got world_size'):
+        run_distributed_training(still_mulan(), StillTones(), world_size=2, distributed_config=config)
+    with pytest.raises(ValueError, match='no launcher has started this process'):
+        WorldTrainer(still_mulan(), StillTones(), config)
+    DistributedMuLaNTrainer(still_mulan(), StillTones(), config)  # no BatchNorm, nothing to synchronise
+    normed = still_mulan()
+    normed.text_to_latents = torch.nn.Sequential(normed.text_to_latents, torch.nn.BatchNorm1d(16))
+    with pytest.raises(ValueError, match='the model has text_to_latents.1; pass sync_batchnorm=False'):
+        DistributedMuLaNTrainer(normed, StillTones(), config)
+    data = StillTones()
+    data.lock = threading.Lock()
+    trainer = DistributedMuLaNTrainer(still_mulan(), data, results_folder=tmp_path)
+    with pytest.raises(TypeError, match='cannot be sent to other processes'):
+        trainer.train(num_train_steps=1)
+
+
+# ---- what a field does to one process ----
+
+
+def kept_bytes(function):
+    """Bytes that autograd keeps for the backward pass of what a function computes."""
+    kept = {}
+
+    def pack(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        return function(), sum(kept.values())
+
+
+def test_recomputing_changes_memory_not_gradients():
+    torch.manual_seed(3)
+    dropout = dict(depth=3, attn_dropout=0.2, ff_dropout=0.2)
+    mulan = tiny_mulan(dropout | dict(support_variable_length=True), dropout, hierarchical_contrastive_loss=True)
+    wavs, texts = torch.randn(3, 1500), torch.randint(0, 100, (3, 7))
+    lengths = torch.tensor([1500, 900, 1201])
+    found = []
+    for recompute in (False, True):
+        for tower in (mulan.audio, mulan.text):
+            tower.transformer.checkpoint_activations = recompute
+        mulan.zero_grad()
+        torch.manual_seed(5)
+        loss, kept = kept_bytes(lambda: mulan(wavs, texts, audio_lengths=lengths))
+        loss.backward()
+        found.append((loss.detach(), kept, {name: p.grad.clone() for name, p in mulan.named_parameters()}))
+    (loss, kept, gradients), (again, kept_less, gradients_again) = found
+    assert torch.equal(loss, again)
+    assert kept_less < 0.6 * kept
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradients_again[name], gradient, atol=1e-6, rtol=1e-5, msg=name)
+
+
+def test_trainers_of_several_precisions_in_one_process(tmp_path):
+    """Each keeps its own, whatever was built after it."""
+    expected = {name: train_alone(tmp_path / name, steps=3, batch_size=8, mixed_precision=name)[2] for name in DTYPES}
+    assert largest_difference(expected['no'], expected['bf16']) > 1e-6
+    trainers, models = {}, {}
+    for name in DTYPES:
+        models[name] = still_mulan(hierarchical_contrastive_loss=True)
+        trainers[name] = MuLaNTrainer(
+            models[name],
+            StillTones(),
+            batch_size=8,
+            mixed_precision=name,
+            results_folder=tmp_path / f'{name} again',
+            accelerate_kwargs=dict(cpu=True),
+            **COMMON,
+        )
+    for steps in (1, 2, 3):
+        for trainer in trainers.values():
+            trainer.train(num_train_steps=steps)
+    for name in DTYPES:
+        assert largest_difference(weights(models[name]), expected[name]) == 0
+
+
+DTYPES = ('no', 'bf16')
