@@ -73,6 +73,7 @@ setup(
         'accelerate>=1.0',
         'audiolm-pytorch>=2.4.0,<3',
         'beartype>=0.18',
+        'cloudpickle>=3',
         'einops>=0.8',
         'ema-pytorch>=0.7',
         'lion-pytorch>=0.2',

@@ -17,6 +17,8 @@ _HOMES = {
     'musiclm_pytorch.data.shard_writer': ['write_shards'],
     'musiclm_pytorch.data.shards': ['ShardedAudioText'],
     'musiclm_pytorch.data.synthetic': ['SyntheticMusic'],
+    'musiclm_pytorch.distributed.config': ['DistributedConfig', 'create_distributed_config'],
+    'musiclm_pytorch.distributed.trainer': ['DistributedMuLaNTrainer', 'run_distributed_training'],
     'musiclm_pytorch.mulan.audio_transformer': ['AudioSpectrogramTransformer'],
     'musiclm_pytorch.mulan.text_transformer': ['TextTransformer'],
     'musiclm_pytorch.mulan.contrastive': [

@@ -101,7 +101,7 @@ assert not torch.equal(mulan.audio_to_latents.weight, before)
 
 @pytest.mark.slow
 def test_trainer(tmp_path):
-    # in a process of its own: Accelerate allows one precision a process
+    # in a process of its own, for its working folder
     script = TRAINER.format(tests=str(CONTRACT.parent))
     subprocess.run([sys.executable, '-c', script], cwd=tmp_path, check=True)
     assert (tmp_path / 'results' / 'checkpoints' / 'step-000000010').is_dir()
@@ -118,3 +118,30 @@ def test_spectrogram_recipes():
     from musiclm_pytorch import AudioSpectrogramTransformer
 
     assert AudioSpectrogramTransformer(dim=16, depth=1, **names['params'])(torch.randn(2, 16000)).shape == (2, 16)
+
+
+DISTRIBUTED = """
+import sys
+sys.path.insert(0, {tests!r})
+import torch
+from conftest import tiny_mulan
+from test_contract import run
+
+mulan = tiny_mulan(dict(depth=1), dict(depth=1))
+before = mulan.audio_to_latents.weight.clone()
+dataset = [(torch.randn(1000 + 10 * (i % 9)), torch.randint(1, 100, (3 + i % 4,))) for i in range(140)]
+names = run('10_distributed.py', mulan=mulan, dataset=dataset)
+assert names['results']['loss'] > 0
+assert not torch.equal(mulan.audio_to_latents.weight, before)
+assert names['trainer'].step == 0
+names['trainer'].train(num_train_steps=2)
+assert names['trainer'].step == 2
+"""
+
+
+@pytest.mark.slow
+def test_distributed(tmp_path):
+    script = DISTRIBUTED.format(tests=str(CONTRACT.parent))
+    subprocess.run([sys.executable, '-c', script], cwd=tmp_path, check=True)
+    assert (tmp_path / 'results.1' / 'checkpoints' / 'step-000000010').is_dir()
+    assert (tmp_path / 'results' / 'checkpoints' / 'step-000000002').is_dir()

@@ -279,6 +279,24 @@ def test_checkpoints_are_pruned_and_written_whole(tmp_path, monkeypatch):
     assert checkpoints.read(run.checkpoint_folder / 'step-000000004')['step'] == 4
 
 
+def test_pruning_that_is_cut_off_leaves_whole_checkpoints(tmp_path, monkeypatch):
+    for step in range(3):
+        checkpoints.write(tmp_path, step, dict(step=step))
+
+    def cut_off(path, **_):
+        next(path.iterdir()).unlink()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoints.shutil, 'rmtree', cut_off)
+        with pytest.raises(KeyboardInterrupt):
+            checkpoints.prune(tmp_path, 1)
+    found = checkpoints.steps(tmp_path)
+    assert [checkpoints.read(path)['step'] for path in found] == [2]
+    checkpoints.prune(tmp_path, 1)
+    assert list(tmp_path.iterdir()) == found
+
+
 def test_states_come_back_as_they_were(tmp_path):
     state = dict(a=[1, 2.5, None, True, 'x'], b=(torch.arange(3), {0: torch.ones(2).half(), 'k': ()}), c={})
     path = checkpoints.write(tmp_path, 7, state)

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange, reduce
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from musiclm_pytorch.checks import check_positive, check_probability
 from musiclm_pytorch.mulan.attention import PositionBias, attend
@@ -144,12 +145,20 @@ class Transformer(nn.Module):
             )
             for _ in range(depth)
         )
+        # recompute what is inside a layer in the backward pass instead of keeping it (arXiv 1604.06174)
+        self.checkpoint_activations = False
 
     def forward(self, x: Tensor, bias: PositionBias | None = None, mask: Tensor | None = None) -> list[Tensor]:
         """`(b, n, d)` to the output of every layer, a list of `depth` tensors `(b, n, d)`."""
         layers = []
         for attention, feed_forward in self.layers:
-            x = attention(x, bias=bias, mask=mask) + x
-            x = feed_forward(x) + x
+            if self.checkpoint_activations and torch.is_grad_enabled():
+                # dropout draws in the recomputation what it drew the first time
+                keywords = dict(use_reentrant=False, preserve_rng_state=True)
+                x = checkpoint(attention, x, bias=bias, mask=mask, **keywords) + x
+                x = checkpoint(feed_forward, x, **keywords) + x
+            else:
+                x = attention(x, bias=bias, mask=mask) + x
+                x = feed_forward(x) + x
             layers.append(x)
         return layers

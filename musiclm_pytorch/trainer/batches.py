@@ -95,7 +95,8 @@ class Batches:
     @property
     def identity(self) -> dict[str, Any]:
         """What a position in the data belongs to."""
-        return dict(size=self.size, batch_size=self.batch_size, seed=self.seed)
+        # over how many ranks a batch is shared out is not part of it: the items are the same
+        return dict(size=self.size, batch_size=self.batch_size * world_size(), seed=self.seed)
 
     def keys(self, epoch: int) -> list[list[tuple[int, int]]]:
         """The (epoch, index) pairs of each batch that this rank reads in an epoch."""
@@ -107,8 +108,15 @@ class Batches:
             share = order[i * together : (i + 1) * together]
             # equal shares of a full batch, shares that differ by one of the last one
             start, stop = (len(share) * r // world_size() for r in (rank(), rank() + 1))
-            batches.append([(epoch, index) for index in share[start:stop]])
+            # a rank whose share is empty still reads one item, to stand in (see `own_items`)
+            batches.append([(epoch, index) for index in share[start:stop] or share[:1]])
         return batches
+
+    def own_items(self, position: int) -> int:
+        """The items of this rank in the `position`-th batch of the run; 0 where there are fewer than ranks."""
+        together = self.batch_size * world_size()
+        left = min(together, self.size - position % self.batches_an_epoch * together)
+        return left * (rank() + 1) // world_size() - left * rank() // world_size()
 
     def iterate(self, position: int) -> Iterator[Any]:
         """Batches without end, from the `position`-th of the run on."""

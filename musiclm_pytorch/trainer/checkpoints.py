@@ -87,7 +87,8 @@ def read_newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
 def prune(folder: Path, keep: int) -> None:
     """Remove all but the newest `keep` checkpoints, and what an interrupted writer left behind."""
     for path in steps(folder)[:-keep]:
-        shutil.rmtree(path)
+        # out of sight first: killed in the middle, no half of a checkpoint stays under the name of a whole one
+        path.rename(folder / f'.{path.name}.{os.getpid()}.old')
     for path in folder.glob('.step-*'):
         shutil.rmtree(path, ignore_errors=True)
 

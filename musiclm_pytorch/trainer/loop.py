@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -20,14 +22,16 @@ from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
 from musiclm_pytorch.checks import check_positive
+from musiclm_pytorch.distributed.collectives import gather_sizes
 from musiclm_pytorch.trainer import checkpoints
 from musiclm_pytorch.trainer.journal import Journal
 from musiclm_pytorch.trainer.schedules import check_schedule, learning_rate
-from musiclm_pytorch.trainer.streams import open_batches
+from musiclm_pytorch.trainer.streams import default_batch_size, open_batches
 
 logger = logging.getLogger(__name__)
 
 OPTIMIZERS = ('adam', 'adamw', 'lion')
+PRECISIONS = {'no': None, 'bf16': torch.bfloat16, 'fp16': torch.float16}
 UNUSABLE_BATCHES = 1000  # in a row, after which a stream without epochs is given up
 
 
@@ -48,7 +52,7 @@ class Trainer:
         dataset: a map-style data set, `ShardedAudioText`, or another `IterableDataset`, which is not entered again
             where a run was stopped.
         collate_fn: makes a batch of a list of items.
-        batch_size: items a micro-batch and process.
+        batch_size: items a micro-batch and process; by default 32, or what the data set has for each process.
         grad_accum_every: micro-batches a step.
         lr, betas, weight_decay, optimizer: 'adam', 'adamw' or 'lion'; matrices alone are decayed, never gains,
             biases, embeddings or temperatures.
@@ -81,7 +85,7 @@ class Trainer:
         dataset: Dataset,
         *,
         collate_fn: Callable,
-        batch_size: int,
+        batch_size: int | None = None,
         grad_accum_every: int = 1,
         lr: float = 3e-4,
         betas: tuple[float, float] = (0.9, 0.99),
@@ -129,11 +133,18 @@ class Trainer:
             raise ValueError(
                 f'weight_decay, warmup_steps and seed must be at least 0, got {weight_decay}, {warmup_steps}, {seed}'
             )
+        # where nothing is said, as `accelerate launch --mixed_precision` says
+        mixed_precision = mixed_precision or os.environ.get('ACCELERATE_MIXED_PRECISION', 'no')
+        if mixed_precision not in PRECISIONS:
+            choices = ', '.join(map(repr, PRECISIONS))
+            raise ValueError(f'unknown mixed_precision {mixed_precision!r}; choose one of {choices}')
         if mixed_precision == 'fp16' and not torch.cuda.is_available():
             raise ValueError("mixed_precision='fp16' needs a CUDA device; use 'bf16' on a CPU")
 
+        # Accelerate keeps one precision for all that a process does; here each trainer has its own
+        self.mixed_precision = mixed_precision
         self.accelerator = Accelerator(
-            mixed_precision=mixed_precision,
+            mixed_precision='no',
             log_with=log_with,
             project_dir=str(results_folder),
             **(accelerate_kwargs or {}),
@@ -153,15 +164,15 @@ class Trainer:
         self.position = 0  # in the data, in batches of this process
         self.best: float | None = None
 
+        handler = self.accelerator.scaler_handler
+        scaling = {} if handler is None else handler.to_kwargs()
+        self.scaler = torch.amp.GradScaler(self.device.type, **scaling) if mixed_precision == 'fp16' else None
+
         if self.is_main:
-            self.results_folder.parent.mkdir(parents=True, exist_ok=True)
-            if force_clear_prev_results and self.results_folder.exists():
-                shutil.rmtree(self.results_folder)
-            elif not resume:
-                _move_aside(self.results_folder)
-            self.results_folder.mkdir(parents=True, exist_ok=True)
+            prepare_results_folder(self.results_folder, resume=resume, clear=bool(force_clear_prev_results))
         self.accelerator.wait_for_everyone()
 
+        batch_size = default_batch_size(dataset) if batch_size is None else batch_size
         self.batches = open_batches(
             dataset,
             batch_size=batch_size,
@@ -183,8 +194,8 @@ class Trainer:
             self.ema = EMA(
                 model, beta=ema_beta, update_every=ema_update_every, update_after_step=0, include_online_model=False
             )
+        self.step_module = self.distribute(step_module)
         self.optimizer = _build_optimizer(optimizer, model, lr, betas, weight_decay)
-        self.step_module, self.optimizer = self.accelerator.prepare(step_module, self.optimizer)
         self.journal = Journal(self.results_folder) if self.is_main else None
         self.trackers_started = False
 
@@ -206,6 +217,36 @@ class Trainer:
     def save_model(self, folder: Path) -> None:
         """Write the model (its average, where there is one) for use."""
         raise NotImplementedError
+
+    def count_items(self, batch: Any) -> int | None:
+        """The number of items in a batch that are trained on, None where it cannot be used."""
+        return None if batch is None else 1
+
+    smallest_batch = 1  # items, over all processes
+
+    def as_stand_in(self, batch: Any) -> Any:
+        """Mark a batch as one that takes part in a step and adds nothing to it, for a process that has no items left
+        at the uneven end of an epoch."""
+        raise NotImplementedError(f'{type(self).__name__} has no stand-in batches; pass drop_last=True')
+
+    # how it is trained
+
+    def distribute(self, step_module: nn.Module) -> nn.Module:
+        """Wrap what is trained for several processes."""
+        return self.accelerator.prepare(step_module)
+
+    def autocast(self) -> contextlib.AbstractContextManager:
+        dtype, handler = PRECISIONS[self.mixed_precision], self.accelerator.autocast_handler
+        keywords = {'enabled': True} if handler is None else handler.to_kwargs()
+        return contextlib.nullcontext() if dtype is None else torch.autocast(self.device.type, dtype=dtype, **keywords)
+
+    def backward(self, loss: Tensor) -> None:
+        (loss if self.scaler is None else self.scaler.scale(loss)).backward()
+
+    def clip_gradients(self) -> float:
+        if self.scaler is not None:
+            self.scaler.unscale_(self.optimizer)
+        return float(nn.utils.clip_grad_norm_(self.model.parameters(), self.max_grad_norm))
 
     # places
 
@@ -298,9 +339,12 @@ class Trainer:
                 f'the data of this step. The newest checkpoint is in {self.checkpoint_folder}'
             )
         if self.max_grad_norm is not None:
-            norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
-            metrics['grad_norm'] = float(norm)
-        self.optimizer.step()
+            metrics['grad_norm'] = self.clip_gradients()
+        if self.scaler is None:
+            self.optimizer.step()
+        else:
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
         self.optimizer.zero_grad()
         if self.ema is not None:
             self.ema.update()
@@ -315,15 +359,16 @@ class Trainer:
         """The next batch that can be trained on; what the data set could not read may leave none or too little."""
         for _ in range(self.batches.batches_an_epoch or UNUSABLE_BATCHES):
             batch = next(data)
+            if batch is not None and self.batches.own_items(self.position) == 0:
+                batch = self.as_stand_in(batch)
             self.position += 1
-            if self.is_usable(batch):
+            # all processes take a batch or none does, since each waits for the others in the step
+            count = self.count_items(batch)
+            counts = gather_sizes(-1 if count is None else count, self.device)
+            if min(counts) >= 0 and sum(counts) >= self.smallest_batch:
                 return send_to_device(batch, self.device)
             logger.warning('left out a batch at step %d: too few of its items could be read', self.step)
         raise TrainingError(f'no batch of a whole epoch could be used at step {self.step}; look at the log of the data')
-
-    def is_usable(self, batch: Any) -> bool:
-        """Whether a batch holds enough to train on."""
-        return batch is not None
 
     def run_validation(self) -> dict[str, Any]:
         states = checkpoints.random_states()
@@ -357,14 +402,13 @@ class Trainer:
 
     def state(self) -> dict[str, Any]:
         """Everything that the rest of the run depends on. Every process has to call it."""
-        scaler = self.accelerator.scaler
         return dict(
             step=self.step,
             best=self.best,
             data=self.batches.identity,
             model=self.model.state_dict(),
             optimizer=self.optimizer.state_dict(),
-            scaler=None if scaler is None else scaler.state_dict(),
+            scaler=None if self.scaler is None else self.scaler.state_dict(),
             ema=None if self.ema is None else self.ema.state_dict(),
             processes=gather_object([dict(random=checkpoints.random_states(), position=self.position)]),
             config=self.model_config(),
@@ -401,8 +445,8 @@ class Trainer:
         self.optimizer.load_state_dict(state['optimizer'])
         if self.ema is not None and state['ema'] is not None:
             self.ema.load_state_dict(state['ema'])
-        if self.accelerator.scaler is not None and state['scaler'] is not None:
-            self.accelerator.scaler.load_state_dict(state['scaler'])
+        if self.scaler is not None and state['scaler'] is not None:
+            self.scaler.load_state_dict(state['scaler'])
 
     def save(self) -> None:
         """Write a checkpoint and prune old ones. Every process has to call it."""
@@ -443,6 +487,16 @@ def _build_optimizer(
     kind = torch.optim.AdamW if name == 'adamw' or weight_decay > 0 else torch.optim.Adam
     # one pass over each weight and its moments instead of ten
     return kind(groups, lr=lr, betas=betas, fused=True)
+
+
+def prepare_results_folder(folder: Path, *, resume: bool, clear: bool) -> None:
+    """Make a folder for results: earlier ones stay if `resume`, are deleted if `clear`, or are moved aside."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    if clear and folder.exists():
+        shutil.rmtree(folder)
+    elif not resume:
+        _move_aside(folder)
+    folder.mkdir(parents=True, exist_ok=True)
 
 
 def _move_aside(folder: Path) -> None:

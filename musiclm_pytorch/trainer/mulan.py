@@ -31,14 +31,18 @@ COLLAPSED = 0.99  # mean cosine between different items; a healthy model is far 
 
 
 class _PairStep(nn.Module):
-    """What runs under data-parallel training: the loss of a batch, or its latents alone."""
+    """What runs under data-parallel training: the loss of a batch, its latents alone, or the loss of latents."""
 
     def __init__(self, mulan: MuLaN):
         super().__init__()
         self.mulan = mulan
 
-    def forward(self, batch: dict[str, Any], latents_only: bool = False) -> Tensor | PairLatents:
-        latents = self.mulan.pair_latents(**batch)
+    def forward(
+        self, batch: dict[str, Any] | None, latents_only: bool = False, latents: PairLatents | None = None
+    ) -> Tensor | PairLatents:
+        if latents is not None:
+            return self.mulan.loss(latents)
+        latents = embed_pairs(self.mulan, batch)
         if not latents_only:
             return self.mulan.loss(latents)
         # the parameters of the loss have got their gradients already; data-parallel training waits for them here
@@ -65,7 +69,7 @@ class MuLaNTrainer(Trainer):
     Args:
         mulan: the model; it is trained in place.
         dataset: pairs: a map-style data set, a list, `ShardedAudioText`, or another `IterableDataset`.
-        batch_size: pairs a micro-batch and process; by default 32, or what the data set has.
+        batch_size: pairs a micro-batch and process; by default 32, or what the data set has for each process.
         data_max_length: longest wave in samples; longer ones are cut.
         valid_frac: share of the data set held out for validation, when there is no `valid_dataset`; what is iterable is
             not split.
@@ -128,10 +132,10 @@ class MuLaNTrainer(Trainer):
             by_index = hasattr(data, '__len__') and hasattr(data, '__getitem__')
             if data is not None and (not by_index or isinstance(data, IterableDataset)):
                 raise TypeError(f'{name} must have a length and items by index, got {type(data).__name__}')
-        items = 32 * world_size() if streamed else len(dataset)
+        items = None if streamed else len(dataset)
         if isinstance(dataset, ShardedAudioText):
             items = dataset.total
-        if items < 2:
+        if items is not None and items < 2:
             raise ValueError(f'the data set has {items} items; a contrast needs at least 2 pairs')
         if batch_size is not None and batch_size < 2:
             raise ValueError(f'batch_size must be at least 2 for a contrast, got {batch_size}')
@@ -145,8 +149,6 @@ class MuLaNTrainer(Trainer):
             held_out = int(len(dataset) * valid_frac)
             generator = torch.Generator().manual_seed(random_split_seed)
             dataset, valid_dataset = random_split(dataset, [len(dataset) - held_out, held_out], generator=generator)
-        if batch_size is None:
-            batch_size = min(32, max(2, (items if streamed else len(dataset)) // world_size()))
         if mixed_precision is None and use_mixed_precision:
             mixed_precision = 'fp16' if torch.cuda.is_available() else 'bf16'
         if use_lion:
@@ -184,45 +186,62 @@ class MuLaNTrainer(Trainer):
             mulan.audio.compile()
             mulan.text.compile()
 
-    def is_usable(self, batch: dict[str, Any] | None) -> bool:
-        return batch is not None and len(batch['wavs']) >= 2
+    smallest_batch = 2
+
+    def count_items(self, batch: dict[str, Any] | None) -> int | None:
+        if batch is None:
+            return None
+        return 0 if 'stand_in' in batch else len(batch['wavs'])
+
+    def as_stand_in(self, batch: dict[str, Any]) -> dict[str, Any]:
+        return batch | dict(stand_in=[True] * len(batch['wavs']))
 
     def compute_gradients(self, batches: list[dict[str, Any]]) -> dict[str, float]:
-        chunks = batches
-        if self.grad_cache_chunk_size is not None:
-            chunks = [chunk for batch in batches for chunk in split_batch(batch, self.grad_cache_chunk_size)]
-        autocast = self.accelerator.autocast
-        if len(chunks) == 1:
-            with autocast():
+        chunks = self.split(batches)
+        # all processes in the same way, since each waits for the others in the same order
+        if max(gather_sizes(len(chunks), self.device)) == 1:
+            with self.autocast():
                 loss = self.step_module(chunks[0])
-            self.accelerator.backward(loss)
+            self.backward(loss)
             return dict(loss=detached(loss))
-
-        def encode(chunk):
-            with autocast():
-                return self.mulan.pair_latents(**chunk)
-
-        def encode_last(chunk):
-            with autocast():
-                return self.step_module(chunk, latents_only=True)
 
         loss = grad_cache_backward(
             chunks,
-            encode=encode,
-            encode_last=encode_last,
-            loss_of=self.mulan.loss,
-            backward=self.accelerator.backward,
+            encode=self.encode,
+            encode_last=self.encode_last,
+            loss_of=self.loss_of,
+            backward=self.backward,
         )
         return dict(loss=detached(loss))
+
+    def split(self, batches: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The parts of a step that are embedded one at a time."""
+        if self.grad_cache_chunk_size is None:
+            return batches
+        return [chunk for batch in batches for chunk in split_batch(batch, self.grad_cache_chunk_size)]
+
+    def encode(self, chunk: dict[str, Any]) -> PairLatents:
+        with self.autocast():
+            return embed_pairs(self.mulan, chunk)
+
+    def encode_last(self, chunk: dict[str, Any]) -> PairLatents:
+        with self.autocast():
+            return self.step_module(chunk, latents_only=True)
+
+    def loss_of(self, latents: PairLatents) -> Tensor:
+        return self.mulan.loss(latents)
 
     @torch.no_grad()
     def validate(self) -> dict[str, Any] | None:
         if self.valid_dataset is None or len(self.valid_dataset) < 2:
             return None
         latents = self.embed_held_out()
+        if len(latents.audio) < 2:
+            logger.warning('no validation at step %d: fewer than 2 held-out pairs could be read', self.step)
+            return None
         similarities = latents.audio @ latents.text.T
         # the loss of batches as large as those of training, so that the two can be compared
-        size = min(self.batches.batch_size, len(similarities))
+        size = min(self.batches.batch_size * world_size(), len(similarities))
         with alone():
             losses = [
                 self.evaluated_model.loss(select(latents, slice(i, i + size)))
@@ -247,7 +266,7 @@ class MuLaNTrainer(Trainer):
         model = self.evaluated_model
         with evaluating(model):
             batches = (send_to_device(batch, self.device) for batch in loader if batch is not None)
-            parts = [model.pair_latents(**batch) for batch in batches]
+            parts = [no_latents(model), *(model.pair_latents(**batch) for batch in batches)]
         own = join_latents(parts)
         sizes = gather_sizes(len(own.audio), self.device)
         return PairLatents(*(None if t is None else gather_batch(t, sizes) for t in own))
@@ -277,6 +296,21 @@ def collate_for(items: list[Any], *, max_length: int | None, pad_id: int, with_l
     # a tower without lengths can only be given what all items have
     lengths = batch.pop('audio_lengths')
     return batch | dict(wavs=batch['wavs'][:, : int(lengths.min())])
+
+
+def embed_pairs(mulan: MuLaN, batch: dict[str, Any]) -> PairLatents:
+    """The latents of a batch; of a stand-in none, though they hang on the parameters: their gradients are zero."""
+    latents = mulan.pair_latents(**{name: value for name, value in batch.items() if name != 'stand_in'})
+    return select(latents, slice(0)) if 'stand_in' in batch else latents
+
+
+def no_latents(mulan: MuLaN) -> PairLatents:
+    """The latents of no pairs at all: of a process that has none."""
+    empty = torch.zeros(0, mulan.dim_latent, device=mulan.device)
+    if mulan.multi_layer_contrastive_learning is None:
+        return PairLatents(empty, empty)
+    layers = empty.expand(mulan.multi_layer_contrastive_learning.layers, *empty.shape)
+    return PairLatents(empty, empty, layers, layers)
 
 
 def select(latents: PairLatents, items: slice) -> PairLatents:

@@ -62,6 +62,10 @@ class ShardBatches:
                 'processes; lower batch_size'
             )
 
+    def own_items(self, position: int) -> int:
+        """The items of this rank in a batch, an upper bound: every rank has some in each."""
+        return self.batch_size
+
     @property
     def identity(self) -> dict[str, Any]:
         """What a position in the data belongs to."""
@@ -130,6 +134,10 @@ class StreamBatches:
                 world_size(),
             )
 
+    def own_items(self, position: int) -> int:
+        """The items of this rank in a batch, an upper bound: a stream gives every rank some."""
+        return self.batch_size
+
     @property
     def identity(self) -> dict[str, Any]:
         """What a position in the data belongs to."""
@@ -172,3 +180,14 @@ def open_batches(dataset: Any, **keywords: Any) -> Batches | ShardBatches | Stre
     if isinstance(dataset, ShardedAudioText):
         return ShardBatches(dataset, **keywords)
     return (StreamBatches if isinstance(dataset, IterableDataset) else Batches)(dataset, **keywords)
+
+
+def default_batch_size(dataset: Any) -> int:
+    """32 items a process, or what a smaller data set has for each, 2 at least."""
+    if isinstance(dataset, ShardedAudioText):
+        items = dataset.total
+    elif isinstance(dataset, IterableDataset):
+        return 32
+    else:
+        items = len(dataset)
+    return min(32, max(2, items // world_size()))

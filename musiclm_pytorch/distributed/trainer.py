@@ -1,0 +1,383 @@
+"""Training MuLaN on several processes: started from here, by torchrun, or by `accelerate launch`."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import inspect
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, gather_object
+from torch import Tensor, nn
+
+from musiclm_pytorch.checks import typechecked
+from musiclm_pytorch.distributed import sharding
+from musiclm_pytorch.distributed.collectives import gather_sizes
+from musiclm_pytorch.distributed.config import (
+    DistributedConfig,
+    create_distributed_config,
+    is_launched,
+    launched_world_size,
+)
+from musiclm_pytorch.mulan.model import MuLaN, PairLatents
+from musiclm_pytorch.trainer.batches import mixed_seed, seed_everything
+from musiclm_pytorch.trainer.loop import Trainer, prepare_results_folder
+from musiclm_pytorch.trainer.mulan import MuLaNTrainer
+
+# keywords of MuLaNTrainer that a field of DistributedConfig decides here
+DECIDED = {
+    'grad_accum_every': 'gradient_accumulation_steps',
+    'max_grad_norm': 'gradient_clipping',
+    'mixed_precision': 'use_amp and amp_dtype',
+    'use_mixed_precision': 'use_amp',
+    'compile_model': 'compile',
+    'num_workers': 'num_workers',
+    'prefetch_factor': 'prefetch_factor',
+}
+
+
+class WorldTrainer(MuLaNTrainer):
+    """One process of a world that a launcher has started.
+
+    Args:
+        mulan, dataset: as in `MuLaNTrainer`. With FSDP a sharded copy of `mulan` is trained; `mulan` itself stays whole
+            and is given the weights at each validation and at the end.
+        config: how the processes share the work.
+        further keywords: those of `MuLaNTrainer` that `config` does not decide.
+    """
+
+    def __init__(
+        self,
+        mulan: MuLaN,
+        dataset: Any,
+        config: DistributedConfig,
+        *,
+        resume: bool = False,
+        results_folder: str | Path = './results',
+        accelerate_kwargs: dict[str, Any] | None = None,
+        seed: int = 42,
+        **keywords: Any,
+    ):
+        _check_world(config)
+        if config.use_fsdp and keywords.get('use_ema'):
+            raise ValueError('use_ema=True needs the whole model in every process; use_fsdp=True shares it out')
+        self.config = config
+        self.whole_model = mulan
+        if config.sync_batchnorm:
+            _synchronise_batchnorm(mulan, config.device_type)
+        self.sharded = config.use_fsdp
+        model = copy.deepcopy(mulan) if self.sharded else mulan
+        for tower in (model.audio, model.text):
+            tower.transformer.checkpoint_activations = config.gradient_checkpointing
+
+        accelerate_kwargs = dict(accelerate_kwargs or {})
+        _join_world(config, accelerate_kwargs.get('kwargs_handlers', []))
+        # dropout masks differ between processes, and are the same whenever these are started again
+        process_seed = mixed_seed(seed, int(os.environ.get('RANK', 0)))
+        torch.manual_seed(process_seed)
+        seed_everything(process_seed)
+        self.marker = Path(results_folder) / '.launcher'
+        super().__init__(
+            model,
+            dataset,
+            # a launcher that starts its processes again wants them to go on; all but the first look at what is there
+            resume=resume or _is_restart(self.marker) or int(os.environ.get('RANK', 0)) > 0,
+            results_folder=results_folder,
+            accelerate_kwargs=_accelerate_keywords(config, accelerate_kwargs),
+            seed=seed,
+            grad_accum_every=config.gradient_accumulation_steps,
+            max_grad_norm=config.gradient_clipping,
+            mixed_precision=config.amp_dtype if config.use_amp else 'no',
+            compile_model=config.compile,
+            num_workers=config.num_workers,
+            prefetch_factor=config.prefetch_factor,
+            **keywords,
+        )
+        steps = gather_object([self.step])
+        if len(set(steps)) > 1:
+            raise RuntimeError(
+                f'the processes found different checkpoints, of steps {steps}; results_folder={results_folder} must be '
+                'on a file system that all nodes share'
+            )
+
+    # sharing out
+
+    def distribute(self, step_module: nn.Module) -> nn.Module:
+        if not self.sharded:
+            return super().distribute(step_module)
+        towers = (self.model.audio, self.model.text)
+        layers = [part for tower in towers for layer in tower.transformer.layers for part in layer]
+        return sharding.shard(step_module, layers, self.device.type)
+
+    def clip_gradients(self) -> float:
+        if not self.sharded:
+            return super().clip_gradients()
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
+        return float(sharding.gathered(norm))
+
+    def split(self, batches: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        chunks = super().split(batches)
+        if self.sharded:
+            # gathering a layer takes all processes, so each runs it equally often
+            missing = max(gather_sizes(len(chunks), self.device)) - len(chunks)
+            first = {name: value[:1] for name, value in chunks[0].items()}
+            chunks = chunks + [self.as_stand_in(first)] * missing
+        return chunks
+
+    def encode(self, chunk: dict[str, Any]) -> PairLatents:
+        return self.encode_last(chunk) if self.sharded else super().encode(chunk)
+
+    def loss_of(self, latents: PairLatents) -> Tensor:
+        return self.step_module(None, latents=latents) if self.sharded else super().loss_of(latents)
+
+    # the whole model
+
+    @property
+    def evaluated_model(self) -> nn.Module:
+        return self.whole_model if self.sharded else super().evaluated_model
+
+    def refresh_whole_model(self) -> None:
+        """Give the model that is not sharded the weights of the one that is. Every process has to call it."""
+        if self.sharded:
+            self.whole_model.to(self.device).load_state_dict(sharding.gathered(self.model.state_dict()))
+
+    def run_validation(self) -> dict[str, Any]:
+        self.refresh_whole_model()
+        return super().run_validation()
+
+    def train(self, *arguments: Any, **keywords: Any) -> dict[str, Any]:
+        if self.is_main:
+            self.marker.write_text(_launcher(), encoding='utf-8')
+        results = super().train(*arguments, **keywords)
+        self.refresh_whole_model()
+        return results
+
+    # states: a sharded run writes and reads the same files as any other
+
+    def state(self) -> dict[str, Any]:
+        return sharding.gathered(super().state()) if self.sharded else super().state()
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        if self.sharded:
+            shards = dict(
+                model=sharding.shard_model_state(state['model'], self.model),
+                optimizer=sharding.shard_optimizer_state(state['optimizer'], self.optimizer),
+            )
+            state = state | shards
+        super().load_state(state)
+
+    def finish(self) -> None:
+        """Close the trackers and leave the world."""
+        self.accelerator.end_training()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+class DistributedMuLaNTrainer:
+    """Trains a MuLaN on several processes, wherever it is called.
+
+    - Called plainly, from a script or a notebook, `train` starts the processes with torch's elastic launcher and brings
+      the trained weights back into `mulan`. Nothing has to be guarded by `if __name__ == '__main__'`, and a data set
+      may be defined in the script or notebook. If a process dies, all start again from the newest checkpoint, up to
+      `max_restarts` times; so `checkpoint_every` bounds what is lost.
+    - Under torchrun or `accelerate launch`, each process trains in the world that is there. Processes that such a
+      launcher starts again find the newest checkpoint likewise.
+
+    Validation, averages, checkpoints, logs and trackers are kept once, by the first process. The results folder must be
+    on a file system that all nodes share.
+
+    Args:
+        mulan: the model; it holds the trained weights afterwards.
+        dataset: as in `MuLaNTrainer`.
+        distributed_config: by default what `create_distributed_config` chooses.
+        lr, weight_decay: as in `MuLaNTrainer`.
+        further keywords: those of `MuLaNTrainer`, but for what fields of the config decide (accumulation, clipping,
+            precision, compilation, readers). `batch_size` is that of one process: a micro-batch has
+            `batch_size * world_size` pairs.
+
+    Raises:
+        TypeError: an unknown keyword. ValueError: a keyword that the config decides, or a world of another size than
+        the launcher's.
+    """
+
+    @typechecked
+    def __init__(
+        self,
+        mulan: MuLaN,
+        dataset: Any,
+        distributed_config: DistributedConfig | None = None,
+        *,
+        lr: float = 3e-4,
+        weight_decay: float = 0.0,
+        resume: bool = False,
+        force_clear_prev_results: bool | None = None,
+        results_folder: str | Path = './results',
+        **keywords: Any,
+    ):
+        for name in keywords:
+            if name in DECIDED:
+                raise ValueError(f'{name} is decided by {DECIDED[name]} of the DistributedConfig')
+            if name not in _trainer_keywords():
+                raise TypeError(f'unknown keyword {name!r}; those of MuLaNTrainer are {sorted(_trainer_keywords())}')
+        config = create_distributed_config() if distributed_config is None else distributed_config
+        if config.sync_batchnorm:
+            _check_batchnorm(mulan, config.device_type)
+
+        self.mulan = mulan
+        self.dataset = dataset
+        self.config = config
+        self.results_folder = Path(results_folder).absolute()
+        self.resume = resume
+        self.clear = bool(force_clear_prev_results)
+        self.keywords = dict(lr=lr, weight_decay=weight_decay, results_folder=self.results_folder, **keywords)
+        self.finished_steps = 0
+        self.trainer: WorldTrainer | None = None
+        if is_launched() or dist.is_initialized():
+            self.trainer = WorldTrainer(
+                mulan, dataset, config, resume=resume, force_clear_prev_results=self.clear, **self.keywords
+            )
+
+    @property
+    def step(self) -> int:
+        """Steps of the optimizer so far."""
+        return self.finished_steps if self.trainer is None else self.trainer.step
+
+    def train(
+        self,
+        num_epochs: int | None = None,
+        num_train_steps: int | None = None,
+        with_validation: bool = True,
+        log_fn: Callable[[dict[str, Any]], None] | None = None,
+    ) -> dict[str, Any]:
+        """Train up to a step of the whole run, as `Trainer.train` does.
+
+        Returns the last metrics. Raises what a process raised, if starting again would not have helped; RuntimeError
+        when the restarts are used up. `log_fn` is called in this process, shortly after each step.
+        """
+        lengths = dict(num_epochs=num_epochs, num_train_steps=num_train_steps, with_validation=with_validation)
+        if self.trainer is not None:
+            return self.trainer.train(**lengths, log_fn=log_fn)
+
+        from musiclm_pytorch.distributed.launch import launch
+
+        # here, once, before any process starts or starts again: then going on is right for all of them
+        if self.config.node_rank == 0:
+            prepare_results_folder(self.results_folder, resume=self.resume, clear=self.clear)
+        self.resume, self.clear = True, False
+        job = dict(mulan=self.mulan, dataset=self.dataset, config=self.config, keywords=self.keywords, train=lengths)
+        outcome = launch(job, self.config, log_fn)
+        self.mulan.load_state_dict(outcome['weights'])
+        self.finished_steps = outcome['step']
+        return outcome['results']
+
+
+def run_distributed_training(
+    model: MuLaN,
+    dataset: Any,
+    num_epochs: int = 1,
+    batch_size: int = 32,
+    learning_rate: float = 3e-4,
+    world_size: int | None = None,
+    *,
+    distributed_config: DistributedConfig | None = None,
+    **keywords: Any,
+) -> dict[str, Any]:
+    """Train `model` in place on several processes; see `DistributedMuLaNTrainer`.
+
+    Args:
+        model, dataset: what to train, and on what.
+        num_epochs: passes over the data.
+        batch_size: pairs a micro-batch and process.
+        learning_rate: of the optimizer.
+        world_size: processes.
+        distributed_config: all of how; or leave it out, and
+        further keywords: fields of `DistributedConfig` and keywords of `MuLaNTrainer`.
+
+    Returns:
+        the last metrics of training and validation.
+    """
+    names = {field.name for field in dataclasses.fields(DistributedConfig)}
+    fields = {name: keywords.pop(name) for name in list(keywords) if name in names}
+    if world_size is not None:
+        fields['world_size'] = world_size
+    if distributed_config is not None and fields:
+        raise ValueError(f'pass distributed_config or its fields, not both; got {", ".join(sorted(fields))} too')
+    config = create_distributed_config(**fields) if distributed_config is None else distributed_config
+    trainer = DistributedMuLaNTrainer(model, dataset, config, lr=learning_rate, batch_size=batch_size, **keywords)
+    return trainer.train(num_epochs=num_epochs)
+
+
+def _trainer_keywords() -> set[str]:
+    kinds = (MuLaNTrainer, Trainer)
+    parameters = [it for kind in kinds for it in inspect.signature(kind.__init__).parameters.values()]
+    own = {'self', 'mulan', 'model', 'step_module', 'dataset', 'grad_accum_every'}
+    return {it.name for it in parameters if it.kind is not inspect.Parameter.VAR_KEYWORD} - own
+
+
+def _check_world(config: DistributedConfig) -> None:
+    """Raise ValueError unless the world of this process is the one that the config describes."""
+    found = dist.get_world_size() if dist.is_initialized() else launched_world_size()
+    if found is None:
+        raise ValueError('no launcher has started this process; use DistributedMuLaNTrainer, which starts processes')
+    if found != config.world_size:
+        raise ValueError(
+            f'the config says world_size={config.world_size}, but {found} processes were started; make them equal, or '
+            'leave world_size out'
+        )
+
+
+def _join_world(config: DistributedConfig, handlers: list[Any]) -> None:
+    if not dist.is_initialized():
+        keywords = {}
+        for handler in handlers:
+            if isinstance(handler, InitProcessGroupKwargs):
+                keywords = {name: value for name, value in handler.to_kwargs().items() if name == 'timeout'}
+        store, rank, world_size = next(dist.rendezvous('env://', **keywords))
+        if os.environ.get('LOCAL_WORLD_SIZE') == os.environ['WORLD_SIZE']:
+            # torchrun keeps its store when it starts processes again, and with it the addresses of those that died
+            store = dist.PrefixStore(f'attempt {os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)}', store)
+        dist.init_process_group(config.backend, store=store, rank=rank, world_size=world_size, **keywords)
+    if dist.get_backend() != config.backend:
+        raise ValueError(
+            f'the process group of this program uses {dist.get_backend()!r}, but the config says {config.backend!r}'
+        )
+
+
+def _accelerate_keywords(config: DistributedConfig, given: dict[str, Any]) -> dict[str, Any]:
+    cpu = config.device_type == 'cpu'
+    if given.get('cpu', cpu) != cpu:
+        raise ValueError(f'accelerate_kwargs say cpu={given["cpu"]}, but backend={config.backend!r} does not')
+    ddp = DistributedDataParallelKwargs(
+        bucket_cap_mb=config.bucket_cap_mb, find_unused_parameters=config.find_unused_parameters
+    )
+    return given | dict(cpu=cpu, kwargs_handlers=[ddp, *given.get('kwargs_handlers', [])])
+
+
+def _check_batchnorm(mulan: MuLaN, device_type: str) -> None:
+    found = [name for name, module in mulan.named_modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    if found and device_type != 'cuda':
+        raise ValueError(
+            f'sync_batchnorm=True: torch synchronises BatchNorm on CUDA only, and the model has {found[0]}; '
+            'pass sync_batchnorm=False, or replace them by GroupNorm'
+        )
+
+
+def _synchronise_batchnorm(mulan: MuLaN, device_type: str) -> None:
+    _check_batchnorm(mulan, device_type)
+    nn.SyncBatchNorm.convert_sync_batchnorm(mulan)
+
+
+def _launcher() -> str:
+    """What tells one run of a launcher from another, and stays the same when it starts its processes again."""
+    return f'{os.environ.get("TORCHELASTIC_RUN_ID", "")} {os.getppid()}'
+
+
+def _is_restart(marker: Path) -> bool:
+    """Whether the launcher has started these processes again, after they had made this results folder theirs."""
+    restarts = int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0))
+    return restarts > 0 and marker.is_file() and marker.read_text(encoding='utf-8') == _launcher()

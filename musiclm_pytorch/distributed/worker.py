@@ -1,0 +1,69 @@
+"""What one of the processes that `launch` starts does."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+
+def run(folder: str) -> None:
+    """Train the job in `folder`: its `mulan`, `dataset`, `config`, trainer `keywords` and arguments of `train`.
+
+    What was in the results folder has been dealt with before the first process started, so each start, the first and
+    any after a worker died, goes on from the newest checkpoint there.
+    """
+    from musiclm_pytorch.distributed import launch
+
+    path = Path(folder)
+    if (path / launch.ERROR_FILE).exists():
+        sys.exit(1)  # what failed before would fail again
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+
+    from torch.distributed.elastic.multiprocessing.errors import record
+
+    record(_train)(path)
+
+
+def _train(path: Path) -> None:
+    import torch
+
+    from musiclm_pytorch.distributed import launch
+    from musiclm_pytorch.distributed.collectives import rank
+    from musiclm_pytorch.distributed.trainer import WorldTrainer
+    from musiclm_pytorch.trainer.loop import TrainingError
+
+    # the processes of a machine share its cores
+    if 'OMP_NUM_THREADS' not in os.environ:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ['LOCAL_WORLD_SIZE'])))
+    # faults of the input and of training itself come again; a lost process or connection does not
+    lasting = (ValueError, TypeError, LookupError, AttributeError, ImportError, FileNotFoundError, TrainingError)
+    try:
+        job = launch.read_job(path)
+        trainer = WorldTrainer(job['mulan'], job['dataset'], job['config'], resume=True, **job['keywords'])
+        log = None
+        if job['wants_log'] and rank() == 0:
+            log = (path / launch.LOG_FILE).open('a', encoding='utf-8', buffering=1)  # a line at a time
+
+        def tell(metrics: dict[str, Any]) -> None:
+            log.write(json.dumps(metrics) + '\n')
+
+        results = trainer.train(**job['train'], log_fn=None if log is None else tell)
+    except lasting as error:
+        launch.write_error(path, error)
+        raise
+    if int(os.environ['LOCAL_RANK']) == 0:
+        weights = {name: tensor.cpu() for name, tensor in trainer.whole_model.state_dict().items()}
+        torch.save(dict(weights=weights, results=results, step=trainer.step), path / launch.OUTCOME_FILE)
+    trainer.finish()
+
+
+def _end_with(parent: int) -> None:
+    """End this process when the launching one has gone without a word; it would wait for ever."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
