@@ -26,7 +26,8 @@ from musiclm_pytorch.distributed.config import (
 )
 from musiclm_pytorch.mulan.model import MuLaN, PairLatents
 from musiclm_pytorch.trainer.batches import mixed_seed, seed_everything
-from musiclm_pytorch.trainer.loop import Trainer, prepare_results_folder
+from musiclm_pytorch.trainer.folders import prepare_results_folder
+from musiclm_pytorch.trainer.loop import Trainer
 from musiclm_pytorch.trainer.mulan import MuLaNTrainer
 
 # keywords of MuLaNTrainer that a field of DistributedConfig decides here

@@ -25,9 +25,9 @@ class TextTransformer(nn.Module):
         max_seq_len: longest text in tokens; a longer one is cut, with one warning.
         attn_dropout, ff_dropout: dropout probabilities.
         pad_id: the token id that counts as padding.
-        init_std: standard deviation of new token embeddings; positions and the CLS token begin at a tenth of it, so that
-            a text begins as what its words are. With 1 for all three, as in 0.2.8, a contrast takes several times as
-            many pairs to tell words apart (`benchmarks/learning.py`).
+        init_std: standard deviation of new token embeddings; positions and the CLS token begin at a tenth of it, so
+            that a text begins as what its words are. With 1 for all three, as in 0.2.8, a contrast takes several times
+            as many pairs to tell words apart (`benchmarks/learning.py`).
     """
 
     @records_config

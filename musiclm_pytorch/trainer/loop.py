@@ -6,7 +6,6 @@ import contextlib
 import logging
 import math
 import os
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,7 +15,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object, send_to_device
 from ema_pytorch import EMA
-from lion_pytorch import Lion
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
@@ -24,13 +22,14 @@ from tqdm.auto import tqdm
 from musiclm_pytorch.checks import check_positive
 from musiclm_pytorch.distributed.collectives import gather_sizes
 from musiclm_pytorch.trainer import checkpoints
+from musiclm_pytorch.trainer.folders import prepare_results_folder
 from musiclm_pytorch.trainer.journal import Journal
+from musiclm_pytorch.trainer.optimizers import build_optimizer, check_optimizer
 from musiclm_pytorch.trainer.schedules import check_schedule, learning_rate
 from musiclm_pytorch.trainer.streams import default_batch_size, open_batches
 
 logger = logging.getLogger(__name__)
 
-OPTIMIZERS = ('adam', 'adamw', 'lion')
 PRECISIONS = {'no': None, 'bf16': torch.bfloat16, 'fp16': torch.float16}
 UNUSABLE_BATCHES = 1000  # in a row, after which a stream without epochs is given up
 
@@ -127,8 +126,7 @@ class Trainer:
             num_train_steps=num_train_steps,
         )
         check_schedule(lr_scheduler_type)
-        if optimizer not in OPTIMIZERS:
-            raise ValueError(f'unknown optimizer {optimizer!r}; choose one of {", ".join(map(repr, OPTIMIZERS))}')
+        check_optimizer(optimizer)
         if weight_decay < 0 or warmup_steps < 0 or seed < 0:
             raise ValueError(
                 f'weight_decay, warmup_steps and seed must be at least 0, got {weight_decay}, {warmup_steps}, {seed}'
@@ -195,7 +193,7 @@ class Trainer:
                 model, beta=ema_beta, update_every=ema_update_every, update_after_step=0, include_online_model=False
             )
         self.step_module = self.distribute(step_module)
-        self.optimizer = _build_optimizer(optimizer, model, lr, betas, weight_decay)
+        self.optimizer = build_optimizer(optimizer, model, lr, betas, weight_decay)
         self.journal = Journal(self.results_folder) if self.is_main else None
         self.trackers_started = False
 
@@ -467,47 +465,6 @@ class Trainer:
                 self.load_state(found[1])
                 return
         raise FileNotFoundError(f'no checkpoint in {path}')
-
-
-def _build_optimizer(
-    name: str, model: nn.Module, lr: float, betas: tuple[float, float], weight_decay: float
-) -> torch.optim.Optimizer:
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    if not parameters:
-        raise ValueError('the model has no parameter that requires a gradient: there is nothing to train')
-    decayed = {id(p) for module in model.modules() if isinstance(module, nn.Linear) for p in [module.weight]}
-    groups = [
-        dict(params=[p for p in parameters if id(p) in decayed], weight_decay=weight_decay),
-        dict(params=[p for p in parameters if id(p) not in decayed], weight_decay=0.0),
-    ]
-    groups = [group for group in groups if group['params']]
-    if name == 'lion':
-        return Lion(groups, lr=lr, betas=betas)
-    # Adam with a decay adds it to the gradient, where the second moment divides it away: AdamW is meant
-    kind = torch.optim.AdamW if name == 'adamw' or weight_decay > 0 else torch.optim.Adam
-    # one pass over each weight and its moments instead of ten
-    return kind(groups, lr=lr, betas=betas, fused=True)
-
-
-def prepare_results_folder(folder: Path, *, resume: bool, clear: bool) -> None:
-    """Make a folder for results: earlier ones stay if `resume`, are deleted if `clear`, or are moved aside."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    if clear and folder.exists():
-        shutil.rmtree(folder)
-    elif not resume:
-        _move_aside(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-
-
-def _move_aside(folder: Path) -> None:
-    """Rename a folder that is not empty to `name.1`, `name.2`, …, so that no earlier result is lost."""
-    if not folder.is_dir() or not any(folder.iterdir()):
-        return
-    number = 1
-    while (target := folder.with_name(f'{folder.name}.{number}')).exists():
-        number += 1
-    folder.rename(target)
-    logger.warning('%s held earlier results; they are now in %s', folder, target)
 
 
 def detached(loss: Tensor) -> float:
