@@ -70,8 +70,9 @@ def build(kind, folder, **keywords):
         # with what makes its training random
         mulan = tiny_mulan(FRONT_END | dict(attn_dropout=0.5, ff_dropout=0.5))
         tokenizer = MuLaNSemanticTokenizer(mulan, layer=1, **keywords)
-    elif kind == 'mulan patches':
-        tokenizer = MuLaNSemanticTokenizer(tiny_audio(**FRONT_END), **keywords)
+    elif kind in ('mulan spectrum', 'mulan patches'):
+        layer = 0 if kind == 'mulan patches' else None
+        tokenizer = MuLaNSemanticTokenizer(tiny_audio(**FRONT_END), layer=layer, **keywords)
     elif kind == 'mulan grid':
         tower = tiny_audio(**FRONT_END | dict(patch_size=(8, 5)))
         tokenizer = MuLaNSemanticTokenizer(tower, layer=2, **keywords)
@@ -96,7 +97,7 @@ def sounds(rate, seconds=0.5):
     return [*tones, torch.randn(len(time)) * (time % 0.1 > 0.05)]
 
 
-KINDS = ('mulan', 'mulan patches', 'mulan grid', 'hubert', 'audiolm', 'wavlm', 'w2v-bert')
+KINDS = ('mulan', 'mulan spectrum', 'mulan patches', 'mulan grid', 'hubert', 'audiolm', 'wavlm', 'w2v-bert')
 
 
 @pytest.fixture(params=KINDS)
@@ -348,8 +349,28 @@ def test_features_are_the_states_of_the_layer_column_by_column(columns, layer):
     torch.testing.assert_close(tokenizer.features(waves), expected)
 
 
-def test_embedded_patches_do_not_depend_on_where_a_clip_is_cut(tmp_path):
-    tokenizer = build('mulan patches', tmp_path)
+@pytest.mark.parametrize('patch_size', [(32, 4), (8, 5)])
+def test_by_default_features_are_spectra_without_their_level(patch_size):
+    tower = tiny_audio(**FRONT_END | dict(patch_size=patch_size, depth=3)).eval()
+    tokenizer = MuLaNSemanticTokenizer(tower, CODES)
+    frames = patch_size[1]
+    assert tokenizer.downsample_factor == 80 * frames
+    waves = torch.randn(2, 4000)
+    tokens = 4000 // (80 * frames)
+    waves = waves[:, : tokens * 80 * frames]
+    mel = tower.log_mel(tower.spec(waves)[0])[..., : tokens * frames]
+    columns = mel.unflatten(2, (tokens, frames)).transpose(1, 2).unflatten(2, (-1, patch_size[0]))
+    # a patch has its bins in the outer and its frames in the inner place
+    columns = columns.reshape(2, tokens, -1)
+    expected = (columns - columns.mean(dim=-1, keepdim=True)) / columns.std(dim=-1, keepdim=True, correction=0)
+    torch.testing.assert_close(tokenizer.features(waves), expected, atol=1e-3, rtol=1e-3)
+    # louder by a factor is the same music
+    torch.testing.assert_close(tokenizer.features(waves * 0.1), tokenizer.features(waves), atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize('kind', ['mulan spectrum', 'mulan patches'])
+def test_tokens_do_not_depend_on_where_a_clip_is_cut(kind, tmp_path):
+    tokenizer = build(kind, tmp_path)
     wave = torch.randn(1, 30 * 320)
     cut = tokenizer(wave[:, 8 * 320 : 20 * 320])
     assert torch.equal(cut[:, 1:-1], tokenizer(wave)[:, 9:19])  # windows at the cuts reach beyond them
@@ -371,7 +392,7 @@ def test_training_mulan_on_does_not_change_the_tokens():
 
 @pytest.mark.parametrize('center', [True, False])
 @pytest.mark.parametrize('frames', [1, 4])
-@pytest.mark.parametrize('layer', [0, 1])
+@pytest.mark.parametrize('layer', [None, 0, 1])
 def test_a_token_every_patch_whatever_the_spectrogram(center, frames, layer):
     tower = tiny_audio(**FRONT_END | dict(patch_size=(32, frames), spec_center=center))
     tokenizer = MuLaNSemanticTokenizer(tower, CODES, layer=layer)
@@ -398,7 +419,8 @@ def test_windows_keep_to_the_longest_audio_of_the_tower(recwarn):
         ({}, {}, 'audio_sample_rate'),
         (FRONT_END, dict(layer=3), 'between 0 and the depth of the tower, 2, got 3'),
         (FRONT_END, dict(layer=-1), 'got -1'),
-        (FRONT_END, dict(columns='sum'), "'concat' or 'mean'"),
+        (FRONT_END, dict(columns='mean'), 'would blur'),
+        (FRONT_END, dict(columns='sum', layer=1), "'concat' or 'mean'"),
         (FRONT_END, dict(codebook_size=0), 'codebook_size'),
         (FRONT_END, dict(window_seconds=0.0), 'window_seconds'),
         (FRONT_END | dict(max_audio_length=300), {}, 'shorter than a token, 320 samples'),
