@@ -67,11 +67,15 @@ def build(kind, folder, **keywords):
         return TransformersSemanticTokenizer.from_audiolm(audiolm_tokenizer(folder))
     keywords = dict(codebook_size=CODES) | keywords
     if kind == 'mulan':
-        # mulan is built with what makes its training random
-        tokenizer = MuLaNSemanticTokenizer(tiny_mulan(FRONT_END | dict(attn_dropout=0.5)), **keywords)
+        # with what makes its training random
+        mulan = tiny_mulan(FRONT_END | dict(attn_dropout=0.5, ff_dropout=0.5))
+        tokenizer = MuLaNSemanticTokenizer(mulan, layer=1, **keywords)
+    elif kind in ('mulan spectrum', 'mulan patches'):
+        layer = 0 if kind == 'mulan patches' else None
+        tokenizer = MuLaNSemanticTokenizer(tiny_audio(**FRONT_END), layer=layer, **keywords)
     elif kind == 'mulan grid':
         tower = tiny_audio(**FRONT_END | dict(patch_size=(8, 5)))
-        tokenizer = MuLaNSemanticTokenizer(tower, columns='concat', **keywords)
+        tokenizer = MuLaNSemanticTokenizer(tower, layer=2, **keywords)
     elif kind == 'hubert':
         tokenizer = TransformersSemanticTokenizer(hubert_folder(folder), layer=2, **keywords)
     elif kind == 'wavlm':
@@ -93,7 +97,7 @@ def sounds(rate, seconds=0.5):
     return [*tones, torch.randn(len(time)) * (time % 0.1 > 0.05)]
 
 
-KINDS = ('mulan', 'mulan grid', 'hubert', 'audiolm', 'wavlm', 'w2v-bert')
+KINDS = ('mulan', 'mulan spectrum', 'mulan patches', 'mulan grid', 'hubert', 'audiolm', 'wavlm', 'w2v-bert')
 
 
 @pytest.fixture(params=KINDS)
@@ -325,21 +329,56 @@ def test_a_data_set_tells_its_rate(mulan_tokenizer):
 # MuLaN's tower
 
 
-@pytest.mark.parametrize(('columns', 'layer'), [('mean', 1), ('concat', 3), ('mean', None)])
+@pytest.mark.parametrize('columns', ['mean', 'concat'])
+@pytest.mark.parametrize('layer', [0, 1, 3])
 def test_features_are_the_states_of_the_layer_column_by_column(columns, layer):
     tower = tiny_audio(**FRONT_END | dict(patch_size=(8, 5), depth=3))
     tokenizer = MuLaNSemanticTokenizer(tower, CODES, layer=layer, columns=columns)
-    assert len(tokenizer.encoder.transformer.layers) == (layer or 2)
+    assert len(tokenizer.encoder.transformer.layers) == max(1, layer)
     waves = torch.randn(2, 4000)
-    states = tower.eval()(waves, return_encoding=True).layers[(layer or 2) - 1].unflatten(1, (4, -1))
+    tower.eval()
+    if layer == 0:
+        embedded = []
+        tower.to_patch_tokens.register_forward_hook(lambda *args: embedded.append(args[-1]))
+        tower(waves)
+        states = embedded[0]
+    else:
+        states = tower(waves, return_encoding=True).layers[layer - 1].unflatten(1, (4, -1))
     expected = states.mean(dim=1) if columns == 'mean' else torch.cat(states.unbind(dim=1), dim=-1)
     assert expected.shape[1] == 10
     torch.testing.assert_close(tokenizer.features(waves), expected)
 
 
+@pytest.mark.parametrize('patch_size', [(32, 4), (8, 5)])
+def test_by_default_features_are_spectra_without_their_level(patch_size):
+    tower = tiny_audio(**FRONT_END | dict(patch_size=patch_size, depth=3)).eval()
+    tokenizer = MuLaNSemanticTokenizer(tower, CODES)
+    frames = patch_size[1]
+    assert tokenizer.downsample_factor == 80 * frames
+    waves = torch.randn(2, 4000)
+    tokens = 4000 // (80 * frames)
+    waves = waves[:, : tokens * 80 * frames]
+    mel = tower.log_mel(tower.spec(waves)[0])[..., : tokens * frames]
+    columns = mel.unflatten(2, (tokens, frames)).transpose(1, 2).unflatten(2, (-1, patch_size[0]))
+    # a patch has its bins in the outer and its frames in the inner place
+    columns = columns.reshape(2, tokens, -1)
+    expected = (columns - columns.mean(dim=-1, keepdim=True)) / columns.std(dim=-1, keepdim=True, correction=0)
+    torch.testing.assert_close(tokenizer.features(waves), expected, atol=1e-3, rtol=1e-3)
+    # louder by a factor is the same music
+    torch.testing.assert_close(tokenizer.features(waves * 0.1), tokenizer.features(waves), atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize('kind', ['mulan spectrum', 'mulan patches'])
+def test_tokens_do_not_depend_on_where_a_clip_is_cut(kind, tmp_path):
+    tokenizer = build(kind, tmp_path)
+    wave = torch.randn(1, 30 * 320)
+    cut = tokenizer(wave[:, 8 * 320 : 20 * 320])
+    assert torch.equal(cut[:, 1:-1], tokenizer(wave)[:, 9:19])  # windows at the cuts reach beyond them
+
+
 def test_training_mulan_on_does_not_change_the_tokens():
     mulan = tiny_mulan(FRONT_END)
-    tokenizer = MuLaNSemanticTokenizer(mulan, CODES)
+    tokenizer = MuLaNSemanticTokenizer(mulan, CODES, layer=2)
     waves = torch.randn(3, 8000)
     tokenizer.fit(waves)
     expected = tokenizer(waves)
@@ -353,9 +392,10 @@ def test_training_mulan_on_does_not_change_the_tokens():
 
 @pytest.mark.parametrize('center', [True, False])
 @pytest.mark.parametrize('frames', [1, 4])
-def test_a_token_every_patch_whatever_the_spectrogram(center, frames):
+@pytest.mark.parametrize('layer', [None, 0, 1])
+def test_a_token_every_patch_whatever_the_spectrogram(center, frames, layer):
     tower = tiny_audio(**FRONT_END | dict(patch_size=(32, frames), spec_center=center))
-    tokenizer = MuLaNSemanticTokenizer(tower, CODES)
+    tokenizer = MuLaNSemanticTokenizer(tower, CODES, layer=layer)
     step = 80 * frames
     assert tokenizer.downsample_factor == tokenizer.seq_len_multiple_of == step
     for length in (step, step + 1, 7 * step - 1, 7 * step, 30 * step):
@@ -364,7 +404,7 @@ def test_a_token_every_patch_whatever_the_spectrogram(center, frames):
 
 def test_windows_keep_to_the_longest_audio_of_the_tower(recwarn):
     tower = tiny_audio(**FRONT_END | dict(max_audio_length=8 * 320 + 17))
-    tokenizer = MuLaNSemanticTokenizer(tower, CODES)
+    tokenizer = MuLaNSemanticTokenizer(tower, CODES, layer=2)
     wave = torch.randn(1, 20 * 320)
     features = tokenizer.features(wave)
     assert features.shape[1] == 20
@@ -377,9 +417,10 @@ def test_windows_keep_to_the_longest_audio_of_the_tower(recwarn):
     [
         (dict(accept_spec=True), {}, 'accept_spec'),
         ({}, {}, 'audio_sample_rate'),
-        (FRONT_END, dict(layer=3), 'between 1 and the depth of the tower, 2, got 3'),
-        (FRONT_END, dict(layer=0), 'got 0'),
-        (FRONT_END, dict(columns='sum'), "'mean' or 'concat'"),
+        (FRONT_END, dict(layer=3), 'between 0 and the depth of the tower, 2, got 3'),
+        (FRONT_END, dict(layer=-1), 'got -1'),
+        (FRONT_END, dict(columns='mean'), 'would blur'),
+        (FRONT_END, dict(columns='sum', layer=1), "'concat' or 'mean'"),
         (FRONT_END, dict(codebook_size=0), 'codebook_size'),
         (FRONT_END, dict(window_seconds=0.0), 'window_seconds'),
         (FRONT_END | dict(max_audio_length=300), {}, 'shorter than a token, 320 samples'),

@@ -163,7 +163,7 @@ class SemanticTokenizer(HubertWithKmeans, ABC):
         sample_rate: int | None = None,
         batch_size: int = 8,
         max_items: int | None = None,
-        max_frames: int = 200_000,
+        max_frames: int = 100_000,
         seed: int = 0,
     ) -> float:
         """Learn the centres by k-means from the frames of many waves.
