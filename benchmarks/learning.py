@@ -35,7 +35,7 @@ SIDES = ('ours', 'upstream')
 SAMPLE_RATE, SECONDS = 8000, 5.0
 SAMPLES = round(SAMPLE_RATE * SECONDS)
 ATTRIBUTES = ('instrument', 'tempo', 'mode', 'register', 'texture', 'drums')
-RETRIEVAL, ZERO_SHOT, PROMPTS = 256, 1000, 24
+RETRIEVAL, ZERO_SHOT, PROMPTS = 256, 1000, 32
 TOWER = dict(dim=192, depth=4, heads=4, dim_head=48)
 TEXT = dict(dim=192, depth=2, heads=4, dim_head=48)
 
@@ -82,7 +82,8 @@ def make_held_out() -> dict[str, np.ndarray]:
     """Clips and phrasings of the split 'valid'.
 
     Retrieval: pairs that differ in at least one attribute from every other, each caption telling all of them.
-    Zero-shot: other clips, and for each value of an attribute several prompts that tell this attribute alone.
+    Zero-shot: other clips, and for each value of an attribute several prompts, which tell the other attributes too, the
+    same for all values, so that the classes differ in this attribute alone.
     """
     from musiclm_pytorch import SyntheticMusic
 
@@ -101,7 +102,7 @@ def make_held_out() -> dict[str, np.ndarray]:
         for v, value in enumerate(music.ATTRIBUTES[name]):
             for seed in range(PROMPTS):
                 labels = music.draw_labels(seed, **{name: value})
-                prompts.append(music.caption(labels, seed, mention=(name,)))
+                prompts.append(music.caption(labels, seed, mention=ATTRIBUTES))
                 owners.append((a, v))
     truth = [
         [music.ATTRIBUTES[name].index(getattr(music.labels(index), name)) for name in ATTRIBUTES] for index in zero_shot
@@ -322,6 +323,14 @@ def throughput(args: argparse.Namespace) -> dict[str, float]:
     return found
 
 
+def evaluate(args: argparse.Namespace) -> None:
+    """Print what a trained model of ours reaches."""
+    from musiclm_pytorch import MuLaN
+
+    mulan, held_out = MuLaN.from_pretrained(args.evaluate), np.load(args.data / 'held-out.npz')
+    print(json.dumps(recall(mulan, held_out) | zero_shot(mulan, held_out)))
+
+
 def main(args: argparse.Namespace) -> None:
     if 'upstream' in args.sides:
         install_upstream(args.upstream)
@@ -329,6 +338,9 @@ def main(args: argparse.Namespace) -> None:
     print(f'{args.pairs} clips of {SECONDS:g} s rendered in {rendering:.0f} s')
     if args.throughput:
         throughput(args)
+        return
+    if args.evaluate is not None:
+        evaluate(args)
         return
     trials, runs = [], []
     for side in args.sides:
@@ -370,6 +382,7 @@ if __name__ == '__main__':
     parser.add_argument('--throughput', action='store_true', help='only time the loops')
     parser.add_argument('--steps', type=int, default=20, help='steps of a timing (default 20)')
     parser.add_argument('--rounds', type=int, default=3, help='timings of each side (default 3)')
+    parser.add_argument('--evaluate', type=Path, metavar='FOLDER', help='only measure the model saved there')
     parser.add_argument('--save', type=Path, help='folder for the weights of our side')
     parser.add_argument('--data', type=Path, default=ROOT / 'build' / 'learning', help='where to render the clips')
     parser.add_argument('--out', type=Path, default=ROOT / 'build' / 'benchmarks')
