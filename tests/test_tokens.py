@@ -145,10 +145,16 @@ def test_a_real_codec_on_synthetic_music(tmp_path):
         codebook_size=16, channels=2, strides=(4, 8), channel_mults=(2, 2), codebook_dim=8, rq_num_quantizers=3,
         use_local_attn=False, target_sample_hz=8000, multi_spectral_window_powers_of_two=(6,),
     )  # fmt: skip
-    codec(torch.randn(2, 4000))  # the codebooks begin with the first batch in training
-    codec.eval()
     music = SyntheticMusic(3, seconds=1, sample_rate=8000)
+    with pytest.raises(ValueError, match='SoundStream has codebooks that no training has reached'):
+        compute_tokens(music, tmp_path, codec=codec, progress=False)
+    while not all(it.all() for name, it in codec.named_buffers() if name.endswith('initted')):
+        codec(torch.randn(2, 4000), return_encoded=True)
+    mark = fingerprint(codec)
     compute_tokens(music, tmp_path, codec=codec, progress=False, window_seconds=30)
+    assert fingerprint(codec) == mark
+    assert codec.training  # as it was
+    codec.eval()
     crops = TokenCrops(tmp_path, 'fine', seconds=1, conditioning=False, training=False)
     for index in range(3):
         _, ids, _ = codec(music[index][0][None], return_encoded=True)

@@ -231,9 +231,16 @@ def _text_stream(quantizer: nn.Module, batch_size: int) -> Stream:
 
 
 def _rates(module: nn.Module) -> tuple[int, int]:
+    """Samples a second, and samples a frame."""
     missing = [name for name in ('target_sample_hz', 'downsample_factor') if not hasattr(module, name)]
     if missing:
         raise TypeError(f'a {type(module).__name__} has no {" and no ".join(missing)}; it cannot compute tokens')
+    if not all(bool(it.all()) for name, it in module.named_buffers() if name.endswith('initted')):
+        # in eval mode too, vector-quantize-pytorch would make them of the first batch that comes
+        raise ValueError(
+            f'this {type(module).__name__} has codebooks that no training has reached yet; train it, or load '
+            'its weights'
+        )
     return int(module.target_sample_hz), int(module.downsample_factor)
 
 
