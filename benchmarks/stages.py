@@ -166,7 +166,10 @@ def prepare(args: argparse.Namespace) -> dict:
 
 
 def check(args: argparse.Namespace) -> dict:
-    """The loss of one batch by audiolm-pytorch's wrapper of the waves, and by ours of the tokens."""
+    """The loss of one batch by audiolm-pytorch's wrapper of the waves, and by ours of the tokens.
+
+    The batch is one that the cache was computed in: in another one, rounding may choose another code now and then.
+    """
     from musiclm_pytorch import TokenCrops
     from musiclm_pytorch.audiolm import bridge
     from musiclm_pytorch.audiolm.crops import collate_tokens
@@ -183,7 +186,7 @@ def check(args: argparse.Namespace) -> dict:
     wrapper = kind(transformer=transformer, audio_conditioner=quantizer, mask_prob=0.0, **parts)
     # end tokens are among its labels in training mode only; what computes tokens stays in eval mode
     wrapper.training = True
-    waves = torch.stack([Folder(args.folder / f'{args.stage}-waves')[index] for index in range(2)])
+    waves = torch.stack([Folder(args.folder / f'{args.stage}-waves')[index] for index in range(args.batch_size)])
     with torch.no_grad():
         theirs = wrapper(raw_wave=waves, return_loss=True, cond_drop_prob=0.0)
         stage = Stage(
@@ -194,7 +197,7 @@ def check(args: argparse.Namespace) -> dict:
             prefix_loss_weight=1.0,
         )
         crops = TokenCrops(args.folder / f'{args.stage}-tokens', args.stage, seconds=args.seconds, training=False)
-        batch = collate_tokens([crops[0], crops[1]], unique_consecutive=True)
+        batch = collate_tokens([crops[index] for index in range(args.batch_size)], unique_consecutive=True)
         ours = stage.eval()(**batch)
     if abs(theirs.item() - ours.item()) > 1e-4 * theirs.item():
         raise RuntimeError(f'the losses differ: {theirs.item()} upstream, {ours.item()} here')
