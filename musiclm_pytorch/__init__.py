@@ -5,6 +5,8 @@ from importlib import import_module
 from musiclm_pytorch.version import __version__
 
 _HOMES = {
+    'musiclm_pytorch.audiolm.crops': ['TokenCrops'],
+    'musiclm_pytorch.audiolm.tokens': ['compute_tokens'],
     'musiclm_pytorch.audiolm.decoding': ['generate_coarse', 'generate_fine', 'generate_semantic'],
     'musiclm_pytorch.audiolm.sampling': ['Sampling'],
     'musiclm_pytorch.audiolm.semantic': ['SemanticTokenizer'],
@@ -30,6 +32,7 @@ _HOMES = {
     'musiclm_pytorch.musiclm': ['MusicLM'],
     'musiclm_pytorch.quantizer': ['MuLaNEmbedQuantizer'],
     'musiclm_pytorch.trainer.mulan': ['MuLaNTrainer'],
+    'musiclm_pytorch.trainer.stages': ['CoarseTrainer', 'FineTrainer', 'SemanticTrainer'],
     'musiclm_pytorch.mulan.recipes': [
         'create_optimized_audiospectrogram_transformer',
         'get_optimal_spectrogram_params',

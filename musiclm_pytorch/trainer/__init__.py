@@ -3,9 +3,13 @@
 from importlib import import_module
 
 _HOME_OF = {
+    'CoarseTrainer': 'musiclm_pytorch.trainer.stages',
+    'FineTrainer': 'musiclm_pytorch.trainer.stages',
     'MuLaNRecipe': 'musiclm_pytorch.trainer.recipes',
     'MuLaNTrainer': 'musiclm_pytorch.trainer.mulan',
+    'SemanticTrainer': 'musiclm_pytorch.trainer.stages',
     'Trainer': 'musiclm_pytorch.trainer.loop',
+    'load_stage': 'musiclm_pytorch.trainer.stages',
 }
 
 __all__ = sorted(_HOME_OF)

@@ -1,0 +1,211 @@
+"""Crops of cached tokens, those of all streams at the same time of the same clip."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Sequence
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from einops import rearrange
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import Dataset
+
+from musiclm_pytorch.audiolm.losses import PAD, without_repetitions
+from musiclm_pytorch.audiolm.tokens import SHARD, read_stream
+from musiclm_pytorch.checks import check_positive, typechecked
+
+# length of the crops that each stage is trained on (MusicLM, arXiv 2301.11325, section 4.1), in seconds
+STAGE_SECONDS = dict(semantic=30.0, coarse=10.0, fine=3.0)
+STAGE_STREAMS = dict(semantic=('semantic',), coarse=('semantic', 'codec'), fine=('codec',))
+
+
+class TokenCrops(Dataset):
+    """What a stage is trained on, from a cache that `compute_tokens` filled.
+
+    Items are dicts of int64 tensors: `semantic (n,)` and `codec (t, q)`, as the stage needs them, of one crop, and
+    with `conditioning` the `(q,)` codes of MuLaN. Crops begin where frames of both streams begin, and clips shorter
+    than a crop are whole. What the data set could not read is left out.
+
+    Args:
+        folder: the cache.
+        stage: 'semantic', 'coarse' or 'fine'.
+        seconds: length of the crops; by default 30, 10 and 3 s for the three stages.
+        conditioning: give MuLaN's codes too, those of the window nearest to the middle of the crop.
+        text_share: share of the items that have the codes of their text instead.
+        training: draw crops at random; otherwise the middle of each clip.
+        items: indices of the data set that are used, all by default.
+
+    Raises:
+        FileNotFoundError: a stream is missing; ValueError: it is not complete, or streams are of different data.
+    """
+
+    @typechecked
+    def __init__(
+        self,
+        folder: str | Path,
+        stage: str,
+        *,
+        seconds: float | None = None,
+        conditioning: bool = True,
+        text_share: float = 0.0,
+        training: bool = True,
+        items: Sequence[int] | None = None,
+    ):
+        if stage not in STAGE_STREAMS:
+            raise ValueError(f'unknown stage {stage!r}; choose one of {", ".join(map(repr, STAGE_STREAMS))}')
+        check_positive(seconds=seconds)
+        if not 0 <= text_share <= 1:
+            raise ValueError(f'text_share must lie in [0, 1], got {text_share}')
+        if text_share > 0 and not conditioning:
+            raise ValueError('text_share needs conditioning=True')
+        self.folder = Path(folder)
+        self.stage = stage
+        self.seconds = STAGE_SECONDS[stage] if seconds is None else seconds
+        self.conditioning = conditioning
+        self.text_share = text_share
+        self.training = training
+        self.timed = STAGE_STREAMS[stage]
+        names = [*self.timed]
+        if conditioning and text_share < 1:
+            names.append('audio')
+        if conditioning and text_share > 0:
+            names.append('text')
+        self.streams = {name: _Stream(self.folder / name) for name in names}
+        self._check_streams()
+
+        present = np.logical_and.reduce([stream.lengths > 0 for stream in self.streams.values()])
+        if items is not None:
+            present &= np.isin(np.arange(len(present)), items)
+        self.items = np.flatnonzero(present)
+        if len(self.items) == 0:
+            raise ValueError(f'{self.folder} has no item with tokens for the stage {stage!r}')
+        # the least time after which frames of both streams begin together
+        rates = [self.streams[name].rate for name in self.timed]
+        common = Fraction(math.gcd(*(r.numerator for r in rates)), math.lcm(*(r.denominator for r in rates)))
+        self.grid = 1 / common
+        for name, rate in zip(self.timed, rates):
+            if self.frames(name) < 1:
+                raise ValueError(
+                    f'{self.seconds} s hold not even one frame of the {name} tokens, {float(rate):g} a second'
+                )
+
+    def _check_streams(self) -> None:
+        (first, *others) = self.streams.values()
+        for other in others:
+            if other.about['data'] != first.about['data'] or other.about['items'] != first.about['items']:
+                raise ValueError(f'{first.folder} and {other.folder} were computed from different data sets')
+
+    def facts(self, name: str) -> dict[str, Any]:
+        """What is known of a stream: `codebook_size`, `quantizers` and others."""
+        return self.streams[name].about['facts']
+
+    def frames(self, name: str) -> int:
+        """Frames of a stream that a crop holds."""
+        return math.floor(Fraction(str(self.seconds)) * self.streams[name].rate)
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        item = int(self.items[index])
+        streams = [self.streams[name] for name in self.timed]
+        lengths = [self.frames(name) for name in self.timed]
+        free = min(Fraction(int(s.lengths[item]) - n) / s.rate for s, n in zip(streams, lengths))
+        places = max(0, math.floor(free / self.grid)) + 1
+        start = (random.randrange(places) if self.training else places // 2) * self.grid
+        crop = {}
+        for name, stream, length in zip(self.timed, streams, lengths):
+            first = int(start * stream.rate)
+            crop[name] = stream.read(item, first, first + length)
+        if 'semantic' in crop:
+            crop['semantic'] = rearrange(crop['semantic'], 'n g -> (n g)')  # groups stand one after another
+        if self.conditioning:
+            crop['conditioning'] = self._codes(item, float(start) + self.seconds / 2)
+        return crop
+
+    def _codes(self, item: int, middle: float) -> Tensor:
+        if self.text_share == 1 or (self.training and random.random() < self.text_share):
+            return self.streams['text'].read(item, 0, 1)[0]
+        stream = self.streams['audio']
+        about = self.facts('audio')
+        window = round((middle - about['seconds'] / 2) / about['hop'])
+        window = min(max(window, 0), int(stream.lengths[item]) - 1)
+        return stream.read(item, window, window + 1)[0]
+
+    def split(self, valid_fraction: float, seed: int = 42) -> tuple[TokenCrops, TokenCrops]:
+        """Two parts, for training and, with fixed crops, for validation; at least one item is on either side."""
+        if not 0 < valid_fraction < 1:
+            raise ValueError(f'valid_fraction must lie between 0 and 1, got {valid_fraction}')
+        if len(self) < 2:
+            raise ValueError(f'{self.folder} has one item only; splitting needs at least two')
+        held_out = min(max(1, round(valid_fraction * len(self))), len(self) - 1)
+        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed)).numpy()
+        parts = (order[held_out:], self.training), (order[:held_out], False)
+        return tuple(self._of(np.sort(self.items[chosen]), training) for chosen, training in parts)
+
+    def _of(self, items: np.ndarray, training: bool) -> TokenCrops:
+        keywords = dict(seconds=self.seconds, conditioning=self.conditioning, text_share=self.text_share)
+        return TokenCrops(self.folder, self.stage, training=training, items=items.tolist(), **keywords)
+
+
+class _Stream:
+    """One stream of a cache; files are opened where they are read, in each process its own."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.about = read_stream(folder)
+        # 50 or 625/8, exactly; MuLaN's codes have no rate
+        self.rate = Fraction(self.about['facts'].get('rate', 0))
+        shards = -(-self.about['items'] // self.about['shard_size'])
+        missing = [number for number in range(shards) if not self._path(number).is_file()]
+        if missing:
+            raise ValueError(
+                f'{folder} lacks {len(missing)} of {shards} shards, the first {self._path(missing[0]).name}; call '
+                'compute_tokens again, which goes on where it was'
+            )
+        ends = [self._get(number, 'ends') for number in range(shards)]
+        self.lengths = np.concatenate([np.diff(own, prepend=0) for own in ends])
+        self.starts = np.concatenate([own - np.diff(own, prepend=0) for own in ends])
+        self._open: dict[int, Any] = {}
+
+    def _path(self, number: int) -> Path:
+        return self.folder / SHARD.format(number)
+
+    def _get(self, number: int, name: str) -> np.ndarray:
+        try:
+            with safe_open(str(self._path(number)), 'np') as file:
+                return file.get_tensor(name)
+        except SafetensorError as error:
+            raise ValueError(f'{self._path(number)} is damaged: {error}; go on with compute_tokens') from error
+
+    def read(self, item: int, start: int, stop: int) -> Tensor:
+        """`(frames, q)` int64, of the frames that there are."""
+        number = item // self.about['shard_size']
+        if number not in self._open:
+            self._open[number] = safe_open(str(self._path(number)), 'pt').get_slice('values')
+        first, length = int(self.starts[item]), int(self.lengths[item])
+        return self._open[number][first + min(start, length) : first + min(stop, length)].long()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, '_open': {}}
+
+
+def collate_tokens(items: list[dict[str, Tensor]], unique_consecutive: bool = False) -> dict[str, Tensor]:
+    """A batch, padded with `PAD`: `semantic (b, n)`, `codec (b, t, q)`, `conditioning (b, q)`, as items have them.
+
+    With `unique_consecutive` repeated semantic tokens are left out.
+    """
+    batch = {}
+    for name in items[0]:
+        values = [item[name] for item in items]
+        if name == 'semantic' and unique_consecutive:
+            values = [without_repetitions(ids) for ids in values]
+        batch[name] = pad_sequence(values, batch_first=True, padding_value=PAD)
+    return batch

@@ -1,0 +1,402 @@
+"""The tokens of a data set, computed once and kept on disk, so that a step of a stage costs its transformer alone.
+
+A cache is a folder with one folder a stream: `semantic` ids, `codec` ids, and MuLaN's codes of the `audio` and of the
+`text`. Each stream holds what it was computed with and from, and its shards:
+
+    tokens/codec/stream.json
+    tokens/codec/00000.safetensors    values (frames, q), ends (items,): where each item's frames end
+
+So another codec, for instance, leaves the semantic ids as they are.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import torch
+from einops import rearrange
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from musiclm_pytorch.audiolm.fingerprints import fingerprint, fingerprint_data
+from musiclm_pytorch.checks import check_positive, check_sample_rate, typechecked
+from musiclm_pytorch.data.audio import resample, windows
+from musiclm_pytorch.data.collate import mono, split_item
+from musiclm_pytorch.mulan.model import evaluating
+
+logger = logging.getLogger(__name__)
+
+STREAM_FILE = 'stream.json'
+SHARD = '{:05d}.safetensors'
+CONTEXT_SECONDS = 1.0  # on both sides of a window of long audio, so that its edges are tokenized as its middle is
+ON_CHANGE = ('error', 'aside')
+
+
+@dataclass
+class Item:
+    """What can be read of an item of the data set."""
+
+    wave: Tensor  # (samples,)
+    text: str | Tensor | None
+
+
+@dataclass
+class Stream:
+    """One kind of tokens: how they are computed, and what is to be known of them."""
+
+    name: str
+    compute: Callable[[list[Item]], list[Tensor]]  # each (frames, q)
+    facts: dict[str, Any]  # JSON
+    fingerprint: dict[str, str]
+
+
+@typechecked
+def compute_tokens(
+    dataset: Any,
+    folder: str | Path,
+    *,
+    tokenizer: nn.Module | None = None,
+    codec: nn.Module | None = None,
+    quantizer: nn.Module | None = None,
+    sample_rate: int | None = None,
+    texts: bool = True,
+    batch_size: int = 8,
+    shard_size: int = 256,
+    window_seconds: float = 30.0,
+    mulan_seconds: float = 10.0,
+    mulan_hop: float = 5.0,
+    on_change: str = 'error',
+    progress: bool = True,
+) -> Path:
+    """Compute the tokens of a data set, or what is missing of them: interrupted, the same call goes on where it was.
+
+    Args:
+        dataset: items by index as `collate_pairs` takes them, the same at each visit: whole clips, not random crops.
+        folder: the cache; several calls may fill its streams, with the same data set.
+        tokenizer: gives semantic ids `(b, n)` of waves, as `HubertWithKmeans`: it has `target_sample_hz`,
+            `downsample_factor` and `codebook_size`.
+        codec: `SoundStream` or `EncodecWrapper`.
+        quantizer: a fitted `MuLaNEmbedQuantizer`; gives codes of windows of the audio and, with `texts`, of the texts.
+        sample_rate: of the waves in Hz; by default the data set's `sample_rate`. Each module gets its own rate.
+        batch_size: waves of equal length computed at a time.
+        shard_size: items of the data set a shard.
+        window_seconds: longer audio is tokenized piece by piece, with context on both sides.
+        mulan_seconds, mulan_hop: length of MuLaN's windows and distance between two.
+        on_change: what to do about a stream that was computed with another module, of other data, or with other
+            settings: 'error', or 'aside', which moves it to a folder beside it and begins anew.
+        progress: show a progress bar.
+
+    Returns:
+        the folder.
+
+    Raises:
+        ValueError: nothing to compute, settings that do not fit, or a stream that differs, naming what changed.
+    """
+    check_positive(
+        batch_size=batch_size,
+        shard_size=shard_size,
+        window_seconds=window_seconds,
+        mulan_seconds=mulan_seconds,
+        mulan_hop=mulan_hop,
+    )
+    if on_change not in ON_CHANGE:
+        raise ValueError(f'unknown on_change {on_change!r}; choose one of {", ".join(map(repr, ON_CHANGE))}')
+    if getattr(dataset, 'training', False):
+        raise ValueError(
+            f'this {type(dataset).__name__} draws crops at random; tokens are computed once: pass '
+            'dataset.validation(), built with max_seconds=None for whole clips'
+        )
+    rate = getattr(dataset, 'sample_rate', None) if sample_rate is None else sample_rate
+    if rate is None:
+        raise ValueError(f'a {type(dataset).__name__} does not tell its sample rate; pass sample_rate')
+    check_sample_rate(rate)
+    if len(dataset) == 0:
+        raise ValueError('the data set is empty')
+
+    streams = []
+    if tokenizer is not None:
+        streams.append(_semantic_stream(tokenizer, rate, batch_size, window_seconds))
+    if codec is not None:
+        streams.append(_codec_stream(codec, rate, batch_size, window_seconds))
+    if quantizer is not None:
+        streams.append(_audio_stream(quantizer, rate, batch_size, mulan_seconds, mulan_hop))
+        if texts:
+            streams.append(_text_stream(quantizer, batch_size))
+    if not streams:
+        raise ValueError('nothing to compute: pass a tokenizer, a codec or a quantizer')
+
+    folder = Path(folder)
+    data = fingerprint_data(dataset) | dict(sample_rate=rate)
+    for stream in streams:
+        _open_stream(folder / stream.name, stream, data, len(dataset), shard_size, on_change)
+
+    starts = range(0, len(dataset), shard_size)
+    for number, start in enumerate(tqdm(starts, disable=not progress, unit='shard', desc='tokens')):
+        missing = [stream for stream in streams if not _is_whole(folder / stream.name / SHARD.format(number))]
+        if not missing:
+            continue
+        indices = range(start, min(start + shard_size, len(dataset)))
+        items = [_read_item(dataset, index) for index in indices]
+        readable = [item for item in items if item is not None]
+        for stream in missing:
+            with torch.no_grad():
+                computed = iter(stream.compute(readable))
+            rows = [None if item is None else next(computed) for item in items]
+            _write_shard(folder / stream.name / SHARD.format(number), rows, stream.facts)
+    return folder
+
+
+# ---- what each stream computes ----
+
+
+def _semantic_stream(tokenizer: nn.Module, rate: int, batch_size: int, window_seconds: float) -> Stream:
+    own_rate, factor = _rates(tokenizer)
+    groups = getattr(tokenizer, 'groups', 1)
+
+    def tokenize(waves: Tensor) -> Tensor:
+        ids = tokenizer(waves, flatten=False)
+        if ids.ndim != 2 or len(ids) != len(waves):
+            raise ValueError(f'the tokenizer must give ids of shape (b, n), got {tuple(ids.shape)}')
+        return rearrange(ids, 'b (n g) -> b n g', g=groups)
+
+    return Stream(
+        'semantic',
+        lambda items: _tokenize(items, tokenizer, tokenize, rate, own_rate, factor, batch_size, window_seconds),
+        dict(rate=str(Fraction(own_rate, factor)), quantizers=groups, codebook_size=int(tokenizer.codebook_size)),
+        fingerprint(tokenizer),
+    )
+
+
+def _codec_stream(codec: nn.Module, rate: int, batch_size: int, window_seconds: float) -> Stream:
+    own_rate, factor = _rates(codec)
+
+    def encode(waves: Tensor) -> Tensor:
+        _, ids, _ = codec(waves, return_encoded=True)
+        return ids
+
+    codebook_size = getattr(codec, 'codebook_size', None) or codec.rq.codebook_size  # EncodecWrapper has the latter
+    return Stream(
+        'codec',
+        lambda items: _tokenize(items, codec, encode, rate, own_rate, factor, batch_size, window_seconds),
+        dict(
+            rate=str(Fraction(own_rate, factor)),
+            quantizers=int(codec.num_quantizers * codec.rq_groups),
+            codebook_size=int(codebook_size),
+        ),
+        fingerprint(codec),
+    )
+
+
+def _audio_stream(quantizer: nn.Module, rate: int, batch_size: int, seconds: float, hop: float) -> Stream:
+    def compute(items: list[Item]) -> list[Tensor]:
+        spans = [list(windows(len(it.wave), round(seconds * rate), round(hop * rate))) for it in items]
+        pieces = [item.wave[start:stop] for item, own in zip(items, spans) for start, stop in own]
+
+        def codes(waves: Tensor) -> Tensor:
+            return quantizer.indices(waves, sample_rate=rate)
+
+        with evaluating(quantizer):
+            found = iter(_in_batches(pieces, codes, batch_size, quantizer.device))
+        return [torch.stack([next(found) for _ in own]) for own in spans]
+
+    facts = dict(seconds=seconds, hop=hop, quantizers=quantizer.num_codebooks, codebook_size=quantizer.codebook_size)
+    return Stream('audio', compute, facts, fingerprint(quantizer))
+
+
+def _text_stream(quantizer: nn.Module, batch_size: int) -> Stream:
+    def compute(items: list[Item]) -> list[Tensor]:
+        if any(item.text is None for item in items):
+            raise ValueError('the data set gives waves without texts; pass texts=False')
+        found = []
+        with evaluating(quantizer):
+            for start in range(0, len(items), batch_size):
+                texts = [item.text for item in items[start : start + batch_size]]
+                if isinstance(texts[0], str):
+                    found.append(quantizer.indices(raw_texts=texts))
+                else:
+                    found += [quantizer.indices(texts=ids[None].to(quantizer.device)) for ids in texts]
+        return list(rearrange(torch.cat(found), 'b q -> b 1 q')) if found else []
+
+    facts = dict(quantizers=quantizer.num_codebooks, codebook_size=quantizer.codebook_size)
+    return Stream('text', compute, facts, fingerprint(quantizer))
+
+
+def _rates(module: nn.Module) -> tuple[int, int]:
+    """Samples a second, and samples a frame."""
+    missing = [name for name in ('target_sample_hz', 'downsample_factor') if not hasattr(module, name)]
+    if missing:
+        raise TypeError(f'a {type(module).__name__} has no {" and no ".join(missing)}; it cannot compute tokens')
+    if not all(bool(it.all()) for name, it in module.named_buffers() if name.endswith('initted')):
+        # in eval mode too, vector-quantize-pytorch would make them of the first batch that comes
+        raise ValueError(
+            f'this {type(module).__name__} has codebooks that no training has reached yet; train it, or load '
+            'its weights'
+        )
+    return int(module.target_sample_hz), int(module.downsample_factor)
+
+
+def _tokenize(
+    items: list[Item],
+    module: nn.Module,
+    call: Callable[[Tensor], Tensor],
+    rate: int,
+    own_rate: int,
+    factor: int,
+    batch_size: int,
+    window_seconds: float,
+) -> list[Tensor]:
+    """`(frames, q)` ids of each item."""
+    waves = [resample(item.wave, rate, own_rate) for item in items]
+    window = max(1, round(window_seconds * own_rate / factor))  # in frames
+    context = round(CONTEXT_SECONDS * own_rate / factor)
+    pieces, kept = [], []
+    for number, wave in enumerate(waves):
+        frames = len(wave) // factor
+        for start in range(0, max(1, frames), window):
+            stop = start + window
+            if stop + context >= frames:  # what would be left is too little to stand alone
+                stop = frames
+            before, after = max(0, start - context), stop + context
+            # a module may give a frame more or less at the end of the audio than the audio is long: that counts
+            last = stop == frames
+            pieces.append(wave[before * factor :] if last else wave[before * factor : after * factor])
+            kept.append((number, slice(start - before, None if last else stop - before)))
+            if last:
+                break
+    with evaluating(module):
+        found = _in_batches(pieces, call, batch_size, _device_of(module))
+    rows: list[list[Tensor]] = [[] for _ in waves]
+    for ids, (number, part) in zip(found, kept):
+        rows[number].append(ids[part])
+    return [torch.cat(row) for row in rows]
+
+
+def _in_batches(
+    waves: list[Tensor], call: Callable[[Tensor], Tensor], batch_size: int, device: torch.device
+) -> list[Tensor]:
+    """A call's result for each wave; only waves of one length are computed together, so nothing is padded."""
+    by_length: dict[int, list[int]] = {}
+    for index, wave in enumerate(waves):
+        by_length.setdefault(len(wave), []).append(index)
+    results: dict[int, Tensor] = {}
+    for indices in by_length.values():
+        for start in range(0, len(indices), batch_size):
+            chosen = indices[start : start + batch_size]
+            results |= zip(chosen, call(torch.stack([waves[i] for i in chosen]).to(device)).cpu())
+    return [results[index] for index in range(len(waves))]
+
+
+def _device_of(module: nn.Module) -> torch.device:
+    tensor = next((it for them in (module.parameters(), module.buffers()) for it in them), None)
+    return torch.device('cpu') if tensor is None else tensor.device
+
+
+def _read_item(dataset: Any, index: int) -> Item | None:
+    item = dataset[index]
+    if item is None:
+        return None
+    wave, text = split_item(item, f'item {index}')
+    if wave is None:
+        raise TypeError(f'item {index} of the data set has no wave')
+    return Item(mono(wave, f'item {index}'), text)
+
+
+# ---- on disk ----
+
+
+def _open_stream(folder: Path, stream: Stream, data: dict[str, Any], items: int, shard_size: int, on_change: str):
+    """Make the folder of a stream, or see that what is there is of the same stream."""
+    own = dict(
+        stream=stream.name,
+        facts=stream.facts,
+        module=stream.fingerprint,
+        data=data,
+        items=items,
+        shard_size=shard_size,
+    )
+    path = folder / STREAM_FILE
+    if path.is_file():
+        changed = list(_differences(read_stream(folder), own))
+        if not changed:
+            return
+        if on_change == 'error':
+            raise ValueError(
+                f'{folder} holds tokens of something else: {"; ".join(changed)}. Give another folder, or '
+                "on_change='aside'"
+            )
+        target = _free_name(folder)
+        folder.rename(target)
+        logger.warning('%s held tokens of something else (%s); they are now in %s', folder, '; '.join(changed), target)
+    folder.mkdir(parents=True, exist_ok=True)
+    aside = path.with_suffix(f'.{os.getpid()}.tmp')
+    aside.write_text(json.dumps(own, indent=2) + '\n', encoding='utf-8')
+    aside.replace(path)
+
+
+def _differences(saved: Any, own: Any, name: str = '') -> Iterator[str]:
+    if isinstance(saved, dict) and isinstance(own, dict):
+        for key in sorted({*saved, *own}):
+            yield from _differences(saved.get(key), own.get(key), f'{name}.{key}'.lstrip('.'))
+    elif saved != own:
+        yield f'{name} was {saved!r:.60} and is {own!r:.60} now'
+
+
+def _free_name(folder: Path) -> Path:
+    number = 1
+    while (target := folder.with_name(f'{folder.name}.{number}')).exists():
+        number += 1
+    return target
+
+
+def read_stream(folder: Path) -> dict[str, Any]:
+    """What is known of a stream. Raises FileNotFoundError if there is none, ValueError if it is damaged."""
+    path = folder / STREAM_FILE
+    if not path.is_file():
+        raise FileNotFoundError(f'no {folder.name} tokens in {folder.parent}; compute them with compute_tokens')
+    try:
+        return json.loads(path.read_text(encoding='utf-8'))
+    except json.JSONDecodeError as error:
+        raise ValueError(f'{path} is damaged: {error}; remove {folder} and compute its tokens again') from error
+
+
+def _write_shard(path: Path, rows: list[Tensor | None], facts: dict[str, Any]) -> None:
+    """An item that could not be read has no frames."""
+    quantizers = facts['quantizers']
+    empty = torch.empty(0, quantizers, dtype=torch.int64)
+    rows = [empty if row is None else row for row in rows]
+    values = torch.cat(rows)
+    if values.shape[1] != quantizers:
+        raise ValueError(f'{path.parent.name} tokens must have {quantizers} quantizers, got {values.shape[1]}')
+    if len(values) and not 0 <= int(values.min()) <= int(values.max()) < facts['codebook_size']:
+        raise ValueError(
+            f'{path.parent.name} tokens lie between {int(values.min())} and {int(values.max())}, outside of the '
+            f'codebook of {facts["codebook_size"]}'
+        )
+    kind = torch.int16 if facts['codebook_size'] <= 2**15 else torch.int32
+    ends = torch.tensor([len(row) for row in rows]).cumsum(0)
+    aside = path.with_suffix(f'.{os.getpid()}.tmp')
+    try:
+        save_file(dict(values=values.to(kind).contiguous(), ends=ends), str(aside))
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def _is_whole(path: Path) -> bool:
+    if not path.is_file():
+        return False
+    try:
+        with safe_open(str(path), 'pt') as file:
+            return {*file.keys()} == {'values', 'ends'}
+    except SafetensorError as error:
+        logger.warning('%s is damaged (%s); it is computed again', path, error)
+        return False

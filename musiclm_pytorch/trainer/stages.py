@@ -1,0 +1,357 @@
+"""Training the three stages of AudioLM on cached tokens, over audiolm-pytorch's transformers and weights."""
+
+from __future__ import annotations
+
+import logging
+import os
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from accelerate.utils import send_to_device
+from einops import rearrange
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from musiclm_pytorch.audiolm.block_attention import use_block_attention
+from musiclm_pytorch.audiolm.bridge import CoarseTransformer, FineTransformer, SemanticTransformer
+from musiclm_pytorch.audiolm.crops import TokenCrops, collate_tokens
+from musiclm_pytorch.audiolm.fingerprints import fingerprint
+from musiclm_pytorch.audiolm.losses import coarse_loss, fine_loss, semantic_loss
+from musiclm_pytorch.checks import check_positive, check_probability, typechecked
+from musiclm_pytorch.distributed.collectives import mean_over_ranks, rank, world_size
+from musiclm_pytorch.mulan import checkpoint
+from musiclm_pytorch.mulan.model import evaluating
+from musiclm_pytorch.quantizer import MuLaNEmbedQuantizer
+from musiclm_pytorch.trainer.batches import SeededItems
+from musiclm_pytorch.trainer.loop import Trainer, detached
+
+logger = logging.getLogger(__name__)
+
+CONDITIONING_FILE = 'conditioning.safetensors'
+
+
+class Stage(nn.Module):
+    """A transformer and the conditioning embeddings of its namespace: what is trained together.
+
+    The embeddings are the quantizer's own parameter, so that training them here trains them there. In training, the
+    conditioning of a share of the items is all zeros, which is the null condition of guidance when sampling
+    (classifier-free guidance, arXiv 2207.12598).
+    """
+
+    def __init__(
+        self,
+        transformer: nn.Module,
+        embeddings: nn.Parameter | None,
+        *,
+        cond_drop_prob: float,
+        mask_prob: float,
+        prefix_loss_weight: float,
+    ):
+        super().__init__()
+        self.transformer = transformer
+        self.embeddings = embeddings
+        self.cond_drop_prob = cond_drop_prob
+        self.mask_prob = mask_prob
+        self.prefix_loss_weight = prefix_loss_weight
+
+    def forward(
+        self, semantic: Tensor | None = None, codec: Tensor | None = None, conditioning: Tensor | None = None
+    ) -> Tensor:
+        """The loss of a batch of tokens `(b, n)`, `(b, t, q)` and MuLaN's codes `(b, q)`, as `collate_tokens` gives."""
+        shared = dict(
+            conditioning=self.embed(conditioning),
+            # forgetful masking whenever training, never in validation
+            mask_prob=self.mask_prob if self.training else 0.0,
+        )
+        if isinstance(self.transformer, SemanticTransformer):
+            return semantic_loss(self.transformer, semantic, **shared)
+        q = self.transformer.num_coarse_quantizers
+        if isinstance(self.transformer, CoarseTransformer):
+            return coarse_loss(
+                self.transformer, semantic, codec[..., :q], semantic_loss_weight=self.prefix_loss_weight, **shared
+            )
+        fine = codec[..., q : q + self.transformer.num_fine_quantizers]
+        return fine_loss(self.transformer, codec[..., :q], fine, coarse_loss_weight=self.prefix_loss_weight, **shared)
+
+    def embed(self, codes: Tensor | None) -> Tensor | None:
+        """`(b, q)` codes to `(b, q, d)` conditioning, some items' dropped in training."""
+        if self.embeddings is None:
+            return None
+        conditioning = self.embeddings[torch.arange(codes.shape[1], device=codes.device), codes]
+        if not self.training or self.cond_drop_prob == 0:
+            return conditioning
+        kept = torch.rand(len(codes), device=codes.device) >= self.cond_drop_prob
+        return conditioning * rearrange(kept, 'b -> b 1 1')
+
+
+class StageTrainer(Trainer):
+    """What the trainers of the three stages share; use `SemanticTrainer`, `CoarseTrainer` or `FineTrainer`.
+
+    Results, beside those of `Trainer`: the folder `best`, of the least loss on held-out tokens, and `last`, each with
+    the transformer's own state dict in `model.safetensors` and the conditioning embeddings of the stage in
+    `conditioning.safetensors`; see `load_stage`.
+
+    Args:
+        transformer: audiolm-pytorch's module; it is trained in place.
+        tokens: a cache that `compute_tokens` filled, or `TokenCrops` of it.
+        quantizer: the fitted quantizer that the cache was computed with, for a transformer with conditioning. Its
+            embeddings of `namespace` are trained with the stage, in place.
+        namespace: of the stage's embeddings; by default the stage's name.
+        cond_drop_prob: share of the items that are trained without conditioning, for guidance when sampling.
+        mask_prob: share of earlier tokens that attention does not see in training.
+        prefix_loss_weight: of the loss of the tokens that the stage is given, semantic ones for coarse and coarse ones
+            for fine; 0 leaves it out.
+        unique_consecutive: leave out repeated semantic tokens, as audiolm-pytorch's wrappers do by default. Without
+            it, semantic tokens keep their place in time, which windows of long music rely on.
+        seconds: length of the crops, by default 30, 10 and 3 s for the three stages.
+        text_share: share of the items that are conditioned by their text instead of their audio.
+        valid_tokens: held-out tokens; by default `valid_frac` of the items are held out.
+        max_valid_items: held-out items that validation looks at, at most.
+        further keywords: those of `Trainer`.
+
+    Raises:
+        ValueError: transformer, quantizer and tokens that do not belong together, naming what differs.
+    """
+
+    stage: ClassVar[str]
+    kind: ClassVar[type[nn.Module]]
+
+    @typechecked
+    def __init__(
+        self,
+        transformer: nn.Module,
+        tokens: str | Path | TokenCrops,
+        *,
+        batch_size: int,
+        quantizer: MuLaNEmbedQuantizer | None = None,
+        namespace: str | None = None,
+        cond_drop_prob: float = 0.1,
+        mask_prob: float = 0.15,
+        prefix_loss_weight: float = 1.0,
+        unique_consecutive: bool = False,
+        seconds: float | None = None,
+        text_share: float = 0.0,
+        valid_tokens: str | Path | TokenCrops | None = None,
+        valid_frac: float = 0.05,
+        random_split_seed: int = 42,
+        max_valid_items: int = 256,
+        **keywords: Any,
+    ):
+        if not isinstance(transformer, self.kind):
+            raise TypeError(f'{type(self).__name__} trains a {self.kind.__name__}, got a {type(transformer).__name__}')
+        check_probability(cond_drop_prob=cond_drop_prob, mask_prob=mask_prob)
+        check_positive(max_valid_items=max_valid_items)
+        if prefix_loss_weight < 0:
+            raise ValueError(f'prefix_loss_weight must be at least 0, got {prefix_loss_weight}')
+        if not 0 <= valid_frac < 1:
+            raise ValueError(f'valid_frac must lie in [0, 1), got {valid_frac}')
+        if transformer.has_condition != (quantizer is not None):
+            raise ValueError(
+                'this transformer was built with conditioning and needs the quantizer that gives it'
+                if transformer.has_condition
+                else 'this transformer was built without conditioning; build it with audio_text_condition=True, or '
+                'pass no quantizer'
+            )
+        self.namespace = namespace or self.stage
+        embeddings = None
+        if quantizer is not None:
+            embeddings = embeddings_of(quantizer, self.namespace)
+
+        crops = partial(TokenCrops, stage=self.stage, conditioning=quantizer is not None, text_share=text_share)
+        if not isinstance(tokens, TokenCrops):
+            tokens = crops(tokens, seconds=seconds)
+        elif seconds is not None or text_share:
+            raise ValueError('seconds and text_share belong to TokenCrops, which were given already')
+        if isinstance(valid_tokens, (str, Path)):
+            valid_tokens = crops(valid_tokens, seconds=tokens.seconds, training=False)
+        for given in (tokens, valid_tokens):
+            if given is not None:
+                self._check_tokens(given, transformer, quantizer, embeddings)
+        if valid_tokens is None and valid_frac > 0 and len(tokens) > 1:
+            tokens, valid_tokens = tokens.split(valid_frac, seed=random_split_seed)
+
+        use_block_attention(transformer)
+        self.transformer = transformer
+        self.valid_tokens = valid_tokens
+        self.max_valid_items = max_valid_items
+        self.unique_consecutive = unique_consecutive
+        self.seconds = tokens.seconds
+        self.collate_fn = partial(collate_tokens, unique_consecutive=unique_consecutive)
+        stage = Stage(
+            transformer,
+            embeddings,
+            cond_drop_prob=cond_drop_prob,
+            mask_prob=mask_prob,
+            prefix_loss_weight=prefix_loss_weight,
+        )
+        super().__init__(stage, stage, tokens, collate_fn=self.collate_fn, batch_size=batch_size, **keywords)
+
+    def _check_tokens(
+        self,
+        tokens: TokenCrops,
+        transformer: nn.Module,
+        quantizer: MuLaNEmbedQuantizer | None,
+        embeddings: nn.Parameter | None,
+    ) -> None:
+        if tokens.stage != self.stage:
+            raise ValueError(f'these are crops for the stage {tokens.stage!r}, not {self.stage!r}')
+        if tokens.conditioning != (quantizer is not None):
+            raise ValueError(
+                f'TokenCrops with conditioning={tokens.conditioning} do not fit a stage '
+                f'{"with" if quantizer is not None else "without"} a quantizer'
+            )
+        for stream, what, own, at_most in self.sizes(transformer):
+            found = tokens.facts(stream)[what]
+            if own > found or (own < found and not at_most):
+                raise ValueError(
+                    f'the {stream} tokens in {tokens.folder} have {what} {found}, but the transformer was built for '
+                    f'{own}'
+                )
+        if quantizer is None:
+            return
+        for name in {'audio', 'text'} & {*tokens.streams}:
+            if tokens.streams[name].about['module'] != fingerprint(quantizer):
+                raise ValueError(
+                    f'the {name} codes in {tokens.folder} were computed with another quantizer or another MuLaN; '
+                    'compute them again with the one that is given'
+                )
+        projection = transformer.proj_text_embed
+        width = projection.in_features if isinstance(projection, nn.Linear) else transformer.transformer.dim_context
+        if embeddings.shape[-1] != width:
+            raise ValueError(
+                f"the quantizer's embeddings of {self.namespace!r} have width {embeddings.shape[-1]}, but the "
+                f'transformer takes {width}; conditioning_dims and dim (or cond_dim) must be equal'
+            )
+
+    @staticmethod
+    def sizes(transformer: nn.Module) -> list[tuple[str, str, int, bool]]:
+        """Stream, fact, what the transformer was built for, and whether the stream may have more."""
+        raise NotImplementedError
+
+    def compute_gradients(self, batches: list[dict[str, Tensor]]) -> dict[str, float]:
+        total = torch.zeros((), device=self.device)
+        for number, batch in enumerate(batches, start=1):
+            # gradients are averaged over processes once a step
+            alone = nullcontext() if number == len(batches) else self.accelerator.no_sync(self.step_module)
+            with alone:
+                with self.accelerator.autocast():
+                    loss = self.step_module(**batch) / len(batches)
+                self.accelerator.backward(loss)
+            total += loss.detach()
+        return dict(loss=detached(mean_over_ranks(total)))
+
+    @torch.no_grad()
+    def validate(self) -> dict[str, Any] | None:
+        """The mean loss on held-out tokens, the same crops each time, each process a share."""
+        if self.valid_tokens is None:
+            return None
+        items = SeededItems(self.valid_tokens, self.seed)
+        total = min(len(items.dataset), self.max_valid_items)
+        keys = [(0, index) for index in range(rank(), total, world_size())]
+        loader = DataLoader(items, sampler=keys, batch_size=self.batches.batch_size, collate_fn=self.collate_fn)
+        sums = torch.zeros(2, device=self.device)
+        model = self.evaluated_model
+        with evaluating(model):
+            for batch in loader:
+                batch = send_to_device(batch, self.device)
+                with self.accelerator.autocast():
+                    loss = model(**batch)
+                size = len(next(iter(batch.values())))
+                sums += torch.stack([loss.float() * size, torch.tensor(float(size), device=self.device)])
+        loss, count = (mean_over_ranks(part).item() for part in sums)
+        return dict(loss=loss / count, score=-loss / count)
+
+    def train(self, *args: Any, **keywords: Any) -> dict[str, Any]:
+        results = super().train(*args, **keywords)
+        if self.is_main:
+            self.save_model(self.results_folder / 'last')
+        return results
+
+    def save_model(self, folder: Path) -> None:
+        stage = self.evaluated_model
+        config = dict(model=self.kind.__name__, step=self.step, stage=self.model_config())
+        checkpoint.write_folder(folder, config, stage.transformer.state_dict())
+        if stage.embeddings is not None:
+            aside = folder / f'.{CONDITIONING_FILE}.{os.getpid()}.tmp'
+            save_file({self.namespace: stage.embeddings.detach().cpu().contiguous()}, str(aside))
+            aside.replace(folder / CONDITIONING_FILE)
+
+    def model_config(self) -> dict[str, Any]:
+        return dict(
+            stage=self.stage,
+            namespace=self.namespace if self.model.embeddings is not None else None,
+            seconds=self.seconds,
+            unique_consecutive=self.unique_consecutive,
+            sizes={f'{stream} {what}': own for stream, what, own, _ in self.sizes(self.transformer)},
+        )
+
+
+class SemanticTrainer(StageTrainer):
+    """Trains a `SemanticTransformer`: semantic tokens from conditioning. Arguments as of `StageTrainer`."""
+
+    stage, kind = 'semantic', SemanticTransformer
+
+    @staticmethod
+    def sizes(transformer: SemanticTransformer) -> list[tuple[str, str, int, bool]]:
+        return [('semantic', 'codebook_size', transformer.num_semantic_tokens, False)]
+
+
+class CoarseTrainer(StageTrainer):
+    """Trains a `CoarseTransformer`: coarse acoustic tokens from semantic ones. Arguments as of `StageTrainer`."""
+
+    stage, kind = 'coarse', CoarseTransformer
+
+    @staticmethod
+    def sizes(transformer: CoarseTransformer) -> list[tuple[str, str, int, bool]]:
+        return [
+            ('semantic', 'codebook_size', transformer.num_semantic_tokens, False),
+            ('codec', 'codebook_size', transformer.codebook_size, False),
+            ('codec', 'quantizers', transformer.num_coarse_quantizers, True),
+        ]
+
+
+class FineTrainer(StageTrainer):
+    """Trains a `FineTransformer`: fine acoustic tokens from coarse ones. Arguments as of `StageTrainer`."""
+
+    stage, kind = 'fine', FineTransformer
+
+    @staticmethod
+    def sizes(transformer: FineTransformer) -> list[tuple[str, str, int, bool]]:
+        return [
+            ('codec', 'codebook_size', transformer.codebook_size, False),
+            ('codec', 'quantizers', transformer.num_coarse_quantizers + transformer.num_fine_quantizers, False),
+        ]
+
+
+def embeddings_of(quantizer: MuLaNEmbedQuantizer, namespace: str) -> nn.Parameter:
+    """The embeddings of a namespace. Raises ValueError for an unknown one."""
+    if namespace not in quantizer.namespaces:
+        raise ValueError(f'the quantizer has no namespace {namespace!r}, but {", ".join(quantizer.namespaces)}')
+    return quantizer.cond_embeddings[namespace]
+
+
+def load_stage(folder: str | Path, transformer: nn.Module, quantizer: MuLaNEmbedQuantizer | None = None) -> None:
+    """Load what a stage's trainer wrote: the transformer's weights, and its embeddings into the quantizer, if given.
+
+    Raises FileNotFoundError for a missing file, ValueError for weights of another model.
+    """
+    folder = Path(folder)
+    (config,), weights = checkpoint.read_folder(folder, type(transformer).__name__, parts=('stage',))
+    checkpoint.load_strictly(transformer, weights, source=folder)
+    if quantizer is None:
+        return
+    if not (folder / CONDITIONING_FILE).is_file():
+        raise FileNotFoundError(f'no {CONDITIONING_FILE} in {folder}: this stage was trained without conditioning')
+    embeddings = load_file(str(folder / CONDITIONING_FILE))[config['namespace']]
+    own = embeddings_of(quantizer, config['namespace'])
+    if own.shape != embeddings.shape:
+        raise ValueError(
+            f'the embeddings in {folder} have shape {tuple(embeddings.shape)}, but those of the quantizer '
+            f'{tuple(own.shape)}'
+        )
+    with torch.no_grad():
+        own.copy_(embeddings)

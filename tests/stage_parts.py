@@ -1,0 +1,93 @@
+"""Tiny transformers and modules whose tokens tell the time, shared by the tests of tokens and of stages."""
+
+import random
+
+import torch
+from conftest import tiny_mulan
+from torch import nn
+
+from musiclm_pytorch import MuLaNEmbedQuantizer
+from musiclm_pytorch.audiolm.bridge import CoarseTransformer, FineTransformer, SemanticTransformer
+
+RATE = 1200
+SCALE = 64.0  # seconds at which a wave that tells the time reaches 1
+
+
+def clock(seconds, rate=RATE):
+    """A wave whose samples tell when they are."""
+    return torch.arange(round(seconds * rate)) / rate / SCALE
+
+
+class ClockTokenizer(nn.Module):
+    """Its ids are the frames since the wave began, read off the wave: 50 a second."""
+
+    target_sample_hz, downsample_factor, codebook_size = RATE, 24, 512
+
+    def __init__(self, lost=0):
+        super().__init__()
+        self.register_buffer('weight', torch.ones(2))
+        self.lost = lost  # frames too few at the end, as with convolutions without padding
+        self.seen = []
+
+    def frames_of(self, waves):
+        self.seen.append(waves.shape)
+        assert waves.ndim == 2
+        assert not self.training
+        count = waves.shape[1] // self.downsample_factor
+        firsts = waves[:, : count * self.downsample_factor : self.downsample_factor]
+        return (firsts * SCALE * self.target_sample_hz / self.downsample_factor).round().long()
+
+    def forward(self, waves, flatten=True):
+        ids = self.frames_of(waves)
+        return ids[:, : ids.shape[1] - self.lost]
+
+
+class ClockCodec(ClockTokenizer):
+    """The same 75 times a second; each of three quantizers adds its number."""
+
+    downsample_factor, codebook_size, num_quantizers, rq_groups = 16, 1024, 3, 1
+
+    def forward(self, waves, return_encoded=False):
+        return None, self.frames_of(waves)[..., None] + torch.arange(3), None
+
+
+class Clips(torch.utils.data.Dataset):
+    """Clips that tell the time, of the lengths given in seconds; None stands for one that cannot be read."""
+
+    sample_rate = RATE
+
+    def __init__(self, lengths, fail_at=None):
+        self.lengths = tuple(lengths)
+        self._fail_at = fail_at
+
+    def __len__(self):
+        return len(self.lengths)
+
+    def __getitem__(self, index):
+        if index == self._fail_at:
+            raise KeyboardInterrupt
+        seconds = self.lengths[index]
+        return None if seconds is None else dict(wave=clock(seconds), caption=f'clip {index}')
+
+
+def make_quantizer(dim=16):
+    torch.manual_seed(5)
+    mulan = tiny_mulan(dict(depth=1, audio_sample_rate=RATE), dict(depth=1, num_tokens=49408))
+    quantizer = MuLaNEmbedQuantizer(mulan, conditioning_dims=(dim,) * 3, rq_num_quantizers=2, codebook_size=6)
+    with torch.no_grad():
+        quantizer.fit(mulan.eval().get_text_latents(raw_texts=[f'clip {index}' for index in range(30)]))
+    return quantizer.eval()
+
+
+SIZES = dict(dim=16, depth=1, heads=2, dim_head=8)
+
+
+def make_transformer(stage, tokens=20, codes=12, conditioned=False, seed=3, **keywords):
+    torch.manual_seed(seed)
+    random.seed(seed)  # hyper-connections draw from it where they begin
+    keywords = {**SIZES, 'audio_text_condition': conditioned, **keywords}
+    if stage == 'semantic':
+        return SemanticTransformer(num_semantic_tokens=tokens, **keywords)
+    if stage == 'coarse':
+        return CoarseTransformer(codebook_size=codes, num_coarse_quantizers=2, num_semantic_tokens=tokens, **keywords)
+    return FineTransformer(codebook_size=codes, num_coarse_quantizers=2, num_fine_quantizers=1, **keywords)

@@ -1,0 +1,398 @@
+"""The trainers of the stages: audiolm-pytorch's losses, what is random and when, states, and what goes wrong."""
+
+import json
+import math
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
+from stage_parts import Clips, ClockCodec, ClockTokenizer, make_quantizer, make_transformer
+
+from musiclm_pytorch.audiolm import losses
+from musiclm_pytorch.audiolm.bridge import (
+    CoarseTransformerWrapper,
+    FineTransformerWrapper,
+    SemanticTransformerWrapper,
+    SoundStream,
+)
+from musiclm_pytorch.audiolm.crops import PAD, TokenCrops
+from musiclm_pytorch.audiolm.losses import coarse_loss, fine_loss, forgetful_mask, semantic_loss, with_end
+from musiclm_pytorch.audiolm.tokens import compute_tokens
+from musiclm_pytorch.trainer import CoarseTrainer, FineTrainer, SemanticTrainer
+from musiclm_pytorch.trainer.stages import Stage, load_stage
+
+STAGES = dict(semantic=SemanticTrainer, coarse=CoarseTrainer, fine=FineTrainer)
+
+
+@pytest.fixture(scope='module')
+def codec():
+    return SoundStream(
+        codebook_size=12, channels=2, strides=(2, 2), channel_mults=(1, 1), codebook_dim=4, rq_num_quantizers=3,
+        use_local_attn=False, multi_spectral_window_powers_of_two=(6,),
+    )  # fmt: skip
+
+
+# ---- losses ----
+
+
+def wrapped(stage, transformer, codec, semantic, codes, conditioning, unique, mask_prob):
+    """audiolm-pytorch's own loss, in training mode, where its labels have end tokens."""
+    keywords = dict(transformer=transformer, mask_prob=mask_prob)
+    if stage == 'semantic':
+        wrapper = SemanticTransformerWrapper(unique_consecutive=unique, **keywords).train()
+        given = dict(semantic_token_ids=semantic)
+    elif stage == 'coarse':
+        wrapper = CoarseTransformerWrapper(codec=codec, unique_consecutive=unique, **keywords).train()
+        given = dict(semantic_token_ids=semantic, coarse_token_ids=codes[..., :2])
+    else:
+        wrapper = FineTransformerWrapper(codec=codec, **keywords).train()
+        given = dict(coarse_token_ids=codes[..., :2], fine_token_ids=codes[..., 2:])
+    return wrapper(**given, text_embeds=conditioning, return_loss=True, cond_drop_prob=0.0)
+
+
+def own(stage, transformer, semantic, codes, conditioning, mask_prob):
+    keywords = dict(conditioning=conditioning, mask_prob=mask_prob)
+    if stage == 'semantic':
+        return semantic_loss(transformer, semantic, **keywords)
+    if stage == 'coarse':
+        return coarse_loss(transformer, semantic, codes[..., :2], **keywords)
+    return fine_loss(transformer, codes[..., :2], codes[..., 2:], **keywords)
+
+
+def draw_tokens(b=3, n=9, t=5):
+    return torch.randint(4, (b, n)), torch.randint(12, (b, t, 3))
+
+
+@pytest.mark.parametrize('mask_prob', [0.0, 0.3])
+@pytest.mark.parametrize('unique', [False, True])
+@pytest.mark.parametrize('conditioned', [False, True])
+@pytest.mark.parametrize('stage', STAGES)
+def test_losses_and_gradients_of_the_wrappers(stage, conditioned, unique, mask_prob, codec):
+    """The same noise too: forgetful masks are drawn as theirs are."""
+    semantic, codes = draw_tokens()
+    transformer = make_transformer(stage, conditioned=conditioned)
+    conditioning = torch.randn(3, 2, 16, requires_grad=True) if conditioned else None
+    torch.manual_seed(1)
+    expected = wrapped(stage, transformer, codec, semantic, codes, conditioning, unique, mask_prob)
+    leaves = [*([conditioning] if conditioned else []), *transformer.parameters()]
+    gradients = torch.autograd.grad(expected, leaves, allow_unused=True)
+    if unique:
+        rows = [losses.without_repetitions(ids) for ids in semantic]
+        semantic = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=PAD)
+        assert (semantic == PAD).any()
+    torch.manual_seed(1)
+    found = own(stage, transformer, semantic, codes, conditioning, mask_prob)
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-6)
+    for own_gradient, gradient in zip(torch.autograd.grad(found, leaves, allow_unused=True), gradients):
+        assert (own_gradient is None) == (gradient is None)
+        if gradient is not None:
+            torch.testing.assert_close(own_gradient, gradient, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize('stage', STAGES)
+def test_every_parameter_gets_a_gradient(stage):
+    """Or several processes would wait for it for ever."""
+    transformer = make_transformer(stage, conditioned=True)
+    model = Stage(transformer, torch.nn.Parameter(torch.randn(2, 6, 16)), cond_drop_prob=0.9, mask_prob=0.2,
+                  prefix_loss_weight=1.0)  # fmt: skip
+    semantic, codes = draw_tokens()
+    model(semantic=semantic, codec=codes, conditioning=torch.randint(6, (3, 2))).backward()
+    assert [name for name, it in model.named_parameters() if it.grad is None] == []
+
+
+@pytest.mark.parametrize('stage', STAGES)
+def test_padding_does_not_count(stage):
+    """The loss of a padded batch is that of its items, by their numbers of tokens."""
+    transformer = make_transformer(stage)
+    semantic, codes = draw_tokens()
+    sizes = [(9, 5), (4, 3), (1, 1)]
+    for row, (n, t) in enumerate(sizes):
+        semantic[row, n:] = PAD
+        codes[row, t:] = PAD
+    found = own(stage, transformer, semantic, codes, None, 0.0)
+    parts, counts = [], []
+    for row, (n, t) in enumerate(sizes):
+        ids, frames = semantic[row : row + 1, :n], codes[row : row + 1, :t]
+        parts.append(own(stage, transformer, ids, frames, None, 0.0))
+        counts.append(dict(semantic=(n + 1,), coarse=(n + 1, 2 * t + 1), fine=(2 * t, t))[stage])
+    weights = torch.tensor([float(sum(count)) for count in counts])
+    expected = (torch.stack(parts) * weights).sum() / weights.sum()
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_the_end_token_stands_where_each_item_ends():
+    assert with_end(torch.tensor([[3, 1, 2], [4, PAD, PAD]]), 9).tolist() == [[3, 1, 2, 9], [4, 9, PAD, PAD]]
+
+
+@pytest.mark.parametrize(('n', 'prob', 'hidden'), [(20, 0.15, 3), (3, 0.1, 0), (4, 0.9, 3)])
+def test_forgetful_masks_hide_a_share_but_never_the_first(n, prob, hidden):
+    masks = torch.stack([forgetful_mask((5, n), prob, torch.device('cpu')) for _ in range(50)])
+    assert ((~masks).sum(dim=-1) == hidden).all()
+    assert masks[..., 0].all()
+    if hidden:
+        assert not masks[..., 1:].flatten(0, 1).all(dim=0).any()  # every other one is hidden now and then
+
+
+# ---- training ----
+
+
+@pytest.fixture(scope='module')
+def tokens(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('tokens')
+    compute_tokens(
+        Clips((2.0, 1.0, 2.0, 1.5, 2.0, 2.0, 0.5, 2.0)), folder, tokenizer=ClockTokenizer(), codec=ClockCodec(),
+        quantizer=make_quantizer(), progress=False,
+    )  # fmt: skip
+    return folder
+
+
+def transformer_for(stage, conditioned=True, **keywords):
+    return make_transformer(stage, tokens=512, codes=1024, conditioned=conditioned, **keywords)
+
+
+def make_trainer(folder, tokens, stage='semantic', transformer=None, quantizer=None, conditioned=True, **keywords):
+    defaults = dict(
+        batch_size=2, lr=1e-3, seconds=0.2, results_folder=folder, accelerate_kwargs=dict(cpu=True), progress=False,
+        valid_frac=0.25,
+    )  # fmt: skip
+    return STAGES[stage](
+        transformer or transformer_for(stage, conditioned),
+        tokens,
+        quantizer=quantizer or (make_quantizer() if conditioned else None),
+        **{**defaults, **keywords},
+    )
+
+
+def weights(module):
+    return {name: tensor.clone() for name, tensor in module.state_dict().items()}
+
+
+@pytest.mark.parametrize('stage', STAGES)
+def test_a_tiny_batch_is_learned_by_heart(tmp_path, tokens, stage):
+    """And several trainers live in one process; the quantizer's embeddings of the stage move, the others stay."""
+    quantizer = make_quantizer()
+    before = weights(quantizer)
+    transformer = transformer_for(stage, heads=4, dim_head=16)
+    crops = TokenCrops(tokens, stage, seconds=0.1, training=False, items=[0, 1], text_share=1.0)
+    assert not torch.equal(crops[0]['conditioning'], crops[1]['conditioning'])
+    run = make_trainer(
+        tmp_path, crops, stage, transformer, quantizer, seconds=None, valid_frac=0.0, mask_prob=0.0,
+        cond_drop_prob=0.0, lr=2e-2, max_grad_norm=None,
+    )  # fmt: skip
+    found = []
+    run.train(num_train_steps=150, log_fn=lambda metrics: found.append(metrics['loss']))
+    assert found[0] > math.log(256)
+    assert found[-1] < 0.05
+    changed = {name for name, tensor in quantizer.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert changed == {f'cond_embeddings.{stage}'}
+
+    # what was saved comes back into audiolm-pytorch's own module, and into another quantizer
+    other, other_quantizer = transformer_for(stage, heads=4, dim_head=16, seed=8), make_quantizer()
+    other.load_state_dict(load_file(tmp_path / 'last' / 'model.safetensors'), strict=True)
+    load_stage(tmp_path / 'last', other, other_quantizer)
+    for name, tensor in transformer.state_dict().items():
+        assert torch.equal(other.state_dict()[name], tensor)
+    for namespace, embeddings in quantizer.cond_embeddings.items():
+        assert torch.equal(other_quantizer.cond_embeddings[namespace], embeddings)
+
+
+@pytest.fixture
+def precision_free():
+    """Accelerate keeps the precision of the first trainer of a process."""
+    AcceleratorState._reset_state(True)
+    yield
+    AcceleratorState._reset_state(True)
+
+
+RUNS = {
+    'plain': dict(),
+    'average': dict(use_ema=True, lr_scheduler_type='cosine', warmup_steps=3, optimizer='adamw', weight_decay=0.1),
+    'accumulated': dict(grad_accum_every=2, batch_size=1, num_workers=1),
+}
+
+
+@pytest.mark.parametrize(('stage', 'name'), [('semantic', 'plain'), ('coarse', 'average'), ('fine', 'accumulated')])
+def test_resuming_equals_never_having_stopped(tmp_path, tokens, stage, name):
+    """To the bit: crops, masks, dropped conditions, weights, embeddings and averages."""
+    keywords = dict(RUNS[name], checkpoint_every=3, stage=stage, cond_drop_prob=0.4)
+    straight = make_trainer(tmp_path / 'straight', tokens, **keywords)
+    straight.train(num_train_steps=8)
+
+    class Stop(Exception):
+        pass
+
+    def stop(metrics):
+        if stopped.step == 7:
+            raise Stop
+
+    stopped = make_trainer(tmp_path / 'stopped', tokens, **keywords)
+    with pytest.raises(Stop):
+        stopped.train(num_train_steps=8, log_fn=stop)
+    torch.manual_seed(999)
+    transformer, quantizer = transformer_for(stage, seed=99), make_quantizer()
+    torch.nn.init.normal_(quantizer.cond_embeddings[stage])
+    resumed = make_trainer(
+        tmp_path / 'stopped', tokens, resume=True, transformer=transformer, quantizer=quantizer, **keywords
+    )
+    assert resumed.step == 6
+    resumed.train(num_train_steps=8)
+    for found, expected in (
+        (resumed.model, straight.model),
+        *([(resumed.ema.ema_model, straight.ema.ema_model)] if straight.ema else []),
+    ):
+        expected = weights(expected)
+        assert weights(found).keys() == expected.keys()
+        assert all(torch.equal(tensor, expected[key]) for key, tensor in weights(found).items())
+    assert torch.equal(quantizer.cond_embeddings[stage], straight.model.embeddings)
+    for which in ('best', 'last'):
+        saved = [load_file(tmp_path / run / which / 'model.safetensors') for run in ('straight', 'stopped')]
+        assert all(torch.equal(tensor, saved[1][key]) for key, tensor in saved[0].items())
+
+
+def test_masks_and_dropping_in_training_only_and_still_after_validation(tmp_path, tokens, monkeypatch):
+    """Upstream's first validation turns them off for good, and the end tokens with them."""
+    seen = []
+
+    def spy(transformer, semantic, *, conditioning, mask_prob):
+        seen.append((mask_prob, (conditioning == 0).all(dim=-1).all(dim=-1), conditioning, torch.is_grad_enabled()))
+        return semantic_loss(transformer, semantic, conditioning=conditioning, mask_prob=mask_prob)
+
+    ends = []
+    monkeypatch.setattr('musiclm_pytorch.trainer.stages.semantic_loss', spy)
+    genuine = losses.cross_entropy
+    monkeypatch.setattr(losses, 'cross_entropy', lambda logits, labels: ends.append(labels) or genuine(logits, labels))
+    run = make_trainer(
+        tmp_path, tokens, batch_size=6, cond_drop_prob=0.5, validate_every=2, mask_prob=0.2, max_valid_items=2
+    )
+    run.train(num_train_steps=12)
+    training, validation = ([it for it in seen if it[-1] is mode] for mode in (True, False))
+    assert len(training) == 12
+    assert len(validation) == 6
+    assert {it[0] for it in training} == {0.2}
+    assert {it[0] for it in validation} == {0.0}
+    dropped = torch.cat([it[1] for it in training])
+    assert 18 < dropped.sum() < 54  # of 72 items, each as a whole
+    for _, gone, conditioning, _ in training:
+        assert (conditioning[~gone] != 0).all()
+    assert not torch.cat([it[1] for it in validation]).any()
+    assert all(((labels == 512).sum(dim=-1) == 1).all() for labels in ends)
+
+
+def test_dropped_items_are_what_sampling_takes_for_the_null_condition():
+    """The zeros of training, and the null branch of audiolm-pytorch where it has one, are one thing."""
+    semantic, codes = draw_tokens()
+    transformer = make_transformer('coarse', conditioned=True).eval()
+    given = dict(semantic_token_ids=semantic, coarse_token_ids=codes[..., :2])
+    embeds = torch.randn(3, 2, 16)
+    null = transformer(**given, text_embeds=embeds, cond_drop_prob=1.0)
+    zeros = transformer(**given, text_embeds=torch.zeros_like(embeds), cond_drop_prob=0.0)
+    conditioned = transformer(**given, text_embeds=embeds, cond_drop_prob=0.0)
+    for one, other, third in zip(null, zeros, conditioned):
+        torch.testing.assert_close(one, other)
+        assert not torch.allclose(one, third)
+
+
+def test_training_makes_guidance_real(tmp_path, tokens):
+    """After training with dropped conditions, the two branches differ, and the null one is no worse than chance."""
+    quantizer = make_quantizer()
+    run = make_trainer(tmp_path, tokens, quantizer=quantizer, cond_drop_prob=0.5, lr=5e-3, mask_prob=0.0)
+    run.train(num_train_steps=30)
+    stage = run.model.eval()
+    batch = run.collate_fn([run.valid_tokens[0]])
+    with torch.no_grad():
+        conditioning = stage.embed(batch['conditioning'])
+        with_it, without = (
+            semantic_loss(stage.transformer, batch['semantic'], conditioning=it)
+            for it in (conditioning, torch.zeros_like(conditioning))
+        )
+    assert with_it != without
+    assert without < math.log(513)
+
+
+def test_validation_leaves_training_as_it_is(tmp_path, tokens):
+    results = []
+    for with_validation in (True, False):
+        run = make_trainer(tmp_path / str(with_validation), tokens, validate_every=2)
+        run.train(num_train_steps=5, with_validation=with_validation)
+        results.append(weights(run.model))
+    assert all(torch.equal(tensor, results[1][name]) for name, tensor in results[0].items())
+
+
+def test_mixed_precision_and_repetitions(tmp_path, tokens, precision_free):
+    run = make_trainer(tmp_path, tokens, 'coarse', unique_consecutive=True, mixed_precision='bf16')
+    results = run.train(num_train_steps=2)
+    assert math.isfinite(results['valid_loss'])
+    assert all(it.dtype == torch.float32 for it in run.model.parameters())
+    config = json.loads((tmp_path / 'last' / 'config.json').read_text())
+    assert config['stage']['unique_consecutive'] is True
+    assert config['model'] == 'CoarseTransformer'
+
+
+def test_without_conditioning(tmp_path, tokens):
+    run = make_trainer(tmp_path, tokens, 'fine', conditioned=False)
+    run.train(num_train_steps=2)
+    assert not (tmp_path / 'last' / 'conditioning.safetensors').exists()
+    load_stage(tmp_path / 'last', transformer_for('fine', conditioned=False))
+    with pytest.raises(FileNotFoundError, match='trained without conditioning'):
+        load_stage(tmp_path / 'last', transformer_for('fine', conditioned=False), make_quantizer())
+
+
+def test_texts_in_the_place_of_audio(tmp_path, tokens):
+    run = make_trainer(tmp_path, tokens, text_share=1.0)
+    assert {*run.batches.items.dataset.streams} == {'semantic', 'text'}
+    run.train(num_train_steps=1)
+
+
+# ---- bad input ----
+
+
+@pytest.mark.parametrize(
+    ('keywords', 'error', 'message'),
+    [
+        (dict(transformer=lambda: transformer_for('fine')), TypeError, 'SemanticTrainer trains a SemanticTransformer'),
+        (dict(transformer=lambda: make_transformer('semantic', conditioned=True)), ValueError,
+         'semantic tokens in .* have codebook_size 512, but the transformer was built for 20'),
+        (dict(transformer=lambda: transformer_for('semantic', conditioned=False)), ValueError,
+         'built without conditioning'),
+        (dict(conditioned=False, transformer=lambda: transformer_for('semantic')), ValueError, 'needs the quantizer'),
+        (dict(quantizer=lambda: make_quantizer(dim=12)), ValueError, "of 'semantic' have width 12.*takes 16"),
+        (dict(quantizer=lambda: refitted()), ValueError, 'another quantizer or another MuLaN'),
+        (dict(namespace='middle'), ValueError, "no namespace 'middle', but semantic, coarse, fine"),
+        (dict(stage='coarse', transformer=lambda: make_transformer('coarse', 512, 12, True)), ValueError,
+         'codec tokens in .* have codebook_size 1024, but the transformer was built for 12'),
+        (dict(mask_prob=1.0), ValueError, r'mask_prob must lie in \[0, 1\)'),
+        (dict(cond_drop_prob=-0.1), ValueError, 'cond_drop_prob'),
+        (dict(prefix_loss_weight=-1.0), ValueError, 'prefix_loss_weight'),
+        (dict(batch_size=50), ValueError, 'fewer than one batch of 50'),
+    ],
+)  # fmt: skip
+def test_parts_that_do_not_belong_together(tmp_path, tokens, keywords, error, message):
+    keywords = {name: it() if callable(it) else it for name, it in keywords.items()}
+    with pytest.raises(error, match=message):
+        make_trainer(tmp_path, tokens, **keywords)
+
+
+def refitted():
+    quantizer = make_quantizer()
+    quantizer.fit(torch.nn.functional.normalize(torch.randn(60, 16), dim=-1), seed=1)
+    return quantizer
+
+
+def test_crops_of_another_stage(tmp_path, tokens):
+    with pytest.raises(ValueError, match="crops for the stage 'fine', not 'semantic'"):
+        make_trainer(tmp_path, TokenCrops(tokens, 'fine'), seconds=None)
+    with pytest.raises(ValueError, match='belong to TokenCrops'):
+        make_trainer(tmp_path, TokenCrops(tokens, 'semantic'), seconds=3.0)
+
+
+def test_weights_of_another_model(tmp_path, tokens):
+    make_trainer(tmp_path, tokens).train(num_train_steps=1)
+    with pytest.raises(ValueError, match='do not fit this model'):
+        load_stage(tmp_path / 'last', transformer_for('semantic', dim=24))
+    with pytest.raises(
+        ValueError, match=r'embeddings in .* have shape \(2, 6, 16\), but those of the quantizer \(2, 6, 12\)'
+    ):
+        load_stage(tmp_path / 'last', transformer_for('semantic'), make_quantizer(dim=12))
+    with pytest.raises(FileNotFoundError, match=r'no config.json in .*nowhere'):
+        load_stage(tmp_path / 'nowhere', transformer_for('semantic'))
