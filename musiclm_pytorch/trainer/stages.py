@@ -238,9 +238,9 @@ class StageTrainer(Trainer):
             # gradients are averaged over processes once a step
             alone = nullcontext() if number == len(batches) else self.accelerator.no_sync(self.step_module)
             with alone:
-                with self.accelerator.autocast():
+                with self.autocast():
                     loss = self.step_module(**batch) / len(batches)
-                self.accelerator.backward(loss)
+                self.backward(loss)
             total += loss.detach()
         return dict(loss=detached(mean_over_ranks(total)))
 
@@ -258,7 +258,7 @@ class StageTrainer(Trainer):
         with evaluating(model):
             for batch in loader:
                 batch = send_to_device(batch, self.device)
-                with self.accelerator.autocast():
+                with self.autocast():
                     loss = model(**batch)
                 size = len(next(iter(batch.values())))
                 sums += torch.stack([loss.float() * size, torch.tensor(float(size), device=self.device)])
