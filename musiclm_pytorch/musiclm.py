@@ -272,10 +272,11 @@ class MusicLM(nn.Module):
             length, window = math.ceil(end * self.frame_rate), round(self.windows[1] * self.frame_rate)
             # without repetitions, no one knows which tokens belong to a window
             has_windows = length > window and not unique_consecutive
+            seen = semantic if unique_consecutive else semantic[:, : math.ceil(end * self.semantic_rate)]
             if length > coarse.shape[1]:
                 coarse = generate_coarse(
                     self.stages['coarse'],
-                    semantic,
+                    seen,
                     max_length=length,
                     min_length=length,
                     text_embeds=self._conditioning('coarse', indices),

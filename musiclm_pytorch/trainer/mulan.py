@@ -272,8 +272,8 @@ class MuLaNTrainer(Trainer):
         return PairLatents(*(None if t is None else gather_batch(t, sizes) for t in own))
 
     def check_collapse(self, metrics: dict[str, Any]) -> None:
-        """Raise once all embeddings are alike although warm-up is over: from there no loss leads back."""
-        alike = min(metrics['audio_mean_cosine'], metrics['text_mean_cosine'])
+        """Raise once all embeddings of a tower are alike although warm-up is over: from there no loss leads back."""
+        alike = max(metrics['audio_mean_cosine'], metrics['text_mean_cosine'])
         if alike > COLLAPSED and self.step >= self.collapse_after:
             raise TrainingError(
                 f'the embeddings have collapsed at step {self.step}: the mean cosine between different items is '
