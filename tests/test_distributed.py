@@ -69,7 +69,9 @@ def test_processes_equal_one(sizes, tmp_path):
         for found_loss, gradients in (result[kind] for result in results):
             torch.testing.assert_close(found_loss, loss.detach(), atol=1e-5, rtol=1e-5)
             for name, parameter in mulan.named_parameters():
-                torch.testing.assert_close(gradients[name], parameter.grad, atol=1e-5, rtol=1e-4, msg=f'{kind} {name}')
+                # those of small embeddings are large
+                atol = 1e-5 * max(1.0, parameter.grad.abs().max().item())
+                torch.testing.assert_close(gradients[name], parameter.grad, atol=atol, rtol=1e-4, msg=f'{kind} {name}')
 
     everything = torch.cat([torch.arange(size * 2.0).view(-1, 2) for size in sizes])
     weights = sum(range(1, len(sizes) + 1))
