@@ -257,7 +257,8 @@ class DistributedMuLaNTrainer:
         """Train up to a step of the whole run, as `Trainer.train` does.
 
         Returns the last metrics. Raises what a process raised, if starting again would not have helped; RuntimeError
-        when the restarts are used up. `log_fn` is called in this process, shortly after each step.
+        when the restarts are used up. `log_fn` is called in this process, shortly after each step; once more for
+        steps that a restart repeats.
         """
         lengths = dict(num_epochs=num_epochs, num_train_steps=num_train_steps, with_validation=with_validation)
         if self.trainer is not None:
