@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import inspect
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -155,6 +156,9 @@ class WorldTrainer(MuLaNTrainer):
             self.marker.write_text(_launcher(), encoding='utf-8')
         results = super().train(*arguments, **keywords)
         self.refresh_whole_model()
+        # gloo's threads let go of the last tensors under Python's lock; a program that ends right here would take its
+        # process group apart under that lock, and wait for these threads for ever (seen with torch 2.11)
+        time.sleep(0.1)
         return results
 
     # states: a sharded run writes and reads the same files as any other
@@ -170,12 +174,6 @@ class WorldTrainer(MuLaNTrainer):
             )
             state = state | shards
         super().load_state(state)
-
-    def finish(self) -> None:
-        """Close the trackers and leave the world."""
-        self.accelerator.end_training()
-        if dist.is_initialized():
-            dist.destroy_process_group()
 
 
 class DistributedMuLaNTrainer:
