@@ -105,7 +105,7 @@ def in_world(rank, world, folder, function, *arguments):
     torch.distributed.init_process_group('gloo', init_method=f'file://{folder}/meet', rank=rank, world_size=world)
     result = function(folder, world, *arguments)
     torch.save(result, f'{folder}/{rank}.pt')
-    torch.distributed.destroy_process_group()
+    os._exit(0)  # as the worker does: taking a process group apart can deadlock in torch 2.11
 
 
 def run_world(folder, world, function, *arguments):
@@ -239,7 +239,7 @@ def test_a_killed_process_costs_nothing_but_time(tmp_path):
     """Called plainly, three times: undisturbed in two parts, with a process killed, and with a faulty data set."""
     config = DistributedConfig(world_size=2, backend='gloo', max_restarts=1)
     mulan, steps = lively_mulan(), []
-    before, handler = weights(mulan), signal.getsignal(signal.SIGINT)
+    before, handler, threads = weights(mulan), signal.getsignal(signal.SIGINT), set(threading.enumerate())
     trainer = DistributedMuLaNTrainer(mulan, Tones(), config, results_folder=tmp_path / 'calm', **LIVELY)
     assert not (tmp_path / 'calm').exists()  # nothing is started, nothing written
     assert not torch.distributed.is_initialized()
@@ -248,7 +248,7 @@ def test_a_killed_process_costs_nothing_but_time(tmp_path):
     assert trainer.step == 10
     assert steps[-1] == results['loss']
     assert len(steps) == 5
-    assert threading.active_count() == 1
+    assert set(threading.enumerate()) <= threads
     assert signal.getsignal(signal.SIGINT) is handler
     assert not torch.distributed.is_initialized()
     assert largest_difference(weights(mulan), before) > 1e-3

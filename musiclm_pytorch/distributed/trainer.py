@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import inspect
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -156,6 +157,9 @@ class WorldTrainer(MuLaNTrainer):
             self.marker.write_text(_launcher(), encoding='utf-8')
         results = super().train(*arguments, **keywords)
         self.refresh_whole_model()
+        # gloo's threads let go of the last tensors under Python's lock; a program that ends right here would take its
+        # process group apart under that lock, and wait for these threads for ever (seen with torch 2.11)
+        time.sleep(0.1)
         return results
 
     # states: a sharded run writes and reads the same files as any other
@@ -171,12 +175,6 @@ class WorldTrainer(MuLaNTrainer):
             )
             state = state | shards
         super().load_state(state)
-
-    def finish(self) -> None:
-        """Close the trackers and leave the world."""
-        self.accelerator.end_training()
-        if dist.is_initialized():
-            dist.destroy_process_group()
 
 
 class DistributedMuLaNTrainer:
@@ -258,7 +256,8 @@ class DistributedMuLaNTrainer:
         """Train up to a step of the whole run, as `Trainer.train` does.
 
         Returns the last metrics. Raises what a process raised, if starting again would not have helped; RuntimeError
-        when the restarts are used up. `log_fn` is called in this process, shortly after each step.
+        when the restarts are used up. `log_fn` is called in this process, shortly after each step; once more for
+        steps that a restart repeats.
         """
         lengths = dict(num_epochs=num_epochs, num_train_steps=num_train_steps, with_validation=with_validation)
         if self.trainer is not None:

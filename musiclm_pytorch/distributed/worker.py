@@ -7,6 +7,7 @@ import os
 import sys
 import threading
 import time
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,17 @@ def run(folder: str) -> None:
 
     from torch.distributed.elastic.multiprocessing.errors import record
 
-    record(_train)(path)
+    code = 0
+    try:
+        record(_train)(path)
+    except Exception:
+        traceback.print_exc()
+        code = 1
+    # what is left is to take the process group apart, in which torch 2.11 can wait for itself for ever: gloo's threads
+    # let go of their last tensors under Python's lock, which the one that waits for these threads holds
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _train(path: Path) -> None:
@@ -59,7 +70,8 @@ def _train(path: Path) -> None:
     if int(os.environ['LOCAL_RANK']) == 0:
         weights = {name: tensor.cpu() for name, tensor in trainer.whole_model.state_dict().items()}
         torch.save(dict(weights=weights, results=results, step=trainer.step), path / launch.OUTCOME_FILE)
-    trainer.finish()
+    for tracker in trainer.accelerator.trackers:
+        tracker.finish()
 
 
 def _end_with(parent: int) -> None:
