@@ -42,6 +42,7 @@ ROOMS = [
     'evaluation',
     'inference',
     'open_clip',
+    'cli_training',
     'cli',
 ]
 # These only name the rest again, so they may import anything, and nothing may import from them.
