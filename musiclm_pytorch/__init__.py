@@ -6,13 +6,13 @@ from musiclm_pytorch.version import __version__
 
 _HOMES = {
     'musiclm_pytorch.audiolm.crops': ['TokenCrops'],
-    'musiclm_pytorch.audiolm.tokens': ['compute_tokens'],
     'musiclm_pytorch.audiolm.decoding': ['generate_coarse', 'generate_fine', 'generate_semantic'],
     'musiclm_pytorch.audiolm.sampling': ['Sampling'],
     'musiclm_pytorch.audiolm.semantic': ['SemanticTokenizer'],
     'musiclm_pytorch.audiolm.semantic_mulan': ['MuLaNSemanticTokenizer'],
     'musiclm_pytorch.audiolm.semantic_transformers': ['TransformersSemanticTokenizer'],
     'musiclm_pytorch.audiolm.stages': ['CoarseDecoder', 'FineDecoder', 'SemanticDecoder'],
+    'musiclm_pytorch.audiolm.tokens': ['compute_tokens'],
     'musiclm_pytorch.data.attributes': ['MusicLabels'],
     'musiclm_pytorch.data.collate': ['collate_pairs'],
     'musiclm_pytorch.data.datasets': ['AudioTextDataset'],
@@ -31,6 +31,7 @@ _HOMES = {
     'musiclm_pytorch.mulan.model': ['MuLaN'],
     'musiclm_pytorch.musiclm': ['MusicLM'],
     'musiclm_pytorch.quantizer': ['MuLaNEmbedQuantizer'],
+    'musiclm_pytorch.trainer.codec': ['CodecTrainer'],
     'musiclm_pytorch.trainer.mulan': ['MuLaNTrainer'],
     'musiclm_pytorch.trainer.stages': ['CoarseTrainer', 'FineTrainer', 'SemanticTrainer'],
     'musiclm_pytorch.mulan.recipes': [

@@ -8,6 +8,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from musiclm_pytorch.cli_training import (
+    add_training_options,
+    overrides_of,
+    tokens,
+    train_codec,
+    train_quantizer,
+    train_stage,
+)
 from musiclm_pytorch.version import __version__
 
 
@@ -115,48 +123,6 @@ def train_mulan(models) -> None:
     parser.set_defaults(run=run_train_mulan, prog=parser.prog)
 
 
-def add_training_options(parser: argparse.ArgumentParser) -> None:
-    """The options that every training has."""
-    parser.add_argument(
-        '--config', metavar='FILE', help='a recipe, in YAML or JSON; what it leaves out is as in the default recipe'
-    )
-    parser.add_argument('--output', metavar='FOLDER', required=True, help='where checkpoints, logs and the model go')
-    parser.add_argument(
-        '--resume',
-        action='store_true',
-        help='go on from the newest checkpoint under --output, if there is one, by the recipe there if there is no '
-        '--config; otherwise what is under --output is moved aside',
-    )
-    length = parser.add_mutually_exclusive_group()
-    length.add_argument('--steps', type=int, metavar='N', help='steps of the whole run')
-    length.add_argument('--epochs', type=int, metavar='N', help='passes over the data, in the whole run')
-    parser.add_argument('--lr', type=float, metavar='RATE', help='highest learning rate')
-    parser.add_argument('--seed', type=int, metavar='N', help='of the weights, the order of the data and the dropout')
-    parser.add_argument('--precision', choices=['no', 'bf16', 'fp16'], help='mixed precision; fp16 needs CUDA')
-    parser.add_argument('--workers', type=int, metavar='N', help='processes that read data')
-    parser.add_argument('--validate-every', type=int, metavar='N', help='steps between validations (default: an epoch)')
-    parser.add_argument('--checkpoint-every', type=int, metavar='N', help='steps between checkpoints')
-    parser.add_argument(
-        '--log-with', metavar='NAME', help="a tracker by Accelerate's name, such as tensorboard or wandb"
-    )
-
-
-# options that stand for a key of the section 'training'
-OVERRIDES = dict(
-    steps='num_train_steps',
-    epochs='num_epochs',
-    batch_size='batch_size',
-    lr='lr',
-    seed='seed',
-    precision='mixed_precision',
-    workers='num_workers',
-    grad_cache_chunk_size='grad_cache_chunk_size',
-    validate_every='validate_every',
-    checkpoint_every='checkpoint_every',
-    log_with='log_with',
-)
-
-
 def run_train_mulan(options: argparse.Namespace) -> None:
     from musiclm_pytorch.mulan.model import MuLaN
     from musiclm_pytorch.trainer.batches import seed_everything
@@ -166,8 +132,7 @@ def run_train_mulan(options: argparse.Namespace) -> None:
     if options.config is None and options.resume and (output / FILE).is_file():
         options.config = output / FILE
     recipe = MuLaNRecipe.default() if options.config is None else MuLaNRecipe.load(options.config)
-    changes = {key: value for name, key in OVERRIDES.items() if (value := getattr(options, name)) is not None}
-    recipe = recipe.updated(training=changes)
+    recipe = recipe.updated(training=overrides_of(options))
 
     seed_everything(recipe.seed)
     if options.init_from is None:
@@ -209,8 +174,15 @@ def report(trainer) -> None:
 
 METRICS = dict(recall_at_1='R@1', recall_at_5='R@5', recall_at_10='R@10', median_rank='median rank', map_at_10='mAP@10')
 
-TRAININGS = [train_mulan]
-SUBCOMMANDS = [shard, train]
+TRAININGS = [
+    train_mulan,
+    train_quantizer,
+    train_codec,
+    train_stage('semantic', 'semantic tokens from conditioning'),
+    train_stage('coarse', 'coarse acoustic tokens from semantic ones'),
+    train_stage('fine', 'fine acoustic tokens from coarse ones'),
+]
+SUBCOMMANDS = [shard, train, tokens]
 
 if __name__ == '__main__':
     sys.exit(main())

@@ -7,7 +7,7 @@ import pytest
 from safetensors.torch import load_file
 from test_training_recipes import TINY, written
 
-from musiclm_pytorch import MuLaN, cli
+from musiclm_pytorch import MuLaN, cli, cli_training
 from musiclm_pytorch.trainer import recipes
 from musiclm_pytorch.trainer.recipes import MuLaNRecipe
 
@@ -105,8 +105,8 @@ def test_overrides(config, tmp_path, monkeypatch):
     given = [word for name, value in options.items() for word in (f'--{name.replace("_", "-")}', value)]
     with pytest.raises(Taken):
         run('--data', 'synthetic', '--config', config, '--output', tmp_path / 'out', *given)
-    assert set(options) | {'epochs'} == set(cli.OVERRIDES)
-    assert {name: taken[cli.OVERRIDES[name]] for name in options} == options
+    assert set(options) | {'epochs'} == set(cli_training.OVERRIDES)
+    assert {name: taken[cli_training.OVERRIDES[name]] for name in options} == options
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from importlib import import_module
 
 _HOME_OF = {
+    'CodecTrainer': 'musiclm_pytorch.trainer.codec',
     'CoarseTrainer': 'musiclm_pytorch.trainer.stages',
     'FineTrainer': 'musiclm_pytorch.trainer.stages',
     'MuLaNRecipe': 'musiclm_pytorch.trainer.recipes',

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from musiclm_pytorch.audiolm.block_attention import use_block_attention
-from musiclm_pytorch.audiolm.bridge import CoarseTransformer, FineTransformer, SemanticTransformer
+from musiclm_pytorch.audiolm.bridge import CONFIG, CoarseTransformer, FineTransformer, SemanticTransformer
 from musiclm_pytorch.audiolm.crops import TokenCrops, collate_tokens
 from musiclm_pytorch.audiolm.fingerprints import fingerprint
 from musiclm_pytorch.audiolm.losses import coarse_loss, fine_loss, semantic_loss
@@ -273,7 +273,9 @@ class StageTrainer(Trainer):
 
     def save_model(self, folder: Path) -> None:
         stage = self.evaluated_model
-        config = dict(model=self.kind.__name__, step=self.step, stage=self.model_config())
+        # `saving.load_module` rebuilds the transformer from this folder
+        keywords = getattr(stage.transformer, CONFIG, None)
+        config = dict(model=self.kind.__name__, keywords=keywords, step=self.step, stage=self.model_config())
         checkpoint.write_folder(folder, config, stage.transformer.state_dict())
         if stage.embeddings is not None:
             aside = folder / f'.{CONDITIONING_FILE}.{os.getpid()}.tmp'

@@ -1,0 +1,246 @@
+"""What the subcommands of training share, and those of the quantizer, the codec, the tokens and the stages."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+
+def add_training_options(parser: argparse.ArgumentParser) -> None:
+    """The options that every training has."""
+    parser.add_argument(
+        '--config', metavar='FILE', help='a recipe, in YAML or JSON; what it leaves out is as in the default recipe'
+    )
+    parser.add_argument('--output', metavar='FOLDER', required=True, help='where checkpoints, logs and the model go')
+    parser.add_argument(
+        '--resume',
+        action='store_true',
+        help='go on from the newest checkpoint under --output, if there is one, by the recipe there if there is no '
+        '--config; otherwise what is under --output is moved aside',
+    )
+    length = parser.add_mutually_exclusive_group()
+    length.add_argument('--steps', type=int, metavar='N', help='steps of the whole run')
+    length.add_argument('--epochs', type=int, metavar='N', help='passes over the data, in the whole run')
+    parser.add_argument('--lr', type=float, metavar='RATE', help='highest learning rate')
+    parser.add_argument('--seed', type=int, metavar='N', help='of the weights, the order of the data and the dropout')
+    parser.add_argument('--precision', choices=['no', 'bf16', 'fp16'], help='mixed precision; fp16 needs CUDA')
+    parser.add_argument('--workers', type=int, metavar='N', help='processes that read data')
+    parser.add_argument('--validate-every', type=int, metavar='N', help='steps between validations (default: an epoch)')
+    parser.add_argument('--checkpoint-every', type=int, metavar='N', help='steps between checkpoints')
+    parser.add_argument(
+        '--log-with', metavar='NAME', help="a tracker by Accelerate's name, such as tensorboard or wandb"
+    )
+
+
+# options that stand for a key of the section 'training'
+OVERRIDES = dict(
+    steps='num_train_steps',
+    epochs='num_epochs',
+    batch_size='batch_size',
+    lr='lr',
+    seed='seed',
+    precision='mixed_precision',
+    workers='num_workers',
+    grad_cache_chunk_size='grad_cache_chunk_size',
+    validate_every='validate_every',
+    checkpoint_every='checkpoint_every',
+    log_with='log_with',
+)
+
+
+def overrides_of(options: argparse.Namespace) -> dict:
+    values = {key: getattr(options, name, None) for name, key in OVERRIDES.items()}
+    return {key: value for key, value in values.items() if value is not None}
+
+
+def train_stage(stage: str, description: str):
+    """`musiclm train semantic|coarse|fine`: from cached tokens and a recipe to a trained stage."""
+
+    def declare(models) -> None:
+        parser = models.add_parser(stage, help=description, description=f'Train the {stage} stage: {description}.')
+        parser.add_argument('--tokens', metavar='FOLDER', required=True, help='tokens, made by `musiclm tokens`')
+        parser.add_argument('--valid-tokens', metavar='FOLDER', help='held-out tokens (default: a share of --tokens)')
+        parser.add_argument(
+            '--quantizer',
+            metavar='FOLDER',
+            help='the fitted quantizer that conditions the stage; without it, the stage has no conditioning',
+        )
+        add_training_options(parser)
+        parser.add_argument('--batch-size', type=int, metavar='N', help='crops a micro-batch and process')
+        parser.set_defaults(run=run_train_stage, prog=parser.prog, stage=stage)
+
+    return declare
+
+
+def train_codec(models) -> None:
+    """`musiclm train codec`: from audio and a recipe to a trained SoundStream."""
+    parser = models.add_parser('codec', help='SoundStream, waves to tokens and back', description='Train SoundStream.')
+    parser.add_argument('--data', metavar='SOURCE', required=True, help='as for `musiclm train mulan`')
+    add_training_options(parser)
+    parser.add_argument('--batch-size', type=int, metavar='N', help='crops a micro-batch and process')
+    parser.set_defaults(run=run_train_codec, prog=parser.prog)
+
+
+def train_quantizer(models) -> None:
+    """`musiclm train quantizer`: codebooks for the latents of a trained MuLaN."""
+    parser = models.add_parser(
+        'quantizer',
+        help='the quantizer between MuLaN and the stages',
+        description='Fit the codebooks of the quantizer to the latents of audio and captions.',
+    )
+    parser.add_argument('--mulan', metavar='FOLDER', required=True, help='a trained MuLaN')
+    parser.add_argument('--data', metavar='SOURCE', required=True, help='as for `musiclm train mulan`')
+    parser.add_argument('--output', metavar='FOLDER', required=True, help='where the quantizer goes')
+    parser.add_argument(
+        '--dims',
+        type=int,
+        nargs=3,
+        metavar='N',
+        default=[512] * 3,
+        help='widths of the semantic, coarse and fine stage',
+    )
+    parser.add_argument('--quantizers', type=int, metavar='N', default=8, help='levels (default: %(default)s)')
+    parser.add_argument('--codebook-size', type=int, metavar='N', default=1024, help='default: %(default)s')
+    parser.add_argument('--max-items', type=int, metavar='N', help='pairs of --data used (default: all)')
+    parser.add_argument('--seed', type=int, metavar='N', default=0, help='of the k-means')
+    parser.set_defaults(run=run_train_quantizer, prog=parser.prog)
+
+
+def tokens(subcommands) -> None:
+    """`musiclm tokens`: what the stages are trained on, computed once."""
+    parser = subcommands.add_parser(
+        'tokens',
+        help='compute the tokens that the stages are trained on',
+        description='Compute tokens of whole clips. Interrupted, the same command goes on where it was.',
+    )
+    parser.add_argument('--data', metavar='SOURCE', required=True, help='as for `musiclm train mulan`')
+    parser.add_argument('-o', '--output', metavar='FOLDER', required=True, help='where the tokens go')
+    for name, what in (('tokenizer', 'semantic tokenizer'), ('codec', 'codec'), ('quantizer', 'quantizer')):
+        parser.add_argument(f'--{name}', metavar='FOLDER', help=f'a trained {what}, for its tokens')
+    parser.add_argument('--batch-size', type=int, metavar='N', default=8, help='waves at a time (default: %(default)s)')
+    parser.add_argument(
+        '--synthetic', nargs=2, metavar=('N', 'SECONDS'), default=('20000', '10'), help='clips of "--data synthetic"'
+    )
+    parser.add_argument(
+        '--aside', action='store_true', help='tokens of something else under --output are moved aside, not an error'
+    )
+    parser.set_defaults(run=run_tokens, prog=parser.prog)
+
+
+def run_train_stage(options: argparse.Namespace) -> None:
+    from musiclm_pytorch.quantizer import MuLaNEmbedQuantizer
+    from musiclm_pytorch.trainer.batches import seed_everything
+    from musiclm_pytorch.trainer.stage_recipes import STAGE_RECIPES
+
+    recipe = read_recipe(STAGE_RECIPES[options.stage], options)
+    quantizer = None if options.quantizer is None else MuLaNEmbedQuantizer.from_pretrained(options.quantizer)
+    seed_everything(recipe.seed)
+    trainer = recipe.build_trainer(
+        recipe.build_model(options.tokens, quantizer),
+        options.tokens,
+        valid_tokens=options.valid_tokens,
+        quantizer=quantizer,
+        results_folder=Path(options.output),
+        resume=options.resume,
+    )
+    run_trainer(recipe, trainer)
+
+
+def run_train_codec(options: argparse.Namespace) -> None:
+    from musiclm_pytorch.data.opening import open_pairs
+    from musiclm_pytorch.data.shards import ShardedAudioText, ShardItems
+    from musiclm_pytorch.trainer.batches import seed_everything
+    from musiclm_pytorch.trainer.stage_recipes import CodecRecipe
+
+    recipe = read_recipe(CodecRecipe, options)
+    seed_everything(recipe.seed)
+    codec = recipe.build_model()
+    rate = codec.target_sample_hz
+    # a little more than a crop is read of each clip
+    dataset = open_pairs(options.data, sample_rate=rate, max_seconds=2 * max(1.0, recipe.training.get('seconds', 1.0)))
+    if isinstance(dataset, ShardedAudioText):  # by index; their crops are drawn by the trainer
+        dataset = ShardItems(open_pairs(options.data, sample_rate=rate, max_seconds=None, training=False))
+    trainer = recipe.build_trainer(
+        codec, dataset, sample_rate=rate, results_folder=Path(options.output), resume=options.resume
+    )
+    run_trainer(recipe, trainer)
+
+
+def read_recipe(kind, options: argparse.Namespace):
+    """The recipe named by the options, the one of an interrupted run, or the default one."""
+    from musiclm_pytorch.trainer.recipes import FILE
+
+    if options.config is None and options.resume and (Path(options.output) / FILE).is_file():
+        options.config = Path(options.output) / FILE
+    recipe = kind.default() if options.config is None else kind.load(options.config)
+    return recipe.updated(training=overrides_of(options))
+
+
+def run_trainer(recipe, trainer) -> None:
+    if trainer.is_main:
+        recipe.save(trainer.results_folder)
+        if trainer.step > 0:
+            print(f'going on from step {trainer.step}', flush=True)
+    results = trainer.train(**recipe.train_keywords)
+    if trainer.is_main:
+        print(f'{trainer.step} steps done; checkpoints, metrics.jsonl and the model are in {trainer.results_folder}')
+        found = {name: results[name] for name in ('loss', 'valid_loss') if name in results}
+        print(', '.join(f'{name.replace("_", " ")} {value:.4g}' for name, value in found.items()))
+
+
+def run_train_quantizer(options: argparse.Namespace) -> None:
+    from musiclm_pytorch.data.opening import open_pairs
+    from musiclm_pytorch.mulan.model import MuLaN
+    from musiclm_pytorch.quantizer import MuLaNEmbedQuantizer
+
+    mulan = MuLaN.from_pretrained(options.mulan)
+    if mulan.sample_rate is None:
+        raise ValueError('the model does not know its sample rate; build it with audio_sample_rate')
+    quantizer = MuLaNEmbedQuantizer(
+        mulan,
+        conditioning_dims=options.dims,
+        rq_num_quantizers=options.quantizers,
+        codebook_size=options.codebook_size,
+    )
+    dataset = open_pairs(options.data, sample_rate=mulan.sample_rate, training=False)
+    missing = quantizer.fit(dataset, max_items=options.max_items, seed=options.seed)
+    quantizer.save_pretrained(options.output)
+    print(f'{len(missing)} levels of {options.codebook_size} codes, in {options.output}')
+    print(f'{missing[-1]:.1%} of the squared length of the latents are missing after the last level')
+
+
+def run_tokens(options: argparse.Namespace) -> None:
+    from musiclm_pytorch.audiolm.saving import load_module
+    from musiclm_pytorch.audiolm.semantic import SemanticTokenizer
+    from musiclm_pytorch.audiolm.tokens import compute_tokens
+    from musiclm_pytorch.data.opening import SYNTHETIC, open_pairs
+    from musiclm_pytorch.data.shards import ShardedAudioText, ShardItems
+    from musiclm_pytorch.quantizer import MuLaNEmbedQuantizer
+
+    readers = dict(
+        tokenizer=SemanticTokenizer.from_pretrained, codec=load_module, quantizer=MuLaNEmbedQuantizer.from_pretrained
+    )
+    modules = {name: read(folder) for name, read in readers.items() if (folder := getattr(options, name)) is not None}
+    rates = [it.target_sample_hz for name, it in modules.items() if name != 'quantizer']
+    rates += [modules['quantizer'].mulan.sample_rate] if 'quantizer' in modules else []
+    if not rates or None in rates:
+        raise ValueError('give at least one of --tokenizer, --codec and --quantizer, each of a known sample rate')
+    length, seconds = int(options.synthetic[0]), float(options.synthetic[1])
+    dataset = open_pairs(
+        options.data,
+        sample_rate=max(rates),
+        training=options.data == SYNTHETIC,
+        max_seconds=seconds if options.data == SYNTHETIC else None,
+        synthetic_length=length,
+    )
+    if isinstance(dataset, ShardedAudioText):
+        dataset = ShardItems(dataset)
+    compute_tokens(
+        dataset,
+        options.output,
+        sample_rate=max(rates),
+        batch_size=options.batch_size,
+        on_change='aside' if options.aside else 'error',
+        **modules,
+    )
+    print(f'tokens of {len(dataset)} clips are in {options.output}')

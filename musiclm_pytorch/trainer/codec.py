@@ -1,0 +1,249 @@
+"""Training the codec, audiolm-pytorch's SoundStream, against its discriminators."""
+
+from __future__ import annotations
+
+import random
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from accelerate.utils import send_to_device
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, random_split
+
+from musiclm_pytorch.audiolm.bridge import CONFIG, SoundStream
+from musiclm_pytorch.checks import check_positive, check_sample_rate, typechecked
+from musiclm_pytorch.data.audio import resample
+from musiclm_pytorch.data.collate import mono, split_item
+from musiclm_pytorch.data.datasets import AudioTextDataset
+from musiclm_pytorch.distributed.collectives import mean_over_ranks, rank, world_size
+from musiclm_pytorch.mulan import checkpoint
+from musiclm_pytorch.mulan.model import evaluating
+from musiclm_pytorch.trainer.batches import SeededItems
+from musiclm_pytorch.trainer.loop import Trainer
+
+PARTS = ('reconstruction', 'spectral', 'adversarial', 'feature', 'commitment')
+
+
+class WaveCrops(Dataset):
+    """Crops of the waves of a data set, of one length, at another rate; shorter waves end in silence.
+
+    Args:
+        dataset: items by index as `collate_pairs` takes them.
+        sample_rate: of its waves, in Hz.
+        to_rate: of the crops.
+        samples: of a crop, at `to_rate`.
+        training: draw crops at random; otherwise the middle.
+    """
+
+    def __init__(self, dataset: Dataset, *, sample_rate: int, to_rate: int, samples: int, training: bool):
+        self.dataset = dataset
+        self.sample_rate = sample_rate
+        self.to_rate = to_rate
+        self.samples = samples
+        self.training = training
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def set_epoch(self, epoch: int) -> None:
+        if hasattr(self.dataset, 'set_epoch'):
+            self.dataset.set_epoch(epoch)
+
+    def __getitem__(self, index: int) -> Tensor | None:
+        item = self.dataset[index]
+        if item is None:
+            return None
+        wave, _ = split_item(item, f'item {index}')
+        wave = mono(wave, f'item {index}')
+        needed = -(-self.samples * self.sample_rate // self.to_rate)
+        free = max(0, len(wave) - needed)
+        start = random.randint(0, free) if self.training else free // 2
+        crop = resample(wave[start : start + needed], self.sample_rate, self.to_rate)[: self.samples]
+        return F.pad(crop, (0, self.samples - len(crop)))
+
+
+def collate_waves(items: list[Tensor | None]) -> Tensor | None:
+    """`(b, samples)` of what could be read."""
+    waves = [item for item in items if item is not None]
+    return torch.stack(waves) if waves else None
+
+
+class _CodecStep(nn.Module):
+    """What runs under data-parallel training: the losses of the codec and of its discriminators, on one batch."""
+
+    def __init__(self, codec: SoundStream):
+        super().__init__()
+        self.codec = codec
+
+    def forward(self, waves: Tensor, grad_penalty: bool) -> tuple[Tensor, dict[str, Tensor]]:
+        discriminators = discriminators_of(self.codec)
+        # each side's loss trains its own side only
+        discriminators.requires_grad_(False)
+        loss, parts = self.codec(waves, return_loss_breakdown=True)
+        discriminators.requires_grad_(True)
+        # the codebooks have moved towards this batch already
+        with evaluating(self.codec.rq):
+            found = self.codec(
+                waves, return_discr_loss=True, return_discr_losses_separately=True, apply_grad_penalty=grad_penalty
+            )
+        discriminator_loss = sum(value for _, value in found)
+        metrics = dict(loss=loss, **dict(zip(PARTS, parts)), discriminator_loss=discriminator_loss)
+        return loss + discriminator_loss, {name: value.detach().float() for name, value in metrics.items()}
+
+
+class CodecTrainer(Trainer):
+    """Trains a SoundStream: reconstruction, adversarial and feature losses, and those of the discriminators.
+
+    The losses are those of SoundStream's own forward pass (arXiv 2107.03312). Codec and discriminators make their step
+    at the same time, on the same batch, each with its own clipping. Validation tells the mean distance between
+    log-mel spectrograms of held-out waves and of what the codec makes of them, over all its window lengths.
+
+    Results, beside those of `Trainer`: the folders `best` and `last`, which `audiolm.saving.load_module` reads.
+
+    Args:
+        codec: it is trained in place.
+        dataset: waves, or pairs with a wave, by index.
+        sample_rate: of its waves in Hz; by default the data set's `sample_rate`. They are resampled.
+        seconds: length of the crops.
+        valid_dataset: held-out waves; by default `valid_frac` of the data set.
+        max_valid_items: held-out waves that validation looks at, at most.
+        max_grad_norm, discriminator_max_grad_norm: largest norms of the gradients of either side.
+        grad_penalty_every: steps between gradient penalties of the discriminators; None for none.
+        further keywords: those of `Trainer`.
+    """
+
+    @typechecked
+    def __init__(
+        self,
+        codec: SoundStream,
+        dataset: Any,
+        *,
+        batch_size: int,
+        sample_rate: int | None = None,
+        seconds: float = 1.0,
+        valid_dataset: Any = None,
+        valid_frac: float = 0.05,
+        random_split_seed: int = 42,
+        max_valid_items: int = 64,
+        lr: float = 2e-4,
+        max_grad_norm: float | None = 0.5,
+        discriminator_max_grad_norm: float | None = None,
+        grad_penalty_every: int | None = 4,
+        **keywords: Any,
+    ):
+        check_positive(
+            seconds=seconds,
+            max_valid_items=max_valid_items,
+            max_grad_norm=max_grad_norm,
+            discriminator_max_grad_norm=discriminator_max_grad_norm,
+            grad_penalty_every=grad_penalty_every,
+        )
+        if not 0 <= valid_frac < 1:
+            raise ValueError(f'valid_frac must lie in [0, 1), got {valid_frac}')
+        rate = getattr(dataset, 'sample_rate', None) if sample_rate is None else sample_rate
+        if rate is None:
+            raise ValueError(f'a {type(dataset).__name__} does not tell its sample rate; pass sample_rate')
+        check_sample_rate(rate)
+        multiple = codec.seq_len_multiple_of
+        samples = round(seconds * codec.target_sample_hz) // multiple * multiple
+        if samples == 0:
+            raise ValueError(f'{seconds} s are less than one frame of the codec, {multiple / codec.target_sample_hz} s')
+        if valid_dataset is None and valid_frac > 0 and len(dataset) > 1:
+            dataset, valid_dataset = _split(dataset, valid_frac, random_split_seed)
+        crops = dict(sample_rate=rate, to_rate=codec.target_sample_hz, samples=samples)
+        self.codec = codec
+        self.valid_crops = None
+        if valid_dataset is not None:
+            self.valid_crops = WaveCrops(valid_dataset, training=False, **crops)
+        self.max_valid_items = max_valid_items
+        self.clipping = (max_grad_norm, discriminator_max_grad_norm)
+        self.grad_penalty_every = grad_penalty_every
+        super().__init__(
+            codec,
+            _CodecStep(codec),
+            WaveCrops(dataset, training=True, **crops),
+            collate_fn=collate_waves,
+            batch_size=batch_size,
+            lr=lr,
+            max_grad_norm=None,  # both sides are clipped here
+            **keywords,
+        )
+
+    def compute_gradients(self, batches: list[Tensor]) -> dict[str, float]:
+        penalty = self.grad_penalty_every is not None and self.step % self.grad_penalty_every == 0
+        sums: dict[str, Tensor] = {}
+        for number, waves in enumerate(batches, start=1):
+            alone = nullcontext() if number == len(batches) else self.accelerator.no_sync(self.step_module)
+            with alone:
+                with self.accelerator.autocast():
+                    loss, metrics = self.step_module(waves, penalty)
+                self.accelerator.backward(loss / len(batches))
+            for name, value in metrics.items():
+                sums[name] = sums.get(name, 0.0) + value / len(batches)
+        metrics = {name: mean_over_ranks(value).item() for name, value in sums.items()}
+        sides = self.codec.non_discr_parameters(), list(discriminators_of(self.codec).parameters())
+        for name, parameters, limit in zip(('grad_norm', 'discriminator_grad_norm'), sides, self.clipping):
+            if limit is not None:
+                metrics[name] = float(self.accelerator.clip_grad_norm_(parameters, limit))
+        return metrics
+
+    @torch.no_grad()
+    def validate(self) -> dict[str, Any] | None:
+        if self.valid_crops is None:
+            return None
+        total = min(len(self.valid_crops), self.max_valid_items)
+        keys = [(0, index) for index in range(rank(), total, world_size())]
+        items = SeededItems(self.valid_crops, self.seed)
+        loader = DataLoader(items, sampler=keys, batch_size=self.batches.batch_size, collate_fn=collate_waves)
+        sums = torch.zeros(2, device=self.device)
+        model = self.evaluated_model
+        with evaluating(model):
+            for waves in loader:
+                if waves is None:
+                    continue
+                waves = send_to_device(waves, self.device)
+                made = model(waves, return_recons_only=True).reshape(waves.shape)
+                sums += torch.stack([spectral_distance(model, waves, made) * len(waves), sums.new_tensor(len(waves))])
+        distance, count = (mean_over_ranks(part).item() for part in sums)
+        if count == 0:
+            return None
+        return dict(loss=distance / count, score=-distance / count)
+
+    def train(self, *args: Any, **keywords: Any) -> dict[str, Any]:
+        results = super().train(*args, **keywords)
+        if self.is_main:
+            self.save_model(self.results_folder / 'last')
+        return results
+
+    def save_model(self, folder: Path) -> None:
+        model = self.evaluated_model
+        config = dict(model='SoundStream', keywords=getattr(model, CONFIG, None), step=self.step)
+        checkpoint.write_folder(folder, config, model.state_dict())
+
+    def model_config(self) -> dict[str, Any]:
+        return dict(keywords=getattr(self.codec, CONFIG, None))
+
+
+def _split(dataset: Any, valid_frac: float, seed: int) -> tuple[Dataset, Dataset]:
+    if isinstance(dataset, AudioTextDataset):  # by recording, and with fixed crops
+        return dataset.split(valid_frac, seed=seed)
+    held_out = max(1, int(len(dataset) * valid_frac))
+    generator = torch.Generator().manual_seed(seed)
+    return tuple(random_split(dataset, [len(dataset) - held_out, held_out], generator=generator))
+
+
+def discriminators_of(codec: SoundStream) -> nn.ModuleList:
+    """Both kinds, as one module."""
+    return nn.ModuleList([codec.discriminators, codec.stft_discriminator])
+
+
+def spectral_distance(codec: SoundStream, waves: Tensor, made: Tensor) -> Tensor:
+    """Mean absolute difference of log-mel spectrograms of `(b, samples)`, over the codec's window lengths."""
+    distances = [
+        (transform(waves).clamp(min=1e-5).log() - transform(made).clamp(min=1e-5).log()).abs().mean()
+        for transform in codec.mel_spec_transforms
+    ]
+    return torch.stack(distances).mean()

@@ -1,0 +1,103 @@
+"""`musiclm tokens` and `musiclm train quantizer|codec|semantic|coarse|fine`, from nothing to trained stages."""
+
+import json
+
+import pytest
+import torch
+from stage_parts import make_quantizer
+
+from musiclm_pytorch import MuLaNEmbedQuantizer, MuLaNSemanticTokenizer
+from musiclm_pytorch.audiolm.crops import TokenCrops
+from musiclm_pytorch.audiolm.saving import load_module
+from musiclm_pytorch.cli import main
+from musiclm_pytorch.trainer.stage_recipes import STAGE_RECIPES, CodecRecipe
+
+CODEC = dict(
+    codebook_size=8, channels=4, strides=[4, 10], channel_mults=[1, 2], codebook_dim=8, rq_num_quantizers=3,
+    use_local_attn=False, target_sample_hz=8000, multi_spectral_window_powers_of_two=[6],
+    multi_spectral_n_ffts=128, multi_spectral_n_mels=8,
+    complex_stft_discr_kwargs=dict(channels=2, n_fft=256, hop_length=64, win_length=256),
+)  # fmt: skip
+SHORT = ['--steps', '2', '--batch-size', '2']
+
+
+def run(*arguments):
+    assert main([str(it) for it in arguments]) == 0
+
+
+def write_config(path, **sections):
+    path.write_text(json.dumps(sections))
+    return path
+
+
+def test_from_nothing_to_trained_stages(tmp_path, music, capsys):
+    make_quantizer().mulan.save_pretrained(tmp_path / 'mulan')
+    run(
+        *('train', 'quantizer', '--mulan', tmp_path / 'mulan', '--data', music, '--output', tmp_path / 'quantizer'),
+        *('--dims', 16, 16, 16, '--quantizers', 2, '--codebook-size', 2),
+    )
+    quantizer = MuLaNEmbedQuantizer.from_pretrained(tmp_path / 'quantizer')
+    assert quantizer.is_fitted
+    assert quantizer.num_codebooks == 2
+
+    config = write_config(tmp_path / 'codec.json', model=CODEC, training=dict(seconds=0.2, valid_frac=0.4))
+    run('train', 'codec', '--data', music, '--output', tmp_path / 'codec', '--config', config, *SHORT)
+    assert load_module(tmp_path / 'codec' / 'last').codebook_size == 8
+
+    tokenizer = MuLaNSemanticTokenizer(quantizer.mulan, codebook_size=4)
+    tokenizer.fit([torch.randn(4800) for _ in range(4)])
+    tokenizer.save_pretrained(tmp_path / 'tokenizer')
+    tokens = tmp_path / 'tokens'
+    folders = [f'--{name}' for name in ('tokenizer', 'quantizer')]
+    command = ['tokens', '--data', music, '--output', tokens, '--codec', tmp_path / 'codec' / 'last']
+    run(*command, *(it for name in folders for it in (name, tmp_path / name[2:])))
+    assert len(TokenCrops(tokens, 'coarse', seconds=0.2)) == 3
+
+    for stage in STAGE_RECIPES:
+        model = dict(dim=16, depth=1, heads=2, **({} if stage == 'semantic' else dict(num_coarse_quantizers=2)))
+        config = write_config(tmp_path / f'{stage}.json', model=model, training=dict(seconds=0.2, valid_frac=0.4))
+        arguments = ['--tokens', tokens, '--quantizer', tmp_path / 'quantizer', '--output', tmp_path / stage, *SHORT]
+        run('train', stage, '--config', config, *arguments)
+        assert load_module(tmp_path / stage / 'last').has_condition
+        out = capsys.readouterr().out
+        assert '2 steps done' in out
+        assert 'valid loss' in out
+    run('train', 'fine', *arguments, '--resume', '--steps', '3')
+    assert 'going on from step 2' in capsys.readouterr().out
+    assert json.loads((tmp_path / 'fine' / 'recipe.json').read_text())['model']['dim'] == 16
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'message'),
+    [
+        (['train', 'fine', '--tokens', 'none', '--output', 'out'], 'no codec tokens in none'),
+        (['tokens', '--data', 'synthetic', '--output', 'out'], 'give at least one of --tokenizer'),
+        (['train', 'quantizer', '--mulan', 'none', '--data', 'synthetic', '--output', 'out'], 'no config.json in none'),
+    ],
+)
+def test_errors_in_a_line(arguments, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ('sections', 'message'),
+    [
+        (dict(model=dict(num_semantic_tokens=5)), 'it follows from the tokens'),
+        (dict(model=dict(cond_dim=5)), 'it follows from --quantizer'),
+        (dict(model=dict(depht=5)), "did you mean 'depth'"),
+        (dict(training=dict(maskprob=0.1)), "did you mean 'mask_prob'"),
+        (dict(training=dict(tokens='x')), 'say --tokens'),
+    ],
+)
+def test_recipes_say_what_is_wrong(sections, message):
+    with pytest.raises(ValueError, match=message):
+        STAGE_RECIPES['semantic'](**sections)
+
+
+@pytest.mark.parametrize('kind', [*STAGE_RECIPES.values(), CodecRecipe])
+def test_a_recipe_that_was_saved_is_the_same(kind, tmp_path):
+    recipe = kind.default().updated(training=dict(lr=1e-3, num_epochs=2))
+    assert 'num_train_steps' not in recipe.training
+    assert kind.load(recipe.save(tmp_path)) == recipe

@@ -1,0 +1,164 @@
+"""Training SoundStream: which loss trains which side, that it learns, its states, and what goes wrong."""
+
+import json
+import random
+
+import numpy
+import pytest
+import torch
+from torch.utils.data import Dataset
+
+from musiclm_pytorch.audiolm.bridge import SoundStream
+from musiclm_pytorch.audiolm.saving import load_module
+from musiclm_pytorch.trainer import CodecTrainer
+from musiclm_pytorch.trainer.codec import WaveCrops, _CodecStep, discriminators_of, spectral_distance
+
+RATE = 2000
+
+
+class Tones(Dataset):
+    sample_rate = RATE
+
+    def __len__(self):
+        return 10
+
+    def __getitem__(self, index):
+        if index == 3:
+            return None
+        return torch.sin(torch.arange(RATE) * (0.1 + 0.05 * index)), f'tone {index}'
+
+
+def make_codec(seed=0, **keywords):
+    torch.manual_seed(seed)
+    random.seed(seed)
+    return SoundStream(
+        codebook_size=16, channels=4, strides=(2, 4), channel_mults=(1, 2), codebook_dim=8, rq_num_quantizers=2,
+        use_local_attn=False, target_sample_hz=RATE, multi_spectral_window_powers_of_two=(6, 7),
+        multi_spectral_n_ffts=128, multi_spectral_n_mels=8,
+        complex_stft_discr_kwargs=dict(channels=2, n_fft=256, hop_length=64, win_length=256),
+        discr_multi_scales=(1, 0.5),
+        **keywords,
+    )  # fmt: skip
+
+
+def make_trainer(folder, codec=None, **keywords):
+    defaults = dict(
+        batch_size=3, seconds=0.2, lr=2e-3, results_folder=folder, accelerate_kwargs=dict(cpu=True), progress=False,
+        valid_frac=0.2,
+    )  # fmt: skip
+    return CodecTrainer(codec or make_codec(), Tones(), **{**defaults, **keywords})
+
+
+def gradients(parameters):
+    return [None if it.grad is None else it.grad.clone() for it in parameters]
+
+
+def test_each_loss_trains_its_own_side():
+    """The gradients of one joined step are those of audiolm-pytorch's two losses, taken one after the other."""
+    waves = torch.randn(2, 400)
+    codec = make_codec().eval()  # quantizer dropout draws otherwise
+    for name, buffer in codec.named_buffers():
+        if name.endswith('embed'):
+            buffer.normal_()
+        if name.endswith('initted'):
+            buffer.fill_(True)
+    sides = codec.non_discr_parameters(), list(discriminators_of(codec).parameters())
+    assert len({id(it) for side in sides for it in side}) == len(list(codec.parameters()))
+    codec(waves).backward()
+    expected = gradients(sides[0])
+    codec.zero_grad()
+    sum(loss for _, loss in codec(waves, return_discr_loss=True, return_discr_losses_separately=True)).backward()
+    assert all(it.grad is None for it in sides[0])
+    expected_discriminators = gradients(sides[1])
+    codec.zero_grad()
+    loss, metrics = _CodecStep(codec)(waves, False)
+    loss.backward()
+    for side, wanted in zip(sides, (expected, expected_discriminators)):
+        for found, gradient in zip(gradients(side), wanted):
+            assert (found is None) == (gradient is None)
+            if found is not None:
+                torch.testing.assert_close(found, gradient, atol=1e-6, rtol=1e-4)
+    together = metrics['loss'] + metrics['discriminator_loss']
+    assert together.item() == pytest.approx(loss.item(), rel=1e-5)
+    assert all(it.requires_grad for side in sides for it in side)
+
+
+def test_the_codebooks_move_once_a_step():
+    codec = make_codec().train()
+    step = _CodecStep(codec)
+    sizes = []
+    codec.rq.register_forward_hook(lambda module, *_: sizes.append(module.training))
+    step(torch.randn(2, 400), False)
+    assert sizes == [True, False]
+    assert codec.rq.training
+
+
+def test_it_learns_and_what_it_wrote_comes_back(tmp_path):
+    # the reconstruction alone, for the discriminators take their time
+    codec = make_codec(feature_loss_weight=0.0, adversarial_loss_weight=0.0)
+    run = make_trainer(
+        tmp_path, codec, lr=1e-2, validate_every=25, use_ema=True, ema_beta=0.9, discriminator_max_grad_norm=1.0
+    )
+    found = []
+    run.train(num_train_steps=50, log_fn=lambda metrics: found.append(dict(metrics)))
+    assert {'reconstruction', 'spectral', 'feature', 'discriminator_grad_norm'} <= found[0].keys()
+    mean = [sum(it['reconstruction'] for it in part) / 10 for part in (found[:10], found[-10:])]
+    assert mean[1] < 0.8 * mean[0]
+    lines = [json.loads(line) for line in (tmp_path / 'metrics.jsonl').read_text().splitlines()]
+    valid = [line['loss'] for line in lines if line['part'] == 'valid']
+    assert len(valid) == 2
+    rebuilt = load_module(tmp_path / 'last')
+    wave = torch.randn(1, 400)
+    with torch.no_grad():
+        expected = run.ema.ema_model.eval()(wave, return_recons_only=True)
+        assert torch.equal(rebuilt(wave, return_recons_only=True), expected)
+
+
+def test_resuming_equals_never_having_stopped(tmp_path):
+    def weights(trainer):
+        return {name: tensor.clone() for name, tensor in trainer.codec.state_dict().items()}
+
+    keywords = dict(checkpoint_every=2, grad_accum_every=2, batch_size=2, grad_penalty_every=3)
+    straight = make_trainer(tmp_path / 'straight', **keywords)
+    straight.train(num_train_steps=5)
+    stopped = make_trainer(tmp_path / 'stopped', **keywords)
+    stopped.train(num_train_steps=4)
+    torch.manual_seed(9)
+    numpy.random.seed(9)  # noqa: NPY002
+    resumed = make_trainer(tmp_path / 'stopped', make_codec(4), resume=True, **keywords)
+    assert resumed.step == 4
+    resumed.train(num_train_steps=5)
+    expected = weights(straight)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in weights(resumed).items())
+
+
+def test_crops():
+    dataset = [(torch.arange(100.0), 'x'), torch.arange(10.0)]
+    crops = WaveCrops(dataset, sample_rate=RATE, to_rate=RATE, samples=40, training=False)
+    assert torch.equal(crops[0], torch.arange(30.0, 70.0))
+    assert torch.equal(crops[1], torch.cat([torch.arange(10.0), torch.zeros(30)]))
+    crops.training = True
+    starts = {int(crops[0][0]) for _ in range(600)}
+    assert min(starts) == 0
+    assert max(starts) == 60
+    assert len(WaveCrops(dataset, sample_rate=RATE, to_rate=3 * RATE, samples=31, training=False)[0]) == 31
+
+
+def test_the_distance_of_spectra_is_zero_for_the_same_wave_only():
+    codec, wave = make_codec(), torch.randn(2, 400)
+    assert spectral_distance(codec, wave, wave) == 0
+    assert spectral_distance(codec, wave, 0.5 * wave) == pytest.approx(numpy.log(4), abs=0.02)  # power spectra
+
+
+@pytest.mark.parametrize(
+    ('keywords', 'message'),
+    [
+        (dict(seconds=0.001), 'less than one frame of the codec, 0.004 s'),
+        (dict(seconds=0.0), 'seconds must be greater than 0'),
+        (dict(sample_rate=-1), 'sample_rate must be greater than 0'),
+        (dict(valid_frac=1.0), r'valid_frac must lie in \[0, 1\)'),
+    ],
+)
+def test_settings_that_make_no_sense(tmp_path, keywords, message):
+    with pytest.raises(ValueError, match=message):
+        make_trainer(tmp_path, **keywords)
