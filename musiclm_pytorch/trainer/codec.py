@@ -178,16 +178,18 @@ class CodecTrainer(Trainer):
         for number, waves in enumerate(batches, start=1):
             alone = nullcontext() if number == len(batches) else self.accelerator.no_sync(self.step_module)
             with alone:
-                with self.accelerator.autocast():
+                with self.autocast():
                     loss, metrics = self.step_module(waves, penalty)
-                self.accelerator.backward(loss / len(batches))
+                self.backward(loss / len(batches))
             for name, value in metrics.items():
                 sums[name] = sums.get(name, 0.0) + value / len(batches)
         metrics = {name: mean_over_ranks(value).item() for name, value in sums.items()}
         sides = self.codec.non_discr_parameters(), list(discriminators_of(self.codec).parameters())
+        if self.scaler is not None:
+            self.scaler.unscale_(self.optimizer)
         for name, parameters, limit in zip(('grad_norm', 'discriminator_grad_norm'), sides, self.clipping):
             if limit is not None:
-                metrics[name] = float(self.accelerator.clip_grad_norm_(parameters, limit))
+                metrics[name] = float(nn.utils.clip_grad_norm_(parameters, limit))
         return metrics
 
     @torch.no_grad()
