@@ -252,9 +252,6 @@ def generate_fine(
 
     codes = _empty(batch, num_frames, q).to(decoder.device)
     codes[:, :known] = prime
-    jobs = []  # row, number of the window in its row, window
-    for row, length in enumerate(lengths.tolist()):
-        jobs += [(row, number, w) for number, w in enumerate(separate_windows(length, window, known))]
     noise = Noise(generator, batch)
     jobs = [
         _Job(row, number, w, max(known - w.start, 0))
