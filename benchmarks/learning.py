@@ -28,14 +28,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from upstream import install_upstream
 
 ROOT = Path(__file__).resolve().parent.parent
-UPSTREAM = 'musiclm-pytorch==0.2.8'
 SIDES = ('ours', 'upstream')
 SAMPLE_RATE, SECONDS = 8000, 5.0
 SAMPLES = round(SAMPLE_RATE * SECONDS)
 ATTRIBUTES = ('instrument', 'tempo', 'mode', 'register', 'texture', 'drums')
-RETRIEVAL, ZERO_SHOT, PROMPTS = 256, 1000, 32
+RETRIEVAL, ZERO_SHOT, PROMPTS = 256, 1000, 24
 TOWER = dict(dim=192, depth=4, heads=4, dim_head=48)
 TEXT = dict(dim=192, depth=2, heads=4, dim_head=48)
 
@@ -82,8 +82,7 @@ def make_held_out() -> dict[str, np.ndarray]:
     """Clips and phrasings of the split 'valid'.
 
     Retrieval: pairs that differ in at least one attribute from every other, each caption telling all of them.
-    Zero-shot: other clips, and for each value of an attribute several prompts, which tell the other attributes too, the
-    same for all values, so that the classes differ in this attribute alone.
+    Zero-shot: other clips, and for each value of an attribute several prompts that tell this attribute alone.
     """
     from musiclm_pytorch import SyntheticMusic
 
@@ -102,7 +101,7 @@ def make_held_out() -> dict[str, np.ndarray]:
         for v, value in enumerate(music.ATTRIBUTES[name]):
             for seed in range(PROMPTS):
                 labels = music.draw_labels(seed, **{name: value})
-                prompts.append(music.caption(labels, seed, mention=ATTRIBUTES))
+                prompts.append(music.caption(labels, seed, mention=(name,)))
                 owners.append((a, v))
     truth = [
         [music.ATTRIBUTES[name].index(getattr(music.labels(index), name)) for name in ATTRIBUTES] for index in zero_shot
@@ -364,12 +363,6 @@ def main(args: argparse.Namespace) -> None:
     )
     (args.out / 'learning.json').write_text(json.dumps(report, indent=2) + '\n')
     print(f'\nwritten to {args.out}')
-
-
-def install_upstream(folder: Path) -> None:
-    if not (folder / 'musiclm_pytorch').is_dir():
-        pip = [sys.executable, '-m', 'pip', 'install', '--quiet', '--no-deps', '--target', str(folder), UPSTREAM]
-        subprocess.run(pip, check=True)
 
 
 if __name__ == '__main__':

@@ -26,8 +26,9 @@ import tempfile
 import time
 from pathlib import Path
 
+from upstream import install_upstream
+
 ROOT = Path(__file__).resolve().parent.parent
-UPSTREAM = 'musiclm-pytorch==0.2.8'
 SIDES = ('upstream', 'ours')
 SAMPLE_RATE = 16000
 CASES = ['train:1:4', 'train:3:4', 'train:10:2', 'train:30:2', 'embed:1:4', 'embed:3:4', 'embed:10:4', 'embed:30:4']
@@ -133,13 +134,6 @@ def worker(args: argparse.Namespace) -> None:
 
 
 # ---- parent ----
-
-
-def install_upstream(folder: Path) -> None:
-    if (folder / 'musiclm_pytorch').is_dir():
-        return
-    pip = [sys.executable, '-m', 'pip', 'install', '--quiet', '--no-deps', '--target', str(folder), UPSTREAM]
-    subprocess.run(pip, check=True)
 
 
 def run(side: str, job: str, weights: Path, args: argparse.Namespace, out: Path | None = None) -> dict | None:

@@ -31,6 +31,7 @@ from musiclm_pytorch.audiolm.requests import (
 from musiclm_pytorch.audiolm.sampling import Progress, Sampling
 from musiclm_pytorch.audiolm.saving import load_module, save_module
 from musiclm_pytorch.audiolm.semantic import SemanticTokenizer
+from musiclm_pytorch.audiolm.stages import conditioning_dim
 from musiclm_pytorch.checks import check_positive, typechecked
 from musiclm_pytorch.data.audio import resample
 from musiclm_pytorch.mulan.checkpoint import CONFIG_FILE
@@ -406,11 +407,3 @@ class Part(NamedTuple):
 
     end: float
     indices: Tensor
-
-
-def conditioning_dim(stage: nn.Module) -> int:
-    """Width of the conditioning that a stage of AudioLM was built for."""
-    projection = stage.proj_text_embed
-    if isinstance(projection, nn.Linear):
-        return projection.in_features
-    return stage.to_logits.in_features if hasattr(stage, 'to_logits') else stage.coarse_logit_weights.shape[-1]

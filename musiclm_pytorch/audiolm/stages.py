@@ -157,8 +157,7 @@ class Decoder:
             return None
         if not self.transformer.has_condition:
             raise ValueError(f'this {name} was built without has_condition, so it takes no text_embeds')
-        projection = self.transformer.proj_text_embed
-        width = projection.in_features if isinstance(projection, nn.Linear) else self.network.norm.shape[0]
+        width = conditioning_dim(self.transformer)
         if text_embeds.ndim != 3 or text_embeds.shape[0] not in (1, batch) or text_embeds.shape[2] != width:
             raise ValueError(
                 f'text_embeds must have shape ({batch}, n, {width}), or (1, n, {width}) for all samples, '
@@ -315,3 +314,9 @@ class FineDecoder(Decoder):
             cond_scale=cond_scale,
             key_mask=F.pad(is_real.flatten(1), (1, 0), value=True),
         )
+
+
+def conditioning_dim(stage: nn.Module) -> int:
+    """Width of the conditioning that a stage of audiolm-pytorch was built for."""
+    projection = stage.proj_text_embed
+    return projection.in_features if isinstance(projection, nn.Linear) else stage.transformer.dim_context

@@ -35,8 +35,8 @@ PATCH = 16
 def get_optimal_spectrogram_params(audio_sample_rate: int = 16000, use_case: str = 'music') -> dict[str, Any]:
     """Keywords for `AudioSpectrogramTransformer(**params)`: a log-mel front end for a kind of audio.
 
-    'music' is the front end of the papers. 'tonal' is for small models that have to hear key, mode and melody: patches
-    of 80 ms that hold the whole spectrum, at a quarter of the tokens.
+    'music' is the front end of the papers. 'tonal' is for small models and for pitch: patches of 80 ms that hold the
+    whole spectrum, at a quarter of the tokens.
 
     Where the numbers come from:
 
@@ -45,8 +45,8 @@ def get_optimal_spectrogram_params(audio_sample_rate: int = 16000, use_case: str
       of a piano (27.5 Hz) and below the lowest of a bass guitar (41.2 Hz), to 16 kHz or half the sample rate.
     - 'tonal': windows of 128 ms, whose resolution of 16 Hz (four bins of a Hann window between two sines: 31 Hz) tells
       the overtones of neighbouring semitones apart, which 25 ms do not; 160 bands from 40 Hz to 8 kHz every 20 ms. A
-      patch is 4 frames of all bands: an interval lies within one token, wherever its notes are. By
-      `benchmarks/learning.py`.
+      patch is 4 frames of all bands: an interval lies within one token, wherever its notes are. It is the
+      front end of `benchmarks/learning.py`.
     - 'speech': 80 bands over 0 to 8,000 Hz, 25 ms every 10 ms: Whisper's front end (arXiv 2212.04356, section 2.2).
     - 'general': 64 bands over 50 to 14,000 Hz, 32 ms every 10 ms: PANNs on AudioSet (arXiv 1912.10211, section V).
     - Elsewhere patches of 16 × 16; mask sizes of 48 / 128 of the bands and 192 / 1,024 of ten seconds of frames, and

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +114,8 @@ class CodecTrainer(Trainer):
         further keywords: those of `Trainer`.
     """
 
+    saves_last = True
+
     @typechecked
     def __init__(
         self,
@@ -174,16 +175,7 @@ class CodecTrainer(Trainer):
 
     def compute_gradients(self, batches: list[Tensor]) -> dict[str, float]:
         penalty = self.grad_penalty_every is not None and self.step % self.grad_penalty_every == 0
-        sums: dict[str, Tensor] = {}
-        for number, waves in enumerate(batches, start=1):
-            alone = nullcontext() if number == len(batches) else self.accelerator.no_sync(self.step_module)
-            with alone:
-                with self.autocast():
-                    loss, metrics = self.step_module(waves, penalty)
-                self.backward(loss / len(batches))
-            for name, value in metrics.items():
-                sums[name] = sums.get(name, 0.0) + value / len(batches)
-        metrics = {name: mean_over_ranks(value).item() for name, value in sums.items()}
+        metrics = self.accumulate(batches, lambda waves: self.step_module(waves, penalty))
         sides = self.codec.non_discr_parameters(), list(discriminators_of(self.codec).parameters())
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)
@@ -213,12 +205,6 @@ class CodecTrainer(Trainer):
         if count == 0:
             return None
         return dict(loss=distance / count, score=-distance / count)
-
-    def train(self, *args: Any, **keywords: Any) -> dict[str, Any]:
-        results = super().train(*args, **keywords)
-        if self.is_main:
-            self.save_model(self.results_folder / 'last')
-        return results
 
     def save_model(self, folder: Path) -> None:
         model = self.evaluated_model

@@ -20,7 +20,7 @@ from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
 from musiclm_pytorch.checks import check_positive
-from musiclm_pytorch.distributed.collectives import gather_sizes
+from musiclm_pytorch.distributed.collectives import gather_sizes, mean_over_ranks
 from musiclm_pytorch.trainer import checkpoints
 from musiclm_pytorch.trainer.folders import prepare_results_folder
 from musiclm_pytorch.trainer.journal import Journal
@@ -221,6 +221,7 @@ class Trainer:
         return None if batch is None else 1
 
     smallest_batch = 1  # items, over all processes
+    saves_last = False  # whether the model at the end of training is written too, not the best alone
 
     def as_stand_in(self, batch: Any) -> Any:
         """Mark a batch as one that takes part in a step and adds nothing to it, for a process that has no items left
@@ -240,6 +241,30 @@ class Trainer:
 
     def backward(self, loss: Tensor) -> None:
         (loss if self.scaler is None else self.scaler.scale(loss)).backward()
+
+    def accumulate(
+        self, batches: list[Any], compute: Callable[[Any], tuple[Tensor, dict[str, Tensor]]]
+    ) -> dict[str, float]:
+        """Accumulate the gradients of the mean over micro-batches of a loss that is a mean over items.
+
+        Args:
+            batches: of this process.
+            compute: the loss of one of them, through the step module, and its detached metrics.
+
+        Returns:
+            the metrics, averaged over micro-batches and processes.
+        """
+        sums: dict[str, Tensor] = {}
+        for number, batch in enumerate(batches, start=1):
+            # gradients are averaged over processes once a step
+            last = number == len(batches)
+            with contextlib.nullcontext() if last else self.accelerator.no_sync(self.step_module):
+                with self.autocast():
+                    loss, metrics = compute(batch)
+                self.backward(loss / len(batches))
+            for name, value in metrics.items():
+                sums[name] = sums.get(name, 0.0) + value / len(batches)
+        return {name: mean_over_ranks(value).item() for name, value in sums.items()}
 
     def clip_gradients(self) -> float:
         if self.scaler is not None:
@@ -320,6 +345,8 @@ class Trainer:
             self.save()
         if self.journal is not None:
             self.journal.draw()
+        if self.saves_last and self.is_main:
+            self.save_model(self.results_folder / 'last')
         return results
 
     def train_step(self, data: Iterator[Any], total: int) -> dict[str, float]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -21,13 +20,14 @@ from musiclm_pytorch.audiolm.bridge import CONFIG, CoarseTransformer, FineTransf
 from musiclm_pytorch.audiolm.crops import TokenCrops, collate_tokens
 from musiclm_pytorch.audiolm.fingerprints import fingerprint
 from musiclm_pytorch.audiolm.losses import coarse_loss, fine_loss, semantic_loss
+from musiclm_pytorch.audiolm.stages import conditioning_dim
 from musiclm_pytorch.checks import check_positive, check_probability, typechecked
 from musiclm_pytorch.distributed.collectives import mean_over_ranks, rank, world_size
 from musiclm_pytorch.mulan import checkpoint
 from musiclm_pytorch.mulan.model import evaluating
 from musiclm_pytorch.quantizer import MuLaNEmbedQuantizer
 from musiclm_pytorch.trainer.batches import SeededItems
-from musiclm_pytorch.trainer.loop import Trainer, detached
+from musiclm_pytorch.trainer.loop import Trainer
 
 logger = logging.getLogger(__name__)
 
@@ -117,6 +117,7 @@ class StageTrainer(Trainer):
         ValueError: transformer, quantizer and tokens that do not belong together, naming what differs.
     """
 
+    saves_last = True
     stage: ClassVar[str]
     kind: ClassVar[type[nn.Module]]
 
@@ -219,8 +220,7 @@ class StageTrainer(Trainer):
                     f'the {name} codes in {tokens.folder} were computed with another quantizer or another MuLaN; '
                     'compute them again with the one that is given'
                 )
-        projection = transformer.proj_text_embed
-        width = projection.in_features if isinstance(projection, nn.Linear) else transformer.transformer.dim_context
+        width = conditioning_dim(transformer)
         if embeddings.shape[-1] != width:
             raise ValueError(
                 f"the quantizer's embeddings of {self.namespace!r} have width {embeddings.shape[-1]}, but the "
@@ -233,16 +233,11 @@ class StageTrainer(Trainer):
         raise NotImplementedError
 
     def compute_gradients(self, batches: list[dict[str, Tensor]]) -> dict[str, float]:
-        total = torch.zeros((), device=self.device)
-        for number, batch in enumerate(batches, start=1):
-            # gradients are averaged over processes once a step
-            alone = nullcontext() if number == len(batches) else self.accelerator.no_sync(self.step_module)
-            with alone:
-                with self.autocast():
-                    loss = self.step_module(**batch) / len(batches)
-                self.backward(loss)
-            total += loss.detach()
-        return dict(loss=detached(mean_over_ranks(total)))
+        def compute(batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+            loss = self.step_module(**batch)
+            return loss, dict(loss=loss.detach().float())
+
+        return self.accumulate(batches, compute)
 
     @torch.no_grad()
     def validate(self) -> dict[str, Any] | None:
@@ -264,12 +259,6 @@ class StageTrainer(Trainer):
                 sums += torch.stack([loss.float() * size, torch.tensor(float(size), device=self.device)])
         loss, count = (mean_over_ranks(part).item() for part in sums)
         return dict(loss=loss / count, score=-loss / count)
-
-    def train(self, *args: Any, **keywords: Any) -> dict[str, Any]:
-        results = super().train(*args, **keywords)
-        if self.is_main:
-            self.save_model(self.results_folder / 'last')
-        return results
 
     def save_model(self, folder: Path) -> None:
         stage = self.evaluated_model
