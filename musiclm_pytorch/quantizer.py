@@ -5,11 +5,13 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import send_to_device
 from einops import rearrange
 from sklearn.cluster import KMeans
 from torch import Tensor, nn
@@ -18,7 +20,7 @@ from vector_quantize_pytorch import ResidualVQ
 
 from musiclm_pytorch.audiolm.bridge import AudioConditionerBase
 from musiclm_pytorch.checks import check_positive, check_probability, records_config, typechecked
-from musiclm_pytorch.data.collate import collate_pairs
+from musiclm_pytorch.data.collate import collate_for
 from musiclm_pytorch.mulan import checkpoint
 from musiclm_pytorch.mulan.model import MuLaN, evaluating
 
@@ -257,27 +259,26 @@ class MuLaNEmbedQuantizer(AudioConditionerBase):
 
     @torch.no_grad()
     def _embed_data(self, dataset: Any, batch_size: int, max_items: int | None) -> Tensor:
+        collate = partial(
+            collate_for,
+            max_length=None,
+            pad_id=self.mulan.text.pad_id,
+            with_lengths=self.mulan.audio.support_variable_length,
+        )
         latents: list[Tensor] = []
         items = 0
         with evaluating(self.mulan):
-            for batch in DataLoader(dataset, batch_size=batch_size, collate_fn=self._collate):
+            for batch in DataLoader(dataset, batch_size=batch_size, collate_fn=collate):
                 if batch is None:
                     continue
-                wavs, lengths = batch.pop('wavs').to(self.device), batch.pop('audio_lengths')
-                if not self.mulan.audio.support_variable_length:
-                    wavs, lengths = wavs[:, : int(lengths.min())], None
-                latents.append(self.mulan.get_audio_latents(wavs, audio_lengths=lengths, sample_rate=self.sample_rate))
-                texts = {name: it.to(self.device) if isinstance(it, Tensor) else it for name, it in batch.items()}
-                latents.append(self.mulan.get_text_latents(**texts))
-                items += len(wavs)
+                pairs = self.mulan.pair_latents(**send_to_device(batch, self.device), sample_rate=self.sample_rate)
+                latents += [pairs.audio, pairs.text]
+                items += len(pairs.audio)
                 if max_items is not None and items >= max_items:
                     break
         if not latents:
             raise ValueError('the data set gave no pair that could be read; nothing to fit the codebooks to')
         return torch.cat(latents)
-
-    def _collate(self, items: list[Any]) -> dict[str, Any] | None:
-        return collate_pairs(items, pad_id=self.mulan.text.pad_id)
 
     def _codebooks(self) -> list[nn.Module]:
         return [layer._codebook for layer in self.rq.layers]

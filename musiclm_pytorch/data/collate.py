@@ -74,6 +74,16 @@ def collate_pairs(items: Sequence[Any], *, max_length: int | None = None, pad_id
     return batch
 
 
+def collate_for(items: list[Any], *, max_length: int | None, pad_id: int, with_lengths: bool) -> dict[str, Any] | None:
+    """A batch for `mulan.pair_latents`, see `collate_pairs`; a module's function, so that workers can be sent it."""
+    batch = collate_pairs(items, max_length=max_length, pad_id=pad_id)
+    if batch is None or with_lengths:
+        return batch
+    # a tower without lengths can only be given what all items have
+    lengths = batch.pop('audio_lengths')
+    return batch | dict(wavs=batch['wavs'][:, : int(lengths.min())])
+
+
 def split_item(item: Any, name: str) -> tuple[Tensor | None, str | Tensor | None]:
     """Wave and text of an item: a floating-point tensor, and a string or int64 ids `(tokens,)`.
 

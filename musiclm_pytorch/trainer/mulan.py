@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, random_split
 
 from musiclm_pytorch.checks import check_positive, typechecked
-from musiclm_pytorch.data.collate import collate_pairs
+from musiclm_pytorch.data.collate import collate_for
 from musiclm_pytorch.data.datasets import AudioTextDataset
 from musiclm_pytorch.data.shards import ShardedAudioText, ShardItems
 from musiclm_pytorch.distributed.collectives import alone, gather_batch, gather_sizes, rank, world_size
@@ -286,16 +286,6 @@ class MuLaNTrainer(Trainer):
 
     def model_config(self) -> dict[str, Any]:
         return checkpoint.config_of(self.mulan)
-
-
-def collate_for(items: list[Any], *, max_length: int | None, pad_id: int, with_lengths: bool) -> dict[str, Any] | None:
-    """A batch for `mulan.pair_latents`, see `collate_pairs`; a module's function, so that workers can be sent it."""
-    batch = collate_pairs(items, max_length=max_length, pad_id=pad_id)
-    if batch is None or with_lengths:
-        return batch
-    # a tower without lengths can only be given what all items have
-    lengths = batch.pop('audio_lengths')
-    return batch | dict(wavs=batch['wavs'][:, : int(lengths.min())])
 
 
 def embed_pairs(mulan: MuLaN, batch: dict[str, Any]) -> PairLatents:
