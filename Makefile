@@ -17,6 +17,8 @@ $(shell test ! -e $(STAMP) || $(RUN) -c '$(HEALTHY)' >/dev/null 2>&1 || rm -f $(
 .DEFAULT_GOAL := help
 .PHONY: help test quick demo bench lint format constraints clean
 
+DEMO = 'a fast happy flute melody' 'a slow low organ in minor, with drums'
+
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
 
@@ -34,8 +36,8 @@ test: $(STAMP) ## the whole suite; ARGS='-k name' is handed to pytest
 quick: $(STAMP) ## the suite without its slow tests
 	$(RUN) -m pytest -m 'not slow' $(ARGS)
 
-demo: $(STAMP) ## train a small MuLaN and retrieve music by text with it
-	$(RUN) examples/retrieval_demo.py $(ARGS)
+demo: $(STAMP) ## make music for two prompts, and a page to hear and see it: out/demo/index.html
+	$(RUN) -m musiclm_pytorch.cli generate $(or $(PROMPTS),$(DEMO)) --num-samples 4 --seconds 5 -o out/demo --overwrite $(ARGS)
 
 bench: $(STAMP) ## MuLaN's speed and memory
 	$(RUN) benchmarks/mulan.py $(ARGS)

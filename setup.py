@@ -68,7 +68,7 @@ setup(
     python_requires='>=3.10',
     packages=find_packages(include=['musiclm_pytorch', 'musiclm_pytorch.*']),
     entry_points={'console_scripts': ['musiclm = musiclm_pytorch.cli:main']},
-    package_data={'musiclm_pytorch': ['py.typed']},
+    package_data={'musiclm_pytorch': ['py.typed', 'pretrained/*/*', 'pretrained/*/*/*', 'pretrained/*/*/*/*']},
     install_requires=[
         'accelerate>=1.0',
         'audiolm-pytorch>=2.4.0,<3',

@@ -11,6 +11,7 @@ _HOMES = {
     'musiclm_pytorch.audiolm.semantic': ['SemanticTokenizer'],
     'musiclm_pytorch.audiolm.semantic_mulan': ['MuLaNSemanticTokenizer'],
     'musiclm_pytorch.audiolm.semantic_transformers': ['TransformersSemanticTokenizer'],
+    'musiclm_pytorch.audiolm.spectral_codec': ['SpectralCodec'],
     'musiclm_pytorch.audiolm.stages': ['CoarseDecoder', 'FineDecoder', 'SemanticDecoder'],
     'musiclm_pytorch.audiolm.tokens': ['compute_tokens'],
     'musiclm_pytorch.data.attributes': ['MusicLabels'],

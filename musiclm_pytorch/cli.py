@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from musiclm_pytorch.cli_generate import generate
 from musiclm_pytorch.cli_training import (
     add_training_options,
     overrides_of,
@@ -182,7 +183,7 @@ TRAININGS = [
     train_stage('coarse', 'coarse acoustic tokens from semantic ones'),
     train_stage('fine', 'fine acoustic tokens from coarse ones'),
 ]
-SUBCOMMANDS = [shard, train, tokens]
+SUBCOMMANDS = [shard, train, tokens, generate]
 
 if __name__ == '__main__':
     sys.exit(main())

@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -34,13 +34,16 @@ from musiclm_pytorch.audiolm.semantic import SemanticTokenizer
 from musiclm_pytorch.audiolm.stages import conditioning_dim
 from musiclm_pytorch.checks import check_positive, typechecked
 from musiclm_pytorch.data.audio import resample
-from musiclm_pytorch.mulan.checkpoint import CONFIG_FILE
+from musiclm_pytorch.mulan.checkpoint import CONFIG_FILE, store_as
 from musiclm_pytorch.mulan.layers import l2norm
 from musiclm_pytorch.mulan.model import evaluating
+from musiclm_pytorch.pretrained import find_pretrained
 from musiclm_pytorch.quantizer import MuLaNEmbedQuantizer
 
 # frames: the convolutions of a codec reflect what they are given, and need something to reflect
 SHORTEST_CODED = 32
+# how to sample where a model does not say: the temperatures of MusicLM (section 5.1)
+SAMPLING = dict(temperature=(1.0, 0.95, 0.4), top_k=None, top_p=None, cond_scale=3.0)
 RANKING_WINDOW = 10.0  # seconds that MuLaN hears at once (MusicLM, section 3.2)
 
 
@@ -66,6 +69,8 @@ class MusicLM(nn.Module):
         mulan_embed_quantizer: fitted, with a namespace for each stage that is conditioned.
         windows: seconds that each stage sees at once, those of its training crops. Longer music continues the first two
             with half a window of overlap; the fine stage's windows are independent.
+        sampling: what suits the model best, where a call does not say: some of `temperature`, `top_k`, `top_p` and
+            `cond_scale`, as `forward` takes them. It is saved with the model.
 
     Raises:
         ValueError: parts that do not fit each other.
@@ -77,6 +82,7 @@ class MusicLM(nn.Module):
         audio_lm: AudioLM,
         mulan_embed_quantizer: MuLaNEmbedQuantizer,
         windows: tuple[float, float, float] = (30.0, 10.0, 3.0),
+        sampling: dict[str, Any] | None = None,
     ):
         super().__init__()
         check_positive(**{f'the window of the {name} stage': it for name, it in zip(STAGES, windows)})
@@ -87,6 +93,9 @@ class MusicLM(nn.Module):
         self.audio_lm = audio_lm
         self.mulan_embed_quantizer = mulan_embed_quantizer
         self.windows = windows
+        if unknown := (sampling or {}).keys() - SAMPLING.keys():
+            raise ValueError(f'sampling may hold {", ".join(SAMPLING)}, got {sorted(unknown)[0]!r}')
+        self.sampling = {**SAMPLING, **(sampling or {})}
         self.stages = {name: getattr(audio_lm, name).transformer for name in STAGES}
         self._check_parts()
 
@@ -160,10 +169,10 @@ class MusicLM(nn.Module):
         *,
         seconds: float | None = None,
         max_length: int | None = None,
-        temperature: PerStage = (1.0, 0.95, 0.4),
+        temperature: PerStage | None = None,
         top_k: CountPerStage = None,
         top_p: PerStage | None = None,
-        cond_scale: PerStage = 3.0,
+        cond_scale: PerStage | None = None,
         prime_wave: Tensor | None = None,
         prime_wave_input_sample_hz: int | None = None,
         prime_wave_path: str | Path | None = None,
@@ -181,7 +190,8 @@ class MusicLM(nn.Module):
             seconds: length of the music, the prime included; 10 by default, for a story the sum of its parts.
             max_length: the same in semantic tokens, as `AudioLM` takes it.
             temperature, top_k, top_p, cond_scale: of all stages, or three for semantic, coarse and fine; see
-                `audiolm.sampling.Sampling`. The temperatures are MusicLM's.
+                `audiolm.sampling.Sampling`. By default as in `sampling`, or else MusicLM's temperatures (1.0, 0.95,
+                0.4) and a guidance of 3.
             prime_wave, prime_wave_input_sample_hz: music to go on from, `(samples,)` or `(channels, samples)`, and its
                 rate in Hz; or
             prime_wave_path: the file that it is in.
@@ -204,11 +214,9 @@ class MusicLM(nn.Module):
             raise ValueError('the quantizer has no codebooks yet; call mulan_embed_quantizer.fit(dataset) first')
         prompts, story = read_prompts(text)
         seconds = read_seconds(seconds, max_length, story, semantic_rate=self.semantic_rate)
+        given = dict(temperature=temperature, top_k=top_k, top_p=top_p, cond_scale=cond_scale)
         samplings = read_sampling(
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            cond_scale=cond_scale,
+            **{name: self.sampling[name] if value is None else value for name, value in given.items()},
             conditioned=[self.stages[name].has_condition for name in STAGES],
         )
         prime = read_prime(prime_wave, prime_wave_input_sample_hz, prime_wave_path, seconds=seconds)
@@ -363,10 +371,13 @@ class MusicLM(nn.Module):
 
     # saving
 
-    def save_pretrained(self, folder: str | Path) -> None:
+    def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
         """Write everything that `from_pretrained` rebuilds: MuLaN, quantizer, tokenizer, codec and stages.
 
-        Raises ValueError for a tokenizer or codec that cannot be saved.
+        With `dtype`, such as `torch.float16`, the weights are stored in it, for smaller files; they are float32 again
+        when they are loaded.
+
+        Raises ValueError for a tokenizer or codec that cannot be saved, and for a weight too large for `dtype`.
         """
         folder = Path(folder)
         if not hasattr(self.tokenizer, 'save_pretrained'):
@@ -379,14 +390,23 @@ class MusicLM(nn.Module):
             save_module(stage, folder / name)
         self.tokenizer.save_pretrained(folder / 'tokenizer')
         self.mulan_embed_quantizer.save_pretrained(folder / 'quantizer')
-        settings = dict(windows=self.windows, unique_consecutive=self.audio_lm.semantic.unique_consecutive)
+        if dtype is not None:
+            store_as(folder, dtype)
+        settings = dict(
+            windows=self.windows,
+            unique_consecutive=self.audio_lm.semantic.unique_consecutive,
+            sampling=self.sampling,
+        )
         # last, so that a folder with it is whole
         (folder / CONFIG_FILE).write_text(json.dumps(dict(model='MusicLM', **settings), indent=2) + '\n')
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> MusicLM:
-        """Rebuild everything from a folder that `save_pretrained` wrote, in eval mode, on the CPU."""
-        folder = Path(folder)
+        """Rebuild everything from a folder that `save_pretrained` wrote, in eval mode, on the CPU.
+
+        `MusicLM.from_pretrained('tiny')` is the model that ships with the package.
+        """
+        folder = find_pretrained(folder)
         if not (folder / CONFIG_FILE).is_file():
             raise FileNotFoundError(f'no {CONFIG_FILE} in {folder}; expected a folder written by save_pretrained')
         settings = json.loads((folder / CONFIG_FILE).read_text())
@@ -399,7 +419,7 @@ class MusicLM(nn.Module):
             unique_consecutive=settings['unique_consecutive'],
         )
         quantizer = MuLaNEmbedQuantizer.from_pretrained(folder / 'quantizer')
-        return cls(audio_lm, quantizer, windows=tuple(settings['windows'])).eval()
+        return cls(audio_lm, quantizer, windows=tuple(settings['windows']), sampling=settings.get('sampling')).eval()
 
 
 class Part(NamedTuple):

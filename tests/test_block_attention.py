@@ -45,15 +45,30 @@ def test_double_precision_gradients():
         torch.testing.assert_close(found, expected, atol=1e-12, rtol=1e-10)
 
 
-@pytest.mark.parametrize('case', ['dropout', 'autocast', 'flash'])
+def test_autocast_multiplies_in_half_precision_alone():
+    attend = genuine_attend()
+    q = torch.randn(2, 3, BLOCK + 5, 8, requires_grad=True)
+    k, v = (torch.randn(2, BLOCK + 5, 8, requires_grad=True) for _ in range(2))
+    bias = torch.randn(3, BLOCK + 5, BLOCK + 5, requires_grad=True)
+    expected = attend(q, k, v, attn_bias=bias)
+    wanted = torch.autograd.grad(expected.sin().sum(), (q, k, v, bias))
+    with torch.autocast('cpu', torch.bfloat16):
+        found = BlockCausalAttend(attend)(q, k, v, attn_bias=bias)
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.float(), expected, atol=0.03, rtol=0.03)
+    for gradient, own in zip(torch.autograd.grad(found.float().sin().sum(), (q, k, v, bias)), wanted):
+        assert gradient.dtype == torch.float32
+        assert (gradient - own).norm() < 0.02 * own.norm()
+
+
+@pytest.mark.parametrize('case', ['dropout', 'flash'])
 def test_what_it_leaves_to_the_genuine_one(case, monkeypatch):
     keywords = dict(dropout=dict(attn_dropout=0.5), flash=dict(flash_attn=True)).get(case, {})
     block = BlockCausalAttend(genuine_attend(**keywords))
     calls = []
     monkeypatch.setattr(block.attend, 'forward', lambda q, *_, **__: calls.append(1) or q)
     q, k = torch.randn(1, 2, 4, 8), torch.randn(1, 4, 8)
-    with torch.autocast('cpu', torch.bfloat16, enabled=case == 'autocast'):
-        block.train()(q, k, k)
+    block.train()(q, k, k)
     assert calls
     if case == 'dropout':
         block.eval()(q, k, k)

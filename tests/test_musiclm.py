@@ -215,18 +215,39 @@ def test_saved_and_rebuilt(musiclm, tmp_path):
     tower = tiny_audio(depth=1, audio_sample_rate=800, spec_n_fft=64, patch_size=(33, 4))
     tokenizer = MuLaNSemanticTokenizer(tower, codebook_size=6)
     tokenizer.fit(torch.randn(4, 1600))
-    saved = MusicLM(build_audio_lm(tokenizer=tokenizer), build_quantizer(), windows=(2.0, 1.0, 0.5))
+    sampling = dict(temperature=(0.9, 0.8, 0.7), cond_scale=1.5)
+    saved = MusicLM(build_audio_lm(tokenizer=tokenizer), build_quantizer(), windows=(2.0, 1.0, 0.5), sampling=sampling)
     saved.save_pretrained(tmp_path / 'music')
     assert not list(tmp_path.rglob('*.pt'))
     rebuilt = MusicLM.from_pretrained(tmp_path / 'music')
     assert rebuilt.windows == (2.0, 1.0, 0.5)
     keywords = dict(num_samples=2, seconds=0.7, seed=4, prime_wave=torch.randn(400), prime_wave_input_sample_hz=RATE)
-    assert torch.equal(rebuilt('slow flute', **keywords), saved('slow flute', **keywords))
+    music = saved('slow flute', **keywords)
+    assert torch.equal(rebuilt('slow flute', **keywords), music)
+    assert torch.equal(rebuilt('slow flute', **sampling, **keywords), music)  # what suits the model is saved with it
+    assert not torch.equal(rebuilt('slow flute', temperature=0.1, **keywords), music)
+    with pytest.raises(ValueError, match="sampling may hold temperature, .* got 'heat'"):
+        MusicLM(build_audio_lm(), build_quantizer(), sampling=dict(heat=1.0))
 
+    size = sum(path.stat().st_size for path in (tmp_path / 'music').rglob('*.safetensors'))
+    saved.save_pretrained(tmp_path / 'half', dtype=torch.float16)
+    assert sum(path.stat().st_size for path in (tmp_path / 'half').rglob('*.safetensors')) < 0.75 * size
+    half = MusicLM.from_pretrained(tmp_path / 'half')
+    for name, weight in half.state_dict().items():
+        own = saved.state_dict()[name]
+        assert weight.dtype == own.dtype
+        torch.testing.assert_close(weight, own, atol=1e-6, rtol=1e-3)
+
+    with torch.no_grad():
+        next(half.stages['fine'].parameters()).fill_(1e6)
+    with pytest.raises(ValueError, match='holds 1e.06, too large for torch.float16'):
+        half.save_pretrained(tmp_path / 'huge', dtype=torch.float16)
     with pytest.raises(ValueError, match='the semantic tokenizer, a Tokenizer, cannot be saved'):
         musiclm.save_pretrained(tmp_path / 'other')
     with pytest.raises(FileNotFoundError, match='expected a folder written by save_pretrained'):
         MusicLM.from_pretrained(tmp_path)
+    with pytest.raises(FileNotFoundError, match="there is no folder tinny, nor a model of that name .* has .*'tiny'"):
+        MusicLM.from_pretrained('tinny')
     with pytest.raises(ValueError, match='not the config of a MusicLM'):
         MusicLM.from_pretrained(tmp_path / 'music' / 'codec')
 

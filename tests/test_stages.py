@@ -396,3 +396,22 @@ def test_weights_of_another_model(tmp_path, tokens):
         load_stage(tmp_path / 'last', transformer_for('semantic'), make_quantizer(dim=12))
     with pytest.raises(FileNotFoundError, match=r'no config.json in .*nowhere'):
         load_stage(tmp_path / 'nowhere', transformer_for('semantic'))
+
+
+@pytest.mark.parametrize('stage', ['semantic', 'coarse', 'fine'])
+def test_new_weights_are_scaled_so_that_the_loss_begins_at_chance(stage):
+    from musiclm_pytorch.audiolm.initial import scale_initial_weights
+
+    def first_loss(scale):
+        torch.manual_seed(0)
+        transformer = make_transformer(stage, dim=64)
+        if scale:
+            assert scale_initial_weights(transformer) is transformer
+        return Stage(transformer, None, cond_drop_prob=0.0, mask_prob=0.0, prefix_loss_weight=0.0)(**tokens).item()
+
+    tokens = dict(semantic=torch.randint(0, 8, (4, 12)), codec=torch.randint(0, 8, (4, 12, 5)))
+    if stage != 'coarse':
+        tokens.pop('codec' if stage == 'semantic' else 'semantic')
+    chance = math.log(9)
+    assert first_loss(scale=True) == pytest.approx(chance, abs=0.3)
+    assert first_loss(scale=False) > chance + (0.05 if stage == 'semantic' else 1)

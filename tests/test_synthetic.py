@@ -255,6 +255,30 @@ def test_splits_share_neither_patterns_nor_combinations():
         assert not texts[0] & texts[1]
 
 
+def test_captions_tell_as_much_as_they_are_asked_to():
+    usual, told = SyntheticMusic(length=400), SyntheticMusic(length=400, mentions=dict(tempo=1, key=1.0, drums=0))
+    mentioned = [told.labels(i).mentioned for i in range(400)]
+    assert all('tempo' in it and 'drums' not in it for it in mentioned)
+    assert all(('key' in it) == ('mode' in it) for it in mentioned)
+    assert all('drum' not in told.text(i) for i in range(400))
+    # it changes what is told of an item, not the item
+    assert all(told.labels(i) == usual.labels(i) for i in range(400))
+    assert 0.65 < sum('tempo' in usual.labels(i).mentioned for i in range(400)) / 400 < 0.85
+
+
+@pytest.mark.parametrize(
+    ('mentions', 'message'),
+    [
+        (dict(speed=1.0), "but mentions names 'speed'"),
+        (dict(tempo=1.5), r"mentions\['tempo'\] must lie in 0 to 1, got 1.5"),
+        (dict.fromkeys(('instrument', 'tempo', 'mode', 'register', 'texture'), 0.0), 'tells two attributes at least'),
+    ],
+)
+def test_shares_of_mentions_are_checked(mentions, message):
+    with pytest.raises(ValueError, match=message):
+        SyntheticMusic(mentions=mentions)
+
+
 def test_mentions_are_kept_to():
     for seed in range(30):
         text = music().caption(LABELS, seed, mention=('instrument', 'key', 'bpm'))

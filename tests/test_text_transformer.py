@@ -103,3 +103,28 @@ def test_all_layers_but_the_last_are_returned(depth):
 def test_bad_input(arguments, error, message):
     with pytest.raises(error, match=message):
         tiny_text()(**arguments)
+
+
+def test_a_small_vocabulary_reads_its_words_as_the_large_one(words):
+    ids = words.tokenize(['slow piano', 'a fast flute'])
+    small = words.with_known_tokens(ids[ids > 0].unique().tolist())
+    assert small.token_emb.weight.shape == (len(ids[ids > 0].unique()) + 1, 16)
+    assert not small.training
+    with torch.no_grad():
+        torch.testing.assert_close(small(raw_texts=['slow piano', 'a fast flute']), words(ids), atol=1e-6, rtol=1e-5)
+        # all other words are one word
+        unknown = small(raw_texts=['slow guitar', 'slow organ', 'slow piano'])
+        assert torch.equal(unknown[0], unknown[1])
+        assert not torch.allclose(unknown[0], unknown[2], atol=1e-3)
+    rebuilt = TextTransformer(**small.config)
+    rebuilt.load_state_dict(small.state_dict())
+    assert torch.equal(rebuilt.rows, small.rows)
+    assert torch.equal(TextTransformer(dim=8, depth=1, known_tokens=[3, 1]).token_emb.weight[-1], torch.zeros(8))
+    with pytest.raises(ValueError, match='was built with known_tokens already'):
+        small.with_known_tokens([1])
+
+
+@pytest.mark.parametrize('known', [[], [1, 1], [-1], [VOCAB_SIZE]])
+def test_known_tokens_are_different_ids(known):
+    with pytest.raises(ValueError, match='known_tokens must be one or more different ids from 0 to 49407'):
+        TextTransformer(dim=8, depth=1, known_tokens=known)

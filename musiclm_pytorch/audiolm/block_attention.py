@@ -34,33 +34,39 @@ class BlockCausalAttend(nn.Module):
     def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, attn_bias: Tensor | None = None):
         """`q (b, h, i, d)`, `k` and `v (b, j, d)`, `mask (b, j)` of the keys seen, `attn_bias (h, i, j)`."""
         drops = self.training and self.attend.dropout > 0
-        mixed = torch.is_autocast_enabled('cpu')
-        if drops or mixed or self.attend.flash or not self.attend.causal or q.device.type != 'cpu' or len(k) != len(q):
+        if drops or self.attend.flash or not self.attend.causal or q.device.type != 'cpu' or len(k) != len(q):
             return self.attend(q, k, v, mask=mask, attn_bias=attn_bias)
-        return _BlockCausal.apply(q * q.shape[-1] ** -0.5, k, v, mask, attn_bias)
+        q = q * q.shape[-1] ** -0.5
+        if torch.is_autocast_enabled('cpu'):
+            q, k, v = (it.to(torch.get_autocast_dtype('cpu')) for it in (q, k, v))
+        with torch.autocast('cpu', enabled=False):
+            return _BlockCausal.apply(q, k, v, mask, attn_bias)
 
 
 class _BlockCausal(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, mask, bias):
         h, i, j = q.shape[1], q.shape[2], k.shape[1]
+        precision = torch.promote_types(q.dtype, torch.float32)
         out = torch.empty_like(q)
         weights = []
         for start, stop, seen in _blocks(i, j):
             queries = rearrange(q[:, :, start:stop], 'b h i d -> b (h i) d')
-            scores = torch.bmm(queries, k[:, :seen].mT)
+            # biased and normalised in float32 at least, whatever the precision of the products
+            scores = torch.bmm(queries, k[:, :seen].mT).to(precision)
             view = rearrange(scores, 'b (h i) j -> b h i j', h=h)
             if bias is not None:
                 view += bias[:, start:stop, :seen]
             if mask is not None:
-                view.masked_fill_(~mask[:, None, None, :seen], -torch.finfo(q.dtype).max)
+                view.masked_fill_(~mask[:, None, None, :seen], -torch.finfo(scores.dtype).max)
             # the last keys of a block are the positions of its own queries
             own = view[..., start + j - i :]
-            own.masked_fill_(_later(stop - start, q.device), -torch.finfo(q.dtype).max)
-            weights.append(torch.softmax(scores, dim=-1))
+            own.masked_fill_(_later(stop - start, q.device), -torch.finfo(scores.dtype).max)
+            weights.append(torch.softmax(scores, dim=-1).to(q.dtype))
             out[:, :, start:stop] = rearrange(torch.bmm(weights[-1], v[:, :seen]), 'b (h i) d -> b h i d', h=h)
         ctx.save_for_backward(q, k, v, out, *weights)
         ctx.has_bias = bias is not None
+        ctx.bias_dtype = bias.dtype if ctx.has_bias else None
         return out
 
     @staticmethod
@@ -68,7 +74,7 @@ class _BlockCausal(torch.autograd.Function):
         q, k, v, out, *weights = ctx.saved_tensors
         h, i, j = q.shape[1], q.shape[2], k.shape[1]
         grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        grad_bias = q.new_zeros(h, i, j) if ctx.has_bias else None
+        grad_bias = torch.zeros(h, i, j, dtype=ctx.bias_dtype, device=q.device) if ctx.has_bias else None
         # the part of the gradient of a softmax that is one number a query
         shared = (grad_out * out).sum(dim=-1)
         for (start, stop, seen), weight in zip(_blocks(i, j), weights):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,11 @@ from torch import nn
 from musiclm_pytorch.audiolm import bridge
 from musiclm_pytorch.mulan import checkpoint
 
-KINDS = ('SemanticTransformer', 'CoarseTransformer', 'FineTransformer', 'SoundStream')
+# where each class comes from; a class stands before its parent
+KINDS = {
+    'SpectralCodec': 'musiclm_pytorch.audiolm.spectral_codec',
+    **dict.fromkeys(('SemanticTransformer', 'CoarseTransformer', 'FineTransformer', 'SoundStream'), bridge.__name__),
+}
 
 
 def save_module(module: nn.Module, folder: str | Path) -> None:
@@ -33,7 +38,7 @@ def load_module(folder: str | Path) -> nn.Module:
     (kind, keywords), weights = checkpoint.read_folder(folder, 'save_module', parts=('model', 'keywords'))
     if kind not in KINDS:
         raise ValueError(f'{folder} holds a {kind!r}, not one of {", ".join(KINDS)}')
-    module = getattr(bridge, kind)(**{name: _tuples(value) for name, value in keywords.items()})
+    module = _class_of(kind)(**{name: _tuples(value) for name, value in keywords.items()})
     checkpoint.load_strictly(module, weights, source=folder)
     return module.eval()
 
@@ -41,9 +46,13 @@ def load_module(folder: str | Path) -> nn.Module:
 def kind_of(module: nn.Module) -> str:
     """The class of audiolm-pytorch that a module is of; TypeError for any other."""
     for kind in KINDS:
-        if isinstance(module, getattr(bridge, kind)):
+        if isinstance(module, _class_of(kind)):
             return kind
     raise TypeError(f'a {type(module).__name__} cannot be saved, only {", ".join(KINDS)}')
+
+
+def _class_of(kind: str) -> type[nn.Module]:
+    return getattr(import_module(KINDS[kind]), kind)
 
 
 def _tuples(value: Any) -> Any:

@@ -9,7 +9,7 @@ Nothing untrue is said. Mood words stand for a mode and a tempo together: 'sad' 
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -142,7 +142,7 @@ PATTERNS = {
 
 # what a caption may tell, and how often it does
 MENTIONS = {'instrument': 0.9, 'tempo': 0.75, 'mode': 0.7, 'register': 0.75, 'texture': 0.65, 'drums': 0.75}
-MORE = ('bpm', 'key')  # how the tempo and the mode may be told exactly
+MORE = {'bpm': 0.15, 'key': 0.15}  # how often a tempo and a mode that are told are told exactly
 
 
 def article(text: str) -> str:
@@ -203,14 +203,31 @@ class Draft:
         return pattern.format(**parts)
 
 
-def draw_mentions(random: np.random.Generator) -> tuple[str, ...]:
+def check_shares(shares: Mapping[str, float]) -> dict[str, float]:
+    """How often captions tell each attribute, those not given as usual.
+
+    Raises ValueError for unknown attributes, shares outside of 0 to 1, and where two attributes can never be told.
+    """
+    usual = {**MENTIONS, **MORE}
+    if unknown := shares.keys() - usual.keys():
+        raise ValueError(f'captions can tell {", ".join(usual)}, but mentions names {sorted(unknown)[0]!r}')
+    for name, share in shares.items():
+        if not 0 <= share <= 1:
+            raise ValueError(f'mentions[{name!r}] must lie in 0 to 1, got {share}')
+    usual |= shares
+    if sum(usual[name] > 0 for name in MENTIONS) < 2:
+        raise ValueError(f'a caption tells two attributes at least; raise some of mentions, which is {dict(shares)}')
+    return usual
+
+
+def draw_mentions(random: np.random.Generator, shares: Mapping[str, float]) -> tuple[str, ...]:
     """Which attributes a caption tells, two at least: 'bpm' and 'key' tell the tempo and the mode exactly."""
     told: list[str] = []
     while len(told) < 2:
-        told = [name for name, share in MENTIONS.items() if random.random() < share]
-    if 'tempo' in told and random.random() < 0.15:
+        told = [name for name in MENTIONS if random.random() < shares[name]]
+    if 'tempo' in told and random.random() < shares['bpm']:
         told.append('bpm')
-    if 'mode' in told and random.random() < 0.15:
+    if 'mode' in told and random.random() < shares['key']:
         told.append('key')
     return tuple(told)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 from musiclm_pytorch.checks import typechecked
 from musiclm_pytorch.data import attributes
 from musiclm_pytorch.data.attributes import MusicLabels, check_seed, check_split, generator
-from musiclm_pytorch.data.captions import check_mentions, draw_mentions, write_caption
+from musiclm_pytorch.data.captions import check_mentions, check_shares, draw_mentions, write_caption
 from musiclm_pytorch.data.composition import compose
 from musiclm_pytorch.data.synthesis import render_notes
 
@@ -41,6 +41,8 @@ class SyntheticMusic(Dataset):
         seconds: length of each wave, 1 at least.
         sample_rate: Hz, 8,000 at least, so that the highest notes fit below half of it.
         split: 'train' or 'valid'.
+        mentions: share of the captions that tell an attribute, such as `{'key': 0.5}`; 'bpm' and 'key' are shares of
+            those that tell the tempo and the mode.
 
     Raises:
         TypeError: an argument of another type.
@@ -59,6 +61,7 @@ class SyntheticMusic(Dataset):
         seconds: float = 5.0,
         sample_rate: int = 16000,
         split: str = 'train',
+        mentions: Mapping[str, float] | None = None,
     ):
         if length < 1:
             raise ValueError(f'length must be 1 at least, got {length}')
@@ -72,6 +75,7 @@ class SyntheticMusic(Dataset):
         self.sample_rate = sample_rate
         self.split = split
         self._split = check_split(split)
+        self.mentions = check_shares(mentions or {})
 
     @property
     def samples(self) -> int:
@@ -89,14 +93,14 @@ class SyntheticMusic(Dataset):
     def labels(self, index: int) -> MusicLabels:
         """What is true of item `index`, in some 50 µs: nothing is synthesised."""
         index = self._index(index)
-        mentioned = draw_mentions(generator(*self._key(_CAPTION, index)))
+        mentioned = draw_mentions(generator(*self._key(_CAPTION, index)), self.mentions)
         return MusicLabels.draw(generator(*self._key(_LABELS, index)), mentioned=mentioned)
 
     def text(self, index: int) -> str:
         """The caption of item `index`, without its wave."""
         index = self._index(index)
         random = generator(*self._key(_CAPTION, index))
-        return write_caption(self.labels(index), draw_mentions(random), self.split, random)
+        return write_caption(self.labels(index), draw_mentions(random, self.mentions), self.split, random)
 
     def draw_labels(self, seed: int = 0, **given: Any) -> MusicLabels:
         """Labels with the values given, such as `instrument='flute', drums=False`, and the others at random.
@@ -124,7 +128,7 @@ class SyntheticMusic(Dataset):
         Raises ValueError if `mention` is empty or names anything else.
         """
         random = generator(_CAPTION, check_seed(seed))
-        mentions = draw_mentions(random) if mention is None else check_mentions(mention)
+        mentions = draw_mentions(random, self.mentions) if mention is None else check_mentions(mention)
         return write_caption(labels, mentions, self.split, random)
 
     def _wave(self, labels: MusicLabels, key: tuple[int, ...]) -> Tensor:

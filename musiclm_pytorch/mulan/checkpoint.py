@@ -52,6 +52,26 @@ def write_folder(folder: str | Path, config: dict[str, Any], weights: dict[str, 
             path.unlink(missing_ok=True)
 
 
+def store_as(folder: str | Path, dtype: torch.dtype) -> None:
+    """Write the floating-point weights in a folder, and in the folders within, anew in another dtype.
+
+    Raises ValueError for a weight that is too large for `dtype`.
+    """
+    for path in sorted(Path(folder).rglob(WEIGHTS_FILE)):
+        weights = load_file(str(path))
+        for name, tensor in weights.items():
+            if tensor.is_floating_point():
+                weights[name] = tensor.to(dtype)
+                if not torch.equal(weights[name].isfinite(), tensor.isfinite()):
+                    raise ValueError(f'{name} in {path} holds {tensor.abs().max():g}, too large for {dtype}')
+        aside = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
+        try:
+            save_file(weights, str(aside))
+            aside.replace(path)
+        finally:
+            aside.unlink(missing_ok=True)
+
+
 def config_of(mulan: nn.Module) -> dict[str, Any]:
     """What a MuLaN was built with."""
     return {

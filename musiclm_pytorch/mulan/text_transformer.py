@@ -27,6 +27,8 @@ class TextTransformer(nn.Module):
         pad_id: the token id that counts as padding.
         init_std: standard deviation of new token embeddings; positions and the CLS token begin at a tenth of it, so
             that a text begins as what its words are. It was 1 for all three in 0.2.8; a step of Adam hardly moves that.
+        known_tokens: the token ids that have an embedding of their own, for a small model of few words; all others
+            share one, which begins at zero. By default every id has its own.
     """
 
     @records_config
@@ -44,6 +46,7 @@ class TextTransformer(nn.Module):
         ff_mult: float = 4,
         pad_id: int = 0,
         init_std: float = 0.1,
+        known_tokens: Sequence[int] | None = None,
     ):
         super().__init__()
         check_positive(num_tokens=num_tokens, max_seq_len=max_seq_len, init_std=init_std)
@@ -54,13 +57,17 @@ class TextTransformer(nn.Module):
         self.pad_id = pad_id
         self._warned_of_cut = False
 
-        self.token_emb = nn.Embedding(num_tokens, dim)
+        rows = None if known_tokens is None else _rows_of(known_tokens, num_tokens)
+        self.register_buffer('rows', rows, persistent=False)
+        self.token_emb = nn.Embedding(num_tokens if known_tokens is None else len(known_tokens) + 1, dim)
         self.pos_emb = nn.Embedding(max_seq_len, dim)
         self.cls_token = nn.Parameter(torch.randn(dim))
         with torch.no_grad():
             self.token_emb.weight.mul_(init_std)
             self.pos_emb.weight.mul_(init_std / 10)
             self.cls_token.mul_(init_std / 10)
+            if known_tokens is not None:
+                self.token_emb.weight[-1] = 0
 
         self.transformer = Transformer(
             dim=dim,
@@ -110,7 +117,7 @@ class TextTransformer(nn.Module):
 
         # token embedding + positional embedding, after a CLS token as in BERT
 
-        tokens = self.token_emb(x) + self.pos_emb.weight[: x.shape[1]]
+        tokens = self.token_emb(x if self.rows is None else self.rows[x]) + self.pos_emb.weight[: x.shape[1]]
         cls_tokens = repeat(self.cls_token, 'd -> b d', b=len(x))
         tokens, _ = pack((cls_tokens, tokens), 'b * d')
         mask = F.pad(mask, (1, 0), value=True)
@@ -121,6 +128,16 @@ class TextTransformer(nn.Module):
         if return_encoding:
             return encoding
         return (encoding.embeds, encoding.all_but_last()) if return_all_layers else encoding.embeds
+
+    def with_known_tokens(self, known_tokens: Sequence[int]) -> TextTransformer:
+        """A copy that keeps the embeddings of these ids alone: of a model trained on few words, most never moved."""
+        if self.rows is not None:
+            raise ValueError('this tower was built with known_tokens already; choose them from the whole vocabulary')
+        copy = TextTransformer(**{**self.config, 'known_tokens': known_tokens}).to(self.device)
+        weights = self.state_dict()
+        weights['token_emb.weight'] = F.pad(weights['token_emb.weight'][list(known_tokens)], (0, 0, 0, 1))
+        copy.load_state_dict(weights)
+        return copy.train(self.training)
 
     def tokenize(self, raw_texts: Sequence[str]) -> Tensor:
         """Strings to token ids `(b, n)`, cut at `max_seq_len` and padded to the longest."""
@@ -175,3 +192,13 @@ class TextTransformer(nn.Module):
             'raise max_seq_len to read all of it',
             stacklevel=6,  # past check_input, forward and the two frames of a module's call
         )
+
+
+def _rows_of(known_tokens: Sequence[int], num_tokens: int) -> Tensor:
+    """The row of `token_emb` of each token id, `(num_tokens,)`; those that are not known have the last."""
+    known = torch.tensor(known_tokens, dtype=torch.long)
+    if len(known) == 0 or len(known.unique()) < len(known) or not ((known >= 0) & (known < num_tokens)).all():
+        raise ValueError(f'known_tokens must be one or more different ids from 0 to {num_tokens - 1}')
+    rows = torch.full((num_tokens,), len(known))
+    rows[known] = torch.arange(len(known))
+    return rows

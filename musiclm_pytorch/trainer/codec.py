@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, random_split
 
 from musiclm_pytorch.audiolm.bridge import CONFIG, SoundStream
+from musiclm_pytorch.audiolm.spectral_codec import SpectralCodec
 from musiclm_pytorch.checks import check_positive, check_sample_rate, typechecked
 from musiclm_pytorch.data.audio import resample
 from musiclm_pytorch.data.collate import mono, split_item
@@ -135,6 +136,8 @@ class CodecTrainer(Trainer):
         grad_penalty_every: int | None = 4,
         **keywords: Any,
     ):
+        if isinstance(codec, SpectralCodec):
+            raise TypeError('a SpectralCodec is not trained step by step; call its method fit')
         check_positive(
             seconds=seconds,
             max_valid_items=max_valid_items,
@@ -156,6 +159,7 @@ class CodecTrainer(Trainer):
             dataset, valid_dataset = _split(dataset, valid_frac, random_split_seed)
         crops = dict(sample_rate=rate, to_rate=codec.target_sample_hz, samples=samples)
         self.codec = codec
+        keep_rare_codes(codec, frames=batch_size * samples // multiple)
         self.valid_crops = None
         if valid_dataset is not None:
             self.valid_crops = WaveCrops(valid_dataset, training=False, **crops)
@@ -226,6 +230,17 @@ def _split(dataset: Any, valid_frac: float, seed: int) -> tuple[Dataset, Dataset
 def discriminators_of(codec: SoundStream) -> nn.ModuleList:
     """Both kinds, as one module."""
     return nn.ModuleList([codec.discriminators, codec.stft_discriminator])
+
+
+def keep_rare_codes(codec: SoundStream, frames: int) -> None:
+    """Let no code of a codebook count as dead for want of frames in a batch.
+
+    A code that fewer than two frames a batch come to, in the moving average, is replaced by a frame of the batch. Where
+    a batch has fewer frames than twice the codes, that would be all of them, over and over.
+    """
+    for module in codec.rq.modules():
+        if hasattr(module, 'threshold_ema_dead_code'):
+            module.threshold_ema_dead_code = min(module.threshold_ema_dead_code, 0.1 * frames / codec.codebook_size)
 
 
 def spectral_distance(codec: SoundStream, waves: Tensor, made: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 from torch import nn
 
 from musiclm_pytorch.audiolm.bridge import SoundStream
+from musiclm_pytorch.audiolm.initial import scale_initial_weights
 from musiclm_pytorch.audiolm.tokens import read_stream
 from musiclm_pytorch.quantizer import MuLaNEmbedQuantizer
 from musiclm_pytorch.trainer.codec import CodecTrainer
@@ -114,7 +115,7 @@ class StageRecipe(ModelRecipe):
             keywords = dict(audio_text_condition=True, cond_dim=embeddings_of(quantizer, namespace).shape[-1])
         keywords |= self.sizes(Path(tokens))
         with self.section('model') as model:
-            return self.trainer.kind(**{**model, **keywords})
+            return scale_initial_weights(self.trainer.kind(**{**model, **keywords}))
 
 
 @dataclass(frozen=True)

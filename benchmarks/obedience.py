@@ -1,0 +1,387 @@
+"""Does the music obey the words? A judge reads from generated audio what the prompt asked for.
+
+    python benchmarks/obedience.py                  # the tables of the model card, half an hour on two cores
+    python benchmarks/obedience.py --prompts 40     # the same on fewer prompts
+
+The judge was trained on real audio of SyntheticMusic alone, with noise added: a small network for each attribute, for
+the instrument on the mel spectrogram, for the others on its statistics and on the autocorrelation of the onset
+strength. The prompts are phrasings that no training used. Beside the music of the whole model stand samples without
+MuLaN's ranking and without guidance, and what each stage loses: real audio through the codec, real coarse codes
+completed by the fine stage, real semantic tokens through the coarse and fine stages.
+
+At last the test of MusicLM (arXiv 2301.11325, section 4 and appendix) for memorised music: the semantic stage goes on
+from the first tokens of training clips, and what it says is compared with what the clip goes on with.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import time
+from concurrent.futures import ProcessPoolExecutor
+from itertools import pairwise
+from multiprocessing import get_context
+from pathlib import Path
+
+import librosa
+import numpy as np
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from sklearn.neural_network import MLPClassifier
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from torch import nn
+
+from musiclm_pytorch import MusicLM, SyntheticMusic, generate_coarse, generate_fine, generate_semantic
+from musiclm_pytorch.audiolm.sampling import Sampling
+from musiclm_pytorch.data.attributes import INSTRUMENTS, MusicLabels
+
+ROOT = Path(__file__).resolve().parent.parent
+ASKED = ('instrument', 'tempo', 'register', 'drums')
+TOLD = (*ASKED, 'mode', 'texture')
+RATE, SECONDS = 16000, 5.0
+TARGETS = dict(instrument=0.85, tempo=0.75, register=0.85, drums=0.90)
+# lags of the autocorrelation: from 0.1 s, faster than any beat, to 2.1 s, two slow ones
+LAGS = np.geomspace(0.1, 2.1, 96)  # seconds
+RANGE, FLOOR = 25.0, 40.0  # dB below the loudest, of what is heard and seen
+COPIES, OFF = 3, 0.4
+
+# ---- the judge ----
+
+
+def hear(wave: np.ndarray) -> np.ndarray:
+    """What the judge knows of `(samples,)`: statistics of each band, of its changes, and their rhythm.
+
+    Nothing of it depends on how loud the wave is, or on what is 25 dB softer than its loudest moment.
+    """
+    mel = librosa.feature.melspectrogram(y=wave, sr=RATE, n_fft=1024, hop_length=128, n_mels=48, fmin=40)
+    level = np.maximum(10 * np.log10(mel / (mel.max() + 1e-12) + 1e-12), -RANGE) / RANGE + 1  # 0 to 1
+    step = np.diff(level, axis=1)
+    onset = np.maximum(step, 0)
+    energy = level.sum(axis=0) + 1e-6
+    shape = (level / energy).mean(axis=1)  # of the spectrum, whatever the loudness of the moment
+    statistics = [
+        level.mean(axis=1),
+        level.std(axis=1),
+        shape / shape.max(),
+        onset.mean(axis=1) * 10,
+        np.abs(step).mean(axis=1) * 10,
+        np.quantile(level, [0.1, 0.5, 0.9], axis=1).ravel(),
+    ]
+    bands = [onset[:16].mean(axis=0), onset[16:32].mean(axis=0), onset[32:].mean(axis=0), onset.mean(axis=0)]
+    rhythm = []
+    for band in bands:
+        band = band - band.mean()
+        spectrum = np.fft.rfft(band, 2 * len(band))
+        correlation = np.fft.irfft(np.abs(spectrum) ** 2)[: len(band)]
+        correlation /= correlation[0] + 1e-9
+        rhythm.append(np.interp(LAGS * RATE / 128, np.arange(len(band)), correlation))
+    return np.concatenate([*statistics, *rhythm]).astype(np.float32)
+
+
+def worn(wave: np.ndarray, random: np.random.Generator) -> np.ndarray:
+    """The same wave, through a tilted spectrum and with noise 15 to 45 dB below: what sounds the same is the same."""
+    spectrum = np.fft.rfft(wave)
+    octaves = np.log2(np.maximum(np.arange(len(spectrum)) / len(wave) * RATE, 50) / 1000)
+    wave = np.fft.irfft(spectrum * 10 ** (random.uniform(-3, 3) * octaves / 20), len(wave))
+    noise = np.fft.rfft(random.standard_normal(len(wave)))
+    noise = np.fft.irfft(noise * 10 ** (random.uniform(-6, 0) * octaves / 20), len(wave))
+    return wave + noise * wave.std() / noise.std() * 10 ** (-random.uniform(15, 45) / 20)
+
+
+def real_music(split: str) -> SyntheticMusic:
+    return SyntheticMusic(10**6, seed=7, seconds=SECONDS, sample_rate=RATE, split=split)
+
+
+def meet(task: tuple[str, int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """What is heard and seen of some real clips; those of training are worn before they are heard."""
+    split, start, stop = task
+    torch.set_num_threads(1)
+    music, random = real_music(split), np.random.default_rng(start)
+    waves = [music[i][0].numpy() for i in range(start, stop)]
+    heard = np.stack([hear(worn(wave, random) if split == 'train' else wave) for wave in waves])
+    return heard, np.stack([see(wave) for wave in waves])
+
+
+def see(wave: np.ndarray) -> np.ndarray:
+    """A mel spectrogram, `(64, frames)` uint8: dB below the loudest, 60 at most."""
+    mel = librosa.feature.melspectrogram(y=wave, sr=RATE, n_fft=1024, hop_length=320, n_mels=64, fmin=40)
+    return np.minimum(-10 * np.log10(mel / (mel.max() + 1e-12) + 1e-12), 60).astype(np.uint8)
+
+
+class Ear(nn.Module):
+    """Reads the instrument from `see`: a few convolutions, and the mean over time and frequency."""
+
+    def __init__(self):
+        super().__init__()
+        sizes, layers = (2, 32, 64, 96, 128), []
+        for width, next_width in pairwise(sizes):
+            layers += [nn.Conv2d(width, next_width, 3, stride=2, padding=1), nn.BatchNorm2d(next_width), nn.ReLU()]
+        self.net = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(sizes[-1], len(INSTRUMENTS)))
+
+    def forward(self, below: torch.Tensor) -> torch.Tensor:
+        """`(b, 64, frames)` dB below the loudest; what is softer than the floor is silence."""
+        level = (1 - below / FLOOR).clamp(min=0)
+        place = torch.linspace(-1, 1, 64)[:, None].expand_as(level)
+        return self.net(torch.stack((level, place), dim=1))
+
+
+def worn_picture(below: torch.Tensor) -> torch.Tensor:
+    """The same pictures through a tilted spectrum and with speckles of noise 10 to 40 dB below the loudest."""
+    b, bands, _ = below.shape
+    tilt = torch.empty(b, 1, 1).uniform_(-8, 8) * torch.linspace(-0.5, 0.5, bands)[:, None]
+    noise = -torch.empty(b, 1, 1).uniform_(10, 40) + 10 * torch.empty_like(below).exponential_().log10()
+    power = 10 ** ((tilt - below) / 10) + 10 ** (noise / 10)
+    power = power / power.amax(dim=(1, 2), keepdim=True)
+    return -10 * power.log10()
+
+
+def train_ear(pictures: np.ndarray, labels: list[MusicLabels], epochs: int = 8) -> Ear:
+    torch.manual_seed(0)
+    ear, batch = Ear(), 64
+    pictures, wanted = torch.from_numpy(pictures), torch.tensor([INSTRUMENTS.index(it.instrument) for it in labels])
+    steps = epochs * (len(wanted) // batch)
+    optimizer = torch.optim.AdamW(ear.parameters(), lr=2e-3, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
+    for step in range(steps):
+        if step % (len(wanted) // batch) == 0:
+            order = torch.randperm(len(wanted)).split(batch)
+        rows = order[step % (len(wanted) // batch)]
+        loss = F.cross_entropy(ear(worn_picture(pictures[rows].float())), wanted[rows])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    return ear.eval()
+
+
+class Judge:
+    """A classifier for each attribute: of what is heard, and for the instrument of what is seen."""
+
+    def __init__(self, heard: np.ndarray, seen: np.ndarray, labels: list[MusicLabels]):
+        self.ear = train_ear(seen, labels)
+        self.models = {}
+        # each clip several times, a little off, so that the networks do not rest on details
+        random = np.random.default_rng(0)
+        spread = OFF * heard.std(axis=0)
+        heard = np.concatenate([heard + spread * random.standard_normal(heard.shape) for _ in range(COPIES)])
+        for name in ASKED[1:]:
+            network = MLPClassifier((128,), alpha=1e-2, early_stopping=True, n_iter_no_change=3, random_state=0)
+            self.models[name] = make_pipeline(StandardScaler(), network)
+            self.models[name].fit(heard, [str(getattr(it, name)) for it in labels] * COPIES)
+
+    def right(self, heard: np.ndarray, seen: np.ndarray, labels: list[MusicLabels]) -> dict[str, float]:
+        """Share of the waves in which each attribute is that of their labels."""
+        with torch.no_grad():
+            parts = torch.cat([self.ear(part.float()) for part in torch.from_numpy(seen).split(100)]).argmax(dim=1)
+        found = dict(instrument=np.mean([INSTRUMENTS[i] == it.instrument for i, it in zip(parts.tolist(), labels)]))
+        for name, model in self.models.items():
+            wanted = np.array([str(getattr(it, name)) for it in labels])
+            found[name] = (model.predict(heard) == wanted).mean()
+        return {name: float(share) for name, share in found.items()}
+
+
+def train_judge(clips: int, tested: int, pool: ProcessPoolExecutor, folder: Path) -> tuple[Judge, dict[str, float]]:
+    """The judge, and its accuracy on real held-out audio. What was heard once is kept in `folder`."""
+
+    def collect(split: str, count: int) -> tuple[np.ndarray, np.ndarray, list[MusicLabels]]:
+        path = folder / f'heard-{split}-{count}.npz'
+        if not path.exists():
+            parts = list(pool.map(meet, [(split, i, min(i + 50, count)) for i in range(0, count, 50)]))
+            folder.mkdir(parents=True, exist_ok=True)
+            np.savez(path, heard=np.concatenate([it for it, _ in parts]), seen=np.concatenate([it for _, it in parts]))
+        music, found = real_music(split), np.load(path)
+        return found['heard'], found['seen'], [music.labels(i) for i in range(count)]
+
+    judge = Judge(*collect('train', clips))
+    return judge, judge.right(*collect('valid', tested))
+
+
+# ---- what is judged ----
+
+
+def ask(prompts: int) -> tuple[list[str], list[MusicLabels]]:
+    """Prompts in held-out phrasings that tell every attribute, and what they ask for."""
+    music = SyntheticMusic(1, seconds=SECONDS, sample_rate=RATE, split='valid')
+    labels = [music.draw_labels(10_000 + seed) for seed in range(prompts)]
+    return [music.caption(it, seed, mention=TOLD) for seed, it in enumerate(labels)], labels
+
+
+def sing(musiclm: MusicLM, prompts: list[str], samples: int, batch: int, **keywords) -> tuple[torch.Tensor, ...]:
+    """Waves `(prompts, samples, n)` and scores."""
+    waves, scores = [], []
+    for start in range(0, len(prompts), batch):
+        music = musiclm(
+            prompts[start : start + batch],
+            num_samples=samples,
+            seconds=SECONDS,
+            seed=start,
+            return_all=True,
+            return_scores=True,
+            **keywords,
+        )
+        waves.append(music.waves)
+        scores.append(music.scores)
+    return torch.cat(waves), torch.cat(scores)
+
+
+@torch.no_grad()
+def from_real(musiclm: MusicLM, prompts: list[str], real: torch.Tensor, sampling: list[Sampling], batch: int) -> dict:
+    """Waves made of real audio through the codec, the fine stage, and the coarse and the fine stage."""
+    codec, stages, made = musiclm.codec, musiclm.stages, dict(codec=[], fine=[], coarse=[])
+    levels = stages['coarse'].num_coarse_quantizers
+    windows = [round(seconds * musiclm.frame_rate) for seconds in musiclm.windows]
+    for start in range(0, len(real), batch):
+        waves, texts = real[start : start + batch], prompts[start : start + batch]
+        codes = codec(waves, return_encoded=True)[1]
+        indices = musiclm.mulan_embed_quantizer.indices(raw_texts=texts)
+        generator = torch.Generator().manual_seed(start)
+        condition = {name: musiclm.mulan_embed_quantizer.embed(indices, name) for name in stages}
+        fine = dict(text_embeds=condition['fine'], sampling=sampling[2], window=windows[2], generator=generator)
+        coarse = generate_coarse(
+            stages['coarse'],
+            musiclm.tokenizer(waves, input_sample_hz=RATE),
+            max_length=codes.shape[1],
+            min_length=codes.shape[1],
+            text_embeds=condition['coarse'],
+            sampling=sampling[1],
+            unique_consecutive=False,
+            window=windows[1],
+            overlap=windows[1] // 2,
+            semantic_per_frame=musiclm.semantic_rate / musiclm.frame_rate,
+            generator=generator,
+        ).tokens
+        for name, given in dict(codec=None, fine=codes[..., :levels], coarse=coarse).items():
+            whole = codes
+            if given is not None:
+                whole = torch.cat((given, generate_fine(stages['fine'], given, **fine).tokens), dim=-1)
+            made[name].append(rearrange(codec.decode_from_codebook_indices(whole), 'b 1 n -> b n'))
+    return {name: torch.cat(waves) for name, waves in made.items()}
+
+
+# ---- memorised music ----
+
+
+def transport_cost(first: np.ndarray, second: np.ndarray, distances: np.ndarray, epsilon: float = 0.05) -> float:
+    """Least cost of moving one histogram of tokens onto another, with entropic regularisation (Sinkhorn)."""
+    kernel = np.exp(-distances / epsilon)
+    left, right = np.ones(len(first)), np.ones(len(second))
+    for _ in range(100):
+        left = first / (kernel @ right)
+        right = second / (kernel.T @ left)
+    return float((left[:, None] * kernel * right[None] * distances).sum())
+
+
+@torch.no_grad()
+def memorised(musiclm: MusicLM, clips: int, prompt: int) -> dict[str, float]:
+    """Shares of training clips whose continuation is said again, exactly or nearly, by the likeliest tokens.
+
+    Nearly: the histograms of both continuations are closer than any two of clips that do not belong together.
+    """
+    music = SyntheticMusic(24_000, seed=1, seconds=SECONDS, sample_rate=RATE)
+    waves = torch.stack([music[i][0] for i in range(clips)])
+    tokens = musiclm.tokenizer(waves, input_sample_hz=RATE)
+    quantizer = musiclm.mulan_embed_quantizer
+    indices = quantizer.indices(waves, sample_rate=RATE)
+    said = generate_semantic(
+        musiclm.stages['semantic'],
+        max_length=tokens.shape[1],
+        min_length=tokens.shape[1],
+        text_embeds=quantizer.embed(indices, 'semantic'),
+        prime=tokens[:, :prompt],
+        sampling=Sampling(temperature=0),
+    ).tokens[:, prompt:]
+    truth = tokens[:, prompt:]
+    centers = torch.nn.functional.normalize(musiclm.tokenizer.kmeans.centers.float(), dim=-1).numpy()
+    distances = 1 - centers @ centers.T
+
+    def cost(own: torch.Tensor, other: torch.Tensor) -> float:
+        (a, count_a), (b, count_b) = (np.unique(it.numpy(), return_counts=True) for it in (own, other))
+        return transport_cost(count_a / count_a.sum(), count_b / count_b.sum(), distances[np.ix_(a, b)])
+
+    costs = np.array([cost(own, other) for own, other in zip(said, truth)])
+    strangers = np.array(
+        [cost(own, other) for shift in (1, 2, 3, 4, 5) for own, other in zip(said, truth.roll(shift, dims=0))]
+    )
+    return dict(
+        exact=float((said == truth).all(dim=1).float().mean()),
+        same_token=float((said == truth).float().mean()),
+        median_cost=float(np.median(costs)),
+        median_cost_of_strangers=float(np.median(strangers)),
+        least_cost_of_strangers=float(strangers.min()),
+        approximate=float((costs < strangers.min()).mean()),
+    )
+
+
+# ---- together ----
+
+
+def main(args: argparse.Namespace) -> None:
+    start = time.perf_counter()
+    musiclm = MusicLM.from_pretrained(args.model)
+    prompts, labels = ask(args.prompts)
+    music = SyntheticMusic(1, seconds=SECONDS, sample_rate=RATE)
+    report = dict(date=datetime.date.today().isoformat(), prompts=args.prompts, samples=args.samples)
+    rows: dict[str, dict[str, float]] = {}
+    with ProcessPoolExecutor(args.processes, mp_context=get_context('spawn')) as pool:
+        judge, accuracy = train_judge(args.clips, args.tested, pool, args.data)
+        show(rows, 'real held-out audio: the judge itself', accuracy)
+
+        def judged(name: str, waves: torch.Tensor) -> None:
+            waves = list(waves.numpy())
+            heard, seen = (np.stack(list(pool.map(it, waves, chunksize=10))) for it in (hear, see))
+            show(rows, name, judge.right(heard, seen, labels))
+
+        given = dict(temperature=args.temperature, cond_scale=args.cond_scale)
+        keywords = {name: tuple(value or musiclm.sampling[name]) for name, value in given.items()}
+        waves, scores = sing(musiclm, prompts, args.samples, args.batch, **keywords)
+        place = torch.arange(len(prompts))
+        judged(f'the best of {args.samples} by MuLaN', waves[place, scores.argmax(dim=1)])
+        judged('without ranking', waves[:, 0])
+        if not args.brief:
+            plain, scores = sing(musiclm, prompts, args.samples, args.batch, **{**keywords, 'cond_scale': 1.0})
+            judged(f'without guidance, the best of {args.samples}', plain[place, scores.argmax(dim=1)])
+            judged('without guidance and ranking', plain[:, 0])
+        real = torch.stack([music.render(it, seed) for seed, it in enumerate(labels)])
+        judged('real audio of the same labels', real)
+        samplings = [Sampling(temperature=t, cond_scale=c) for t, c in zip(*keywords.values())]
+        for name, made in from_real(musiclm, prompts, real, samplings, args.batch).items():
+            what = dict(
+                codec='real audio through the codec: the ceiling',
+                fine='real coarse codes, the fine stage',
+                coarse='real semantic tokens, the coarse and fine stages',
+            )
+            judged(what[name], made)
+    report |= dict(rows=rows, memorised={prompt: memorised(musiclm, args.memorised, prompt) for prompt in (0, 12, 31)})
+    for prompt, found in report['memorised'].items():
+        print(f'{prompt} tokens of a training clip given:', json.dumps(found))
+    report['seconds'] = time.perf_counter() - start
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / 'obedience.json').write_text(json.dumps(report, indent=2) + '\n')
+
+
+def show(rows: dict, name: str, shares: dict[str, float]) -> None:
+    if not rows:
+        print('| | ' + ' | '.join(ASKED) + ' |\n|' + '---|' * (len(ASKED) + 1))
+    rows[name] = shares
+    print(f'| {name} | ' + ' | '.join(f'{shares[key]:.1%}' for key in ASKED) + ' |', flush=True)
+
+
+if __name__ == '__main__':
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--model', default='tiny', help='name or folder of the model (default: tiny)')
+    parser.add_argument('--prompts', type=int, default=200)
+    parser.add_argument('--samples', type=int, default=4, help='pieces that MuLaN chooses from (default 4)')
+    parser.add_argument('--temperature', type=float, nargs=3, help='instead of those of the model')
+    parser.add_argument('--cond-scale', type=float, nargs=3, help='instead of those of the model')
+    parser.add_argument('--batch', type=int, default=25, help='prompts at a time')
+    parser.add_argument('--clips', type=int, default=8000, help='real clips that the judge learns from')
+    parser.add_argument('--tested', type=int, default=1000, help='real held-out clips that the judge is tested on')
+    parser.add_argument('--memorised', type=int, default=200, help='training clips of the test of memory')
+    parser.add_argument('--brief', action='store_true', help='leave out the music without guidance')
+    parser.add_argument('--processes', type=int, default=2)
+    parser.add_argument('--data', type=Path, default=ROOT / 'build' / 'obedience', help='where to keep what was heard')
+    parser.add_argument('--out', type=Path, default=ROOT / 'build' / 'benchmarks')
+    main(parser.parse_args())

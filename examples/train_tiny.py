@@ -1,0 +1,237 @@
+"""Train the model that ships with the package, `MusicLM.from_pretrained('tiny')`, on SyntheticMusic.
+
+    python benchmarks/learning.py --sides ours --lrs 2e-3 --rich-captions --save build/tiny/mulan
+    python examples/train_tiny.py codec                                              # needs no MuLaN
+    python examples/train_tiny.py tokens
+    python examples/train_tiny.py semantic coarse fine pack
+
+Each phase leaves its result under `build/tiny` and is passed over when that is there; interrupted, a training goes on
+from its last checkpoint. Phases that need nothing of each other may run side by side, one thread each, which is faster
+than two threads one after the other. `pack` writes `musiclm_pytorch/pretrained/tiny`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from musiclm_pytorch import MuLaN, MuLaNEmbedQuantizer, MusicLM, SyntheticMusic
+from musiclm_pytorch.audiolm.bridge import AudioLM, CoarseTransformer, FineTransformer, SemanticTransformer
+from musiclm_pytorch.audiolm.initial import scale_initial_weights
+from musiclm_pytorch.audiolm.saving import load_module, save_module
+from musiclm_pytorch.audiolm.semantic import SemanticTokenizer
+from musiclm_pytorch.audiolm.semantic_mulan import MuLaNSemanticTokenizer
+from musiclm_pytorch.audiolm.spectral_codec import SpectralCodec
+from musiclm_pytorch.audiolm.tokens import compute_tokens
+from musiclm_pytorch.trainer.stages import CoarseTrainer, FineTrainer, SemanticTrainer, load_stage
+
+ROOT = Path(__file__).resolve().parent.parent
+SAMPLE_RATE, SECONDS, CLIPS, SEED = 16000, 5.0, 24_000, 1
+# captions that tell more than usual, as of `benchmarks/learning.py --rich-captions`
+MENTIONS = dict(tempo=0.85, mode=0.85, register=0.85, texture=0.75, drums=0.85, bpm=0.25, key=0.5)
+CODES, SEMANTIC_CODES = 512, 512
+COARSE, FINE = 2, 6  # levels of the codec
+LEVELS, CONDITIONS = 8, 128  # of the quantizer
+
+STAGE = dict(heads=4, dim_head=48, num_residual_streams=1, audio_text_condition=True, cond_as_self_attn_prefix=True)
+STAGES = dict(
+    semantic=dict(dim=192, depth=4, num_semantic_tokens=SEMANTIC_CODES, **STAGE),
+    coarse=dict(
+        dim=192,
+        depth=4,
+        num_semantic_tokens=SEMANTIC_CODES,
+        codebook_size=CODES,
+        num_coarse_quantizers=COARSE,
+        **STAGE,
+    ),
+    fine=dict(dim=160, depth=2, codebook_size=CODES, num_coarse_quantizers=COARSE, num_fine_quantizers=FINE, **STAGE),
+)
+KINDS = dict(semantic=SemanticTransformer, coarse=CoarseTransformer, fine=FineTransformer)
+TRAINERS = dict(semantic=SemanticTrainer, coarse=CoarseTrainer, fine=FineTrainer)
+WINDOWS = dict(semantic=5.0, coarse=0.32, fine=0.96)  # seconds
+SAMPLING = dict(temperature=(1.0, 0.8, 0.6), cond_scale=(2.0, 1.0, 1.0))
+BATCH = dict(semantic=32, coarse=192, fine=32)
+STEPS = dict(semantic=6000, coarse=4000, fine=3000)
+
+TRAINING = dict(
+    optimizer='adamw',
+    betas=(0.9, 0.98),
+    weight_decay=0.05,
+    max_grad_norm=1.0,
+    lr_scheduler_type='cosine',
+    min_lr_ratio=0.02,
+    warmup_steps=100,
+    mixed_precision='bf16',  # three times the speed on processors that have it
+    seed=SEED,
+)
+
+
+class Clips(torch.utils.data.Dataset):
+    """Items of SyntheticMusic, rendered once to a file."""
+
+    sample_rate = SAMPLE_RATE
+
+    def __init__(self, work: Path):
+        self.path = work / 'clips.npy'
+        self.waves = np.load(self.path, mmap_mode='r')
+        self.texts = json.loads((work / 'clips.json').read_text())
+
+    def __len__(self) -> int:
+        return len(self.waves)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, str]:
+        return torch.from_numpy(self.waves[index].astype(np.float32) / 32767), self.texts[index]
+
+
+def open_clips(work: Path) -> Clips:
+    if not (work / 'clips.json').exists():
+        work.mkdir(parents=True, exist_ok=True)
+        np.lib.format.open_memmap(work / 'clips.npy', 'w+', np.int16, (CLIPS, round(SAMPLE_RATE * SECONDS))).flush()
+        with ProcessPoolExecutor(os.cpu_count()) as pool:
+            texts = pool.map(render, [(work, start) for start in range(0, CLIPS, 1000)])
+            (work / 'clips.json').write_text(json.dumps([text for part in texts for text in part]))
+    return Clips(work)
+
+
+def render(task: tuple[Path, int]) -> list[str]:
+    """Write a thousand waves to their places; returns their captions."""
+    work, start = task
+    torch.set_num_threads(1)
+    music = SyntheticMusic(CLIPS, seed=SEED, seconds=SECONDS, sample_rate=SAMPLE_RATE, mentions=MENTIONS)
+    waves = np.lib.format.open_memmap(work / 'clips.npy', 'r+')
+    texts = []
+    for index in range(start, min(start + 1000, CLIPS)):
+        wave, text = music[index]
+        waves[index] = (wave.numpy() * 32767).astype(np.int16)
+        texts.append(text)
+    return texts
+
+
+# ---- phases ----
+
+
+def fit_codec(args: argparse.Namespace) -> None:
+    codec = SpectralCodec(SAMPLE_RATE, codebook_size=CODES, num_quantizers=COARSE + FINE)
+    missing = codec.fit(open_clips(args.work), max_items=4000, max_vectors=60_000, seed=SEED)
+    print('left over after each level:', ' '.join(f'{share:.1%}' for share in missing), flush=True)
+    save_module(codec, args.work / 'codec')
+
+
+def compute(args: argparse.Namespace) -> None:
+    """Quantizer, tokenizer, and the tokens of all clips; those of the codec when it is there."""
+    clips = open_clips(args.work)
+    if not (args.work / 'quantizer').exists():
+        mulan = small_vocabulary(MuLaN.from_pretrained(args.work / 'mulan'), clips.texts)
+        torch.manual_seed(SEED)
+        quantizer = MuLaNEmbedQuantizer(
+            mulan,
+            conditioning_dims=[STAGES[name]['dim'] for name in KINDS],
+            rq_num_quantizers=LEVELS,
+            codebook_size=CONDITIONS,
+        )
+        missing = quantizer.fit(clips, batch_size=64, max_items=12_000, seed=SEED)
+        print('left over after each level:', ' '.join(f'{share:.1%}' for share in missing), flush=True)
+        quantizer.save_pretrained(args.work / 'quantizer')
+    quantizer = MuLaNEmbedQuantizer.from_pretrained(args.work / 'quantizer')
+    if not (args.work / 'tokenizer').exists():
+        tokenizer = MuLaNSemanticTokenizer(quantizer.mulan, codebook_size=SEMANTIC_CODES)
+        lost = tokenizer.fit(clips, batch_size=32, max_items=6000, seed=SEED)
+        print(f'variance lost by the tokenizer: {lost:.1%}', flush=True)
+        tokenizer.save_pretrained(args.work / 'tokenizer')
+    modules = dict(tokenizer=SemanticTokenizer.from_pretrained(args.work / 'tokenizer'), quantizer=quantizer)
+    if (args.work / 'codec' / 'config.json').exists():
+        modules['codec'] = load_module(args.work / 'codec')
+    for name, module in modules.items():
+        start = time.perf_counter()
+        compute_tokens(clips, args.work / 'tokens', batch_size=32, **{name: module})
+        print(f'tokens by the {name} in {time.perf_counter() - start:.0f} s', flush=True)
+
+
+def small_vocabulary(mulan: MuLaN, texts: list[str]) -> MuLaN:
+    """The same MuLaN without the embeddings of words that it never read."""
+    ids = torch.cat([mulan.text.tokenize(texts[start : start + 1000]).unique() for start in range(0, len(texts), 1000)])
+    small = MuLaN(mulan.audio, mulan.text.with_known_tokens(ids.unique().tolist()), **mulan.config)
+    weights = mulan.state_dict() | {f'text.{name}': it for name, it in small.text.state_dict().items()}
+    small.load_state_dict(weights)
+    return small.eval()
+
+
+def train_stage(name: str, args: argparse.Namespace) -> None:
+    torch.manual_seed(SEED)
+    trainer = TRAINERS[name](
+        scale_initial_weights(KINDS[name](**STAGES[name])),
+        args.work / 'tokens',
+        quantizer=MuLaNEmbedQuantizer.from_pretrained(args.work / 'quantizer'),
+        batch_size=BATCH[name],
+        seconds=WINDOWS[name],
+        text_share=0.5,
+        cond_drop_prob=0.1,
+        mask_prob=0.1,
+        prefix_loss_weight=0.0,
+        valid_frac=0.01,
+        lr=args.lr or 2e-3,
+        **TRAINING,
+        **schedule(args, args.work / name, STEPS[name]),
+    )
+    trainer.train()
+
+
+def schedule(args: argparse.Namespace, folder: Path, steps: int) -> dict:
+    steps = args.steps or steps
+    return dict(
+        results_folder=folder,
+        resume=True,
+        num_train_steps=steps,
+        checkpoint_every=250,
+        max_checkpoints=1,
+        validate_every=250,
+        log_every=25,
+        progress=False,
+    )
+
+
+def pack(args: argparse.Namespace) -> None:
+    """All parts in one folder, in half precision."""
+    quantizer = MuLaNEmbedQuantizer.from_pretrained(args.work / 'quantizer')
+    stages = {}
+    for name, kind in KINDS.items():
+        stages[name] = kind(**STAGES[name])
+        load_stage(args.work / name / 'best', stages[name], quantizer)
+    audio_lm = AudioLM(
+        wav2vec=SemanticTokenizer.from_pretrained(args.work / 'tokenizer'),
+        codec=load_module(args.work / 'codec'),
+        **{f'{name}_transformer': stage for name, stage in stages.items()},
+        unique_consecutive=False,
+    )
+    musiclm = MusicLM(audio_lm, quantizer, windows=tuple(WINDOWS.values()), sampling=SAMPLING)
+    musiclm.save_pretrained(args.output, dtype=torch.float16)
+    files = sorted(args.output.rglob('*.safetensors'))
+    print(f'{sum(path.stat().st_size for path in files) / 1e6:.1f} MB in {args.output}')
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('phases', nargs='+', choices=['codec', 'tokens', *KINDS, 'pack'])
+    parser.add_argument('--work', type=Path, default=ROOT / 'build' / 'tiny')
+    parser.add_argument('--output', type=Path, default=ROOT / 'musiclm_pytorch' / 'pretrained' / 'tiny')
+    parser.add_argument('--steps', type=int, help='steps of a training, instead of those of the shipped model')
+    parser.add_argument('--lr', type=float, help='learning rate, instead of that of the shipped model')
+    args = parser.parse_args()
+    for phase in args.phases:
+        start = time.perf_counter()
+        if phase in KINDS:
+            train_stage(phase, args)
+        else:
+            dict(codec=fit_codec, tokens=compute, pack=pack)[phase](args)
+        print(f'{phase}: {time.perf_counter() - start:.0f} s', flush=True)
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,282 @@
+"""A codec that learns in a minute on a CPU: residual k-means over spectra, phases by the method of Griffin and Lim."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from einops import einsum, rearrange
+from sklearn.cluster import MiniBatchKMeans
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchaudio.functional import griffinlim
+
+from musiclm_pytorch.audiolm.bridge import SoundStream
+from musiclm_pytorch.checks import check_audio, check_positive, check_sample_rate, records_config, typechecked
+from musiclm_pytorch.data.audio import resample
+from musiclm_pytorch.data.collate import mono, split_item
+
+LOUDNESS = 0.5  # power of a magnitude: near that of loudness (Stevens' 0.6), so that errors count as they are heard
+MOMENTUM = 0.99  # of fast Griffin-Lim (Perraudin et al., 2013)
+BATCH = 4096  # vectors looked at in one step of the k-means
+
+
+class SpectralCodec(SoundStream):
+    """Waves to residual codes and back, in place of a SoundStream where there is no GPU to train one.
+
+    A code vector stands for `frames` neighbouring frames of a magnitude spectrogram, bin by bin up to `resolved_hz` and
+    in ever wider bands above, of which `components` principal components are kept. `fit` learns its codebooks level by
+    level, each of what the levels before leave (residual vector quantization, arXiv 2107.03312, section III-C, with
+    that linear encoder). Waves come back from the
+    magnitudes with phases that fit them; they sound alike, but no sample equals the original's.
+
+        codec = SpectralCodec(sample_rate=16000)
+        codec.fit(dataset)
+        _, codes, _ = codec(wavs, return_encoded=True)  # (b, samples // 640, 8) int64
+        wavs = codec.decode_from_codebook_indices(codes)  # (b, 1, samples)
+
+    It is a `SoundStream` because the annotations of audiolm-pytorch, which beartype checks, admit nothing else; its
+    methods are those that the stages and `MusicLM` call.
+
+    Args:
+        sample_rate: Hz.
+        codebook_size, num_quantizers: codes of a level, and levels.
+        window, hop: of the spectrogram, in seconds. 96 ms tell the overtones of low notes apart.
+        frames: of the spectrogram a code.
+        resolved_hz: up to where each bin of the spectrogram counts by itself.
+        bands: number of bands above.
+        components: of the vectors, at most.
+        iterations: of Griffin and Lim's method.
+
+    Raises:
+        ValueError: numbers out of range.
+    """
+
+    @records_config
+    @typechecked
+    def __init__(
+        self,
+        sample_rate: int = 16000,
+        codebook_size: int = 512,
+        num_quantizers: int = 8,
+        window: float = 0.096,
+        hop: float = 0.020,
+        frames: int = 2,
+        resolved_hz: float = 4000.0,
+        bands: int = 48,
+        components: int = 256,
+        iterations: int = 32,
+    ):
+        nn.Module.__init__(self)  # the parent's own would build networks
+        check_sample_rate(sample_rate)
+        check_positive(
+            codebook_size=codebook_size,
+            num_quantizers=num_quantizers,
+            window=window,
+            hop=hop,
+            frames=frames,
+            resolved_hz=resolved_hz,
+            bands=bands,
+            components=components,
+            iterations=iterations,
+        )
+        self.n_fft, self.hop = 2 * round(window * sample_rate / 2), round(hop * sample_rate)
+        if not 1 <= self.hop <= self.n_fft // 2:
+            raise ValueError(f'hop must lie between a sample and half of the window, got {hop} s of {window} s')
+        if resolved_hz >= sample_rate / 2:
+            raise ValueError(f'resolved_hz must lie below half of the sample rate, got {resolved_hz}')
+        self.target_sample_hz = sample_rate
+        self.codebook_size, self.num_quantizers, self.rq_groups = codebook_size, num_quantizers, 1
+        self.frames, self.iterations = frames, iterations
+        self.strides = (self.hop * frames,)
+        analysis, synthesis = band_filters(self.n_fft, sample_rate, resolved_hz, bands)
+        dim = frames * analysis.shape[0]
+        self.codebook_dim = min(components, dim)
+        self.register_buffer('analysis', analysis, persistent=False)
+        self.register_buffer('synthesis', synthesis, persistent=False)
+        self.register_buffer('fft_window', torch.hann_window(self.n_fft), persistent=False)
+        self.register_buffer('mean', torch.zeros(dim))
+        self.register_buffer('basis', torch.zeros(dim, self.codebook_dim))
+        self.register_buffer('codebooks', torch.zeros(num_quantizers, codebook_size, self.codebook_dim))
+        self.register_buffer('initted', torch.tensor(False))
+
+    @property
+    def built_with(self) -> dict[str, Any]:
+        """The keywords of the constructor, where `saving` looks for them."""
+        return self.config
+
+    @property
+    def is_fitted(self) -> bool:
+        return bool(self.initted)
+
+    @property
+    def device(self) -> torch.device:
+        return self.mean.device
+
+    # what audiolm-pytorch and MusicLM call
+
+    @torch.no_grad()
+    def forward(
+        self,
+        x: Tensor,
+        return_encoded: bool = False,
+        return_codes_only: bool = False,
+        return_recons_only: bool = False,
+        input_sample_hz: int | None = None,
+        **_: Any,
+    ) -> Any:
+        """`(b, samples)` waves to vectors `(b, t, d)`, codes `(b, t, q)` and a loss of 0, or to one of these.
+
+        With `return_recons_only`, what is left of the waves, `(b, 1, samples)`. Samples beyond whole codes are cut off.
+        """
+        if not (return_encoded or return_codes_only or return_recons_only):
+            raise ValueError('a SpectralCodec is not trained by a loss; call fit(dataset)')
+        self._check_fitted()
+        x = rearrange(x, '... n -> (...) n').float()
+        check_audio(x, ndim=2, shape='(batch, samples)')
+        if input_sample_hz is not None:
+            x = resample(x, input_sample_hz, self.target_sample_hz)
+        codes = self._quantize(self._vectors(x))
+        if return_codes_only:
+            return codes
+        if return_recons_only:
+            return self.decode_from_codebook_indices(codes)
+        return self._encoded(codes), codes, torch.zeros((), device=x.device)
+
+    @torch.no_grad()
+    def decode_from_codebook_indices(self, quantized_indices: Tensor) -> Tensor:
+        """Codes `(b, t, q)` to waves `(b, 1, samples)`; of fewer than all levels, what the first ones tell."""
+        self._check_fitted()
+        length = quantized_indices.shape[1] * self.downsample_factor
+        levels = rearrange(self._vectors_of(quantized_indices), 'b t (f d) -> b d (t f)', f=self.frames)
+        # the frame at whose middle the wave ends, and as many as a window needs
+        spare = 1 + max(0, self.n_fft // self.hop - levels.shape[-1])
+        levels = F.pad(levels, (0, spare), mode='replicate')
+        loudness = einsum(self.synthesis, levels.clamp(min=0), 'f d, b d t -> b f t')
+        # the first phases are random, but the same at each call
+        with torch.random.fork_rng(devices=[self.device] if self.device.type == 'cuda' else []):
+            torch.manual_seed(0)
+            waves = griffinlim(
+                loudness ** (1 / LOUDNESS),
+                window=self.fft_window,
+                n_fft=self.n_fft,
+                hop_length=self.hop,
+                win_length=self.n_fft,
+                power=1.0,
+                n_iter=self.iterations,
+                momentum=MOMENTUM,
+                length=(levels.shape[-1] - 1) * self.hop,
+                rand_init=True,
+            )
+        return rearrange(waves[:, :length], 'b n -> b 1 n')
+
+    # codebooks
+
+    def fit(
+        self, data: Any, *, sample_rate: int | None = None, max_items: int | None = None, max_vectors: int = 100_000,
+        seed: int = 0,
+    ) -> list[float]:  # fmt: skip
+        """Learn the codebooks by k-means, level by level.
+
+        Args:
+            data: a data set by index of waves, or of pairs as `MuLaNTrainer` takes; or a tensor `(b, samples)`.
+            sample_rate: of its waves in Hz; by default the data set's `sample_rate`, else the codec's.
+            max_items: waves used, drawn at random; all by default.
+            max_vectors: vectors that the k-means sees, as many of each wave.
+            seed: of the draws and of the k-means.
+
+        Returns:
+            after each level, the share of the variance that is still missing.
+
+        Raises:
+            ValueError: fewer vectors than codes.
+        """
+        check_positive(max_items=max_items, max_vectors=max_vectors)
+        rate = getattr(data, 'sample_rate', None) if sample_rate is None else sample_rate
+        rate = self.target_sample_hz if rate is None else rate
+        random = np.random.default_rng(seed)
+        chosen = random.permutation(len(data))[:max_items]
+        each = max(1, -(-max_vectors // len(chosen)))
+        drawn = []
+        for index in chosen.tolist():
+            if data[index] is None:
+                continue
+            wave, _ = split_item(data[index], f'item {index}')
+            wave = resample(mono(wave, f'item {index}'), rate, self.target_sample_hz)
+            vectors = self._vectors(wave[None].float().to(self.device))[0]
+            places = random.permutation(len(vectors))[:each]
+            drawn.append(vectors[torch.from_numpy(places)].cpu())
+        vectors = torch.cat(drawn) if drawn else torch.zeros(0, len(self.mean))
+        least = max(self.codebook_size, self.codebook_dim)
+        if len(vectors) < least:
+            raise ValueError(
+                f'{self.codebook_size} codes of {self.codebook_dim} components need at least {least} vectors of '
+                f'{self.frames} frames, got {len(vectors)}; give more audio, or a smaller codebook_size and components'
+            )
+        self.mean.copy_(vectors.mean(dim=0))
+        vectors -= self.mean.cpu()
+        variance, missing = float(vectors.double().square().sum()), []
+        # the directions in which the vectors differ most
+        self.basis.copy_(torch.linalg.eigh(vectors.T @ vectors).eigenvectors[:, -self.codebook_dim :])
+        residual = (vectors @ self.basis.cpu()).numpy()
+        beyond = variance - float(np.square(residual, dtype=np.float64).sum())
+        for level in range(self.num_quantizers):
+            means = MiniBatchKMeans(
+                self.codebook_size, batch_size=BATCH, n_init=1, max_no_improvement=20, random_state=seed
+            ).fit(residual)
+            residual -= means.cluster_centers_[means.labels_]
+            self.codebooks[level] = torch.from_numpy(means.cluster_centers_)
+            missing.append((beyond + float(np.square(residual, dtype=np.float64).sum())) / variance)
+        self.initted.fill_(True)
+        return missing
+
+    def _vectors(self, waves: Tensor) -> Tensor:
+        """`(b, samples)` to `(b, samples // downsample_factor, d)`."""
+        codes = waves.shape[-1] // self.downsample_factor
+        if codes == 0:
+            raise ValueError(f'a wave of {waves.shape[-1]} samples is shorter than a code, {self.downsample_factor}')
+        waves = F.pad(waves, (self.n_fft // 2, self.n_fft // 2))
+        spectrum = torch.stft(
+            waves, self.n_fft, self.hop, window=self.fft_window.to(waves), center=False, return_complex=True
+        )
+        power = spectrum[..., : codes * self.frames].abs().square()
+        levels = einsum(self.analysis.to(waves), power, 'd f, b f t -> b d t') ** (LOUDNESS / 2)
+        return rearrange(levels, 'b d (t f) -> b t (f d)', f=self.frames)
+
+    def _quantize(self, vectors: Tensor) -> Tensor:
+        """The nearest code of each level to what the levels before leave, `(b, t, q)`."""
+        residual, codes = (vectors - self.mean) @ self.basis, []
+        for codebook in self.codebooks:
+            scores = einsum(residual, codebook, 'b t d, c d -> b t c') - codebook.square().sum(dim=-1) / 2
+            codes.append(scores.argmax(dim=-1))
+            residual = residual - codebook[codes[-1]]
+        return torch.stack(codes, dim=-1)
+
+    def _vectors_of(self, codes: Tensor) -> Tensor:
+        return self.mean + self._encoded(codes) @ self.basis.T
+
+    def _encoded(self, codes: Tensor) -> Tensor:
+        """The sum of the codes' centres, in principal components."""
+        return sum(codebook[own] for codebook, own in zip(self.codebooks, codes.unbind(dim=-1)))
+
+    def _check_fitted(self) -> None:
+        if not self.is_fitted:
+            raise ValueError('this codec has no codebooks yet; call fit(dataset) or load a fitted one')
+
+
+def band_filters(n_fft: int, sample_rate: int, resolved_hz: float, bands: int) -> tuple[Tensor, Tensor]:
+    """`(d, bins)` means over bands, and `(bins, d)` straight lines between the bands' middles, which lead back.
+
+    Every bin up to `resolved_hz` is a band of its own; above, the middles of the bands grow by one ratio up to half of
+    the sample rate.
+    """
+    bins = np.arange(n_fft // 2 + 1)
+    resolved = int(resolved_hz * n_fft / sample_rate)
+    above = np.geomspace(resolved, bins[-1], bands + 1)[1:]
+    # a band is a bin wide at least
+    middles = np.concatenate([np.arange(resolved + 1), above[np.maximum.accumulate(above) >= resolved + 1]])
+    middles = middles[np.concatenate([[True], np.diff(middles) >= 1])]
+    synthesis = np.stack([np.interp(bins, middles, row) for row in np.eye(len(middles))], axis=1)
+    analysis = synthesis.T / synthesis.sum(axis=0)[:, None]
+    return torch.from_numpy(analysis).float(), torch.from_numpy(synthesis).float()

@@ -1,0 +1,104 @@
+"""A page to look at and to listen to: a WAV, a spectrogram and a player for each clip."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import soundfile
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from musiclm_pytorch.mulan.spectrogram import mel_filters
+
+BANDS, RANGE = 128, 80.0  # of the pictures: mel bands, and dB from the loudest to black
+
+PAGE = """<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width">
+<title>{title}</title>
+<style>
+  body {{ font: 16px/1.5 sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222 }}
+  figure {{ margin: 0 0 2rem }} img, audio {{ display: block; width: 100% }} small {{ color: #666 }}
+</style>
+<h1>{title}</h1>
+{body}
+</html>
+"""
+FIGURE = """<figure>
+  <figcaption>{caption} <small>{note}</small></figcaption>
+  <img src="{name}.png" alt="mel spectrogram of {caption}">
+  <audio controls preload="none" src="{name}.wav"></audio>
+</figure>"""
+
+
+@dataclass(frozen=True)
+class Clip:
+    """One clip of a page.
+
+    name: of its files, without the ending
+    wave: `(samples,)` in [-1, 1]; what is beyond is clipped
+    caption, note: text beside it
+    section: clips of one section stand together under it, as a heading
+    """
+
+    name: str
+    wave: Tensor
+    caption: str
+    note: str = ''
+    section: str = ''
+
+
+def write_gallery(
+    folder: str | Path, clips: Sequence[Clip], sample_rate: int, *, title: str, overwrite: bool = False
+) -> Path:
+    """Write `index.html` and, for each clip, `name.wav` (16 bit) and `name.png`; returns the path of the page.
+
+    Raises FileExistsError if the folder has a page already, unless it may be overwritten.
+    """
+    folder = Path(folder)
+    page = folder / 'index.html'
+    if page.exists() and not overwrite:
+        raise FileExistsError(f'{page} is there already; give another folder, or say that it may be overwritten')
+    folder.mkdir(parents=True, exist_ok=True)
+    body, section = [], ''
+    for clip in clips:
+        soundfile.write(folder / f'{clip.name}.wav', clip.wave.clamp(-1, 1).cpu().numpy(), sample_rate)
+        picture(clip.wave, sample_rate).savefig(folder / f'{clip.name}.png', dpi=80)
+        if clip.section != section:
+            section = clip.section
+            body.append(f'<h2>{html.escape(section)}</h2>')
+        texts = {name: html.escape(getattr(clip, name)) for name in ('name', 'caption', 'note')}
+        body.append(FIGURE.format(**texts))
+    page.write_text(PAGE.format(title=html.escape(title), body='\n'.join(body)), encoding='utf-8')
+    return page
+
+
+def picture(wave: Tensor, sample_rate: int) -> Figure:
+    """The log-mel spectrogram of `(samples,)` over time, from the loudest down to 80 dB below it."""
+    figure = Figure(figsize=(9, 2.2), layout='constrained')
+    draw(figure.subplots(), wave, sample_rate)
+    return figure
+
+
+def draw(axes, wave: Tensor, sample_rate: int) -> None:
+    """The same into matplotlib's axes."""
+    spectrogram = log_mel(wave, sample_rate).numpy()
+    extent = (0, len(wave) / sample_rate, 0, BANDS)
+    axes.imshow(spectrogram, origin='lower', aspect='auto', extent=extent, vmin=-RANGE, vmax=0, cmap='magma')
+    axes.set(xlabel='seconds', yticks=[], ylabel='mel')
+
+
+def log_mel(wave: Tensor, sample_rate: int) -> Tensor:
+    """`(128, frames)`, in dB below the loudest; windows of some 64 ms, eight to a window."""
+    n_fft = 2 ** round(sample_rate * 0.064).bit_length() // 2
+    wave = torch.nn.functional.pad(wave.detach().cpu().float(), (0, max(0, n_fft - len(wave))))
+    window = torch.hann_window(n_fft)
+    power = torch.stft(wave, n_fft, n_fft // 8, window=window, return_complex=True).abs().square()
+    filters = mel_filters(BANDS, bins=n_fft // 2 + 1, sample_rate=sample_rate, f_min=20.0, f_max=sample_rate / 2)
+    mel = filters.T @ power
+    return 10 * torch.log10((mel / mel.max().clamp(min=1e-10)).clamp(min=1e-10))
