@@ -56,7 +56,7 @@ STAGES = dict(
 KINDS = dict(semantic=SemanticTransformer, coarse=CoarseTransformer, fine=FineTransformer)
 TRAINERS = dict(semantic=SemanticTrainer, coarse=CoarseTrainer, fine=FineTrainer)
 WINDOWS = dict(semantic=5.0, coarse=0.32, fine=0.96)  # seconds
-SAMPLING = dict(temperature=(1.0, 0.8, 0.6), cond_scale=(2.0, 1.0, 1.0))
+SAMPLING = dict(temperature=(0.8, 0.6, 0.4), cond_scale=(2.0, 1.0, 1.0))
 BATCH = dict(semantic=32, coarse=192, fine=32)
 STEPS = dict(semantic=6000, coarse=4000, fine=3000)
 

@@ -98,5 +98,5 @@ def test_the_card_tells_what_the_folder_holds():
     settings = json.loads((HOME / 'tiny' / 'config.json').read_text())
     assert settings['model'] == 'MusicLM'
     card = (HOME / 'tiny' / 'README.md').read_text()
-    for word in ('command', 'seed', 'hardware', 'loss'):
+    for word in ('command', 'seed', 'cores', 'loss', 'judge'):
         assert word in card.lower()

@@ -164,10 +164,10 @@ def test_settings_that_make_no_sense(tmp_path, keywords, message):
         make_trainer(tmp_path, **keywords)
 
 
-@pytest.mark.parametrize(('batch_size', 'threshold'), [(3, 0.1 * 3 * 50 / 16), (40, 2.0)])
+@pytest.mark.parametrize(('batch_size', 'threshold'), [(3, 0.1 * 3 * 50 / 16), (8, 2.0)])
 def test_codes_are_not_replaced_for_want_of_frames(tmp_path, batch_size, threshold):
     """In a batch of few frames no code gets two of them, so that all would be dead at every step."""
     codec = make_codec()
     make_trainer(tmp_path, codec, batch_size=batch_size)
-    found = {it.threshold_ema_dead_code for it in codec.rq.modules() if hasattr(it, 'threshold_ema_dead_code')}
-    assert found == {pytest.approx(threshold)}
+    found = [it.threshold_ema_dead_code for it in codec.rq.modules() if hasattr(it, 'threshold_ema_dead_code')]
+    assert found == pytest.approx([threshold] * 2)
