@@ -155,7 +155,7 @@ class SpectralCodec(SoundStream):
         levels = F.pad(levels, (0, spare), mode='replicate')
         loudness = einsum(self.synthesis, levels.clamp(min=0), 'f d, b d t -> b f t')
         # the first phases are random, but the same at each call
-        with torch.random.fork_rng(devices=[self.device] if self.device.type == 'cuda' else []):
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):  # a seed is one of all devices
             torch.manual_seed(0)
             waves = griffinlim(
                 loudness ** (1 / LOUDNESS),
@@ -200,9 +200,10 @@ class SpectralCodec(SoundStream):
         each = max(1, -(-max_vectors // len(chosen)))
         drawn = []
         for index in chosen.tolist():
-            if data[index] is None:
+            item = data[index]
+            if item is None:
                 continue
-            wave, _ = split_item(data[index], f'item {index}')
+            wave, _ = split_item(item, f'item {index}')
             wave = resample(mono(wave, f'item {index}'), rate, self.target_sample_hz)
             vectors = self._vectors(wave[None].float().to(self.device))[0]
             places = random.permutation(len(vectors))[:each]
