@@ -34,6 +34,8 @@ _HOMES = {
     'musiclm_pytorch.quantizer': ['MuLaNEmbedQuantizer'],
     'musiclm_pytorch.trainer.codec': ['CodecTrainer'],
     'musiclm_pytorch.trainer.mulan': ['MuLaNTrainer'],
+    'musiclm_pytorch.trainer.pipeline': ['train_musiclm'],
+    'musiclm_pytorch.trainer.pipeline_recipe': ['MusicLMRecipe'],
     'musiclm_pytorch.trainer.stages': ['CoarseTrainer', 'FineTrainer', 'SemanticTrainer'],
     'musiclm_pytorch.mulan.recipes': [
         'create_optimized_audiospectrogram_transformer',

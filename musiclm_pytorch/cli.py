@@ -13,6 +13,7 @@ from musiclm_pytorch.cli_training import (
     add_training_options,
     overrides_of,
     tokens,
+    train_all,
     train_codec,
     train_quantizer,
     train_stage,
@@ -182,6 +183,7 @@ TRAININGS = [
     train_stage('semantic', 'semantic tokens from conditioning'),
     train_stage('coarse', 'coarse acoustic tokens from semantic ones'),
     train_stage('fine', 'fine acoustic tokens from coarse ones'),
+    train_all,
 ]
 SUBCOMMANDS = [shard, train, tokens, generate]
 

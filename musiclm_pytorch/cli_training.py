@@ -106,6 +106,35 @@ def train_quantizer(models) -> None:
     parser.set_defaults(run=run_train_quantizer, prog=parser.prog)
 
 
+def train_all(models) -> None:
+    """`musiclm train all`: from pairs of audio and text to a MusicLM."""
+    parser = models.add_parser(
+        'all',
+        help='every part of MusicLM in turn, and the whole put together',
+        description='Train MuLaN, quantizer, semantic tokenizer, codec and the three stages, each in a folder of its '
+        'own under --output; the model is in the folder musiclm there. Interrupted, the same command with --resume '
+        'goes on where it was.',
+    )
+    parser.add_argument('--data', metavar='SOURCE', required=True, help='as for `musiclm train mulan`')
+    parser.add_argument(
+        '--audio-folder', metavar='FOLDER', help='--data is the CSV of MusicCaps, and its audio lies in this folder'
+    )
+    parser.add_argument(
+        '--config',
+        metavar='FILE',
+        help='a recipe of every part, in YAML or JSON, such as examples/recipes/musiclm_small.yaml; what it leaves out '
+        'is as in the default recipe',
+    )
+    parser.add_argument('--output', metavar='FOLDER', required=True, help='where everything goes')
+    parser.add_argument(
+        '--resume',
+        action='store_true',
+        help='go on with the run under --output, by the recipe there; otherwise what is there is moved aside',
+    )
+    parser.add_argument('--seed', type=int, metavar='N', help='of every part, instead of those of the recipe')
+    parser.set_defaults(run=run_train_all, prog=parser.prog)
+
+
 def tokens(subcommands) -> None:
     """`musiclm tokens`: what the stages are trained on, computed once."""
     parser = subcommands.add_parser(
@@ -147,21 +176,18 @@ def run_train_stage(options: argparse.Namespace) -> None:
 
 
 def run_train_codec(options: argparse.Namespace) -> None:
-    from musiclm_pytorch.data.opening import open_pairs
-    from musiclm_pytorch.data.shards import ShardedAudioText, ShardItems
     from musiclm_pytorch.trainer.batches import seed_everything
     from musiclm_pytorch.trainer.stage_recipes import CodecRecipe
 
     recipe = read_recipe(CodecRecipe, options)
     seed_everything(recipe.seed)
     codec = recipe.build_model()
-    rate = codec.target_sample_hz
-    # a little more than a crop is read of each clip
-    dataset = open_pairs(options.data, sample_rate=rate, max_seconds=2 * max(1.0, recipe.training.get('seconds', 1.0)))
-    if isinstance(dataset, ShardedAudioText):  # by index; their crops are drawn by the trainer
-        dataset = ShardItems(open_pairs(options.data, sample_rate=rate, max_seconds=None, training=False))
     trainer = recipe.build_trainer(
-        codec, dataset, sample_rate=rate, results_folder=Path(options.output), resume=options.resume
+        codec,
+        recipe.open_data(options.data, codec),
+        sample_rate=codec.target_sample_hz,
+        results_folder=Path(options.output),
+        resume=options.resume,
     )
     run_trainer(recipe, trainer)
 
@@ -213,8 +239,7 @@ def run_tokens(options: argparse.Namespace) -> None:
     from musiclm_pytorch.audiolm.saving import load_module
     from musiclm_pytorch.audiolm.semantic import SemanticTokenizer
     from musiclm_pytorch.audiolm.tokens import compute_tokens
-    from musiclm_pytorch.data.opening import SYNTHETIC, open_pairs
-    from musiclm_pytorch.data.shards import ShardedAudioText, ShardItems
+    from musiclm_pytorch.data.opening import open_whole_clips
     from musiclm_pytorch.quantizer import MuLaNEmbedQuantizer
 
     readers = dict(
@@ -225,16 +250,10 @@ def run_tokens(options: argparse.Namespace) -> None:
     rates += [modules['quantizer'].mulan.sample_rate] if 'quantizer' in modules else []
     if not rates or None in rates:
         raise ValueError('give at least one of --tokenizer, --codec and --quantizer, each of a known sample rate')
-    length, seconds = int(options.synthetic[0]), float(options.synthetic[1])
-    dataset = open_pairs(
-        options.data,
-        sample_rate=max(rates),
-        training=options.data == SYNTHETIC,
-        max_seconds=seconds if options.data == SYNTHETIC else None,
-        synthetic_length=length,
+    length, seconds = options.synthetic
+    dataset = open_whole_clips(
+        options.data, sample_rate=max(rates), synthetic_length=int(length), synthetic_seconds=float(seconds)
     )
-    if isinstance(dataset, ShardedAudioText):
-        dataset = ShardItems(dataset)
     compute_tokens(
         dataset,
         options.output,
@@ -244,3 +263,22 @@ def run_tokens(options: argparse.Namespace) -> None:
         **modules,
     )
     print(f'tokens of {len(dataset)} clips are in {options.output}')
+
+
+def run_train_all(options: argparse.Namespace) -> None:
+    from musiclm_pytorch.trainer.pipeline import train_musiclm
+    from musiclm_pytorch.trainer.pipeline_recipe import MusicLMRecipe
+
+    recipe = None if options.config is None else MusicLMRecipe.load(options.config)
+    if options.seed is not None:
+        recipe = (recipe or MusicLMRecipe()).with_seed(options.seed)
+    train_musiclm(
+        options.data,
+        options.output,
+        recipe,
+        audio_folder=options.audio_folder,
+        resume=options.resume,
+        on_part=lambda name, seconds: print(f'{name}: {seconds:.0f} s', flush=True),
+    )
+    folder = Path(options.output) / 'musiclm'
+    print(f'the model is in {folder}; hear it with: musiclm generate "a slow piano melody" --model {folder} -o out')

@@ -83,7 +83,7 @@ def test_every_option_has_help(monkeypatch):
     with pytest.raises(SystemExit):
         cli.main([])
     commands = dict(parsers_below(parsers[0]))
-    trainings = ('mulan', 'quantizer', 'codec', 'semantic', 'coarse', 'fine')
+    trainings = ('mulan', 'quantizer', 'codec', 'semantic', 'coarse', 'fine', 'all')
     assert set(commands) == {'shard', 'tokens', 'train', 'generate', *(f'train {name}' for name in trainings)}
     for parser in commands.values():
         assert parser.description

@@ -142,7 +142,7 @@ def test_a_made_recipe_is_checked_too():
         MuLaNRecipe.default().updated(training=dict(lr='fast'))
 
 
-@pytest.mark.parametrize('path', sorted(EXAMPLES.iterdir()), ids=lambda path: path.name)
+@pytest.mark.parametrize('path', sorted(EXAMPLES.glob('mulan_*')), ids=lambda path: path.name)
 def test_examples_train(path, tmp_path):
     recipe = MuLaNRecipe.load(path).updated(
         data=dict(synthetic_length=8, synthetic_valid_length=4, max_seconds=1.0),
@@ -152,6 +152,15 @@ def test_examples_train(path, tmp_path):
     data, held_out = (recipe.open_data('synthetic', mulan, training=training) for training in (True, False))
     trainer = recipe.build_trainer(mulan, data, valid_dataset=held_out, results_folder=tmp_path / 'out')
     assert torch.isfinite(torch.tensor(trainer.train(**recipe.train_keywords)['valid_loss']))
+
+
+def test_values_that_are_shared_may_be_given_anew(tmp_path):
+    text = 'audio: &tower {dim: 32, depth: 1}\ntext: {<<: *tower, depth: 2}'
+    recipe = MuLaNRecipe.load(written(tmp_path, text))
+    assert recipe.audio['depth'] == 1
+    assert recipe.text == dict(dim=32, depth=2)
+    with pytest.raises(ValueError, match="'depth' is given twice"):
+        MuLaNRecipe.load(written(tmp_path, text.replace('depth: 2', 'depth: 2, depth: 3')))
 
 
 def test_model_of_another_place_is_described_by_a_recipe(tmp_path):

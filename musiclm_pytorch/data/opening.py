@@ -8,7 +8,7 @@ from torch.utils.data import Dataset
 
 from musiclm_pytorch.checks import typechecked
 from musiclm_pytorch.data.datasets import AudioTextDataset
-from musiclm_pytorch.data.shards import ShardedAudioText
+from musiclm_pytorch.data.shards import ShardedAudioText, ShardItems
 from musiclm_pytorch.data.synthetic import SyntheticMusic
 
 SYNTHETIC = 'synthetic'
@@ -56,3 +56,30 @@ def open_pairs(
     if audio_folder is None and not path.exists():
         raise FileNotFoundError(f'no folder, manifest or shards at {source}')
     return AudioTextDataset.from_path(source, audio_folder, **crops, training=training, check_headers=check_headers)
+
+
+@typechecked
+def open_whole_clips(
+    source: str | Path,
+    *,
+    sample_rate: int,
+    audio_folder: str | Path | None = None,
+    synthetic_length: int = 20_000,
+    synthetic_seconds: float = 10.0,
+) -> Dataset:
+    """The same for what is computed once: items by index, alike at each visit, clips from beginning to end.
+
+    Args:
+        synthetic_length, synthetic_seconds: clips of 'synthetic', of its split 'train', and how long each is.
+        others: as in `open_pairs`.
+    """
+    synthetic = str(source) == SYNTHETIC
+    dataset = open_pairs(
+        source,
+        sample_rate=sample_rate,
+        audio_folder=audio_folder,
+        training=synthetic,
+        max_seconds=synthetic_seconds if synthetic else None,
+        synthetic_length=synthetic_length,
+    )
+    return ShardItems(dataset) if isinstance(dataset, ShardedAudioText) else dataset

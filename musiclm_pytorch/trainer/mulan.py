@@ -187,6 +187,7 @@ class MuLaNTrainer(Trainer):
             mulan.text.compile()
 
     smallest_batch = 2
+    saves_last = True
 
     def count_items(self, batch: dict[str, Any] | None) -> int | None:
         if batch is None:

@@ -22,6 +22,15 @@ FILE = 'recipe.json'
 IS_CODE = 'it is an object of Python; build the trainer in Python to pass one'
 
 
+def write_recipe(content: Mapping[str, Any], folder: str | Path) -> Path:
+    """Write `recipe.json` into a folder, aside and renamed."""
+    path = Path(folder) / FILE
+    aside = path.with_suffix('.tmp')
+    aside.write_text(json.dumps(content, indent=2) + '\n', encoding='utf-8')
+    aside.replace(path)
+    return path
+
+
 @dataclass(frozen=True)
 class Recipe:
     """What every recipe does; a subclass has a field for each of its `SECTIONS`, a dict of keywords.
@@ -44,11 +53,12 @@ class Recipe:
         Raises FileNotFoundError; ValueError for an unknown section or key and TypeError for a wrong value, which name
         the file and the key.
         """
-        path = Path(path)
-        content = read_content(path)
-        return cls(source=str(path)).updated(
-            **check_sections({} if content is None else content, cls.SECTIONS, str(path))
-        )
+        return cls.from_content(read_content(Path(path)), str(path))
+
+    @classmethod
+    def from_content(cls, content: Any, source: str) -> Recipe:
+        """The same, from what was read; errors begin with `source`."""
+        return cls(source=source).updated(**check_sections({} if content is None else content, cls.SECTIONS, source))
 
     @classmethod
     def default(cls) -> Recipe:
@@ -71,11 +81,7 @@ class Recipe:
 
     def save(self, folder: str | Path) -> Path:
         """Write `recipe.json` into a folder; `load` reads it."""
-        path = Path(folder) / FILE
-        aside = path.with_suffix('.tmp')
-        aside.write_text(json.dumps(self.to_dict(), indent=2) + '\n', encoding='utf-8')
-        aside.replace(path)
-        return path
+        return write_recipe(self.to_dict(), folder)
 
     @contextmanager
     def section(self, name: str) -> Iterator[dict[str, Any]]:

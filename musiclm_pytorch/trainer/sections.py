@@ -161,11 +161,12 @@ def _unique(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
 
 
 def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
-    loader.flatten_mapping(node)
     try:
-        return _unique(
-            [(loader.construct_object(key), loader.construct_object(it, deep=True)) for key, it in node.value]
-        )
+        # its own keys alone: one that `<<` brings along may be given anew
+        own = [key for key, _ in node.value if key.tag != 'tag:yaml.org,2002:merge']
+        _unique([(loader.construct_object(key), None) for key in own])
+        loader.flatten_mapping(node)
+        return {loader.construct_object(key): loader.construct_object(it, deep=True) for key, it in node.value}
     except (TypeError, ValueError) as error:
         raise yaml.constructor.ConstructorError(None, None, str(error), node.start_mark) from error
 

@@ -12,6 +12,8 @@ from torch import nn
 from musiclm_pytorch.audiolm.bridge import SoundStream
 from musiclm_pytorch.audiolm.initial import scale_initial_weights
 from musiclm_pytorch.audiolm.tokens import read_stream
+from musiclm_pytorch.data.opening import open_pairs, open_whole_clips
+from musiclm_pytorch.data.shards import ShardedAudioText
 from musiclm_pytorch.quantizer import MuLaNEmbedQuantizer
 from musiclm_pytorch.trainer.codec import CodecTrainer
 from musiclm_pytorch.trainer.loop import Trainer
@@ -182,6 +184,15 @@ class CodecRecipe(ModelRecipe):
         """A new codec, with weights drawn from torch's generator."""
         with self.section('model') as keywords:
             return SoundStream(**keywords)
+
+    def open_data(self, data: str, codec: SoundStream, *, audio_folder: str | None = None) -> Any:
+        """The waves at `data`, at the codec's rate, with a little more than a crop of each clip; see `open_pairs`."""
+        rate = codec.target_sample_hz
+        longest = 2 * max(1.0, self.training.get('seconds', 1.0))
+        dataset = open_pairs(data, sample_rate=rate, audio_folder=audio_folder, max_seconds=longest)
+        if isinstance(dataset, ShardedAudioText):  # by index; their crops are drawn by the trainer
+            return open_whole_clips(data, sample_rate=rate)
+        return dataset
 
 
 STAGE_RECIPES = dict(semantic=SemanticRecipe, coarse=CoarseRecipe, fine=FineRecipe)

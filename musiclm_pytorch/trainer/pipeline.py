@@ -1,0 +1,242 @@
+"""The whole of MusicLM from one data set: every part trained or fitted in turn, and put together."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from torch.utils.data import Dataset
+
+from musiclm_pytorch.audiolm.bridge import AudioLM
+from musiclm_pytorch.audiolm.saving import load_module, save_module
+from musiclm_pytorch.audiolm.semantic import SemanticTokenizer
+from musiclm_pytorch.audiolm.semantic_mulan import MuLaNSemanticTokenizer
+from musiclm_pytorch.audiolm.spectral_codec import SpectralCodec
+from musiclm_pytorch.audiolm.tokens import compute_tokens
+from musiclm_pytorch.checks import typechecked
+from musiclm_pytorch.data.opening import SYNTHETIC, open_whole_clips
+from musiclm_pytorch.mulan.checkpoint import CONFIG_FILE
+from musiclm_pytorch.mulan.model import MuLaN
+from musiclm_pytorch.musiclm import MusicLM
+from musiclm_pytorch.quantizer import MuLaNEmbedQuantizer
+from musiclm_pytorch.trainer.batches import seed_everything
+from musiclm_pytorch.trainer.folders import prepare_results_folder
+from musiclm_pytorch.trainer.loop import Trainer
+from musiclm_pytorch.trainer.pipeline_recipe import STAGES, MusicLMRecipe
+from musiclm_pytorch.trainer.recipes import FILE
+from musiclm_pytorch.trainer.stages import load_stage
+
+
+@typechecked
+def train_musiclm(
+    data: str | Path,
+    output: str | Path,
+    recipe: MusicLMRecipe | None = None,
+    *,
+    audio_folder: str | Path | None = None,
+    resume: bool = False,
+    on_part: Callable[[str, float], None] | None = None,
+) -> MusicLM:
+    """Train a MusicLM from nothing: MuLaN, quantizer, semantic tokenizer, codec, tokens, and the three stages.
+
+    Each part lies in a folder of its own under `output`, the whole in `output/musiclm`, which
+    `MusicLM.from_pretrained` reads. Interrupted, the same call with `resume` passes over the parts that are finished
+    and goes on in the one that is not.
+
+    Args:
+        data: pairs of audio and text: whatever `musiclm_pytorch.data.opening.open_pairs` opens.
+        output: where everything goes.
+        recipe: of every part; the default one, or with `resume` the one in `output`, if it is left out.
+        audio_folder: the folder of the audio, if `data` is the CSV of MusicCaps.
+        resume: go on from what is in `output`; otherwise that is moved aside.
+        on_part: called with each part's name and the seconds that it took.
+
+    Returns:
+        the model, in eval mode.
+
+    Raises:
+        ValueError: several processes, a recipe that is not the one of the run to resume, data without enough clips.
+    """
+    if int(os.environ.get('WORLD_SIZE', '1')) > 1:
+        raise ValueError(
+            'all parts in one run is for one process; with several, run musiclm train mulan, quantizer, codec, then '
+            'musiclm tokens, then musiclm train semantic, coarse, fine'
+        )
+    output = Path(output)
+    recipe = agreed_recipe(recipe, output, resume)
+    prepare_results_folder(output, resume=resume, clear=False)
+    recipe.save(output)
+    parts = _Parts(str(data), output, recipe, None if audio_folder is None else str(audio_folder))
+    for train_part in (parts.mulan, parts.quantizer, parts.tokenizer, parts.codec, parts.tokens):
+        _timed(train_part.__name__, train_part, on_part)
+    for stage in STAGES:
+        _timed(stage, lambda: parts.stage(stage), on_part)  # noqa: B023 - called at once
+    return _timed('musiclm', parts.musiclm, on_part)
+
+
+def agreed_recipe(recipe: MusicLMRecipe | None, output: Path, resume: bool) -> MusicLMRecipe:
+    """The recipe given, the one of the run to resume, or the default one. Raises ValueError if the first two differ."""
+    if not (resume and (output / FILE).is_file()):
+        return recipe or MusicLMRecipe()
+    earlier = MusicLMRecipe.load(output / FILE)
+    if recipe is None or recipe.to_dict() == earlier.to_dict():
+        return earlier
+    given, kept = recipe.to_dict(), earlier.to_dict()
+    differ = [name for name in {**given, **kept} if given.get(name) != kept.get(name)]
+    raise ValueError(
+        f'the run in {output} has another recipe: {", ".join(differ)} differ; leave the recipe out to go on with it, '
+        'or give another folder'
+    )
+
+
+class _Parts:
+    """The parts in order, each in its folder; what is there already is not made again."""
+
+    def __init__(self, data: str, output: Path, recipe: MusicLMRecipe, audio_folder: str | None):
+        self.data, self.output, self.recipe, self.audio_folder = data, output, recipe, audio_folder
+
+    def mulan(self) -> None:
+        recipe, folder = self.recipe.mulan, self.output / 'mulan'
+        if is_whole(folder / 'last'):
+            return
+        seed_everything(recipe.seed)
+        mulan = recipe.build_model()
+        held_out = None
+        if self.data == SYNTHETIC:
+            held_out = recipe.open_data(self.data, mulan, training=False)
+        dataset = recipe.open_data(self.data, mulan, audio_folder=self.audio_folder)
+        finish(recipe, recipe.build_trainer(mulan, dataset, valid_dataset=held_out, results_folder=folder, resume=True))
+
+    def quantizer(self) -> None:
+        folder = self.output / 'quantizer'
+        if is_whole(folder):
+            return
+        mulan = MuLaN.from_pretrained(best_of(self.output / 'mulan'))
+        with self.recipe.fitted.section('quantizer') as keywords:
+            built, fitted = split_keywords(keywords, MuLaNEmbedQuantizer)
+            seed_everything(fitted.get('seed', 0))
+            quantizer = MuLaNEmbedQuantizer(mulan, conditioning_dims=self.recipe.conditioning_dims, **built)
+            quantizer.fit(self.clips(mulan.sample_rate), **fitted)
+        quantizer.save_pretrained(folder)
+
+    def tokenizer(self) -> None:
+        folder = self.output / 'tokenizer'
+        if is_whole(folder):
+            return
+        mulan = MuLaN.from_pretrained(best_of(self.output / 'mulan'))
+        with self.recipe.fitted.section('tokenizer') as keywords:
+            built, fitted = split_keywords(keywords, MuLaNSemanticTokenizer)
+            tokenizer = MuLaNSemanticTokenizer(mulan, **built)
+            tokenizer.fit(self.clips(mulan.sample_rate), **fitted)
+        tokenizer.save_pretrained(folder)
+
+    def codec(self) -> None:
+        folder, recipe = self.output / 'codec', self.recipe.codec
+        if recipe is None:
+            if is_whole(folder):
+                return
+            with self.recipe.fitted.section('spectral_codec') as keywords:
+                built, fitted = split_keywords(keywords, SpectralCodec)
+                codec = SpectralCodec(**built)
+                codec.fit(self.clips(codec.target_sample_hz), **fitted)
+            save_module(codec, folder)
+        elif not is_whole(folder / 'last'):
+            seed_everything(recipe.seed)
+            codec = recipe.build_model()
+            dataset = recipe.open_data(self.data, codec, audio_folder=self.audio_folder)
+            rate = codec.target_sample_hz
+            finish(recipe, recipe.build_trainer(codec, dataset, sample_rate=rate, results_folder=folder, resume=True))
+
+    def tokens(self) -> None:
+        modules = dict(tokenizer=self.load_tokenizer(), codec=self.load_codec(), quantizer=self.load_quantizer())
+        rate = max(
+            modules['tokenizer'].target_sample_hz,
+            modules['codec'].target_sample_hz,
+            modules['quantizer'].mulan.sample_rate,
+        )
+        with self.recipe.fitted.section('tokens') as keywords:
+            keywords = {name: it for name, it in keywords.items() if not name.startswith('synthetic_')}
+            compute_tokens(self.clips(rate), self.output / 'tokens', sample_rate=rate, **modules, **keywords)
+
+    def stage(self, name: str) -> None:
+        recipe, folder = getattr(self.recipe, name), self.output / name
+        if is_whole(folder / 'last'):
+            return
+        quantizer, tokens = self.load_quantizer(), self.output / 'tokens'
+        seed_everything(recipe.seed)
+        transformer = recipe.build_model(tokens, quantizer)
+        finish(
+            recipe, recipe.build_trainer(transformer, tokens, quantizer=quantizer, results_folder=folder, resume=True)
+        )
+
+    def musiclm(self) -> MusicLM:
+        quantizer, stages = self.load_quantizer(), {}
+        for name in STAGES:
+            folder = best_of(self.output / name)
+            stages[name] = load_module(folder)
+            load_stage(folder, stages[name], quantizer)
+        audio_lm = AudioLM(
+            wav2vec=self.load_tokenizer(),
+            codec=self.load_codec(),
+            **{f'{name}_transformer': stage for name, stage in stages.items()},
+            unique_consecutive=self.recipe.unique_consecutive('semantic'),
+        )
+        with self.recipe.fitted.section('musiclm') as keywords:
+            musiclm = MusicLM(audio_lm, quantizer, **{**keywords, 'windows': self.recipe.windows}).eval()
+        musiclm.save_pretrained(self.output / 'musiclm')
+        return musiclm
+
+    def clips(self, sample_rate: int) -> Dataset:
+        """Whole clips, for what is fitted and for the tokens."""
+        synthetic = {
+            name: it
+            for name, it in self.recipe.fitted.tokens.items()
+            if name in ('synthetic_length', 'synthetic_seconds')
+        }
+        return open_whole_clips(self.data, sample_rate=sample_rate, audio_folder=self.audio_folder, **synthetic)
+
+    def load_quantizer(self) -> MuLaNEmbedQuantizer:
+        return MuLaNEmbedQuantizer.from_pretrained(self.output / 'quantizer')
+
+    def load_tokenizer(self) -> SemanticTokenizer:
+        return SemanticTokenizer.from_pretrained(self.output / 'tokenizer')
+
+    def load_codec(self) -> nn.Module:
+        folder = self.output / 'codec'
+        return load_module(folder if self.recipe.codec is None else best_of(folder))
+
+
+def finish(recipe: Any, trainer: Trainer) -> None:
+    """Train to the end of the recipe, from wherever the trainer stands."""
+    recipe.save(trainer.results_folder)
+    trainer.train(**recipe.train_keywords)
+
+
+def best_of(folder: Path) -> Path:
+    """Where a trainer left the model to use: the best on held-out data, or the last if there were none."""
+    return folder / 'best' if is_whole(folder / 'best') else folder / 'last'
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether a module was written there: its config is the last of its files."""
+    return (folder / CONFIG_FILE).is_file()
+
+
+def split_keywords(keywords: dict[str, Any], kind: type) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Those of a constructor, and the others, which are those of `fit`."""
+    of_constructor = inspect.signature(kind.__init__).parameters
+    built = {name: it for name, it in keywords.items() if name in of_constructor}
+    return built, {name: it for name, it in keywords.items() if name not in of_constructor}
+
+
+def _timed(name: str, function: Callable[[], Any], on_part: Callable[[str, float], None] | None) -> Any:
+    start = time.perf_counter()
+    result = function()
+    if on_part is not None:
+        on_part(name, time.perf_counter() - start)
+    return result

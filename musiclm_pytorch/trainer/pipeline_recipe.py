@@ -1,0 +1,163 @@
+"""The recipe of the whole of MusicLM: those of its parts in one file, under a heading each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, ClassVar
+
+from musiclm_pytorch.audiolm.crops import STAGE_SECONDS
+from musiclm_pytorch.audiolm.semantic_mulan import MuLaNSemanticTokenizer
+from musiclm_pytorch.audiolm.spectral_codec import SpectralCodec
+from musiclm_pytorch.audiolm.tokens import compute_tokens
+from musiclm_pytorch.musiclm import MusicLM
+from musiclm_pytorch.quantizer import MuLaNEmbedQuantizer
+from musiclm_pytorch.trainer.recipes import MuLaNRecipe, Recipe, write_recipe
+from musiclm_pytorch.trainer.sections import Section, nearest, read_content, shown
+from musiclm_pytorch.trainer.stage_recipes import CoarseRecipe, CodecRecipe, FineRecipe, SemanticRecipe
+
+IS_DATA = 'say --data on the command line'
+FROM_MULAN = 'it follows from the part mulan'
+FROM_STAGES = 'it follows from the parts semantic, coarse and fine'
+IS_OWN = 'the pipeline sees to it'
+
+
+@dataclass(frozen=True)
+class FittedRecipe(Recipe):
+    """What is fitted rather than trained, and how it is put together: keywords of constructors and of `fit`."""
+
+    SECTIONS: ClassVar[Mapping[str, Section]] = {
+        'quantizer': Section(
+            (MuLaNEmbedQuantizer, MuLaNEmbedQuantizer.fit),
+            refused=dict(
+                mulan=FROM_MULAN,
+                conditioning_dims=FROM_STAGES,
+                namespaces=FROM_STAGES,
+                data=IS_DATA,
+                sample_rate=FROM_MULAN,
+            ),
+        ),
+        'tokenizer': Section(
+            (MuLaNSemanticTokenizer, MuLaNSemanticTokenizer.fit),
+            refused=dict(mulan=FROM_MULAN, data=IS_DATA, sample_rate=FROM_MULAN),
+        ),
+        'spectral_codec': Section((SpectralCodec, SpectralCodec.fit), refused=dict(data=IS_DATA)),
+        'tokens': Section(
+            (compute_tokens,),
+            refused=dict(
+                dataset=IS_DATA,
+                folder=IS_OWN,
+                tokenizer=IS_OWN,
+                codec=IS_OWN,
+                quantizer=IS_OWN,
+                sample_rate=IS_OWN,
+                on_change=IS_OWN,
+                texts=IS_OWN,
+            ),
+            more=dict(synthetic_length=int, synthetic_seconds=float),
+        ),
+        'musiclm': Section((MusicLM,), refused=dict(audio_lm=IS_OWN, mulan_embed_quantizer=IS_OWN)),
+    }
+
+    quantizer: dict[str, Any] = field(default_factory=dict)
+    tokenizer: dict[str, Any] = field(default_factory=dict)
+    spectral_codec: dict[str, Any] = field(default_factory=dict)
+    tokens: dict[str, Any] = field(default_factory=lambda: dict(synthetic_length=20_000, synthetic_seconds=10.0))
+    musiclm: dict[str, Any] = field(default_factory=dict)
+
+
+RECIPES = dict(mulan=MuLaNRecipe, codec=CodecRecipe, semantic=SemanticRecipe, coarse=CoarseRecipe, fine=FineRecipe)
+STAGES = ('semantic', 'coarse', 'fine')
+
+
+@dataclass(frozen=True)
+class MusicLMRecipe:
+    """Parts `mulan`, `codec`, `semantic`, `coarse` and `fine`, which are trained by recipes of their own, and the
+    sections of `FittedRecipe`.
+
+    Without the part `codec` a `SpectralCodec` is fitted; with it a SoundStream is trained instead.
+    """
+
+    mulan: MuLaNRecipe = field(default_factory=MuLaNRecipe.default)
+    codec: CodecRecipe | None = None
+    semantic: SemanticRecipe = field(default_factory=SemanticRecipe.default)
+    coarse: CoarseRecipe = field(default_factory=CoarseRecipe.default)
+    fine: FineRecipe = field(default_factory=FineRecipe.default)
+    fitted: FittedRecipe = field(default_factory=FittedRecipe.default)
+
+    def __post_init__(self):
+        coarse, fine = (recipe.model.get('num_coarse_quantizers', 3) for recipe in (self.coarse, self.fine))
+        if coarse != fine:
+            raise ValueError(
+                f'the coarse stage makes {coarse} levels of codes, but the fine stage begins after {fine}; give both '
+                'the same num_coarse_quantizers'
+            )
+        uniques = {name: self.unique_consecutive(name) for name in ('semantic', 'coarse')}
+        if len(set(uniques.values())) > 1:
+            raise ValueError(
+                f'the semantic and the coarse stage read the same tokens; got unique_consecutive {uniques}'
+            )
+
+    @classmethod
+    def load(cls, path: str | Path) -> MusicLMRecipe:
+        """Read a YAML or JSON file; what it leaves out is as by default.
+
+        Raises FileNotFoundError; ValueError and TypeError naming the file, the part and the key.
+        """
+        return cls.from_content(read_content(Path(path)), str(path))
+
+    @classmethod
+    def from_content(cls, content: Any, source: str) -> MusicLMRecipe:
+        content = {} if content is None else content
+        known = (*RECIPES, *FittedRecipe.SECTIONS)
+        if not isinstance(content, Mapping):
+            raise TypeError(f'{source} must hold the parts {", ".join(known)}, got {shown(content)}')
+        for name in content:
+            if name not in known:
+                raise ValueError(f'{source}: unknown part {name!r}; {nearest(name, known)}')
+        if content.get('codec') is not None and content.get('spectral_codec') is not None:
+            raise ValueError(f'{source}: codec trains a SoundStream, spectral_codec fits a SpectralCodec; keep one')
+        parts: dict[str, Any] = {
+            name: kind.from_content(content[name], f'{source}, part {name}')
+            for name, kind in RECIPES.items()
+            if content.get(name) is not None
+        }
+        fitted = {name: content[name] for name in FittedRecipe.SECTIONS if content.get(name) is not None}
+        return cls(**parts, fitted=FittedRecipe.from_content(fitted, source))
+
+    def to_dict(self) -> dict[str, Any]:
+        parts = {name: getattr(self, name).to_dict() for name in RECIPES if getattr(self, name) is not None}
+        fitted = self.fitted.to_dict()
+        if self.codec is not None:
+            del fitted['spectral_codec']
+        return parts | fitted
+
+    def save(self, folder: str | Path) -> Path:
+        """Write `recipe.json` into a folder; `load` reads it."""
+        return write_recipe(self.to_dict(), folder)
+
+    def with_seed(self, seed: int) -> MusicLMRecipe:
+        """The same, every part of it by this seed."""
+        parts = {
+            it.name: getattr(self, it.name).updated(training=dict(seed=seed))
+            for it in fields(self)
+            if it.name != 'fitted' and getattr(self, it.name) is not None
+        }
+        seeded = {name: dict(seed=seed) for name in ('quantizer', 'tokenizer', 'spectral_codec')}
+        return type(self)(**parts, fitted=self.fitted.updated(**seeded))
+
+    def unique_consecutive(self, stage: str) -> bool:
+        """Whether a stage reads its semantic tokens without repetitions."""
+        return getattr(self, stage).training.get('unique_consecutive', False)
+
+    @property
+    def conditioning_dims(self) -> list[int]:
+        """The widths that the quantizer gives to the three stages."""
+        return [getattr(self, name).model['dim'] for name in STAGES]
+
+    @property
+    def windows(self) -> tuple[float, float, float]:
+        """Seconds that each stage sees when music is made: those of its crops, unless the part musiclm says others."""
+        crops = (getattr(self, name).training.get('seconds') or STAGE_SECONDS[name] for name in STAGES)
+        return self.fitted.musiclm.get('windows') or tuple(float(seconds) for seconds in crops)

@@ -1,0 +1,133 @@
+"""`musiclm train all` and `train_musiclm`: from pairs to a MusicLM, in parts that are not made twice."""
+
+import json
+
+import pytest
+import torch
+from test_cli_stages import CODEC
+
+from musiclm_pytorch import MusicLM, MusicLMRecipe, train_musiclm
+from musiclm_pytorch.cli import main
+from musiclm_pytorch.trainer import pipeline
+
+STEPS = dict(batch_size=2, num_train_steps=2, warmup_steps=1)
+STAGE = dict(dim=16, depth=1, heads=2)
+TINY = dict(
+    mulan=dict(
+        audio=dict(dim=32, depth=1, heads=2, audio_sample_rate=8000, support_variable_length=True),
+        text=dict(dim=32, depth=1, heads=2),
+        mulan=dict(dim_latent=16),
+        training=dict(**STEPS, valid_frac=0.4),
+    ),
+    quantizer=dict(rq_num_quantizers=2, codebook_size=2),
+    tokenizer=dict(codebook_size=4),
+    spectral_codec=dict(sample_rate=8000, codebook_size=4, num_quantizers=3, components=4, resolved_hz=2000.0),
+    semantic=dict(model=STAGE, training=dict(**STEPS, seconds=0.5)),
+    coarse=dict(model=dict(**STAGE, num_coarse_quantizers=1), training=dict(**STEPS, seconds=0.2)),
+    fine=dict(model=dict(**STAGE, num_coarse_quantizers=1), training=dict(**STEPS, seconds=0.2)),
+    musiclm=dict(sampling=dict(cond_scale=2.0)),
+)
+PARTS = ['mulan', 'quantizer', 'tokenizer', 'codec', 'tokens', 'semantic', 'coarse', 'fine', 'musiclm']
+
+
+@pytest.fixture
+def config(tmp_path):
+    path = tmp_path / 'all.json'
+    path.write_text(json.dumps(TINY))
+    return path
+
+
+def test_from_pairs_to_music(tmp_path, music, config, capsys):
+    out = tmp_path / 'out'
+    command = ['train', 'all', '--data', str(music), '--output', str(out)]
+    assert main([*command, '--config', str(config), '--seed', '3']) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert [line.split(':')[0] for line in printed[: len(PARTS)]] == PARTS
+    assert f'the model is in {out / "musiclm"}' in printed[-1]
+
+    musiclm = MusicLM.from_pretrained(out / 'musiclm')
+    assert musiclm.windows == (0.5, 0.2, 0.2)
+    assert musiclm.sampling['cond_scale'] == 2.0
+    with torch.no_grad():
+        wave = musiclm('clip 0', seconds=0.6, seed=0)
+    assert wave.shape == (1, 4800)
+    assert wave.isfinite().all()
+    kept = json.loads((out / 'recipe.json').read_text())
+    assert kept['semantic']['training']['seed'] == kept['mulan']['training']['seed'] == kept['quantizer']['seed'] == 3
+
+    # again: every part is passed over, and what was put together is the same
+    weights = {path: path.stat().st_mtime_ns for path in out.rglob('last/model.safetensors')}
+    assert main([*command, '--resume']) == 0
+    assert {path: path.stat().st_mtime_ns for path in out.rglob('last/model.safetensors')} == weights
+    again = MusicLM.from_pretrained(out / 'musiclm')
+    assert all(torch.equal(a, b) for a, b in zip(musiclm.state_dict().values(), again.state_dict().values()))
+
+    # a part that is missing is made again, and nothing else
+    (out / 'fine' / 'last' / 'config.json').unlink()
+    del weights[out / 'fine' / 'last' / 'model.safetensors']
+    assert main([*command, '--resume']) == 0
+    assert (out / 'fine' / 'last' / 'config.json').is_file()
+    assert all(path.stat().st_mtime_ns == time for path, time in weights.items())
+
+    # another recipe is not mixed with what is there
+    assert main([*command, '--resume', '--config', str(config)]) == 2
+    assert 'has another recipe: mulan' in capsys.readouterr().err
+
+
+def test_an_interrupted_run_ends_as_one_that_was_not(tmp_path, music, config, monkeypatch):
+    recipe = MusicLMRecipe.load(config)
+    whole = train_musiclm(music, tmp_path / 'whole', recipe)
+    seen = []
+    build = pipeline._Parts.stage
+
+    def interrupted(self, name):
+        seen.append(name)
+        if name == 'coarse':
+            raise KeyboardInterrupt
+        build(self, name)
+
+    monkeypatch.setattr(pipeline._Parts, 'stage', interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train_musiclm(music, tmp_path / 'parts', recipe)
+    monkeypatch.undo()
+    assert seen == ['semantic', 'coarse']
+    resumed = train_musiclm(music, tmp_path / 'parts', resume=True)
+    assert all(torch.equal(a, b) for a, b in zip(whole.state_dict().values(), resumed.state_dict().values()))
+
+
+def test_with_a_soundstream(tmp_path, music, config):
+    content = {name: it for name, it in TINY.items() if name != 'spectral_codec'}
+    content['codec'] = dict(model=CODEC, training=dict(**STEPS, seconds=0.2, valid_frac=0.4))
+    recipe = MusicLMRecipe.from_content(content, 'the recipe')
+    musiclm = train_musiclm(music, tmp_path / 'out', recipe)
+    assert type(musiclm.codec).__name__ == 'SoundStream'
+    assert MusicLMRecipe.load(tmp_path / 'out' / 'recipe.json').to_dict() == recipe.to_dict()
+
+
+@pytest.mark.parametrize(
+    ('changes', 'message'),
+    [
+        (dict(tokeniser={}), "unknown part 'tokeniser'; did you mean 'tokenizer'"),
+        (dict(codec={}), 'keep one'),
+        (dict(mulan=dict(audio=dict(dimm=3))), "part mulan: unknown key 'dimm'.*did you mean 'dim'"),
+        (dict(quantizer=dict(conditioning_dims=[1])), 'it follows from the parts semantic, coarse and fine'),
+        (dict(coarse=dict(model=dict(num_coarse_quantizers=2))), 'makes 2 levels of codes, but the fine stage'),
+        (dict(semantic=dict(training=dict(unique_consecutive=True))), 'read the same tokens'),
+    ],
+)
+def test_a_recipe_says_what_is_wrong(changes, message):
+    with pytest.raises(ValueError, match=message):
+        MusicLMRecipe.from_content({**TINY, **changes}, 'the recipe')
+
+
+def test_one_process_only(tmp_path, monkeypatch):
+    monkeypatch.setenv('WORLD_SIZE', '2')
+    with pytest.raises(ValueError, match='musiclm tokens'):
+        train_musiclm('synthetic', tmp_path / 'out')
+    assert not (tmp_path / 'out').exists()
+
+
+def test_the_small_recipe_is_valid():
+    recipe = MusicLMRecipe.load('examples/recipes/musiclm_small.yaml')
+    assert recipe.conditioning_dims == [192, 192, 160]
+    assert recipe.windows == (5.0, 0.32, 0.96)
