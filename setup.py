@@ -48,11 +48,12 @@ def fairseq_stand_in():
 
 # One line an extra, and only extras whose code is in the package; `all` is their union.
 EXTRAS = {
+    'eval': ['encodec>=0.1.1', 'hear21passt>=0.0.26', 'mir-eval>=0.8', 'transformers>=4.40'],
     'shards': ['webdataset>=0.2.100'],
     'test': [
         'pytest>=8',
         'hypothesis>=6.100',
-        'librosa>=0.11',
+        'mir-eval>=0.8',
         'ruff>=0.12',
         'webdataset>=0.2.100',
     ],
@@ -61,7 +62,7 @@ EXTRAS = {
 setup(
     name='musiclm-pytorch',
     version=VERSION,
-    description='MuLaN, the joint embedding of music and text that MusicLM is conditioned on, in PyTorch',
+    description='MusicLM in PyTorch: text to music, and MuLaN, the joint embedding of music and text',
     long_description=(ROOT / 'README.md').read_text(encoding='utf-8'),
     long_description_content_type='text/markdown',
     license='MIT',
@@ -76,11 +77,14 @@ setup(
         'cloudpickle>=3',
         'einops>=0.8',
         'ema-pytorch>=0.7',
+        'librosa>=0.11',
         'lion-pytorch>=0.2',
         'matplotlib>=3.8',
+        'pyloudnorm>=0.2',
         'pyyaml>=6',
         'safetensors>=0.4.3',
         'scikit-learn>=1.3',
+        'scipy>=1.11',
         'soundfile>=0.12',
         'tensorboard>=2.15',
         # One release of torch: torchaudio 2.11, its last, does not load beside an older torch and refuses a

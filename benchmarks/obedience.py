@@ -34,9 +34,11 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import nn
 
-from musiclm_pytorch import MusicLM, SyntheticMusic, generate_coarse, generate_fine, generate_semantic
+from musiclm_pytorch import MusicLM, SyntheticMusic, generate_coarse, generate_fine
 from musiclm_pytorch.audiolm.sampling import Sampling
 from musiclm_pytorch.data.attributes import INSTRUMENTS, MusicLabels
+from musiclm_pytorch.evaluation.figures import to_json
+from musiclm_pytorch.evaluation.memorisation import memorisation, training_clips
 
 ROOT = Path(__file__).resolve().parent.parent
 ASKED = ('instrument', 'tempo', 'register', 'drums')
@@ -264,55 +266,11 @@ def from_real(musiclm: MusicLM, prompts: list[str], real: torch.Tensor, sampling
 # ---- memorised music ----
 
 
-def transport_cost(first: np.ndarray, second: np.ndarray, distances: np.ndarray, epsilon: float = 0.05) -> float:
-    """Least cost of moving one histogram of tokens onto another, with entropic regularisation (Sinkhorn)."""
-    kernel = np.exp(-distances / epsilon)
-    left, right = np.ones(len(first)), np.ones(len(second))
-    for _ in range(100):
-        left = first / (kernel @ right)
-        right = second / (kernel.T @ left)
-    return float((left[:, None] * kernel * right[None] * distances).sum())
-
-
-@torch.no_grad()
-def memorised(musiclm: MusicLM, clips: int, prompt: int) -> dict[str, float]:
-    """Shares of training clips whose continuation is said again, exactly or nearly, by the likeliest tokens.
-
-    Nearly: the histograms of both continuations are closer than any two of clips that do not belong together.
-    """
+def memorised(musiclm: MusicLM, clips: int, prompts: tuple[int, ...]) -> dict[int, dict]:
+    """Shares of training clips whose continuation is said again, exactly or nearly, by the length of the prompt."""
     music = SyntheticMusic(24_000, seed=1, seconds=SECONDS, sample_rate=RATE)
-    waves = torch.stack([music[i][0] for i in range(clips)])
-    tokens = musiclm.tokenizer(waves, input_sample_hz=RATE)
-    quantizer = musiclm.mulan_embed_quantizer
-    indices = quantizer.indices(waves, sample_rate=RATE)
-    said = generate_semantic(
-        musiclm.stages['semantic'],
-        max_length=tokens.shape[1],
-        min_length=tokens.shape[1],
-        text_embeds=quantizer.embed(indices, 'semantic'),
-        prime=tokens[:, :prompt],
-        sampling=Sampling(temperature=0),
-    ).tokens[:, prompt:]
-    truth = tokens[:, prompt:]
-    centers = torch.nn.functional.normalize(musiclm.tokenizer.kmeans.centers.float(), dim=-1).numpy()
-    distances = 1 - centers @ centers.T
-
-    def cost(own: torch.Tensor, other: torch.Tensor) -> float:
-        (a, count_a), (b, count_b) = (np.unique(it.numpy(), return_counts=True) for it in (own, other))
-        return transport_cost(count_a / count_a.sum(), count_b / count_b.sum(), distances[np.ix_(a, b)])
-
-    costs = np.array([cost(own, other) for own, other in zip(said, truth)])
-    strangers = np.array(
-        [cost(own, other) for shift in (1, 2, 3, 4, 5) for own, other in zip(said, truth.roll(shift, dims=0))]
-    )
-    return dict(
-        exact=float((said == truth).all(dim=1).float().mean()),
-        same_token=float((said == truth).float().mean()),
-        median_cost=float(np.median(costs)),
-        median_cost_of_strangers=float(np.median(strangers)),
-        least_cost_of_strangers=float(strangers.min()),
-        approximate=float((costs < strangers.min()).mean()),
-    )
+    known = training_clips(musiclm, [music[i][0] for i in range(clips)], sample_rate=RATE)
+    return to_json(memorisation(musiclm, known.tokens, known.indices, prompts, new_tokens=None))
 
 
 # ---- together ----
@@ -352,7 +310,7 @@ def main(args: argparse.Namespace) -> None:
                 coarse='real semantic tokens, the coarse and fine stages',
             )
             judged(what[name], made)
-    report |= dict(rows=rows, memorised={prompt: memorised(musiclm, args.memorised, prompt) for prompt in (0, 12, 31)})
+    report |= dict(rows=rows, memorised=memorised(musiclm, args.memorised, (0, 12, 31)))
     for prompt, found in report['memorised'].items():
         print(f'{prompt} tokens of a training clip given:', json.dumps(found))
     report['seconds'] = time.perf_counter() - start

@@ -22,6 +22,7 @@ _HOMES = {
     'musiclm_pytorch.data.synthetic': ['SyntheticMusic'],
     'musiclm_pytorch.distributed.config': ['DistributedConfig', 'create_distributed_config'],
     'musiclm_pytorch.distributed.trainer': ['DistributedMuLaNTrainer', 'run_distributed_training'],
+    'musiclm_pytorch.evaluation.evaluator': ['MusicLMEvaluator'],
     'musiclm_pytorch.mulan.audio_transformer': ['AudioSpectrogramTransformer'],
     'musiclm_pytorch.mulan.text_transformer': ['TextTransformer'],
     'musiclm_pytorch.mulan.contrastive': [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import time
 from pathlib import Path
@@ -13,8 +14,9 @@ def generate(subcommands) -> None:
     parser = subcommands.add_parser(
         'generate',
         help='make music that fits the words',
-        description='Make music for one prompt or more: WAV files, and a page with players, spectrograms and the '
-        "scores by which MuLaN ranks the samples of a prompt. The first sample of each prompt is MuLaN's choice.",
+        description='Make music for one prompt or more: WAV files, a page with players, spectrograms and the scores '
+        'by which MuLaN ranks the samples of a prompt, and prompts.json. The first sample of a prompt is that of the '
+        'highest score.',
     )
     parser.add_argument('prompts', metavar='PROMPT', nargs='+', help='what the music is like')
     parser.add_argument('-o', '--output', metavar='FOLDER', required=True, help='where WAVs and page go')
@@ -78,6 +80,8 @@ def run_generate(options: argparse.Namespace) -> None:
             name = f'{number:02d}-{file_name(prompt)}-{place}'
             clips.append(Clip(name, waves[index], f'sample {place}', f'MuLaN: {scores[index]:.3f}', prompt))
     page = write_gallery(options.output, clips, musiclm.sample_rate, title='Music', overwrite=options.overwrite)
+    prompts = {f'{clip.name}.wav': clip.section for clip in clips}  # what `musiclm evaluate` reads
+    (Path(options.output) / 'prompts.json').write_text(json.dumps(prompts, indent=2) + '\n', encoding='utf-8')
     for clip in clips:
         print(f'{clip.note}  {Path(options.output) / clip.name}.wav')
     made = len(clips) * options.seconds

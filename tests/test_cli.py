@@ -84,7 +84,15 @@ def test_every_option_has_help(monkeypatch):
         cli.main([])
     commands = dict(parsers_below(parsers[0]))
     trainings = ('mulan', 'quantizer', 'codec', 'semantic', 'coarse', 'fine', 'all')
-    assert set(commands) == {'shard', 'tokens', 'train', 'generate', *(f'train {name}' for name in trainings)}
+    assert set(commands) == {
+        'shard',
+        'tokens',
+        'train',
+        'generate',
+        'evaluate',
+        'compare',
+        *(f'train {name}' for name in trainings),
+    }
     for parser in commands.values():
         assert parser.description
         for action in parser._actions:

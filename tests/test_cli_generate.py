@@ -41,11 +41,14 @@ def test_generate_writes_waves_and_a_page(tmp_path, capsys):
     assert '6 s of music' in printed
     names = [f'{prompt}-{place}' for prompt in ('01-a-slow-low-organ', '02-fast-flute') for place in (1, 2)]
     assert sorted(path.name for path in out.iterdir()) == sorted(
-        ['index.html', *(f'{name}.{kind}' for name in names for kind in ('wav', 'png'))]
+        ['index.html', 'prompts.json', *(f'{name}.{kind}' for name in names for kind in ('wav', 'png'))]
     )
     scores = [float(line.split()[1]) for line in printed.splitlines()[:4]]
     assert scores[0] >= scores[1]
     assert scores[2] >= scores[3]
+    assert json.loads((out / 'prompts.json').read_text()) == {
+        f'{name}.wav': 'a slow low organ' if name.startswith('01') else 'Fast flute!' for name in names
+    }
     for name in names:
         wave, rate = soundfile.read(out / f'{name}.wav')
         assert (rate, len(wave)) == (16000, 24000)

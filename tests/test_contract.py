@@ -111,6 +111,30 @@ def test_variable_length():
     assert run('04_variable_length.py', torch=torch)['embeddings'].shape == (2, 512)
 
 
+def test_evaluation():
+    mulan = tiny_mulan({}, dict(num_tokens=49408))
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="device='cuda', but torch finds no CUDA device"):
+            run('08_evaluation.py', mulan=mulan, torch=torch)
+        return
+    run('08_evaluation.py', mulan=mulan, torch=torch)
+
+
+EVALUATION = (CONTRACT / '08_evaluation.py').read_text().replace("'cuda'", "'cpu'")
+
+
+def test_evaluation_on_a_cpu(capsys):
+    names = dict(mulan=tiny_mulan({}, dict(num_tokens=49408)), torch=torch)
+    exec(compile(EVALUATION, '08_evaluation.py', 'exec'), names)
+    assert len(names['results']['text_audio_alignment']) > 5
+    printed = capsys.readouterr().out
+    assert [line.split(':')[0] for line in printed.splitlines()] == [
+        'Audio Quality Metrics',
+        'Text-Audio Alignment',
+        'Music Structure Analysis',
+    ]
+
+
 def test_spectrogram_recipes():
     names = run('06_spectrogram_recipes.py')
     assert names['transformer'].sample_rate == 16000

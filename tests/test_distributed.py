@@ -18,12 +18,17 @@ KINDS = {
     'sigmoid': dict(sigmoid_contrastive_loss=True),
     'hierarchical': dict(hierarchical_contrastive_loss=True),
     'hierarchical sigmoid': dict(hierarchical_contrastive_loss=True, sigmoid_contrastive_loss=True),
+    'words': dict(word_prediction_weight=0.5),
 }
 
 
 def model(kind):
     torch.manual_seed(1)
-    return tiny_mulan(dict(depth=3), dict(depth=3), **KINDS[kind]).eval()
+    mulan = tiny_mulan(dict(depth=3), dict(depth=3), **KINDS[kind]).eval()
+    if mulan.words is not None:
+        nn.init.normal_(mulan.words.token_emb.weight)
+        mulan.training = True  # words are predicted in training only; the towers draw nothing
+    return mulan
 
 
 def batch(total):

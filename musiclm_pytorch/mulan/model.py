@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from einops import einsum
 from torch import Tensor, nn
 
@@ -30,6 +31,7 @@ from musiclm_pytorch.mulan.contrastive import (
 )
 from musiclm_pytorch.mulan.layers import l2norm
 from musiclm_pytorch.mulan.text_transformer import TextTransformer
+from musiclm_pytorch.mulan.words import WordPrediction
 
 
 class PairLatents(NamedTuple):
@@ -38,12 +40,14 @@ class PairLatents(NamedTuple):
     Attributes:
         audio, text: `(b, dim_latent)` float32, of length 1.
         audio_layers, text_layers: `(l, b, dim_latent)`, the same for hidden states, with the hierarchical loss only.
+        tokens: `(b, max_seq_len)` int64, the texts, padded; in training with word prediction only.
     """
 
     audio: Tensor
     text: Tensor
     audio_layers: Tensor | None = None
     text_layers: Tensor | None = None
+    tokens: Tensor | None = None
 
 
 class MuLaN(nn.Module):
@@ -57,6 +61,8 @@ class MuLaN(nn.Module):
         hierarchical_contrastive_loss: also contrast hidden states of several layers (arXiv 2208.13628).
         hierarchical_contrastive_loss_layers: how many; by default one fewer than the shallower tower has.
         sigmoid_contrastive_loss: the loss of SigLIP (arXiv 2303.15343) instead of a softmax.
+        word_prediction_weight: of a second loss in training, by which the audio tower learns to tell the words of a
+            clip's text (see `mulan.words`); 0 leaves it out. A small model learns in half the pairs with it.
     """
 
     @records_config
@@ -70,9 +76,12 @@ class MuLaN(nn.Module):
         hierarchical_contrastive_loss: bool = False,
         hierarchical_contrastive_loss_layers: int | None = None,
         sigmoid_contrastive_loss: bool = False,
+        word_prediction_weight: float = 0.0,
     ):
         super().__init__()
         check_positive(dim_latent=dim_latent)
+        if word_prediction_weight < 0:
+            raise ValueError(f'word_prediction_weight must be 0 or more, got {word_prediction_weight}')
         self.dim_latent = dim_latent
         self.audio = audio_transformer
         self.text = text_transformer
@@ -108,6 +117,11 @@ class MuLaN(nn.Module):
                 decoupled_contrastive_learning=decoupled_contrastive_learning,
                 sigmoid_contrastive_loss=sigmoid_contrastive_loss,
             )
+
+        self.word_prediction_weight = word_prediction_weight
+        self.words = None
+        if word_prediction_weight > 0:
+            self.words = WordPrediction(dim_latent, self.text.num_tokens, self.text.pad_id)
 
     @property
     def device(self) -> torch.device:
@@ -306,24 +320,35 @@ class MuLaN(nn.Module):
         """Both towers' latents of a batch, as the loss needs them; arguments as in `forward`."""
         wavs, audio_lengths = self.to_own_rate(wavs, audio_lengths, sample_rate)
         audio = self.audio(wavs, audio_lengths=audio_lengths, return_encoding=True)
+        predicts_words = self.words is not None and self.training
+        if predicts_words and raw_texts is not None:
+            texts, raw_texts = self.text.tokenize(raw_texts), None
         text = self.text(texts, raw_texts=raw_texts, return_encoding=True)
         audio_latents = l2norm(self.audio_to_latents(audio.embeds).float())
         text_latents = l2norm(self.text_to_latents(text.embeds).float())
+        tokens = self.padded(texts) if predicts_words else None
         if self.multi_layer_contrastive_learning is None:
-            return PairLatents(audio_latents, text_latents)
+            return PairLatents(audio_latents, text_latents, tokens=tokens)
         layers = self.multi_layer_contrastive_learning.latents(
             audio_layers=torch.stack([audio.layers[i] for i in self.audio_layers]),
             text_layers=torch.stack([text.layers[i] for i in self.text_layers]),
             audio_mask=audio.mask,
         )
-        return PairLatents(audio_latents, text_latents, *layers)
+        return PairLatents(audio_latents, text_latents, *layers, tokens=tokens)
 
     def loss(self, latents: PairLatents) -> Tensor:
-        """The contrastive loss of a batch of pairs, a float32 scalar."""
+        """The contrastive loss of a batch of pairs, and those of layers and words, a float32 scalar."""
         loss = self.contrast(latents.audio, latents.text)
-        if self.multi_layer_contrastive_learning is None:
-            return loss
-        return loss + self.multi_layer_contrastive_learning.contrast(latents.audio_layers, latents.text_layers)
+        if self.multi_layer_contrastive_learning is not None:
+            loss = loss + self.multi_layer_contrastive_learning.contrast(latents.audio_layers, latents.text_layers)
+        if latents.tokens is not None:
+            loss = loss + self.word_prediction_weight * self.words(latents.audio, latents.tokens)
+        return loss
+
+    def padded(self, texts: Tensor) -> Tensor:
+        """Token ids as long as the tower reads, so that batches can be joined."""
+        texts = texts[:, : self.text.max_seq_len].long()
+        return F.pad(texts, (0, self.text.max_seq_len - texts.shape[1]), value=self.text.pad_id)
 
     # saving
 

@@ -44,7 +44,7 @@ def grad_cache_backward(
             cached.append(encode(chunk))
 
     leaves = join_latents(cached)
-    leaves = PairLatents(*(None if t is None else t.detach().requires_grad_() for t in leaves))
+    leaves = PairLatents(*(None if t is None else t.detach().requires_grad_(t.is_floating_point()) for t in leaves))
     loss = loss_of(leaves)
     backward(loss)
     gradients = [None if leaf is None else leaf.grad for leaf in leaves]
@@ -72,7 +72,7 @@ def _carry(latents: PairLatents, gradients: list[Tensor | None], start: int) -> 
     products = [
         (latent * gradient.narrow(gradient.ndim - 2, start, len(latents.audio))).sum()
         for latent, gradient in zip(latents, gradients)
-        if latent is not None
+        if gradient is not None
     ]
     torch.stack(products).sum().backward()
 

@@ -50,7 +50,7 @@ class _PairStep(nn.Module):
         return PairLatents(latents.audio + unused, *latents[1:])
 
     def loss_parameters(self) -> list[nn.Parameter]:
-        losses = [self.mulan.contrast]
+        losses = [self.mulan.contrast] if self.mulan.words is None else [self.mulan.contrast, self.mulan.words]
         if self.mulan.multi_layer_contrastive_learning is not None:
             losses.append(self.mulan.multi_layer_contrastive_learning.contrast)
         return [parameter for loss in losses for parameter in loss.parameters()]

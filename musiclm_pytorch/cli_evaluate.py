@@ -1,0 +1,144 @@
+"""`musiclm evaluate` and `musiclm compare`: what music is like, how it fits its texts, and how runs differ."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+from pathlib import Path
+
+SUFFIXES = ('.wav', '.flac', '.ogg', '.mp3')
+
+
+def evaluate(subcommands) -> None:
+    """`musiclm evaluate`: sound files and their texts to a report."""
+    parser = subcommands.add_parser(
+        'evaluate',
+        help='measure generated music',
+        description='Measure quality, fit to the text and structure of generated music: report.json, figures.csv, '
+        'clips.csv, and report.html with plots and players, which needs no other file.',
+    )
+    parser.add_argument('--generated', metavar='FOLDER', required=True, help='sound files, taken by their names')
+    parser.add_argument(
+        '--texts',
+        metavar='FILE',
+        help='what each was made from: a .txt with a line a file, by name; a .json of file names and texts, as '
+        '`musiclm generate` writes; or a .csv with the columns file and text. Without it the fit to the text is left '
+        'out',
+    )
+    parser.add_argument('--reference', metavar='FOLDER', help='sound files of real music to compare with')
+    parser.add_argument(
+        '--paired', action='store_true', help='each reference file belongs to the generated one in its place, by name'
+    )
+    parser.add_argument('-o', '--output', metavar='FOLDER', required=True, help='where the report goes')
+    parser.add_argument(
+        '--model',
+        metavar='FOLDER',
+        default='tiny',
+        help='the MuLaN that judges: a folder of a MuLaN or of a MusicLM, or the name of one that ships (default: '
+        '%(default)s)',
+    )
+    parser.add_argument('--clap', metavar='FOLDER', help='a CLAP on disk, for its score and distances')
+    parser.add_argument('--vggish', metavar='FILE', help="VGGish's weights on disk, for its distances")
+    parser.add_argument('--encodec', metavar='FILE', help="EnCodec's weights on disk, for its distances")
+    parser.add_argument('--passt', metavar='FILE', help="PaSST's weights on disk, for the divergence of its tags")
+    parser.add_argument('--seed', metavar='N', type=int, default=0, help='of resampling (default: %(default)s)')
+    parser.add_argument('--device', help='such as cuda (default: cpu)', default='cpu')
+    parser.add_argument('--players', metavar='N', type=int, default=12, help='clips on the page (default: %(default)s)')
+    parser.add_argument('--overwrite', action='store_true', help='write over a report that is in the folder already')
+    parser.set_defaults(run=run_evaluate, prog=parser.prog)
+
+
+def compare(subcommands) -> None:
+    """`musiclm compare`: reports side by side."""
+    parser = subcommands.add_parser(
+        'compare',
+        help='put evaluations side by side',
+        description='Put reports of `musiclm evaluate` side by side: comparison.json, comparison.csv, comparison.html.',
+    )
+    parser.add_argument('reports', metavar='FOLDER', nargs='+', help='reports; NAME=FOLDER gives a run a name')
+    parser.add_argument('-o', '--output', metavar='FOLDER', required=True, help='where the comparison goes')
+    parser.add_argument('--overwrite', action='store_true', help='write over a comparison that is there already')
+    parser.set_defaults(run=run_compare, prog=parser.prog)
+
+
+def run_evaluate(options: argparse.Namespace) -> None:
+    from musiclm_pytorch.evaluation.report import RESULTS, check_free, write_report
+
+    check_free(Path(options.output), RESULTS, options.overwrite)
+    generated = sound_files(options.generated)
+    texts = None if options.texts is None else read_texts(options.texts, generated)
+    reference = None if options.reference is None else sound_files(options.reference)
+
+    from musiclm_pytorch.evaluation.embedders import CLAPEmbedder, EnCodecEmbedder, VGGishEmbedder
+    from musiclm_pytorch.evaluation.evaluator import GROUPS, MusicLMEvaluator, load_mulan
+    from musiclm_pytorch.evaluation.tagging import PaSSTTagger
+
+    kinds = dict(clap=CLAPEmbedder, vggish=VGGishEmbedder, encodec=EnCodecEmbedder)
+    given = {name: path for name in kinds if (path := getattr(options, name)) is not None}
+    evaluator = MusicLMEvaluator(
+        mulan=load_mulan(options.model),
+        device=options.device,
+        embedders=[kinds[name](path, device=options.device) for name, path in given.items()],
+        tagger=None if options.passt is None else PaSSTTagger(options.passt, device=options.device),
+        seed=options.seed,
+        progress=True,
+    )
+    groups = [group for group in GROUPS if texts is not None or group != 'text_audio_alignment']
+    results = evaluator.evaluate(generated, reference, texts=texts, paired=options.paired, groups=groups)
+    page = write_report(results, options.output, generated, players=options.players, overwrite=options.overwrite)
+    print(f'{len(generated)} clips; the page is {page}')
+
+
+def run_compare(options: argparse.Namespace) -> None:
+    from musiclm_pytorch.evaluation.compare import compare_reports
+
+    reports = {}
+    for word in options.reports:
+        name, _, path = word.rpartition('=')
+        name = name or Path(path).name or path
+        if name in reports:
+            raise ValueError(f'two runs are named {name!r}; give them names: NAME=FOLDER')
+        reports[name] = path
+    print(f'the page is {compare_reports(reports, options.output, overwrite=options.overwrite)}')
+
+
+def sound_files(folder: str) -> list[Path]:
+    """The sound files of a folder by their names. Raises FileNotFoundError if there are none."""
+    if not Path(folder).is_dir():
+        raise FileNotFoundError(f'no folder at {folder}')
+    files = sorted(path for path in Path(folder).iterdir() if path.suffix.lower() in SUFFIXES)
+    if not files:
+        raise FileNotFoundError(f'no sound files in {folder}; known are {", ".join(SUFFIXES)}')
+    return files
+
+
+def read_texts(path: str, files: list[Path]) -> list[str]:
+    """The text of each file. Raises FileNotFoundError, ValueError for texts that do not go with the files."""
+    source = Path(path)
+    if not source.is_file():
+        raise FileNotFoundError(f'no file of texts at {path}')
+    content = source.read_text(encoding='utf-8')
+    if source.suffix == '.txt':
+        lines = content.splitlines()
+        if len(lines) != len(files):
+            raise ValueError(f'{path} has {len(lines)} lines for {len(files)} sound files; give a line a file, by name')
+        return lines
+    if source.suffix == '.json':
+        try:
+            texts = json.loads(content)
+        except ValueError as error:
+            raise ValueError(f'{path} is not JSON: {error}') from error
+    elif source.suffix == '.csv':
+        rows = list(csv.DictReader(content.splitlines()))
+        if rows and not {'file', 'text'} <= rows[0].keys():
+            raise ValueError(f'{path} must have the columns file and text, got {", ".join(rows[0])}')
+        texts = {row['file']: row['text'] for row in rows}
+    else:
+        raise ValueError(f'{path} must end in .txt, .json or .csv')
+    if not isinstance(texts, dict) or not all(isinstance(it, str) for it in texts.values()):
+        raise ValueError(f'{path} must hold a text for each file name')
+    missing = [file.name for file in files if file.name not in texts]
+    if missing:
+        raise ValueError(f'{path} has no text for {missing[0]}, and for {len(missing)} of {len(files)} files in all')
+    return [texts[file.name] for file in files]

@@ -1,0 +1,366 @@
+"""Clips to embeddings, which distances between sets of clips are computed on: MuLaN, CLAP, EnCodec, VGGish.
+
+No embedder downloads anything: weights come from a model in memory or from local files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+from musiclm_pytorch.checks import check_audio, check_positive, typechecked
+from musiclm_pytorch.data.audio import windows
+from musiclm_pytorch.evaluation import vggish
+from musiclm_pytorch.mulan.model import MuLaN, evaluating
+
+
+@runtime_checkable
+class Embedder(Protocol):
+    """What embeds clips.
+
+    Attributes:
+        name: which embedding it is, for reports.
+        sample_rate: of the waves that it takes, in Hz.
+        dim: width of a frame.
+        min_samples: length of the shortest wave that it takes.
+    """
+
+    name: str
+    sample_rate: int
+    dim: int
+    min_samples: int
+
+    def embed(self, waves: list[Tensor]) -> list[Tensor]:
+        """Waves `(samples,)` of any lengths to frames `(n, dim)`, float32 on the CPU, one tensor a wave.
+
+        What a wave gives does not depend on those beside it, up to rounding. Raises ValueError for a wave that is too
+        short.
+        """
+        ...
+
+
+class MuLaNEmbedder:
+    """The latents of MuLaN, of length 1: one a clip, or one a window.
+
+    Args:
+        mulan: whose audio tower takes waves.
+        window_seconds: length of a window; by default a clip is embedded whole. The last window ends with the clip,
+            and a shorter clip is one window.
+        hop_seconds: distance between windows; by default their length.
+        batch_size: clips or windows embedded at a time. Those of different lengths share a batch only if the audio
+            tower has `support_variable_length`.
+        sample_rate: of the waves in Hz, for a MuLaN that does not know its own.
+
+    Raises:
+        ValueError: a MuLaN without a sample rate or on spectrograms, a window that is too short or too long for it.
+    """
+
+    name = 'mulan'
+
+    @typechecked
+    def __init__(
+        self,
+        mulan: MuLaN,
+        window_seconds: float | None = None,
+        hop_seconds: float | None = None,
+        batch_size: int = 32,
+        sample_rate: int | None = None,
+    ):
+        check_positive(window_seconds=window_seconds, hop_seconds=hop_seconds, batch_size=batch_size)
+        if mulan.audio.accept_spec or (mulan.sample_rate or sample_rate) is None:
+            raise ValueError(
+                'waves cannot be embedded by a MuLaN that takes spectrograms or does not know its sample rate; build '
+                'the audio tower with audio_sample_rate and without accept_spec, or pass sample_rate'
+            )
+        if hop_seconds is not None and window_seconds is None:
+            raise ValueError(f'hop_seconds={hop_seconds} is the distance between windows; pass window_seconds too')
+        self.mulan, self.batch_size = mulan, batch_size
+        self.sample_rate, self.dim = mulan.sample_rate or sample_rate, mulan.dim_latent
+        self.min_samples = mulan.audio.spec.min_samples(mulan.audio.patch_size[1])
+        self.max_samples = mulan.audio.max_audio_length
+        self.window = None if window_seconds is None else round(window_seconds * self.sample_rate)
+        self.hop = self.window if hop_seconds is None else max(1, round(hop_seconds * self.sample_rate))
+        if self.window is not None and not self.min_samples <= self.window <= (self.max_samples or self.window):
+            raise ValueError(
+                f'this MuLaN takes {self.min_samples} to {self.max_samples or "any number of"} samples, but '
+                f'window_seconds={window_seconds} is {self.window} at {self.sample_rate} Hz'
+            )
+
+    @typechecked
+    @torch.no_grad()
+    def embed(self, waves: list[Tensor]) -> list[Tensor]:
+        """See `Embedder.embed`. Raises ValueError for a wave beyond the tower's `max_audio_length`, too."""
+        check_waves(self, waves)
+        if self.window is None:
+            pieces, counts = waves, [1] * len(waves)
+            if waves and self.max_samples is not None and (longest := max(map(len, waves))) > self.max_samples:
+                raise ValueError(
+                    f'a wave has {longest} samples, but max_audio_length is {self.max_samples}; pass window_seconds='
+                    f'{self.max_samples / self.sample_rate:g} or less'
+                )
+        else:
+            spans = [list(windows(len(wave), self.window, self.hop)) for wave in waves]
+            pieces = [wave[start:stop] for wave, own in zip(waves, spans) for start, stop in own]
+            counts = [len(own) for own in spans]
+
+        latents = torch.empty(len(pieces), self.dim)
+        with evaluating(self.mulan):
+            for rows in batches_by_length(pieces, self.batch_size, mixed=self.mulan.audio.support_variable_length):
+                batch = [pieces[row] for row in rows]
+                lengths = [len(piece) for piece in batch]
+                wavs = pad_sequence(batch, batch_first=True).to(self.mulan.device)
+                # without lengths, nothing needs masking
+                given = dict(audio_lengths=lengths) if min(lengths) < max(lengths) else {}
+                latents[rows] = self.mulan.get_audio_latents(wavs, **given).cpu()
+        return list(latents.split(counts))
+
+
+class CLAPEmbedder:
+    """The audio and text embeddings of CLAP (arXiv 2211.06687), of length 1, by transformers' `ClapModel`.
+
+    A clip gives one frame a window of the length that the model was made for, 10 s; the last window ends with the
+    clip, and a shorter clip is repeated as the model's feature extractor does. So nothing is cropped at random, which
+    that extractor would do with longer clips.
+
+    Args:
+        model: a folder with the files of model and processor, the name of a model in the local cache of Hugging Face,
+            or a `ClapModel`.
+        processor: a `ClapProcessor`; needed with a `ClapModel`.
+        batch_size: windows embedded at a time.
+        device: where to compute; by default where the model is.
+
+    Raises:
+        ImportError: transformers is missing. FileNotFoundError: no such model on this machine.
+    """
+
+    name = 'clap'
+    min_samples = 1
+
+    @typechecked
+    def __init__(
+        self,
+        model: Any,
+        processor: Any = None,
+        batch_size: int = 8,
+        device: str | torch.device | None = None,
+    ):
+        check_positive(batch_size=batch_size)
+        try:
+            from transformers import ClapModel, ClapProcessor
+        except ImportError as error:
+            raise missing_package('transformers', 'CLAPEmbedder') from error
+        if isinstance(model, (str, Path)):
+            path = model
+            try:
+                model = ClapModel.from_pretrained(path, local_files_only=True)
+                processor = processor or ClapProcessor.from_pretrained(path, local_files_only=True)
+            except OSError as error:
+                raise FileNotFoundError(
+                    f'no CLAP model with its processor at {path!s} ({error}); fetch one first, such as with '
+                    '"hf download laion/larger_clap_music --local-dir FOLDER", and pass the folder'
+                ) from error
+        if not isinstance(model, ClapModel):
+            raise TypeError(f'model must be a path or a transformers.ClapModel, got {type(model).__name__}')
+        if processor is None:
+            raise ValueError('a ClapModel in memory needs its processor: CLAPEmbedder(model, processor)')
+        self.model, self.batch_size = model.to(device or model.device), batch_size
+        self.features, self.tokenizer = processor.feature_extractor, processor.tokenizer
+        self.sample_rate, self.dim = self.features.sampling_rate, model.config.projection_dim
+        self.window = self.features.nb_max_samples
+
+    @typechecked
+    @torch.no_grad()
+    def embed(self, waves: list[Tensor]) -> list[Tensor]:
+        """See `Embedder.embed`."""
+        check_waves(self, waves)
+        spans = [list(windows(len(wave), self.window, self.window)) for wave in waves]
+        pieces = [wave[start:stop].cpu().numpy() for wave, own in zip(waves, spans) for start, stop in own]
+        found = [torch.empty(0, self.dim)]
+        with evaluating(self.model):
+            for start in range(0, len(pieces), self.batch_size):
+                found.append(self._embed(pieces[start : start + self.batch_size]))
+        return list(torch.cat(found).split([len(own) for own in spans]))
+
+    def _embed(self, pieces: list[np.ndarray]) -> Tensor:
+        # where nothing is longer than a window, models with fusion declare a random item so; that would change what
+        # it gives, and the random numbers of everyone else
+        state = np.random.get_state()  # noqa: NPY002
+        inputs = self.features(pieces, sampling_rate=self.sample_rate, return_tensors='pt')
+        np.random.set_state(state)  # noqa: NPY002
+        spectrograms = inputs['input_features'].to(self.model.device, self.model.dtype)
+        longer = torch.zeros(len(pieces), 1, dtype=torch.bool, device=self.model.device)
+        return pooled(self.model.get_audio_features(input_features=spectrograms, is_longer=longer))
+
+    @typechecked
+    @torch.no_grad()
+    def embed_texts(self, texts: Sequence[str]) -> Tensor:
+        """Embed texts as `(n, dim)` float32 on the CPU, of length 1; a text is cut where the text tower ends."""
+        if isinstance(texts, str) or not texts:
+            raise ValueError(f'texts must be one or more strings in a list, got {texts!r}')
+        config = self.model.config.text_config
+        # RoBERTa counts positions from behind its padding
+        longest = config.max_position_embeddings - config.pad_token_id - 1
+        found = []
+        with evaluating(self.model):
+            for start in range(0, len(texts), self.batch_size):
+                tokens = self.tokenizer(
+                    list(texts[start : start + self.batch_size]),
+                    padding=True,
+                    truncation=True,
+                    max_length=longest,
+                    return_tensors='pt',
+                ).to(self.model.device)
+                found.append(
+                    pooled(
+                        self.model.get_text_features(
+                            input_ids=tokens['input_ids'], attention_mask=tokens['attention_mask']
+                        )
+                    )
+                )
+        return torch.cat(found)
+
+
+class EnCodecEmbedder:
+    """What EnCodec's encoder gives before quantization (arXiv 2210.13438): 75 frames a second of width 128.
+
+    Args:
+        model: the weights of the 24 kHz model, a local `encodec_24khz-d7cc33bc.th`; or an `encodec.EncodecModel` that
+            is mono and takes clips whole, unlike the 48 kHz model.
+        batch_size: clips embedded at a time; only clips of the same length share a batch.
+        device: where to compute; by default where the model is.
+
+    Raises:
+        ImportError: encodec is missing. FileNotFoundError: no such file. ValueError: weights or a model that do not
+            fit.
+    """
+
+    name = 'encodec'
+
+    @typechecked
+    def __init__(self, model: Any, batch_size: int = 8, device: str | torch.device | None = None):
+        check_positive(batch_size=batch_size)
+        try:
+            from encodec import EncodecModel
+        except ImportError as error:
+            raise missing_package('encodec', 'EnCodecEmbedder') from error
+        if isinstance(model, (str, Path)):
+            path, model = model, EncodecModel.encodec_model_24khz(pretrained=False)
+            url = 'https://dl.fbaipublicfiles.com/encodec/v0/encodec_24khz-d7cc33bc.th'
+            model.load_state_dict(read_weights(path, model, f'the 24 kHz EnCodec, fetched from {url}'))
+        if not isinstance(model, EncodecModel):
+            raise TypeError(f'model must be a path or an encodec.EncodecModel, got {type(model).__name__}')
+        if model.channels != 1 or model.normalize or model.segment is not None:
+            raise ValueError(
+                f'the EnCodec model {model.name!r} takes {model.channels} channels in segments of {model.segment} s; '
+                'use the 24 kHz model, which takes mono clips whole'
+            )
+        self.model, self.batch_size = model if device is None else model.to(device), batch_size
+        self.sample_rate, self.dim = model.sample_rate, model.encoder.dimension
+        self.min_samples = model.encoder.hop_length
+
+    @typechecked
+    @torch.no_grad()
+    def embed(self, waves: list[Tensor]) -> list[Tensor]:
+        """See `Embedder.embed`."""
+        check_waves(self, waves)
+        device = next(self.model.parameters()).device
+        found: dict[int, Tensor] = {}
+        with evaluating(self.model):
+            for rows in batches_by_length(waves, self.batch_size, mixed=False):
+                batch = torch.stack([waves[row] for row in rows]).to(device)
+                frames = self.model.encoder(rearrange(batch, 'b n -> b 1 n'))
+                found |= zip(rows, rearrange(frames, 'b d t -> b t d').float().cpu())
+        return [found[row] for row in range(len(waves))]
+
+
+class VGGishEmbedder:
+    """VGGish's embeddings of 0.96 s each, of width 128, before their last activation; what is left over is dropped.
+
+    Args:
+        path: a local copy of torchvggish's weights, `vggish-10086976.pth`.
+        batch_size: patches embedded at a time.
+        device: where to compute.
+
+    Raises:
+        FileNotFoundError: no such file. ValueError: weights that do not fit.
+    """
+
+    name, sample_rate, dim, min_samples = 'vggish', vggish.SAMPLE_RATE, vggish.DIM, vggish.MIN_SAMPLES
+
+    @typechecked
+    def __init__(self, path: str | Path, batch_size: int = 32, device: str | torch.device = 'cpu'):
+        check_positive(batch_size=batch_size)
+        with torch.device('meta'):
+            model = vggish.VGGish()
+        url = 'https://github.com/harritaylor/torchvggish/releases/download/v0.1/vggish-10086976.pth'
+        model.load_state_dict(read_weights(path, model, f'VGGish, fetched from {url}'), assign=True)
+        self.model, self.batch_size, self.device = model.eval().to(device), batch_size, device
+
+    @typechecked
+    @torch.no_grad()
+    def embed(self, waves: list[Tensor]) -> list[Tensor]:
+        """See `Embedder.embed`."""
+        check_waves(self, waves)
+        patches = [vggish.log_mel_patches(wave.to(self.device)) for wave in waves]
+        found = [self.model(batch).cpu() for batch in torch.cat(patches).split(self.batch_size)] if waves else []
+        return list(torch.cat(found).split([len(own) for own in patches])) if waves else []
+
+
+def check_waves(embedder: Embedder, waves: list[Tensor]) -> None:
+    """Raise TypeError or ValueError unless waves are floats `(samples,)` and long enough for an embedder."""
+    for index, wave in enumerate(waves):
+        check_audio(wave, ndim=1, shape='(samples,)', name=f'waves[{index}]')
+        if len(wave) < embedder.min_samples:
+            raise ValueError(f'waves[{index}]: {too_short(embedder, len(wave))}')
+
+
+def too_short(embedder: Embedder, samples: int) -> str:
+    """How a wave falls short of what an embedder takes."""
+    return f'{embedder.name} needs at least {embedder.min_samples} samples at {embedder.sample_rate} Hz, got {samples}'
+
+
+def batches_by_length(waves: Sequence[Tensor], batch_size: int, *, mixed: bool) -> Iterator[list[int]]:
+    """Indices of the waves of each batch: neighbours in length, and of one length unless `mixed`."""
+    batch: list[int] = []
+    for row in sorted(range(len(waves)), key=lambda row: len(waves[row])):
+        if batch and (len(batch) == batch_size or (not mixed and len(waves[row]) != len(waves[batch[0]]))):
+            yield batch
+            batch = []
+        batch.append(row)
+    if batch:
+        yield batch
+
+
+def pooled(output: Any) -> Tensor:
+    """Embeddings of length 1, float32 on the CPU, from what CLAP returns: a tensor, or from transformers 5 more."""
+    return F.normalize(getattr(output, 'pooler_output', output).float(), dim=-1).cpu()
+
+
+def missing_package(package: str, user: str) -> ImportError:
+    return ImportError(f'{user} needs the package {package}: pip install "musiclm-pytorch[eval]"')
+
+
+def read_weights(path: str | Path, module: nn.Module, what: str) -> dict[str, Tensor]:
+    """The state dict in a file, checked to have the names and shapes of a module's. Nothing in the file is run."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f'no weights at {path!s}; give the path of those of {what}')
+    try:
+        state = torch.load(path, map_location='cpu', weights_only=True)
+    except Exception as error:  # torch raises one of many, by what is wrong with the file
+        raise ValueError(f'{path!s} cannot be read as weights: {error}') from error
+    wanted = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    found = {name: tuple(it.shape) for name, it in state.items()} if isinstance(state, dict) else {}
+    if wrong := sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name)):
+        raise ValueError(
+            f'{path!s} does not hold the weights of {what}: {wrong[0]} should be {wanted.get(wrong[0], "absent")}, is '
+            f'{found.get(wrong[0], "absent")}'
+        )
+    return state

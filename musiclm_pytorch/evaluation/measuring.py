@@ -1,0 +1,137 @@
+"""All that is measured of a set of clips, each read once for its signal and once for its embeddings, over all ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from musiclm_pytorch.distributed.collectives import rank, world_size
+from musiclm_pytorch.evaluation.embedders import Embedder
+from musiclm_pytorch.evaluation.embedding import embed_clips
+from musiclm_pytorch.evaluation.figures import Figure
+from musiclm_pytorch.evaluation.frechet import ThinnedStatistics
+from musiclm_pytorch.evaluation.inputs import read_clip
+from musiclm_pytorch.evaluation.kernel import FrameReservoir
+from musiclm_pytorch.evaluation.quality import signal_quality
+from musiclm_pytorch.evaluation.structure import StructureResult, structure_of
+from musiclm_pytorch.evaluation.tagging import Tagger
+from musiclm_pytorch.mulan.layers import l2norm
+
+
+@dataclass
+class Measured:
+    """A set of clips.
+
+    quality, structure: by index of the clip
+    means: by embedder and index, the mean of a clip's frames, `(dim,)` of length 1
+    missing: by embedder and index, why a clip has none
+    statistics, samples: of the frames of all clips, by embedder
+    """
+
+    quality: dict[int, dict[str, Figure]] = field(default_factory=dict)
+    structure: dict[int, StructureResult] = field(default_factory=dict)
+    means: dict[str, dict[int, Tensor]] = field(default_factory=dict)
+    missing: dict[str, dict[int, str]] = field(default_factory=dict)
+    statistics: dict[str, ThinnedStatistics] = field(default_factory=dict)
+    samples: dict[str, FrameReservoir] = field(default_factory=dict)
+
+    def merge(self, other: Measured) -> None:
+        """Add what was found of other clips of the set."""
+        self.quality |= other.quality
+        self.structure |= other.structure
+        for name in other.means:
+            self.means[name] |= other.means[name]
+            self.missing[name] |= other.missing[name]
+            self.statistics[name].merge(other.statistics[name])
+            self.samples[name].merge(other.samples[name])
+
+    def rows(self, name: str, clips: Collection[int]) -> tuple[list[int], Tensor]:
+        """Some clips that an embedder has frames of: their indices, in order, and their means `(n, dim)`."""
+        kept = sorted(clips)
+        return kept, torch.stack([self.means[name][index] for index in kept]) if kept else torch.zeros(0, 1)
+
+
+class TaggerEmbedder:
+    """A tagger as an embedder: one frame a clip, its distribution over the tags."""
+
+    name = 'tags'
+
+    def __init__(self, tagger: Tagger):
+        self.tagger = tagger
+        self.sample_rate, self.dim = tagger.sample_rate, len(tagger.tags)
+        self.min_samples = getattr(tagger, 'min_samples', 1)
+
+    def embed(self, waves: list[Tensor]) -> list[Tensor]:
+        return list(self.tagger.probabilities(waves)[:, None]) if waves else []
+
+
+def measure(
+    clips: Sequence[Tensor | Path],
+    sample_rate: int,
+    *,
+    quality: bool,
+    structure: bool,
+    embedders: Collection[Embedder],
+    batch_size: int,
+    seed: int,
+    progress: bool,
+    label: str,
+) -> Measured:
+    """Measure a set of clips, each rank its share; every rank has all that was found.
+
+    Args:
+        clips: as `inputs.list_clips` gives them, the same on every rank.
+        sample_rate: of the waves in Hz; files tell their own.
+        quality, structure: whether to measure signal and structure.
+        embedders: of different names.
+        batch_size: clips embedded at a time.
+        seed: of what is drawn from the frames.
+        progress: show progress bars, on the first rank.
+        label: of the bars.
+    """
+    own = range(rank(), len(clips), world_size())
+    silent = not progress or rank() > 0
+    found = Measured()
+    if quality or structure:
+        for index in tqdm(own, desc=f'{label}: signal', unit='clip', disable=silent, leave=False):
+            wave, rate = read_clip(clips[index], sample_rate)
+            if quality:
+                found.quality[index] = signal_quality(wave, rate)
+            if structure:
+                found.structure[index] = structure_of(wave, rate)
+    for embedder in embedders:
+        found.means[embedder.name], found.missing[embedder.name] = {}, {}
+        found.statistics[embedder.name] = ThinnedStatistics(embedder.dim, seed)
+        found.samples[embedder.name] = FrameReservoir(embedder.dim, seed=seed)
+    if embedders:
+        sources = (clip if isinstance(clip, Path) else (clip, sample_rate) for clip in (clips[i] for i in own))
+        embedded = embed_clips(sources, list(embedders), batch_size=batch_size)
+        for clip in tqdm(
+            embedded, desc=f'{label}: embeddings', unit='clip', total=len(own), disable=silent, leave=False
+        ):
+            index = own[clip.index]
+            for name, frames in clip.frames.items():
+                found.means[name][index] = l2norm(frames.mean(dim=0))
+                found.statistics[name].update(frames, index)
+                found.samples[name].update(frames, index)
+            for name, reason in clip.missing.items():
+                found.missing[name][index] = reason
+    return over_ranks(found)
+
+
+def over_ranks(found: Measured) -> Measured:
+    """What all ranks found, joined in their order, on every rank."""
+    if world_size() == 1:
+        return found
+    parts: list[Measured] = [found] * world_size()
+    dist.all_gather_object(parts, found)
+    first, *others = parts
+    for other in others:
+        first.merge(other)
+    return first

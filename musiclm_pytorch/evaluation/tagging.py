@@ -1,0 +1,342 @@
+"""What music is tagged as: taggers, how their outputs on two sets diverge, and how right they are."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from musiclm_pytorch.checks import check_audio, check_finite, check_positive, typechecked
+from musiclm_pytorch.evaluation.figures import Figure, mean_figure, undefined
+from musiclm_pytorch.mulan.layers import l2norm
+from musiclm_pytorch.mulan.model import MuLaN, evaluating
+
+# common words for music: genres, instruments and voices, moods, tempo and sound
+MUSIC_TAGS = (
+    *('rock', 'pop', 'jazz', 'blues', 'classical', 'electronic', 'techno', 'house', 'hip hop', 'reggae', 'country'),
+    *('folk', 'heavy metal', 'punk', 'funk', 'soul', 'disco', 'ambient', 'latin', 'orchestral', 'choir'),
+    *('piano', 'acoustic guitar', 'electric guitar', 'bass', 'drums', 'violin', 'cello', 'flute', 'trumpet'),
+    *('saxophone', 'organ', 'synthesizer', 'harp', 'accordion', 'male voice', 'female voice', 'instrumental'),
+    *('happy', 'sad', 'calm', 'aggressive', 'romantic', 'dark', 'dreamy', 'epic'),
+    *('slow', 'fast', 'loud', 'quiet'),
+)
+TEMPLATES = ('{}', 'music, {}', 'a piece of music: {}')
+EPSILON = 1e-6  # of audiocraft's KL
+# PaSST: what its published weights were trained on
+PASST_RATE, PASST_SECONDS, PASST_CLASSES = 32000, 10, 527
+PASST_SHORTEST = 4801  # samples: 16 frames of 10 ms, one patch
+
+
+@runtime_checkable
+class Tagger(Protocol):
+    """What tells the tags of music.
+
+    Attributes:
+        tags: their names.
+        sample_rate: of the waves it takes, in Hz.
+    """
+
+    tags: Sequence[str]
+    sample_rate: int
+
+    def probabilities(self, waves: Sequence[Tensor]) -> Tensor:
+        """Of each of `n` waves `(samples,)`, a distribution over the tags: `(n, tags)` float32 on the CPU."""
+        ...
+
+
+class ZeroShotTagger:
+    """MuLaN as a tagger: how near a clip is to texts with each tag, with no training for it (arXiv 2208.12415).
+
+    A tag stands for the mean of the latents of its prompts, as CLIP does it (arXiv 2103.00020, section 3.1.4).
+
+    Args:
+        mulan: trained. Its texts are embedded here, once. One that does not know its sample rate tags latents only.
+        tags: any words.
+        templates: prompts with `{}` in the place of the tag.
+        window: seconds of audio that are embedded at once; the latent of longer audio is the mean over windows, one
+            every second (`MuLaN.embed_audio`). No longer than the tower's `max_audio_length`.
+        batch_size: windows and prompts embedded at a time.
+
+    Raises:
+        ValueError: no tag or one twice, a template without `{}`.
+    """
+
+    @typechecked
+    def __init__(
+        self,
+        mulan: MuLaN,
+        tags: Sequence[str] = MUSIC_TAGS,
+        templates: Sequence[str] = TEMPLATES,
+        *,
+        window: float = 10.0,
+        batch_size: int = 32,
+    ):
+        check_positive(window=window, batch_size=batch_size)
+        check_tags(tags)
+        if isinstance(templates, str) or not templates or any('{}' not in it for it in templates):
+            raise ValueError(f'templates must be a list of texts with {{}} in the place of the tag, got {templates!r}')
+        self.mulan = mulan
+        self.tags = tuple(tags)
+        self.sample_rate = mulan.sample_rate
+        longest, rate = mulan.audio.max_audio_length, mulan.sample_rate
+        self.window = window if longest is None or rate is None else min(window, longest / rate)
+        self.batch_size = batch_size
+        prompts = [template.replace('{}', tag) for tag in tags for template in templates]
+        with torch.no_grad(), evaluating(mulan):
+            batches = [prompts[i : i + batch_size] for i in range(0, len(prompts), batch_size)]
+            latents = torch.cat([mulan.get_text_latents(raw_texts=batch).cpu() for batch in batches])
+        latents = rearrange(latents, '(tags templates) d -> tags templates d', templates=len(templates))
+        self.tag_latents = l2norm(latents.mean(dim=1))  # (tags, dim_latent)
+
+    @typechecked
+    def scores(self, waves: Sequence[Tensor]) -> Tensor:
+        """Cosine of each wave `(samples,)` at `sample_rate` with each tag, `(n, tags)` float32 on the CPU."""
+        check_waves(waves, shortest=1)
+        if self.sample_rate is None:
+            raise ValueError(
+                'this MuLaN does not know its sample rate, so no wave can be brought to it; build the audio tower '
+                'with audio_sample_rate, or tag latents: scores_of'
+            )
+        latents = [self.mulan.embed_audio(it, window=self.window, batch_size=self.batch_size) for it in waves]
+        return self.scores_of(torch.stack(latents))
+
+    def probabilities(self, waves: Sequence[Tensor]) -> Tensor:
+        """Of each wave `(samples,)` at `sample_rate`: as `probabilities_of`."""
+        return self.probabilities_of_scores(self.scores(waves))
+
+    def scores_of(self, latents: Tensor) -> Tensor:
+        """The same as `scores` from MuLaN's latents of the audio, `(n, dim_latent)`."""
+        if latents.ndim != 2 or latents.shape[1] != self.tag_latents.shape[1]:
+            raise ValueError(f'latents must have shape (n, {self.tag_latents.shape[1]}), got {tuple(latents.shape)}')
+        check_finite(latents, 'latents[{}] hold NaN or infinity')
+        return l2norm(latents.detach().float().cpu()) @ self.tag_latents.T
+
+    def probabilities_of(self, latents: Tensor) -> Tensor:
+        """Softmax over the tags at MuLaN's own temperature, `(n, tags)`: of what a clip is most, not of each tag.
+
+        The temperature is the factor of the cosines that MuLaN learned in its loss.
+        """
+        return self.probabilities_of_scores(self.scores_of(latents))
+
+    def probabilities_of_scores(self, scores: Tensor) -> Tensor:
+        """The same from cosines, `(n, tags)`."""
+        factor = float(self.mulan.contrast.temperature().detach())
+        return (scores * factor).softmax(dim=-1)
+
+
+class PaSSTTagger:
+    """PaSST (arXiv 2110.05069), a tagger of AudioSet's 527 classes, by which audiocraft and others compute their KL.
+
+    The package hear21passt builds it; the weights come from a file on disk, nothing is downloaded. Audio longer than
+    10 s is cut into segments of 10 s, whose outputs are averaged; audiocraft takes each segment for a clip of its own,
+    which is the same for clips of up to 10 s. A last segment of 0.15 s or less is left out, as there.
+
+    Args:
+        weights: file of the state dict, such as hear21passt's `passt-s-f128-p16-s10-ap.476-swa.pt`.
+        arch: what hear21passt calls its architecture.
+        device: to compute on.
+
+    Raises:
+        ImportError: hear21passt is not installed. FileNotFoundError: no such file. ValueError: weights of another
+        architecture.
+    """
+
+    tags = tuple(f'AudioSet class {i}' for i in range(PASST_CLASSES))  # the package holds no names
+    sample_rate = PASST_RATE
+
+    @typechecked
+    def __init__(
+        self, weights: str | Path, arch: str = 'passt_s_swa_p16_128_ap476', device: str | torch.device = 'cpu'
+    ):
+        try:
+            from hear21passt.models.passt import get_model
+            from hear21passt.models.preprocess import AugmentMelSTFT
+            from hear21passt.wrapper import PasstBasicWrapper
+        except ImportError as error:
+            raise ImportError(
+                f'PaSST needs the package hear21passt ({error}); install it with `pip install "musiclm-pytorch[eval]"`'
+            ) from error
+        if not Path(weights).is_file():
+            raise FileNotFoundError(f'no file of weights of PaSST at {weights}; give one that you have downloaded')
+        with quiet():
+            net = get_model(arch=arch, pretrained=False, n_classes=PASST_CLASSES)
+            # as in hear21passt.base, where the weights would be downloaded
+            mel = AugmentMelSTFT(
+                n_mels=128, sr=PASST_RATE, win_length=800, hopsize=320, n_fft=1024, freqm=48, timem=192, htk=False,
+                fmin=0.0, fmax=None, norm=1, fmin_aug_range=10, fmax_aug_range=2000,
+            )  # fmt: skip
+            self.model = PasstBasicWrapper(mel=mel, net=net, mode='logits').eval().to(device)
+        try:
+            net.load_state_dict(torch.load(weights, map_location='cpu', weights_only=True))
+        except RuntimeError as error:
+            raise ValueError(f'{weights} does not hold weights of {arch}: {error}') from error
+
+    @typechecked
+    @torch.no_grad()
+    def probabilities(self, waves: Sequence[Tensor]) -> Tensor:
+        """Softmax over the classes of each wave `(samples,)` at 32 kHz, `(n, 527)` float32 on the CPU."""
+        check_waves(waves, shortest=PASST_SHORTEST)
+        found = []
+        for wave in waves:
+            parts = [it for it in wave.float().split(PASST_SECONDS * PASST_RATE) if len(it) >= PASST_SHORTEST]
+            with quiet():
+                logits = torch.cat([self.model(part[None].to(self.model.device())) for part in parts])
+            found.append(logits.softmax(dim=-1).mean(dim=0).cpu())
+        return torch.stack(found)
+
+
+@contextlib.contextmanager
+def quiet():
+    """hear21passt prints shapes, and warns of each length but 10 s and of what is deprecated in torch."""
+    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        yield
+
+
+@typechecked
+def kl_figures(
+    generated_probs: Tensor | np.ndarray, reference_probs: Tensor | np.ndarray, *, paired: bool = True, seed: int = 0
+) -> dict[str, Figure]:
+    """Kullback-Leibler divergence, in nats, between a tagger's outputs on generated and on reference audio.
+
+    As in audiocraft's `kld.py`: KL(p ‖ q) = Σ p · (log p − log(q + 1e-6)), which may be a little below 0.
+
+    Args:
+        generated_probs: `(n, tags)` distributions.
+        reference_probs: `(m, tags)`; paired, row i is of the reference of the generated clip i, and `m` is `n`.
+        paired: whether the rows belong together, such as two clips for one caption.
+
+    Returns:
+        paired: `kl_reference_generated`, KL(reference ‖ generated), the one that audiocraft reports as `kld`, and
+        `kl_generated_reference`, the other way, each the mean over pairs with its bootstrap interval. Else
+        `kl_of_means_reference_generated` and `kl_of_means_generated_reference`, between the mean distributions of both
+        sets: another number, smaller as a rule and not to be compared with the first; it has no interval.
+
+    Raises:
+        ValueError: shapes that do not match, or rows that are no distributions.
+    """
+    generated = check_distributions(generated_probs, 'generated_probs')
+    reference = check_distributions(reference_probs, 'reference_probs')
+    if generated.shape[1] != reference.shape[1]:
+        raise ValueError(
+            f'both sets need the same tagger, got {generated.shape[1]} tags of the generated and '
+            f'{reference.shape[1]} of the reference audio'
+        )
+    if paired and len(generated) != len(reference):
+        raise ValueError(
+            f'got {len(generated)} generated and {len(reference)} reference clips, which are no pairs; pass '
+            'paired=False to compare the sets'
+        )
+    prefix = 'kl_' if paired else 'kl_of_means_'
+    if not paired:
+        counts = dict(generated=len(generated), reference=len(reference))
+        generated, reference = (it.mean(axis=0, keepdims=True) for it in (generated, reference))
+    figures = {}
+    for name, p, q in (
+        ('reference_generated', reference, generated),
+        ('generated_reference', generated, reference),
+    ):
+        values = divergences(p, q)
+        figures[prefix + name] = (
+            mean_figure(values, unit='nats', seed=seed) if paired else Figure(values[0], unit='nats', details=counts)
+        )
+    return figures
+
+
+def divergences(p: np.ndarray, q: np.ndarray) -> np.ndarray:
+    """KL(p ‖ q) of rows of `(n, tags)`, `(n,)`."""
+    from scipy.special import xlogy
+
+    return (xlogy(p, p) - p * np.log(q + EPSILON)).sum(axis=1)
+
+
+@typechecked
+def tagging_figures(
+    scores: Tensor | np.ndarray, truth: Tensor | np.ndarray, tags: Sequence[str]
+) -> dict[str, Figure | dict[str, Figure]]:
+    """How well scores find the clips of each tag: areas under the ROC and the precision-recall curve (scikit-learn).
+
+    Args:
+        scores: `(n, tags)`, higher where a tag is likelier; of any scale.
+        truth: `(n, tags)`, whether a clip has a tag.
+        tags: their names.
+
+    Returns:
+        `roc_auc` and `pr_auc` (average precision), the means over the tags that have clips with and without them, with
+        the number of these in the details; and the same of each tag as `roc_auc_by_tag` and `pr_auc_by_tag`, with its
+        `share` of the clips: the PR-AUC of scores that know nothing.
+
+    Raises:
+        ValueError: shapes that do not match, scores that are not finite, truth that is neither bool nor 0 and 1.
+    """
+    from sklearn.metrics import average_precision_score, roc_auc_score
+
+    check_tags(tags)
+    scores, truth = (it.detach().cpu().numpy() if isinstance(it, Tensor) else it for it in (scores, truth))
+    if scores.ndim != 2 or scores.shape != truth.shape or scores.shape[1] != len(tags) or len(scores) == 0:
+        raise ValueError(
+            f'scores and truth must have the shape (clips, {len(tags)}), a column a tag, got {scores.shape} and '
+            f'{truth.shape}'
+        )
+    if not np.isfinite(scores).all():
+        raise ValueError(f'scores[{np.argwhere(~np.isfinite(scores))[0][0]}] hold NaN or infinity')
+    if not np.isin(truth, (0, 1)).all():
+        raise ValueError('truth must hold True and False, or 1 and 0')
+    truth = truth.astype(bool)
+    figures: dict[str, Figure | dict[str, Figure]] = {}
+    for name, measure in dict(roc_auc=roc_auc_score, pr_auc=average_precision_score).items():
+        by_tag = {}
+        for tag, own, wanted in zip(tags, scores.T, truth.T):
+            share = float(wanted.mean())
+            if share in (0.0, 1.0):
+                by_tag[tag] = undefined(f'{"no" if share == 0 else "every"} clip has the tag', share=share)
+            else:
+                value = float(measure(wanted, own))
+                by_tag[tag] = Figure(value, count=len(own), details=dict(share=share))
+        values = [it.value for it in by_tag.values() if it.value is not None]
+        counted = dict(tags_counted=len(values), tags_given=len(tags))
+        if values:
+            figures[name] = Figure(float(np.mean(values)), count=len(scores), details=counted)
+        else:
+            figures[name] = undefined('no tag has clips with and without it', **counted)
+        figures[f'{name}_by_tag'] = by_tag
+    return figures
+
+
+def check_tags(tags: Sequence[str]) -> None:
+    if isinstance(tags, str) or not tags or len(set(tags)) != len(tags):
+        raise ValueError(f'tags must be one or more different names, got {tags!r:.80}')
+
+
+def check_waves(waves: Sequence[Tensor], shortest: int) -> None:
+    """Raise TypeError or ValueError unless there are waves, each `(samples,)`, finite and no shorter than that."""
+    if len(waves) == 0:
+        raise ValueError('there are no waves to tag; pass at least one')
+    for i, wave in enumerate(waves):
+        check_audio(wave, ndim=1, shape='(samples,)', name=f'waves[{i}]')
+        check_finite(wave[None], f'waves[{i}] holds NaN or infinite samples')
+        if len(wave) < shortest:
+            raise ValueError(f'waves[{i}] has {len(wave)} samples, but a tagger needs {shortest}; leave it out')
+
+
+def check_distributions(probs: Tensor | np.ndarray, name: str) -> np.ndarray:
+    """As float64; raises ValueError unless rows of `(n, tags)` are at least 0 and add up to 1."""
+    probs = probs.detach().cpu().double().numpy() if isinstance(probs, Tensor) else probs.astype(np.float64)
+    if probs.ndim != 2 or 0 in probs.shape:
+        raise ValueError(f'{name} must have shape (clips, tags), got {probs.shape}')
+    wrong = ~((probs >= 0).all(axis=1) & (np.abs(probs.sum(axis=1) - 1) <= 1e-3))  # NaN too
+    if wrong.any():
+        row = int(np.argmax(wrong))
+        raise ValueError(
+            f'{name}[{row}] is no distribution: its smallest value is {probs[row].min():g} and its sum '
+            f'{probs[row].sum():g}; pass probabilities, not scores or logits'
+        )
+    return probs

@@ -1,0 +1,393 @@
+"""The evaluator as a whole, its report, and the commands `musiclm evaluate` and `musiclm compare`."""
+
+import csv
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import soundfile
+import torch
+from conftest import tiny_mulan
+
+from musiclm_pytorch import MusicLMEvaluator, SyntheticMusic
+from musiclm_pytorch.cli import main
+from musiclm_pytorch.data.audio import resample
+from musiclm_pytorch.evaluation.compare import compare_reports
+from musiclm_pytorch.evaluation.embedders import MuLaNEmbedder
+from musiclm_pytorch.evaluation.evaluator import GROUPS, load_mulan
+from musiclm_pytorch.evaluation.report import figures_in, write_report
+from musiclm_pytorch.evaluation.tagging import MUSIC_TAGS, ZeroShotTagger
+
+RATE = 16000
+
+
+@pytest.fixture(scope='module')
+def tiny():
+    return load_mulan('tiny')
+
+
+@pytest.fixture(scope='module')
+def pairs():
+    music = SyntheticMusic(16, seconds=2.0, sample_rate=RATE, split='valid')
+    waves, texts = zip(*(music[index] for index in range(16)))
+    return list(waves), list(texts)
+
+
+@pytest.fixture(scope='module')
+def results(tiny, pairs):
+    waves, texts = pairs
+    evaluator = MusicLMEvaluator(mulan=tiny)
+    return evaluator.comprehensive_evaluation(texts[:6], waves[:6], waves[6:], sample_rate=RATE)
+
+
+def test_results_are_figures_that_json_takes(results):
+    assert set(results) == {'about', 'clips', 'reference_clips', *GROUPS}
+    assert json.loads(json.dumps(results, allow_nan=False)) == results
+    for group in GROUPS:
+        figures = figures_in(results[group])
+        assert len(figures) >= 10
+        for figure in figures.values():
+            assert isinstance(figure['value'], float) or figure['reason']
+            if 'low' in figure:
+                assert figure['low'] <= figure['high']
+    assert [row['name'] for row in results['clips']] == [f'clip {i}' for i in range(6)]
+    assert len(results['reference_clips']) == 10
+
+
+def test_alignment_is_that_of_mulan(tiny, pairs, results):
+    waves, texts = pairs
+    with torch.no_grad():
+        audio = torch.cat([tiny.get_audio_latents(wave[None], sample_rate=RATE) for wave in waves[:6]])
+        text = torch.cat([tiny.get_text_latents(raw_texts=[text]) for text in texts[:6]])
+    cosines = (audio * text).sum(dim=1)
+    assert [row['cosine'] for row in results['clips']] == pytest.approx(cosines.tolist(), abs=1e-4)
+    consistency = results['text_audio_alignment']['mulan_cycle_consistency']
+    assert consistency['value'] == pytest.approx(cosines.mean().item(), abs=1e-4)
+    assert consistency['low'] < consistency['value'] < consistency['high']
+    assert results['text_audio_alignment']['margin']['p_value'] < 0.05  # these are clips and their own captions
+
+
+def test_real_music_is_nearer_to_real_music_than_noise_is(tiny, pairs, results):
+    waves, texts = pairs
+    noise = [0.1 * torch.randn(2 * RATE, generator=torch.Generator().manual_seed(i)) for i in range(6)]
+    evaluator = MusicLMEvaluator(mulan=tiny)
+    worse = evaluator.evaluate(noise, waves[6:], texts=texts[:6], sample_rate=RATE)
+    for name in ('frechet_audio_distance', 'kernel_audio_distance'):
+        near, far = (it['audio_quality'][name]['mulan']['value'] for it in (results, worse))
+        assert near < 0.9 * far, name
+    flat, tonal = (it['audio_quality']['signal']['spectral_flatness']['value'] for it in (worse, results))
+    assert flat > 0.9 > 0.5 > tonal
+
+
+def test_a_set_beside_itself(tiny, pairs):
+    waves, _ = pairs
+    evaluator = MusicLMEvaluator(mulan=tiny)
+    found = evaluator.evaluate(waves[:6], waves[:6], sample_rate=RATE, paired=True, groups=['audio_quality'])
+    quality = found['audio_quality']
+    assert quality['frechet_audio_distance']['mulan']['value'] == pytest.approx(0, abs=1e-6)
+    assert quality['tags']['kl_reference_generated']['value'] == pytest.approx(0, abs=1e-3)
+    assert quality['tags']['kl_reference_generated']['count'] == 6
+
+
+def test_groups_alone_are_as_in_all(tiny, pairs, results):
+    waves, texts = pairs
+    evaluator = MusicLMEvaluator(mulan=tiny)
+    assert evaluator.audio_quality(waves[:6], waves[6:], sample_rate=RATE) == results['audio_quality']
+    assert evaluator.music_structure(waves[:6], waves[6:], sample_rate=RATE) == results['music_structure']
+    alone = evaluator.text_audio_alignment(texts[:6], waves[:6], sample_rate=RATE)
+    assert alone == results['text_audio_alignment']
+
+
+def test_forms_of_waves_are_alike(tiny, pairs, tmp_path):
+    waves, texts = pairs
+    evaluator = MusicLMEvaluator(mulan=tiny)
+    plain = evaluator.comprehensive_evaluation(texts[:3], waves[:3], sample_rate=RATE)
+    batch = torch.nn.functional.pad(torch.stack(waves[:3]), (0, 500), value=0.7)
+    lengths = torch.full((3,), 2 * RATE)
+    for given, keywords in (
+        ([wave[None] for wave in waves[:3]], {}),
+        ([torch.stack([wave, wave]) for wave in waves[:3]], {}),
+        (batch, dict(audio_lengths=lengths)),
+        (batch, dict(audio_lengths=lengths.tolist())),
+    ):
+        assert evaluator.comprehensive_evaluation(texts[:3], given, sample_rate=RATE, **keywords) == plain
+    files = []
+    for index, wave in enumerate(waves[:3]):
+        files.append(tmp_path / f'{index}.wav')
+        soundfile.write(files[-1], wave.numpy(), RATE, subtype='FLOAT')
+    from_files = evaluator.comprehensive_evaluation(texts[:3], files)
+    assert from_files['text_audio_alignment'] == plain['text_audio_alignment']
+    assert from_files['audio_quality'] == plain['audio_quality']
+
+
+def test_the_rate_matters(tiny, pairs):
+    waves, _ = pairs
+    evaluator = MusicLMEvaluator(mulan=tiny)
+    as_is, slower = (
+        evaluator.music_structure(waves[:3], sample_rate=rate)['generated']['onset_density']['value']
+        for rate in (RATE, RATE // 2)
+    )
+    assert slower < 0.8 * as_is
+    assert tiny.sample_rate == 8000
+    assert evaluator.evaluate(waves[:1], groups=['audio_quality'])['about']['sample_rate'] == 8000
+
+
+def test_without_references_distances_say_why(tiny, pairs):
+    waves, texts = pairs
+    found = MusicLMEvaluator(mulan=tiny).comprehensive_evaluation(texts[:2], waves[:2], sample_rate=RATE)
+    distance = found['audio_quality']['frechet_audio_distance']['mulan']
+    assert distance == dict(value=None, reason='it needs reference audio')
+    assert 'reference_clips' not in found
+
+
+def test_odd_clips_are_measured_as_far_as_they_go(tiny):
+    """Silence, one clip, a clip shorter than a frame: figures without a value, never NaN."""
+    evaluator = MusicLMEvaluator(mulan=tiny)
+    texts = ['a flute', 'a piano', 'an organ']
+    waves = [torch.zeros(RATE), 0.1 * torch.randn(50), torch.sin(torch.arange(3.0 * RATE) / 10)]
+    found = evaluator.comprehensive_evaluation(texts, waves, waves, sample_rate=RATE)
+    json.dumps(found, allow_nan=False)
+    assert found['clips'][0]['loudness'] is None
+    assert found['clips'][1]['cosine'] is None
+    assert found['text_audio_alignment']['mulan_cycle_consistency']['count'] == 2
+    assert found['audio_quality']['signal']['silent_clips']['value'] == 1
+    alone = evaluator.comprehensive_evaluation(texts[:1], waves[2:], sample_rate=RATE)
+    assert 'other text' in alone['text_audio_alignment']['audio_to_text_median_rank']['reason']
+    short = evaluator.comprehensive_evaluation(texts[:1], waves[1:2], sample_rate=RATE)
+    assert 'no clip can be embedded' in short['text_audio_alignment']['mulan_cycle_consistency']['reason']
+
+
+def test_further_embedders_and_taggers(tiny, pairs):
+    waves, _ = pairs
+
+    class Whole(MuLaNEmbedder):
+        name = 'whole'
+
+    tagger = ZeroShotTagger(tiny, tags=MUSIC_TAGS[:5])
+    evaluator = MusicLMEvaluator(mulan=tiny, embedders=[Whole(tiny)], tagger=tagger)
+    found = evaluator.audio_quality(waves[:5], waves[5:10], sample_rate=RATE, paired=True)
+    by_embedder = found['frechet_audio_distance']
+    assert by_embedder['whole']['value'] == pytest.approx(by_embedder['mulan']['value'], abs=1e-5)
+    probabilities = tagger.probabilities([resample(wave, RATE, 8000) for wave in waves[:10]])
+    p, q = probabilities[5:].double(), probabilities[:5].double()
+    expected = (p * (p.log() - (q + 1e-6).log())).sum(dim=1).mean().item()
+    assert found['tags']['kl_reference_generated']['value'] == pytest.approx(expected, rel=1e-3)
+    with pytest.raises(ValueError, match='names of their own, got mulan, tags, mulan'):
+        MusicLMEvaluator(mulan=tiny, embedders=[MuLaNEmbedder(tiny)])
+
+
+def test_a_mulan_that_knows_no_rate(caplog):
+    mulan = tiny_mulan({}, dict(num_tokens=49408))
+    assert mulan.sample_rate is None
+    evaluator = MusicLMEvaluator(mulan=mulan)
+    waves = [torch.randn(RATE, generator=torch.Generator().manual_seed(i)) for i in range(2)]
+    found = evaluator.comprehensive_evaluation(['a', 'b'], waves, waves)
+    assert found['about']['sample_rate'] == 16000
+    assert '16000 Hz is assumed' in caplog.text
+    assert found['audio_quality']['tags']['kl_of_means_reference_generated']['value'] is not None
+
+
+@pytest.mark.parametrize(
+    ('change', 'error', 'message'),
+    [
+        (dict(generated_audio=[]), ValueError, 'generated_audio is empty'),
+        (dict(generated_audio=torch.zeros(800)), ValueError, r'generated_audio\[None\]'),
+        (dict(generated_audio='x.wav'), TypeError, 'got str'),
+        (
+            dict(generated_audio=[torch.zeros(5, dtype=torch.int16)] * 2),
+            TypeError,
+            r'generated_audio\[0\] must be a flo',
+        ),
+        (dict(generated_audio=[torch.randn(9), torch.tensor([0.0, float('nan')])]), ValueError, r'\[1\] holds NaN'),
+        (dict(generated_audio=[torch.randn(9), torch.zeros(0)]), ValueError, r'\[1\] has no samples'),
+        (dict(generated_audio=['nowhere.wav', 'x']), FileNotFoundError, r'\[0\]: no file at nowhere.wav'),
+        (dict(texts=['a']), ValueError, 'got 1 texts for 2 generated clips'),
+        (dict(texts='ab'), TypeError, 'texts must be a list of strings|Sequence'),
+        (dict(texts=['a', ' ']), ValueError, r'texts\[1\] is empty'),
+        (dict(texts=None), ValueError, 'needs texts'),
+        (dict(audio_lengths=[5]), ValueError, 'got 1 audio_lengths for 2 clips'),
+        (dict(audio_lengths=[900, 901]), ValueError, r'generated_audio\[1\]: .*901'),
+        (dict(reference_audio=[]), ValueError, 'reference_audio is empty'),
+        (dict(sample_rate=0), ValueError, 'sample_rate must be greater than 0'),
+        (dict(groups=['quality']), ValueError, "groups must be some of audio_quality.*'quality'"),
+        (dict(paired=True), ValueError, 'got 2 generated and 0 reference clips'),
+    ],
+)
+def test_bad_input_is_named(tiny, change, error, message):
+    given = dict(generated_audio=[torch.randn(900), torch.randn(900)], texts=['a', 'b'], sample_rate=RATE) | change
+    with pytest.raises(error, match=message):
+        MusicLMEvaluator(mulan=tiny).evaluate(given.pop('generated_audio'), **given)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason='there is a CUDA device')
+def test_a_device_that_is_not_there(tiny):
+    with pytest.raises(ValueError, match="device='cuda', but torch finds no CUDA device"):
+        MusicLMEvaluator(mulan=tiny, device='cuda')
+
+
+RANKS = """
+import json, sys
+import torch
+import torch.distributed as dist
+from musiclm_pytorch import MusicLMEvaluator, SyntheticMusic
+from musiclm_pytorch.evaluation.evaluator import load_mulan
+
+torch.set_num_threads(1)
+dist.init_process_group('gloo')
+music = SyntheticMusic(16, seconds=2.0, sample_rate=16000, split='valid')
+waves, texts = zip(*(music[i] for i in range(16)))
+results = MusicLMEvaluator(mulan=load_mulan('tiny')).comprehensive_evaluation(
+    list(texts[:6]), list(waves[:6]), list(waves[6:]), sample_rate=16000
+)
+open(sys.argv[1] + str(dist.get_rank()), 'w').write(json.dumps(results))
+dist.destroy_process_group()
+"""
+
+
+def test_processes_find_what_one_finds(results, tmp_path):
+    (tmp_path / 'ranks.py').write_text(RANKS)
+    command = [sys.executable, '-m', 'torch.distributed.run', '--nproc-per-node', '2', '--master-port', '0']
+    command += ['--rdzv-backend', 'c10d', '--rdzv-endpoint', 'localhost:0']
+    subprocess.run([*command, str(tmp_path / 'ranks.py'), str(tmp_path / 'found')], check=True, capture_output=True)
+    found = [json.loads((tmp_path / f'found{rank}').read_text()) for rank in range(2)]
+    assert found[0] == found[1]
+    assert_alike(found[0], results)
+
+
+def assert_alike(found, wanted):
+    """Equal but for rounding."""
+    if isinstance(wanted, dict):
+        assert found.keys() == wanted.keys()
+        for key in wanted:
+            assert_alike(found[key], wanted[key])
+    elif isinstance(wanted, list):
+        assert len(found) == len(wanted)
+        for one, other in zip(found, wanted):
+            assert_alike(one, other)
+    elif isinstance(wanted, float):
+        assert found == pytest.approx(wanted, rel=1e-3, abs=1e-5)
+    else:
+        assert found == wanted
+
+
+# ---- on disk ----
+
+
+def test_report(results, pairs, tmp_path):
+    page = write_report(results, tmp_path / 'out', pairs[0][:6], sample_rate=RATE, title='A & B', players=2)
+    assert {path.name for path in page.parent.iterdir()} == {'report.json', 'figures.csv', 'clips.csv', 'report.html'}
+    assert json.loads((page.parent / 'report.json').read_text()) == results
+    text = page.read_text()
+    assert text.count('<audio') == 2
+    assert '<title>A &amp; B</title>' in text
+    assert not re.search(r'(src|href)="(?!data:)', text)  # nothing outside of the file
+    with open(page.parent / 'figures.csv', newline='') as file:
+        rows = {(row['group'], row['figure']): row for row in csv.DictReader(file)}
+    consistency = results['text_audio_alignment']['mulan_cycle_consistency']
+    assert float(rows['text_audio_alignment', 'mulan_cycle_consistency']['low']) == consistency['low']
+    assert len(rows) == sum(len(figures_in(results[group])) for group in GROUPS)
+    with open(page.parent / 'clips.csv', newline='') as file:
+        assert [row['text'] for row in csv.DictReader(file)] == pairs[1][:6]
+    with pytest.raises(FileExistsError, match='report.json is there already'):
+        write_report(results, tmp_path / 'out')
+    write_report(results, tmp_path / 'out', overwrite=True)
+    assert '<audio' not in page.read_text()
+
+
+def test_comparison(results, tmp_path, tiny, pairs):
+    waves, texts = pairs
+    other = MusicLMEvaluator(mulan=tiny).evaluate(
+        waves[3:9], texts=texts[3:9], sample_rate=RATE, groups=['text_audio_alignment']
+    )
+    for name, it in dict(a=results, b=other).items():
+        write_report(it, tmp_path / name)
+    page = compare_reports(dict(first=tmp_path / 'a', second=tmp_path / 'b'), tmp_path / 'out')
+    rows = {row['figure']: row['runs'] for row in json.loads((tmp_path / 'out' / 'comparison.json').read_text())}
+    runs = rows['mulan_cycle_consistency']
+    assert runs['first'] == results['text_audio_alignment']['mulan_cycle_consistency']
+    assert runs['second'] == other['text_audio_alignment']['mulan_cycle_consistency']
+    assert rows['signal.loudness']['second'] is None
+    assert 'not measured' in page.read_text()
+    with open(tmp_path / 'out' / 'comparison.csv', newline='') as file:
+        table = {row['figure']: row for row in csv.DictReader(file)}
+    assert float(table['mulan_cycle_consistency']['second high']) == runs['second']['high']
+
+    reseeded = MusicLMEvaluator(mulan=tiny, seed=1).evaluate(waves[:2], sample_rate=RATE, groups=['audio_quality'])
+    write_report(reseeded, tmp_path / 'c')
+    with pytest.raises(ValueError, match='another seed: a 0, c 1'):
+        compare_reports(dict(a=tmp_path / 'a', c=tmp_path / 'c'), tmp_path / 'out2')
+    with pytest.raises(FileNotFoundError, match=r'no report\.json'):
+        compare_reports(dict(a=tmp_path / 'a', d=tmp_path), tmp_path / 'out2')
+    with pytest.raises(FileExistsError, match=r'comparison\.json'):
+        compare_reports(dict(a=tmp_path / 'a', b=tmp_path / 'b'), tmp_path / 'out')
+
+
+# ---- commands ----
+
+
+@pytest.fixture
+def folders(tmp_path, pairs):
+    """Generated clips with prompts.json, as `musiclm generate` writes them, and clips of reference."""
+    for name, waves in dict(generated=pairs[0][:3], reference=pairs[0][3:6]).items():
+        (tmp_path / name).mkdir()
+        for index, wave in enumerate(waves):
+            soundfile.write(tmp_path / name / f'{index}.wav', wave.numpy(), RATE)
+    prompts = {f'{index}.wav': text for index, text in enumerate(pairs[1][:3])}
+    (tmp_path / 'generated' / 'prompts.json').write_text(json.dumps(prompts))
+    return tmp_path
+
+
+def test_evaluate_and_compare(folders, pairs, capsys):
+    command = ['evaluate', '--generated', str(folders / 'generated'), '-o', str(folders / 'one')]
+    texts = ['--texts', str(folders / 'generated' / 'prompts.json'), '--reference', str(folders / 'reference')]
+    assert main([*command, *texts, '--paired']) == 0
+    assert 'report.html' in capsys.readouterr().out
+    found = json.loads((folders / 'one' / 'report.json').read_text())
+    assert [row['text'] for row in found['clips']] == pairs[1][:3]
+    assert 'kl_reference_generated' in found['audio_quality']['tags']
+    assert main(command) == 2
+    assert 'report.json is there already' in capsys.readouterr().err
+    assert main([*command[:-1], str(folders / 'two')]) == 0  # without texts
+    assert 'text_audio_alignment' not in json.loads((folders / 'two' / 'report.json').read_text())
+    compared = ['compare', str(folders / 'one'), f'bare={folders / "two"}', '-o', str(folders / 'both')]
+    assert main(compared) == 0
+    assert (folders / 'both' / 'comparison.html').is_file()
+
+
+@pytest.mark.parametrize(
+    ('texts', 'message'),
+    [
+        (('t.txt', 'one\ntwo'), 'has 2 lines for 3 sound files'),
+        (('t.json', '{"0.wav": "a"}'), 'has no text for 1.wav, and for 2 of 3 files'),
+        (('t.json', '{'), 'is not JSON'),
+        (('t.csv', 'name,text\n0.wav,a'), 'must have the columns file and text'),
+        (('t.doc', ''), 'must end in .txt, .json or .csv'),
+    ],
+)
+def test_texts_that_do_not_fit(folders, capsys, texts, message):
+    (folders / texts[0]).write_text(texts[1])
+    command = ['evaluate', '--generated', str(folders / 'generated'), '--texts', str(folders / texts[0])]
+    assert main([*command, '-o', str(folders / 'out')]) == 2
+    assert message in capsys.readouterr().err
+    assert not (folders / 'out').exists()
+
+
+def test_texts_as_lines_or_table(folders):
+    from musiclm_pytorch.cli_evaluate import read_texts, sound_files
+
+    files = sound_files(str(folders / 'generated'))
+    (folders / 't.txt').write_text('a\nb\nc\n')
+    (folders / 't.csv').write_text('text,file\nb,1.wav\nc,2.wav\na,0.wav\n')
+    for name in ('t.txt', 't.csv'):
+        assert read_texts(str(folders / name), files) == ['a', 'b', 'c']
+
+
+def test_models_that_judge(tmp_path):
+    mulan = tiny_mulan()
+    mulan.save_pretrained(tmp_path)
+    assert torch.equal(load_mulan(tmp_path).audio_to_latents.weight, mulan.audio_to_latents.weight)
+    with pytest.raises(FileNotFoundError, match='nowhere'):
+        load_mulan(Path('nowhere'))
