@@ -32,7 +32,8 @@ def test_every_section_takes_the_keywords_of_its_constructors():
     training = MuLaNRecipe.SECTIONS['training'].types
     assert {'lr', 'grad_cache_chunk_size', 'use_ema', 'num_workers', 'num_epochs', 'num_train_steps'} <= set(training)
     assert set(keywords_of(MuLaNTrainer)) - set(training) == {
-        *('mulan', 'dataset', 'valid_dataset', 'results_folder', 'collate_fn', 'folder')
+        *('mulan', 'dataset', 'valid_dataset', 'results_folder', 'collate_fn', 'folder'),
+        *('groups', 'group_size', 'groups_after'),
     }
     assert {'use_case', 'audio_sample_rate', 'spec_n_mels', 'depth'} <= set(MuLaNRecipe.SECTIONS['audio'].types)
     assert set(MuLaNRecipe.SECTIONS['mulan'].types) == set(keywords_of(MuLaN)) - {

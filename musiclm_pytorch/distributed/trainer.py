@@ -315,7 +315,7 @@ def run_distributed_training(
 def _trainer_keywords() -> set[str]:
     kinds = (MuLaNTrainer, Trainer)
     parameters = [it for kind in kinds for it in inspect.signature(kind.__init__).parameters.values()]
-    own = {'self', 'mulan', 'model', 'step_module', 'dataset', 'grad_accum_every'}
+    own = {'self', 'mulan', 'model', 'step_module', 'dataset', 'grad_accum_every', 'grouping'}
     return {it.name for it in parameters if it.kind is not inspect.Parameter.VAR_KEYWORD} - own
 
 

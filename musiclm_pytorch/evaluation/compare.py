@@ -57,7 +57,8 @@ def compare_reports(
     check_comparable(runs)
     rows = comparison_rows(runs)
     folder.mkdir(parents=True, exist_ok=True)
-    body = [comparison_table(rows, list(runs)), image(plot_intervals(rows, list(runs)), 'figures with their intervals')]
+    names = list(runs)
+    body = [image(plot_intervals(rows, names), 'figures with their intervals'), comparison_table(rows, names)]
     (folder / TABLE).write_text(table_csv([flat(row) for row in rows]), encoding='utf-8')
     (folder / PAGE_FILE).write_text(page(title, body), encoding='utf-8')
     (folder / COMPARISON).write_text(json.dumps(rows, indent=2) + '\n', encoding='utf-8')
@@ -115,7 +116,7 @@ def comparison_table(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) ->
         head = ''.join(f'<th>{html.escape(name)}</th>' for name in names)
         lines = []
         for row in own:
-            cells = ''.join(f'<td>{cell(figure)}</td>' for figure in row['runs'].values())
+            cells = ''.join(f'<td class="run">{cell(figure)}</td>' for figure in row['runs'].values())
             lines.append(f'<tr><td>{html.escape(label(tuple(row["figure"].split("."))))}</td>{cells}</tr>')
         parts.append(f'<h2>{heading}</h2>\n<table><tr><th></th>{head}</tr>\n' + '\n'.join(lines) + '\n</table>')
     return '\n'.join(parts)
@@ -126,12 +127,13 @@ def cell(figure: Mapping[str, Any] | None) -> str:
     if figure is None:
         return '<small>not measured</small>'
     note = figure.get('reason') or range_of(figure)
-    return f'{html.escape(shown(figure))} <small>{html.escape(note)}</small>'
+    return f'{html.escape(shown(figure))}<br><small>{html.escape(note)}</small>'
 
 
 def plot_intervals(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> Plot:
-    """The figures that have an interval in every run, each on a scale of its own, one line a run."""
+    """The figures that differ and have an interval in every run, each on a scale of its own, one line a run."""
     kept = [row for row in rows if all(it is not None and it.get('low') is not None for it in row['runs'].values())]
+    kept = [row for row in kept if len({figure['value'] for figure in row['runs'].values()}) > 1]
     columns = 4
     lines = max(1, -(-len(kept) // columns))
     plot = Plot(figsize=(11, 0.6 + (0.5 + 0.28 * len(names)) * lines), layout='constrained')
@@ -145,6 +147,7 @@ def plot_intervals(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> P
         axes.set_title(label(tuple(row['figure'].split('.'))), fontsize=8)
         axes.set(yticks=range(len(names)), yticklabels=names, ylim=(-0.6, len(names) - 0.4))
         axes.tick_params(labelsize=7)
+        axes.locator_params(axis='x', nbins=4)
         axes.invert_yaxis()
     for axes in cells[len(kept) :]:
         axes.set_axis_off()

@@ -26,14 +26,32 @@ GROUPS = dict(
 )
 # what is drawn of every clip: key of its row, label
 PANELS = dict(cosine='cosine with its text', loudness='loudness, LUFS', tempo='tempo, BPM', bandwidth='bandwidth, Hz')
+# figures whose names are not their paths' words
+NAMES = dict(
+    frechet_audio_distance='Fréchet audio distance',
+    frechet_infinity='FAD∞',
+    kernel_audio_distance='kernel audio distance',
+    mulan='MuLaN',
+    mulan_cycle_consistency='MuLan cycle consistency',
+    clap='CLAP',
+    vggish='VGGish',
+    encodec='EnCodec',
+    dc_offset='DC offset',
+    kl_reference_generated='KL(reference ‖ generated)',
+    kl_generated_reference='KL(generated ‖ reference)',
+    kl_of_means_reference_generated='KL(reference ‖ generated) of the means',
+    kl_of_means_generated_reference='KL(generated ‖ reference) of the means',
+)
 COLOURS = ('#1f6f8b', '#c0562f')  # generated, reference
 BOUNDS = ('low', 'high', 'count', 'unit', 'reason')
 
 STYLE = """
   body { font: 16px/1.5 sans-serif; max-width: 64rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
   table { border-collapse: collapse; margin: 0 0 2rem } td, th { text-align: left; padding: .2rem .8rem .2rem 0 }
-  td.number { text-align: right; font-variant-numeric: tabular-nums } tr { border-bottom: 1px solid #ddd }
-  figure { margin: 0 0 2rem } img, audio { display: block; max-width: 100% } audio { width: 100% } small { color: #666 }
+  tr { border-bottom: 1px solid #ddd } td.run { max-width: 12rem }
+  td.number { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums }
+  figure { margin: 0 0 2rem } img, audio { display: block; max-width: 100% } audio { width: 100% }
+  small { color: #666 }
 """
 
 
@@ -69,7 +87,7 @@ def write_report(
     folder = Path(folder)
     check_free(folder, RESULTS, overwrite)
     folder.mkdir(parents=True, exist_ok=True)
-    body = [tables(results), image(plot_clips(results), 'distributions over clips')]
+    body = [image(plot_clips(results), 'distributions over clips'), tables(results)]
     if generated_audio is not None:
         clips = list_clips(generated_audio, audio_lengths)
         rate = sample_rate or results['about']['sample_rate']
@@ -148,7 +166,8 @@ def tables(results: Mapping[str, Any]) -> str:
 
 
 def label(path: tuple[str, ...]) -> str:
-    return ', '.join(part.replace('_', ' ') for part in path)
+    """The path of a figure in words."""
+    return ', '.join(NAMES.get(part, part.replace('_', ' ')) for part in path)
 
 
 def shown(figure: Mapping[str, Any]) -> str:

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from musiclm_pytorch.distributed.collectives import rank, world_size
 from musiclm_pytorch.trainer.checkpoints import random_states, restore_random_states
+from musiclm_pytorch.trainer.grouping import Grouping
 
 
 class SeededItems(Dataset):
@@ -62,6 +63,7 @@ class Batches:
         seed: of the order and of the random draws of items.
         drop_last: leave out the last, smaller batch of an epoch; otherwise it is split evenly over ranks.
         num_workers, prefetch_factor, pin_memory: as in `DataLoader`.
+        grouping: arranges the items of an epoch; by default they come at random.
     """
 
     def __init__(
@@ -75,12 +77,14 @@ class Batches:
         num_workers: int = 0,
         prefetch_factor: int | None = None,
         pin_memory: bool = False,
+        grouping: Grouping | None = None,
     ):
         self.items = SeededItems(dataset, seed)
         self.size = len(dataset)
         self.batch_size = batch_size
         self.seed = seed
         self.drop_last = drop_last
+        self.grouping = grouping
         self.loader_keywords = dict(
             collate_fn=collate_fn, num_workers=num_workers, prefetch_factor=prefetch_factor, pin_memory=pin_memory
         )
@@ -96,13 +100,17 @@ class Batches:
     def identity(self) -> dict[str, Any]:
         """What a position in the data belongs to."""
         # over how many ranks a batch is shared out is not part of it: the items are the same
-        return dict(size=self.size, batch_size=self.batch_size * world_size(), seed=self.seed)
+        found = dict(size=self.size, batch_size=self.batch_size * world_size(), seed=self.seed)
+        return found if self.grouping is None else found | dict(grouping=self.grouping.fingerprint)
 
     def keys(self, epoch: int) -> list[list[tuple[int, int]]]:
         """The (epoch, index) pairs of each batch that this rank reads in an epoch."""
         generator = torch.Generator().manual_seed(mixed_seed(self.seed, epoch))
         order = torch.randperm(self.size, generator=generator).tolist()
         together = self.batch_size * world_size()
+        if self.grouping is not None:
+            position = epoch * self.batches_an_epoch
+            order = self.grouping.arrange(order, batch=together, position=position, generator=generator)
         batches = []
         for i in range(self.batches_an_epoch):
             share = order[i * together : (i + 1) * together]

@@ -23,6 +23,7 @@ from musiclm_pytorch.checks import check_positive
 from musiclm_pytorch.distributed.collectives import gather_sizes, mean_over_ranks
 from musiclm_pytorch.trainer import checkpoints
 from musiclm_pytorch.trainer.folders import prepare_results_folder
+from musiclm_pytorch.trainer.grouping import Grouping
 from musiclm_pytorch.trainer.journal import Journal
 from musiclm_pytorch.trainer.optimizers import build_optimizer, check_optimizer
 from musiclm_pytorch.trainer.schedules import check_schedule, learning_rate
@@ -73,6 +74,7 @@ class Trainer:
         num_workers, prefetch_factor: processes that read data, and batches each reads ahead.
         drop_last: leave out the last, smaller batch of an epoch.
         seed: of the data order and of everything random in the step.
+        grouping: arranges the order of the items; see `trainer.grouping`.
         accelerate_kwargs: further keywords of `accelerate.Accelerator`.
         progress: show a progress bar.
     """
@@ -111,6 +113,7 @@ class Trainer:
         prefetch_factor: int | None = None,
         drop_last: bool = True,
         seed: int = 42,
+        grouping: Grouping | None = None,
         accelerate_kwargs: dict[str, Any] | None = None,
         progress: bool = True,
     ):
@@ -173,6 +176,7 @@ class Trainer:
         batch_size = default_batch_size(dataset) if batch_size is None else batch_size
         self.batches = open_batches(
             dataset,
+            grouping,
             batch_size=batch_size,
             collate_fn=collate_fn,
             seed=seed,

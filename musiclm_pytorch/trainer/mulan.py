@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from musiclm_pytorch.mulan import checkpoint
 from musiclm_pytorch.mulan.model import MuLaN, PairLatents, evaluating
 from musiclm_pytorch.trainer.batches import SeededItems
 from musiclm_pytorch.trainer.grad_cache import grad_cache_backward, join_latents, split_batch
+from musiclm_pytorch.trainer.grouping import Grouping
 from musiclm_pytorch.trainer.loop import Trainer, TrainingError, detached
 from musiclm_pytorch.trainer.retrieval import mean_cosine, retrieval_metrics, similarity_histogram
 
@@ -82,6 +83,11 @@ class MuLaNTrainer(Trainer):
         grad_cache_chunk_size: pairs embedded at a time.
         collapse_after: step from which embeddings that are all alike are an error; at the start they often are.
         compile_model: run both towers through torch.compile.
+        groups: a key for each item of `dataset`, such as its artist or genre; items of one key are alike. Every other
+            batch is then made of groups of like items: hard negatives, from which the model learns what tells those
+            apart (see `trainer.grouping`).
+        group_size: items of one key beside each other in such a batch.
+        groups_after: steps before the first such batch: what is easy is learned sooner from random ones.
         folder: not used; upstream had it and ignored it.
         further keywords: those of `Trainer`.
     """
@@ -113,6 +119,9 @@ class MuLaNTrainer(Trainer):
         grad_cache_chunk_size: int | None = None,
         compile_model: bool = False,
         collapse_after: int = 500,
+        groups: Sequence[Hashable] | None = None,
+        group_size: int = 16,
+        groups_after: int = 0,
         collate_fn: Callable | None = None,
         **keywords: Any,
     ):
@@ -140,6 +149,9 @@ class MuLaNTrainer(Trainer):
         if batch_size is not None and batch_size < 2:
             raise ValueError(f'batch_size must be at least 2 for a contrast, got {batch_size}')
 
+        if groups is not None:
+            groups = check_groups(groups, dataset, splits=valid_dataset is None and valid_frac > 0)
+
         if valid_dataset is None and streamed:
             logger.warning('%s is not split: without a valid_dataset there is no validation', type(dataset).__name__)
         elif valid_dataset is None and valid_frac > 0 and isinstance(dataset, AudioTextDataset):
@@ -149,6 +161,7 @@ class MuLaNTrainer(Trainer):
             held_out = int(len(dataset) * valid_frac)
             generator = torch.Generator().manual_seed(random_split_seed)
             dataset, valid_dataset = random_split(dataset, [len(dataset) - held_out, held_out], generator=generator)
+            groups = None if groups is None else [groups[index] for index in dataset.indices]
         if mixed_precision is None and use_mixed_precision:
             mixed_precision = 'fp16' if torch.cuda.is_available() else 'bf16'
         if use_lion:
@@ -178,6 +191,7 @@ class MuLaNTrainer(Trainer):
             mixed_precision=mixed_precision,
             results_folder=results_folder,
             checkpoint_every=checkpoint_every or save_model_every or 1000,
+            grouping=None if groups is None else Grouping(groups, group_size, groups_after * grad_accum_every),
             accelerate_kwargs=accelerate_kwargs,
             **keywords,
         )
@@ -287,6 +301,17 @@ class MuLaNTrainer(Trainer):
 
     def model_config(self) -> dict[str, Any]:
         return checkpoint.config_of(self.mulan)
+
+
+def check_groups(groups: Sequence[Hashable], dataset: Any, *, splits: bool) -> Sequence[Hashable]:
+    """Raise ValueError unless there is a key for each item of a data set that has items by index."""
+    if isinstance(dataset, IterableDataset):
+        raise ValueError(f'groups need items by index, which a {type(dataset).__name__} has not')
+    if len(groups) != len(dataset):
+        raise ValueError(f'got {len(groups)} groups for {len(dataset)} items; pass a key for each item')
+    if splits and isinstance(dataset, AudioTextDataset):
+        raise ValueError('an AudioTextDataset is split by recordings: split it first, dataset.split(…), and pass both')
+    return groups
 
 
 def embed_pairs(mulan: MuLaN, batch: dict[str, Any]) -> PairLatents:

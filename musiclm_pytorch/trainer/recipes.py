@@ -147,6 +147,10 @@ class MuLaNRecipe(Recipe):
                 results_folder='say --output on the command line',
                 resume='say --resume on the command line',
                 folder='it does nothing',
+                groups=IS_CODE,
+                grouping=IS_CODE,
+                group_size="it goes with groups, which are Python's",
+                groups_after="it goes with groups, which are Python's",
             ),
             more=dict(num_epochs=keywords_of(Trainer.train)['num_epochs']),
             groups=(

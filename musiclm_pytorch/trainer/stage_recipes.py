@@ -44,6 +44,7 @@ TRAINING = dict(
 def _training(trainer: type[Trainer], middle: type[Trainer], **refused: str) -> Section:
     named = dict(
         step_module=IS_CODE,
+        grouping=IS_CODE,
         collate_fn=IS_CODE,
         model="it is section 'model'",
         dataset='say it on the command line',

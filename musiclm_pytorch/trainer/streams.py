@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from musiclm_pytorch.data.shards import ShardedAudioText
 from musiclm_pytorch.distributed.collectives import rank, world_size
 from musiclm_pytorch.trainer.batches import Batches, mixed_seed
+from musiclm_pytorch.trainer.grouping import Grouping
 
 logger = logging.getLogger(__name__)
 
@@ -175,8 +176,12 @@ class StreamBatches:
             epoch += 1
 
 
-def open_batches(dataset: Any, **keywords: Any) -> Batches | ShardBatches | StreamBatches:
-    """Batches of a data set of any kind; keywords as of `Batches`."""
+def open_batches(
+    dataset: Any, grouping: Grouping | None = None, **keywords: Any
+) -> Batches | ShardBatches | StreamBatches:
+    """Batches of a data set of any kind; keywords as of `Batches`. A grouping is for one with items by index."""
+    if grouping is not None:
+        return Batches(dataset, grouping=grouping, **keywords)
     if isinstance(dataset, ShardedAudioText):
         return ShardBatches(dataset, **keywords)
     return (StreamBatches if isinstance(dataset, IterableDataset) else Batches)(dataset, **keywords)
