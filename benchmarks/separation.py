@@ -3,9 +3,9 @@
     python benchmarks/separation.py              # 300 clips a set, some ten minutes on two cores
     python benchmarks/separation.py --clips 60
 
-The reference are real clips of SyntheticMusic. Beside them are measured, all by the MuLaN of the model that ships: other
-real clips, the same through the model's codec (its ceiling), what the model makes of their captions, the real clips with
-noise, and noise alone. Each set gets a report, and `comparison.html` puts them side by side.
+The reference are real clips of SyntheticMusic. Beside them are measured, all by the MuLaN of the model that ships:
+other real clips, the same through the model's codec (its ceiling), what the model makes of their captions, the real
+clips with noise, and noise alone. Each set gets a report, and `comparison.html` puts them side by side.
 """
 
 from __future__ import annotations
@@ -73,7 +73,9 @@ def main(args: argparse.Namespace) -> None:
         cells = ['-' if it is None else f'{it:.3f}' for it in found[name].values()]
         cells += [f'{it["value"]:.3f} ({it["low"]:.3f} to {it["high"]:.3f})' for it in (cosine, recall)]
         print(f'| {name} | ' + ' | '.join(cells) + ' |', flush=True)
-    reports = {name: args.out / name.replace(', ', '-').replace(' ', '-') for name in ('real', 'codec', 'model', 'noise')}
+    reports = {
+        name: args.out / name.replace(', ', '-').replace(' ', '-') for name in ('real', 'codec', 'model', 'noise')
+    }
     page = compare_reports(reports, args.out, overwrite=True)
     (args.out / 'separation.json').write_text(json.dumps(found, indent=2) + '\n')
 

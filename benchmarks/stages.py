@@ -33,7 +33,7 @@ from torch import nn
 ROOT = Path(__file__).resolve().parent.parent
 RATE = 16000
 STAGES = ('semantic', 'coarse', 'fine')
-SIDES = ('ours', 'upstream')
+SIDES = ('upstream', 'ours', 'ours-bf16')  # ours-bf16: with mixed_precision='bf16'
 CLIPS = 21  # audiolm-pytorch holds one in twenty out
 CLUSTERS, CODES, COARSE, FINE = 500, 1024, 3, 5
 
@@ -228,6 +228,7 @@ def train(args: argparse.Namespace) -> dict:
                 seconds=args.seconds,
                 batch_size=args.batch_size,
                 unique_consecutive=True,
+                mixed_precision='bf16' if args.side == 'ours-bf16' else 'no',
                 results_folder=results,
                 progress=False,
             )
@@ -301,23 +302,26 @@ def main(args: argparse.Namespace) -> None:
                 stage=stage,
                 seconds=args.crop or SECONDS[stage],
                 step_seconds=medians,
-                ratio=medians['upstream'] / medians['ours'],
+                ratios={side: medians['upstream'] / medians[side] for side in SIDES[1:]},
                 cache_seconds_a_clip=prepared['cache_seconds'] / prepared['clips'],
                 loss=losses,
                 times=times,
             )
             rows.append(row)
-            print(json.dumps(row['step_seconds']), f'ratio {row["ratio"]:.2f}', flush=True)
+            print(json.dumps(row['step_seconds']), json.dumps(row['ratios']), flush=True)
 
     print(f'\ndim {args.dim}, depth {args.depth}, batch {args.batch_size}, {torch.get_num_threads()} threads\n')
-    print('| stage | crop | audiolm-pytorch 2.4.0: s a step | here: s a step | ratio | caching: s a clip, once |')
-    print('|---|---|---|---|---|---|')
+    print(
+        '| stage | crop | audiolm-pytorch 2.4.0: s a step | here | ratio | here, bf16 | ratio '
+        '| caching: s a clip, once |'
+    )
+    print('|---|---|---|---|---|---|---|---|')
     for row in rows:
-        cells = [f'{row["step_seconds"][side]:.2f}' for side in ('upstream', 'ours')]
-        print(
-            f'| {row["stage"]} | {row["seconds"]:g} s | {cells[0]} | {cells[1]} | {row["ratio"]:.1f} '
-            f'| {row["cache_seconds_a_clip"]:.2f} |'
-        )
+        cells = [f'{row["step_seconds"]["upstream"]:.2f}']
+        for side, ratio in row['ratios'].items():
+            cells += [f'{row["step_seconds"][side]:.2f}', f'{ratio:.1f}']
+        cells.append(f'{row["cache_seconds_a_clip"]:.2f}')
+        print(f'| {row["stage"]} | {row["seconds"]:g} s | ' + ' | '.join(cells) + ' |')
     args.out.mkdir(parents=True, exist_ok=True)
     setting = dict(dim=args.dim, depth=args.depth, batch_size=args.batch_size, threads=torch.get_num_threads())
     report = dict(date=datetime.date.today().isoformat(), torch=torch.__version__, setting=setting, rows=rows)

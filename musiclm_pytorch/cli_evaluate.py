@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import csv
+import io
 import json
+import re
 from pathlib import Path
 
 SUFFIXES = ('.wav', '.flac', '.ogg', '.mp3')
@@ -28,7 +30,7 @@ def evaluate(subcommands) -> None:
     )
     parser.add_argument('--reference', metavar='FOLDER', help='sound files of real music to compare with')
     parser.add_argument(
-        '--paired', action='store_true', help='each reference file belongs to the generated one in its place, by name'
+        '--paired', action='store_true', help='each reference file belongs to the generated file of the same name'
     )
     parser.add_argument('-o', '--output', metavar='FOLDER', required=True, help='where the report goes')
     parser.add_argument(
@@ -69,11 +71,16 @@ def run_evaluate(options: argparse.Namespace) -> None:
     generated = sound_files(options.generated)
     texts = None if options.texts is None else read_texts(options.texts, generated)
     reference = None if options.reference is None else sound_files(options.reference)
+    if options.paired:
+        reference = paired_with(generated, reference or [])
+    if options.players < 0:
+        raise ValueError(f'--players must be 0 or more, got {options.players}')
 
     from musiclm_pytorch.evaluation.embedders import CLAPEmbedder, EnCodecEmbedder, VGGishEmbedder
-    from musiclm_pytorch.evaluation.evaluator import GROUPS, MusicLMEvaluator, load_mulan
+    from musiclm_pytorch.evaluation.evaluator import GROUPS, MusicLMEvaluator, check_device, load_mulan
     from musiclm_pytorch.evaluation.tagging import PaSSTTagger
 
+    check_device(options.device)
     kinds = dict(clap=CLAPEmbedder, vggish=VGGishEmbedder, encodec=EnCodecEmbedder)
     given = {name: path for name in kinds if (path := getattr(options, name)) is not None}
     evaluator = MusicLMEvaluator(
@@ -82,6 +89,7 @@ def run_evaluate(options: argparse.Namespace) -> None:
         embedders=[kinds[name](path, device=options.device) for name, path in given.items()],
         tagger=None if options.passt is None else PaSSTTagger(options.passt, device=options.device),
         seed=options.seed,
+        name=options.model,
         progress=True,
     )
     groups = [group for group in GROUPS if texts is not None or group != 'text_audio_alignment']
@@ -104,13 +112,26 @@ def run_compare(options: argparse.Namespace) -> None:
 
 
 def sound_files(folder: str) -> list[Path]:
-    """The sound files of a folder by their names. Raises FileNotFoundError if there are none."""
+    """The sound files of a folder by name, numbers in it by their size. Raises FileNotFoundError if there are none."""
     if not Path(folder).is_dir():
         raise FileNotFoundError(f'no folder at {folder}')
-    files = sorted(path for path in Path(folder).iterdir() if path.suffix.lower() in SUFFIXES)
+    files = [path for path in Path(folder).iterdir() if path.suffix.lower() in SUFFIXES]
     if not files:
         raise FileNotFoundError(f'no sound files in {folder}; known are {", ".join(SUFFIXES)}')
-    return files
+    return sorted(files, key=lambda path: [int(it) if it.isdigit() else it for it in re.split(r'(\d+)', path.name)])
+
+
+def paired_with(generated: list[Path], reference: list[Path]) -> list[Path]:
+    """The reference files in the order of the generated ones of the same names, endings aside.
+
+    Raises ValueError unless each has one.
+    """
+    stems = {path.stem: path for path in reference}
+    if len(reference) != len(generated) or stems.keys() != {path.stem for path in generated}:
+        alone = sorted(stems.keys() ^ {path.stem for path in generated})
+        found = f'{alone[0]} is in one alone' if alone else f'they have {len(generated)} and {len(reference)}'
+        raise ValueError(f'--paired needs a file of the same name in both folders for each; {found}')
+    return [stems[path.stem] for path in generated]
 
 
 def read_texts(path: str, files: list[Path]) -> list[str]:
@@ -118,9 +139,12 @@ def read_texts(path: str, files: list[Path]) -> list[str]:
     source = Path(path)
     if not source.is_file():
         raise FileNotFoundError(f'no file of texts at {path}')
-    content = source.read_text(encoding='utf-8')
+    if source.suffix not in ('.txt', '.json', '.csv'):
+        raise ValueError(f'{path} must end in .txt, .json or .csv')
+    with open(source, encoding='utf-8-sig', newline='') as file:
+        content = file.read()
     if source.suffix == '.txt':
-        lines = content.splitlines()
+        lines = content.replace('\r\n', '\n').removesuffix('\n').split('\n')
         if len(lines) != len(files):
             raise ValueError(f'{path} has {len(lines)} lines for {len(files)} sound files; give a line a file, by name')
         return lines
@@ -129,13 +153,11 @@ def read_texts(path: str, files: list[Path]) -> list[str]:
             texts = json.loads(content)
         except ValueError as error:
             raise ValueError(f'{path} is not JSON: {error}') from error
-    elif source.suffix == '.csv':
-        rows = list(csv.DictReader(content.splitlines()))
-        if rows and not {'file', 'text'} <= rows[0].keys():
-            raise ValueError(f'{path} must have the columns file and text, got {", ".join(rows[0])}')
-        texts = {row['file']: row['text'] for row in rows}
     else:
-        raise ValueError(f'{path} must end in .txt, .json or .csv')
+        rows = list(csv.DictReader(io.StringIO(content, newline='')))
+        if rows and not {'file', 'text'} <= rows[0].keys():
+            raise ValueError(f'{path} must have the columns file and text, got {", ".join(map(str, rows[0]))}')
+        texts = {row['file']: row['text'] for row in rows}
     if not isinstance(texts, dict) or not all(isinstance(it, str) for it in texts.values()):
         raise ValueError(f'{path} must hold a text for each file name')
     missing = [file.name for file in files if file.name not in texts]

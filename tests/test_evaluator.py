@@ -5,6 +5,7 @@ import json
 import re
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -82,6 +83,20 @@ def test_real_music_is_nearer_to_real_music_than_noise_is(tiny, pairs, results):
     assert flat > 0.9 > 0.5 > tonal
 
 
+def test_distances_fall_as_noise_is_taken_out(tiny, pairs):
+    waves, _ = pairs
+    generator = torch.Generator().manual_seed(0)
+    noises = [wave.std() * torch.randn(wave.shape, generator=generator) for wave in waves[:8]]
+    evaluator = MusicLMEvaluator(mulan=tiny)
+    found = []
+    for level in (10.0, 1.0, 0.1, 0.01):
+        noisy = [wave + level * noise for wave, noise in zip(waves, noises)]
+        quality = evaluator.audio_quality(noisy, waves[:8], sample_rate=RATE)
+        found.append([quality[it]['mulan']['value'] for it in ('frechet_audio_distance', 'kernel_audio_distance')])
+    for farther, nearer in pairwise(found):
+        assert all(near < far for near, far in zip(nearer, farther)), found
+
+
 def test_a_set_beside_itself(tiny, pairs):
     waves, _ = pairs
     evaluator = MusicLMEvaluator(mulan=tiny)
@@ -157,6 +172,7 @@ def test_odd_clips_are_measured_as_far_as_they_go(tiny):
     alone = evaluator.comprehensive_evaluation(texts[:1], waves[2:], sample_rate=RATE)
     assert 'other text' in alone['text_audio_alignment']['audio_to_text_median_rank']['reason']
     short = evaluator.comprehensive_evaluation(texts[:1], waves[1:2], sample_rate=RATE)
+    assert short['text_audio_alignment'].keys() == alone['text_audio_alignment'].keys()
     assert 'no clip can be embedded' in short['text_audio_alignment']['mulan_cycle_consistency']['reason']
 
 
@@ -209,6 +225,8 @@ def test_a_mulan_that_knows_no_rate(caplog):
         (dict(texts=['a', ' ']), ValueError, r'texts\[1\] is empty'),
         (dict(texts=None), ValueError, 'needs texts'),
         (dict(audio_lengths=[5]), ValueError, 'got 1 audio_lengths for 2 clips'),
+        (dict(audio_lengths=5), TypeError, 'audio_lengths must be a list of lengths'),
+        (dict(reference_audio=[torch.randn(9)] * 2, reference_lengths=[1]), ValueError, 'got 1 reference_lengths'),
         (dict(audio_lengths=[900, 901]), ValueError, r'generated_audio\[1\]: .*901'),
         (dict(reference_audio=[]), ValueError, 'reference_audio is empty'),
         (dict(sample_rate=0), ValueError, 'sample_rate must be greater than 0'),
@@ -226,6 +244,13 @@ def test_bad_input_is_named(tiny, change, error, message):
 def test_a_device_that_is_not_there(tiny):
     with pytest.raises(ValueError, match="device='cuda', but torch finds no CUDA device"):
         MusicLMEvaluator(mulan=tiny, device='cuda')
+
+
+def test_other_mistakes_at_once(tiny):
+    with pytest.raises(ValueError, match="'gpu' is no device"):
+        MusicLMEvaluator(mulan=tiny, device='gpu')
+    with pytest.raises(ValueError, match='seed must be 0 or more, got -1'):
+        MusicLMEvaluator(mulan=tiny, seed=-1)
 
 
 RANKS = """
@@ -291,8 +316,17 @@ def test_report(results, pairs, tmp_path):
     assert len(rows) == sum(len(figures_in(results[group])) for group in GROUPS)
     with open(page.parent / 'clips.csv', newline='') as file:
         assert [row['text'] for row in csv.DictReader(file)] == pairs[1][:6]
+    assert f'judged by MuLaN ({results["about"]["mulan"]})' in text
     with pytest.raises(FileExistsError, match='report.json is there already'):
         write_report(results, tmp_path / 'out')
+    for wrong, keywords, message in (
+        (results['audio_quality'], {}, 'not of one group alone'),
+        (results, dict(players=-1), 'players must be 0 or more'),
+        (results, dict(generated_audio=pairs[0][:3]), 'got 3 clips for results of 6'),
+    ):
+        with pytest.raises(ValueError, match=message):
+            write_report(wrong, tmp_path / 'never', **keywords)
+    assert not (tmp_path / 'never').exists()
     write_report(results, tmp_path / 'out', overwrite=True)
     assert '<audio' not in page.read_text()
 
@@ -304,7 +338,7 @@ def test_comparison(results, tmp_path, tiny, pairs):
     )
     for name, it in dict(a=results, b=other).items():
         write_report(it, tmp_path / name)
-    page = compare_reports(dict(first=tmp_path / 'a', second=tmp_path / 'b'), tmp_path / 'out')
+    page = compare_reports({'first': tmp_path / 'a', 'second': tmp_path / 'b'}, tmp_path / 'out')
     rows = {row['figure']: row['runs'] for row in json.loads((tmp_path / 'out' / 'comparison.json').read_text())}
     runs = rows['mulan_cycle_consistency']
     assert runs['first'] == results['text_audio_alignment']['mulan_cycle_consistency']
@@ -315,6 +349,11 @@ def test_comparison(results, tmp_path, tiny, pairs):
         table = {row['figure']: row for row in csv.DictReader(file)}
     assert float(table['mulan_cycle_consistency']['second high']) == runs['second']['high']
 
+    compare_reports({'a $^$': tmp_path / 'a', 'b': tmp_path / 'b'}, tmp_path / 'odd')
+    moved = results | dict(about=results['about'] | dict(reference='others'))
+    write_report(moved, tmp_path / 'e')
+    with pytest.raises(ValueError, match='another reference: a .*, e .others.'):
+        compare_reports(dict(a=tmp_path / 'a', e=tmp_path / 'e'), tmp_path / 'out2')
     reseeded = MusicLMEvaluator(mulan=tiny, seed=1).evaluate(waves[:2], sample_rate=RATE, groups=['audio_quality'])
     write_report(reseeded, tmp_path / 'c')
     with pytest.raises(ValueError, match='another seed: a 0, c 1'):
@@ -383,6 +422,29 @@ def test_texts_as_lines_or_table(folders):
     (folders / 't.csv').write_text('text,file\nb,1.wav\nc,2.wav\na,0.wav\n')
     for name in ('t.txt', 't.csv'):
         assert read_texts(str(folders / name), files) == ['a', 'b', 'c']
+
+
+def test_files_of_texts_as_programs_write_them(folders):
+    from musiclm_pytorch.cli_evaluate import read_texts, sound_files
+
+    files = sound_files(str(folders / 'generated'))
+    (folders / 't.csv').write_text('\ufefffile,text\r\n0.wav,"one\nline"\r\n1.wav,b\r\n2.wav,c\r\n', encoding='utf-8')
+    assert read_texts(str(folders / 't.csv'), files) == ['one\nline', 'b', 'c']
+    (folders / 't.txt').write_bytes('a\u2028b\r\nb\r\nc\r\n'.encode())
+    assert read_texts(str(folders / 't.txt'), files) == ['a\u2028b', 'b', 'c']
+
+
+def test_files_by_name_and_number(tmp_path):
+    from musiclm_pytorch.cli_evaluate import paired_with, sound_files
+
+    for name in ('clip_10.wav', 'clip_2.wav', 'clip_1.wav', 'notes.txt'):
+        (tmp_path / name).touch()
+    files = sound_files(str(tmp_path))
+    assert [path.name for path in files] == ['clip_1.wav', 'clip_2.wav', 'clip_10.wav']
+    others = [Path('b/clip_10.flac'), Path('b/clip_1.flac'), Path('b/clip_2.flac')]
+    assert [path.stem for path in paired_with(files, others)] == ['clip_1', 'clip_2', 'clip_10']
+    with pytest.raises(ValueError, match='clip_2 is in one alone'):
+        paired_with(files, [*others[:2], Path('b/clip_3.flac')])
 
 
 def test_models_that_judge(tmp_path):

@@ -95,6 +95,17 @@ def test_an_interrupted_run_ends_as_one_that_was_not(tmp_path, music, config, mo
     assert all(torch.equal(a, b) for a, b in zip(whole.state_dict().values(), resumed.state_dict().values()))
 
 
+def test_other_data_are_not_mixed_in(tmp_path, music, config, monkeypatch):
+    def interrupted(self):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pipeline._Parts, 'quantizer', interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train_musiclm(music, tmp_path / 'out', MusicLMRecipe.load(config))
+    with pytest.raises(ValueError, match=r"was begun with '.*music', now the data are '.*elsewhere'"):
+        train_musiclm(tmp_path / 'elsewhere', tmp_path / 'out', resume=True)
+
+
 def test_with_a_soundstream(tmp_path, music, config):
     content = {name: it for name, it in TINY.items() if name != 'spectral_codec'}
     content['codec'] = dict(model=CODEC, training=dict(**STEPS, seconds=0.2, valid_frac=0.4))
@@ -112,6 +123,7 @@ def test_with_a_soundstream(tmp_path, music, config):
         (dict(mulan=dict(audio=dict(dimm=3))), "part mulan: unknown key 'dimm'.*did you mean 'dim'"),
         (dict(quantizer=dict(conditioning_dims=[1])), 'it follows from the parts semantic, coarse and fine'),
         (dict(coarse=dict(model=dict(num_coarse_quantizers=2))), 'makes 2 levels of codes, but the fine stage'),
+        (dict(spectral_codec=dict(num_quantizers=1)), 'must lie between 1 and 0, one less than the quantizers'),
         (dict(semantic=dict(training=dict(unique_consecutive=True))), 'read the same tokens'),
     ],
 )

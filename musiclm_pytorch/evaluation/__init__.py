@@ -25,13 +25,13 @@ _HOME_OF = {
     'kernel_audio_distance': 'kernel',
     'kl_figures': 'tagging',
     'load_mulan': 'evaluator',
-    'memorisation': 'memorisation',
+    'memorisation': 'memory',
     'read_magnatagatune': 'magnatagatune',
     'score_structure': 'structure_scores',
     'signal_quality': 'quality',
     'structure_of': 'structure',
     'tagging_figures': 'tagging',
-    'training_clips': 'memorisation',
+    'training_clips': 'memory',
     'write_report': 'report',
 }
 

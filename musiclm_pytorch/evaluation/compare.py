@@ -26,8 +26,8 @@ from musiclm_pytorch.evaluation.report import (
 )
 
 COMPARISON, TABLE, PAGE_FILE = 'comparison.json', 'comparison.csv', 'comparison.html'
-# facts without which figures of two runs may not be compared
-SETTINGS = ('mulan', 'seed', 'sample_rate')
+# facts that have to be equal where figures of runs are compared; a run without references has no word in the last two
+SETTINGS = ('mulan', 'seed', 'sample_rate', 'reference', 'tagger')
 
 
 @typechecked
@@ -46,8 +46,8 @@ def compare_reports(
 
     Raises:
         FileNotFoundError: a folder without a report. FileExistsError: the folder has a comparison already.
-        ValueError: fewer than two runs, or runs that another MuLaN, seed or sample rate was used for: their figures
-            cannot be compared.
+        ValueError: fewer than two runs, or runs that another MuLaN, seed, sample rate, tagger or set of reference clips
+            was used for: their figures cannot be compared.
     """
     folder = Path(folder)
     if len(reports) < 2:
@@ -79,6 +79,8 @@ def read_report(folder: str | Path) -> dict[str, Any]:
 def check_comparable(runs: Mapping[str, Mapping[str, Any]]) -> None:
     for setting in SETTINGS:
         found = {name: run['about'].get(setting) for name, run in runs.items()}
+        if setting in ('reference', 'tagger'):
+            found = {name: it for name, it in found.items() if runs[name]['about'].get('reference') is not None}
         if len({json.dumps(it) for it in found.values()}) > 1:
             told = ', '.join(f'{name} {it!r}' for name, it in found.items())
             raise ValueError(f'these reports were made with another {setting}: {told}; evaluate all runs in one way')
@@ -145,7 +147,8 @@ def plot_intervals(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> P
             spread = [[max(0.0, value - low)], [max(0.0, high - value)]]
             axes.errorbar(value, place, xerr=spread, fmt='o', capsize=3, color=COLOURS[place % len(COLOURS)])
         axes.set_title(label(tuple(row['figure'].split('.'))), fontsize=8)
-        axes.set(yticks=range(len(names)), yticklabels=names, ylim=(-0.6, len(names) - 0.4))
+        plain = [name.replace('$', r'\$') for name in names]  # no formulas
+        axes.set(yticks=range(len(names)), yticklabels=plain, ylim=(-0.6, len(names) - 0.4))
         axes.tick_params(labelsize=7)
         axes.locator_params(axis='x', nbins=4)
         axes.invert_yaxis()

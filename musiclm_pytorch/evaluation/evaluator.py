@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 from collections.abc import Collection, Sequence
@@ -24,6 +25,7 @@ from musiclm_pytorch.evaluation.structure import summarise_structure
 from musiclm_pytorch.evaluation.structure_scores import compare_structure
 from musiclm_pytorch.evaluation.tagging import Tagger, ZeroShotTagger, kl_figures
 from musiclm_pytorch.mulan.checkpoint import CONFIG_FILE
+from musiclm_pytorch.mulan.layers import l2norm
 from musiclm_pytorch.mulan.model import MuLaN, evaluating
 from musiclm_pytorch.pretrained import find_pretrained
 from musiclm_pytorch.quantizer import MuLaNEmbedQuantizer
@@ -59,6 +61,7 @@ class MusicLMEvaluator:
         tagger: for the divergence of tags from the reference; by default MuLaN itself, zero-shot.
         batch_size: clips embedded at a time.
         seed: of all resampling.
+        name: what reports call this MuLaN, such as the folder that it came from.
         progress: show progress bars.
 
     Raises:
@@ -75,17 +78,19 @@ class MusicLMEvaluator:
         tagger: Tagger | None = None,
         batch_size: int = 16,
         seed: int = 0,
+        name: str = 'MuLaN',
         progress: bool = False,
     ):
         check_positive(batch_size=batch_size)
+        if seed < 0:
+            raise ValueError(f'seed must be 0 or more, got {seed}')
         if device is not None:
-            check_device(torch.device(device))
-            mulan.to(device)
+            mulan.to(check_device(device))
         names = ['mulan', 'tags', *(it.name for it in embedders)]
         if len(set(names)) < len(names):
             raise ValueError(f'embedders need names of their own, got {", ".join(names)}')
         self.mulan, self.embedders, self.tagger = mulan, list(embedders), tagger
-        self.batch_size, self.seed, self.progress = batch_size, seed, progress
+        self.batch_size, self.seed, self.name, self.progress = batch_size, seed, name, progress
 
     def comprehensive_evaluation(
         self,
@@ -95,10 +100,8 @@ class MusicLMEvaluator:
         audio_lengths: Any = None,
         **keywords: Any,
     ) -> dict[str, Any]:
-        """All of `evaluate`: texts and the audio made from them, beside real audio if there is some."""
-        return self.evaluate(
-            generated_audio, reference_audio, texts=texts, audio_lengths=audio_lengths, groups=GROUPS, **keywords
-        )
+        """All groups of `evaluate`, whose further keywords it takes: texts and the audio made from them."""
+        return self.evaluate(generated_audio, reference_audio, texts=texts, audio_lengths=audio_lengths, **keywords)
 
     def audio_quality(self, generated_audio: Any, reference_audio: Any = None, **keywords: Any) -> dict[str, Any]:
         """The group of this name alone; see `evaluate`."""
@@ -132,7 +135,7 @@ class MusicLMEvaluator:
 
         Args:
             generated_audio: a list of waves `(samples,)` or `(1, samples)`, or of sound files; or a batch
-                `(b, samples)`.
+                `(b, samples)`. Several channels are mixed down, before the signal is measured, too.
             reference_audio: the same of real music. Distances and divergences need it.
             texts: what each generated clip was made from.
             audio_lengths, reference_lengths: true lengths in samples, where waves are padded.
@@ -162,7 +165,9 @@ class MusicLMEvaluator:
         generated = list_clips(generated_audio, audio_lengths)
         reference = None
         if reference_audio is not None:
-            reference = list_clips(reference_audio, reference_lengths, name='reference_audio')
+            reference = list_clips(
+                reference_audio, reference_lengths, name='reference_audio', lengths='reference_lengths'
+            )
         if paired and len(reference or ()) != len(generated):
             raise ValueError(
                 f'got {len(generated)} generated and {len(reference or ())} reference clips, which are no pairs; leave '
@@ -267,17 +272,20 @@ class MusicLMEvaluator:
 
     def alignment(self, own: Measured, texts: list[str]) -> dict[str, Any]:
         kept, audio = own.rows('mulan', own.means['mulan'])
-        if not kept:
-            reason = f'no clip can be embedded, such as the first: {own.missing["mulan"][0]}'
-            return dict(mulan_cycle_consistency=undefined(reason))
-        told = [texts[index] for index in kept]
-        found: dict[str, Any] = alignment_figures(audio, self.embed_texts(told), told, seed=self.seed)
-        found['cosines'] = dict(zip(kept, found['cosines']))
+        if kept:
+            told = [texts[index] for index in kept]
+            found: dict[str, Any] = alignment_figures(audio, self.embed_texts(told), told, seed=self.seed)
+            found['cosines'] = dict(zip(kept, found['cosines']))
+        else:
+            found = nothing_aligned(own.missing['mulan'][0], 'mulan_cycle_consistency')
         for embedder in self.embedders:
             if isinstance(embedder, CLAPEmbedder):
                 kept, audio = own.rows(embedder.name, own.means[embedder.name])
                 told = [texts[index] for index in kept]
-                clap = alignment_figures(audio, embedder.embed_texts(told), told, name='score', seed=self.seed)
+                if kept:
+                    clap = alignment_figures(audio, embedder.embed_texts(told), told, name='score', seed=self.seed)
+                else:
+                    clap = nothing_aligned(own.missing[embedder.name][0], 'score')
                 found |= {f'clap_{name}': it for name, it in clap.items() if name != 'cosines'}
         return found
 
@@ -316,13 +324,24 @@ class MusicLMEvaluator:
             musiclm_pytorch=__version__,
             clips=len(generated),
             reference_clips=len(reference or ()),
+            reference=None if reference is None else fingerprint_of(reference),
             sample_rate=rate,
             seed=self.seed,
+            name=self.name,
             # no proof of equality, but a sign of difference
             mulan=f'sum of weights {weights:.6g}',
-            tagger='mulan, zero-shot' if self.tagger is None else type(self.tagger).__name__,
+            tagger='mulan, zero-shot'
+            if self.tagger is None
+            else f'{type(self.tagger).__name__} {self.tagger.tags[:3]}',
             embedders=['mulan', *(it.name for it in self.embedders)],
         )
+
+
+def nothing_aligned(reason: str, name: str) -> dict[str, Figure]:
+    """The figures of `alignment_figures` where no clip can be embedded."""
+    one = l2norm(torch.ones(1, 2))
+    names = [it for it in alignment_figures(one, one, name=name) if it != 'cosines']
+    return dict.fromkeys(names, undefined(f'no clip can be embedded, such as the first: {reason}'))
 
 
 def structure_group(own: Measured, other: Measured | None, seed: int) -> dict[str, Any]:
@@ -353,9 +372,25 @@ def rows(
     return table
 
 
-def check_device(device: torch.device) -> None:
-    if device.type == 'cuda' and not torch.cuda.is_available():
-        raise ValueError("device='cuda', but torch finds no CUDA device here; pass device='cpu', or leave it out")
+def fingerprint_of(clips: Sequence[Tensor | Path]) -> str:
+    """Tells sets of clips apart: by the names and sizes of files, the samples of waves."""
+    digest = hashlib.sha256()
+    for clip in clips:
+        known = f'{clip.name} {clip.stat().st_size}'.encode() if isinstance(clip, Path) else clip.numpy().tobytes()
+        digest.update(hashlib.sha256(known).digest())
+    return digest.hexdigest()[:16]
+
+
+def check_device(device: str | torch.device) -> torch.device:
+    """A device that is there. Raises ValueError for any other."""
+    try:
+        found = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"{str(device)!r} is no device; pass one such as 'cpu' or 'cuda'") from error
+    if found.type == 'cuda' and (found.index or 0) >= torch.cuda.device_count():
+        there = f'{torch.cuda.device_count()} CUDA devices' if torch.cuda.is_available() else 'no CUDA device'
+        raise ValueError(f'device={str(device)!r}, but torch finds {there} here; pass another, or leave it out')
+    return found
 
 
 def load_mulan(folder: str | Path) -> MuLaN:

@@ -13,14 +13,16 @@ from musiclm_pytorch.checks import check_audio, check_lengths
 from musiclm_pytorch.data.audio import AudioFile
 
 
-def list_clips(audio: Any, audio_lengths: Any = None, *, name: str = 'generated_audio') -> list[Tensor | Path]:
+def list_clips(
+    audio: Any, audio_lengths: Any = None, *, name: str = 'generated_audio', lengths: str = 'audio_lengths'
+) -> list[Tensor | Path]:
     """A batch or a list of waves or sound files as a list of `(samples,)` float32 waves and paths.
 
     Args:
         audio: `(b, samples)` or `(b, channels, samples)`; or a list of waves `(samples,)`, `(1, samples)` or
             `(channels, samples)`, and of paths. Several channels are mixed down.
         audio_lengths: `(b,)` true lengths in samples: what lies beyond is padding, and is cut off. Files have none.
-        name: how errors call it.
+        name, lengths: how errors call them.
 
     Raises:
         TypeError: anything but floating-point waves and paths. ValueError: an empty list, an empty wave, another shape,
@@ -37,8 +39,10 @@ def list_clips(audio: Any, audio_lengths: Any = None, *, name: str = 'generated_
         raise ValueError(f'{name} is empty; pass at least one clip')
     if audio_lengths is None:
         return [check_clip(it, f'{name}[{index}]') for index, it in enumerate(audio)]
+    if not isinstance(audio_lengths, Sequence | Tensor):
+        raise TypeError(f'{lengths} must be a list of lengths in samples, one a clip, got {audio_lengths!r}')
     if len(audio_lengths) != len(audio):
-        raise ValueError(f'got {len(audio_lengths)} audio_lengths for {len(audio)} clips in {name}; pass one a clip')
+        raise ValueError(f'got {len(audio_lengths)} {lengths} for {len(audio)} clips in {name}; pass one a clip')
     return [check_clip(it, f'{name}[{index}]', audio_lengths[index]) for index, it in enumerate(audio)]
 
 

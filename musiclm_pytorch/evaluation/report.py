@@ -86,13 +86,23 @@ def write_report(
     """
     folder = Path(folder)
     check_free(folder, RESULTS, overwrite)
-    folder.mkdir(parents=True, exist_ok=True)
-    body = [image(plot_clips(results), 'distributions over clips'), tables(results)]
-    if generated_audio is not None:
-        clips = list_clips(generated_audio, audio_lengths)
+    if not {'about', 'clips'} <= results.keys():
+        raise ValueError(
+            'results must be those of MusicLMEvaluator.evaluate, with about and clips, not of one group alone'
+        )
+    if players < 0:
+        raise ValueError(f'players must be 0 or more, got {players}')
+    clips = [] if generated_audio is None else list_clips(generated_audio, audio_lengths)
+    if clips and len(clips) != len(results['clips']):
+        raise ValueError(
+            f'got {len(clips)} clips for results of {len(results["clips"])}; pass those that were evaluated'
+        )
+    body = [about(results['about']), image(plot_clips(results), 'distributions over clips'), tables(results)]
+    if clips[:players]:
         rate = sample_rate or results['about']['sample_rate']
         body.append('<h2>Clips</h2>')
         body += [player(clip, rate, row) for clip, row in zip(clips[:players], results['clips'])]
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / FIGURES).write_text(table_csv(figure_rows(results)), encoding='utf-8')
     (folder / CLIPS).write_text(table_csv(results['clips']), encoding='utf-8')
     (folder / PAGE_FILE).write_text(page(title, body), encoding='utf-8')
@@ -107,6 +117,15 @@ def check_free(folder: Path, name: str, overwrite: bool) -> None:
         raise FileExistsError(
             f'{folder / name} is there already; give another folder, or say that it may be overwritten'
         )
+
+
+def about(facts: Mapping[str, Any]) -> str:
+    """A line on what the figures depend on: what judged, and beside what."""
+    parts = [f'{facts["clips"]} clips', f'judged by {facts["name"]} ({facts["mulan"]})', f'tags by {facts["tagger"]}']
+    if facts['reference_clips']:
+        parts.append(f'{facts["reference_clips"]} clips of reference ({facts["reference"]})')
+    parts += [f'seed {facts["seed"]}', f'musiclm-pytorch {facts["musiclm_pytorch"]}']
+    return f'<p><small>{html.escape(", ".join(parts))}</small></p>'
 
 
 # ---- tables ----

@@ -255,7 +255,7 @@ class MuLaNTrainer(Trainer):
             logger.warning('no validation at step %d: fewer than 2 held-out pairs could be read', self.step)
             return None
         similarities = latents.audio @ latents.text.T
-        # the loss of batches as large as those of training, so that the two can be compared
+        # of batches as large as those of training, so that the contrasts can be compared; words are not predicted here
         size = min(self.batches.batch_size * world_size(), len(similarities))
         with alone():
             losses = [

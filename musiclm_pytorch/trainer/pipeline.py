@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import os
 import time
 from collections.abc import Callable
@@ -30,6 +31,8 @@ from musiclm_pytorch.trainer.loop import Trainer
 from musiclm_pytorch.trainer.pipeline_recipe import STAGES, MusicLMRecipe
 from musiclm_pytorch.trainer.recipes import FILE
 from musiclm_pytorch.trainer.stages import load_stage
+
+SOURCE_FILE = 'data.json'
 
 
 @typechecked
@@ -60,7 +63,8 @@ def train_musiclm(
         the model, in eval mode.
 
     Raises:
-        ValueError: several processes, a recipe that is not the one of the run to resume, data without enough clips.
+        ValueError: several processes, a recipe or data that are not those of the run to resume, data without enough
+            clips.
     """
     if int(os.environ.get('WORLD_SIZE', '1')) > 1:
         raise ValueError(
@@ -69,9 +73,13 @@ def train_musiclm(
         )
     output = Path(output)
     recipe = agreed_recipe(recipe, output, resume)
+    source = dict(data=str(data), audio_folder=None if audio_folder is None else str(audio_folder))
+    if resume:
+        check_source(output / SOURCE_FILE, source)
     prepare_results_folder(output, resume=resume, clear=False)
     recipe.save(output)
-    parts = _Parts(str(data), output, recipe, None if audio_folder is None else str(audio_folder))
+    (output / SOURCE_FILE).write_text(json.dumps(source, indent=2) + '\n', encoding='utf-8')
+    parts = _Parts(source['data'], output, recipe, source['audio_folder'])
     for train_part in (parts.mulan, parts.quantizer, parts.tokenizer, parts.codec, parts.tokens):
         _timed(train_part.__name__, train_part, on_part)
     for stage in STAGES:
@@ -92,6 +100,16 @@ def agreed_recipe(recipe: MusicLMRecipe | None, output: Path, resume: bool) -> M
         f'the run in {output} has another recipe: {", ".join(differ)} differ; leave the recipe out to go on with it, '
         'or give another folder'
     )
+
+
+def check_source(path: Path, source: dict[str, str | None]) -> None:
+    """Raise ValueError if the run to resume was begun on other data."""
+    earlier = json.loads(path.read_text(encoding='utf-8')) if path.is_file() else source
+    if earlier != source:
+        raise ValueError(
+            f'the run in {path.parent} was begun with {earlier["data"]!r}, now the data are {source["data"]!r}: its '
+            'parts would not belong together; give another folder'
+        )
 
 
 class _Parts:

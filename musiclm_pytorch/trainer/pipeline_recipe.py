@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar
 
+from musiclm_pytorch.audiolm.bridge import SoundStream
 from musiclm_pytorch.audiolm.crops import STAGE_SECONDS
 from musiclm_pytorch.audiolm.semantic_mulan import MuLaNSemanticTokenizer
 from musiclm_pytorch.audiolm.spectral_codec import SpectralCodec
@@ -93,6 +95,12 @@ class MusicLMRecipe:
                 f'the coarse stage makes {coarse} levels of codes, but the fine stage begins after {fine}; give both '
                 'the same num_coarse_quantizers'
             )
+        levels = self.codec_levels
+        if not 0 < coarse < levels:
+            raise ValueError(
+                f'num_coarse_quantizers must lie between 1 and {levels - 1}, one less than the quantizers of the '
+                f'codec, got {coarse}'
+            )
         uniques = {name: self.unique_consecutive(name) for name in ('semantic', 'coarse')}
         if len(set(uniques.values())) > 1:
             raise ValueError(
@@ -150,6 +158,14 @@ class MusicLMRecipe:
     def unique_consecutive(self, stage: str) -> bool:
         """Whether a stage reads its semantic tokens without repetitions."""
         return getattr(self, stage).training.get('unique_consecutive', False)
+
+    @property
+    def codec_levels(self) -> int:
+        """The codec's levels of codes."""
+        keywords, name, kind = self.fitted.spectral_codec, 'num_quantizers', SpectralCodec
+        if self.codec is not None:
+            keywords, name, kind = self.codec.model, 'rq_num_quantizers', SoundStream
+        return keywords.get(name, inspect.signature(kind.__init__).parameters[name].default)
 
     @property
     def conditioning_dims(self) -> list[int]:
