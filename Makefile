@@ -30,11 +30,11 @@ $(STAMP): setup.py constraints.txt compat/fairseq/setup.py $(wildcard compat/fai
 	$(RUN) -m pip install -c constraints.txt -e '.[test]'
 	@touch $@
 
-test: $(STAMP) ## the whole suite; ARGS='-k name' is handed to pytest
-	$(RUN) -m pytest $(ARGS)
+test: $(STAMP) ## the whole suite, on two cores; ARGS='-k name' is handed to pytest
+	$(RUN) -m pytest -n 2 --dist worksteal $(ARGS)
 
 quick: $(STAMP) ## the suite without its slow tests
-	$(RUN) -m pytest -m 'not slow' $(ARGS)
+	$(RUN) -m pytest -n 2 --dist worksteal -m 'not slow' $(ARGS)
 
 demo: $(STAMP) ## make music for two prompts, and a page to hear and see it: out/demo/index.html
 	$(RUN) -m musiclm_pytorch.cli generate $(or $(PROMPTS),$(DEMO)) --num-samples 4 --seconds 5 -o out/demo --overwrite $(ARGS)

@@ -52,6 +52,7 @@ EXTRAS = {
     'shards': ['webdataset>=0.2.100'],
     'test': [
         'pytest>=8',
+        'pytest-xdist>=3.5',
         'hypothesis>=6.100',
         'mir-eval>=0.8',
         'ruff>=0.12',

@@ -38,7 +38,7 @@ from musiclm_pytorch import MusicLM, SyntheticMusic, generate_coarse, generate_f
 from musiclm_pytorch.audiolm.sampling import Sampling
 from musiclm_pytorch.data.attributes import INSTRUMENTS, MusicLabels
 from musiclm_pytorch.evaluation.figures import to_json
-from musiclm_pytorch.evaluation.memorisation import memorisation, training_clips
+from musiclm_pytorch.evaluation.memory import memorisation, training_clips
 
 ROOT = Path(__file__).resolve().parent.parent
 ASKED = ('instrument', 'tempo', 'register', 'drums')
