@@ -139,10 +139,9 @@ class Rendered(torch.utils.data.Dataset):
         return self.use
 
     def alike(self, index: int) -> tuple:
-        """What clips of a group have in common: all but tempo and mode, and for every other clip the tempo, too."""
+        """What clips of a group have in common: all but tempo and key."""
         labels = self.music.labels(index)
-        common = (labels.instrument, labels.register, labels.texture, labels.drums)
-        return (*common, labels.tempo) if index % 2 else common
+        return labels.instrument, labels.register, labels.texture, labels.drums
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, str]:
         if index >= self.use:
@@ -391,7 +390,7 @@ def main(args: argparse.Namespace) -> None:
 if __name__ == '__main__':
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--sides', nargs='+', choices=SIDES, default=SIDES)
-    parser.add_argument('--pairs', type=int, default=144_000, help='pairs that each side sees (default 144,000)')
+    parser.add_argument('--pairs', type=int, default=160_000, help='pairs that each side sees (default 160,000)')
     parser.add_argument('--batch-size', type=int, default=64)
     parser.add_argument('--precision', choices=['no', 'bf16'], default='bf16', help='of our side (default bf16)')
     parser.add_argument('--lrs', type=float, nargs='+', default=[5e-4, 1e-3, 2e-3], help='learning rates to try')

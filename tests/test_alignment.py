@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from musiclm_pytorch.evaluation import alignment
 from musiclm_pytorch.evaluation.alignment import alignment_figures
 from musiclm_pytorch.trainer.retrieval import retrieval_metrics
 
@@ -96,6 +98,45 @@ def test_a_text_embedded_twice_with_different_rounding_is_one_text():
     shifted[3] = F.normalize(text[3] + 1e-6, dim=-1)
     texts = ['a', 'b', 'c', 'a', 'd', 'e']
     assert alignment_figures(audio, shifted, texts) == alignment_figures(audio, text, texts)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Notes how many elements the largest tensor has that an operation gives."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        found = func(*args, **(kwargs or {}))
+        if isinstance(found, torch.Tensor):
+            self.elements = max(self.elements, found.numel())
+        return found
+
+
+@pytest.mark.parametrize('held', [1, 700, 150 * 149])
+def test_blocks_of_pairs_give_what_all_at_once_give(monkeypatch, held):
+    audio, text = latents(150, d=8)
+    texts = [f'text {i % 120}' for i in range(150)]
+    text = text[[texts.index(it) for it in texts]]
+    whole = alignment_figures(audio, text, texts, permutations=50)
+    monkeypatch.setattr(alignment, 'PAIRS_AT_ONCE', held)
+    with LargestTensor() as largest:
+        found = alignment_figures(audio, text, texts, permutations=50)
+    assert largest.elements <= max(held, 150 * 8)
+    assert found.keys() == whole.keys()
+    margin = found.pop('margin')
+    assert margin.value == pytest.approx(whole['margin'].value, abs=1e-12)
+    assert margin.details == whole.pop('margin').details
+    assert found == whole
+
+
+def test_equal_cosines_are_ties_wherever_they_stand(monkeypatch):
+    # as matrix products round them, equal cosines may differ by their place
+    audio, text = latents(1, d=200)
+    for n in (9, 64, 101):
+        monkeypatch.setattr(alignment, 'PAIRS_AT_ONCE', 7 * n)
+        figures = alignment_figures(audio.expand(n, -1), text.expand(n, -1), permutations=1)
+        assert figures['text_to_audio_median_rank'].value == figures['audio_to_text_median_rank'].value == n
+        assert figures['audio_to_text_recall_at_5'].value == 0
 
 
 def test_recall_that_cannot_fail_is_undefined():

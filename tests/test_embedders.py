@@ -1,13 +1,18 @@
 """Embedders on tiny models of the real classes, and clips on their way through them."""
 
 import math
+import os
 import sys
 import threading
+from datetime import timedelta
+from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 import torch.nn.functional as F
 from conftest import tiny_mulan
 
@@ -22,6 +27,8 @@ from musiclm_pytorch.evaluation.embedders import (
     batches_by_length,
 )
 from musiclm_pytorch.evaluation.embedding import embed_clips
+from musiclm_pytorch.evaluation.measuring import TaggerEmbedder, measure
+from musiclm_pytorch.evaluation.tagging import ZeroShotTagger
 
 RATE = 8000
 
@@ -450,6 +457,121 @@ def test_error_of_the_reader_reaches_the_caller_behind_the_clips_before(error, s
     with pytest.raises(error, match=says):
         next(clips)
     assert threading.active_count() == before
+
+
+class Picky:
+    """One frame a clip: the logarithm of its loudest sample. Refuses what is too loud, by the place in the batch."""
+
+    name, sample_rate, dim, min_samples = 'picky', RATE, 1, 10
+
+    def __init__(self, error=ValueError):
+        self.error = error
+
+    def embed(self, waves):
+        for place, wave in enumerate(waves):
+            if wave.max() > 2:
+                raise self.error(f'waves[{place}] is too loud')
+        return [wave.max().log().view(1, 1) for wave in waves]
+
+
+@pytest.mark.parametrize('batch_size', [1, 2, 5])
+def test_what_an_embedder_cannot_take_names_the_clip_and_the_embedder(tmp_path, batch_size):
+    waves = [0.5 * torch.ones(100) for _ in range(5)]
+    loud, silent = [*waves[:3], 3 * torch.ones(100), waves[4]], [*waves[:3], torch.zeros(100), waves[4]]
+    for bad, says in (
+        (loud, r'clip 3: picky cannot embed it: waves\[0\] is too loud'),
+        (silent, 'clip 3: picky gives NaN or infinity for it'),
+    ):
+        with pytest.raises(ValueError, match=f'^{says}'):
+            list(embed_clips([(wave, RATE) for wave in bad], [Picky()], batch_size=batch_size))
+        soundfile.write(tmp_path / 'bad.wav', bad[3].numpy(), RATE, 'FLOAT')
+        sources = [*[(wave, RATE) for wave in waves], tmp_path / 'bad.wav']
+        with pytest.raises(ValueError, match=rf'bad\.wav{says[6:]}'):
+            list(embed_clips(sources, [Picky()], batch_size=batch_size))
+    with pytest.raises(RuntimeError, match=r'^waves\[.\] is too loud'):
+        list(embed_clips([(wave, RATE) for wave in loud], [Picky(RuntimeError)], batch_size=batch_size))
+
+
+def test_clips_go_by_their_indices_in_a_larger_set():
+    waves = [torch.ones(100) / (1 + index) for index in range(5)]
+    found = list(embed_clips([(wave, RATE) for wave in waves], [Picky()], batch_size=2, indices=range(1, 11, 2)))
+    assert [clip.index for clip in found] == [1, 3, 5, 7, 9]
+    assert [clip.frames['picky'].exp().item() for clip in found] == pytest.approx([1, 1 / 2, 1 / 3, 1 / 4, 1 / 5])
+    with pytest.raises(ValueError, match='clip 8: picky gives NaN'):
+        list(embed_clips([(waves[0], RATE), (0 * waves[0], RATE)], [Picky()], indices=[4, 8]))
+    with pytest.raises(ValueError, match='argument 2 is longer'):
+        list(embed_clips([(wave, RATE) for wave in waves], [Picky()], indices=[1, 2]))
+
+
+# ---- sets of clips ----
+
+
+def measured(clips, embedders=()):
+    keywords = dict(quality=not embedders, structure=False, embedders=list(embedders))
+    return measure(clips, RATE, **keywords, batch_size=2, seed=0, progress=False, label='test')
+
+
+def test_a_tagger_has_no_statistics_and_leaves_short_clips_out():
+    model = tiny_mulan(dict(audio_sample_rate=RATE), dict(num_tokens=49408))
+    tagger = ZeroShotTagger(model, ('a', 'b', 'c'))
+    clips = noise(4000, tagger.min_samples - 1, 3000)
+    found = measured(clips, [MuLaNEmbedder(model), TaggerEmbedder(tagger)])
+    assert list(found.statistics) == list(found.samples) == ['mulan']
+    assert len(found.statistics['mulan']) == len(found.samples['mulan']) == 2
+    assert set(found.means['tags']) == {0, 2}
+    assert 'tags needs at least' in found.missing['tags'][1]
+    tags = found.means['tags'][2] / found.means['tags'][2].sum()
+    torch.testing.assert_close(tags, tagger.probabilities(clips[2:])[0], atol=1e-5, rtol=1e-4)
+
+    with pytest.raises(ValueError, match='the tagger does not know the rate'):
+        TaggerEmbedder(ZeroShotTagger(tiny_mulan(text=dict(num_tokens=49408)), ('a',)))
+
+
+class Strange(Exception):
+    """Whose constructor takes more than a message, so that it cannot be raised again from one."""
+
+    def __init__(self, message, more='more'):
+        super().__init__(message, more)
+
+
+def failing_worker(rank, folder):
+    """Measures sets with a clip that only rank 1 has and cannot measure, then a sound one."""
+    os.environ.update(MASTER_ADDR='127.0.0.1')
+    torch.set_num_threads(1)
+    # a rank that waited for another that failed gives up
+    keywords = dict(init_method=f'file://{folder}/rendezvous', timeout=timedelta(seconds=20))
+    dist.init_process_group('gloo', rank=rank, world_size=2, **keywords)
+    clips = [torch.full((100,), 1.0 + index / 10) for index in range(4)]
+    lines = []
+    for last, embedder in (
+        (Path(folder) / 'nothing.wav', Picky()),
+        (3 * clips[3], Picky()),
+        (3 * clips[3], Picky(Strange)),
+        (clips[3], Picky()),
+    ):
+        try:
+            found = measured([*clips[:3], last], [embedder])
+            mean = found.statistics['picky'].total().mean.exp().item()
+            lines.append(
+                f'{sorted(found.means["picky"])} {found.samples["picky"].clips.sort().values.tolist()} {mean:.3f}'
+            )
+        except Exception as error:
+            lines.append(f'{type(error).__name__}: {error}')
+    Path(folder, f'{rank}.txt').write_text('\n'.join(lines))
+    dist.destroy_process_group()
+
+
+def test_what_goes_wrong_on_one_rank_is_raised_on_all(tmp_path):
+    mp.start_processes(failing_worker, args=(str(tmp_path),), nprocs=2, start_method='spawn')
+    lines = [Path(tmp_path, f'{rank}.txt').read_text().split('\n') for rank in range(2)]
+    assert lines[0] == lines[1]
+    missing, loud, strange, fine = lines[0]
+    assert missing == f'FileNotFoundError: rank 1: no audio file at {tmp_path}/nothing.wav'
+    assert loud == 'ValueError: rank 1: clip 3: picky cannot embed it: waves[0] is too loud'
+    assert strange.startswith("RuntimeError: rank 1: Strange: ('waves[1] is too loud'")
+    assert fine == f'[0, 1, 2, 3] [0, 1, 2, 3] {math.prod((1, 1.1, 1.2, 1.3)) ** 0.25:.3f}'
+    with pytest.raises(ValueError, match='^clip 1: picky'):  # alone, as it is
+        measured([torch.ones(100), 3 * torch.ones(100)], [Picky()])
 
 
 def test_reader_stays_near_the_models_and_ends_with_them():

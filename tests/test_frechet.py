@@ -1,6 +1,7 @@
 """Distances between sets of embeddings: Fréchet against closed forms and scipy, its limit, and the kernel distance."""
 
 import math
+import pickle
 
 import numpy as np
 import pytest
@@ -30,8 +31,10 @@ def statistics_of(frames):
 
 
 def gaussian(mean, covariance):
-    """Statistics that have exactly this mean and covariance."""
-    return GaussianStatistics.from_tensors(torch.tensor(101), mean, covariance * 100)
+    """Statistics that have exactly this mean and covariance: of points on both sides along its axes."""
+    values, axes = torch.linalg.eigh(covariance)
+    points = axes * (values.clamp(min=0) * (len(mean) - 0.5)).sqrt()
+    return statistics_of(mean + torch.cat([points.T, -points.T]))
 
 
 def rotation(dim, seed=0):
@@ -72,7 +75,7 @@ def test_merged_statistics_are_those_of_all_frames():
     whole, parts = statistics_of(frames), [statistics_of(part) for part in frames.split([1, 500, 399])]
     merged = GaussianStatistics(4)
     for part in [GaussianStatistics(4), *parts]:
-        merged.merge(GaussianStatistics.from_tensors(*part.to_tensors()))
+        merged.merge(pickle.loads(pickle.dumps(part)))
     assert len(merged) == 900
     assert len(parts[1]) == 500
     torch.testing.assert_close(merged.mean, whole.mean, rtol=1e-12, atol=1e-12)
@@ -84,14 +87,26 @@ def test_merged_statistics_are_those_of_all_frames():
 def test_statistics_share_no_memory_with_anyone():
     frames = drawn(3, 2)
     statistics = statistics_of(frames)
-    _, mean, scatter = statistics.to_tensors()
-    wanted = statistics.mean
-    for tensor in (frames, mean, scatter, statistics.mean):
+    wanted = statistics.mean, statistics.covariance
+    for tensor in (frames, statistics.mean, statistics.covariance):
         tensor.fill_(9)
-    torch.testing.assert_close(statistics.mean, wanted)
-    rebuilt = GaussianStatistics.from_tensors(torch.tensor(3), wanted, scatter)
-    rebuilt.update(drawn(4, 2))
-    assert (scatter == 9).all()
+    for found, was in zip((statistics.mean, statistics.covariance), wanted):
+        torch.testing.assert_close(found, was)
+    taken = pickle.loads(pickle.dumps(statistics))
+    taken.update(drawn(4, 2))
+    assert (len(taken), len(statistics)) == (7, 3)
+    torch.testing.assert_close(statistics.mean, wanted[0])
+
+
+def test_what_ranks_send_is_no_more_than_it_must_be():
+    thinned, reservoir = ThinnedStatistics(64), FrameReservoir(64, max_frames=100)
+    for clip in range(40):
+        thinned.update(drawn(40, 64, seed=clip), clip)
+        reservoir.update(drawn(40, 64, seed=clip), clip)
+    # of each group a scatter and a mean, of each frame its number, clip and values
+    assert len(pickle.dumps(thinned)) < 1.05 * GROUPS * 8 * 64 * 65
+    assert len(pickle.dumps(reservoir)) < 1.2 * 100 * (8 + 8 + 4 * 64)
+    torch.testing.assert_close(pickle.loads(pickle.dumps(thinned)).total().covariance, thinned.total().covariance)
 
 
 # ---- the Fréchet distance ----
@@ -169,11 +184,13 @@ def test_thinned_statistics_do_not_depend_on_order_or_ranks():
     joined = ThinnedStatistics(4, seed=5)
     for rank in range(3):
         part = filled(ThinnedStatistics, clips, range(rank, 150, 3), seed=5)
-        joined.merge(ThinnedStatistics.from_tensors(*part.to_tensors(), seed=5))
+        joined.merge(pickle.loads(pickle.dumps(part)))
     wanted = frechet_infinity(statistics_of(drawn(999, 4)), whole)
     for other in (shuffled, joined):
-        for tensor, same in zip(other.to_tensors(), whole.to_tensors()):
-            torch.testing.assert_close(tensor, same, rtol=1e-9, atol=1e-9)
+        for group, same in zip(other._groups, whole._groups):
+            assert len(group) == len(same)
+            torch.testing.assert_close(group.mean, same.mean, rtol=1e-9, atol=1e-9)
+            torch.testing.assert_close(group.covariance, same.covariance, rtol=1e-9, atol=1e-9)
         found = frechet_infinity(statistics_of(drawn(999, 4)), other)
         assert found.value == pytest.approx(wanted.value, rel=1e-9)
     assert (
@@ -184,7 +201,7 @@ def test_thinned_statistics_do_not_depend_on_order_or_ranks():
 def test_thinning_keeps_clips_together_and_loses_none():
     clips = clips_of(400, 3, 4)
     thinned, plain = filled(ThinnedStatistics, clips), statistics_of(torch.cat(clips))
-    counts = thinned.to_tensors()[0]
+    counts = torch.tensor([len(group) for group in thinned._groups])
     assert len(thinned) == counts.sum() == 1200
     assert (counts % 3 == 0).all()
     # 12.5 clips a group on average, with a deviation of 3.5
@@ -247,18 +264,23 @@ def test_limit_of_too_few_clips_is_undefined():
 # ---- the kernel distance ----
 
 
-def plain_kernel_distance(x, y, bandwidth):
-    """The definition, pair by pair."""
+def plain_kernel_distance(x, y, bandwidth, x_clips=None, y_clips=None):
+    """The definition, pair by pair; within a set only of frames of different clips."""
 
     def k(a, b):
         return math.exp(-((a - b) ** 2).sum() / (2 * bandwidth**2))
 
     x, y = x.double().numpy(), y.double().numpy()
-    within = [
-        sum(k(a, b) for i, a in enumerate(it) for j, b in enumerate(it) if i != j) / (len(it) * (len(it) - 1))
-        for it in (x, y)
-    ]
-    return 100 * (sum(within) - 2 * sum(k(a, b) for a in x for b in y) / (len(x) * len(y)))
+    within = []
+    for it, clips in ((x, x_clips), (y, y_clips)):
+        clips = range(len(it)) if clips is None else clips.tolist()
+        within.append(np.mean([k(a, b) for a, i in zip(it, clips) for b, j in zip(it, clips) if i != j]))
+    return 100 * (sum(within) - 2 * np.mean([k(a, b) for a in x for b in y]))
+
+
+def plain_median_distance(x, clips):
+    pairs = [(x[i] - x[j]).double().norm().item() for i in range(len(x)) for j in range(i) if clips[i] != clips[j]]
+    return sorted(pairs)[(len(pairs) - 1) // 2]
 
 
 @pytest.mark.parametrize(('m', 'n', 'dim'), [(2, 2, 1), (13, 7, 3), (31, 40, 16)])
@@ -266,11 +288,23 @@ def plain_kernel_distance(x, y, bandwidth):
 def test_kernel_distance_is_its_definition(monkeypatch, m, n, dim, rows):
     monkeypatch.setattr(kernel, 'ROWS', rows)
     x, y = drawn(m, dim).float() + 50, drawn(n, dim, seed=1).float() * 1.5 + 50.3
-    pairs = sorted((x[i] - x[j]).double().norm().item() for i in range(m) for j in range(i))
-    bandwidth = pairs[(len(pairs) - 1) // 2]
+    bandwidth = plain_median_distance(x, range(m))
     assert median_distance(x) == pytest.approx(bandwidth)
     assert kernel_distance(x, y) == pytest.approx(plain_kernel_distance(x, y, bandwidth), rel=1e-6, abs=1e-8)
     assert kernel_distance(x, y, 0.7) == pytest.approx(plain_kernel_distance(x, y, 0.7), rel=1e-6, abs=1e-8)
+
+
+@pytest.mark.parametrize('rows', [512, 4])
+def test_frames_of_one_clip_are_not_compared(monkeypatch, rows):
+    monkeypatch.setattr(kernel, 'ROWS', rows)
+    x, y = drawn(13, 3).float(), drawn(11, 3, seed=1).float() + 0.3
+    x_clips, y_clips = torch.tensor([0, 4, 0, 2, 2, 2, 9, 0, 4, 4, 1, 2, 0]), torch.arange(11) % 4
+    bandwidth = plain_median_distance(x, x_clips.tolist())
+    clips = dict(reference_clips=x_clips, generated_clips=y_clips)
+    assert median_distance(x, x_clips) == pytest.approx(bandwidth)
+    expected = plain_kernel_distance(x, y, bandwidth, x_clips, y_clips)
+    assert kernel_distance(x, y, **clips) == pytest.approx(expected, rel=1e-6, abs=1e-8)
+    assert kernel_distance(x, y, 0.7, **clips) != pytest.approx(kernel_distance(x, y, 0.7), abs=1e-3)
 
 
 def test_bandwidth_of_many_frames_is_near_that_of_all(monkeypatch):
@@ -279,6 +313,24 @@ def test_bandwidth_of_many_frames_is_near_that_of_all(monkeypatch):
     monkeypatch.setattr(kernel, 'MEDIAN_FRAMES', 150)
     assert median_distance(frames) == pytest.approx(whole, rel=0.05)
     assert median_distance(frames) != whole
+    # one frame of another clip among many is always there
+    clips = torch.zeros(600, dtype=torch.long).index_fill(0, torch.tensor([333]), 1)
+    assert median_distance(frames, clips) == pytest.approx((frames - frames[333]).norm(dim=1).median().item(), rel=0.1)
+
+
+@pytest.mark.parametrize('count', [5, 12, 40])
+def test_kernel_distance_knows_no_number_of_clips(count):
+    # ten frames a clip that hardly differ, as MuLaN's windows: sets of one kind are at a distance of 0
+    values = []
+    for seed in range(60):
+        sides = []
+        for side in range(2):
+            own = drawn(count, 1, 8, seed=2 * seed + side)
+            clips = list(own + 0.05 * drawn(count, 10, 8, seed=10_000 + 2 * seed + side))
+            sides.append(filled(FrameReservoir, clips, max_frames=10 * count - 7))
+        values.append(kernel_audio_distance(*sides).value)
+    assert abs(np.mean(values)) < 3.5 * np.std(values) / math.sqrt(60)
+    assert abs(np.mean(values)) < 2
 
 
 def test_kernel_distance_is_unbiased():
@@ -303,10 +355,13 @@ def test_reservoir_does_not_depend_on_order_or_ranks():
     joined = FrameReservoir(3, 50, seed=2)
     for rank in range(3):
         part = filled(FrameReservoir, clips, range(rank, 200, 3), max_frames=50, seed=2)
-        joined.merge(FrameReservoir.from_tensors(*part.to_tensors(), max_frames=50, seed=2))
+        joined.merge(pickle.loads(pickle.dumps(part)))
     for other in (filled(FrameReservoir, clips, order, max_frames=50, seed=2), joined):
         assert len(other) == 600
         assert torch.equal(other.frames, whole.frames)
+        assert torch.equal(other.clips, whole.clips)
+    for frame, clip in zip(whole.frames, whole.clips.tolist()):
+        assert (clips[clip] == frame).all(dim=1).any()
     assert not torch.equal(filled(FrameReservoir, clips, max_frames=50, seed=3).frames, whole.frames)
 
 
@@ -328,20 +383,27 @@ def test_reservoir_keeps_everything_that_fits_and_little_more():
         reservoir.update(drawn(7, 2, seed=clip), clip)
         assert sum(map(len, reservoir._frames)) < 2 * 10 + 7
         # nor an empty tensor for each clip that brings nothing
-        assert len(reservoir._frames) == len(reservoir._keys) <= 1 + 2 * 10
+        assert len(reservoir._frames) == len(reservoir._keys) == len(reservoir._clips) <= 1 + 2 * 10
 
 
 def test_kernel_figure():
     clips, others = clips_of(100, 3, 4), clips_of(50, 3, 4, seed=1)
     x, y = filled(FrameReservoir, clips, max_frames=90), filled(FrameReservoir, others, max_frames=90)
     found = kernel_audio_distance(x, y, embedding='clap')
-    assert found.value == kernel_distance(x.frames, y.frames)
-    assert found.details == dict(
-        embedding='clap', frames=(300, 150), sampled=(90, 90), seed=0, bandwidth=median_distance(x.frames)
+    assert found.value == kernel_distance(x.frames, y.frames, reference_clips=x.clips, generated_clips=y.clips)
+    details = dict(found.details)
+    assert details.pop('bandwidth') == median_distance(x.frames, x.clips)
+    assert details == dict(
+        embedding='clap',
+        frames=(300, 150),
+        sampled=(90, 90),
+        clips=(len(set(x.clips.tolist())), len(set(y.clips.tolist()))),
+        seed=0,
     )
-    few = filled(FrameReservoir, [drawn(1, 4)])
-    assert '1 generated' in kernel_audio_distance(x, few).reason
-    alike = filled(FrameReservoir, [torch.full((5, 4), 0.1)])
+    few = filled(FrameReservoir, [drawn(9, 4)])
+    assert '2 clips on each side, got ' in kernel_audio_distance(x, few).reason
+    assert 'got 1 of reference and ' in kernel_audio_distance(few, x).reason
+    alike = filled(FrameReservoir, [torch.full((5, 4), 0.1)] * 3)
     assert 'alike' in kernel_audio_distance(alike, x).reason
     assert kernel_audio_distance(x, alike).value > 0
 
@@ -368,9 +430,10 @@ def test_kernel_figure():
         (ValueError, 'seed 1 into', lambda: ThinnedStatistics(3).merge(ThinnedStatistics(3, 1))),
         (ValueError, 'index of 0 or more, got -1', lambda: ThinnedStatistics(3).update(drawn(2, 3), -1)),
         (ValueError, 'seed must be 0 or more, got -1', lambda: FrameReservoir(3, seed=-1)),
-        (ValueError, f'{GROUPS} counts', lambda: ThinnedStatistics.from_tensors(drawn(1), drawn(1, 3), drawn(1, 3))),
         (ValueError, 'can be merged', lambda: FrameReservoir(3, 5).merge(FrameReservoir(3, 6))),
-        (ValueError, 'at least 2 frames', lambda: kernel_distance(drawn(1, 3), drawn(5, 3))),
+        (ValueError, 'at least 2 clips', lambda: kernel_distance(drawn(1, 3), drawn(5, 3))),
+        (ValueError, 'at least 2 clips, got 1', lambda: median_distance(drawn(3, 3), torch.zeros(3))),
+        (ValueError, r'clips must have shape \(3,\)', lambda: median_distance(drawn(3, 3), torch.arange(2))),
         (ValueError, r'shape \(n, 3\)', lambda: kernel_distance(drawn(5, 3), drawn(5, 4))),
         (ValueError, 'bandwidth must be greater than 0', lambda: kernel_distance(torch.ones(5, 3), drawn(5, 3))),
     ],

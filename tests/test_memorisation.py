@@ -1,5 +1,6 @@
 """The test for memorised music: planted copies, exact transport, a calibrated threshold, and tiny models end to end."""
 
+import pkgutil
 import random
 
 import numpy as np
@@ -8,11 +9,11 @@ import torch
 from scipy.optimize import linprog
 from test_musiclm import RATE, build_audio_lm, build_quantizer
 
-from musiclm_pytorch import MusicLM
+from musiclm_pytorch import MusicLM, evaluation
 from musiclm_pytorch.audiolm.decoding import generate_semantic
 from musiclm_pytorch.audiolm.sampling import Sampling
 from musiclm_pytorch.audiolm.semantic_mulan import MuLaNSemanticTokenizer
-from musiclm_pytorch.evaluation.memorisation import (
+from musiclm_pytorch.evaluation.memory import (
     approximate_match_costs,
     codebook_distances,
     continuations,
@@ -46,6 +47,12 @@ def transport_by_linear_program(first, second, distances):
     leaving = np.kron(np.eye(c), np.ones(c))
     arriving = np.kron(np.ones(c), np.eye(c))
     return linprog(distances.ravel(), A_eq=np.vstack((leaving, arriving)), b_eq=np.concatenate(histograms)).fun
+
+
+def test_the_package_gives_the_function_though_its_module_is_imported():
+    assert evaluation.memorisation is memorisation
+    # an imported module takes the place of what has its name
+    assert not {module.name for module in pkgutil.iter_modules(evaluation.__path__)} & set(evaluation.__all__)
 
 
 @pytest.mark.parametrize('length', [1, 2, 7, 12])

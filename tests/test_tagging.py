@@ -5,9 +5,14 @@ import sys
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 from conftest import tiny_mulan
+from sklearn.metrics import average_precision_score, roc_auc_score
 
+from musiclm_pytorch.evaluation import areas, tagging
+from musiclm_pytorch.evaluation.areas import tagging_figures, tagging_of_files
+from musiclm_pytorch.evaluation.embedders import MuLaNEmbedder
 from musiclm_pytorch.evaluation.magnatagatune import TOP_TAGS, read_magnatagatune
 from musiclm_pytorch.evaluation.tagging import (
     MUSIC_TAGS,
@@ -15,7 +20,6 @@ from musiclm_pytorch.evaluation.tagging import (
     Tagger,
     ZeroShotTagger,
     kl_figures,
-    tagging_figures,
 )
 from musiclm_pytorch.mulan.layers import l2norm
 
@@ -81,6 +85,28 @@ def test_window_keeps_to_the_longest_audio_of_the_tower():
     assert tagger.scores(waves(3)).shape == (1, 2)
 
 
+@pytest.mark.parametrize('longest', [0.25, 1.5, None])
+def test_waves_are_tagged_as_their_embeddings(longest):
+    # windows of less than a second leave nothing out between them
+    audio = dict(depth=1, audio_sample_rate=RATE, spec_n_fft=64)
+    torch.manual_seed(0)
+    short = tiny_mulan(audio | dict(max_audio_length=longest and round(longest * RATE)), dict(num_tokens=49408)).eval()
+    tagger = ZeroShotTagger(short, ('a', 'b', 'c'), window=2.0)
+    embedder = MuLaNEmbedder(short, window_seconds=longest or 2.0, hop_seconds=min(1.0, longest or 2.0))
+    given = waves(3, 2.2, 0.24)
+    means = torch.stack([l2norm(frames.mean(dim=0)) for frames in embedder.embed(given)])
+    torch.testing.assert_close(tagger.probabilities(given), tagger.probabilities_of(means), atol=1e-5, rtol=1e-4)
+
+
+def test_the_shortest_wave_is_that_of_the_tower(mulan):
+    tagger = ZeroShotTagger(mulan, ('a', 'b'))
+    assert tagger.min_samples == MuLaNEmbedder(mulan).min_samples > 1
+    (wave,) = waves(1)
+    assert tagger.probabilities([wave[: tagger.min_samples]]).shape == (1, 2)
+    with pytest.raises(ValueError, match=f'but a tagger needs {tagger.min_samples}; leave it out'):
+        tagger.probabilities([wave[: tagger.min_samples - 1]])
+
+
 def test_prompts_in_batches_are_the_same_and_the_mode_is_kept(mulan):
     mulan.train()
     few = ZeroShotTagger(mulan, batch_size=7).tag_latents
@@ -105,7 +131,7 @@ def test_bad_taggers(mulan):
         (lambda: ZeroShotTagger(mulan, 'rock'), 'tags must be one or more different names'),
         (lambda: ZeroShotTagger(mulan, ('a',), ('music',)), 'in the place of the tag'),
         (lambda: ZeroShotTagger(mulan, ('a',), window=0.0), 'window must be greater than 0'),
-        (lambda: ZeroShotTagger(deaf).scores([torch.zeros(400)]), 'does not know its sample rate'),
+        (lambda: ZeroShotTagger(deaf).scores([torch.zeros(4000)]), 'does not know its sample rate'),
         (lambda: ZeroShotTagger(mulan).scores([]), 'no waves to tag'),
         (lambda: ZeroShotTagger(mulan).scores([*waves(1), torch.zeros(1, 9)]), r'waves\[1\] must have shape'),
         (lambda: ZeroShotTagger(mulan).scores([torch.tensor([math.nan] * 800)]), r'waves\[0\] holds NaN'),
@@ -117,6 +143,10 @@ def test_bad_taggers(mulan):
 
 
 # ---- PaSST ----
+
+
+def test_passt_tells_its_shortest_wave():
+    assert PaSSTTagger.min_samples == tagging.PASST_SHORTEST == 4801
 
 
 def test_passt_without_its_package_names_the_extra(monkeypatch):
@@ -281,6 +311,59 @@ def test_tags_that_all_or_no_clips_have_are_left_out():
     nothing = tagging_figures(scores[:, :2], truth[:, :2], ('all', 'none'))
     assert nothing['roc_auc'].value is None
     assert nothing['roc_auc'].reason == 'no tag has clips with and without it'
+
+
+def test_weighted_areas_are_those_of_scikit_learn():
+    random = np.random.default_rng(0)
+    for levels in (2, 5, 1000):  # with many ties, and few
+        truth = random.random(37) < 0.3
+        scores = np.round((random.random(37) + 0.4 * truth) * levels)
+        weights = np.stack([np.ones(37), *(random.integers(4, size=37) for _ in range(5))])
+        roc, precision = areas.weighted_areas(scores, truth, weights)
+        for row, own_roc, own_precision in zip(weights, roc, precision):
+            assert own_roc == pytest.approx(roc_auc_score(truth, scores, sample_weight=row))
+            assert own_precision == pytest.approx(average_precision_score(truth, scores, sample_weight=row))
+        for nothing in (truth, ~truth):
+            assert np.isnan(areas.weighted_areas(scores, truth, np.where(nothing, 0.0, weights))).all()
+
+
+def test_means_over_tags_have_the_interval_of_resampled_clips(monkeypatch):
+    random = np.random.default_rng(1)
+    truth = random.random((40, 3)) < np.array([0.03, 0.3, 0.6])
+    truth[0, 0], truth[1:, 0] = True, False  # a resample without clip 0 has no such tag
+    scores = np.round(random.standard_normal((40, 3)) + truth, 1)
+    figures = tagging_figures(scores, truth, ('a', 'b', 'c'), seed=4)
+    draws = np.random.default_rng(4).integers(40, size=(areas.RESAMPLES, 40))
+    for name, measure in dict(roc_auc=roc_auc_score, pr_auc=average_precision_score).items():
+        means = []
+        for drawn in draws:
+            pairs = [(truth[drawn, tag], scores[drawn, tag]) for tag in range(3)]
+            means.append(np.mean([measure(wanted, own) for wanted, own in pairs if 0 < wanted.sum() < 40]))
+        assert (figures[name].low, figures[name].high) == pytest.approx(tuple(np.quantile(means, [0.025, 0.975])))
+        assert figures[name].low < figures[name].value < figures[name].high
+    assert tagging_figures(scores, truth, ('a', 'b', 'c'), seed=5)['pr_auc'].low != figures['pr_auc'].low
+    monkeypatch.setattr(areas, 'ENTRIES_AT_ONCE', 40 * 7)  # a few resamples at a time are the same
+    assert tagging_figures(scores, truth, ('a', 'b', 'c'), seed=4) == figures
+
+
+def test_files_are_tagged_as_their_waves(mulan, tmp_path):
+    given = waves(1, 2.3, 0.7, 1, 1.2)
+    paths = []
+    for i, wave in enumerate(given):
+        paths.append(tmp_path / f'{i}.wav')
+        soundfile.write(paths[-1], wave.numpy(), RATE, 'FLOAT')
+    truth = np.array([[1, 0], [0, 1], [1, 1], [0, 0], [0, 1]], dtype=bool)
+    tagger = ZeroShotTagger(mulan, ('piano', 'slow'), window=1.0)
+    found = tagging_of_files(tagger, paths, truth, batch_size=2, seed=3)
+    assert found == tagging_figures(tagger.scores(given), truth, tagger.tags, seed=3)
+    assert found['roc_auc'].low is not None
+    assert tagging_of_files(tagger, [str(it) for it in paths], torch.from_numpy(truth), seed=3) == found
+
+    with pytest.raises(ValueError, match=r'truth must have the shape \(files, tags\), \(4, 2\)'):
+        tagging_of_files(tagger, paths[:4], truth)
+    soundfile.write(paths[3], np.zeros(9), RATE)
+    with pytest.raises(ValueError, match=r'3\.wav: mulan needs at least .* got 9; leave it out'):
+        tagging_of_files(tagger, paths, truth)
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,8 @@ _HOME_OF = {
     'score_structure': 'structure_scores',
     'signal_quality': 'quality',
     'structure_of': 'structure',
-    'tagging_figures': 'tagging',
+    'tagging_figures': 'areas',
+    'tagging_of_files': 'areas',
     'training_clips': 'memory',
     'write_report': 'report',
 }

@@ -20,6 +20,9 @@ RECALLS = (1, 5, 10)
 LENGTH_TOLERANCE = 1e-2
 # equal assignments of texts to clips add the same cosines up in another order
 ROUNDING = 1e-9
+# equal cosines may differ by their place in a matrix product
+TIE = 1e-12
+PAIRS_AT_ONCE = 2_000_000  # cosines held at a time: bounds the memory for many clips
 
 
 @typechecked
@@ -39,7 +42,7 @@ def alignment_figures(
     one number here. With the latents of CLAP it is the CLAP score: pass `name='clap_score'`.
 
     Clips with one and the same text are no negatives of each other: neither their texts nor their audio count as
-    others in ranks and margin. Without `texts` every text counts as different.
+    others in ranks and margin. Without `texts` every text counts as different. Memory of O(n · d).
 
     Args:
         audio_latents, text_latents: `(n, d)` of length 1; row i belongs to row i. From several processes: gathered.
@@ -64,28 +67,36 @@ def alignment_figures(
         ValueError: shapes that do not match, no pair, NaN, or latents that are not of length 1.
     """
     check_positive(permutations=permutations)
-    cosines = pair_cosines(audio_latents, text_latents)
-    n = len(cosines)
+    audio, text = check_pairs(audio_latents, text_latents)
+    n = len(audio)
     if texts is not None and len(texts) != n:
         raise ValueError(f'got {len(texts)} texts for {n} pairs of latents; pass one text a pair')
     first: dict[str | int, int] = {}
     groups = torch.tensor([first.setdefault(text, i) for i, text in enumerate(range(n) if texts is None else texts)])
     # one text, one latent: embedded in different batches they differ in the last bits
-    cosines = cosines[:, groups]
-    is_other = groups[:, None] != groups
+    text = text[groups]
 
-    own = cosines.diagonal()
+    own = (audio * text).sum(dim=1)
     figures: dict[str, Figure | list[float]] = {'cosines': own.tolist()}
     figures[name] = mean_figure(own.numpy(), seed=seed)
-    for direction, scores in (('audio_to_text', cosines), ('text_to_audio', cosines.T)):
-        for kind, figure in retrieval_figures(scores, is_other, seed=seed).items():
+    audio_ranks, sums = compare_with_others(audio, text, groups)
+    text_ranks, _ = compare_with_others(text, audio, groups)
+    others = n - groups.bincount(minlength=n)[groups]  # of each clip
+    for direction, ranks in (('audio_to_text', audio_ranks), ('text_to_audio', text_ranks)):
+        for kind, figure in retrieval_figures(ranks, 1 + int(others.min()), seed=seed).items():
             figures[f'{direction}_{kind}'] = figure
-    figures['margin'] = margin_figure(cosines, is_other, groups, seed=seed, permutations=permutations)
+    if others.any():
+        margins = own - sums / others
+        figures['margin'] = mean_figure(
+            margins.numpy(), seed=seed, **permutation_test(audio, text, groups, seed=seed, permutations=permutations)
+        )
+    else:
+        figures['margin'] = undefined('all clips have the same text, so there is no other to compare with')
     return figures
 
 
-def pair_cosines(audio_latents: Tensor, text_latents: Tensor) -> Tensor:
-    """Cosines of all clips with all texts, `(n, n)` float64 on the CPU."""
+def check_pairs(audio_latents: Tensor, text_latents: Tensor) -> tuple[Tensor, Tensor]:
+    """Both as `(n, d)` float64 of length 1 on the CPU."""
     if audio_latents.ndim != 2 or audio_latents.shape != text_latents.shape:
         raise ValueError(
             'audio and text latents must come in pairs of one shape (n, d), got '
@@ -105,14 +116,29 @@ def pair_cosines(audio_latents: Tensor, text_latents: Tensor) -> Tensor:
                 f'torch.nn.functional.normalize({side}, dim=-1), and no NaN'
             )
         sides.append(F.normalize(latents, dim=-1))
-    return sides[0] @ sides[1].T
+    return sides[0], sides[1]
 
 
-def retrieval_figures(scores: Tensor, is_other: Tensor, *, seed: int) -> dict[str, Figure]:
-    """Recalls and median rank of the own column of each row of `(n, n)` scores, among the columns `is_other` marks."""
-    others = is_other.sum(dim=1)
-    ranks = 1 + ((scores >= scores.diagonal()[:, None]) & is_other).sum(dim=1)
-    candidates = 1 + int(others.min())
+def compare_with_others(queries: Tensor, candidates: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosines of each query with the candidates of other groups, `(n, d)` each, a block of rows at a time.
+
+    Returns:
+        the rank `(n,)` of its own candidate among those of other groups, from 1, ties counting against it; and the sum
+        `(n,)` of its cosines with the others.
+    """
+    size = max(1, PAIRS_AT_ONCE // len(queries))
+    own = (queries * candidates).sum(dim=1, keepdim=True)
+    ranks, sums = torch.empty(len(own), dtype=torch.long), torch.empty(len(own), dtype=own.dtype)
+    for rows in torch.arange(len(queries)).split(size):
+        cosines = queries[rows] @ candidates.T
+        is_other = groups[rows, None] != groups
+        ranks[rows] = 1 + ((cosines >= own[rows] - TIE) & is_other).sum(dim=1)
+        sums[rows] = cosines.mul_(is_other).sum(dim=1)
+    return ranks, sums
+
+
+def retrieval_figures(ranks: Tensor, candidates: int, *, seed: int) -> dict[str, Figure]:
+    """Recalls and median of ranks `(n,)` among at least so many candidates."""
     figures = {}
     for k in RECALLS:
         if candidates > k:
@@ -129,27 +155,24 @@ def retrieval_figures(scores: Tensor, is_other: Tensor, *, seed: int) -> dict[st
     return figures
 
 
-def margin_figure(cosines: Tensor, is_other: Tensor, groups: Tensor, *, seed: int, permutations: int) -> Figure:
-    """How much nearer clips are to their own texts than to the mean of the others, and whether by chance."""
-    others = is_other.sum(dim=1)
-    if not others.any():
-        return undefined('all clips have the same text, so there is no other to compare with')
-    margins = cosines.diagonal() - (cosines * is_other).sum(dim=1) / others
-    own, matrix, places = float(cosines.diagonal().mean()), cosines.numpy(), np.arange(len(cosines))
+def permutation_test(
+    audio: Tensor, text: Tensor, groups: Tensor, *, seed: int, permutations: int
+) -> dict[str, float | int]:
+    """Whether clips are nearer to their own texts by chance: `p_value`, `smallest_p` and the `permutations` tried."""
+    n = len(audio)
+    flat, rows = audio.numpy().ravel(), text.numpy()
+    own = flat @ rows.ravel() / n
+    shuffled = np.empty_like(rows)
     tried = as_high = 0
-    for order in assignments(len(cosines), seed, permutations):
+    for order in assignments(n, seed, permutations):
         tried += 1
-        as_high += matrix[places, order].mean() >= own - ROUNDING
+        # the sum of n cosines is one long product: no matrix of all pairs
+        np.take(rows, order, axis=0, out=shuffled)
+        as_high += flat @ shuffled.ravel() / n >= own - ROUNDING
     # assignments that only exchange clips of the same text give the same mean
     alike = math.prod(math.factorial(count) for count in Counter(groups.tolist()).values())
-    smallest = max(1 / (tried + 1), alike / math.factorial(len(cosines)))
-    return mean_figure(
-        margins.numpy(),
-        seed=seed,
-        p_value=(as_high + 1) / (tried + 1),
-        smallest_p=smallest,
-        permutations=tried,
-    )
+    smallest = max(1 / (tried + 1), alike / math.factorial(n))
+    return dict(p_value=float((as_high + 1) / (tried + 1)), smallest_p=smallest, permutations=tried)
 
 
 def assignments(n: int, seed: int, permutations: int) -> Iterator[np.ndarray]:

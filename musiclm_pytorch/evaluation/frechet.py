@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -93,23 +93,10 @@ class GaussianStatistics:
             raise ValueError(f'a covariance needs at least 2 frames, got {self._count}')
         return torch.from_numpy(self._scatter / (self._count - 1))
 
-    def to_tensors(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Count `()` int64, mean `(dim,)` and scatter `(dim, dim)` float64: copies, for ranks to gather."""
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the room for frames that wait: this is what ranks send each other."""
         self._flush()
-        return torch.tensor(self._count), torch.from_numpy(self._mean.copy()), torch.from_numpy(self._scatter.copy())
-
-    @classmethod
-    @typechecked
-    def from_tensors(cls, count: Tensor, mean: Tensor, scatter: Tensor) -> GaussianStatistics:
-        """Statistics as `to_tensors` gave them. Raises ValueError for shapes that do not belong together."""
-        if mean.ndim != 1 or scatter.shape != (len(mean), len(mean)) or count.numel() != 1:
-            raise ValueError(
-                f'count, mean and scatter must have shapes (), (dim,) and (dim, dim), got {tuple(count.shape)}, '
-                f'{tuple(mean.shape)} and {tuple(scatter.shape)}'
-            )
-        statistics = cls(len(mean))
-        statistics._merge(int(count), *(it.detach().to('cpu', torch.float64).numpy() for it in (mean, scatter)))
-        return statistics
+        return self.__dict__ | dict(_waiting=None)
 
     def _flush(self) -> None:
         if self._num_waiting:
@@ -195,23 +182,6 @@ class ThinnedStatistics:
                 dealt = random.permutation(filled).tolist()
                 subsets += [self._union(dealt[i : i + size]) for i in range(0, whole - size + 1, size)]
             yield subsets
-
-    def to_tensors(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Counts `(g,)` int64, means `(g, dim)` and scatters `(g, dim, dim)` float64, for ranks to gather."""
-        counts, means, scatters = zip(*(group.to_tensors() for group in self._groups))
-        return torch.stack(counts), torch.stack(means), torch.stack(scatters)
-
-    @classmethod
-    @typechecked
-    def from_tensors(cls, counts: Tensor, means: Tensor, scatters: Tensor, seed: int = 0) -> ThinnedStatistics:
-        """Statistics as `to_tensors` gave them; `seed` must be theirs. Raises ValueError for other shapes."""
-        if not len(counts) == len(means) == len(scatters) == GROUPS:
-            raise ValueError(
-                f'expected {GROUPS} counts, means and scatters, got {len(counts)}, {len(means)} and {len(scatters)}'
-            )
-        statistics = cls(means.shape[-1], seed)
-        statistics._groups = [GaussianStatistics.from_tensors(*parts) for parts in zip(counts, means, scatters)]
-        return statistics
 
     def _union(self, groups: Iterable[int]) -> GaussianStatistics:
         statistics = GaussianStatistics(self.dim)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -23,6 +24,8 @@ from musiclm_pytorch.evaluation.structure import StructureResult, structure_of
 from musiclm_pytorch.evaluation.tagging import Tagger
 from musiclm_pytorch.mulan.layers import l2norm
 
+RAISED_AGAIN = (FileNotFoundError, OSError, ValueError, TypeError)
+
 
 @dataclass
 class Measured:
@@ -31,7 +34,7 @@ class Measured:
     quality, structure: by index of the clip
     means: by embedder and index, the mean of a clip's frames, `(dim,)` of length 1
     missing: by embedder and index, why a clip has none
-    statistics, samples: of the frames of all clips, by embedder
+    statistics, samples: of the frames of all clips, by embedder; not of a tagger, whose outputs have no distance
     """
 
     quality: dict[int, dict[str, Figure]] = field(default_factory=dict)
@@ -48,6 +51,7 @@ class Measured:
         for name in other.means:
             self.means[name] |= other.means[name]
             self.missing[name] |= other.missing[name]
+        for name in other.statistics:
             self.statistics[name].merge(other.statistics[name])
             self.samples[name].merge(other.samples[name])
 
@@ -63,9 +67,13 @@ class TaggerEmbedder:
     name = 'tags'
 
     def __init__(self, tagger: Tagger):
+        if tagger.sample_rate is None:
+            raise ValueError(
+                'the tagger does not know the rate of the waves that it takes; give one that does, such as a '
+                'ZeroShotTagger of a MuLaN that was built with audio_sample_rate'
+            )
         self.tagger = tagger
-        self.sample_rate, self.dim = tagger.sample_rate, len(tagger.tags)
-        self.min_samples = getattr(tagger, 'min_samples', 1)
+        self.sample_rate, self.dim, self.min_samples = tagger.sample_rate, len(tagger.tags), tagger.min_samples
 
     def embed(self, waves: list[Tensor]) -> list[Tensor]:
         return list(self.tagger.probabilities(waves)[:, None]) if waves else []
@@ -94,7 +102,31 @@ def measure(
         seed: of what is drawn from the frames.
         progress: show progress bars, on the first rank.
         label: of the bars.
+
+    Raises:
+        on every rank what goes wrong on one, with the same message (see `over_ranks`).
     """
+    keywords = dict(quality=quality, structure=structure, embedders=embedders, batch_size=batch_size, seed=seed)
+    try:
+        found: Measured | Exception = measure_share(clips, sample_rate, progress=progress, label=label, **keywords)
+    except Exception as error:  # the others, too, must know, or they would wait for what was found
+        found = error
+    return over_ranks(found)
+
+
+def measure_share(
+    clips: Sequence[Tensor | Path],
+    sample_rate: int,
+    *,
+    quality: bool,
+    structure: bool,
+    embedders: Collection[Embedder],
+    batch_size: int,
+    seed: int,
+    progress: bool,
+    label: str,
+) -> Measured:
+    """What `measure` finds of this rank's clips."""
     own = range(rank(), len(clips), world_size())
     silent = not progress or rank() > 0
     found = Measured()
@@ -107,31 +139,52 @@ def measure(
                 found.structure[index] = structure_of(wave, rate)
     for embedder in embedders:
         found.means[embedder.name], found.missing[embedder.name] = {}, {}
-        found.statistics[embedder.name] = ThinnedStatistics(embedder.dim, seed)
-        found.samples[embedder.name] = FrameReservoir(embedder.dim, seed=seed)
+        if not isinstance(embedder, TaggerEmbedder):
+            found.statistics[embedder.name] = ThinnedStatistics(embedder.dim, seed)
+            found.samples[embedder.name] = FrameReservoir(embedder.dim, seed=seed)
     if embedders:
         sources = (clip if isinstance(clip, Path) else (clip, sample_rate) for clip in (clips[i] for i in own))
-        embedded = embed_clips(sources, list(embedders), batch_size=batch_size)
+        embedded = embed_clips(sources, list(embedders), batch_size=batch_size, indices=own)
         for clip in tqdm(
             embedded, desc=f'{label}: embeddings', unit='clip', total=len(own), disable=silent, leave=False
         ):
-            index = own[clip.index]
             for name, frames in clip.frames.items():
-                found.means[name][index] = l2norm(frames.mean(dim=0))
-                found.statistics[name].update(frames, index)
-                found.samples[name].update(frames, index)
+                found.means[name][clip.index] = l2norm(frames.mean(dim=0))
+                if name in found.statistics:
+                    found.statistics[name].update(frames, clip.index)
+                    found.samples[name].update(frames, clip.index)
             for name, reason in clip.missing.items():
-                found.missing[name][index] = reason
-    return over_ranks(found)
+                found.missing[name][clip.index] = reason
+    return found
 
 
-def over_ranks(found: Measured) -> Measured:
-    """What all ranks found, joined in their order, on every rank."""
+def over_ranks(found: Measured | Exception) -> Measured:
+    """What all ranks found, joined in their order, on every rank.
+
+    Raises the first error that a rank comes with, on every rank, naming that rank: as one of `RAISED_AGAIN` if it is
+    one, else as a RuntimeError that names its type.
+    """
     if world_size() == 1:
+        if isinstance(found, Exception):
+            raise found
         return found
-    parts: list[Measured] = [found] * world_size()
-    dist.all_gather_object(parts, found)
+    own = found if isinstance(found, Measured) else (type_again(found), told(found))
+    parts: list[Any] = [None] * world_size()
+    dist.all_gather_object(parts, own)
+    for place, part in enumerate(parts):
+        if not isinstance(part, Measured):
+            kind, message = part
+            raise kind(f'rank {place}: {message}') from (found if isinstance(found, Exception) else None)
     first, *others = parts
     for other in others:
         first.merge(other)
     return first
+
+
+def type_again(error: Exception) -> type[Exception]:
+    """As what it is raised on the other ranks: types that take a message alone, and that may be sent."""
+    return next((kind for kind in RAISED_AGAIN if isinstance(error, kind)), RuntimeError)
+
+
+def told(error: Exception) -> str:
+    return str(error) if isinstance(error, RAISED_AGAIN) else f'{type(error).__name__}: {error}'

@@ -15,7 +15,7 @@ from einops import rearrange
 from torch import Tensor
 
 from musiclm_pytorch.checks import check_audio, check_finite, check_positive, typechecked
-from musiclm_pytorch.evaluation.figures import Figure, mean_figure, undefined
+from musiclm_pytorch.evaluation.figures import Figure, mean_figure
 from musiclm_pytorch.mulan.layers import l2norm
 from musiclm_pytorch.mulan.model import MuLaN, evaluating
 
@@ -33,6 +33,7 @@ EPSILON = 1e-6  # of audiocraft's KL
 # PaSST: what its published weights were trained on
 PASST_RATE, PASST_SECONDS, PASST_CLASSES = 32000, 10, 527
 PASST_SHORTEST = 4801  # samples: 16 frames of 10 ms, one patch
+HOP = 1.0  # seconds between MuLaN's windows, or less, so that short windows leave nothing out
 
 
 @runtime_checkable
@@ -42,10 +43,12 @@ class Tagger(Protocol):
     Attributes:
         tags: their names.
         sample_rate: of the waves it takes, in Hz.
+        min_samples: length of the shortest wave that it takes.
     """
 
     tags: Sequence[str]
     sample_rate: int
+    min_samples: int
 
     def probabilities(self, waves: Sequence[Tensor]) -> Tensor:
         """Of each of `n` waves `(samples,)`, a distribution over the tags: `(n, tags)` float32 on the CPU."""
@@ -62,7 +65,8 @@ class ZeroShotTagger:
         tags: any words.
         templates: prompts with `{}` in the place of the tag.
         window: seconds of audio that are embedded at once; the latent of longer audio is the mean over windows, one
-            every second (`MuLaN.embed_audio`). No longer than the tower's `max_audio_length`.
+            every second, or beside each other if they are shorter (`MuLaN.embed_audio`). No longer than the tower's
+            `max_audio_length`.
         batch_size: windows and prompts embedded at a time.
 
     Raises:
@@ -88,6 +92,8 @@ class ZeroShotTagger:
         self.sample_rate = mulan.sample_rate
         longest, rate = mulan.audio.max_audio_length, mulan.sample_rate
         self.window = window if longest is None or rate is None else min(window, longest / rate)
+        self.hop = min(HOP, self.window)
+        self.min_samples = mulan.audio.spec.min_samples(mulan.audio.patch_size[1])
         self.batch_size = batch_size
         prompts = [template.replace('{}', tag) for tag in tags for template in templates]
         with torch.no_grad(), evaluating(mulan):
@@ -99,14 +105,14 @@ class ZeroShotTagger:
     @typechecked
     def scores(self, waves: Sequence[Tensor]) -> Tensor:
         """Cosine of each wave `(samples,)` at `sample_rate` with each tag, `(n, tags)` float32 on the CPU."""
-        check_waves(waves, shortest=1)
+        check_waves(waves, shortest=self.min_samples)
         if self.sample_rate is None:
             raise ValueError(
                 'this MuLaN does not know its sample rate, so no wave can be brought to it; build the audio tower '
                 'with audio_sample_rate, or tag latents: scores_of'
             )
-        latents = [self.mulan.embed_audio(it, window=self.window, batch_size=self.batch_size) for it in waves]
-        return self.scores_of(torch.stack(latents))
+        windows = dict(window=self.window, hop=self.hop, batch_size=self.batch_size)
+        return self.scores_of(torch.stack([self.mulan.embed_audio(it, **windows) for it in waves]))
 
     def probabilities(self, waves: Sequence[Tensor]) -> Tensor:
         """Of each wave `(samples,)` at `sample_rate`: as `probabilities_of`."""
@@ -151,6 +157,7 @@ class PaSSTTagger:
 
     tags = tuple(f'AudioSet class {i}' for i in range(PASST_CLASSES))  # the package holds no names
     sample_rate = PASST_RATE
+    min_samples = PASST_SHORTEST
 
     @typechecked
     def __init__(
@@ -183,7 +190,7 @@ class PaSSTTagger:
     @torch.no_grad()
     def probabilities(self, waves: Sequence[Tensor]) -> Tensor:
         """Softmax over the classes of each wave `(samples,)` at 32 kHz, `(n, 527)` float32 on the CPU."""
-        check_waves(waves, shortest=PASST_SHORTEST)
+        check_waves(waves, shortest=self.min_samples)
         found = []
         for wave in waves:
             parts = [it for it in wave.float().split(PASST_SECONDS * PASST_RATE) if len(it) >= PASST_SHORTEST]
@@ -256,59 +263,6 @@ def divergences(p: np.ndarray, q: np.ndarray) -> np.ndarray:
     from scipy.special import xlogy
 
     return (xlogy(p, p) - p * np.log(q + EPSILON)).sum(axis=1)
-
-
-@typechecked
-def tagging_figures(
-    scores: Tensor | np.ndarray, truth: Tensor | np.ndarray, tags: Sequence[str]
-) -> dict[str, Figure | dict[str, Figure]]:
-    """How well scores find the clips of each tag: areas under the ROC and the precision-recall curve (scikit-learn).
-
-    Args:
-        scores: `(n, tags)`, higher where a tag is likelier; of any scale.
-        truth: `(n, tags)`, whether a clip has a tag.
-        tags: their names.
-
-    Returns:
-        `roc_auc` and `pr_auc` (average precision), the means over the tags that have clips with and without them, with
-        the number of these in the details; and the same of each tag as `roc_auc_by_tag` and `pr_auc_by_tag`, with its
-        `share` of the clips: the PR-AUC of scores that know nothing.
-
-    Raises:
-        ValueError: shapes that do not match, scores that are not finite, truth that is neither bool nor 0 and 1.
-    """
-    from sklearn.metrics import average_precision_score, roc_auc_score
-
-    check_tags(tags)
-    scores, truth = (it.detach().cpu().numpy() if isinstance(it, Tensor) else it for it in (scores, truth))
-    if scores.ndim != 2 or scores.shape != truth.shape or scores.shape[1] != len(tags) or len(scores) == 0:
-        raise ValueError(
-            f'scores and truth must have the shape (clips, {len(tags)}), a column a tag, got {scores.shape} and '
-            f'{truth.shape}'
-        )
-    if not np.isfinite(scores).all():
-        raise ValueError(f'scores[{np.argwhere(~np.isfinite(scores))[0][0]}] hold NaN or infinity')
-    if not np.isin(truth, (0, 1)).all():
-        raise ValueError('truth must hold True and False, or 1 and 0')
-    truth = truth.astype(bool)
-    figures: dict[str, Figure | dict[str, Figure]] = {}
-    for name, measure in dict(roc_auc=roc_auc_score, pr_auc=average_precision_score).items():
-        by_tag = {}
-        for tag, own, wanted in zip(tags, scores.T, truth.T):
-            share = float(wanted.mean())
-            if share in (0.0, 1.0):
-                by_tag[tag] = undefined(f'{"no" if share == 0 else "every"} clip has the tag', share=share)
-            else:
-                value = float(measure(wanted, own))
-                by_tag[tag] = Figure(value, count=len(own), details=dict(share=share))
-        values = [it.value for it in by_tag.values() if it.value is not None]
-        counted = dict(tags_counted=len(values), tags_given=len(tags))
-        if values:
-            figures[name] = Figure(float(np.mean(values)), count=len(scores), details=counted)
-        else:
-            figures[name] = undefined('no tag has clips with and without it', **counted)
-        figures[f'{name}_by_tag'] = by_tag
-    return figures
 
 
 def check_tags(tags: Sequence[str]) -> None:
