@@ -32,6 +32,7 @@ _HOMES = {
     ],
     'musiclm_pytorch.mulan.model': ['MuLaN'],
     'musiclm_pytorch.musiclm': ['MusicLM'],
+    'musiclm_pytorch.open_clip': ['MuLaNOpenCLIP', 'create_mulan_open_clip_model'],
     'musiclm_pytorch.quantizer': ['MuLaNEmbedQuantizer'],
     'musiclm_pytorch.trainer.codec': ['CodecTrainer'],
     'musiclm_pytorch.trainer.mulan': ['MuLaNTrainer'],
