@@ -23,6 +23,10 @@ _HOMES = {
     'musiclm_pytorch.distributed.config': ['DistributedConfig', 'create_distributed_config'],
     'musiclm_pytorch.distributed.trainer': ['DistributedMuLaNTrainer', 'run_distributed_training'],
     'musiclm_pytorch.evaluation.evaluator': ['MusicLMEvaluator'],
+    'musiclm_pytorch.inference.config': ['InferenceConfig'],
+    'musiclm_pytorch.inference.engine': ['BatchInferenceEngine'],
+    'musiclm_pytorch.inference.optimize': ['OptimizedMuLaN'],
+    'musiclm_pytorch.inference.search': ['MuLaNIndex'],
     'musiclm_pytorch.mulan.audio_transformer': ['AudioSpectrogramTransformer'],
     'musiclm_pytorch.mulan.text_transformer': ['TextTransformer'],
     'musiclm_pytorch.mulan.contrastive': [

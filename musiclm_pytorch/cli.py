@@ -10,6 +10,7 @@ from pathlib import Path
 
 from musiclm_pytorch.cli_evaluate import compare, evaluate
 from musiclm_pytorch.cli_generate import generate
+from musiclm_pytorch.cli_search import index, search
 from musiclm_pytorch.cli_training import (
     add_training_options,
     overrides_of,
@@ -25,7 +26,7 @@ from musiclm_pytorch.version import __version__
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code: 0, or 2 after an error of the user's, told in a line on stderr."""
     parser = argparse.ArgumentParser(
-        prog='musiclm', description='Music and text: data, training, generation, evaluation.'
+        prog='musiclm', description='Music and text: data, training, generation, evaluation, search.'
     )
     parser.add_argument('--version', action='version', version=f'musiclm-pytorch {__version__}')
     subcommands = parser.add_subparsers(dest='command', required=True, metavar='COMMAND')
@@ -188,7 +189,7 @@ TRAININGS = [
     train_stage('fine', 'fine acoustic tokens from coarse ones'),
     train_all,
 ]
-SUBCOMMANDS = [shard, train, tokens, generate, evaluate, compare]
+SUBCOMMANDS = [shard, train, tokens, generate, evaluate, compare, index, search]
 
 if __name__ == '__main__':
     sys.exit(main())

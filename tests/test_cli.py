@@ -91,6 +91,8 @@ def test_every_option_has_help(monkeypatch):
         'generate',
         'evaluate',
         'compare',
+        'index',
+        'search',
         *(f'train {name}' for name in trainings),
     }
     for parser in commands.values():

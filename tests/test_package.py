@@ -50,6 +50,7 @@ ROOMS = [
     'cli_training',
     'cli_generate',
     'cli_evaluate',
+    'cli_search',
     'cli',
 ]
 # These only name the rest again, so they may import anything, and nothing may import from them.

@@ -1,0 +1,155 @@
+"""How models are made ready for inference: one frozen dataclass, checked when it is made, JSON both ways."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import re
+import typing
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from musiclm_pytorch.checks import check_positive
+from musiclm_pytorch.trainer.sections import fitted, nearest
+
+Choice = bool | Literal['auto']
+DEVICE = re.compile(r'auto|cpu|cuda(:\d+)?')
+DTYPES = {'bf16': torch.bfloat16, 'fp16': torch.float16}
+OPSETS = range(18, 24)  # what torch's exporter writes and ONNX Runtime of today reads
+
+
+def _naming_the_nearest(init: Callable) -> Callable:
+    """An `__init__` whose TypeError for an unknown keyword tells which one was probably meant."""
+
+    @functools.wraps(init)
+    def wrapper(self: Any, **values: Any) -> None:
+        known = [field.name for field in fields(self)]
+        for name in values:
+            if name not in known:
+                raise TypeError(f'{type(self).__name__} has no field {name!r}; {nearest(name, known)}')
+        init(self, **values)
+
+    return wrapper
+
+
+@dataclass(frozen=True)
+class InferenceConfig:
+    """What to trade for speed and memory. Fields are given by name.
+
+    Where a field may be 'auto', the choice is made by `OptimizedMuLaN`, which knows the model and the machine, and
+    is one that was measured to be faster than the plain model on such a machine.
+
+    On a CPU, half precision pays with instructions for bf16 alone; 8-bit integers pay on top of half precision and
+    compiled code only, and compiled code with half precision only. Narrow models (below 256) gain nothing. Nothing was
+    measured on GPUs. `benchmarks/inference.py` measures every combination.
+
+    Attributes:
+        use_quantization: compute the products of the transformers in 8-bit integers (needs torchao); weights take a
+            quarter of the memory.
+        use_mixed_precision: compute the transformers in half precision; spectrogram, position bias, norms of
+            latents and losses stay float32.
+        mixed_precision_dtype: 'bf16', 'fp16', or 'auto': bf16 on a CPU and on GPUs that compute in it, else fp16.
+        compile_model: run the layers of the transformers through torch.compile. The first calls take up to minutes.
+        batch_size: the most items that are computed at a time; larger batches are computed in parts.
+        memory_efficient: compute one item at a time, and look the position bias up anew in each layer: less memory,
+            more time.
+        device: 'cpu', 'cuda', 'cuda:1', …; 'auto' is CUDA where there is one.
+        onnx_opset: version of the ONNX operators that `ONNXExporter` writes, 18 to 23.
+
+    Raises:
+        TypeError: an unknown field or a value of a wrong type. ValueError: a value that cannot be honoured.
+    """
+
+    use_quantization: Choice = False
+    use_mixed_precision: Choice = 'auto'
+    mixed_precision_dtype: str = 'auto'
+    compile_model: Choice = False
+    batch_size: int = 8
+    memory_efficient: bool = False
+    device: str = 'auto'
+    onnx_opset: int = 18
+
+    def __post_init__(self):
+        for name, hint in typing.get_type_hints(type(self)).items():
+            value = getattr(self, name)
+            if hint == Choice:
+                if not isinstance(value, bool) and value != 'auto':
+                    raise TypeError(f"{name} must be True, False or 'auto', got {value!r}")
+            else:
+                fitted(value, hint, name)
+        check_positive(batch_size=self.batch_size)
+        if self.mixed_precision_dtype not in ('auto', *DTYPES):
+            raise ValueError(
+                f"mixed_precision_dtype must be 'auto', 'bf16' or 'fp16', got {self.mixed_precision_dtype!r}"
+            )
+        if not DEVICE.fullmatch(self.device):
+            raise ValueError(f"device must be 'auto', 'cpu', 'cuda' or 'cuda:0' and so on, got {self.device!r}")
+        if self.onnx_opset not in OPSETS:
+            raise ValueError(f'onnx_opset must lie between {OPSETS[0]} and {OPSETS[-1]}, got {self.onnx_opset}')
+
+    def torch_device(self) -> torch.device:
+        """The device on this machine. Raises ValueError where it has none of that kind or number."""
+        cuda = torch.cuda.is_available()
+        if self.device == 'auto':
+            return torch.device('cuda' if cuda else 'cpu')
+        device = torch.device(self.device)
+        if device.type == 'cuda' and not cuda:
+            raise ValueError(f"device={self.device!r} needs CUDA, which is not available; use 'auto' or 'cpu'")
+        if device.type == 'cuda' and (device.index or 0) >= torch.cuda.device_count():
+            raise ValueError(f'device={self.device!r}, but there are only {torch.cuda.device_count()} GPUs')
+        return device
+
+    def torch_dtype(self, device: torch.device) -> torch.dtype:
+        """The half precision that mixed precision computes in on a device."""
+        if self.mixed_precision_dtype != 'auto':
+            return DTYPES[self.mixed_precision_dtype]
+        if device.type == 'cuda' and not torch.cuda.is_bf16_supported(including_emulation=False):
+            return torch.float16
+        return torch.bfloat16
+
+    # JSON
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def to_json(self, path: str | Path | None = None) -> str:
+        """The config as JSON text, which is also written to `path` if that is given, aside and renamed."""
+        text = json.dumps(self.to_dict(), indent=2) + '\n'
+        if path is not None:
+            path = Path(path)
+            aside = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
+            try:
+                aside.write_text(text, encoding='utf-8')
+                aside.replace(path)
+            finally:
+                aside.unlink(missing_ok=True)
+        return text
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> InferenceConfig:
+        """A config from field names and values; fields that are not named keep their defaults."""
+        if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
+            raise TypeError(f'an InferenceConfig is made of names and values, got {values!r:.80}')
+        return cls(**values)
+
+    @classmethod
+    def from_json(cls, source: str | Path) -> InferenceConfig:
+        """A config from JSON text, or from the file at a path (a `Path`, or a string that is no JSON object).
+
+        Raises FileNotFoundError for a missing file, ValueError for what is no JSON, and what the constructor raises.
+        """
+        is_text = isinstance(source, str) and source.lstrip().startswith('{')
+        text = source if is_text else Path(source).read_text(encoding='utf-8')
+        try:
+            values = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f'{"the text" if is_text else source} is not JSON: {error}') from error
+        return cls.from_dict(values)
+
+
+InferenceConfig.__init__ = _naming_the_nearest(InferenceConfig.__init__)

@@ -1,0 +1,211 @@
+"""The layers of a transformer for inference: half precision, 8-bit integers, and compiled code between them.
+
+A layer is taken apart into matrix products, attention, and what lies between them. Products and attention run in the
+libraries that are fast at them; what lies between is elementwise and is what torch.compile fuses, which also keeps
+compiling short. The residual stream stays float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from musiclm_pytorch.mulan.attention import PositionBias, _blocks, _columns, _look_up, attend
+from musiclm_pytorch.mulan.layers import Transformer, l2norm
+from musiclm_pytorch.mulan.linear import Linear
+
+# elements of a position bias that is kept for all layers of a call; a larger one is looked up anew in each
+KEPT_BIAS_ELEMENTS = 2**24
+
+
+# ---- what lies between the products: elementwise, and so for torch.compile to fuse ----
+
+
+def to_int8(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows as unsigned bytes around 128, and the scale of each row, `(…, 1)` float32."""
+    scale = torch.linalg.vector_norm(x, torch.inf, dim=-1, keepdim=True).float().clamp(min=1e-12) / 127
+    # adding a half and cutting off rounds, since what is cut is positive
+    return (x.float() / scale + 128.5).to(torch.uint8), scale
+
+
+def prepared(x: Tensor, dtype: torch.dtype, int8: bool) -> tuple[Tensor, Tensor | None]:
+    return to_int8(x) if int8 else (x.to(dtype), None)
+
+
+def scaled(product: Tensor, scale: Tensor | None) -> Tensor:
+    return product if scale is None else product * scale
+
+
+def normed(x: Tensor, gamma: Tensor, dtype: torch.dtype, int8: bool) -> tuple[Tensor, Tensor | None]:
+    return prepared(F.layer_norm(x, gamma.shape, gamma), dtype, int8)
+
+
+def split_heads(
+    q: Tensor, kv: Tensor, scale: Tensor | None, gain: Tensor, heads: int, dtype: torch.dtype
+) -> list[Tensor]:
+    q, kv = scaled(q, scale), scaled(kv, scale)
+    q, k, v = (rearrange(t, 'b n (h d) -> b h n d', h=heads) for t in (q, *kv.chunk(2, dim=-1)))
+    return [(l2norm(q.float()) * gain).to(dtype), l2norm(k.float()).to(dtype), v.to(dtype)]
+
+
+def attention_weights(scores: Tensor, bias: Tensor) -> Tensor:
+    return torch.softmax(scores + bias, dim=-1)
+
+
+def joined_heads(out: Tensor, dtype: torch.dtype, int8: bool) -> tuple[Tensor, Tensor | None]:
+    return prepared(rearrange(out, 'b h n d -> b n (h d)'), dtype, int8)
+
+
+def added_and_normed(
+    x: Tensor, product: Tensor, scale: Tensor | None, gamma: Tensor, dtype: torch.dtype, int8: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    x = x + scaled(product, scale)
+    return x, *normed(x, gamma, dtype, int8)
+
+
+def gated(product: Tensor, scale: Tensor | None, dtype: torch.dtype, int8: bool) -> tuple[Tensor, Tensor | None]:
+    x, gate = scaled(product, scale).chunk(2, dim=-1)
+    return prepared(F.gelu(gate) * x, dtype, int8)
+
+
+def added(x: Tensor, product: Tensor, scale: Tensor | None) -> Tensor:
+    return x + scaled(product, scale)
+
+
+BETWEEN = (normed, split_heads, attention_weights, joined_heads, added_and_normed, gated, added)
+
+
+# ---- products and attention ----
+
+
+class Int8Product(nn.Module):
+    """x Wᵀ of bytes, through oneDNN: `(…, in)` of `to_int8` to `(…, out)`, yet to be multiplied by the rows' scale.
+
+    Args:
+        weight: `(out, in)` int8 and
+        scale: `(out,)` float32, as torchao quantised them.
+        dtype: of the result.
+    """
+
+    def __init__(self, weight: Tensor, scale: Tensor, dtype: torch.dtype):
+        super().__init__()
+        # an opaque layout of oneDNN, which is neither saved nor moved
+        self.packed = torch.ops.onednn.qlinear_prepack(weight.contiguous(), None)
+        self.scale, self.zero = scale.float().flatten(), torch.zeros(len(weight), dtype=torch.int64)
+        self.dtype = dtype
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.flatten(0, -2)
+        product = torch.ops.onednn.qlinear_pointwise(
+            rows, 1.0, 128, self.packed, self.scale, self.zero, None, 1.0, 0, self.dtype, 'none', [], ''
+        )
+        return product.view(*x.shape[:-1], -1)
+
+
+def attend_in_blocks(
+    q: Tensor, k: Tensor, v: Tensor, bias: PositionBias, kept: list[Tensor] | None, weights_of: Callable
+) -> Tensor:
+    """`attend` for half precision on a CPU, whose fused kernel runs at float32's speed and oneDNN's products do not.
+
+    Args:
+        kept: blocks of the bias, filled by the first layer for those that follow; None keeps none.
+        weights_of: `attention_weights`, compiled or not.
+    """
+    (batch, heads, total, _), codes = q.shape, bias.codes
+    lengths = [total] * batch if bias.lengths is None else bias.lengths.tolist()
+    shared = len(codes) == 1 and bias.lengths is None
+    table = bias.table.to(q.dtype)
+    out = torch.zeros_like(q)
+
+    for b, n in enumerate(lengths[:1] if shared else lengths):
+        for i, rows in enumerate(_blocks(n, heads)):
+            if shared and kept is not None and i < len(kept):
+                block = kept[i]
+            else:
+                block = _look_up(table, _columns(codes, b, rows, n, bias.centre))
+                if shared and kept is not None:
+                    kept.append(block)
+            for item in range(batch) if shared else [b]:
+                weights = weights_of(torch.bmm(q[item, :, rows], k[item, :, :n].transpose(1, 2)), block)
+                out[item, :, rows] = torch.bmm(weights, v[item, :, :n])
+    return out
+
+
+class FastLayers(nn.Module):
+    """The layers of a `Transformer`, without dropout and gradients; same call, same results up to precision."""
+
+    def __init__(self, transformer: Transformer, dtype: torch.dtype, quantized: bool, keep_bias: bool, compiled: bool):
+        super().__init__()
+        self.dtype, self.keep_bias = dtype, keep_bias
+        device = transformer.layers[0][0].q_scale.device
+        self.int8 = quantized and device.type == 'cpu' and torch.cpu._is_vnni_supported()
+        self.between: dict[str, Callable] = {
+            part.__name__: torch.compile(part, dynamic=True) if compiled else part for part in BETWEEN
+        }
+        self.layers = nn.ModuleList()
+        for attention, feed_forward in transformer.layers:
+            norm, wide, _, _, narrow = feed_forward
+            products = [attention.to_q, attention.to_kv, attention.to_out[0], wide, narrow]
+            layer = nn.Module()
+            layer.products = nn.ModuleList([self.product(it.weight, quantized, compiled) for it in products])
+            layer.register_buffer('gain', (attention.q_scale * attention.k_scale * attention.scale).detach())
+            layer.register_buffer('attention_gamma', attention.norm.learned_gamma.detach())
+            layer.register_buffer('feed_forward_gamma', norm.learned_gamma.detach())
+            layer.heads = attention.heads
+            self.layers.append(layer)
+
+    def product(self, weight: Tensor, quantized: bool, compiled: bool) -> nn.Module:
+        # the subclass of the package, which has a fast path for float32, but knows no quantised weights
+        sizes = weight.shape[1], weight.shape[0]
+        with torch.device('meta'):
+            linear = nn.Linear(*sizes, bias=False) if quantized else Linear(*sizes)
+        linear.weight = nn.Parameter(weight.detach().to(self.dtype), requires_grad=False)
+        if not quantized:
+            return linear
+        quantize_, config = _torchao()
+        held = nn.Sequential(linear)
+        quantize_(held, config)
+        if self.int8:
+            # oneDNN gives no fp16 for bytes
+            dtype = torch.float32 if self.dtype == torch.float16 else self.dtype
+            return Int8Product(held[0].weight.qdata, held[0].weight.scale, dtype)
+        return torch.compile(held[0], dynamic=True) if compiled else held[0]
+
+    def forward(self, x: Tensor, bias: PositionBias | None = None, mask: Tensor | None = None) -> list[Tensor]:
+        part, how = self.between, (self.dtype, self.int8)
+        in_blocks = bias is not None and x.device.type == 'cpu' and self.dtype != torch.float32
+        keep = self.keep_bias and in_blocks and bias.table.shape[0] * x.shape[1] ** 2 <= KEPT_BIAS_ELEMENTS
+        kept = [] if keep else None
+
+        layers = []
+        for layer in self.layers:
+            to_q, to_kv, to_out, wide, narrow = layer.products
+
+            y, scale = part['normed'](x, layer.attention_gamma, *how)
+            q, k, v = part['split_heads'](to_q(y), to_kv(y), scale, layer.gain, layer.heads, self.dtype)
+            if in_blocks:
+                out = attend_in_blocks(q, k, v, bias, kept, part['attention_weights'])
+            else:
+                out = attend(q, k, v, bias=bias, mask=mask)
+            y, scale = part['joined_heads'](out, *how)
+
+            x, y, scale = part['added_and_normed'](x, to_out(y), scale, layer.feed_forward_gamma, *how)
+            y, scale = part['gated'](wide(y), scale, *how)
+            x = part['added'](x, narrow(y), scale)
+            layers.append(x)
+        return layers
+
+
+def _torchao() -> tuple[Callable, Any]:
+    try:
+        from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
+    except ImportError as error:
+        raise ImportError(
+            f'use_quantization needs torchao ({error}); install it with `pip install "musiclm-pytorch[inference]"`'
+        ) from error
+    return quantize_, Int8DynamicActivationInt8WeightConfig()

@@ -1,0 +1,187 @@
+"""MuLaN made ready for inference: half precision, 8-bit integers and compiled code, in a copy of the model.
+
+Only the layers of the two transformers change (see `fast_layers`). Spectrogram, patches, position bias, residual
+stream, latents and loss stay float32.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import shutil
+from collections.abc import Sequence
+
+import torch
+from einops import einsum
+from torch import Tensor, nn
+
+from musiclm_pytorch.checks import check_lengths, typechecked
+from musiclm_pytorch.inference.config import InferenceConfig
+from musiclm_pytorch.inference.fast_layers import FastLayers
+from musiclm_pytorch.mulan.model import MuLaN, PairLatents
+
+# towers narrower than this compute too little for anything here to pay
+MIN_WIDTH = 256
+
+
+class OptimizedMuLaN(nn.Module):
+    """A copy of a MuLaN for inference, with its calls; the caller's model is not touched.
+
+    Waves and ids may lie on any device; what is returned lies on the model's, without gradients.
+
+    Args:
+        mulan: the model.
+        config: what to trade. A choice left to 'auto' is made for this model and machine.
+
+    Attributes:
+        mulan: the copy.
+        quantized, dtype, compiled: what was chosen.
+
+    Raises:
+        ImportError: quantization without torchao. ValueError: a device that this machine does not have.
+    """
+
+    @typechecked
+    def __init__(self, mulan: MuLaN, config: InferenceConfig | None = None):
+        super().__init__()
+        self.config = InferenceConfig() if config is None else config
+        device = self.config.torch_device()
+        self.quantized, self.dtype, self.compiled = choices(mulan, self.config, device)
+        self.mulan = copy.deepcopy(mulan).eval().requires_grad_(False).to(device)
+
+        if self.quantized or self.compiled or self.dtype != torch.float32:
+            for tower in (self.mulan.audio, self.mulan.text):
+                tower.transformer = FastLayers(
+                    tower.transformer,
+                    dtype=self.dtype,
+                    quantized=self.quantized,
+                    keep_bias=not self.config.memory_efficient,
+                    compiled=self.compiled,
+                )
+        if self.dtype != torch.float32:
+            # the largest weight of a small model; the positions, in float32, lift what is looked up back to it
+            self.mulan.text.token_emb.to(self.dtype)
+        super().train(False)
+
+    @property
+    def device(self) -> torch.device:
+        return self.mulan.device
+
+    @property
+    def sample_rate(self) -> int | None:
+        """Sample rate in Hz of the waves this model expects, None when it was not told."""
+        return self.mulan.sample_rate
+
+    @property
+    def items_at_a_time(self) -> int:
+        return 1 if self.config.memory_efficient else self.config.batch_size
+
+    def train(self, mode: bool = True) -> OptimizedMuLaN:
+        """Only `train(False)`, which changes nothing."""
+        if mode:
+            raise ValueError('an OptimizedMuLaN cannot be trained; train the MuLaN it was made from, and make it anew')
+        return self
+
+    @torch.no_grad()
+    def get_audio_latents(
+        self,
+        wavs: Tensor,
+        return_all_layers: bool = False,
+        audio_lengths: Tensor | Sequence[int] | None = None,
+        sample_rate: int | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """As `MuLaN.get_audio_latents`; with `return_all_layers` the whole batch is computed at once."""
+        wavs = wavs.to(self.device) if isinstance(wavs, Tensor) else wavs
+        size = self.items_at_a_time
+        if return_all_layers or not isinstance(wavs, Tensor) or wavs.ndim != 2 or len(wavs) <= size:
+            return self.mulan.get_audio_latents(wavs, return_all_layers, audio_lengths, sample_rate)
+        if audio_lengths is not None:
+            audio_lengths = check_lengths(
+                audio_lengths, batch=len(wavs), limit=wavs.shape[1], unit='samples', device=wavs.device
+            )
+        parts = [slice(start, start + size) for start in range(0, len(wavs), size)]
+        lengths = [None if audio_lengths is None else audio_lengths[part] for part in parts]
+        latents = (
+            self.mulan.get_audio_latents(wavs[part], audio_lengths=some, sample_rate=sample_rate)
+            for part, some in zip(parts, lengths)
+        )
+        return torch.cat(list(latents))
+
+    @torch.no_grad()
+    def get_text_latents(
+        self,
+        texts: Tensor | None = None,
+        raw_texts: Sequence[str] | None = None,
+        return_all_layers: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """As `MuLaN.get_text_latents`; with `return_all_layers` the whole batch is computed at once."""
+        if texts is None and raw_texts is not None:
+            texts, raw_texts = self.mulan.text.tokenize(raw_texts), None
+        texts = texts.to(self.device) if isinstance(texts, Tensor) else texts
+        size = self.items_at_a_time
+        if return_all_layers or raw_texts is not None or not isinstance(texts, Tensor) or len(texts) <= size:
+            return self.mulan.get_text_latents(texts, raw_texts, return_all_layers)
+        return torch.cat([self.mulan.get_text_latents(part) for part in texts.split(size)])
+
+    @torch.no_grad()
+    def forward(
+        self,
+        wavs: Tensor,
+        texts: Tensor | None = None,
+        raw_texts: Sequence[str] | None = None,
+        return_latents: bool = False,
+        return_similarities: bool = False,
+        return_pairwise_similarities: bool = False,
+        audio_lengths: Tensor | Sequence[int] | None = None,
+        sample_rate: int | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """As `MuLaN.forward`. The loss of a model with the hierarchical loss is computed on the whole batch at once."""
+        asks_for_loss = not (return_latents or return_similarities or return_pairwise_similarities)
+        if asks_for_loss and self.mulan.multi_layer_contrastive_learning is not None:
+            texts = texts.to(self.device) if isinstance(texts, Tensor) else texts
+            wavs = wavs.to(self.device) if isinstance(wavs, Tensor) else wavs
+            return self.mulan(wavs, texts, raw_texts, audio_lengths=audio_lengths, sample_rate=sample_rate)
+        audio = self.get_audio_latents(wavs, audio_lengths=audio_lengths, sample_rate=sample_rate)
+        text = self.get_text_latents(texts, raw_texts)
+        if return_latents:
+            return audio, text
+        if return_pairwise_similarities:
+            return einsum(audio, text, 'i d, j d -> i j')
+        if len(audio) != len(text):
+            raise ValueError(f'got {len(audio)} waves but {len(text)} texts; they must come in pairs')
+        if return_similarities:
+            return einsum(audio, text, 'i d, i d -> i')
+        return self.mulan.loss(PairLatents(audio, text))
+
+
+def choices(mulan: MuLaN, config: InferenceConfig, device: torch.device) -> tuple[bool, torch.dtype, bool]:
+    """Whether to quantise, the dtype of the layers, and whether to compile: what a config says, 'auto' resolved.
+
+    'auto' takes what was measured to pay: on a CPU half precision where there are instructions for bf16, 8-bit
+    integers on top of both half precision and compiled code where there are instructions for those too, and compiled
+    code where there is a compiler and half precision; on a GPU half precision alone. Narrow models stay as they are.
+    """
+    wide = min(mulan.audio.dim, mulan.text.dim) >= MIN_WIDTH
+    on_cpu = device.type == 'cpu'
+
+    half = config.use_mixed_precision
+    if half == 'auto':
+        half = wide and (not on_cpu or (config.mixed_precision_dtype != 'fp16' and computes_in_bf16()))
+    compiled = config.compile_model
+    if compiled == 'auto':
+        compiled = wide and on_cpu and half and shutil.which('g++') is not None
+    quantized = config.use_quantization
+    if quantized == 'auto':
+        quantized = wide and on_cpu and half and compiled and torch.cpu._is_vnni_supported() and _has_torchao()
+    return bool(quantized), config.torch_dtype(device) if half else torch.float32, bool(compiled)
+
+
+def computes_in_bf16() -> bool:
+    """Whether this processor has instructions for bf16; without them it is emulated, slowly."""
+    return torch.backends.mkldnn.is_available() and (
+        torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    )
+
+
+def _has_torchao() -> bool:
+    return importlib.util.find_spec('torchao') is not None

@@ -1,0 +1,288 @@
+"""OptimizedMuLaN against the model it was made from, and the timing of it."""
+
+import copy
+import importlib.util
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import tiny_mulan
+from torch import nn
+
+from musiclm_pytorch.inference import benchmark, fast_layers, optimize
+from musiclm_pytorch.inference.benchmark import benchmark_inference_speed
+from musiclm_pytorch.inference.config import InferenceConfig
+from musiclm_pytorch.inference.optimize import OptimizedMuLaN, choices
+
+PLAIN = dict(use_mixed_precision=False, device='cpu')
+HALF = dict(use_mixed_precision=True, device='cpu')
+
+
+def model(**keywords):
+    torch.manual_seed(0)
+    audio = dict(support_variable_length=True, audio_sample_rate=8000, **keywords.pop('audio', {}))
+    return tiny_mulan(audio=audio, **keywords)
+
+
+def batch(items=3, samples=2500, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    return 0.1 * torch.randn(items, samples, generator=generator), torch.randint(
+        0, 100, (items, 9), generator=generator
+    )
+
+
+def similarity(found, wanted):
+    assert found.dtype == wanted.dtype == torch.float32
+    assert not found.requires_grad
+    return F.cosine_similarity(found, wanted, dim=-1).min().item()
+
+
+def close(found, wanted, atol=1e-5):
+    torch.testing.assert_close(found, wanted, atol=atol, rtol=1e-4)
+
+
+def both(optimized, plain, least):
+    """Waves, waves with lengths, and texts."""
+    wavs, texts = batch()
+    lengths = torch.tensor([2500, 900, 1700])
+    with torch.no_grad():
+        for found, wanted in (
+            (optimized.get_audio_latents(wavs), plain.get_audio_latents(wavs)),
+            (
+                optimized.get_audio_latents(wavs, audio_lengths=lengths),
+                plain.get_audio_latents(wavs, audio_lengths=lengths),
+            ),
+            (optimized.get_text_latents(texts), plain.get_text_latents(texts)),
+        ):
+            assert similarity(found, wanted) >= least
+
+
+@pytest.mark.parametrize('memory_efficient', [False, True])
+@pytest.mark.parametrize(('dtype', 'least'), [('bf16', 0.999), ('fp16', 0.99999)])
+def test_half_precision_comes_close(dtype, least, memory_efficient, monkeypatch):
+    # blocks of few rows, so that there are several
+    monkeypatch.setattr('musiclm_pytorch.mulan.attention.CHUNK_ELEMENTS', 64)
+    monkeypatch.setattr('musiclm_pytorch.mulan.attention.MIN_CHUNK_ROWS', 5)
+    plain = model().eval()
+    config = InferenceConfig(**HALF, mixed_precision_dtype=dtype, memory_efficient=memory_efficient)
+    optimized = OptimizedMuLaN(plain, config)
+    weight = optimized.mulan.audio.transformer.layers[0].products[0].weight
+    assert weight.dtype == optimized.dtype == {'bf16': torch.bfloat16, 'fp16': torch.float16}[dtype]
+    both(optimized, plain, least)
+
+
+@pytest.mark.parametrize('vnni', [True, False])
+@pytest.mark.parametrize('precision', [PLAIN, HALF])
+def test_int8_comes_close(precision, vnni, monkeypatch):
+    pytest.importorskip('torchao')
+    if vnni and not torch.cpu._is_vnni_supported():
+        pytest.skip('this processor has no instructions for bytes')
+    monkeypatch.setattr(torch.cpu, '_is_vnni_supported', lambda: vnni)
+    plain = model().eval()
+    optimized = OptimizedMuLaN(plain, InferenceConfig(use_quantization=True, **precision))
+    kinds = {type(it) for layer in optimized.mulan.audio.transformer.layers for it in layer.products}
+    assert kinds == {fast_layers.Int8Product if vnni else nn.Linear}
+    assert optimized.quantized
+    both(optimized, plain, 0.99)
+
+
+def test_int8_products_are_those_of_the_rounded_numbers():
+    pytest.importorskip('torchao')
+    if not torch.cpu._is_vnni_supported():
+        pytest.skip('this processor has no instructions for bytes')
+    torch.manual_seed(0)
+    x = torch.randn(2, 5, 24) * torch.tensor([1e-4, 1.0, 30.0, 2.0, 0.0])[:, None]
+    weight, scales = torch.randint(-127, 128, (7, 24), dtype=torch.int8), torch.rand(7)
+    product = fast_layers.Int8Product(weight, scales, torch.float32)
+    rounded, scale = fast_layers.to_int8(x)
+    assert rounded.dtype == torch.uint8
+    assert ((rounded.float() - 128) * scale - x).abs().le(scale * 0.5001 + 1e-12).all()
+    wanted = ((rounded.double() - 128) * scale) @ (weight.double() * scales[:, None]).T
+    torch.testing.assert_close((product(rounded) * scale).double(), wanted, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_compiled_code_gives_the_same():
+    int8 = torch.cpu._is_vnni_supported() and importlib.util.find_spec('torchao') is not None
+    plain = model().eval()
+    compiled = OptimizedMuLaN(plain, InferenceConfig(**HALF, compile_model=True, use_quantization=int8))
+    assert (compiled.compiled, compiled.quantized) == (True, int8)
+    both(compiled, plain, 0.99 if int8 else 0.999)
+
+
+def test_the_parts_of_a_layer_make_the_layer():
+    plain = model(audio=dict(attn_dropout=0.3, ff_dropout=0.3)).eval()
+    layers = fast_layers.FastLayers(
+        plain.text.transformer, dtype=torch.float32, quantized=False, keep_bias=True, compiled=False
+    )
+    x, mask = torch.randn(2, 6, 24), torch.arange(6) < torch.tensor([[6], [4]])
+    with torch.no_grad():
+        found, wanted = layers(x, mask=mask), plain.text.transformer(x, mask=mask)
+    assert len(found) == len(wanted) == 2
+    for mine, theirs in zip(found, wanted):
+        close(mine, theirs)
+
+
+def test_the_model_given_is_left_as_it_was():
+    plain = model().train()
+    before = copy.deepcopy(plain.state_dict())
+    modules = [type(module) for module in plain.modules()]
+    optimized = OptimizedMuLaN(plain, InferenceConfig(**HALF))
+    optimized.get_audio_latents(batch()[0])
+    assert plain.training
+    assert all(parameter.requires_grad for parameter in plain.parameters())
+    assert modules == [type(module) for module in plain.modules()]
+    for name, value in plain.state_dict().items():
+        assert value.dtype == before[name].dtype
+        assert torch.equal(value, before[name])
+    wavs, texts = batch()
+    plain(wavs, texts).backward()
+
+
+@pytest.mark.parametrize('settings', [dict(batch_size=2), dict(memory_efficient=True), dict(batch_size=5)])
+def test_large_batches_are_computed_in_parts(settings):
+    plain = model().eval()
+    optimized = OptimizedMuLaN(plain, InferenceConfig(**PLAIN, **settings))
+    sizes = []
+    optimized.mulan.audio.register_forward_pre_hook(lambda _, args: sizes.append(len(args[0])))
+    optimized.mulan.text.register_forward_pre_hook(lambda _, args: sizes.append(len(args[0])))
+    wavs, texts = batch(5)
+    lengths = [2500, 900, 1700, 2500, 2000]
+    with torch.no_grad():
+        close(
+            optimized.get_audio_latents(wavs, audio_lengths=lengths),
+            plain.get_audio_latents(wavs, audio_lengths=lengths),
+        )
+        close(optimized.get_text_latents(texts), plain.get_text_latents(texts))
+    parts = dict(batch_size=[2, 2, 1], memory_efficient=[1] * 5)[
+        'batch_size' if 'batch_size' in settings else 'memory_efficient'
+    ]
+    assert sizes == ([5, 5] if settings.get('batch_size') == 5 else parts * 2)
+
+
+@pytest.mark.parametrize('hierarchical', [False, True])
+def test_it_is_called_as_the_model_is(hierarchical):
+    plain = model(hierarchical_contrastive_loss=hierarchical).eval()
+    optimized = OptimizedMuLaN(plain, InferenceConfig(**PLAIN, batch_size=2))
+    wavs, texts = batch()
+    lengths = torch.tensor([2500, 900, 1700])
+    for keywords in (
+        {},
+        dict(audio_lengths=lengths),
+        dict(return_latents=True),
+        dict(return_similarities=True),
+        dict(return_pairwise_similarities=True),
+        dict(sample_rate=16000),
+    ):
+        with torch.no_grad():
+            wanted = plain(wavs, texts, **keywords)
+        found = optimized(wavs, texts, **keywords)
+        for mine, theirs in zip(*((it if isinstance(it, tuple) else (it,)) for it in (found, wanted))):
+            assert not mine.requires_grad
+            close(mine, theirs)
+    for call, inputs in (('get_audio_latents', wavs), ('get_text_latents', texts)):
+        found, wanted = (getattr(it, call)(inputs, return_all_layers=True) for it in (optimized, plain))
+        for mine, theirs in zip(found, wanted):
+            close(mine, theirs.detach())
+    with pytest.raises(ValueError, match='got 3 waves but 2 texts'):
+        optimized(wavs, texts[:2], return_similarities=True)
+    with pytest.raises(ValueError, match='either token ids'):
+        optimized.get_text_latents()
+    with pytest.raises(TypeError, match='wavs must be'):
+        optimized.get_audio_latents(None)
+
+
+def test_strings_are_taken():
+    plain = model(text=dict(num_tokens=49408)).eval()
+    optimized = OptimizedMuLaN(plain, InferenceConfig(**PLAIN, batch_size=2))
+    texts = ['a slow tune', '', 'drums']
+    with torch.no_grad():
+        close(optimized.get_text_latents(raw_texts=texts), plain.get_text_latents(raw_texts=texts))
+
+
+def test_it_cannot_be_trained():
+    optimized = OptimizedMuLaN(model())
+    assert not any(module.training for module in optimized.modules())
+    assert optimized.eval() is optimized
+    with pytest.raises(ValueError, match='cannot be trained'):
+        optimized.train()
+
+
+def test_quantization_without_torchao_names_the_extra(monkeypatch):
+    monkeypatch.setitem(__import__('sys').modules, 'torchao.quantization', None)
+    with pytest.raises(ImportError, match=r'musiclm-pytorch\[inference\]'):
+        OptimizedMuLaN(model(), InferenceConfig(use_quantization=True, device='cpu'))
+
+
+def test_what_auto_chooses(monkeypatch):
+    cpu = torch.device('cpu')
+    automatic = InferenceConfig(use_quantization='auto', compile_model='auto', device='cpu')
+    plain = (False, torch.float32, False)
+    narrow, wide = model(), model(audio=dict(dim=256, depth=1), text=dict(dim=256, depth=1))
+
+    def machine(bf16, vnni, torchao, compiler):
+        monkeypatch.setattr(optimize, 'computes_in_bf16', lambda: bf16)
+        monkeypatch.setattr(torch.cpu, '_is_vnni_supported', lambda: vnni)
+        monkeypatch.setattr(optimize, '_has_torchao', lambda: torchao)
+        monkeypatch.setattr(optimize.shutil, 'which', lambda name: name if compiler else None)
+
+    machine(bf16=True, vnni=True, torchao=True, compiler=True)
+    assert choices(narrow, automatic, cpu) == plain
+    assert choices(wide, automatic, cpu) == (True, torch.bfloat16, True)
+    assert choices(wide, InferenceConfig(), cpu) == (False, torch.bfloat16, False)
+    assert choices(wide, InferenceConfig(mixed_precision_dtype='fp16'), cpu) == plain
+    assert choices(narrow, InferenceConfig(**HALF, use_quantization=True), cpu) == (True, torch.bfloat16, False)
+    machine(bf16=False, vnni=True, torchao=True, compiler=True)
+    assert choices(wide, automatic, cpu) == plain
+    assert choices(wide, InferenceConfig(**HALF), cpu) == (False, torch.bfloat16, False)
+    machine(bf16=True, vnni=False, torchao=True, compiler=True)
+    assert choices(wide, automatic, cpu) == (False, torch.bfloat16, True)
+    machine(bf16=True, vnni=True, torchao=False, compiler=True)
+    assert choices(wide, automatic, cpu) == (False, torch.bfloat16, True)
+    machine(bf16=True, vnni=True, torchao=True, compiler=False)
+    assert choices(wide, automatic, cpu) == (False, torch.bfloat16, False)
+
+
+# ---- timing ----
+
+
+def test_speed_is_that_of_the_runs(monkeypatch):
+    times = iter([0.0, 9.0, 10.0, 10.1, 20.0, 20.2, 30.0, 30.6])  # a warm-up of 9 s, then 100, 200 and 600 ms
+    monkeypatch.setattr(benchmark.time, 'perf_counter', lambda: next(times))
+    config = InferenceConfig(**PLAIN, batch_size=2)
+    results = benchmark_inference_speed(model(), config, num_runs=3, warmup_runs=1, seconds=0.25, tokens=40)
+    assert results['average_time_ms'] == pytest.approx(300)
+    assert results['median_time_ms'] == pytest.approx(200)
+    assert results['p95_time_ms'] == pytest.approx(np.percentile([100, 200, 600], 95))
+    assert results['samples_per_second'] == pytest.approx(2 / 0.3)
+    stated = {name: results[name] for name in ('num_runs', 'batch_size', 'audio_seconds', 'sample_rate', 'tokens')}
+    assert stated == dict(num_runs=3, batch_size=2, audio_seconds=0.25, sample_rate=8000, tokens=12)
+    assert (results['device'], results['dtype'], results['quantized'], results['compiled']) == (
+        'cpu',
+        'float32',
+        False,
+        False,
+    )
+
+
+def test_peak_memory_holds_what_was_held():
+    cpu = torch.device('cpu')
+    benchmark.reset_peak_memory(cpu)
+    before = benchmark.peak_memory(cpu)
+    held = torch.ones(50, 2**20 // 4)
+    del held
+    assert benchmark.peak_memory(cpu) - before == pytest.approx(50 * 2**20, rel=0.1)
+
+
+def test_timing_that_makes_no_sense_is_refused():
+    plain = model()
+    for says, keywords in (
+        ('num_runs must be greater than 0', dict(num_runs=0)),
+        ('warmup_runs must be at least 0', dict(warmup_runs=-1)),
+        ('one patch needs at least', dict(seconds=0.001)),
+    ):
+        with pytest.raises(ValueError, match=says):
+            benchmark_inference_speed(plain, InferenceConfig(**PLAIN), **keywords)
+    with pytest.raises(ValueError, match='has a config already'):
+        benchmark_inference_speed(OptimizedMuLaN(plain, InferenceConfig(**PLAIN)), InferenceConfig(**HALF))
