@@ -79,7 +79,15 @@ setup(
     python_requires='>=3.10',
     packages=find_packages(include=['musiclm_pytorch', 'musiclm_pytorch.*']),
     entry_points={'console_scripts': ['musiclm = musiclm_pytorch.cli:main']},
-    package_data={'musiclm_pytorch': ['py.typed', 'pretrained/*/*', 'pretrained/*/*/*', 'pretrained/*/*/*/*']},
+    package_data={
+        'musiclm_pytorch': [
+            'py.typed',
+            'inference/package_files/*',
+            'pretrained/*/*',
+            'pretrained/*/*/*',
+            'pretrained/*/*/*/*',
+        ]
+    },
     install_requires=[
         'accelerate>=1.0',
         'audiolm-pytorch>=2.4.0,<3',
@@ -90,6 +98,7 @@ setup(
         'librosa>=0.11',
         'lion-pytorch>=0.2',
         'matplotlib>=3.8',
+        'packaging>=22',
         'pyloudnorm>=0.2',
         'pyyaml>=6',
         'safetensors>=0.4.3',

@@ -135,6 +135,26 @@ def test_evaluation_on_a_cpu(capsys):
     ]
 
 
+@pytest.mark.slow
+def test_inference(tmp_path, monkeypatch):
+    for name in ('onnx', 'onnxruntime', 'onnxscript', 'torchao'):
+        pytest.importorskip(name)
+    monkeypatch.chdir(tmp_path)
+    mulan = tiny_mulan({}, dict(num_tokens=49408))
+    names = run('09_inference.py', mulan=mulan)
+    assert [tuple(output.shape) for output in names['audio_outputs']] == [(80, 1024)] * 3
+    assert (tmp_path / 'mulan_model.onnx').is_file()
+    assert (tmp_path / 'musiclm_deployment_package' / 'inference.py').is_file()
+
+
+def test_benchmark(capsys):
+    from musiclm_pytorch.inference import InferenceConfig
+
+    run('11_benchmark.py', mulan=tiny_mulan({}, dict(num_tokens=49408)), config=InferenceConfig())
+    printed = capsys.readouterr().out
+    assert [line.split(':')[0] for line in printed.splitlines()] == ['Average inference time', 'Samples per second']
+
+
 def test_spectrogram_recipes():
     names = run('06_spectrogram_recipes.py')
     assert names['transformer'].sample_rate == 16000
