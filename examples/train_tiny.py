@@ -1,6 +1,6 @@
 """Train the model that ships with the package, `MusicLM.from_pretrained('tiny')`, on SyntheticMusic.
 
-    python benchmarks/learning.py --sides ours --lrs 2e-3 --rich-captions --save build/tiny/mulan
+    python benchmarks/learning.py --sides ours --lrs 1e-3 --rich-captions --save build/tiny/mulan
     python examples/train_tiny.py codec                                              # needs no MuLaN
     python examples/train_tiny.py tokens
     python examples/train_tiny.py semantic coarse fine pack
@@ -155,11 +155,12 @@ def compute(args: argparse.Namespace) -> None:
 
 
 def small_vocabulary(mulan: MuLaN, texts: list[str]) -> MuLaN:
-    """The same MuLaN without the embeddings of words that it never read."""
+    """The same MuLaN without the embeddings of words that it never read, and without what predicts words."""
     ids = torch.cat([mulan.text.tokenize(texts[start : start + 1000]).unique() for start in range(0, len(texts), 1000)])
-    small = MuLaN(mulan.audio, mulan.text.with_known_tokens(ids.unique().tolist()), **mulan.config)
+    config = mulan.config | dict(word_prediction_weight=0.0)
+    small = MuLaN(mulan.audio, mulan.text.with_known_tokens(ids.unique().tolist()), **config)
     weights = mulan.state_dict() | {f'text.{name}': it for name, it in small.text.state_dict().items()}
-    small.load_state_dict(weights)
+    small.load_state_dict({name: it for name, it in weights.items() if not name.startswith('words.')})
     return small.eval()
 
 
