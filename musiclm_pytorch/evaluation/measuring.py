@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from tqdm.auto import tqdm
 
 from musiclm_pytorch.distributed.collectives import rank, world_size
 from musiclm_pytorch.evaluation.embedders import Embedder
-from musiclm_pytorch.evaluation.embedding import embed_clips
+from musiclm_pytorch.evaluation.embedding import EmbeddedClip, embed_clips
 from musiclm_pytorch.evaluation.figures import Figure
 from musiclm_pytorch.evaluation.frechet import ThinnedStatistics
 from musiclm_pytorch.evaluation.inputs import read_clip
@@ -54,6 +55,23 @@ class Measured:
         for name in other.statistics:
             self.statistics[name].merge(other.statistics[name])
             self.samples[name].merge(other.samples[name])
+
+    def add_embedder(self, embedder: Embedder, seed: int) -> None:
+        """Make room for what an embedder gives; the statistics of tags are of no use."""
+        self.means[embedder.name], self.missing[embedder.name] = {}, {}
+        if not isinstance(embedder, TaggerEmbedder):
+            self.statistics[embedder.name] = ThinnedStatistics(embedder.dim, seed)
+            self.samples[embedder.name] = FrameReservoir(embedder.dim, seed=seed)
+
+    def add_clip(self, clip: EmbeddedClip) -> None:
+        """Add the frames of a clip by each embedder, or why there are none."""
+        for name, frames in clip.frames.items():
+            self.means[name][clip.index] = l2norm(frames.mean(dim=0))
+            if name in self.statistics:
+                self.statistics[name].update(frames, clip.index)
+                self.samples[name].update(frames, clip.index)
+        for name, reason in clip.missing.items():
+            self.missing[name][clip.index] = reason
 
     def rows(self, name: str, clips: Collection[int]) -> tuple[list[int], Tensor]:
         """Some clips that an embedder has frames of: their indices, in order, and their means `(n, dim)`."""
@@ -106,56 +124,27 @@ def measure(
     Raises:
         on every rank what goes wrong on one, with the same message (see `over_ranks`).
     """
-    keywords = dict(quality=quality, structure=structure, embedders=embedders, batch_size=batch_size, seed=seed)
-    try:
-        found: Measured | Exception = measure_share(clips, sample_rate, progress=progress, label=label, **keywords)
-    except Exception as error:  # the others, too, must know, or they would wait for what was found
-        found = error
-    return over_ranks(found)
-
-
-def measure_share(
-    clips: Sequence[Tensor | Path],
-    sample_rate: int,
-    *,
-    quality: bool,
-    structure: bool,
-    embedders: Collection[Embedder],
-    batch_size: int,
-    seed: int,
-    progress: bool,
-    label: str,
-) -> Measured:
-    """What `measure` finds of this rank's clips."""
     own = range(rank(), len(clips), world_size())
-    silent = not progress or rank() > 0
-    found = Measured()
-    if quality or structure:
-        for index in tqdm(own, desc=f'{label}: signal', unit='clip', disable=silent, leave=False):
-            wave, rate = read_clip(clips[index], sample_rate)
-            if quality:
-                found.quality[index] = signal_quality(wave, rate)
-            if structure:
-                found.structure[index] = structure_of(wave, rate)
-    for embedder in embedders:
-        found.means[embedder.name], found.missing[embedder.name] = {}, {}
-        if not isinstance(embedder, TaggerEmbedder):
-            found.statistics[embedder.name] = ThinnedStatistics(embedder.dim, seed)
-            found.samples[embedder.name] = FrameReservoir(embedder.dim, seed=seed)
-    if embedders:
-        sources = (clip if isinstance(clip, Path) else (clip, sample_rate) for clip in (clips[i] for i in own))
-        embedded = embed_clips(sources, list(embedders), batch_size=batch_size, indices=own)
-        for clip in tqdm(
-            embedded, desc=f'{label}: embeddings', unit='clip', total=len(own), disable=silent, leave=False
-        ):
-            for name, frames in clip.frames.items():
-                found.means[name][clip.index] = l2norm(frames.mean(dim=0))
-                if name in found.statistics:
-                    found.statistics[name].update(frames, clip.index)
-                    found.samples[name].update(frames, clip.index)
-            for name, reason in clip.missing.items():
-                found.missing[name][clip.index] = reason
-    return found
+    found, fault = Measured(), None
+    bar = partial(tqdm, unit='clip', total=len(own), disable=not progress or rank() > 0, leave=False)
+    try:
+        if quality or structure:
+            for index in bar(own, desc=f'{label}: signal'):
+                wave, rate = read_clip(clips[index], sample_rate)
+                if quality:
+                    found.quality[index] = signal_quality(wave, rate)
+                if structure:
+                    found.structure[index] = structure_of(wave, rate)
+        for embedder in embedders:
+            found.add_embedder(embedder, seed)
+        if embedders:
+            sources = (clip if isinstance(clip, Path) else (clip, sample_rate) for clip in (clips[i] for i in own))
+            embedded = embed_clips(sources, list(embedders), batch_size=batch_size, indices=own)
+            for clip in bar(embedded, desc=f'{label}: embeddings'):
+                found.add_clip(clip)
+    except Exception as error:  # the other ranks, too, must know, or they would wait for what was found
+        fault = error
+    return over_ranks(found if fault is None else fault)
 
 
 def over_ranks(found: Measured | Exception) -> Measured:
