@@ -48,23 +48,31 @@ def fairseq_stand_in():
 
 # One line an extra, and only extras whose code is in the package; `all` is their union.
 EXTRAS = {
+    'app': ['gradio>=6'],
     'eval': ['encodec>=0.1.1', 'hear21passt>=0.0.26', 'mir-eval>=0.8', 'transformers>=4.40'],
     'inference': ['onnx>=1.18', 'onnxruntime>=1.20', 'onnxscript>=0.5', 'torchao>=0.15'],
     'openclip': ['open-clip-torch>=3.3,<4'],
     'search': ['faiss-cpu>=1.8'],
+    'serve': ['fastapi>=0.115', 'python-multipart>=0.0.18', 'uvicorn>=0.30'],
     'shards': ['webdataset>=0.2.100'],
     'test': [
         'pytest>=8',
         'pytest-xdist>=3.5',
         'hypothesis>=6.100',
         'faiss-cpu>=1.8',
+        'fastapi>=0.115',
+        'gradio>=6',
+        'httpx>=0.27',
         'mir-eval>=0.8',
         'onnx>=1.18',
         'onnxruntime>=1.20',
         'onnxscript>=0.5',
         'open-clip-torch>=3.3,<4',
+        'playwright>=1.49',
+        'python-multipart>=0.0.18',
         'ruff>=0.12',
         'torchao>=0.15',
+        'uvicorn>=0.30',
         'webdataset>=0.2.100',
     ],
 }
