@@ -1,8 +1,9 @@
 """Does it learn? MuLaN against musiclm-pytorch 0.2.8 on SyntheticMusic: the same towers, data and number of pairs.
 
-The clips are rendered once, to a file that both sides read. Each side trains with its own trainer at three learning
-rates on a quarter of the pairs, then at the best of them on all. Held-out retrieval is measured on the way; at the end,
-each attribute is recognised zero-shot from phrasings that training never used.
+The clips are rendered once, to a file that both sides read, as often as it takes to see so many pairs. Each side trains
+with its own trainer at three learning rates on a quarter of the pairs, then at the best of them on all. Held-out
+retrieval is measured on the way; at the end, each attribute is recognised zero-shot from phrasings that training never
+used.
 
     python benchmarks/learning.py                          # all of it, hours: upstream is slow
     python benchmarks/learning.py --sides ours --lrs 1e-3  # ours alone, half an hour on two cores
@@ -67,16 +68,16 @@ def as_int16(wave: torch.Tensor) -> np.ndarray:
     return (wave.numpy() * 32767).astype(np.int16)
 
 
-def prepare(folder: Path, pairs: int) -> float:
+def prepare(folder: Path, clips: int) -> float:
     """Render what is not there yet; returns the seconds that it took."""
     start = time.perf_counter()
     folder.mkdir(parents=True, exist_ok=True)
-    waves, held_out = folder / f'train-{pairs}.npy', folder / 'held-out.npz'
+    waves, held_out = folder / f'train-{clips}.npy', folder / 'held-out.npz'
     if not waves.exists():
         aside = waves.with_suffix('.part')
-        np.lib.format.open_memmap(aside, 'w+', np.int16, (pairs, SAMPLES)).flush()
+        np.lib.format.open_memmap(aside, 'w+', np.int16, (clips, SAMPLES)).flush()
         step = 1000
-        tasks = [(str(aside), pairs, i, min(i + step, pairs)) for i in range(0, pairs, step)]
+        tasks = [(str(aside), clips, i, min(i + step, clips)) for i in range(0, clips, step)]
         with ProcessPoolExecutor(os.cpu_count()) as pool:
             list(pool.map(render, tasks))
         aside.rename(waves)
@@ -126,17 +127,17 @@ def make_held_out() -> dict[str, np.ndarray]:
 class Rendered(torch.utils.data.Dataset):
     """The rendered clips and their captions."""
 
-    def __init__(self, folder: Path, pairs: int, use: int, rich: bool):
+    def __init__(self, folder: Path, clips: int, pairs: int, rich: bool):
         from musiclm_pytorch import SyntheticMusic
 
-        self.waves = np.load(folder / f'train-{pairs}.npy', mmap_mode='r')
+        self.waves = np.load(folder / f'train-{clips}.npy', mmap_mode='r')
         self.music = SyntheticMusic(
-            pairs, seconds=SECONDS, sample_rate=SAMPLE_RATE, mentions=RICH if rich else None
+            clips, seconds=SECONDS, sample_rate=SAMPLE_RATE, mentions=RICH if rich else None
         )  # for its captions, which take 0.1 ms
-        self.use = use
+        self.length = min(clips, pairs)
 
     def __len__(self) -> int:
-        return self.use
+        return self.length
 
     def alike(self, index: int) -> tuple:
         """What clips of a group have in common: all but tempo and key."""
@@ -144,7 +145,7 @@ class Rendered(torch.utils.data.Dataset):
         return labels.instrument, labels.register, labels.texture, labels.drums
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, str]:
-        if index >= self.use:
+        if index >= self.length:
             raise IndexError(index)
         return as_wave(self.waves[index]), self.music.text(index)
 
@@ -209,7 +210,7 @@ def build(side: str):
             **TOWER,
             use_case='tonal',
             audio_sample_rate=SAMPLE_RATE,
-            # new clips at every step need no augmentation
+            # clips that are seen once or twice need no augmentation
             spec_aug_freq_mask=0,
             spec_aug_time_mask=0,
             patch_dropout_prob=0.0,
@@ -244,7 +245,7 @@ def build_trainer(side: str, mulan, dataset, folder: Path, args: argparse.Namesp
 def train(side: str, args: argparse.Namespace) -> dict:
     """One run: curve of held-out recall, zero-shot shares at the end, seconds of training alone."""
     held_out = np.load(args.data / 'held-out.npz')
-    dataset = Rendered(args.data, args.pairs, args.use, args.rich_captions)
+    dataset = Rendered(args.data, args.clips, args.use, args.rich_captions)
     steps = args.use // args.batch_size
     look_at = {round(steps * part / args.looks) for part in range(1, args.looks + 1)} if args.looks else set()
     curve, times = [], []
@@ -288,7 +289,7 @@ def train(side: str, args: argparse.Namespace) -> dict:
 
 def run(side: str, lr: float, use: int, looks: int, args: argparse.Namespace) -> dict:
     command = [sys.executable, str(Path(__file__).resolve()), '--worker', side, '--data', str(args.data)]
-    command += ['--lr', str(lr), '--use', str(use), '--looks', str(looks), '--pairs', str(args.pairs)]
+    command += ['--lr', str(lr), '--use', str(use), '--looks', str(looks), '--clips', str(args.clips)]
     command += ['--batch-size', str(args.batch_size)] + (['--save', str(args.save)] if args.save else [])
     command += ['--precision', args.precision, *(['--rich-captions'] if args.rich_captions else [])]
     path = args.upstream if side == 'upstream' else ROOT
@@ -355,8 +356,8 @@ def evaluate(args: argparse.Namespace) -> None:
 def main(args: argparse.Namespace) -> None:
     if 'upstream' in args.sides:
         install_upstream(args.upstream)
-    rendering = prepare(args.data, args.pairs)
-    print(f'{args.pairs} clips of {SECONDS:g} s rendered in {rendering:.0f} s')
+    rendering = prepare(args.data, args.clips)
+    print(f'{args.clips} clips of {SECONDS:g} s rendered in {rendering:.0f} s')
     if args.throughput:
         throughput(args)
         return
@@ -390,7 +391,8 @@ def main(args: argparse.Namespace) -> None:
 if __name__ == '__main__':
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--sides', nargs='+', choices=SIDES, default=SIDES)
-    parser.add_argument('--pairs', type=int, default=160_000, help='pairs that each side sees (default 160,000)')
+    parser.add_argument('--clips', type=int, default=120_000, help='clips to learn from (default 120,000)')
+    parser.add_argument('--pairs', type=int, default=240_000, help='pairs that each side sees (default 240,000)')
     parser.add_argument('--batch-size', type=int, default=64)
     parser.add_argument('--precision', choices=['no', 'bf16'], default='bf16', help='of our side (default bf16)')
     parser.add_argument('--lrs', type=float, nargs='+', default=[5e-4, 1e-3, 2e-3], help='learning rates to try')

@@ -64,8 +64,9 @@ def test_both_towers_at_sizes_of_all_kinds(tmp_path):
 
 
 @pytest.mark.slow
-def test_log_mel_with_lengths(tmp_path):
-    mulan = model(dict(**LOG_MEL, support_variable_length=True, max_audio_length=6000)).eval()
+@pytest.mark.parametrize('more', [{}, dict(spec_chroma=True, spec_n_fft=512, patch_size=(28, 4))])
+def test_log_mel_with_lengths(tmp_path, more):
+    mulan = model({**LOG_MEL, **more, 'support_variable_length': True, 'max_audio_length': 6000}).eval()
     path = ONNXExporter().export_mulan_to_onnx(mulan, str(tmp_path / 'audio.onnx'), towers=['audio'])
     for lengths, samples in (([4000, 1777, 2900], 4000), ([1500], 2100), ([7000, 2000], 7000)):
         wavs = torch.randn(len(lengths), samples)

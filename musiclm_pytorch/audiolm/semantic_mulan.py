@@ -78,8 +78,7 @@ class MuLaNSemanticTokenizer(SemanticTokenizer):
         check_positive(window_seconds=window_seconds)
 
         patch_bins, patch_frames = tower.patch_size
-        bins = tower.spec.bins if tower.log_mel is None else tower.log_mel.filters.shape[1]
-        rows = bins // patch_bins
+        rows = tower.bands // patch_bins
         hop = tower.spec.hop_length * patch_frames
         if tower.max_audio_length is not None:
             if tower.max_audio_length < hop:

@@ -24,7 +24,7 @@ from musiclm_pytorch.checks import (
 from musiclm_pytorch.mulan.attention import PositionBias
 from musiclm_pytorch.mulan.layers import Encoding, Float32LayerNorm, LayerNorm, Transformer, masked_mean
 from musiclm_pytorch.mulan.patches import choose_patches, sincos_2d
-from musiclm_pytorch.mulan.spectrogram import LogMel, SpecAugment, Spectrogram
+from musiclm_pytorch.mulan.spectrogram import Chroma, LogMel, SpecAugment, Spectrogram
 
 
 class AudioSpectrogramTransformer(nn.Module):
@@ -51,6 +51,10 @@ class AudioSpectrogramTransformer(nn.Module):
         spec_f_min, spec_f_max: range of the mel bands in Hz; None is half the sample rate.
         spec_mean, spec_std: fixed normalisation of the log-mel spectrogram, `(x - mean) / (2 * std)`; the defaults
             are those of AudioSet (AST's recipe).
+        spec_chroma: twelve bands more, above the mel bands: the strength of each pitch class (see `Chroma`).
+
+    Attributes:
+        bands: rows of the spectrogram that patches are cut from, None with `accept_spec`.
 
     Raises:
         ValueError: sizes that do not fit together. TypeError: arguments of a wrong type.
@@ -89,6 +93,7 @@ class AudioSpectrogramTransformer(nn.Module):
         spec_f_max: float | None = None,
         spec_mean: float = -4.2677393,
         spec_std: float = 4.5689974,
+        spec_chroma: bool = False,
     ):
         super().__init__()
         patch_size = (patch_size, patch_size) if isinstance(patch_size, int) else tuple(patch_size)
@@ -143,10 +148,16 @@ class AudioSpectrogramTransformer(nn.Module):
                 mean=spec_mean,
                 std=spec_std,
             )
-        bins = self.spec.bins if spec_n_mels is None else spec_n_mels
-        if not accept_spec and bins < patch_size[0]:
+        self.chroma = None
+        if spec_chroma:
+            if spec_n_mels is None:
+                raise ValueError('spec_chroma=True adds to a log-mel front end; give spec_n_mels as well')
+            self.chroma = Chroma(bins=self.spec.bins, sample_rate=audio_sample_rate)
+        bands = (spec_n_mels or self.spec.bins) + 12 * spec_chroma
+        self.bands = None if accept_spec else bands
+        if not accept_spec and bands < patch_size[0]:
             raise ValueError(
-                f'the spectrogram has {bins} bins, fewer than a patch is high ({patch_size[0]}); '
+                f'the spectrogram has {bands} bins, fewer than a patch is high ({patch_size[0]}); '
                 'raise spec_n_fft or spec_n_mels, or lower patch_size'
             )
         min_samples = self.spec.min_samples(patch_size[1])
@@ -229,7 +240,8 @@ class AudioSpectrogramTransformer(nn.Module):
 
         patch_bins, patch_frames = self.patch_size
         height, width = spec.shape[-2] // patch_bins, spec.shape[-1] // patch_frames
-        spec = spec[..., : height * patch_bins, : width * patch_frames]
+        # torch.onnx loses a slice by brackets behind the concatenation of mel bands and chroma
+        spec = spec.narrow(-2, 0, height * patch_bins).narrow(-1, 0, width * patch_frames)
         tokens = self.to_patch_tokens(spec)
 
         # positions, absolute and relative
@@ -326,7 +338,8 @@ class AudioSpectrogramTransformer(nn.Module):
         if self.training:
             spec, frames = self.aug.stretch(spec, frames)
         if self.log_mel is not None:
-            spec = self.log_mel(spec)
+            mel = self.log_mel(spec)
+            spec = mel if self.chroma is None else torch.cat([mel, self.chroma(spec)], dim=1)
         if self.training:
             spec = self.aug.mask(spec, frames)
         return spec, frames

@@ -1,4 +1,4 @@
-"""Audio front ends: power spectrogram, log-mel, and SpecAugment on either."""
+"""Audio front ends: power spectrogram, log-mel, chroma, and SpecAugment on any of them."""
 
 from __future__ import annotations
 
@@ -190,6 +190,44 @@ class LogMel(_Float32Buffers):
         with torch.autocast(power.device.type, enabled=False):
             mel = torch.einsum('b f t, f m -> b m t', power.float(), self.filters)
             return (mel.clamp(min=self.FLOOR).log() - self.mean) / (2 * self.std)
+
+
+class Chroma(_Float32Buffers):
+    """Power spectrogram `(b, bins, t)` → how strong each pitch class is, `(b, 12, t)` in [-3, 3], C first.
+
+    A mode or a chord is a pattern over the twelve pitch classes, whatever octave and instrument plays it. Over mel
+    bands it is another pattern for each of them, which a contrast hardly ever learns.
+
+    The five octaves from 100 Hz on are folded together by Gaussian filters around each semitone (equal temperament,
+    A4 = 440 Hz). Each frame is seen beside its own loudest class, so that loudness does not matter; silence is -3.
+    """
+
+    F_MIN, F_MAX = 100.0, 3200.0  # Hz: windows of some 100 ms blur the semitones below, and few notes lie above
+    WIDTH = 0.35  # standard deviation in semitones
+    FLOOR = 1e-4  # power of a frame whose loudest class comes out at a half: far below any music
+    REACH = 3.0  # of the values, so that twelve bands weigh about as much in a patch as 128 mel bands
+
+    def __init__(self, *, bins: int, sample_rate: int):
+        super().__init__()
+        hertz = torch.arange(bins) * (sample_rate / (2 * (bins - 1)))
+        inside = (hertz >= self.F_MIN) & (hertz <= self.F_MAX)
+        pitch = 69 + 12 * torch.log2(hertz.clamp(min=self.F_MIN) / 440)
+        distance = (rearrange(pitch, 'f -> f 1') - torch.arange(12) + 6).remainder(12) - 6
+        filters = torch.exp(-0.5 * (distance / self.WIDTH) ** 2)
+        # an octave has twice the bins of the one below
+        weights = torch.where(inside, self.F_MIN / hertz.clamp(min=self.F_MIN), 0.0)
+        filters = filters * rearrange(weights, 'f -> f 1')
+        if not (filters.amax(dim=0) > 0.05).all():
+            raise ValueError(
+                f'bins of {hertz[1]:.1f} Hz are too wide to tell twelve pitch classes apart; raise spec_n_fft or set '
+                'spec_chroma=False'
+            )
+        self.register_buffer('filters', filters / filters.sum(dim=0), persistent=False)
+
+    def forward(self, power: Tensor) -> Tensor:
+        with torch.autocast(power.device.type, enabled=False):
+            classes = torch.einsum('b f t, f c -> b c t', power.float(), self.filters)
+            return self.REACH * (2 * classes / (classes.amax(dim=1, keepdim=True) + self.FLOOR) - 1)
 
 
 def mel_filters(n_mels: int, *, bins: int, sample_rate: int, f_min: float, f_max: float) -> Tensor:
