@@ -11,6 +11,7 @@ from pathlib import Path
 from musiclm_pytorch.cli_evaluate import compare, evaluate
 from musiclm_pytorch.cli_generate import generate
 from musiclm_pytorch.cli_search import index, search
+from musiclm_pytorch.cli_serve import serve
 from musiclm_pytorch.cli_training import (
     add_training_options,
     overrides_of,
@@ -189,7 +190,7 @@ TRAININGS = [
     train_stage('fine', 'fine acoustic tokens from coarse ones'),
     train_all,
 ]
-SUBCOMMANDS = [shard, train, tokens, generate, evaluate, compare, index, search]
+SUBCOMMANDS = [shard, train, tokens, generate, evaluate, compare, index, search, serve]
 
 if __name__ == '__main__':
     sys.exit(main())

@@ -51,6 +51,7 @@ ROOMS = [
     'cli_generate',
     'cli_evaluate',
     'cli_search',
+    'cli_serve',
     'cli',
 ]
 # These only name the rest again, so they may import anything, and nothing may import from them.

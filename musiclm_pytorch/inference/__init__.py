@@ -13,7 +13,9 @@ __getattr__, __dir__, __all__ = lazy_names(
         'MuLaNIndex': 'search',
         'ONNXExporter': 'onnx',
         'OptimizedMuLaN': 'optimize',
+        'ServiceConfig': 'service.config',
         'benchmark_inference_speed': 'benchmark',
+        'create_service': 'service.config',
         'synthesise': 'synthesis',
     },
 )

@@ -23,7 +23,7 @@ DTYPES = {'bf16': torch.bfloat16, 'fp16': torch.float16}
 OPSETS = range(18, 24)  # what torch's exporter writes and ONNX Runtime of today reads
 
 
-def _naming_the_nearest(init: Callable) -> Callable:
+def naming_the_nearest(init: Callable) -> Callable:
     """An `__init__` whose TypeError for an unknown keyword tells which one was probably meant."""
 
     @functools.wraps(init)
@@ -152,4 +152,4 @@ class InferenceConfig:
         return cls.from_dict(values)
 
 
-InferenceConfig.__init__ = _naming_the_nearest(InferenceConfig.__init__)
+InferenceConfig.__init__ = naming_the_nearest(InferenceConfig.__init__)

@@ -177,7 +177,7 @@ class MuLaN(nn.Module):
     @torch.no_grad()
     def embed_audio(
         self,
-        audio: Tensor | str | Path,
+        audio: Tensor | str | Path | AudioFile,
         window: float = 10.0,
         hop: float = 1.0,
         sample_rate: int | None = None,
@@ -189,7 +189,8 @@ class MuLaN(nn.Module):
         window. The model computes in eval mode and is left in the mode it was in.
 
         Args:
-            audio: `(samples,)` or `(b, samples)` waves, or the path of a sound file (mixed down to mono).
+            audio: `(samples,)` or `(b, samples)` waves, or a sound file (mixed down to mono): its path, or one that is
+                open already, which is not closed.
             window, hop: length of a window and distance between two, in seconds.
             sample_rate: rate of a tensor in Hz, by default the model's own; a file tells its own.
             batch_size: windows embedded at a time.
@@ -211,7 +212,7 @@ class MuLaN(nn.Module):
                 f'a window of {window} s is longer than max_audio_length, {longest} samples at {self.sample_rate} Hz; '
                 f'pass window={longest / self.sample_rate:g} or less'
             )
-        if not isinstance(audio, (Tensor, str, Path)):
+        if not isinstance(audio, (Tensor, str, Path, AudioFile)):
             raise TypeError(
                 f'audio must be a tensor or the path of a file, got {type(audio).__name__}; '
                 'for a numpy array pass torch.from_numpy(audio)'
@@ -226,7 +227,8 @@ class MuLaN(nn.Module):
             return self._embed_windows(lambda i, j: audio[i:j], len(audio), rate, window, hop, batch_size)
         if sample_rate is not None:
             raise ValueError(f'a file tells its own sample rate; leave out sample_rate={sample_rate}')
-        with AudioFile(audio) as file:
+        opened = contextlib.nullcontext(audio) if isinstance(audio, AudioFile) else AudioFile(audio)
+        with opened as file:
             return self._embed_windows(file.read, len(file), file.sample_rate, window, hop, batch_size)
 
     def _embed_windows(self, read, total: int, rate: int, window: float, hop: float, batch_size: int) -> Tensor:

@@ -1,0 +1,209 @@
+"""The application: what is asked for where, and what is answered."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import contextlib
+import io
+import secrets
+from collections.abc import AsyncIterator
+from typing import Any
+
+import soundfile
+from fastapi import APIRouter, FastAPI, Request, Response
+from fastapi.responses import JSONResponse
+from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from torch import Tensor
+
+from musiclm_pytorch.checks import typechecked
+from musiclm_pytorch.inference.optimize import OptimizedMuLaN
+from musiclm_pytorch.inference.service.config import ServiceConfig
+from musiclm_pytorch.inference.service.limits import Limits, Load
+from musiclm_pytorch.inference.service.requests import (
+    FORM,
+    JSON,
+    Prompts,
+    ServiceError,
+    Texts,
+    check_prompts,
+    check_texts,
+    code_of,
+    content_type,
+    error_response,
+    form_schema,
+    invalid,
+    open_audio,
+    read_form,
+    read_json,
+    schema,
+)
+from musiclm_pytorch.inference.service.worker import Job, ModelWorker, Unreadable
+from musiclm_pytorch.mulan.model import MuLaN
+from musiclm_pytorch.musiclm import MusicLM
+from musiclm_pytorch.version import __version__
+
+router = APIRouter()
+
+
+@typechecked
+def build(model: MuLaN | OptimizedMuLaN | MusicLM, config: ServiceConfig) -> FastAPI:
+    """The application of `create_service`."""
+    worker = ModelWorker(model)
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        # the first text loads the tokenizer, so that no request waits for that
+        await asyncio.wrap_future(worker.embed_texts(['music']).future)
+        yield
+        worker.close()
+
+    # no page of documentation: it would be loaded from elsewhere
+    app = FastAPI(title='musiclm-pytorch', version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
+    app.state.worker, app.state.config, app.state.load = worker, config, Load()
+    app.add_middleware(Limits, config=config, load=app.state.load)
+    app.add_exception_handler(HTTPException, answer_with_error)
+    app.add_exception_handler(ClientDisconnect, answer_no_one)
+    app.add_exception_handler(Exception, answer_with_fault)
+    app.include_router(router)
+    return app
+
+
+async def answer_with_error(_: Request, error: HTTPException) -> JSONResponse:
+    code = error.code if isinstance(error, ServiceError) else code_of(error.status_code)
+    return error_response(error.status_code, code, str(error.detail), error.headers)
+
+
+async def answer_no_one(_: Request, error: ClientDisconnect) -> JSONResponse:
+    return error_response(400, 'incomplete_body', 'the client went before its body was there')
+
+
+async def answer_with_fault(_: Request, error: Exception) -> JSONResponse:
+    """What was not foreseen. Starlette raises it again after the answer, so uvicorn logs it and closes the connection,
+    which the client has to know."""
+    return error_response(500, 'internal_error', 'the service failed; its log tells why', {'Connection': 'close'})
+
+
+async def finished(job: Job, request: Request) -> Any:
+    """The result of a job, which is abandoned when time is up or the client has gone."""
+    config = request.app.state.config
+    result = asyncio.wrap_future(job.future)
+    gone = asyncio.ensure_future(disconnection(request))
+    try:
+        await asyncio.wait({result, gone}, timeout=config.timeout, return_when=asyncio.FIRST_COMPLETED)
+        if not result.done():
+            told = 'the client has gone' if gone.done() else f'no answer within {config.timeout:g} s'
+            raise ServiceError(504, 'timeout', f'{told}; ask for less, or again later')
+        return result.result()
+    except Unreadable as error:
+        raise ServiceError(400, 'unreadable_audio', str(error)) from error
+    finally:
+        gone.cancel()
+        if not result.done():
+            result.cancel()
+            job.abandon()
+
+
+async def disconnection(request: Request) -> None:
+    while (await request.receive())['type'] != 'http.disconnect':
+        pass
+
+
+@router.get('/health')
+async def health(request: Request) -> dict[str, Any]:
+    """What is served, and how busy the service is."""
+    worker, state = request.app.state.worker, request.app.state
+    return {
+        'status': 'ok',
+        'version': __version__,
+        'model': 'MuLaN' if worker.musiclm is None else 'MusicLM',
+        'sample_rate': worker.sample_rate if worker.musiclm is None else worker.musiclm.sample_rate,
+        'dim_latent': worker.mulan.dim_latent,
+        'generates': worker.musiclm is not None,
+        'requests': state.load.requests,
+        'limits': state.config.to_dict(),
+    }
+
+
+@router.post('/embed', openapi_extra={'requestBody': {'content': schema(Texts) | form_schema([])}})
+async def embed(request: Request) -> JSONResponse:
+    """Latents of texts, given as JSON, or of texts and sound files, given as a form. They have length 1."""
+    state = request.app.state
+    if content_type(request, JSON, FORM) == JSON:
+        texts = (await read_json(request, Texts)).texts
+        if not texts:
+            raise invalid('texts is empty; pass at least one text')
+        check_texts(texts, state.config)
+        latents = await finished(state.worker.embed_texts(texts), request)
+        return JSONResponse({'text_latents': latents.tolist()})
+    audio, text, _ = await embed_form(request)
+    if len(audio) + len(text) == 0:
+        raise invalid("the form holds neither files 'audio' nor 'texts'")
+    return JSONResponse({'audio_latents': audio.tolist(), 'text_latents': text.tolist()})
+
+
+@router.post('/rank', openapi_extra={'requestBody': {'content': form_schema(['texts', 'audio'])}})
+async def rank(request: Request) -> JSONResponse:
+    """How well each sound file fits each text, as cosines, and both ways the places from the best on."""
+    audio, text, names = await embed_form(request, needs_both=True)
+    similarities = audio @ text.T
+    return JSONResponse(
+        {
+            'files': names,
+            'similarities': similarities.tolist(),  # a row a file, a column a text
+            'texts_by_file': best_first(similarities),
+            'files_by_text': best_first(similarities.T),
+        }
+    )
+
+
+@router.post('/generate', openapi_extra={'requestBody': {'content': schema(Prompts)}})
+async def generate(request: Request) -> Response:
+    """Music: a WAV, or JSON with all pieces in base64 and their scores, each prompt's best first."""
+    worker, config = request.app.state.worker, request.app.state.config
+    if worker.musiclm is None:
+        raise ServiceError(501, 'not_available', 'a MuLaN alone makes no music; serve a MusicLM')
+    body = await read_json(request, Prompts)
+    check_prompts(body, config, worker.shortest)
+    seed = secrets.randbelow(2**31) if body.seed is None else body.seed
+    job = worker.generate(body.prompts, num_samples=body.num_samples, seconds=body.seconds, seed=seed, **body.sampling)
+    music, rate = await finished(job, request), worker.musiclm.sample_rate
+    if body.format == 'wav':
+        best = music.scores[0].argmax()
+        headers = {'X-Seed': str(seed), 'X-Score': f'{music.scores[0, best]:.6f}'}
+        return Response(wav_of(music.waves[0, best], rate), media_type='audio/wav', headers=headers)
+    pieces = [
+        {
+            'prompt': prompt,
+            'score': scores[place].item(),
+            'wav': base64.b64encode(wav_of(waves[place], rate)).decode(),
+        }
+        for prompt, waves, scores in zip(body.prompts, music.waves, music.scores)
+        for place in scores.argsort(descending=True).tolist()
+    ]
+    return JSONResponse({'sample_rate': rate, 'seed': seed, 'pieces': pieces})
+
+
+async def embed_form(request: Request, needs_both: bool = False) -> tuple[Tensor, Tensor, list[str]]:
+    """Latents of the files and of the texts of a form, and the files' names."""
+    state = request.app.state
+    texts, uploads = await read_form(request, state.config)
+    if needs_both and not (texts and uploads):
+        raise invalid(f"the form must hold files 'audio' and 'texts', got {len(uploads)} and {len(texts)}")
+    check_texts(texts, state.config)
+    files = await run_in_threadpool(open_audio, uploads, state.config, state.worker.sample_rate)
+    audio, text = await finished(state.worker.embed(files, texts), request)
+    return audio, text, [upload.filename for upload in uploads]
+
+
+def best_first(rows: Tensor) -> list[list[int]]:
+    return rows.argsort(dim=1, descending=True, stable=True).tolist()
+
+
+def wav_of(wave: Tensor, sample_rate: int) -> bytes:
+    """A WAV of 16 bits; what lies beyond [-1, 1] is clipped."""
+    file = io.BytesIO()
+    soundfile.write(file, wave.clamp(-1, 1).numpy(), sample_rate, format='WAV', subtype='PCM_16')
+    return file.getvalue()

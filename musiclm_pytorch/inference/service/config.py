@@ -1,0 +1,82 @@
+"""What the HTTP service allows, and how it is made."""
+
+from __future__ import annotations
+
+import typing
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from musiclm_pytorch.checks import check_positive
+from musiclm_pytorch.inference.config import naming_the_nearest
+from musiclm_pytorch.inference.optimize import OptimizedMuLaN
+from musiclm_pytorch.mulan.model import MuLaN
+from musiclm_pytorch.musiclm import MusicLM
+from musiclm_pytorch.trainer.sections import fitted
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+
+@dataclass(frozen=True)
+class ServiceConfig:
+    """What the service allows. Fields are given by name.
+
+    Attributes:
+        max_requests: requests that are read, wait or are computed at once; one more gets 503. So the service holds at
+            most this many bodies in memory.
+        timeout: seconds that a body may take to arrive (408), and that its answer may take from then on (504).
+        max_body_bytes: of a request, whether or not it tells its length (413).
+        max_texts: texts in a request.
+        max_text_chars: characters of a text or prompt.
+        max_files: sound files in a request.
+        max_audio_seconds: length of the sound files of a request together.
+        max_pieces: pieces of music in a request, prompts × samples.
+        max_seconds: length of a piece of music.
+
+    Raises:
+        TypeError: an unknown field or a value of a wrong type. ValueError: a value that is not above 0.
+    """
+
+    max_requests: int = 64
+    timeout: float = 120.0
+    max_body_bytes: int = 32 * 2**20
+    max_texts: int = 256
+    max_text_chars: int = 2000
+    max_files: int = 16
+    max_audio_seconds: float = 600.0
+    max_pieces: int = 8
+    max_seconds: float = 30.0
+
+    def __post_init__(self):
+        for name, hint in typing.get_type_hints(type(self)).items():
+            fitted(getattr(self, name), hint, name)
+        check_positive(**self.to_dict())
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+ServiceConfig.__init__ = naming_the_nearest(ServiceConfig.__init__)
+
+
+def create_service(model: MuLaN | OptimizedMuLaN | MusicLM, config: ServiceConfig | None = None) -> FastAPI:
+    """An application for uvicorn or another ASGI server, which embeds, ranks and, given a MusicLM, makes music.
+
+        uvicorn.run(create_service(MusicLM.from_pretrained('tiny')))
+
+    Nothing that is sent is written to disk. One thread runs the model.
+
+    Raises:
+        ImportError: FastAPI or python-multipart is missing. ValueError: a MuLaN that takes no sound files or no words,
+            a MusicLM whose quantizer is not fitted.
+    """
+    try:
+        import fastapi  # noqa: F401
+        import python_multipart  # noqa: F401
+    except ImportError as error:
+        raise ImportError(
+            f"the HTTP service needs {error.name}, which is not installed: pip install 'musiclm-pytorch[serve]'"
+        ) from error
+    from musiclm_pytorch.inference.service.app import build
+
+    return build(model, ServiceConfig() if config is None else config)

@@ -1,0 +1,225 @@
+"""What comes in: bodies read and checked, and the one shape of errors."""
+
+from __future__ import annotations
+
+import math
+from http import HTTPStatus
+from typing import Any, Literal, TypeVar
+
+from fastapi import HTTPException, Request
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel, ConfigDict, ValidationError
+from starlette.datastructures import UploadFile
+from starlette.formparsers import MultiPartException, MultiPartParser
+
+from musiclm_pytorch.audiolm.requests import STAGES, read_prompts, read_sampling
+from musiclm_pytorch.data.audio import AudioFile
+from musiclm_pytorch.inference.service.config import ServiceConfig
+from musiclm_pytorch.musiclm import SAMPLING
+from musiclm_pytorch.trainer.sections import nearest
+
+JSON, FORM = 'application/json', 'multipart/form-data'
+# a small file may unpack to many channels, and ask for filters of gigabytes between odd rates (data.audio.resample)
+MOST_CHANNELS = 8
+MOST_FILTER_TAPS = 10**7
+# beyond these, logits overflow
+LOWEST_TEMPERATURE, MOST_GUIDANCE = 0.001, 100
+SHOWN = 3  # faults told at once
+
+
+class ServiceError(HTTPException):
+    """An answer that is an error: `code` for programs, `message` for people."""
+
+    def __init__(self, status: int, code: str, message: str, headers: dict[str, str] | None = None):
+        super().__init__(status, message, headers)
+        self.code = code
+
+
+def error_response(status: int, code: str, message: str, headers: Any = None) -> JSONResponse:
+    return JSONResponse({'error': {'code': code, 'message': message}}, status, headers)
+
+
+def code_of(status: int) -> str:
+    """The code of an error that is not the service's own, such as `not_found`."""
+    return HTTPStatus(status).phrase.lower().replace(' ', '_')
+
+
+def invalid(message: str) -> ServiceError:
+    return ServiceError(422, 'invalid_request', message)
+
+
+# ---- bodies ----
+
+
+class Body(BaseModel):
+    model_config = ConfigDict(extra='forbid', strict=True, allow_inf_nan=False)
+
+
+class Texts(Body):
+    """texts: what to embed."""
+
+    texts: list[str]
+
+
+class Prompts(Body):
+    """What music to make; numbers as `musiclm_pytorch.MusicLM` takes them.
+
+    prompt: what the music is like; several with format 'json'
+    seconds: length of a piece
+    num_samples: pieces made for each prompt, of which MuLaN chooses
+    seed: the same pieces again; by default drawn, and told in the answer
+    format: 'wav', the best piece alone, or 'json', all pieces with their scores
+    """
+
+    prompt: str | list[str]
+    seconds: float = 10.0
+    num_samples: int = 1
+    seed: int | None = None
+    temperature: float | list[float] | None = None
+    top_k: int | list[int | None] | None = None
+    top_p: float | list[float] | None = None
+    cond_scale: float | list[float] | None = None
+    format: Literal['wav', 'json'] = 'wav'
+
+    @property
+    def prompts(self) -> list[str]:
+        return [self.prompt] if isinstance(self.prompt, str) else self.prompt
+
+    @property
+    def sampling(self) -> dict[str, Any]:
+        """How to sample, as far as it is said."""
+        return {name: value for name in SAMPLING if (value := getattr(self, name)) is not None}
+
+
+SomeBody = TypeVar('SomeBody', bound=Body)
+
+
+def content_type(request: Request, *allowed: str) -> str:
+    """Of the body. Raises ServiceError unless it is one of those allowed."""
+    given = request.headers.get('content-type', '').split(';')[0].strip().lower()
+    if given not in allowed:
+        raise ServiceError(
+            415, 'unsupported_media_type', f'Content-Type must be {" or ".join(allowed)}, got {given or "none"}'
+        )
+    return given
+
+
+async def read_json(request: Request, kind: type[SomeBody]) -> SomeBody:
+    content_type(request, JSON)
+    body = await request.body()
+    try:
+        return kind.model_validate_json(body)
+    except ValidationError as error:
+        faults = error.errors(include_url=False, include_context=False, include_input=False)
+    if faults[0]['type'] == 'json_invalid':
+        raise ServiceError(400, 'malformed_json', f'the body is not JSON: {faults[0]["msg"]}')
+    told = []
+    for fault in faults[:SHOWN]:
+        if fault['type'] == 'extra_forbidden':
+            told.append(f'unknown field {fault["loc"][-1]!r:.80}; {nearest(fault["loc"][-1], kind.model_fields)}')
+        else:
+            told.append(f'{".".join(map(str, fault["loc"])) or "the body"}: {fault["msg"]}')
+    more = f'; and {len(faults) - SHOWN} more' if len(faults) > SHOWN else ''
+    raise invalid('; '.join(told) + more)
+
+
+async def read_form(request: Request, config: ServiceConfig) -> tuple[list[str], list[UploadFile]]:
+    """The fields `texts` and the files `audio` of a form, which stay in memory."""
+    content_type(request, FORM)
+    parser = MultiPartParser(
+        request.headers,
+        request.stream(),
+        max_files=config.max_files,
+        max_fields=config.max_texts,
+        max_part_size=config.max_body_bytes,
+    )
+    parser.spool_max_size = config.max_body_bytes + 1  # larger ones would go to a temporary file
+    try:
+        form = await parser.parse()
+    except MultiPartException as error:
+        if error.message.startswith('Too many'):
+            raise invalid(error.message) from error
+        raise ServiceError(400, 'malformed_form', f'the body is not a form: {error.message}') from error
+    texts, files = [], []
+    for name, value in form.multi_items():
+        if name not in ('texts', 'audio'):
+            raise invalid(f"unknown field {name!r:.80}; a form may hold 'texts' and files 'audio'")
+        if isinstance(value, UploadFile) != (name == 'audio'):
+            raise invalid(f'{name!r} must be {"a file, with a file name" if name == "audio" else "text, not a file"}')
+        (files if name == 'audio' else texts).append(value)
+    return texts, files
+
+
+# ---- limits of content ----
+
+
+def check_texts(texts: list[str], config: ServiceConfig, name: str = 'texts') -> None:
+    if len(texts) > config.max_texts:
+        raise invalid(f'{name} holds {len(texts)}, but at most {config.max_texts} may come at once')
+    for index, text in enumerate(texts):
+        if len(text) > config.max_text_chars:
+            raise invalid(
+                f'{name}[{index}] has {len(text)} characters, but at most {config.max_text_chars} are allowed'
+            )
+
+
+def check_prompts(body: Prompts, config: ServiceConfig, shortest: float) -> None:
+    check_texts(body.prompts, config, 'prompt')
+    pieces = len(body.prompts) * body.num_samples
+    if body.num_samples < 1 or pieces > config.max_pieces:
+        raise invalid(f'prompts times num_samples must lie between 1 and {config.max_pieces}, got {pieces}')
+    if not shortest <= body.seconds <= config.max_seconds:
+        raise invalid(f'seconds must lie between {shortest:.3g} and {config.max_seconds:g}, got {body.seconds:g}')
+    if body.seed is not None and not 0 <= body.seed < 2**63:
+        raise invalid(f'seed must lie between 0 and 2⁶³ - 1, got {body.seed}')
+    if body.format == 'wav' and not isinstance(body.prompt, str):
+        raise invalid("a WAV holds one piece: give one prompt, not a list, or format 'json'")
+    try:
+        read_prompts(body.prompts)
+        samplings = read_sampling(**body.sampling, conditioned=[True] * len(STAGES))
+    except (TypeError, ValueError) as error:
+        raise invalid(str(error)) from error
+    for sampling in samplings:
+        if 0 < sampling.temperature < LOWEST_TEMPERATURE:
+            raise invalid(f'temperature must be 0, or at least {LOWEST_TEMPERATURE}, got {sampling.temperature}')
+        if abs(sampling.cond_scale) > MOST_GUIDANCE:
+            raise invalid(
+                f'cond_scale must lie between -{MOST_GUIDANCE} and {MOST_GUIDANCE}, got {sampling.cond_scale:g}'
+            )
+
+
+def open_audio(uploads: list[UploadFile], config: ServiceConfig, sample_rate: int) -> list[AudioFile]:
+    """Sound files whose headers are in order; what they hold is not read yet."""
+    files, seconds = [], 0.0
+    for index, upload in enumerate(uploads):
+        name = f'audio[{index}] ({upload.filename:.80})'
+        try:
+            file = AudioFile(upload.file, name)
+        except ValueError as error:
+            raise ServiceError(400, 'unreadable_audio', str(error)) from error
+        common = math.gcd(file.sample_rate, sample_rate)
+        if file.channels > MOST_CHANNELS:
+            fault = f'{name} has {file.channels} channels, but at most {MOST_CHANNELS} are read; mix it down'
+        elif file.sample_rate * sample_rate // common**2 > MOST_FILTER_TAPS:
+            fault = f'{name} has a rate of {file.sample_rate} Hz, far from any in use; convert it, say to 44100 Hz'
+        elif len(file) == 0:
+            fault = f'{name} has no samples'
+        else:
+            files.append(file)
+            seconds += len(file) / file.sample_rate
+            continue
+        raise ServiceError(400, 'unreadable_audio', fault)
+    if seconds > config.max_audio_seconds:
+        raise invalid(f'audio lasts {seconds:.1f} s in all, but at most {config.max_audio_seconds:g} s are allowed')
+    return files
+
+
+def schema(kind: type[Body]) -> dict[str, Any]:
+    """How the API's description tells of a JSON body."""
+    return {JSON: {'schema': kind.model_json_schema()}}
+
+
+def form_schema(required: list[str]) -> dict[str, Any]:
+    texts = {'type': 'array', 'items': {'type': 'string'}}
+    audio = {'type': 'array', 'items': {'type': 'string', 'format': 'binary'}}
+    return {FORM: {'schema': {'type': 'object', 'properties': dict(texts=texts, audio=audio), 'required': required}}}
