@@ -5,17 +5,17 @@ from __future__ import annotations
 import argparse
 import json
 
-# the options that are fields of ServiceConfig: their kind and what they mean
+# the fields of ServiceConfig, which is not loaded for `--help`; a test compares the defaults
 LIMITS = {
-    'max-requests': ('N', int, 'requests in progress at once; one more is answered 503'),
-    'timeout': ('S', float, 'seconds that a body may take to arrive, and its answer from then on'),
-    'max-body-bytes': ('N', int, 'size of a request'),
-    'max-texts': ('N', int, 'texts in a request'),
-    'max-text-chars': ('N', int, 'characters of a text'),
-    'max-files': ('N', int, 'sound files in a request'),
-    'max-audio-seconds': ('S', float, 'length of the sound files of a request together'),
-    'max-pieces': ('N', int, 'pieces of music in a request'),
-    'max-seconds': ('S', float, 'length of a piece of music'),
+    'max-requests': (64, 'requests in progress at once; one more is answered 503'),
+    'timeout': (120.0, 'seconds that a body may take to arrive, and its answer from then on'),
+    'max-body-bytes': (32 * 2**20, 'size of a request'),
+    'max-texts': (256, 'texts in a request'),
+    'max-text-chars': (2000, 'characters of a text'),
+    'max-files': (16, 'sound files in a request'),
+    'max-audio-seconds': (600.0, 'length of the sound files of a request together'),
+    'max-pieces': (8, 'pieces of music in a request'),
+    'max-seconds': (30.0, 'length of a piece of music'),
 }
 
 
@@ -37,8 +37,10 @@ def serve(subcommands) -> None:
     parser.add_argument('--port', metavar='N', type=int, default=8000, help='0 takes a free one (default: %(default)s)')
     parser.add_argument('--device', default='cpu', help='such as cuda (default: %(default)s)')
     limits = parser.add_argument_group('limits')
-    for name, (metavar, kind, what) in LIMITS.items():
-        limits.add_argument(f'--{name}', metavar=metavar, type=kind, help=what)
+    for name, (default, what) in LIMITS.items():
+        metavar = 'S' if isinstance(default, float) else 'N'
+        what = f'{what} (default: %(default)s)'
+        limits.add_argument(f'--{name}', metavar=metavar, type=type(default), default=default, help=what)
     parser.set_defaults(run=run_serve, prog=parser.prog)
 
 
@@ -46,11 +48,11 @@ def run_serve(options: argparse.Namespace) -> None:
     if not 0 <= options.port < 2**16:
         raise ValueError(f'--port must lie between 0 and 65535, got {options.port}')
 
-    from musiclm_pytorch.inference.service import ServiceConfig, create_service
+    from musiclm_pytorch.inference.service.config import ServiceConfig, create_service, require
 
+    require('uvicorn')
     names = [name.replace('-', '_') for name in LIMITS]
-    given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
-    config = ServiceConfig(**given)
+    config = ServiceConfig(**{name: getattr(options, name) for name in names})
     app = create_service(load_model(options.model).to(options.device), config)
 
     import uvicorn

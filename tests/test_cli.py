@@ -93,6 +93,7 @@ def test_every_option_has_help(monkeypatch):
         'compare',
         'index',
         'search',
+        'serve',
         *(f'train {name}' for name in trainings),
     }
     for parser in commands.values():

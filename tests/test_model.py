@@ -205,6 +205,9 @@ def test_files_are_embedded_like_their_waves(tmp_path, suffix, tolerance, rate):
     expected = mulan.embed_audio(stereo.mean(dim=0), window=1.5, sample_rate=rate)
     torch.testing.assert_close(mulan.embed_audio(path, window=1.5), expected, atol=tolerance, rtol=0)
     torch.testing.assert_close(mulan.embed_audio(str(path), window=1.5), expected, atol=tolerance, rtol=0)
+    with AudioFile(path) as file:
+        torch.testing.assert_close(mulan.embed_audio(file, window=1.5), expected, atol=tolerance, rtol=0)
+        assert len(file.read(0, 100)) == 100  # it is still open
 
 
 def test_audio_files_are_read_piece_by_piece(tmp_path):

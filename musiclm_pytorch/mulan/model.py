@@ -214,7 +214,7 @@ class MuLaN(nn.Module):
             )
         if not isinstance(audio, (Tensor, str, Path, AudioFile)):
             raise TypeError(
-                f'audio must be a tensor or the path of a file, got {type(audio).__name__}; '
+                f'audio must be a tensor, the path of a file or an AudioFile, got {type(audio).__name__}; '
                 'for a numpy array pass torch.from_numpy(audio)'
             )
         if isinstance(audio, Tensor):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import typing
 from dataclasses import asdict, dataclass
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from musiclm_pytorch.checks import check_positive
@@ -70,13 +71,18 @@ def create_service(model: MuLaN | OptimizedMuLaN | MusicLM, config: ServiceConfi
         ImportError: FastAPI or python-multipart is missing. ValueError: a MuLaN that takes no sound files or no words,
             a MusicLM whose quantizer is not fitted.
     """
-    try:
-        import fastapi  # noqa: F401
-        import python_multipart  # noqa: F401
-    except ImportError as error:
-        raise ImportError(
-            f"the HTTP service needs {error.name}, which is not installed: pip install 'musiclm-pytorch[serve]'"
-        ) from error
+    require('fastapi', 'python_multipart')
     from musiclm_pytorch.inference.service.app import build
 
     return build(model, ServiceConfig() if config is None else config)
+
+
+def require(*packages: str) -> None:
+    """Raises ImportError, naming the extra, unless these are installed."""
+    for package in packages:
+        try:
+            import_module(package)
+        except ImportError as error:
+            raise ImportError(
+                f"the HTTP service needs {package}, which is not installed: pip install 'musiclm-pytorch[serve]'"
+            ) from error

@@ -1,0 +1,688 @@
+"""The HTTP service: a real server on the loopback, a real client, and every way to ask for too much or for nonsense."""
+
+import asyncio
+import base64
+import contextlib
+import io
+import re
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from types import SimpleNamespace
+
+import httpx
+import numpy as np
+import pytest
+import soundfile
+import torch
+import uvicorn
+from conftest import tiny_mulan
+from test_musiclm import build_audio_lm, build_quantizer
+
+from musiclm_pytorch import MusicLM
+from musiclm_pytorch.cli import main
+from musiclm_pytorch.inference import InferenceConfig, OptimizedMuLaN, ServiceConfig, create_service
+from musiclm_pytorch.inference.service.worker import Abandoned, ModelWorker
+
+RATE = 800  # of the small MuLaN; the music has twice as much
+TEXTS = ['a slow flute', 'fast drums', '', 'one deep and cathedral organ, très grave']
+WAITS = 60  # seconds after which a test gives up on what hangs
+
+
+@contextlib.contextmanager
+def served(model, **limits):
+    """A server with a model, a client of it and the application."""
+    app = create_service(model, ServiceConfig(**limits))
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None))
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    while not server.started:
+        assert thread.is_alive()
+        time.sleep(0.01)
+    address = server.servers[0].sockets[0].getsockname()
+    try:
+        with httpx.Client(base_url=f'http://127.0.0.1:{address[1]}', timeout=WAITS) as client:
+            yield SimpleNamespace(client=client, app=app, worker=app.state.worker, address=address)
+    finally:
+        server.should_exit = True
+        thread.join(WAITS)
+    assert not thread.is_alive()
+
+
+@contextlib.contextmanager
+def busy(service):
+    """The model is at work for as long as the block lasts."""
+    begun, free = threading.Event(), threading.Event()
+    service.worker.submit(lambda job: (begun.set(), free.wait(WAITS)))
+    assert begun.wait(WAITS)
+    try:
+        yield
+    finally:
+        free.set()
+
+
+@pytest.fixture(scope='module')
+def musiclm():
+    torch.manual_seed(0)
+    return MusicLM(build_audio_lm(), build_quantizer()).eval()
+
+
+@pytest.fixture(scope='module')
+def service(musiclm):
+    with served(
+        musiclm, max_body_bytes=2**20, max_texts=30, max_text_chars=200, max_files=4, max_audio_seconds=40.0
+    ) as it:
+        yield it
+
+
+@pytest.fixture(scope='module')
+def mulan(musiclm):
+    return musiclm.mulan_embed_quantizer.mulan
+
+
+def sound(seconds=2.0, rate=RATE, kind='WAV', channels=1, seed=0, **keywords):
+    """The bytes of a sound file."""
+    noise = np.random.default_rng(seed).uniform(-0.3, 0.3, (round(seconds * rate), channels))
+    file = io.BytesIO()
+    soundfile.write(file, noise, rate, format=kind, **keywords)
+    return file.getvalue()
+
+
+def form(*contents):
+    return [('audio', (f'{index}.x', content)) for index, content in enumerate(contents)]
+
+
+def check_error(response, status, code, says=''):
+    assert response.status_code == status, response.text
+    assert response.headers['content-type'] == 'application/json'
+    assert response.json().keys() == {'error'}
+    assert response.json()['error'].keys() == {'code', 'message'}
+    assert response.json()['error']['code'] == code
+    assert re.search(says, response.json()['error']['message']), response.text
+
+
+def own_texts(mulan, texts):
+    with torch.no_grad():
+        return torch.cat([mulan.get_text_latents(raw_texts=[text]) for text in texts])
+
+
+def close(found, wanted):
+    torch.testing.assert_close(torch.tensor(found), wanted, atol=1e-5, rtol=0)
+
+
+# ---- answers ----
+
+
+def test_health(service):
+    answer = service.client.get('/health').json()
+    assert answer['status'] == 'ok'
+    assert answer['model'] == 'MusicLM'
+    assert answer['sample_rate'] == 2 * RATE
+    assert answer['dim_latent'] == 16
+    assert answer['requests'] == 0
+    assert answer['limits'] == ServiceConfig(**answer['limits']).to_dict()
+    paths = service.client.get('/openapi.json').json()['paths']
+    assert paths.keys() == {'/health', '/embed', '/rank', '/generate'}
+    assert set(paths['/embed']['post']['requestBody']['content']) == {'application/json', 'multipart/form-data'}
+
+
+def test_texts_get_the_models_own_latents(service, mulan):
+    answer = service.client.post('/embed', json={'texts': TEXTS})
+    assert answer.status_code == 200
+    close(answer.json()['text_latents'], own_texts(mulan, TEXTS))
+
+
+def test_files_get_the_models_own_latents(service, mulan, tmp_path):
+    contents = [
+        sound(0.5),
+        sound(25.3, 1600, 'FLAC', channels=2),  # more than two windows
+        sound(3.0, 22050, 'OGG', seed=1),
+        sound(2.0, 44100, 'MP3', channels=2, seed=2),
+    ]
+    wanted = []
+    for index, content in enumerate(contents):
+        (tmp_path / str(index)).write_bytes(content)
+        wanted.append(mulan.embed_audio(tmp_path / str(index), window=10.0, hop=10.0))
+    answer = service.client.post('/embed', files=form(*contents), data={'texts': TEXTS[:2]}).json()
+    close(answer['audio_latents'], torch.stack(wanted))
+    close(answer['text_latents'], own_texts(mulan, TEXTS[:2]))
+    assert (torch.stack(wanted)[0] - torch.stack(wanted)[1]).abs().max() > 0.01
+    answer = service.client.post('/embed', files=form(contents[2])).json()
+    close(answer['audio_latents'], wanted[2][None])
+    assert answer['text_latents'] == []
+
+
+def test_rank_orders_both_ways(service, mulan):
+    waves = [0.5 * torch.sin(torch.arange(1600) * step) for step in (0.05, 0.4, 1.3)]
+    contents = []
+    for wave in waves:
+        file = io.BytesIO()
+        soundfile.write(file, wave.numpy(), RATE, format='WAV', subtype='FLOAT')
+        contents.append(file.getvalue())
+    answer = service.client.post('/rank', files=form(*contents), data={'texts': TEXTS}).json()
+    with torch.no_grad():
+        wanted = mulan(torch.stack(waves), raw_texts=TEXTS, return_pairwise_similarities=True)
+    close(answer['similarities'], wanted)
+    assert answer['files'] == ['0.x', '1.x', '2.x']
+    assert answer['texts_by_file'] == wanted.argsort(dim=1, descending=True).tolist()
+    assert answer['files_by_text'] == wanted.T.argsort(dim=1, descending=True).tolist()
+
+
+def read_wav(content):
+    wave, rate = soundfile.read(io.BytesIO(content), dtype='float32')
+    assert rate == 2 * RATE
+    return torch.from_numpy(wave)
+
+
+def same_music(found, wanted):
+    assert found.shape == wanted.shape
+    assert wanted.std() > 0.001
+    torch.testing.assert_close(found, wanted.clamp(-1, 1), atol=1e-4, rtol=0)  # 16 bits
+
+
+def test_generate_gives_the_music_of_the_seed(service, musiclm):
+    body = dict(prompt='a slow flute', seconds=0.5, num_samples=3, seed=7, temperature=[1.0, 0.9, 0.5], cond_scale=2)
+    answer = service.client.post('/generate', json=body)
+    assert answer.headers['content-type'] == 'audio/wav'
+    keywords = dict(num_samples=3, seconds=0.5, seed=7, temperature=(1.0, 0.9, 0.5), cond_scale=2.0)
+    wave, scores = musiclm('a slow flute', return_scores=True, **keywords)
+    same_music(read_wav(answer.content), wave[0])
+    assert answer.headers['x-seed'] == '7'
+    assert float(answer.headers['x-score']) == pytest.approx(scores.max().item(), abs=1e-5)
+
+
+def test_generate_gives_all_pieces_best_first(service, musiclm):
+    prompts = ['a slow flute', 'fast drums']
+    body = dict(prompt=prompts, seconds=0.3, num_samples=2, seed=1, format='json', top_k=[None, 4, 3])
+    answer = service.client.post('/generate', json=body).json()
+    assert (answer['seed'], answer['sample_rate']) == (1, 2 * RATE)
+    music = musiclm(prompts, 2, seconds=0.3, seed=1, top_k=(None, 4, 3), return_all=True, return_scores=True)
+    pieces = answer['pieces']
+    assert [piece['prompt'] for piece in pieces] == [prompts[0]] * 2 + [prompts[1]] * 2
+    for row in range(2):
+        order = music.scores[row].argsort(descending=True)
+        for piece, place in zip(pieces[2 * row : 2 * row + 2], order):
+            assert piece['score'] == pytest.approx(music.scores[row, place].item(), abs=1e-5)
+            same_music(read_wav(base64.b64decode(piece['wav'])), music.waves[row, place])
+
+
+def test_a_seed_that_is_drawn_is_told(service):
+    body = dict(prompt='fast drums', seconds=0.3)
+    first, second = (service.client.post('/generate', json=body) for _ in range(2))
+    assert first.headers['x-seed'] != second.headers['x-seed']
+    assert first.content != second.content
+    again = service.client.post('/generate', json=body | dict(seed=int(first.headers['x-seed'])))
+    assert again.content == first.content
+
+
+# ---- many at once ----
+
+
+def at_once(service, *posts):
+    """The responses to requests that are sent together."""
+
+    async def send():
+        limits = httpx.Limits(max_connections=100)
+        async with httpx.AsyncClient(base_url=service.client.base_url, timeout=WAITS, limits=limits) as client:
+            return await asyncio.gather(*(client.post(path, **body) for path, body in posts))
+
+    return asyncio.run(send())
+
+
+def test_fifty_clients_get_their_own_answers(service, mulan, musiclm):
+    texts = [[f'song {index}', *TEXTS[: index % 3]] for index in range(40)]
+    content = sound(1.0)
+    posts = [('/embed', dict(json={'texts': it})) for it in texts]
+    posts += [('/rank', dict(files=form(content), data={'texts': it})) for it in texts[:5]]
+    posts += [('/generate', dict(json=dict(prompt='fast drums', seconds=0.3, seed=seed))) for seed in range(5)]
+    answers = at_once(service, *posts)
+    assert [answer.status_code for answer in answers] == [200] * 50
+    for answer, it in zip(answers, texts):
+        close(answer.json()['text_latents'], own_texts(mulan, it))
+    audio = mulan.embed_audio(torch.from_numpy(soundfile.read(io.BytesIO(content), dtype='float32')[0]))
+    for answer, it in zip(answers[40:45], texts):
+        close(answer.json()['similarities'][0], own_texts(mulan, it) @ audio)
+    for seed, answer in enumerate(answers[45:]):
+        same_music(read_wav(answer.content), musiclm('fast drums', seconds=0.3, seed=seed)[0])
+    assert service.client.get('/health').json()['requests'] == 0
+
+
+def wait_for(condition):
+    end = time.monotonic() + WAITS
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def counted(monkeypatch, owner, name):
+    """The arguments of each call of a function, which does what it did."""
+    calls, original = [], getattr(owner, name)
+    monkeypatch.setattr(owner, name, lambda *given, **named: calls.append(given) or original(*given, **named))
+    return calls
+
+
+def test_texts_that_wait_are_embedded_together(service, mulan, monkeypatch):
+    calls = counted(monkeypatch, service.worker.engine, 'embed_texts')
+    posts = [('/embed', dict(json={'texts': [f'song {index}', 'drums']})) for index in range(20)]
+    with busy(service):
+        sending = threading.Thread(target=lambda: answers.extend(at_once(service, *posts)))
+        answers = []
+        sending.start()
+        wait_for(lambda: len(service.worker._texts) == 20)
+    sending.join(WAITS)
+    assert [len(texts) for (texts,) in calls] == [40]
+    for index, answer in enumerate(answers):
+        close(answer.json()['text_latents'], own_texts(mulan, [f'song {index}', 'drums']))
+
+
+def test_what_the_house_cannot_hold_is_sent_away(musiclm):
+    with served(musiclm, max_requests=8) as service:
+        answers = []
+
+        async def send():
+            limits = httpx.Limits(max_connections=100)
+            async with httpx.AsyncClient(base_url=service.client.base_url, timeout=WAITS, limits=limits) as client:
+
+                async def one(index):
+                    answers.append(await client.post('/embed', json={'texts': [f'song {index}']}))
+
+                tasks = [asyncio.ensure_future(one(index)) for index in range(50)]
+                while len(answers) < 42:
+                    await asyncio.sleep(0.01)
+                health = (await client.get('/health')).json()  # still answered
+                free.set()
+                await asyncio.gather(*tasks)
+                return health
+
+        free = threading.Event()
+        service.worker.submit(lambda job: free.wait(WAITS))
+        assert asyncio.run(send())['requests'] == 8
+        for answer in answers[:42]:
+            check_error(answer, 503, 'overloaded', '8 requests are being served')
+            assert int(answer.headers['retry-after']) > 0
+        assert [answer.status_code for answer in answers[42:]] == [200] * 8
+        assert service.client.post('/embed', json={'texts': ['a']}).status_code == 200
+
+
+# ---- time ----
+
+
+def test_work_that_has_not_begun_in_time_is_dropped(musiclm, monkeypatch):
+    with served(musiclm, timeout=0.5) as service:
+        calls = counted(monkeypatch, service.worker.engine, 'embed_texts')
+        made = counted(monkeypatch, service.worker, '_generate')
+        with busy(service):
+            check_error(service.client.post('/embed', json={'texts': ['a']}), 504, 'timeout', 'within 0.5 s')
+            check_error(service.client.post('/generate', json=dict(prompt='a')), 504, 'timeout')
+            assert service.client.get('/health').json()['requests'] == 0
+        service.worker.submit(lambda job: None).future.result(WAITS)  # all before it have had their turn
+        assert calls == made == []
+
+
+def test_music_that_no_one_waits_for_is_not_made_to_the_end(musiclm):
+    worker = ModelWorker(musiclm)
+    job = worker.generate(['a'], seconds=60.0, seed=0)
+    wait_for(job.future.running)
+    job.abandon()
+    assert isinstance(job.future.exception(WAITS), Abandoned)
+    worker.close()
+    assert worker.embed_texts(['a']).future.result(WAITS).shape == (1, 16)  # and may be used again
+    worker.close()
+
+
+def test_music_of_a_client_that_has_gone_is_not_made_to_the_end(musiclm, monkeypatch):
+    jobs, original = [], ModelWorker.generate
+    monkeypatch.setattr(ModelWorker, 'generate', lambda *a, **k: jobs.append(original(*a, **k)) or jobs[-1])
+    with served(musiclm, max_seconds=60.0) as service:
+        with pytest.raises(httpx.ReadTimeout):
+            service.client.post('/generate', json=dict(prompt='a', seconds=60, seed=0), timeout=0.5)
+        assert isinstance(jobs[0].future.exception(WAITS), Abandoned)
+        wait_for(lambda: service.client.get('/health').json()['requests'] == 0)
+
+
+def test_a_body_that_does_not_arrive_is_not_waited_for(musiclm):
+    with served(musiclm, timeout=0.5) as service, socket.create_connection(service.address, WAITS) as connection:
+        connection.sendall(
+            b'POST /embed HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\n{"texts'
+        )
+        answer = connection.recv(10000).decode()
+        while '}}' not in answer:
+            answer += connection.recv(10000).decode()
+        assert answer.startswith('HTTP/1.1 408 ')
+        assert '"code":"request_timeout"' in answer
+
+
+# ---- size ----
+
+
+def test_a_large_body_is_refused_by_its_length(service):
+    answer = service.client.post('/embed', content=b'x' * (2**20 + 1), headers={'content-type': 'application/json'})
+    check_error(answer, 413, 'body_too_large', 'larger than the 1048576 bytes')
+    # without reading it: this one is never sent
+    with socket.create_connection(service.address, WAITS) as connection:
+        connection.sendall(b'POST /rank HTTP/1.1\r\nHost: x\r\nContent-Length: 99999999999\r\n\r\n')
+        assert connection.recv(10000).startswith(b'HTTP/1.1 413 ')
+
+
+@pytest.mark.parametrize(
+    ('path', 'kind'), [('/embed', 'application/json'), ('/rank', 'multipart/form-data; boundary=x')]
+)
+def test_a_large_body_is_refused_while_it_comes(service, path, kind):
+    sent = []
+
+    def chunks():
+        yield b'--x\r\nContent-Disposition: form-data; name="audio"; filename="a"\r\n\r\n'
+        for _ in range(200):
+            sent.append(None)
+            yield b' ' * 2**16
+
+    answer = service.client.post(path, content=chunks(), headers={'content-type': kind})
+    assert 'transfer-encoding' in answer.request.headers
+    check_error(answer, 413, 'body_too_large')
+    assert service.client.get('/health').json()['requests'] == 0
+    assert service.client.post('/embed', json={'texts': ['a']}).status_code == 200
+
+
+def test_a_body_of_just_the_size_is_taken_and_never_lies_on_disk(musiclm, mulan, monkeypatch):
+    content = sound(30.0, 44100)  # larger than what Starlette keeps in memory by itself
+    assert len(content) > 2**21
+
+    def refuse(*_, **__):
+        raise AssertionError('a file was made')
+
+    monkeypatch.setattr(tempfile, 'TemporaryFile', refuse)
+    monkeypatch.setattr(tempfile.SpooledTemporaryFile, 'rollover', refuse)
+    with httpx.Client(base_url='http://x') as client:
+        size = int(client.build_request('POST', '/embed', files=form(content)).headers['content-length'])
+    for allowed in (size, size - 1):
+        with served(musiclm, max_body_bytes=allowed) as service:
+            answer = service.client.post('/embed', files=form(content))
+            if allowed == size:
+                close(answer.json()['audio_latents'][0], mulan.embed_audio(wave_of(content), 10.0, 10.0, 44100))
+            else:
+                check_error(answer, 413, 'body_too_large')
+
+
+def wave_of(content):
+    return torch.from_numpy(soundfile.read(io.BytesIO(content), dtype='float32')[0])
+
+
+# ---- nonsense ----
+
+JSON = {'content-type': 'application/json'}
+
+
+@pytest.mark.parametrize('path', ['/embed', '/generate'])
+@pytest.mark.parametrize(
+    'body', [b'', b'{', b'\xff\xfe', b'[' * 10**5, b'{"texts": ["\\ud800"]}', b'nonsense', b"{'a': 1}"]
+)
+def test_what_is_no_json(service, path, body):
+    check_error(service.client.post(path, content=body, headers=JSON), 400, 'malformed_json', 'the body is not JSON')
+
+
+@pytest.mark.parametrize(
+    ('path', 'body', 'says'),
+    [
+        ('/embed', '[]', 'the body: Input should be an object'),
+        ('/embed', '{}', 'texts: Field required'),
+        ('/embed', '{"texts": []}', 'texts is empty'),
+        ('/embed', '{"texts": "a"}', 'texts: Input should be a valid array'),
+        ('/embed', '{"texts": ["a", 1, NaN]}', r'texts\.1: Input should be a valid string; texts\.2'),
+        ('/embed', '{"texts": ["a"], "text": 1}', "unknown field 'text'; did you mean 'texts'?"),
+        ('/embed', '{"texts": [1, 1, 1, 1, 1]}', 'and 2 more'),
+        ('/embed', '{"texts": [' + '"a",' * 30 + '"a"]}', 'texts holds 31, but at most 30'),
+        ('/embed', '{"texts": ["b", "' + 'a' * 201 + '"]}', r'texts\[1\] has 201 characters, but at most 200'),
+        ('/generate', '{}', 'prompt: Field required'),
+        ('/generate', '{"prompt": " "}', 'a prompt must say something'),
+        ('/generate', '{"prompt": [], "format": "json"}', 'at least one prompt'),
+        ('/generate', '{"prompt": 1}', 'valid string'),
+        ('/generate', '{"prompt": ["a", "b"]}', "one prompt, not a list, or format 'json'"),
+        ('/generate', '{"prompt": "a", "format": "mp3"}', "format: Input should be 'wav' or 'json'"),
+        ('/generate', '{"prompt": "a", "seconds": NaN}', 'seconds: Input should be a finite number'),
+        ('/generate', '{"prompt": "a", "seconds": 1e999}', 'seconds: Input should be a finite number'),
+        ('/generate', '{"prompt": "a", "seconds": "1"}', 'seconds: Input should be a valid number'),
+        ('/generate', '{"prompt": "a", "seconds": true}', 'seconds: Input should be a valid number'),
+        ('/generate', '{"prompt": "a", "seconds": 31}', 'seconds must lie between .* and 30, got 31'),
+        ('/generate', '{"prompt": "a", "seconds": 0}', 'seconds must lie between'),
+        ('/generate', '{"prompt": "a", "num_samples": 0}', 'between 1 and 8, got 0'),
+        ('/generate', '{"prompt": ["a", "b", "c"], "num_samples": 3, "format": "json"}', 'between 1 and 8, got 9'),
+        ('/generate', '{"prompt": "a", "num_samples": 1.5}', 'num_samples: Input should be a valid integer'),
+        ('/generate', '{"prompt": "a", "seed": -1}', 'seed must lie between 0'),
+        ('/generate', '{"prompt": "a", "seed": 1e30}', 'seed: Input should be a valid integer'),
+        ('/generate', '{"prompt": "a", "temperature": -1}', 'temperature must be 0 or above'),
+        ('/generate', '{"prompt": "a", "temperature": 1e-40}', 'temperature must be 0, or at least'),
+        ('/generate', '{"prompt": "a", "temperature": [1, 2]}', 'temperature must be one number or three'),
+        ('/generate', '{"prompt": "a", "top_p": 2}', r'top_p must lie in \(0, 1\]'),
+        ('/generate', '{"prompt": "a", "top_k": [0, 1, 1]}', 'top_k must be at least 1'),
+        ('/generate', '{"prompt": "a", "cond_scale": 1e38}', 'cond_scale must lie between'),
+    ],
+)
+def test_json_that_makes_no_sense(service, path, body, says):
+    check_error(service.client.post(path, content=body, headers=JSON), 422, 'invalid_request', says)
+
+
+@pytest.mark.parametrize(
+    ('path', 'given', 'status', 'code', 'says'),
+    [
+        (
+            '/rank',
+            dict(data={'texts': 'a'}),
+            415,
+            'unsupported_media_type',
+            'multipart/form-data, got application/x-www',
+        ),
+        ('/embed', dict(content='{}'), 415, 'unsupported_media_type', 'application/json or multipart.*got none'),
+        ('/rank', dict(files={'audio': b''}), 422, 'invalid_request', "'audio' and 'texts', got 1 and 0"),
+        ('/rank', dict(files={'texts': (None, 'a')}), 422, 'invalid_request', "'audio' and 'texts', got 0 and 1"),
+        ('/embed', dict(files={'sound': sound()}), 422, 'invalid_request', "unknown field 'sound'"),
+        ('/embed', dict(files={'audio': (None, 'a')}), 422, 'invalid_request', "'audio' must be a file"),
+        ('/embed', dict(files={'texts': b'a'}), 422, 'invalid_request', "'texts' must be text, not a file"),
+        ('/embed', dict(files=form(*[b'x'] * 5)), 422, 'invalid_request', 'Maximum number of files is 4'),
+        (
+            '/embed',
+            dict(files=form(*[sound(25.0)] * 2)),
+            422,
+            'invalid_request',
+            'lasts 50.0 s in all, but at most 40 s',
+        ),
+        ('/embed', dict(files=form(sound()), data={'texts': ['a'] * 31}), 422, 'invalid_request', 'fields is 30'),
+        ('/embed', dict(files=form(sound()), data={'texts': 'a' * 201}), 422, 'invalid_request', '201 characters'),
+    ],
+)
+def test_forms_that_make_no_sense(service, path, given, status, code, says):
+    check_error(service.client.post(path, **given), status, code, says)
+
+
+@pytest.mark.parametrize('boundary', ['', '; boundary=x', '; boundary=' + 'x' * 1000])
+def test_what_is_no_form(service, boundary):
+    answer = service.client.post(
+        '/rank', content=b'--y\r\nnonsense', headers={'content-type': f'multipart/form-data{boundary}'}
+    )
+    check_error(answer, 400, 'malformed_form', 'the body is not a form')
+    empty = service.client.post(
+        '/embed', content=b'--x--\r\n', headers={'content-type': 'multipart/form-data; boundary=x'}
+    )
+    check_error(empty, 422, 'invalid_request', 'holds neither')
+
+
+def not_a_number():
+    file = io.BytesIO()
+    soundfile.write(file, np.array([0.1] * 900 + [np.nan] * 100), RATE, format='WAV', subtype='FLOAT')
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ('content', 'says'),
+    [
+        (b'', 'cannot be read as audio'),
+        (b'no sound at all' * 100, 'cannot be read as audio'),
+        (sound()[:20], 'cannot be read as audio'),
+        (sound(0.0), 'has no samples'),
+        (sound(0.02), 'samples'),  # shorter than the model's first window
+        (sound(kind='FLAC', rate=8000, seconds=20.0)[:-20000], 'damaged|ends at sample'),
+        (sound(channels=9), 'has 9 channels, but at most 8'),
+        (sound(rate=15991), 'rate of 15991 Hz'),
+        (not_a_number(), 'NaN or inf'),
+    ],
+)
+def test_sound_that_cannot_be_read_is_named(service, content, says):
+    files = [('audio', ('good.wav', sound())), ('audio', ('bad.wav', content))]
+    answer = service.client.post('/rank', files=files, data={'texts': 'a'})
+    check_error(answer, 400, 'unreadable_audio', rf'^audio\[1\] \(bad.wav\).*({says})')
+
+
+def test_elsewhere_and_otherwise(service):
+    check_error(service.client.get('/nowhere'), 404, 'not_found')
+    check_error(service.client.get('/embed'), 405, 'method_not_allowed')
+    check_error(service.client.delete('/embed'), 405, 'method_not_allowed')
+
+
+def test_a_failure_is_logged_and_not_told(service, monkeypatch, caplog):
+    def fail(*_, **__):
+        raise RuntimeError('the secret of the house')
+
+    with monkeypatch.context() as patch:
+        patch.setattr(service.worker.engine, 'embed_texts', fail)
+        answers = at_once(service, *[('/embed', dict(json={'texts': ['a']}))] * 3)
+    for answer in answers:
+        check_error(answer, 500, 'internal_error', 'its log tells why')
+        assert 'secret' not in answer.text
+    assert 'the secret of the house' in caplog.text
+    assert 'Traceback' in caplog.text
+    assert service.client.post('/embed', json={'texts': ['a']}).status_code == 200
+
+
+# ---- models and settings ----
+
+
+def test_a_mulan_alone_embeds_and_ranks(mulan):
+    with served(mulan) as service:
+        health = service.client.get('/health').json()
+        assert (health['model'], health['generates'], health['sample_rate']) == ('MuLaN', False, RATE)
+        assert service.client.post('/rank', files=form(sound()), data={'texts': 'a'}).status_code == 200
+        check_error(service.client.post('/generate', json=dict(prompt='a')), 501, 'not_available', 'serve a MusicLM')
+
+
+def test_an_optimized_model_answers_with_its_own_latents(mulan):
+    fast = OptimizedMuLaN(mulan, InferenceConfig(use_mixed_precision=True, device='cpu'))
+    with served(fast) as service:
+        answer = service.client.post('/embed', json={'texts': TEXTS[:1]}).json()
+    close(answer['text_latents'], fast.get_text_latents(raw_texts=TEXTS[:1]))
+    assert (torch.tensor(answer['text_latents']) - own_texts(mulan, TEXTS[:1])).abs().max() > 1e-6
+
+
+def test_an_application_may_be_started_twice(mulan):
+    app = create_service(mulan)
+
+    async def once():
+        async with app.router.lifespan_context(app):
+            transport = httpx.ASGITransport(app=app)
+            async with httpx.AsyncClient(transport=transport, base_url='http://x') as client:
+                return (await client.post('/embed', json={'texts': ['a']})).status_code
+
+    assert [asyncio.run(once()) for _ in range(2)] == [200, 200]
+
+
+def test_models_that_cannot_serve():
+    knows_rate = dict(audio_sample_rate=8000)
+    for model, error, says in [
+        (tiny_mulan(text=dict(num_tokens=49408)), ValueError, 'does not know its sample rate'),
+        (tiny_mulan(knows_rate), ValueError, 'takes no words, only its own 100 token ids'),
+        (MusicLM(build_audio_lm(), build_quantizer(fitted=False)), ValueError, 'no codebooks yet'),
+        ('tiny', TypeError, 'model'),
+    ]:
+        with pytest.raises(error, match=says):
+            create_service(model)
+
+
+@pytest.mark.parametrize(
+    ('given', 'error', 'says'),
+    [
+        (dict(max_requests=0), ValueError, 'max_requests must be greater than 0, got 0'),
+        (dict(max_texts=1.5), TypeError, 'max_texts must be int, got 1.5'),
+        (dict(max_files=True), TypeError, 'max_files must be int, got True'),
+        (dict(timeout=float('inf')), ValueError, 'timeout must be greater than 0, got inf'),
+        (dict(timeout='1'), TypeError, "timeout must be float, got '1'"),
+        (dict(time_out=1), TypeError, "ServiceConfig has no field 'time_out'; did you mean 'timeout'?"),
+    ],
+)
+def test_settings_are_checked(given, error, says):
+    with pytest.raises(error, match=re.escape(says)):
+        ServiceConfig(**given)
+
+
+@pytest.mark.parametrize('package', ['fastapi', 'python_multipart'])
+def test_a_missing_extra_is_named(mulan, monkeypatch, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(
+        ImportError, match=re.escape(f"needs {package}, which is not installed: pip install 'musiclm-pytorch[serve]'")
+    ):
+        create_service(mulan)
+
+
+# ---- the command ----
+
+
+def test_help_tells_every_limit_and_its_default(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(['serve', '--help'])
+    assert stopped.value.code == 0
+    told = capsys.readouterr().out
+    for name, value in ServiceConfig().to_dict().items():
+        assert f'--{name.replace("_", "-")} ' in told
+        assert re.search(rf'--{name.replace("_", "-")} [NS].*?\(default: {value}\)', told, re.S), name
+
+
+@pytest.mark.parametrize(
+    ('options', 'says'),
+    [
+        (['--port', '70000'], '--port must lie between 0 and 65535, got 70000'),
+        (['--timeout', '-1'], 'timeout must be greater than 0, got -1'),
+        (['--max-texts', '0'], 'max_texts must be greater than 0, got 0'),
+        (['--model', 'nowhere'], 'no folder nowhere'),
+        (['--model', '.'], 'config.json'),
+    ],
+)
+def test_bad_options_are_one_line(tmp_path, monkeypatch, capsys, options, says):
+    monkeypatch.chdir(tmp_path)
+    assert main(['serve', *options]) == 2
+    error = capsys.readouterr().err
+    assert len(error.splitlines()) == 1
+    assert says in error
+
+
+def test_the_command_without_the_extra(mulan, tmp_path, monkeypatch, capsys):
+    mulan.save_pretrained(tmp_path)
+    monkeypatch.setitem(sys.modules, 'uvicorn', None)
+    assert main(['serve', '--model', str(tmp_path)]) == 2
+    assert "pip install 'musiclm-pytorch[serve]'" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_command_serves_what_ships():
+    command = [sys.executable, '-m', 'musiclm_pytorch.cli', 'serve', '--port', '0', '--max-texts', '2']
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        lines = []
+        try:
+            for line in process.stderr:
+                lines.append(line)
+                if found := re.search(r'running on (http://127\.0\.0\.1:\d+)', line):
+                    break
+            assert found, ''.join(lines)
+            with httpx.Client(base_url=found[1], timeout=WAITS) as client:
+                assert client.get('/health').json()['model'] == 'MusicLM'
+                body = dict(prompt='a fast happy flute melody', seconds=1, seed=0)
+                music = MusicLM.from_pretrained('tiny')('a fast happy flute melody', seconds=1, seed=0)[0]
+                content = client.post('/generate', json=body).content
+                torch.testing.assert_close(wave_of(content), music.clamp(-1, 1), atol=1e-3, rtol=0)
+                check_error(client.post('/embed', json={'texts': ['a'] * 3}), 422, 'invalid_request', 'at most 2')
+        finally:
+            process.send_signal(signal.SIGINT)
+            rest = process.stderr.read()
+        assert process.wait(WAITS) == 0
+    assert 'Finished server process' in rest
+    assert 'Traceback' not in rest
