@@ -4,7 +4,9 @@ import asyncio
 import base64
 import contextlib
 import io
+import json
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -12,6 +14,7 @@ import sys
 import tempfile
 import threading
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import httpx
@@ -28,6 +31,7 @@ from musiclm_pytorch.cli import main
 from musiclm_pytorch.inference import InferenceConfig, OptimizedMuLaN, ServiceConfig, create_service
 from musiclm_pytorch.inference.service.worker import Abandoned, ModelWorker
 
+ROOT = Path(__file__).resolve().parents[1]
 RATE = 800  # of the small MuLaN; the music has twice as much
 TEXTS = ['a slow flute', 'fast drums', '', 'one deep and cathedral organ, très grave']
 WAITS = 60  # seconds after which a test gives up on what hangs
@@ -660,6 +664,25 @@ def test_the_command_without_the_extra(mulan, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, 'uvicorn', None)
     assert main(['serve', '--model', str(tmp_path)]) == 2
     assert "pip install 'musiclm-pytorch[serve]'" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(shutil.which('curl') is None, reason='needs curl')
+def test_the_readmes_requests_are_answered(musiclm, tmp_path):
+    (tmp_path / 'organ.mp3').write_bytes(sound(2.0, 44100, 'MP3'))
+    commands = re.findall(r'^curl localhost:8000.*$', (ROOT / 'README.md').read_text(encoding='utf-8'), re.M)
+    assert len(commands) == 5
+    # `--json`, of curl 7.82, spelt out for older ones
+    longer = {'--json': "-H 'Content-Type: application/json' -d", 'localhost:8000': '{host}:{port}'}
+    with served(musiclm) as service:
+        for command in commands:
+            for short, long in longer.items():
+                command = command.replace(short, long)
+            host, port = service.address
+            command = command.replace('{host}', host).replace('{port}', str(port)) + ' --fail --silent --show-error'
+            done = subprocess.run(command, shell=True, cwd=tmp_path, capture_output=True, text=True)
+            assert done.returncode == 0, f'{command}: {done.stderr}'
+            assert '-o' in command or json.loads(done.stdout)
+    assert len(read_wav((tmp_path / 'flute.wav').read_bytes())) == 5 * 2 * RATE
 
 
 @pytest.mark.slow
