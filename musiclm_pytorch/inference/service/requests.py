@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 from http import HTTPStatus
 from typing import Any, Literal, TypeVar
@@ -9,6 +10,7 @@ from typing import Any, Literal, TypeVar
 from fastapi import HTTPException, Request
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, ValidationError
+from python_multipart.exceptions import FormParserError
 from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
@@ -140,6 +142,8 @@ async def read_form(request: Request, config: ServiceConfig) -> tuple[list[str],
         if error.message.startswith('Too many'):
             raise invalid(error.message) from error
         raise ServiceError(400, 'malformed_form', f'the body is not a form: {error.message}') from error
+    except FormParserError as error:  # which newer versions of Starlette turn into the one above
+        raise ServiceError(400, 'malformed_form', f'the body is not a form: {error}') from error
     texts, files = [], []
     for name, value in form.multi_items():
         if name not in ('texts', 'audio'):
@@ -193,8 +197,10 @@ def open_audio(uploads: list[UploadFile], config: ServiceConfig, sample_rate: in
     files, seconds = [], 0.0
     for index, upload in enumerate(uploads):
         name = f'audio[{index}] ({upload.filename:.80})'
+        content = io.BytesIO(upload.file.read())  # an upload's own file cannot tell where it is on Python 3.10
+        upload.file.close()
         try:
-            file = AudioFile(upload.file, name)
+            file = AudioFile(content, name)
         except ValueError as error:
             raise ServiceError(400, 'unreadable_audio', str(error)) from error
         common = math.gcd(file.sample_rate, sample_rate)
