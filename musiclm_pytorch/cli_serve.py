@@ -50,7 +50,7 @@ def run_serve(options: argparse.Namespace) -> None:
 
     from musiclm_pytorch.inference.service.config import ServiceConfig, create_service, require
 
-    require('uvicorn')
+    require('fastapi', 'python_multipart', 'uvicorn')
     names = [name.replace('-', '_') for name in LIMITS]
     config = ServiceConfig(**{name: getattr(options, name) for name in names})
     app = create_service(load_model(options.model).to(options.device), config)

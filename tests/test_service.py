@@ -327,6 +327,21 @@ def test_work_that_has_not_begun_in_time_is_dropped(musiclm, monkeypatch):
         assert calls == made == []
 
 
+def test_texts_that_no_one_waits_for_any_more_are_left_out(mulan, monkeypatch):
+    worker = ModelWorker(mulan)
+    calls = counted(monkeypatch, worker.engine, 'embed_texts')
+    free = threading.Event()
+    worker.submit(lambda job: free.wait(WAITS))
+    jobs = [worker.embed_texts([text]) for text in TEXTS]
+    jobs[0].abandon()
+    jobs[2].abandon()
+    free.set()
+    for index in (1, 3):
+        close(jobs[index].future.result(WAITS).tolist(), own_texts(mulan, TEXTS[index : index + 1]))
+    assert calls == [([TEXTS[1], TEXTS[3]],)]
+    worker.close()
+
+
 def test_music_that_no_one_waits_for_is_not_made_to_the_end(musiclm):
     worker = ModelWorker(musiclm)
     job = worker.generate(['a'], seconds=60.0, seed=0)

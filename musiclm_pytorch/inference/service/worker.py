@@ -117,8 +117,10 @@ class ModelWorker:
         total = 0
         # none are left where a turn before took them
         while self._texts and (not taken or total + len(self._texts[0][1]) <= TEXTS_AT_A_TIME):
-            taken.append(self._texts.popleft())
-            total += len(taken[-1][1])
+            job, texts = self._texts.popleft()
+            if not job.future.cancelled():
+                taken.append((job, texts))
+                total += len(texts)
 
         def embed() -> tuple[Tensor, ...]:
             latents = self.engine.embed_texts([text for _, texts in taken for text in texts])
