@@ -1,4 +1,4 @@
-"""MuLaN and MusicLM at work: optimised, batched, searched, exported, packaged, served. Names are imported on first use."""
+"""MuLaN and MusicLM at work: optimised, in batches, searched, exported, packaged, served. Imported on first use."""
 
 from musiclm_pytorch.lazy import lazy_names
 
