@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from musiclm_pytorch.cli_app import app
 from musiclm_pytorch.cli_evaluate import compare, evaluate
 from musiclm_pytorch.cli_generate import generate
 from musiclm_pytorch.cli_search import index, search
@@ -190,7 +191,7 @@ TRAININGS = [
     train_stage('fine', 'fine acoustic tokens from coarse ones'),
     train_all,
 ]
-SUBCOMMANDS = [shard, train, tokens, generate, evaluate, compare, index, search, serve]
+SUBCOMMANDS = [shard, train, tokens, generate, evaluate, compare, index, search, serve, app]
 
 if __name__ == '__main__':
     sys.exit(main())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import time
 from pathlib import Path
 
@@ -54,7 +53,7 @@ def run_generate(options: argparse.Namespace) -> None:
     if page.exists() and not options.overwrite:
         raise FileExistsError(f'{page} is there already; give another folder, or --overwrite')
 
-    from musiclm_pytorch.gallery import Clip, write_gallery
+    from musiclm_pytorch.gallery import file_name, ranked_clips, write_gallery
     from musiclm_pytorch.musiclm import MusicLM
 
     musiclm = MusicLM.from_pretrained(options.model).to(options.device)
@@ -76,9 +75,7 @@ def run_generate(options: argparse.Namespace) -> None:
 
     clips = []
     for number, (prompt, waves, scores) in enumerate(zip(options.prompts, music.waves, music.scores), 1):
-        for place, index in enumerate(scores.argsort(descending=True).tolist(), 1):
-            name = f'{number:02d}-{file_name(prompt)}-{place}'
-            clips.append(Clip(name, waves[index], f'sample {place}', f'MuLaN: {scores[index]:.3f}', prompt))
+        clips += ranked_clips(prompt, waves, scores, name=f'{number:02d}-{file_name(prompt)}')
     page = write_gallery(options.output, clips, musiclm.sample_rate, title='Music', overwrite=options.overwrite)
     prompts = {f'{clip.name}.wav': clip.section for clip in clips}  # what `musiclm evaluate` reads
     (Path(options.output) / 'prompts.json').write_text(json.dumps(prompts, indent=2) + '\n', encoding='utf-8')
@@ -86,8 +83,3 @@ def run_generate(options: argparse.Namespace) -> None:
         print(f'{clip.note}  {Path(options.output) / clip.name}.wav')
     made = len(clips) * options.seconds
     print(f'{made:g} s of music in {seconds:.1f} s; the page is {page}')
-
-
-def file_name(prompt: str) -> str:
-    """The first words of a prompt as a file name."""
-    return '-'.join(re.findall(r'\w+', prompt.lower())[:6])[:48] or 'music'

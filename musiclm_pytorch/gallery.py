@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,6 +54,29 @@ class Clip:
     section: str = ''
 
 
+def ranked_clips(prompt: str, waves: Tensor, scores: Tensor, *, name: str) -> list[Clip]:
+    """The samples `(num_samples, samples)` made for a prompt, the one of the highest score first.
+
+    `name` is that of the files, to which a sample's place is added.
+    """
+    order = scores.argsort(descending=True).tolist()
+    return [
+        Clip(f'{name}-{place}', waves[index], f'sample {place}', f'MuLaN: {scores[index]:.3f}', prompt)
+        for place, index in enumerate(order, 1)
+    ]
+
+
+def file_name(prompt: str) -> str:
+    """The first words of a prompt as a file name."""
+    return '-'.join(re.findall(r'\w+', prompt.lower())[:6])[:48] or 'music'
+
+
+def write_clip(folder: Path, clip: Clip, sample_rate: int) -> None:
+    """Write `name.wav` (16 bit) and `name.png`."""
+    soundfile.write(folder / f'{clip.name}.wav', clip.wave.clamp(-1, 1).cpu().numpy(), sample_rate)
+    picture(clip.wave, sample_rate).savefig(folder / f'{clip.name}.png', dpi=80)
+
+
 def write_gallery(
     folder: str | Path, clips: Sequence[Clip], sample_rate: int, *, title: str, overwrite: bool = False
 ) -> Path:
@@ -67,8 +91,7 @@ def write_gallery(
     folder.mkdir(parents=True, exist_ok=True)
     body, section = [], ''
     for clip in clips:
-        soundfile.write(folder / f'{clip.name}.wav', clip.wave.clamp(-1, 1).cpu().numpy(), sample_rate)
-        picture(clip.wave, sample_rate).savefig(folder / f'{clip.name}.png', dpi=80)
+        write_clip(folder, clip, sample_rate)
         if clip.section != section:
             section = clip.section
             body.append(f'<h2>{html.escape(section)}</h2>')

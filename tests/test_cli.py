@@ -94,6 +94,7 @@ def test_every_option_has_help(monkeypatch):
         'index',
         'search',
         'serve',
+        'app',
         *(f'train {name}' for name in trainings),
     }
     for parser in commands.values():

@@ -8,7 +8,6 @@ import torch
 
 from musiclm_pytorch import MusicLM
 from musiclm_pytorch.cli import main
-from musiclm_pytorch.cli_generate import file_name
 from musiclm_pytorch.pretrained import HOME, find_pretrained, pretrained_names
 
 
@@ -79,11 +78,6 @@ def test_bad_options_are_told_in_a_line(tmp_path, capsys, arguments, message):
     assert message in error
     assert error.count('\n') == 1
     assert not (tmp_path / 'out').exists()
-
-
-def test_file_names_are_safe():
-    assert file_name('A "fast", happy/flute ../melody, please: now!') == 'a-fast-happy-flute-melody-please'
-    assert file_name('♪') == 'music'
 
 
 @pytest.mark.slow

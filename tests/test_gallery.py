@@ -7,7 +7,7 @@ import pytest
 import soundfile
 import torch
 
-from musiclm_pytorch.gallery import Clip, log_mel, picture, write_gallery
+from musiclm_pytorch.gallery import Clip, file_name, log_mel, picture, ranked_clips, write_gallery
 
 RATE = 8000
 
@@ -71,3 +71,17 @@ def test_silence_and_very_short_clips_have_a_picture(wave):
     mel = log_mel(wave, RATE)
     assert mel.isfinite().all()
     assert picture(wave, RATE).axes
+
+
+def test_samples_stand_in_the_order_of_their_scores():
+    waves = torch.arange(3.0)[:, None].repeat(1, 4)
+    clips = ranked_clips('slow <flute>', waves, torch.tensor([0.1, 0.7, -0.25]), name='flute')
+    assert [clip.wave[0].item() for clip in clips] == [1, 0, 2]
+    assert [clip.name for clip in clips] == ['flute-1', 'flute-2', 'flute-3']
+    assert [clip.note for clip in clips] == ['MuLaN: 0.700', 'MuLaN: 0.100', 'MuLaN: -0.250']
+    assert {clip.section for clip in clips} == {'slow <flute>'}
+
+
+def test_file_names_are_safe():
+    assert file_name('A "fast", happy/flute ../melody, please: now!') == 'a-fast-happy-flute-melody-please'
+    assert file_name('♪') == 'music'

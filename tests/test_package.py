@@ -52,6 +52,7 @@ ROOMS = [
     'cli_evaluate',
     'cli_search',
     'cli_serve',
+    'cli_app',
     'cli',
 ]
 # These only name the rest again, so they may import anything, and nothing may import from them.

@@ -15,7 +15,9 @@ __getattr__, __dir__, __all__ = lazy_names(
         'OptimizedMuLaN': 'optimize',
         'ServiceConfig': 'service.config',
         'benchmark_inference_speed': 'benchmark',
+        'create_app': 'app',
         'create_service': 'service.config',
+        'launch_app': 'app',
         'synthesise': 'synthesis',
     },
 )

@@ -1,0 +1,60 @@
+"""`musiclm app`: the web page that makes music."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import signal
+import tempfile
+import threading
+
+
+def app(subcommands) -> None:
+    """`musiclm app`: a web page with prompt, players, spectrograms and scores."""
+    parser = subcommands.add_parser(
+        'app',
+        help='serve a web page that makes music',
+        description='Serve a web page: prompts and stories to players, spectrograms, scores and downloads. It needs no '
+        "network, and one request at a time makes music. Needs pip install 'musiclm-pytorch[app]'.",
+    )
+    parser.add_argument(
+        '--model',
+        metavar='FOLDER',
+        default='tiny',
+        help='a folder written by MusicLM.save_pretrained, or the name of a model that ships (default: %(default)s)',
+    )
+    parser.add_argument(
+        '--host',
+        metavar='HOST',
+        default='127.0.0.1',
+        help='where it is served; 0.0.0.0 is every network of this machine (default: %(default)s, this machine alone)',
+    )
+    parser.add_argument('--port', metavar='N', type=int, default=7860, help='(default: %(default)s)')
+    parser.add_argument('--device', default='cpu', help='such as cuda (default: %(default)s)')
+    parser.add_argument(
+        '--max-seconds', metavar='S', type=float, default=30.0, help='the longest music (default: %(default)g)'
+    )
+    parser.add_argument(
+        '--max-samples', metavar='N', type=int, default=8, help='the most pieces at once (default: %(default)s)'
+    )
+    parser.add_argument(
+        '--share', action='store_true', help="a public address as well, through Gradio's servers, for anyone to use"
+    )
+    parser.set_defaults(run=run_app, prog=parser.prog)
+
+
+def run_app(options: argparse.Namespace) -> None:
+    from musiclm_pytorch.inference.app import create_app, launch_app
+    from musiclm_pytorch.musiclm import MusicLM
+
+    musiclm = MusicLM.from_pretrained(options.model).to(options.device)
+    with tempfile.TemporaryDirectory(prefix='musiclm-app-') as folder:
+        os.environ.setdefault('GRADIO_TEMP_DIR', folder)  # so that what was made goes with the page
+        page = create_app(musiclm, max_seconds=options.max_seconds, max_samples=options.max_samples)
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        with contextlib.suppress(KeyboardInterrupt):
+            address = launch_app(page, host=options.host, port=options.port, share=options.share)
+            print(f'the page is at {address} until Ctrl-C', flush=True)
+            threading.Event().wait()
+        page.close(verbose=False)

@@ -1,0 +1,141 @@
+"""What is asked for on a page, checked and made into ranked clips. Without the page."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from musiclm_pytorch.audiolm.requests import STAGES
+from musiclm_pytorch.audiolm.sampling import Progress
+from musiclm_pytorch.checks import check_positive, typechecked
+from musiclm_pytorch.gallery import Clip, file_name, ranked_clips
+from musiclm_pytorch.musiclm import MusicLM
+
+
+class MusicMaker:
+    """What the page's buttons do, without the page.
+
+    Args:
+        musiclm: what makes the music.
+        max_seconds, max_samples: the most that may be asked for at once.
+    """
+
+    @typechecked
+    def __init__(self, musiclm: MusicLM, *, max_seconds: float = 30.0, max_samples: int = 8):
+        check_positive(max_seconds=max_seconds, max_samples=max_samples)
+        self.musiclm = musiclm
+        self.max_seconds = max_seconds
+        self.max_samples = max_samples
+
+    def from_prompt(self, prompt: str, seconds: float, prime: str | Path | None = None, **how: Any) -> list[Clip]:
+        """The samples for a prompt, the best first; `how` as in `_make`.
+
+        Raises ValueError for an empty prompt and for what is out of range, naming both value and range.
+        """
+        if not prompt.strip():
+            raise ValueError('the prompt is empty; say what the music is like')
+        self._check_seconds(seconds)
+        return self._make(prompt, prompt, seconds=seconds, prime_wave_path=prime, **how)
+
+    def from_story(self, rows: Sequence[Sequence[Any]], **how: Any) -> list[Clip]:
+        """The same for a story, rows of (seconds, prompt); rows with neither are passed over.
+
+        Raises ValueError also for a row with one of the two only.
+        """
+        story = read_story(rows)
+        self._check_seconds(sum(length for length, _ in story))
+        return self._make(story, ' – '.join(prompt for _, prompt in story), parts=len(story), **how)
+
+    def _check_seconds(self, seconds: float | None) -> None:
+        if seconds is None or not 0 < seconds <= self.max_seconds:
+            raise ValueError(f'the music may last up to {self.max_seconds:g} seconds, got {seconds}')
+
+    def _make(
+        self,
+        text: str | Sequence[tuple[float, str]],
+        title: str,
+        *,
+        num_samples: int,
+        seed: int | None,
+        cond_scale: float | None = None,
+        temperature: float | None = None,
+        parts: int = 1,
+        report: Callable[[float, str], None] | None = None,
+        **keywords: Any,
+    ) -> list[Clip]:
+        """Make `num_samples` pieces and rank them.
+
+        cond_scale, temperature: of the stage where the model's own is highest, the others in proportion; by default the
+            model's own.
+        report: told the share of the work that is done, and what is being done.
+        """
+        if not 1 <= num_samples <= self.max_samples:
+            raise ValueError(f'the number of samples may be 1 to {self.max_samples}, got {num_samples}')
+        if seed is None:
+            raise ValueError('give a seed, any whole number; the same one makes the same music')
+        own = self.musiclm.sampling
+        music = self.musiclm(
+            text,
+            num_samples=int(num_samples),
+            seed=int(seed),
+            cond_scale=None if cond_scale is None else in_proportion(own['cond_scale'], cond_scale, neutral=1.0),
+            temperature=None if temperature is None else in_proportion(own['temperature'], temperature, neutral=0.0),
+            return_all=True,
+            return_scores=True,
+            progress=stage_progress(report, parts) if report else False,
+            **keywords,
+        )
+        return ranked_clips(title, music.waves[0], music.scores[0], name=file_name(title))
+
+
+def read_story(rows: Sequence[Sequence[Any]]) -> list[tuple[float, str]]:
+    """(seconds, prompt) of the rows of a table that are filled in. Raises ValueError, naming the row."""
+    story = []
+    for number, (length, prompt) in enumerate(rows, 1):
+        length, prompt = ('' if it is None or it != it else str(it).strip() for it in (length, prompt))
+        if not length and not prompt:
+            continue
+        if not prompt:
+            raise ValueError(f'row {number} of the story has no prompt')
+        try:
+            seconds = float(length)
+            check_positive(seconds=seconds)
+        except ValueError:
+            raise ValueError(f'row {number} of the story needs its seconds, a number above 0, got {length!r}') from None
+        story.append((seconds, prompt))
+    if not story:
+        raise ValueError('the story is empty; give seconds and a prompt in a row or more')
+    return story
+
+
+def highest(own: float | Sequence[float]) -> float:
+    """What a slider shows for the model's own settings of three stages."""
+    return float(max(own) if isinstance(own, Sequence) else own)
+
+
+def in_proportion(own: float | Sequence[float], value: float, *, neutral: float) -> float | tuple[float, ...]:
+    """The model's own settings of three stages, their distances from `neutral` stretched until the highest is `value`.
+
+    A stage at `neutral` stays there, unless all are.
+    """
+    top = highest(own)
+    if value == top:
+        return own
+    if not isinstance(own, Sequence) or top == neutral:
+        return value
+    return tuple(neutral + (it - neutral) * (value - neutral) / (top - neutral) for it in own)
+
+
+def stage_progress(report: Callable[[float, str], None], parts: int) -> Progress:
+    """MusicLM's progress, which begins anew for each part in each of three stages, as a share of all of it."""
+    calls, last = 0, 0
+
+    def advance(done: int, total: int) -> None:
+        nonlocal calls, last
+        calls += done <= last or calls == 0
+        last = done
+        stage = STAGES[min((calls - 1) // parts, len(STAGES) - 1)]
+        report(min(1.0, (calls - 1 + done / total) / (parts * len(STAGES))), f'{stage} tokens')
+
+    return advance

@@ -1,0 +1,417 @@
+"""The web page: what its buttons do, the command, and the page itself in a browser, from the click to the sound."""
+
+import io
+import itertools
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+from musiclm_pytorch import MusicLM
+from musiclm_pytorch.cli import main
+from musiclm_pytorch.inference.app import create_app, launch_app
+from musiclm_pytorch.inference.music_maker import MusicMaker, highest, in_proportion, read_story, stage_progress
+
+ROOT = Path(__file__).parents[1]
+RATE = 16000
+PROMPT = 'a slow low organ'
+FLAGS = [
+    '--no-sandbox',
+    '--disable-gpu',
+    '--disable-quic',
+    '--no-first-run',
+    '--disable-background-networking',
+    '--disable-component-update',
+    '--disable-sync',
+    '--autoplay-policy=no-user-gesture-required',
+]
+
+
+@pytest.fixture(scope='module')
+def tiny():
+    return MusicLM.from_pretrained('tiny')
+
+
+@pytest.fixture(scope='module')
+def maker(tiny):
+    return MusicMaker(tiny, max_seconds=4.0, max_samples=3)
+
+
+def free_port():
+    with socket.socket() as it:
+        it.bind(('127.0.0.1', 0))
+        return it.getsockname()[1]
+
+
+# what the buttons do
+
+
+def test_a_prompt_gives_what_the_model_gives_in_the_order_of_scores(tiny, maker):
+    clips = maker.from_prompt(PROMPT, 1.0, num_samples=3, seed=4)
+    waves, scores = tiny(PROMPT, 3, seconds=1.0, seed=4, return_all=True, return_scores=True)
+    order = scores[0].argsort(descending=True)
+    assert [clip.note for clip in clips] == [f'MuLaN: {scores[0, index]:.3f}' for index in order]
+    for clip, index in zip(clips, order):
+        assert torch.equal(clip.wave, waves[0, index])
+    assert [clip.name for clip in clips] == [f'a-slow-low-organ-{place}' for place in (1, 2, 3)]
+
+    # where the sliders stand at first, nothing is changed
+    sliders = {name: highest(tiny.sampling[name]) for name in ('cond_scale', 'temperature')}
+    again = maker.from_prompt(PROMPT, 1, num_samples=3, seed=4, **sliders)
+    assert all(torch.equal(clip.wave, other.wave) for clip, other in zip(clips, again))
+    other = maker.from_prompt(PROMPT, 1, num_samples=1, seed=4, cond_scale=5.0, temperature=0.5)
+    scaled = tiny(PROMPT, seconds=1.0, seed=4, cond_scale=(5.0, 1.0, 1.0), temperature=(0.5, 0.375, 0.25))
+    torch.testing.assert_close(other[0].wave, scaled[0])
+
+
+def test_a_story_and_a_prime_go_to_the_model(tiny, maker, tmp_path):
+    shares = []
+    rows = [[0.5, PROMPT], ['', None], ['0.7', ' a flute '], [float('nan'), '']]
+    clips = maker.from_story(rows, num_samples=1, seed=2, report=lambda *told: shares.append(told))
+    assert torch.equal(clips[0].wave, tiny([(0.5, PROMPT), (0.7, 'a flute')], seed=2)[0])
+    assert clips[0].section == f'{PROMPT} – a flute'
+    assert all(one <= other for (one, _), (other, _) in itertools.pairwise(shares))
+    assert shares[-1][0] == pytest.approx(1)
+    assert [what for what, _ in itertools.groupby(what for _, what in shares)] == [
+        f'{stage} tokens' for stage in ('semantic', 'coarse', 'fine')
+    ]
+
+    soundfile.write(tmp_path / 'prime.wav', clips[0].wave[:8000].numpy(), RATE)
+    primed = maker.from_prompt(PROMPT, 1.0, tmp_path / 'prime.wav', num_samples=1, seed=3)
+    expected = tiny(PROMPT, seconds=1.0, seed=3, prime_wave_path=tmp_path / 'prime.wav')
+    assert torch.equal(primed[0].wave, expected[0])
+
+
+@pytest.mark.parametrize(
+    ('given', 'message'),
+    [
+        (dict(prompt=' \n'), 'the prompt is empty'),
+        (dict(seconds=4.5), 'up to 4 seconds, got 4.5'),
+        (dict(seconds=0), 'up to 4 seconds, got 0'),
+        (dict(seconds=None), 'up to 4 seconds, got None'),
+        (dict(seconds=float('nan')), 'up to 4 seconds, got nan'),
+        (dict(num_samples=4), 'may be 1 to 3, got 4'),
+        (dict(num_samples=0), 'may be 1 to 3, got 0'),
+        (dict(seed=None), 'give a seed'),
+        (dict(temperature=-1.0), 'temperature must be 0 or above'),
+    ],
+)
+def test_what_cannot_be_made_is_told(maker, given, message):
+    with pytest.raises(ValueError, match=message):
+        maker.from_prompt(**{**dict(prompt=PROMPT, seconds=1.0, num_samples=1, seed=0), **given})
+
+
+@pytest.mark.parametrize(
+    ('rows', 'message'),
+    [
+        ([], 'the story is empty'),
+        ([['', None], [None, ' ']], 'the story is empty'),
+        ([[1, 'a flute'], [2, '']], 'row 2 of the story has no prompt'),
+        ([['long', 'a flute']], "row 1 of the story needs its seconds, a number above 0, got 'long'"),
+        ([[-1, 'a flute']], "got '-1'"),
+        ([['inf', 'a flute']], "got 'inf'"),
+        ([[None, 'a flute']], "got ''"),
+        ([[2, 'a flute'], [3, 'an organ']], 'up to 4 seconds, got 5'),
+    ],
+)
+def test_stories_that_cannot_be_told_are_told_why(maker, rows, message):
+    with pytest.raises(ValueError, match=message):
+        maker.from_story(rows, num_samples=1, seed=0)
+
+
+def test_rows_are_read_as_they_stand():
+    assert read_story([['2', 'a'], [1.5, ' b ']]) == [(2.0, 'a'), (1.5, 'b')]
+
+
+def test_settings_keep_their_proportion():
+    assert in_proportion((2.0, 1.5, 1.0), 3.0, neutral=1.0) == (3.0, 2.0, 1.0)
+    assert in_proportion([2.0, 1.5, 1.0], 1.0, neutral=1.0) == (1.0, 1.0, 1.0)
+    assert in_proportion((0.8, 0.6, 0.4), 0.4, neutral=0.0) == pytest.approx((0.4, 0.3, 0.2))
+    assert in_proportion((1.0, 1.0, 1.0), 4.0, neutral=1.0) == 4.0
+    assert in_proportion(3.0, 4.0, neutral=1.0) == 4.0
+    own = (1.1, 1.3, 0.7)
+    assert in_proportion(own, highest(own), neutral=1.0) is own
+
+
+def test_progress_counts_stages_of_one_step():
+    told = []
+    advance = stage_progress(lambda *it: told.append(it), parts=1)
+    for done, total in ((1, 1), (1, 1), (1, 2), (2, 2)):
+        advance(done, total)
+    assert [share for share, _ in told] == pytest.approx([1 / 3, 2 / 3, 5 / 6, 1])
+    assert [what.split()[0] for _, what in told] == ['semantic', 'coarse', 'fine', 'fine']
+
+
+# the command
+
+
+def test_a_missing_extra_is_named(tiny, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'gradio', None)
+    with pytest.raises(ImportError, match=r"pip install 'musiclm-pytorch\[app\]'"):
+        create_app(tiny)
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'message'),
+    [
+        (['--model', 'tinny'], 'there is no folder tinny'),
+        (['--max-seconds', '0'], 'max_seconds must be greater than 0'),
+        (['--max-samples', '-1'], 'max_samples must be greater than 0'),
+        (['--port', '70000'], 'port must lie between 1 and 65535, got 70000'),
+    ],
+)
+def test_bad_options_are_told_in_a_line(tmp_path, capsys, monkeypatch, arguments, message):
+    monkeypatch.setenv('GRADIO_TEMP_DIR', str(tmp_path))
+    assert main(['app', *arguments]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count('\n') == 1
+
+
+@pytest.mark.slow
+def test_the_command_serves_until_it_is_told_to_stop(tiny, tmp_path):
+    from gradio_client import Client
+
+    port = free_port()
+    environment = {**os.environ, 'TMPDIR': str(tmp_path), 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1'}
+    environment.pop('GRADIO_TEMP_DIR', None)
+    command = [sys.executable, '-m', 'musiclm_pytorch.cli', 'app', '--port', str(port), '--max-samples', '2']
+    server = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+    try:
+        assert server.stdout.readline() == f'the page is at http://127.0.0.1:{port}/ until Ctrl-C\n'
+        with pytest.raises(OSError, match=f'cannot serve at 127.0.0.1, port {port}, where something else may be'):
+            launch_app(create_app(tiny), port=port)
+        client = Client(f'http://127.0.0.1:{port}', verbose=False, download_files=str(tmp_path / 'got'))
+        _, _, score, path, picture, *others = client.predict(PROMPT, 1, None, 1, 2, 0.8, 5, api_name='/generate')
+        assert 'MuLaN' in str(score)
+        heard, rate = soundfile.read(path)
+        assert rate == RATE
+        np.testing.assert_allclose(heard, tiny(PROMPT, seconds=1.0, seed=5)[0].numpy(), atol=1e-4)
+        assert Path(picture).read_bytes().startswith(b'\x89PNG')
+        assert len(others) == 4  # the slot that is not needed
+        kept = list(tmp_path.glob('musiclm-app-*/*/*.wav'))
+        assert len(kept) == 1
+    finally:
+        server.send_signal(signal.SIGTERM)
+        code = server.wait(60)
+        server.stdout.close()
+    assert code == 0
+    assert not list(tmp_path.glob('musiclm-app-*'))
+
+
+# the page in a browser
+
+
+class Served:
+    """A page at an address, and the addresses beyond this machine that its process turned to."""
+
+    def __init__(self, address):
+        self.address, self.strangers, self.watching = address, [], True
+
+    def audit(self, event, arguments):
+        if self.watching and event in ('socket.connect', 'socket.getaddrinfo'):
+            where = arguments[1] if event == 'socket.connect' else arguments
+            host = where[0] if isinstance(where, tuple) else None  # others are paths of local sockets
+            if host is not None and str(host) not in ('127.0.0.1', 'localhost', '::1', "b'localhost'"):
+                self.strangers.append(host)
+
+
+@pytest.fixture(scope='module')
+def served(tiny, tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv('GRADIO_TEMP_DIR', str(tmp_path_factory.mktemp('made')))
+        port = free_port()
+        it = Served(f'http://127.0.0.1:{port}/')
+        sys.addaudithook(it.audit)  # for as long as the process lives, hence `watching`
+        app = create_app(tiny, max_seconds=8.0, max_samples=4)
+        assert launch_app(app, port=port) == it.address
+        yield it
+        it.watching = False
+        app.close(verbose=False)
+
+
+@pytest.fixture(scope='module')
+def browser():
+    names = ('chromium', 'chromium-browser', 'google-chrome')
+    path = next(filter(None, map(shutil.which, names)), None)
+    if path is None:
+        pytest.skip(f'no browser to look at the page with: none of {", ".join(names)} is installed')
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=path, args=FLAGS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def page(served, browser):
+    page = browser.new_page(viewport=dict(width=1280, height=900))
+    page.set_default_timeout(120_000)
+    page.asked = []
+    page.on('request', lambda request: page.asked.append(request.url))
+    page.goto(served.address)
+    page.wait_for_selector('#generate')
+    yield page
+    page.close()
+
+
+def fill(page, name, value):
+    """Type into the number box of a slider, or into a number."""
+    box = page.locator(f'#{name} input[type=number]')
+    box.fill(str(value))
+    box.press('Tab')
+
+
+def shown(page, count):
+    """Scores, sounds and the pictures' widths of the samples that are on the page, once there are `count`."""
+    page.wait_for_function(
+        """count => {
+            const samples = [...document.querySelectorAll('.sample')].filter(it => it.offsetParent)
+            return samples.length == count && samples.every(it => {
+                const [audio, image] = [it.querySelector('audio'), it.querySelector('img')]
+                return audio?.src && audio.readyState >= 1 && image?.complete && image.naturalWidth
+            })
+        }""",
+        arg=count,
+    )
+    samples = page.locator('.sample:visible')
+    scores = [float(it.split('MuLaN:')[1]) for it in samples.locator('.score').all_inner_texts()]
+    sources = samples.locator('audio').evaluate_all('all => all.map(it => it.src)')
+    widths = samples.locator('img').evaluate_all('all => all.map(it => it.naturalWidth)')
+    waves = []
+    for source in sources:
+        wave, rate = soundfile.read(io.BytesIO(page.request.get(source).body()), dtype='int16')
+        assert rate == RATE
+        waves.append(wave)
+    return scores, waves, widths
+
+
+def as_written(wave):
+    """What a wave is in a file of 16 bits."""
+    file = io.BytesIO()
+    soundfile.write(file, wave.clamp(-1, 1).numpy(), RATE, format='WAV')
+    return soundfile.read(io.BytesIO(file.getvalue()), dtype='int16')[0]
+
+
+@pytest.mark.slow
+def test_from_the_click_to_the_sound(tiny, served, page):
+    page.fill('#prompt textarea', PROMPT)
+    fill(page, 'seconds', 1.5)
+    fill(page, 'samples', 3)
+    fill(page, 'seed', 7)
+    page.click('#generate')
+    scores, waves, widths = shown(page, 3)
+
+    music = tiny(PROMPT, 3, seconds=1.5, seed=7, return_all=True, return_scores=True)
+    order = music.scores[0].argsort(descending=True)
+    assert scores == pytest.approx(music.scores[0, order].tolist(), abs=6e-4)
+    assert scores == sorted(scores, reverse=True)
+    for wave, index in zip(waves, order):
+        assert abs(wave.astype(int) - as_written(music.waves[0, index])).max() <= 1
+    assert all(width > 300 for width in widths)
+    assert 'seed 7' in page.inner_text('#note')
+
+    # it plays, and is downloaded under a name that tells what it is
+    player = page.locator('.sample audio').first
+    assert player.evaluate('it => it.duration') == pytest.approx(1.5, abs=0.01)
+    player.evaluate('it => it.play()')
+    page.wait_for_function("document.querySelector('.sample audio').currentTime > 0.2")
+    with page.expect_download() as download:
+        page.locator('.sample [data-testid=download-link]').first.click()
+    assert download.value.suggested_filename == 'a-slow-low-organ-1.wav'
+    assert np.array_equal(soundfile.read(download.value.path(), dtype='int16')[0], waves[0])
+
+    # fewer samples hide what is left over; another seed is another piece
+    page.click('#another')
+    page.wait_for_function("document.querySelector('#seed input').value != '7'")
+    fill(page, 'samples', 1)
+    page.click('#generate')
+    _, others, _ = shown(page, 1)
+    assert not any(np.array_equal(others[0], wave) for wave in waves)
+
+    assert all(url.startswith((served.address, 'data:', 'blob:')) for url in page.asked)
+    assert served.strangers == []
+
+
+@pytest.mark.slow
+def test_a_story_is_typed_and_told(tiny, page):
+    page.click('button[role=tab]:has-text("Story")')
+    for row, (seconds, prompt) in enumerate([('0.5', PROMPT), ('1', 'a fast flute'), ('0.8', 'drums')]):
+        for column, text in enumerate((seconds, prompt)):
+            page.locator(f'#story [data-row="{row}"][data-col="{column}"]:visible').first.dblclick()
+            page.keyboard.press('Control+A')
+            page.keyboard.type(text)
+            page.keyboard.press('Enter')
+    fill(page, 'samples', 2)
+    fill(page, 'seed', 3)
+    page.click('#tell')
+    scores, waves, widths = shown(page, 2)
+    music = tiny([(0.5, PROMPT), (1, 'a fast flute'), (0.8, 'drums')], 2, seed=3, return_all=True, return_scores=True)
+    order = music.scores[0].argsort(descending=True)
+    assert scores == pytest.approx(music.scores[0, order].tolist(), abs=6e-4)
+    for wave, index in zip(waves, order):
+        assert abs(wave.astype(int) - as_written(music.waves[0, index])).max() <= 1
+    assert all(width > 300 for width in widths)
+
+
+@pytest.mark.slow
+def test_errors_are_shown_in_words(page):
+    page.fill('#prompt textarea', '  ')
+    page.click('#generate')
+    page.wait_for_selector('text=the prompt is empty; say what the music is like')
+    page.click('button[role=tab]:has-text("Story")')
+    page.locator('#story [data-row="0"][data-col="0"]:visible').first.dblclick()
+    page.keyboard.press('Control+A')
+    page.keyboard.type('100')
+    page.keyboard.press('Enter')
+    page.click('#tell')
+    page.wait_for_selector('text=the music may last up to 8 seconds, got 103')
+    assert page.locator('.sample:visible').count() == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('width', [360, 1280])
+def test_the_page_fits_the_screen(page, width):
+    page.set_viewport_size(dict(width=width, height=800))
+    fill(page, 'seconds', 1)
+    fill(page, 'samples', 1)
+    page.click('#generate')
+    shown(page, 1)
+    assert page.evaluate('document.documentElement.scrollWidth') <= width
+    page.wait_for_function("document.querySelector('#note').getBoundingClientRect().top < innerHeight")
+
+
+@pytest.mark.slow
+def test_one_request_at_a_time_makes_music(served, monkeypatch):
+    from gradio_client import Client
+
+    made, now, most = MusicLM.forward, [], []
+
+    def counted(*arguments, **keywords):
+        now.append(threading.get_ident())
+        most.append(len(now))
+        time.sleep(0.3)
+        try:
+            return made(*arguments, **keywords)
+        finally:
+            now.pop()
+
+    monkeypatch.setattr(MusicLM, 'forward', counted)
+    client = Client(served.address, verbose=False, download_files=False)
+    jobs = [client.submit(PROMPT, 1, None, 1, 2, 0.8, seed, api_name='/generate') for seed in (1, 2)]
+    story = dict(headers=['seconds', 'prompt'], data=[[1, 'a flute']], metadata=None)
+    jobs.append(client.submit(story, 1, 2, 0.8, 3, api_name='/story'))
+    for job in jobs:
+        job.result(timeout=300)
+    assert most == [1, 1, 1]
