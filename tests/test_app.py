@@ -192,13 +192,13 @@ def test_the_command_serves_until_it_is_told_to_stop(tiny, tmp_path):
         with pytest.raises(OSError, match=f'cannot serve at 127.0.0.1, port {port}, where something else may be'):
             launch_app(create_app(tiny), port=port)
         client = Client(f'http://127.0.0.1:{port}', verbose=False, download_files=str(tmp_path / 'got'))
-        _, _, score, path, picture, *others = client.predict(PROMPT, 1, None, 1, 2, 0.8, 5, api_name='/generate')
-        assert 'MuLaN' in str(score)
+        _, score, path, picture, *others = client.predict(PROMPT, 1, None, 1, 2, 0.8, 5, api_name='/generate')
+        assert score.startswith('**Sample 1** · MuLaN: ')
         heard, rate = soundfile.read(path)
         assert rate == RATE
         np.testing.assert_allclose(heard, tiny(PROMPT, seconds=1.0, seed=5)[0].numpy(), atol=1e-4)
-        assert Path(picture).read_bytes().startswith(b'\x89PNG')
-        assert len(others) == 4  # the slot that is not needed
+        assert Path(picture['value']).read_bytes().startswith(b'\x89PNG')
+        assert others == [None] * 3  # the slot that is not needed
         kept = list(tmp_path.glob('musiclm-app-*/*/*.wav'))
         assert len(kept) == 1
     finally:
@@ -286,7 +286,7 @@ def shown(page, count):
         arg=count,
     )
     samples = page.locator('.sample:visible')
-    scores = [float(it.split('MuLaN:')[1]) for it in samples.locator('.score').all_inner_texts()]
+    scores = [float(it.split('MuLaN:')[1]) for it in samples.locator('.block.score').all_inner_texts()]
     sources = samples.locator('audio').evaluate_all('all => all.map(it => it.src)')
     widths = samples.locator('img').evaluate_all('all => all.map(it => it.naturalWidth)')
     waves = []
