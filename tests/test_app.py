@@ -3,6 +3,7 @@
 import io
 import itertools
 import os
+import re
 import shutil
 import signal
 import socket
@@ -273,6 +274,15 @@ def fill(page, name, value):
     box.press('Tab')
 
 
+def type_into(page, row, column, text):
+    """Into a cell of the story, as a double click opens it."""
+    cell = page.locator(f'#story [data-row="{row}"][data-col="{column}"]:visible')
+    cell.dblclick()
+    cell.locator('textarea').fill(text)
+    cell.locator('textarea').press('Enter')
+    cell.locator('span[data-editable]', has_text=re.compile(f'^{re.escape(text)}$')).wait_for()
+
+
 def shown(page, count):
     """Scores, sounds and the pictures' widths of the samples that are on the page, once there are `count`."""
     page.wait_for_function(
@@ -349,10 +359,7 @@ def test_a_story_is_typed_and_told(tiny, page):
     page.click('button[role=tab]:has-text("Story")')
     for row, (seconds, prompt) in enumerate([('0.5', PROMPT), ('1', 'a fast flute'), ('0.8', 'drums')]):
         for column, text in enumerate((seconds, prompt)):
-            page.locator(f'#story [data-row="{row}"][data-col="{column}"]:visible').first.dblclick()
-            page.keyboard.press('Control+A')
-            page.keyboard.type(text)
-            page.keyboard.press('Enter')
+            type_into(page, row, column, text)
     fill(page, 'samples', 2)
     fill(page, 'seed', 3)
     page.click('#tell')
@@ -371,10 +378,7 @@ def test_errors_are_shown_in_words(page):
     page.click('#generate')
     page.wait_for_selector('text=the prompt is empty; say what the music is like')
     page.click('button[role=tab]:has-text("Story")')
-    page.locator('#story [data-row="0"][data-col="0"]:visible').first.dblclick()
-    page.keyboard.press('Control+A')
-    page.keyboard.type('100')
-    page.keyboard.press('Enter')
+    type_into(page, 0, 0, '100')
     page.click('#tell')
     page.wait_for_selector('text=the music may last up to 8 seconds, got 103')
     assert page.locator('.sample:visible').count() == 0
