@@ -80,6 +80,7 @@ def read_prime(
         raise ValueError('pass prime_wave or prime_wave_path, not both')
     if path is not None:
         with AudioFile(path) as file:
+            check_shorter(len(file) / file.sample_rate, seconds)  # before hours of it are read
             wave, rate = file.read(0, len(file)), file.sample_rate
     if rate is None:
         raise ValueError('prime_wave needs its rate in Hz: pass prime_wave_input_sample_hz')
@@ -91,9 +92,13 @@ def read_prime(
         )
     wave = wave[None] if wave.ndim == 1 else reduce(wave, 'c n -> 1 n', 'mean')
     check_finite(wave, 'prime_wave holds NaN or infinity')
-    if wave.shape[-1] / rate >= seconds:
-        raise ValueError(
-            f'the prime lasts {wave.shape[-1] / rate:.2f} s and the music {seconds:g} s, the prime included; ask for '
-            'more seconds'
-        )
+    check_shorter(wave.shape[-1] / rate, seconds)
     return wave, rate
+
+
+def check_shorter(prime: float, seconds: float) -> None:
+    """Raise ValueError unless a prime of so many seconds leaves some of the music to make."""
+    if prime >= seconds:
+        raise ValueError(
+            f'the prime lasts {prime:.2f} s and the music {seconds:g} s, the prime included; ask for more seconds'
+        )
