@@ -383,6 +383,9 @@ def test_errors_are_shown_in_words(page):
     type_into(page, 0, 0, '100')
     page.click('#tell')
     page.wait_for_selector('text=the music may last up to 8 seconds, got 103')
+    type_into(page, 0, 0, '-1')
+    page.click('#tell')
+    page.wait_for_selector("text=row 1 of the story needs its seconds, a number above 0, got '-1'")
     assert page.locator('.sample:visible').count() == 0
 
 
