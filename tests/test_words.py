@@ -44,6 +44,7 @@ def test_equals_the_reference(clips, length, pad_id):
 
 def test_knowing_nothing_costs_nothing_and_hearing_pays():
     words = WordPrediction(dim_latent=4, num_tokens=9)
+    torch.nn.init.zeros_(words.token_emb.weight)
     latents = torch.eye(4).repeat(8, 1)
     tokens = torch.tensor([[1, 8], [2, 8], [3, 8], [4, 8]]).repeat(8, 1)
     assert words(latents, tokens).item() == 0
@@ -56,6 +57,20 @@ def test_knowing_nothing_costs_nothing_and_hearing_pays():
     # four words of a quarter of the clips each, and one that all have
     entropy = 4 * -(0.25 * torch.tensor(0.25).log() + 0.75 * torch.tensor(0.75).log())
     assert -entropy - 0.1 < loss.item() < -0.95 * entropy
+
+
+def test_each_word_pulls_at_the_latents_from_the_first_step_on():
+    torch.manual_seed(0)
+    words = WordPrediction(dim_latent=128, num_tokens=9)
+    latents = F.normalize(torch.randn(16, 128), dim=-1).requires_grad_()
+    loss = words(latents, torch.tensor([[1, 8], [2, 8]]).repeat(8, 1))
+    assert abs(loss.item()) < 1.5  # little more than what it costs to know nothing
+    (gradient,) = torch.autograd.grad(loss, latents)
+    told_apart = words.token_emb.weight[1] - words.token_emb.weight[2]
+    # with a step against the gradient, each clip leans to its own word
+    leaning = -gradient @ told_apart
+    assert (leaning[0::2] > 0).all()
+    assert (leaning[1::2] < 0).all()
 
 
 def test_order_and_repetition_of_words_do_not_matter():

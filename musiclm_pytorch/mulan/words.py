@@ -9,6 +9,10 @@ from torch import Tensor, nn
 
 from musiclm_pytorch.distributed.collectives import mean_over_ranks, world_size
 
+# Of the words' embeddings. Logits begin with a deviation of about a half, so that each word pulls at the latents from
+# the first step on; from zeros, one that nothing tells of yet would have to be found by chance.
+INIT_STD = 0.05
+
 
 class WordPrediction(nn.Module):
     """The words of a text as labels of its audio, without a text tower (arXiv 2411.03313).
@@ -29,7 +33,7 @@ class WordPrediction(nn.Module):
         self.num_tokens, self.pad_id = num_tokens, pad_id
         self.scale = dim_latent**0.5  # latents have length 1: their entries come to order 1
         self.token_emb = nn.Embedding(num_tokens, dim_latent)
-        nn.init.zeros_(self.token_emb.weight)
+        nn.init.normal_(self.token_emb.weight, std=INIT_STD)
 
     def forward(self, audio_latents: Tensor, tokens: Tensor) -> Tensor:
         """Binary cross-entropy, summed over the vocabulary and averaged over the clips of all ranks.
@@ -40,7 +44,7 @@ class WordPrediction(nn.Module):
 
         Returns:
             scalar float32, the same on every rank, in nats a clip: less than what the words cost by their frequency in
-            the batch alone, so 0 for a model that knows nothing, and below 0 for one that hears something.
+            the batch alone, so about 0 for a model that knows nothing, and below 0 for one that hears something.
         """
         has = torch.zeros(len(tokens), self.num_tokens, dtype=torch.bool, device=tokens.device)
         has.scatter_(1, tokens, True)
