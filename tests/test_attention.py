@@ -49,7 +49,12 @@ CASES = {
 
 
 def kernels():
-    return {'dense': attention._dense, 'chunked': attention._chunked, 'flex': attention._flex}
+    return {
+        'dense': attention._dense,
+        'chunked': attention._chunked,
+        'short': attention._short,
+        'flex': attention._flex,
+    }
 
 
 @pytest.mark.parametrize('kernel', kernels())
@@ -96,6 +101,22 @@ def test_half_precision_stays_close(dtype):
     out = attend(*(t.to(dtype) for t in (q, k, v)), bias=bias)
     assert out.dtype == dtype
     torch.testing.assert_close(out.float(), expected, atol=0.05, rtol=0.05)
+
+
+@pytest.mark.parametrize('masked', [False, True])
+def test_short_sequences_in_half_precision_without_a_bias(masked):
+    q, k, v = (t.to(torch.bfloat16).requires_grad_() for t in torch.randn(3, 2, 3, 9, 4))
+    mask = torch.rand(2, 9) > 0.4 if masked else None
+    if masked:
+        mask[:, 0] = True
+    weight = torch.randn(2, 3, 9, 4)
+    results = []
+    for compute in (attend, plain):
+        leaves = [q, k, v] if compute is attend else [t.detach().float().requires_grad_() for t in (q, k, v)]
+        out = compute(*leaves, mask=mask)
+        results.append([out, *torch.autograd.grad((out.float() * weight).sum(), leaves)])
+    for found, expected in zip(*results):
+        torch.testing.assert_close(found.float(), expected, atol=0.06, rtol=0.06)
 
 
 def test_mask_without_bias_equals_formula():

@@ -7,6 +7,7 @@ from conftest import tiny_audio
 from torch import nn
 
 from musiclm_pytorch import create_optimized_audiospectrogram_transformer
+from musiclm_pytorch.mulan import audio_transformer
 from musiclm_pytorch.mulan.kernels import plain_kernels
 from musiclm_pytorch.mulan.model import evaluating
 from musiclm_pytorch.mulan.patches import choose_patches, sincos_2d
@@ -39,6 +40,23 @@ def test_positions_tell_rows_from_columns():
     assert (positions[0, :, 8:] == positions[0, :1, 8:]).all()
     assert (positions[:, 0, :8] == positions[:1, 0, :8]).all()
     assert len(positions.view(15, 16).unique(dim=0)) == 15
+
+
+# ---- front end ----
+
+
+@pytest.mark.parametrize('bins', [1, 3000, 10**9])
+@pytest.mark.parametrize('lengths', [None, [2000, 700, 1333]])
+def test_spectrograms_a_few_at_a_time_equal_those_at_once(bins, lengths, monkeypatch):
+    monkeypatch.setattr(audio_transformer, 'CACHED_BINS', bins)
+    front_end = dict(audio_sample_rate=8000, spec_n_fft=512, spec_win_length=500, spec_n_mels=20, spec_chroma=True)
+    tower = tiny_audio(**front_end, support_variable_length=True).eval()
+    waves, lengths = 0.1 * torch.randn(3, 2000), None if lengths is None else torch.tensor(lengths)
+    with plain_kernels():
+        expected = tower.to_spectrogram(waves, lengths)
+    found = tower.to_spectrogram(waves, lengths)
+    torch.testing.assert_close(found[0], expected[0], atol=1e-4, rtol=1e-4)
+    assert (found[1] is None and lengths is None) or torch.equal(found[1], expected[1])
 
 
 # ---- lengths ----

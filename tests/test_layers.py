@@ -3,7 +3,8 @@ import torch
 import torch.nn.functional as F
 
 from musiclm_pytorch.mulan import linear
-from musiclm_pytorch.mulan.layers import Attention, FeedForward, LayerNorm, Transformer
+from musiclm_pytorch.mulan.kernels import plain_kernels
+from musiclm_pytorch.mulan.layers import Attention, FeedForward, LayerNorm, Transformer, directions, l2norm
 from musiclm_pytorch.mulan.linear import Linear
 
 
@@ -70,3 +71,35 @@ def test_every_layer_is_returned():
 def test_bad_sizes(keywords, message):
     with pytest.raises(ValueError, match=message):
         Transformer(**{**dict(dim=16, depth=1), **keywords})
+
+
+@pytest.mark.parametrize('with_gain', [False, True])
+@pytest.mark.parametrize('shape', [(3, 2, 5, 7), (1, 4), (2, 1, 1, 3)])
+def test_directions_equal_the_steps_written_out(shape, with_gain):
+    t = torch.randn(shape).transpose(-2, 0).requires_grad_()  # not contiguous
+    gain = torch.randn(shape[-1] if t.shape[-1] == shape[-1] else t.shape[-1], requires_grad=True)
+    leaves = [t, gain] if with_gain else [t]
+    weight = torch.randn_like(t)
+    results = []
+    for compute in (lambda t, gain=1.0: l2norm(t) * gain, directions):
+        out = compute(*leaves)
+        results.append((out, *torch.autograd.grad((out * weight).sum(), leaves)))
+    for expected, found in zip(*results):
+        torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
+
+
+def test_directions_in_half_precision_and_of_nothing():
+    t, gain = torch.randn(5, 9, dtype=torch.bfloat16, requires_grad=True), torch.randn(9, requires_grad=True)
+    found, wanted = directions(t, gain), l2norm(t.detach().float()) * gain
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.float(), wanted, atol=0.02, rtol=0.02)
+    zero = torch.zeros(2, 3, requires_grad=True)
+    (gradient,) = torch.autograd.grad(directions(zero).sum(), zero)
+    assert (directions(zero) == 0).all()
+    assert gradient.isfinite().all()
+
+
+def test_directions_can_be_differentiated_twice_by_plain_kernels():
+    t = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
+    with plain_kernels():
+        assert torch.autograd.gradgradcheck(directions, t)

@@ -2,6 +2,7 @@ import pytest
 import torch
 from torchaudio import transforms
 
+from musiclm_pytorch.mulan.kernels import plain_kernels
 from musiclm_pytorch.mulan.spectrogram import Chroma, LogMel, RandomMask, RandomTimeStretch, SpecAugment, Spectrogram
 
 FRONT_ENDS = {
@@ -140,6 +141,14 @@ def test_log_mel_equals_torchaudio():
     power = torch.rand(2, 257, 9) * 10
     mel = transforms.MelScale(n_mels=32, sample_rate=16000, n_stft=257, norm=None, mel_scale='slaney')(power)
     torch.testing.assert_close(log_mel()(power), (mel.clamp(min=2**-23).log() + 4.0) / 8.0)
+
+
+@pytest.mark.parametrize('n_mels', [1, 3, 32, 61])
+def test_log_mel_by_blocks_of_bands_equals_the_whole_product(n_mels):
+    front_end, power = log_mel(n_mels=n_mels, bins=513), torch.rand(2, 513, 7) * 10
+    with plain_kernels():
+        expected = front_end(power)
+    torch.testing.assert_close(front_end(power), expected, atol=1e-6, rtol=1e-5)
 
 
 def test_log_mel_of_silence_does_not_depend_on_the_clip():

@@ -1,11 +1,13 @@
 """Attention kernels: the one place that picks how softmax(q kᵀ + bias) v is computed.
 
-Three kernels give the same numbers; `attend` chooses.
+Four kernels give the same numbers; `attend` chooses.
 
 - dense: `scaled_dot_product_attention` over a bias written out as `(b, h, n, n)`. The plain reference, and the
   form that torch.compile and exporters understand.
 - chunked: for the CPU. Walks over blocks of queries, looks the bias of a block up as it goes and recomputes it in
   the backward pass, so that no n × n tensor is ever held (the idea of arXiv 2205.14135, without its tiling of keys).
+- short: for the CPU in half precision, where the fused kernel runs at float32's speed and matrix products do not: the
+  products one by one over all samples, and the weights of short sequences kept for the backward pass.
 - flex: for CUDA. FlexAttention looks the bias up inside the fused kernel.
 """
 
@@ -26,6 +28,9 @@ from musiclm_pytorch.mulan.kernels import fast_kernels_allowed
 # because the products need a fair number of queries at a time
 CHUNK_ELEMENTS = 2**20
 MIN_CHUNK_ROWS = 128
+
+# tokens up to which the weights of all heads are kept, about as large as the activations of a layer
+SHORT = 256
 
 
 @dataclass
@@ -84,6 +89,9 @@ def attend(
     Returns:
         `(b, h, n, d)`; rows of padding tokens hold finite values without meaning.
     """
+    if dropout == 0.0 and _is_short(q):
+        return _short(q, k, v, bias, mask)
+
     if bias is None:
         mask = None if mask is None else rearrange(mask, 'b j -> b 1 1 j')
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=1.0)
@@ -125,6 +133,56 @@ def _flex(q: Tensor, k: Tensor, v: Tensor, bias: PositionBias) -> Tensor:
     compile_here = q.is_cuda and not torch.compiler.is_compiling()
     kernel = _compiled_flex_attention() if compile_here else flex_attention
     return kernel(q, k, v, score_mod=score_mod, scale=1.0)
+
+
+def _is_short(q: Tensor) -> bool:
+    half = q.dtype in (torch.bfloat16, torch.float16)
+    return q.device.type == 'cpu' and half and q.shape[-2] <= SHORT and fast_kernels_allowed()
+
+
+def _short(q: Tensor, k: Tensor, v: Tensor, bias: PositionBias | None, mask: Tensor | None = None) -> Tensor:
+    if bias is not None:
+        return _ShortAttention.apply(q, k, v, bias.dense())
+    if mask is not None:
+        mask = rearrange(torch.zeros_like(mask, dtype=torch.float32).masked_fill_(~mask, -torch.inf), 'b j -> b 1 1 j')
+    return _ShortAttention.apply(q, k, v, mask)
+
+
+class _ShortAttention(torch.autograd.Function):
+    """Attention by plain products, with a bias `(b or 1, h or 1, n or 1, n)` or None; softmax in float32 or better."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, bias):
+        batch, heads = q.shape[:2]
+        q, k, v = (t.flatten(0, 1) for t in (q, k, v))
+        scores = torch.bmm(q, k.mT).to(torch.promote_types(q.dtype, torch.float32)).unflatten(0, (batch, heads))
+        if bias is not None:
+            scores += bias
+        weights = torch.softmax(scores, dim=-1).flatten(0, 1).to(v.dtype)
+        ctx.save_for_backward(q, k, v, weights)
+        ctx.shape = (batch, heads)
+        ctx.bias = None if bias is None else (bias.shape, bias.dtype)
+        return torch.bmm(weights, v).unflatten(0, ctx.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_out):
+        q, k, v, weights = ctx.saved_tensors
+        grad_out = grad_out.flatten(0, 1)
+        grad_v = torch.bmm(weights.mT, grad_out)
+
+        # softmax backward: dS = P ∘ (dP - rowsum(P ∘ dP))
+        precise = torch.promote_types(q.dtype, torch.float32)
+        grad_weights = torch.bmm(grad_out, v.mT).to(precise)
+        grad_scores = torch._softmax_backward_data(grad_weights, weights.to(precise), -1, precise)
+
+        grad_bias = None
+        if ctx.needs_input_grad[3]:
+            shape, dtype = ctx.bias
+            grad_bias = grad_scores.unflatten(0, ctx.shape).sum_to_size(shape).to(dtype)
+        grad_scores = grad_scores.to(q.dtype)
+        grad_q, grad_k = torch.bmm(grad_scores, k), torch.bmm(grad_scores.mT, q)
+        return *(grad.unflatten(0, ctx.shape) for grad in (grad_q, grad_k, grad_v)), grad_bias
 
 
 def _chunked(q: Tensor, k: Tensor, v: Tensor, bias: PositionBias) -> Tensor:

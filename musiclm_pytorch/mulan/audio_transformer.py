@@ -22,9 +22,13 @@ from musiclm_pytorch.checks import (
     values_can_be_checked,
 )
 from musiclm_pytorch.mulan.attention import PositionBias
+from musiclm_pytorch.mulan.kernels import fast_kernels_allowed
 from musiclm_pytorch.mulan.layers import Encoding, Float32LayerNorm, LayerNorm, Transformer, masked_mean
 from musiclm_pytorch.mulan.patches import choose_patches, sincos_2d
 from musiclm_pytorch.mulan.spectrogram import Chroma, LogMel, SpecAugment, Spectrogram
+
+# numbers of a spectrogram that are computed together, 2 MiB as complex ones
+CACHED_BINS = 2**18
 
 
 class AudioSpectrogramTransformer(nn.Module):
@@ -332,17 +336,36 @@ class AudioSpectrogramTransformer(nn.Module):
                 padding = torch.arange(x.shape[-1], device=x.device) >= rearrange(lengths, 'b -> b 1')
                 real = x.masked_fill(padding, 0.0)
             check_finite(real, 'wavs[{}] holds NaN or infinite samples; clean the data first')
-            spec, frames = self.spec(x, lengths)
+            spec, frames = self.wave_spectrogram(x, lengths)
             check_finite(spec, 'wavs[{}] is so loud that its spectrogram overflows; samples should lie in [-1, 1]')
-
-        if self.training:
-            spec, frames = self.aug.stretch(spec, frames)
-        if self.log_mel is not None:
-            mel = self.log_mel(spec)
-            spec = mel if self.chroma is None else torch.cat([mel, self.chroma(spec)], dim=1)
         if self.training:
             spec = self.aug.mask(spec, frames)
         return spec, frames
+
+    def wave_spectrogram(self, x: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Waves to what patches are cut of, but for masks."""
+        stretches = self.training and self.aug.stretches
+        if self.log_mel is not None and not stretches and x.device.type == 'cpu' and fast_kernels_allowed():
+            # a few at a time: spectra, many times the size of what comes of them, stay in the cache
+            size = max(1, CACHED_BINS // (self.spec.bins * int(self.spec.num_frames(x.shape[-1]))))
+            parts, counts = [], []
+            for i in range(0, len(x), size):
+                spec, frames = self.spec(x[i : i + size], None if lengths is None else lengths[i : i + size])
+                parts.append(self.features(spec))
+                counts.append(frames)
+            return torch.cat(parts), None if lengths is None else torch.cat(counts)
+
+        spec, frames = self.spec(x, lengths)
+        if stretches:
+            spec, frames = self.aug.stretch(spec, frames)
+        return self.features(spec), frames
+
+    def features(self, power: Tensor) -> Tensor:
+        """What patches are cut from, of a power spectrogram."""
+        if self.log_mel is None:
+            return power
+        mel = self.log_mel(power)
+        return mel if self.chroma is None else torch.cat([mel, self.chroma(power)], dim=1)
 
     def position_table(self, height: int, width: int) -> tuple[Tensor, Tensor, int]:
         """The bias for every offset of a grid of patches, run once over the unique offsets.

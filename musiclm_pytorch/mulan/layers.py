@@ -8,10 +8,12 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange, reduce
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from musiclm_pytorch.checks import check_positive, check_probability
 from musiclm_pytorch.mulan.attention import PositionBias, attend
+from musiclm_pytorch.mulan.kernels import fast_kernels_allowed
 from musiclm_pytorch.mulan.linear import Linear
 
 
@@ -37,6 +39,42 @@ class Encoding(NamedTuple):
 
 def l2norm(t: Tensor) -> Tensor:
     return F.normalize(t, p=2, dim=-1)
+
+
+def directions(t: Tensor, gain: Tensor | None = None) -> Tensor:
+    """`(…, d)` scaled to length 1, computed in float32 or better, times a gain `(d,)`."""
+    if t.device.type == 'cpu' and torch.is_grad_enabled() and fast_kernels_allowed():
+        return _Directions.apply(t, gain)
+    unit = l2norm(t)
+    return unit if gain is None else unit * gain
+
+
+class _Directions(torch.autograd.Function):
+    """The steps of `F.normalize` and the gain in few passes over memory, which is what they cost on a CPU."""
+
+    @staticmethod
+    def forward(ctx, t, gain):
+        precise = t.to(torch.promote_types(t.dtype, torch.float32), memory_format=torch.contiguous_format)
+        inverse = torch.linalg.vector_norm(precise, dim=-1, keepdim=True).clamp_(min=1e-12).reciprocal_()
+        ctx.save_for_backward(t, inverse, gain)
+        unit = precise * inverse
+        return (unit if gain is None else unit.mul_(gain)).to(t.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        t, inverse, gain = ctx.saved_tensors
+        unit = t.to(inverse.dtype, memory_format=torch.contiguous_format).mul_(inverse)
+        grad = grad.to(inverse.dtype)
+        grad_gain = None
+        if gain is not None:
+            products = grad * unit
+            grad_gain = products.flatten(0, -2).sum(dim=0).to(gain.dtype) if ctx.needs_input_grad[1] else None
+            along = (products @ gain.to(inverse.dtype))[..., None]
+            grad = grad * gain
+        else:
+            along = (grad * unit).sum(dim=-1, keepdim=True)
+        return grad.addcmul(unit, along, value=-1).mul_(inverse).to(t.dtype), grad_gain
 
 
 def masked_mean(tokens: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -113,8 +151,8 @@ class Attention(nn.Module):
 
         # both learned gains and the scale act on the same dot product, so one multiplication carries all three
         gain = self.q_scale * self.k_scale * self.scale
-        # autocast keeps norms in float32; the kernels want one dtype
-        q, k = (l2norm(q) * gain).to(v.dtype), l2norm(k).to(v.dtype)
+        # norms in float32 under autocast; the kernels want one dtype
+        q, k = directions(q, gain).to(v.dtype), directions(k).to(v.dtype)
 
         out = attend(q, k, v, bias=bias, mask=mask, dropout=self.dropout if self.training else 0.0)
         return self.to_out(rearrange(out, 'b h n d -> b n (h d)'))

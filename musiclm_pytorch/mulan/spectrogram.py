@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torchaudio.functional import melscale_fbanks
 
 from musiclm_pytorch.checks import check_positive
+from musiclm_pytorch.mulan.kernels import fast_kernels_allowed
 
 PAD_MODES = ('reflect', 'constant', 'replicate', 'circular')
 
@@ -185,10 +187,16 @@ class LogMel(_Float32Buffers):
                 f'{sample_rate / (2 * (bins - 1)):.1f} Hz apart: some are empty; raise spec_n_fft or lower spec_n_mels'
             )
         self.register_buffer('filters', filters, persistent=False)
+        self.blocks = _blocks_of_bands(filters)
 
     def forward(self, power: Tensor) -> Tensor:
         with torch.autocast(power.device.type, enabled=False):
-            mel = torch.einsum('b f t, f m -> b m t', power.float(), self.filters)
+            power = rearrange(power.float(), 'b f t -> b t f')
+            if power.device.type == 'cpu' and fast_kernels_allowed():
+                mel = torch.cat([power[..., bins] @ self.filters[bins, bands] for bins, bands in self.blocks], dim=-1)
+            else:
+                mel = power @ self.filters
+            mel = rearrange(mel, 'b t m -> b m t')
             return (mel.clamp(min=self.FLOOR).log() - self.mean) / (2 * self.std)
 
 
@@ -228,6 +236,17 @@ class Chroma(_Float32Buffers):
         with torch.autocast(power.device.type, enabled=False):
             classes = torch.einsum('b f t, f c -> b c t', power.float(), self.filters)
             return self.REACH * (2 * classes / (classes.amax(dim=1, keepdim=True) + self.FLOOR) - 1)
+
+
+def _blocks_of_bands(filters: Tensor, count: int = 4) -> list[tuple[slice, slice]]:
+    """Bins and bands of blocks that hold all of `(bins, n_mels)` filters that is not zero."""
+    blocks, n_mels = [], filters.shape[1]
+    edges = [n_mels * i // count for i in range(count + 1)]
+    for start, stop in pairwise(edges):
+        heard = filters[:, start:stop].any(dim=1).nonzero()[:, 0]
+        if start < stop:
+            blocks.append((slice(int(heard[0]), int(heard[-1]) + 1), slice(start, stop)))
+    return blocks
 
 
 def mel_filters(n_mels: int, *, bins: int, sample_rate: int, f_min: float, f_max: float) -> Tensor:
@@ -347,6 +366,10 @@ class SpecAugment(nn.Module):
         self.add_module('0', RandomTimeStretch(stretch_factor, power, min_frames))
         self.add_module('1', RandomMask('frequency', freq_mask, max_fraction=48 / 128))
         self.add_module('2', RandomMask('time', time_mask, max_fraction=192 / 1024))
+
+    @property
+    def stretches(self) -> bool:
+        return self.get_submodule('0').max_log_rate != 0.0
 
     def stretch(self, spec: Tensor, frames: Tensor | None) -> tuple[Tensor, Tensor | None]:
         return self.get_submodule('0')(spec, frames)
