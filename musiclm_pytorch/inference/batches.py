@@ -6,8 +6,6 @@ import copy
 import math
 from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -25,7 +23,6 @@ from musiclm_pytorch.mulan.model import MuLaN, evaluating
 
 WINDOW = 10.0  # seconds that MuLaN hears at once (MusicLM, section 3.2)
 LOOK_AHEAD = 4096  # files or texts that are sorted by length at a time
-MOST_WORKERS = 8
 
 
 class BatchEmbedder:
@@ -152,24 +149,3 @@ def with_child(module: nn.Module, **children: nn.Module) -> nn.Module:
     view = copy.copy(module)
     view._modules = {**module._modules, **children}  # a dict of its own, which a shallow copy has not
     return view
-
-
-@contextmanager
-def workers(model: MuLaN | OptimizedMuLaN) -> Iterator[tuple[int, Any]]:
-    """How many threads compute, and a `map` over them: on a CPU those that torch has; elsewhere one and plain `map`.
-
-    Small batches side by side use the cores better than one after another, each on all cores. Not with compiled code,
-    which is made for a number of threads, nor where memory counts.
-    """
-    threads = torch.get_num_threads()
-    count = min(threads, MOST_WORKERS)
-    if isinstance(model, OptimizedMuLaN) and (model.compiled or model.config.memory_efficient):
-        count = 1
-    if count == 1 or model.device.type != 'cpu':
-        yield 1, map
-        return
-    try:
-        with ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(threads // count,)) as pool:
-            yield count, pool.map
-    finally:
-        torch.set_num_threads(threads)  # each thread has a number of its own, but new ones begin with the last one set

@@ -22,11 +22,11 @@ from musiclm_pytorch.inference.batches import (
     plain,
     taking_lengths,
     window_and_hop,
-    workers,
 )
 from musiclm_pytorch.inference.config import InferenceConfig
 from musiclm_pytorch.inference.optimize import OptimizedMuLaN
 from musiclm_pytorch.inference.synthesis import synthesise
+from musiclm_pytorch.inference.workers import count_workers, workers
 from musiclm_pytorch.mulan.layers import l2norm
 from musiclm_pytorch.mulan.model import MuLaN, evaluating
 from musiclm_pytorch.musiclm import MusicLM
@@ -108,7 +108,8 @@ class BatchInferenceEngine:
         reader = WindowReader(paths, *window_and_hop(plain(self.mulan), window, hop))
         total, done = len(reader.paths), 0
         sums, counts = torch.zeros(total, plain(self.mulan).dim_latent), torch.zeros(total, 1)
-        with counted_steps(progress, 'latents', total) as advance, workers(self.embeds) as (count, run):
+        count = self._count_workers()
+        with counted_steps(progress, 'latents', total) as advance, workers(count) as run:
             embedder = BatchEmbedder(self.embeds, self.batch_size, run)
             pool = self.batch_size * max(POOL, count)
             for clip in embed_clips(reader.pieces(), [embedder], batch_size=pool):

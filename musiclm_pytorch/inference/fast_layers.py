@@ -15,12 +15,10 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from musiclm_pytorch.mulan.attention import PositionBias, _blocks, _columns, _look_up, attend
+from musiclm_pytorch.inference.half_attention import KeptBias, attend_in_half
+from musiclm_pytorch.mulan.attention import PositionBias, attend
 from musiclm_pytorch.mulan.layers import Transformer, l2norm
 from musiclm_pytorch.mulan.linear import Linear
-
-# elements of a position bias that is kept for all layers of a call; a larger one is looked up anew in each
-KEPT_BIAS_ELEMENTS = 2**24
 
 
 # ---- what lies between the products: elementwise, and so for torch.compile to fuse ----
@@ -50,7 +48,8 @@ def split_heads(
 ) -> list[Tensor]:
     q, kv = scaled(q, scale), scaled(kv, scale)
     q, k, v = (rearrange(t, 'b n (h d) -> b h n d', h=heads) for t in (q, *kv.chunk(2, dim=-1)))
-    return [(l2norm(q.float()) * gain).to(dtype), l2norm(k.float()).to(dtype), v.to(dtype)]
+    # laid out head by head, as the products of attention take them
+    return [t.to(dtype).contiguous() for t in (l2norm(q.float()) * gain, l2norm(k.float()), v)]
 
 
 def attention_weights(scores: Tensor, bias: Tensor) -> Tensor:
@@ -77,6 +76,8 @@ def added(x: Tensor, product: Tensor, scale: Tensor | None) -> Tensor:
     return x + scaled(product, scale)
 
 
+# as many threads as the caller has when it runs, not when it is compiled
+OPTIONS = {'cpp.dynamic_threads': True}
 BETWEEN = (normed, split_heads, attention_weights, joined_heads, added_and_normed, gated, added)
 
 
@@ -107,35 +108,6 @@ class Int8Product(nn.Module):
         return product.view(*x.shape[:-1], -1)
 
 
-def attend_in_blocks(
-    q: Tensor, k: Tensor, v: Tensor, bias: PositionBias, kept: list[Tensor] | None, weights_of: Callable
-) -> Tensor:
-    """`attend` for half precision on a CPU, whose fused kernel runs at float32's speed and oneDNN's products do not.
-
-    Args:
-        kept: blocks of the bias, filled by the first layer for those that follow; None keeps none.
-        weights_of: `attention_weights`, compiled or not.
-    """
-    (batch, heads, total, _), codes = q.shape, bias.codes
-    lengths = [total] * batch if bias.lengths is None else bias.lengths.tolist()
-    shared = len(codes) == 1 and bias.lengths is None
-    table = bias.table.to(q.dtype)
-    out = torch.zeros_like(q)
-
-    for b, n in enumerate(lengths[:1] if shared else lengths):
-        for i, rows in enumerate(_blocks(n, heads)):
-            if shared and kept is not None and i < len(kept):
-                block = kept[i]
-            else:
-                block = _look_up(table, _columns(codes, b, rows, n, bias.centre))
-                if shared and kept is not None:
-                    kept.append(block)
-            for item in range(batch) if shared else [b]:
-                weights = weights_of(torch.bmm(q[item, :, rows], k[item, :, :n].transpose(1, 2)), block)
-                out[item, :, rows] = torch.bmm(weights, v[item, :, :n])
-    return out
-
-
 class FastLayers(nn.Module):
     """The layers of a `Transformer`, without dropout and gradients; same call, same results up to precision."""
 
@@ -145,7 +117,7 @@ class FastLayers(nn.Module):
         device = transformer.layers[0][0].q_scale.device
         self.int8 = quantized and device.type == 'cpu' and torch.cpu._is_vnni_supported()
         self.between: dict[str, Callable] = {
-            part.__name__: torch.compile(part, dynamic=True) if compiled else part for part in BETWEEN
+            part.__name__: torch.compile(part, dynamic=True, options=OPTIONS) if compiled else part for part in BETWEEN
         }
         self.layers = nn.ModuleList()
         for attention, feed_forward in transformer.layers:
@@ -178,9 +150,8 @@ class FastLayers(nn.Module):
 
     def forward(self, x: Tensor, bias: PositionBias | None = None, mask: Tensor | None = None) -> list[Tensor]:
         part, how = self.between, (self.dtype, self.int8)
-        in_blocks = bias is not None and x.device.type == 'cpu' and self.dtype != torch.float32
-        keep = self.keep_bias and in_blocks and bias.table.shape[0] * x.shape[1] ** 2 <= KEPT_BIAS_ELEMENTS
-        kept = [] if keep else None
+        in_half = bias is not None and x.device.type == 'cpu' and self.dtype != torch.float32
+        looked_up = KeptBias(bias, self.dtype, keep=self.keep_bias) if in_half else None
 
         layers = []
         for layer in self.layers:
@@ -188,8 +159,8 @@ class FastLayers(nn.Module):
 
             y, scale = part['normed'](x, layer.attention_gamma, *how)
             q, k, v = part['split_heads'](to_q(y), to_kv(y), scale, layer.gain, layer.heads, self.dtype)
-            if in_blocks:
-                out = attend_in_blocks(q, k, v, bias, kept, part['attention_weights'])
+            if in_half:
+                out = attend_in_half(q, k, v, looked_up, part['attention_weights'])
             else:
                 out = attend(q, k, v, bias=bias, mask=mask)
             y, scale = part['joined_heads'](out, *how)

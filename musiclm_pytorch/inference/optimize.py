@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from einops import einsum
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from musiclm_pytorch.checks import check_lengths, typechecked
 from musiclm_pytorch.inference.config import InferenceConfig
 from musiclm_pytorch.inference.fast_layers import FastLayers
+from musiclm_pytorch.inference.workers import count_workers, workers
 from musiclm_pytorch.mulan.model import MuLaN, PairLatents
 
 # towers narrower than this compute too little for anything here to pay
@@ -61,6 +62,9 @@ class OptimizedMuLaN(nn.Module):
         if self.dtype != torch.float32:
             # the largest weight of a small model; the positions, in float32, lift what is looked up back to it
             self.mulan.text.token_emb.to(self.dtype)
+        # float32 products fill the cores as they are
+        self.side_by_side = self.dtype != torch.float32 and not self.config.memory_efficient
+        self._compiled_for: set[tuple] = set()
         super().train(False)
 
     @property
@@ -92,20 +96,18 @@ class OptimizedMuLaN(nn.Module):
     ) -> Tensor | tuple[Tensor, Tensor]:
         """As `MuLaN.get_audio_latents`; with `return_all_layers` the whole batch is computed at once."""
         wavs = wavs.to(self.device) if isinstance(wavs, Tensor) else wavs
-        size = self.items_at_a_time
-        if return_all_layers or not isinstance(wavs, Tensor) or wavs.ndim != 2 or len(wavs) <= size:
+        if return_all_layers or not isinstance(wavs, Tensor) or wavs.ndim != 2:
             return self.mulan.get_audio_latents(wavs, return_all_layers, audio_lengths, sample_rate)
         if audio_lengths is not None:
             audio_lengths = check_lengths(
                 audio_lengths, batch=len(wavs), limit=wavs.shape[1], unit='samples', device=wavs.device
             )
-        parts = [slice(start, start + size) for start in range(0, len(wavs), size)]
-        lengths = [None if audio_lengths is None else audio_lengths[part] for part in parts]
-        latents = (
-            self.mulan.get_audio_latents(wavs[part], audio_lengths=some, sample_rate=sample_rate)
-            for part, some in zip(parts, lengths)
-        )
-        return torch.cat(list(latents))
+
+        def embed(part: slice) -> Tensor:
+            lengths = None if audio_lengths is None else audio_lengths[part]
+            return self.mulan.get_audio_latents(wavs[part], audio_lengths=lengths, sample_rate=sample_rate)
+
+        return self._in_parts(embed, len(wavs), ('audio', wavs.shape[1], audio_lengths is None))
 
     @torch.no_grad()
     def get_text_latents(
@@ -118,10 +120,36 @@ class OptimizedMuLaN(nn.Module):
         if texts is None and raw_texts is not None:
             texts, raw_texts = self.mulan.text.tokenize(raw_texts), None
         texts = texts.to(self.device) if isinstance(texts, Tensor) else texts
-        size = self.items_at_a_time
-        if return_all_layers or raw_texts is not None or not isinstance(texts, Tensor) or len(texts) <= size:
+        if return_all_layers or raw_texts is not None or not isinstance(texts, Tensor) or texts.ndim != 2:
             return self.mulan.get_text_latents(texts, raw_texts, return_all_layers)
-        return torch.cat([self.mulan.get_text_latents(part) for part in texts.split(size)])
+        return self._in_parts(
+            lambda part: self.mulan.get_text_latents(texts[part]), len(texts), ('text', texts.shape[1])
+        )
+
+    def _in_parts(self, embed: Callable[[slice], Tensor], total: int, kind: tuple) -> Tensor:
+        """The latents of a batch, never more than `items_at_a_time` at once, those in threads side by side."""
+        together = max(1, min(total, self.items_at_a_time))
+        count = count_workers(self.device, together) if self.side_by_side else 1
+        size = -(-together // count)
+        parts = [slice(start, min(start + size, total)) for start in range(0, total, size)] or [slice(0, 0)]
+        embed = torch.no_grad()(embed)  # each thread has its own mode
+        try:
+            with workers(min(count, len(parts))) as run:
+                if not self.compiled:
+                    return torch.cat(list(run(embed, parts)))
+                # torch.compile compiles for shapes and for numbers of threads, and not in two threads at once
+                shapes = [(*kind, part.stop - part.start, min(count, len(parts))) for part in parts]
+                alone = [index for index, shape in enumerate(shapes) if shapes.index(shape) == index]
+                alone = [index for index in alone if shapes[index] not in self._compiled_for]
+                found = {index: next(iter(run(embed, [parts[index]]))) for index in alone}
+                self._compiled_for.update(shapes)
+                rest = [index for index in range(len(parts)) if index not in found]
+                found |= zip(rest, run(embed, [parts[index] for index in rest]))
+                return torch.cat([found[index] for index in range(len(parts))])
+        except ValueError:
+            # a part numbers its items from 0; the whole batch tells which one is bad
+            embed(slice(0, total))
+            raise
 
     @torch.no_grad()
     def forward(

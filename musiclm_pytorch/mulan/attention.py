@@ -59,6 +59,19 @@ class PositionBias:
         positions = torch.arange(self.codes.shape[-1], device=self.codes.device)
         return positions < rearrange(self.lengths, 'b -> b 1')
 
+    def block(self, item: int, rows: slice, n: int, heads: slice = slice(None), table: Tensor | None = None) -> Tensor:
+        """The bias of some queries of an item, looked up: `(heads, rows, n)`.
+
+        Args:
+            item: which of the batch.
+            rows: the queries; `n`: how many keys, from the first on.
+            heads: which of them.
+            table: in place of the own one, such as one in another dtype.
+        """
+        codes = self.codes[item if len(self.codes) > 1 else 0]
+        columns = (codes[rows] + self.centre)[:, None] - codes[None, :n]
+        return _look_up((self.table if table is None else table)[heads], columns)
+
     def dense(self) -> Tensor:
         """The bias written out, `(b, h, n, n)`, minus infinity where a key is padding."""
         columns = rearrange(self.codes, 'b i -> b i 1') - rearrange(self.codes, 'b j -> b 1 j') + self.centre
