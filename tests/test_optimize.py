@@ -8,12 +8,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import tiny_mulan
+from test_attention import make
 from torch import nn
 
-from musiclm_pytorch.inference import benchmark, fast_layers, optimize
+from musiclm_pytorch.inference import benchmark, fast_layers, half_attention, optimize
 from musiclm_pytorch.inference.benchmark import benchmark_inference_speed
 from musiclm_pytorch.inference.config import InferenceConfig
 from musiclm_pytorch.inference.optimize import OptimizedMuLaN, choices
+from musiclm_pytorch.mulan import attention
 
 PLAIN = dict(use_mixed_precision=False, device='cpu')
 HALF = dict(use_mixed_precision=True, device='cpu')
@@ -62,14 +64,34 @@ def both(optimized, plain, least):
 @pytest.mark.parametrize(('dtype', 'least'), [('bf16', 0.999), ('fp16', 0.99999)])
 def test_half_precision_comes_close(dtype, least, memory_efficient, monkeypatch):
     # blocks of few rows, so that there are several
-    monkeypatch.setattr('musiclm_pytorch.mulan.attention.CHUNK_ELEMENTS', 64)
-    monkeypatch.setattr('musiclm_pytorch.mulan.attention.MIN_CHUNK_ROWS', 5)
+    monkeypatch.setattr('musiclm_pytorch.inference.half_attention.SCORES', 64)
+    monkeypatch.setattr('musiclm_pytorch.inference.half_attention.MIN_ROWS', 5)
     plain = model().eval()
     config = InferenceConfig(**HALF, mixed_precision_dtype=dtype, memory_efficient=memory_efficient)
     optimized = OptimizedMuLaN(plain, config)
     weight = optimized.mulan.audio.transformer.layers[0].products[0].weight
     assert weight.dtype == optimized.dtype == {'bf16': torch.bfloat16, 'fp16': torch.float16}[dtype]
     both(optimized, plain, least)
+
+
+@pytest.mark.parametrize('scores', [1, 40, 300, 2**22])
+@pytest.mark.parametrize('keep', [True, False])
+@pytest.mark.parametrize(
+    'case', [dict(shared=True), dict(), dict(shared=True, lengths=[2, 15, 9]), dict(keep=13, lengths=[13, 1, 7])]
+)
+def test_attention_in_blocks_is_attention(case, keep, scores, monkeypatch):
+    monkeypatch.setattr(half_attention, 'SCORES', scores)
+    monkeypatch.setattr(half_attention, 'MIN_ROWS', 4)
+    torch.manual_seed(0)
+    q, k, v, bias = make(**case)
+    wanted = attention.attend(q, k, v, bias=bias)
+    looked_up = half_attention.KeptBias(bias, torch.float32, keep=keep)
+    for _ in range(2):  # the second time from what was kept
+        parts = (t.contiguous() for t in (q, k, v))
+        out, totals = half_attention.attend_in_half(*parts, looked_up, fast_layers.attention_weights)
+        real = torch.ones(out.shape[:3:2], dtype=torch.bool) if bias.lengths is None else bias.key_mask()
+        found = (out / totals).masked_fill(~real[:, None, :, None], 0.0)
+        torch.testing.assert_close(found, wanted.masked_fill(~real[:, None, :, None], 0.0), atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize('vnni', [True, False])

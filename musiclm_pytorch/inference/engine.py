@@ -108,7 +108,10 @@ class BatchInferenceEngine:
         reader = WindowReader(paths, *window_and_hop(plain(self.mulan), window, hop))
         total, done = len(reader.paths), 0
         sums, counts = torch.zeros(total, plain(self.mulan).dim_latent), torch.zeros(total, 1)
-        count = self._count_workers()
+        # one with compiled code, which several threads must not call, and where memory counts
+        model, count = self.embeds, count_workers(self.embeds.device)
+        if isinstance(model, OptimizedMuLaN) and (model.compiled or model.config.memory_efficient):
+            count = 1
         with counted_steps(progress, 'latents', total) as advance, workers(count) as run:
             embedder = BatchEmbedder(self.embeds, self.batch_size, run)
             pool = self.batch_size * max(POOL, count)

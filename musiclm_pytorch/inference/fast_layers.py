@@ -20,7 +20,6 @@ from musiclm_pytorch.mulan.attention import PositionBias, attend
 from musiclm_pytorch.mulan.layers import Transformer, l2norm
 from musiclm_pytorch.mulan.linear import Linear
 
-
 # ---- what lies between the products: elementwise, and so for torch.compile to fuse ----
 
 
@@ -52,11 +51,15 @@ def split_heads(
     return [t.to(dtype).contiguous() for t in (l2norm(q.float()) * gain, l2norm(k.float()), v)]
 
 
-def attention_weights(scores: Tensor, bias: Tensor) -> Tensor:
-    return torch.softmax(scores + bias, dim=-1)
+def attention_weights(scores: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """Softmax over the last axis, and what its rows are still to be divided by, which is cheaper after the product."""
+    scores = scores.float() + bias
+    weights = torch.exp(scores - scores.amax(dim=-1, keepdim=True))
+    return weights.to(bias.dtype), weights.sum(dim=-1, keepdim=True)
 
 
-def joined_heads(out: Tensor, dtype: torch.dtype, int8: bool) -> tuple[Tensor, Tensor | None]:
+def joined_heads(out: Tensor, totals: Tensor | None, dtype: torch.dtype, int8: bool) -> tuple[Tensor, Tensor | None]:
+    out = out if totals is None else out / totals
     return prepared(rearrange(out, 'b h n d -> b n (h d)'), dtype, int8)
 
 
@@ -67,17 +70,19 @@ def added_and_normed(
     return x, *normed(x, gamma, dtype, int8)
 
 
-def gated(product: Tensor, scale: Tensor | None, dtype: torch.dtype, int8: bool) -> tuple[Tensor, Tensor | None]:
+def gated(
+    product: Tensor, scale: Tensor | None, dtype: torch.dtype, int8: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     x, gate = scaled(product, scale).chunk(2, dim=-1)
-    return prepared(F.gelu(gate) * x, dtype, int8)
+    y = (F.gelu(gate) * x).to(dtype)
+    # a result is stored, so that compiled code computes it once for both passes over a row
+    return *prepared(y, dtype, int8), y if int8 else None
 
 
 def added(x: Tensor, product: Tensor, scale: Tensor | None) -> Tensor:
     return x + scaled(product, scale)
 
 
-# as many threads as the caller has when it runs, not when it is compiled
-OPTIONS = {'cpp.dynamic_threads': True}
 BETWEEN = (normed, split_heads, attention_weights, joined_heads, added_and_normed, gated, added)
 
 
@@ -117,7 +122,7 @@ class FastLayers(nn.Module):
         device = transformer.layers[0][0].q_scale.device
         self.int8 = quantized and device.type == 'cpu' and torch.cpu._is_vnni_supported()
         self.between: dict[str, Callable] = {
-            part.__name__: torch.compile(part, dynamic=True, options=OPTIONS) if compiled else part for part in BETWEEN
+            part.__name__: torch.compile(part, dynamic=True) if compiled else part for part in BETWEEN
         }
         self.layers = nn.ModuleList()
         for attention, feed_forward in transformer.layers:
@@ -160,13 +165,13 @@ class FastLayers(nn.Module):
             y, scale = part['normed'](x, layer.attention_gamma, *how)
             q, k, v = part['split_heads'](to_q(y), to_kv(y), scale, layer.gain, layer.heads, self.dtype)
             if in_half:
-                out = attend_in_half(q, k, v, looked_up, part['attention_weights'])
+                out, totals = attend_in_half(q, k, v, looked_up, part['attention_weights'])
             else:
-                out = attend(q, k, v, bias=bias, mask=mask)
-            y, scale = part['joined_heads'](out, *how)
+                out, totals = attend(q, k, v, bias=bias, mask=mask), None
+            y, scale = part['joined_heads'](out, totals, *how)
 
             x, y, scale = part['added_and_normed'](x, to_out(y), scale, layer.feed_forward_gamma, *how)
-            y, scale = part['gated'](wide(y), scale, *how)
+            y, scale, _ = part['gated'](wide(y), scale, *how)
             x = part['added'](x, narrow(y), scale)
             layers.append(x)
         return layers

@@ -62,9 +62,9 @@ class OptimizedMuLaN(nn.Module):
         if self.dtype != torch.float32:
             # the largest weight of a small model; the positions, in float32, lift what is looked up back to it
             self.mulan.text.token_emb.to(self.dtype)
-        # float32 products fill the cores as they are
-        self.side_by_side = self.dtype != torch.float32 and not self.config.memory_efficient
-        self._compiled_for: set[tuple] = set()
+        # not with compiled code: torch.compile crashes when it is called from several threads
+        half = self.dtype != torch.float32
+        self.side_by_side = half and not self.compiled and not self.config.memory_efficient
         super().train(False)
 
     @property
@@ -107,7 +107,7 @@ class OptimizedMuLaN(nn.Module):
             lengths = None if audio_lengths is None else audio_lengths[part]
             return self.mulan.get_audio_latents(wavs[part], audio_lengths=lengths, sample_rate=sample_rate)
 
-        return self._in_parts(embed, len(wavs), ('audio', wavs.shape[1], audio_lengths is None))
+        return self._in_parts(embed, len(wavs))
 
     @torch.no_grad()
     def get_text_latents(
@@ -122,11 +122,9 @@ class OptimizedMuLaN(nn.Module):
         texts = texts.to(self.device) if isinstance(texts, Tensor) else texts
         if return_all_layers or raw_texts is not None or not isinstance(texts, Tensor) or texts.ndim != 2:
             return self.mulan.get_text_latents(texts, raw_texts, return_all_layers)
-        return self._in_parts(
-            lambda part: self.mulan.get_text_latents(texts[part]), len(texts), ('text', texts.shape[1])
-        )
+        return self._in_parts(lambda part: self.mulan.get_text_latents(texts[part]), len(texts))
 
-    def _in_parts(self, embed: Callable[[slice], Tensor], total: int, kind: tuple) -> Tensor:
+    def _in_parts(self, embed: Callable[[slice], Tensor], total: int) -> Tensor:
         """The latents of a batch, never more than `items_at_a_time` at once, those in threads side by side."""
         together = max(1, min(total, self.items_at_a_time))
         count = count_workers(self.device, together) if self.side_by_side else 1
@@ -135,17 +133,7 @@ class OptimizedMuLaN(nn.Module):
         embed = torch.no_grad()(embed)  # each thread has its own mode
         try:
             with workers(min(count, len(parts))) as run:
-                if not self.compiled:
-                    return torch.cat(list(run(embed, parts)))
-                # torch.compile compiles for shapes and for numbers of threads, and not in two threads at once
-                shapes = [(*kind, part.stop - part.start, min(count, len(parts))) for part in parts]
-                alone = [index for index, shape in enumerate(shapes) if shapes.index(shape) == index]
-                alone = [index for index in alone if shapes[index] not in self._compiled_for]
-                found = {index: next(iter(run(embed, [parts[index]]))) for index in alone}
-                self._compiled_for.update(shapes)
-                rest = [index for index in range(len(parts)) if index not in found]
-                found |= zip(rest, run(embed, [parts[index] for index in rest]))
-                return torch.cat([found[index] for index in range(len(parts))])
+                return torch.cat(list(run(embed, parts)))
         except ValueError:
             # a part numbers its items from 0; the whole batch tells which one is bad
             embed(slice(0, total))
