@@ -6,12 +6,14 @@ Legend of the einops-like comments: b batch, m new tokens, n keys, h heads, s re
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import Enum
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from musiclm_pytorch.audiolm import fused_step
 from musiclm_pytorch.mulan.linear import has_fast_float32
 
 # What is added to the score of a key that may not be seen. Finite, so that a padded position, which sees no key at
@@ -22,31 +24,57 @@ MASKED = -1e30
 EXPECTED_ROWS = 8
 
 
+class Layout(Enum):
+    """How a weight lies in the memory."""
+
+    AS_IT_IS = 'as it is'  # for torch.compile, and where there is nothing faster
+    PACKED = 'packed'  # by oneDNN, for few rows
+    ROWS = 'rows'  # for the kernel, which computes a whole token
+
+
+def layout_for(device: torch.device, dtype: torch.dtype, compile: bool) -> Layout:
+    """What is fastest at a few rows."""
+    if compile or device.type != 'cpu':
+        return Layout.AS_IT_IS
+    if dtype == torch.float32 and fused_step.can_fuse():
+        return Layout.ROWS
+    if (
+        dtype in (torch.float32, torch.bfloat16)
+        and has_onednn()
+        and hasattr(torch.ops.mkldnn, '_reorder_linear_weight')
+    ):
+        return Layout.PACKED
+    return Layout.AS_IT_IS
+
+
+def has_onednn() -> bool:
+    return torch.backends.mkldnn.enabled and has_fast_float32()
+
+
 class Product:
-    """x ↦ x Wᵀ + b for a weight that stays as it is, laid out once for the library that is fastest at few rows.
+    """x ↦ x Wᵀ + b for a weight that stays as it is, laid out once for few rows.
 
     Takes and gives float32, whatever the weight's own dtype: reading weights is what decoding spends its time with.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None = None, *, dtype: torch.dtype, pack: bool = True):
+    def __init__(self, weight: Tensor, bias: Tensor | None = None, *, dtype: torch.dtype, layout: Layout):
         self.weight = weight.detach().to(dtype).contiguous()
         self.bias = None if bias is None else bias.detach().to(dtype)
-        self.packed = (
-            pack
-            and self.weight.device.type == 'cpu'
-            and dtype in (torch.float32, torch.bfloat16)
-            and torch.backends.mkldnn.enabled
-            and has_fast_float32()
-            and hasattr(torch.ops.mkldnn, '_reorder_linear_weight')
-        )
-        self.dtype = dtype
+        self.dtype, self.layout = dtype, layout
         self.num_bytes = self.weight.nbytes
-        if self.packed:
+        if layout is Layout.PACKED:
             self.weight = torch.ops.mkldnn._reorder_linear_weight(self.weight, EXPECTED_ROWS)
+        elif layout is Layout.ROWS:
+            self.weight = fused_step.in_rows(self.weight)
 
     def __call__(self, x: Tensor) -> Tensor:
         x = x.to(self.dtype)
-        if self.packed:
+        if self.layout is Layout.ROWS:
+            x = F.pad(x, (0, self.weight.shape[1] - x.shape[-1]))  # oneDNN is slow where rows of weights lie apart
+            if x.numel() <= fused_step.MOST_ROWS * x.shape[-1]:
+                out = fused_step.few_rows(x, self.weight)
+                return out if self.bias is None else out.add_(self.bias)
+        if self.layout is Layout.PACKED or (self.layout is Layout.ROWS and has_onednn()):
             return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, 'none', [], '').float()
         return F.linear(x, self.weight, self.bias).float()
 
@@ -104,13 +132,13 @@ class Norm:
 
 
 class FeedForward:
-    def __init__(self, block: nn.Module, *, dtype: torch.dtype, pack: bool):
+    def __init__(self, block: nn.Module, *, dtype: torch.dtype, layout: Layout):
         self.connection = connection_of(block)
         norm, to_hidden, _, hidden_norm, _, to_out = block.branch
         self.norm, self.hidden_norm = Norm(norm), Norm(hidden_norm)
         self.to_hidden, self.to_out = (
-            Product(to_hidden.weight, dtype=dtype, pack=pack),
-            Product(to_out.weight, dtype=dtype, pack=pack),
+            Product(to_hidden.weight, dtype=dtype, layout=layout),
+            Product(to_out.weight, dtype=dtype, layout=layout),
         )
 
     def __call__(self, streams: Tensor) -> Tensor:
@@ -122,7 +150,7 @@ class FeedForward:
 class Attention:
     """Multi-query attention: h query heads, one head of keys and values. Keys and values come from the raw input."""
 
-    def __init__(self, block: nn.Module, *, dtype: torch.dtype, pack: bool):
+    def __init__(self, block: nn.Module, *, dtype: torch.dtype, layout: Layout):
         self.connection = connection_of(block)
         branch = block.branch
         self.heads = branch.heads
@@ -130,9 +158,9 @@ class Attention:
         self.norm = Norm(branch.norm)
         has_context_norm = hasattr(branch.context_norm, 'gamma')
         self.context_norm = Norm(branch.context_norm) if has_context_norm else None
-        self.to_q = Product(branch.to_q.weight * self.dim_head**-0.5, dtype=dtype, pack=pack)
-        self.to_kv = Product(branch.to_kv.weight, dtype=dtype, pack=pack)
-        self.to_out = Product(branch.to_out[0].weight, dtype=dtype, pack=pack)
+        self.to_q = Product(branch.to_q.weight * self.dim_head**-0.5, dtype=dtype, layout=layout)
+        self.to_kv = Product(branch.to_kv.weight, dtype=dtype, layout=layout)
+        self.to_out = Product(branch.to_out[0].weight, dtype=dtype, layout=layout)
         self.null_kv = None
         if branch.num_null_kv > 0:
             self.null_kv = branch.null_kv.detach().float()  # (2, n, d)
@@ -143,10 +171,10 @@ class Attention:
         return k, v if first_values is None else torch.lerp(v, first_values, 0.5), v
 
     def attend(self, x: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
-        """x (b·m, d), k (b, d, n), v (b, n, d), bias (1 or b, 1 or m·h, n) → (b·m, d)."""
+        """x (b·m, d), k and v (b, n, d), bias (1 or b, 1 or m·h, n) → (b·m, d)."""
         batch, num_keys, _ = v.shape
         q = self.to_q(self.norm(x)).view(batch, -1, self.dim_head)  # (b, m·h, d)
-        scores = torch.baddbmm(bias.expand(batch, q.shape[1], num_keys), q, k)
+        scores = torch.baddbmm(bias.expand(batch, q.shape[1], num_keys), q, k.transpose(1, 2))
         return self.to_out(torch.bmm(scores.softmax(dim=-1), v).view(x.shape[0], -1))
 
 
@@ -159,7 +187,7 @@ def additive(visible: Tensor) -> Tensor:
 class Cache:
     """Keys and values of one generation, for all the tokens it can ever have, float32.
 
-    k: (b, d, prefix + capacity), v: (b, prefix + capacity, d), a layer; `prefix` keys of the conditioning first
+    k, v: (b, prefix + capacity, d), a layer; `prefix` keys of the conditioning first
     mask: (b, 1, prefix + capacity), 0 or MASKED, or None if every row sees every key
     cross_k, cross_v: the same of the conditioning, a layer; empty without cross-attention
     cross_bias: (b, 1, n) or (1, 1, 1)
@@ -179,17 +207,18 @@ class CachedTransformer:
     """`Transformer` of audiolm-pytorch, any options, computed exactly as its uncached forward in evaluation mode.
 
     Holds its own copy of the weights, the matrices cast to `dtype` and laid out for decoding; everything else is
-    float32. `pack=False` leaves the layout of the matrices to torch.compile.
+    float32.
     """
 
-    def __init__(self, transformer: nn.Module, *, dtype: torch.dtype, pack: bool = True):
+    def __init__(self, transformer: nn.Module, *, dtype: torch.dtype, layout: Layout):
+        self.layout = layout
         self.is_prefix = transformer.cond_as_self_attn_prefix
         self.mixes_values = transformer.add_value_residual
-        self.attentions = [Attention(layer[0], dtype=dtype, pack=pack) for layer in transformer.layers]
+        self.attentions = [Attention(layer[0], dtype=dtype, layout=layout) for layer in transformer.layers]
         self.crosses = [
-            Attention(layer[1], dtype=dtype, pack=pack) for layer in transformer.layers if layer[1] is not None
+            Attention(layer[1], dtype=dtype, layout=layout) for layer in transformer.layers if layer[1] is not None
         ]
-        self.feedforwards = [FeedForward(layer[2], dtype=dtype, pack=pack) for layer in transformer.layers]
+        self.feedforwards = [FeedForward(layer[2], dtype=dtype, layout=layout) for layer in transformer.layers]
         self.norm = Norm(transformer.norm)
         self.heads, self.dim_head = self.attentions[0].heads, self.attentions[0].dim_head
         connection = self.attentions[0].connection
@@ -222,7 +251,7 @@ class CachedTransformer:
         prefix = prefix_v[0].shape[1]
         k, v = [], []
         for given_k, given_v in zip(prefix_k, prefix_v):
-            k.append(F.pad(given_k, (0, capacity)))
+            k.append(F.pad(given_k, (0, 0, 0, capacity)))
             v.append(F.pad(given_v, (0, 0, 0, capacity)))
 
         visible = torch.ones(batch, prefix + capacity, dtype=torch.bool, device=device)
@@ -242,7 +271,7 @@ class CachedTransformer:
     def _given(
         self, attentions: list[Attention], batch: int, context: Tensor | None
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """Keys (b, d, n) and values (b, n, d) that are there before any token, a layer: null ones, conditioning."""
+        """Keys and values (b, n, d) that are there before any token, a layer: null ones, conditioning."""
         keys, values, first_values = [], [], None
         for attention in attentions:
             k = v = self.norm.gamma.new_zeros(batch, 0, self.dim_head)
@@ -255,7 +284,7 @@ class CachedTransformer:
                 if self.mixes_values and first_values is None:
                     first_values = own_values
                 k, v = torch.cat((k, given_k), dim=1), torch.cat((v, given_v), dim=1)
-            keys.append(k.transpose(1, 2).contiguous())
+            keys.append(k.contiguous())
             values.append(v.contiguous())
         return keys, values
 
@@ -286,9 +315,9 @@ class CachedTransformer:
             k, v, own_values = attention.keys_and_values(x.view(batch, num_new, dim), first_values)
             if self.mixes_values and first_values is None:
                 first_values = own_values
-            cache.k[layer][:, :, at] = k.transpose(1, 2)
+            cache.k[layer][:, at] = k
             cache.v[layer][:, at] = v
-            seen_k, seen_v = cache.k[layer][:, :, :stop], cache.v[layer][:, :stop]
+            seen_k, seen_v = cache.k[layer][:, :stop], cache.v[layer][:, :stop]
             streams = attention.connection.depth(attention.attend(x, seen_k, seen_v, bias), kept)
 
             if self.crosses:

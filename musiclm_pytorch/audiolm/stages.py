@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from musiclm_pytorch.audiolm.bridge import CoarseTransformer, FineTransformer, SemanticTransformer
-from musiclm_pytorch.audiolm.cached_transformer import CachedTransformer, FixedStep, Product
+from musiclm_pytorch.audiolm.cached_transformer import Cache, CachedTransformer, FixedStep, Layout, Product, layout_for
+from musiclm_pytorch.audiolm.fused_step import MOST_ROWS, FusedStep
 from musiclm_pytorch.audiolm.position_bias import PositionBias, coarse_bias, fine_bias, semantic_bias
 from musiclm_pytorch.checks import typechecked
 
@@ -62,7 +63,7 @@ class Session:
             stop = start + block.shape[1]
             features = network.extend(block, self._bias_rows(start, stop, num_keys=stop), self.cache)
             self.features = features[:, -1]
-        self._fixed_step = FixedStep(network, self.cache, len(self.features)) if decoder.compile else None
+        self._step = decoder.step(self.cache, len(self.features))
 
     def logits(self) -> Tensor:
         """(b, c) float32 for the next token."""
@@ -74,17 +75,17 @@ class Session:
 
     def push(self, tokens: Tensor) -> None:
         """Take the next token of each row, (b,) int64."""
-        position = self.cache.length
+        decoder, position = self.decoder, self.cache.length
         if self._rows is None or position >= self._rows_from + len(self._rows):
             self._rows_from = position
             stop = min(position + BIAS_BLOCK, self.capacity)
-            self._rows = self._bias_rows(position, stop, num_keys=self.capacity if self._fixed_step else stop)
+            self._rows = self._bias_rows(position, stop, num_keys=self.capacity if decoder.compile else stop)
         row = self._rows[position - self._rows_from][None]
-        embeds = self._both(self.decoder.embed(tokens, self.index)[:, None])
-        if self._fixed_step is not None:
-            features = self._fixed_step(embeds, row)
+        embeds = self._both(decoder.embed(tokens, self.index)[:, None])
+        if self._step is not None:
+            features = self._step(embeds, row)
         else:
-            features = self.decoder.network.extend(embeds, row[..., : self.cache.prefix + position + 1], self.cache)
+            features = decoder.network.extend(embeds, row[..., : self.cache.prefix + position + 1], self.cache)
         self.features = features[:, -1]
         self.index += 1
 
@@ -115,7 +116,8 @@ class Decoder:
         self.transformer, self.compile = transformer, compile
         self.dtype = dtype or next(transformer.parameters()).dtype
         with torch.inference_mode():
-            self.network = CachedTransformer(transformer.transformer, dtype=self.dtype, pack=not compile)
+            self.layout = layout_for(transformer.device, self.dtype, compile)
+            self.network = CachedTransformer(transformer.transformer, dtype=self.dtype, layout=self.layout)
 
     @property
     def device(self) -> torch.device:
@@ -127,6 +129,15 @@ class Decoder:
         return sum(product.num_bytes for product in self.network.products()) + self.heads[0].num_bytes
 
     heads: list[Product]
+
+    def step(self, cache: Cache, batch: int) -> FixedStep | FusedStep | None:
+        """What extends a generation by one token of each row; None if that is `network.extend`."""
+        if self.compile:
+            return FixedStep(self.network, cache, batch)
+        has_keys = not self.network.crosses or cache.cross_v[0].shape[1] > 0
+        if self.layout is Layout.ROWS and batch <= MOST_ROWS and has_keys:
+            return FusedStep(self.network, cache, batch)
+        return None
 
     def head(self, features: Tensor, index: int) -> Tensor:
         return self.heads[index % len(self.heads)](features)
@@ -177,7 +188,9 @@ class SemanticDecoder(Decoder):
     @torch.inference_mode()
     def __init__(self, transformer: SemanticTransformer, *, dtype: torch.dtype | None = None, compile: bool = False):
         super().__init__(transformer, dtype, compile)
-        self.heads = [Product(transformer.to_logits.weight, transformer.to_logits.bias, dtype=self.dtype)]
+        self.heads = [
+            Product(transformer.to_logits.weight, transformer.to_logits.bias, dtype=self.dtype, layout=self.layout)
+        ]
         self.end_id = transformer.eos_id
         self.codebook_size = transformer.num_semantic_tokens
 
@@ -217,7 +230,9 @@ class CoarseDecoder(Decoder):
     @torch.inference_mode()
     def __init__(self, transformer: CoarseTransformer, *, dtype: torch.dtype | None = None, compile: bool = False):
         super().__init__(transformer, dtype, compile)
-        self.heads = [Product(weight, dtype=self.dtype) for weight in transformer.coarse_logit_weights]
+        self.heads = [
+            Product(weight, dtype=self.dtype, layout=self.layout) for weight in transformer.coarse_logit_weights
+        ]
         self.end_id = transformer.coarse_eos_id
         self.codebook_size = transformer.codebook_size
         self.num_quantizers = transformer.num_coarse_quantizers
@@ -271,7 +286,9 @@ class FineDecoder(Decoder):
     @torch.inference_mode()
     def __init__(self, transformer: FineTransformer, *, dtype: torch.dtype | None = None, compile: bool = False):
         super().__init__(transformer, dtype, compile)
-        self.heads = [Product(weight, dtype=self.dtype) for weight in transformer.fine_logit_weights]
+        self.heads = [
+            Product(weight, dtype=self.dtype, layout=self.layout) for weight in transformer.fine_logit_weights
+        ]
         self.codebook_size = transformer.codebook_size
         self.num_quantizers = transformer.num_fine_quantizers
 

@@ -1,0 +1,476 @@
+"""One token through a transformer of audiolm-pytorch on a CPU, as one call that two threads or more share.
+
+A token of a small batch needs about a thousand operators of a few microseconds, and the products among them read the
+weights at a third of the memory's speed. Here numba compiles the whole token. The threads are those of PyTorch's own
+OpenMP, which GOMP_parallel starts and GOMP_barrier keeps in step, so no second pool competes for the cores.
+
+What the kernel computes is `CachedTransformer.forward` for one new token; its plain reference is that function. This
+file is imported on first use, because numba takes a second; `fused_step.py` has the Python side.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+
+import llvmlite.binding
+import numpy as np
+from llvmlite import ir
+from numba import carray, cfunc, njit, types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+# Sums may be reordered, which vector instructions need; NaN and infinity keep their meaning.
+MATHS = {'reassoc', 'contract', 'nsz', 'arcp'}
+OPTIONS = dict(fastmath=MATHS, error_model='numpy', boundscheck=False)
+
+# Rows of weights and of what they are multiplied with are a multiple of this long (zeros behind), so that no loop has
+# a remainder: LLVM makes four vectors of 16 at a time.
+PAD_TO = 64
+# float32 numbers ahead of the one that is read, so that the memory is busy where a row of weights ends
+AHEAD = 2048
+EPS = np.float32(1e-5)  # of layer norm
+
+# columns of the table of addresses, a row a layer
+SELF, CROSS, FEEDFORWARD = 0, 10, 20  # where each block begins
+DYNAMIC, STATIC, SCALE, GAMMA, BETA = range(5)  # of each block
+TO_Q, TO_OUT, KEYS, VALUES, TO_KV = range(5, 10)  # of attention
+TO_HIDDEN, HIDDEN_GAMMA, HIDDEN_BETA, FROM_HIDDEN = range(5, 9)  # of feedforward
+NUM_COLUMNS = 29
+
+# places in the head of the job
+(
+    DIM,
+    HEADS,
+    DIM_HEAD,
+    HIDDEN,
+    STREAMS,
+    LAYERS,
+    ROWS,
+    AT,
+    WIDTH,
+    MIXES_VALUES,
+    CROSS_KEYS,
+    NO_BIAS,
+    BIAS,
+    BIAS_WIDTH,
+    MASK,
+    CROSS_BIAS,
+    TABLE,
+    RESIDUAL,
+    SPARE,
+    MIXING,
+    INPUT,
+    NORMED,
+    QUERIES,
+    KEY_VALUE,
+    FIRST_VALUES,
+    ATTENDED,
+    OUTPUT,
+    BOTH,
+    GATED,
+    SCORES,
+    FINAL_GAMMA,
+    FINAL_BETA,
+    NUM_FIELDS,
+) = range(33)
+
+
+_loaded = ctypes.CDLL(None)  # PyTorch's OpenMP among it
+for _name in ('GOMP_barrier', 'omp_get_thread_num', 'omp_get_num_threads'):
+    llvmlite.binding.add_symbol(_name, ctypes.cast(getattr(_loaded, _name), ctypes.c_void_p).value)
+
+# by name, not by address: that is what numba can keep on disk
+barrier = types.ExternalFunction('GOMP_barrier', types.void())
+thread_number = types.ExternalFunction('omp_get_thread_num', types.int32())
+number_of_threads = types.ExternalFunction('omp_get_num_threads', types.int32())
+
+
+def _cast(context, builder, signature, args):
+    return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
+
+
+@intrinsic
+def pointer_to(typing_context, address):
+    """An address as a pointer to float32."""
+    return types.CPointer(types.float32)(types.int64), _cast
+
+
+@intrinsic
+def pointer_to_addresses(typing_context, address):
+    """An address as a pointer to int64."""
+    return types.CPointer(types.int64)(types.int64), _cast
+
+
+@intrinsic
+def prefetch(typing_context, array, index):
+    """Ask for the cache line of `array.flat[index]`, which may lie behind its end, into the second level."""
+
+    def codegen(context, builder, signature, args):
+        data = context.make_array(signature.args[0])(context, builder, args[0]).data
+        byte = ir.IntType(8).as_pointer()
+        number = ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [byte, number, number, number])
+        function = cgutils.get_or_insert_function(builder.module, kind, 'llvm.prefetch.p0')
+        reads, second_level, data_cache = (ir.Constant(number, value) for value in (0, 2, 1))
+        address = builder.bitcast(builder.gep(data, [args[1]]), byte)
+        builder.call(function, [address, reads, second_level, data_cache])
+        return context.get_dummy_value()
+
+    return types.void(array, types.int64), codegen
+
+
+@njit(**OPTIONS)
+def matrix(address, rows, columns):
+    return carray(pointer_to(address), (rows, columns))
+
+
+@njit(**OPTIONS)
+def vector(address, size):
+    return carray(pointer_to(address), (size,))
+
+
+@njit(**OPTIONS)
+def padded(size):
+    return (size + PAD_TO - 1) // PAD_TO * PAD_TO
+
+
+@njit(**OPTIONS)
+def product(x, weight, out, first, last):
+    """out[:, first:last] = x @ weight[first:last].T, reading the weights once, from their begin to their end."""
+    rows, size = x.shape
+    for o in range(first, last):
+        w = weight[o]
+        for i in range(0, size, 16):
+            prefetch(weight, o * size + i + AHEAD)
+        r = 0
+        while r + 4 <= rows:
+            x0, x1, x2, x3 = x[r], x[r + 1], x[r + 2], x[r + 3]
+            sum0 = sum1 = sum2 = sum3 = np.float32(0)
+            for i in range(size):
+                sum0 += w[i] * x0[i]
+                sum1 += w[i] * x1[i]
+                sum2 += w[i] * x2[i]
+                sum3 += w[i] * x3[i]
+            out[r, o], out[r + 1, o], out[r + 2, o], out[r + 3, o] = sum0, sum1, sum2, sum3
+            r += 4
+        while r < rows:
+            x0 = x[r]
+            sum0 = np.float32(0)
+            for i in range(size):
+                sum0 += w[i] * x0[i]
+            out[r, o] = sum0
+            r += 1
+
+
+@njit(**OPTIONS)
+def exponential(x):
+    """e to the x for x ≤ 0 in float32, to 2 units in the last place; in a form that becomes vector instructions."""
+    if x < np.float32(-87):
+        x = np.float32(-87)
+    power = np.floor(x * np.float32(1.4426950408889634) + np.float32(0.5))
+    # x − power · ln 2, the logarithm in two parts, the first of few enough bits to be multiplied exactly
+    x = x - power * np.float32(0.693145751953125)
+    x = x - power * np.float32(1.4286068203094173e-06)
+    series = np.float32(1 / 5040)
+    series = series * x + np.float32(1 / 720)
+    series = series * x + np.float32(1 / 120)
+    series = series * x + np.float32(1 / 24)
+    series = series * x + np.float32(1 / 6)
+    series = series * x + np.float32(0.5)
+    series = series * x + np.float32(1)
+    series = series * x + np.float32(1)
+    return series * np.int32((np.int32(power) + np.int32(127)) << np.int32(23)).view(np.float32)
+
+
+@njit(**OPTIONS)
+def gelu(x):
+    """x Φ(x), the error function by 7.1.26 of Abramowitz and Stegun's handbook (to 1.5e-7)."""
+    z = abs(x) * np.float32(0.7071067811865476)
+    t = np.float32(1) / (np.float32(1) + np.float32(0.3275911) * z)
+    series = np.float32(1.061405429)
+    series = series * t + np.float32(-1.453152027)
+    series = series * t + np.float32(1.421413741)
+    series = series * t + np.float32(-0.284496736)
+    series = series * t + np.float32(0.254829592)
+    tail = np.float32(0.5) * series * t * exponential(-z * z)  # of the normal distribution, beyond |x|
+    if x > 0:
+        tail = np.float32(1) - tail
+    return x * tail
+
+
+@njit(**OPTIONS)
+def layer_norm(x, gamma, beta, out, size):
+    mean = np.float32(0)
+    for i in range(size):
+        mean += x[i]
+    mean /= np.float32(size)
+    variance = np.float32(0)
+    for i in range(size):
+        variance += (x[i] - mean) * (x[i] - mean)
+    scale = np.float32(1) / np.float32(math.sqrt(variance / np.float32(size) + EPS))
+    for i in range(size):
+        out[i] = (x[i] - mean) * scale * gamma[i] + beta[i]
+
+
+@njit(**OPTIONS)
+def enter(streams, columns, mixing, x):
+    """What a block reads from the residual streams (s, d), into `x`; `mixing` keeps the weights for `leave`."""
+    num_streams, dim = streams.shape
+    if num_streams == 1:
+        for i in range(dim):
+            x[i] = streams[0, i]
+        return
+    dynamic = matrix(columns[DYNAMIC], num_streams + 2, dim)
+    static = matrix(columns[STATIC], num_streams, num_streams + 2)
+    scale = vector(columns[SCALE], num_streams + 2)
+    for i in range(dim):
+        x[i] = 0
+    for s in range(num_streams):
+        stream = streams[s]
+        square = np.float32(0)
+        for i in range(dim):
+            square += stream[i] * stream[i]
+        norm = max(np.float32(math.sqrt(square)), np.float32(1e-12))
+        for j in range(num_streams + 2):
+            weights = dynamic[j]
+            total = np.float32(0)
+            for i in range(dim):
+                total += weights[i] * stream[i]
+            mixing[s, j] = static[s, j] + np.float32(math.tanh(total / norm)) * scale[j]
+        share = mixing[s, 0]
+        for i in range(dim):
+            x[i] += share * stream[i]
+
+
+@njit(**OPTIONS)
+def leave(streams, mixing, spare, output):
+    """Add what a block gives to the residual streams."""
+    num_streams, dim = streams.shape
+    if num_streams == 1:
+        for i in range(dim):
+            streams[0, i] += output[i]
+        return
+    for to in range(num_streams):
+        mixed, share = spare[to], mixing[to, num_streams + 1]
+        for i in range(dim):
+            mixed[i] = share * output[i]
+        for s in range(num_streams):
+            stream, share = streams[s], mixing[s, 1 + to]
+            for i in range(dim):
+                mixed[i] += share * stream[i]
+    for s in range(num_streams):
+        for i in range(dim):
+            streams[s, i] = spare[s, i]
+
+
+@njit(**OPTIONS | dict(fastmath=MATHS | {'nnan'}))  # only so does a comparison become vector instructions
+def largest(x, size):
+    found = x[0]
+    for i in range(size):
+        if x[i] > found:
+            found = x[i]
+    return found
+
+
+@njit(**OPTIONS)
+def softmax(scores, bias, mask, num_keys):
+    """In place, of `num_keys` scores with their bias (n) and mask (n) added."""
+    for i in range(num_keys):
+        scores[i] += bias[i] + mask[i]
+    highest = largest(scores, num_keys)
+    total = np.float32(0)
+    for i in range(num_keys):
+        weight = exponential(scores[i] - highest)
+        scores[i] = weight
+        total += weight
+    share = np.float32(1) / total
+    for i in range(num_keys):
+        scores[i] *= share
+
+
+@njit(**OPTIONS)
+def weighted_sum(weights, v, num_keys, out):
+    """out (h, d) = weights (h, n) @ v (n, d), reading v once."""
+    heads, dim_head = out.shape
+    for head in range(heads):
+        for d in range(dim_head):
+            out[head, d] = 0
+    i = 0
+    while i + 4 <= num_keys:
+        v0, v1, v2, v3 = v[i], v[i + 1], v[i + 2], v[i + 3]
+        for d in range(0, 4 * dim_head, 16):
+            prefetch(v, i * dim_head + d + AHEAD)
+        for head in range(heads):
+            own, weight = out[head], weights[head]
+            w0, w1, w2, w3 = weight[i], weight[i + 1], weight[i + 2], weight[i + 3]
+            for d in range(dim_head):
+                own[d] += w0 * v0[d] + w1 * v1[d] + w2 * v2[d] + w3 * v3[d]
+        i += 4
+    while i < num_keys:
+        for head in range(heads):
+            for d in range(dim_head):
+                out[head, d] += weights[head, i] * v[i, d]
+        i += 1
+
+
+@njit(**OPTIONS)
+def attend(q, k, v, bias, mask, scores, num_keys, out):
+    """Some heads of a row: q and out (h · d), k and v (n, d), bias (h, n), mask (n), `scores` (h, n) is spare."""
+    dim_head, heads = k.shape[1], q.size // k.shape[1]
+    product(q.reshape(heads, dim_head), k, scores, 0, num_keys)
+    for head in range(heads):
+        softmax(scores[head], bias[head], mask, num_keys)
+    weighted_sum(scores, v, num_keys, out.reshape(heads, dim_head))
+
+
+@njit(**OPTIONS)
+def share_of(size, thread, threads):
+    return size * thread // threads, size * (thread + 1) // threads
+
+
+@njit(**OPTIONS)
+def token(job):
+    thread, threads = thread_number(), number_of_threads()
+    dim, heads, dim_head, hidden = job[DIM], job[HEADS], job[DIM_HEAD], job[HIDDEN]
+    num_streams, rows, at, width = job[STREAMS], job[ROWS], job[AT], job[WIDTH]
+    inner, num_keys, num_cross_keys = heads * dim_head, job[AT] + 1, job[CROSS_KEYS]
+
+    residual = carray(pointer_to(job[RESIDUAL]), (rows, num_streams, dim))
+    spare = carray(pointer_to(job[SPARE]), (rows, num_streams, dim))
+    mixing = carray(pointer_to(job[MIXING]), (rows, num_streams, num_streams + 2))
+    x, normed = matrix(job[INPUT], rows, padded(dim)), matrix(job[NORMED], rows, padded(dim))
+    queries, attended = matrix(job[QUERIES], rows, padded(inner)), matrix(job[ATTENDED], rows, padded(inner))
+    key_value, first_values = matrix(job[KEY_VALUE], rows, 2 * dim_head), matrix(job[FIRST_VALUES], rows, dim_head)
+    output, both = matrix(job[OUTPUT], rows, dim), matrix(job[BOTH], rows, 2 * hidden)
+    gated = matrix(job[GATED], rows, padded(hidden))
+    scores = carray(pointer_to(job[SCORES]), (threads, heads, max(width, num_cross_keys)))[thread]
+    bias, cross_bias = matrix(job[BIAS], heads, job[BIAS_WIDTH]), matrix(job[CROSS_BIAS], rows, num_cross_keys)
+    mask, no_bias = matrix(job[MASK], rows, width), matrix(job[NO_BIAS], heads, num_cross_keys)
+    table = carray(pointer_to_addresses(job[TABLE]), (job[LAYERS], NUM_COLUMNS))
+
+    first_row, last_row = share_of(rows, thread, threads)
+    first_head, last_head = share_of(rows * heads, thread, threads)
+    first_q, last_q = share_of(inner, thread, threads)
+    first_kv, last_kv = share_of(2 * dim_head, thread, threads)
+    first_out, last_out = share_of(dim, thread, threads)
+    first_hidden, last_hidden = share_of(hidden, thread, threads)
+
+    for layer in range(job[LAYERS]):
+        # self-attention
+        columns = table[layer, SELF:CROSS]
+        for row in range(first_row, last_row):
+            if layer > 0:
+                leave(residual[row], mixing[row], spare[row], output[row])
+            enter(residual[row], columns, mixing[row], x[row])
+            layer_norm(x[row], vector(columns[GAMMA], dim), vector(columns[BETA], dim), normed[row], dim)
+        barrier()
+        product(normed, matrix(columns[TO_Q], inner, padded(dim)), queries, first_q, last_q)
+        product(x, matrix(columns[TO_KV], 2 * dim_head, padded(dim)), key_value, first_kv, last_kv)
+        barrier()
+        k = carray(pointer_to(columns[KEYS]), (rows, width, dim_head))
+        v = carray(pointer_to(columns[VALUES]), (rows, width, dim_head))
+        for row in range(first_head // heads, (last_head + heads - 1) // heads):
+            # two threads that share a row both write it, the same numbers
+            for d in range(dim_head):
+                value = key_value[row, dim_head + d]
+                if layer == 0:
+                    first_values[row, d] = value
+                elif job[MIXES_VALUES]:
+                    value = np.float32(0.5) * (value + first_values[row, d])
+                k[row, at, d] = key_value[row, d]
+                v[row, at, d] = value
+            start, stop = max(first_head - row * heads, 0), min(last_head - row * heads, heads)
+            own = slice(start * dim_head, stop * dim_head)
+            attend(queries[row, own], k[row], v[row], bias[start:stop], mask[row], scores, num_keys, attended[row, own])
+        barrier()
+        product(attended, matrix(columns[TO_OUT], dim, padded(inner)), output, first_out, last_out)
+        barrier()
+
+        # cross-attention
+        if num_cross_keys > 0:
+            columns = table[layer, CROSS:FEEDFORWARD]
+            for row in range(first_row, last_row):
+                leave(residual[row], mixing[row], spare[row], output[row])
+                enter(residual[row], columns, mixing[row], x[row])
+                layer_norm(x[row], vector(columns[GAMMA], dim), vector(columns[BETA], dim), normed[row], dim)
+            barrier()
+            product(normed, matrix(columns[TO_Q], inner, padded(dim)), queries, first_q, last_q)
+            barrier()
+            k = carray(pointer_to(columns[KEYS]), (rows, num_cross_keys, dim_head))
+            v = carray(pointer_to(columns[VALUES]), (rows, num_cross_keys, dim_head))
+            for row in range(first_head // heads, (last_head + heads - 1) // heads):
+                start, stop = max(first_head - row * heads, 0), min(last_head - row * heads, heads)
+                own = slice(start * dim_head, stop * dim_head)
+                attend(
+                    queries[row, own],
+                    k[row],
+                    v[row],
+                    no_bias[start:stop],
+                    cross_bias[row],
+                    scores,
+                    num_cross_keys,
+                    attended[row, own],
+                )
+            barrier()
+            product(attended, matrix(columns[TO_OUT], dim, padded(inner)), output, first_out, last_out)
+            barrier()
+
+        # feedforward
+        columns = table[layer, FEEDFORWARD:]
+        for row in range(first_row, last_row):
+            leave(residual[row], mixing[row], spare[row], output[row])
+            enter(residual[row], columns, mixing[row], x[row])
+            layer_norm(x[row], vector(columns[GAMMA], dim), vector(columns[BETA], dim), normed[row], dim)
+        barrier()
+        weight = matrix(columns[TO_HIDDEN], 2 * hidden, padded(dim))
+        product(normed, weight, both, first_hidden, last_hidden)
+        product(normed, weight, both, hidden + first_hidden, hidden + last_hidden)
+        for row in range(rows):
+            own, gate, result = both[row, :hidden], both[row, hidden:], gated[row]
+            for i in range(first_hidden, last_hidden):
+                result[i] = gelu(gate[i]) * own[i]
+        barrier()
+        gamma, beta = vector(columns[HIDDEN_GAMMA], hidden), vector(columns[HIDDEN_BETA], hidden)
+        for row in range(first_row, last_row):
+            layer_norm(gated[row], gamma, beta, gated[row], hidden)
+        barrier()
+        product(gated, matrix(columns[FROM_HIDDEN], dim, padded(hidden)), output, first_out, last_out)
+        barrier()
+
+    gamma, beta = vector(job[FINAL_GAMMA], dim), vector(job[FINAL_BETA], dim)
+    for row in range(first_row, last_row):
+        leave(residual[row], mixing[row], spare[row], output[row])
+        for i in range(dim):
+            x[row, i] = residual[row, 0, i]
+        for s in range(1, num_streams):
+            for i in range(dim):
+                x[row, i] += residual[row, s, i]
+        layer_norm(x[row], gamma, beta, output[row], dim)
+
+
+@njit(**OPTIONS)
+def few_rows(job):
+    rows, size, num_out = job[0], job[1], job[2]
+    x, weight, out = matrix(job[3], rows, size), matrix(job[4], num_out, size), matrix(job[5], rows, num_out)
+    first, last = share_of(num_out, thread_number(), number_of_threads())
+    product(x, weight, out, first, last)
+
+
+def task(function):
+    """What each thread runs, with the address of a job; compiled once for a machine where there is a place to keep it."""
+    signature = types.void(types.CPointer(types.int64))
+    try:
+        return cfunc(signature, cache=True)(function)
+    except RuntimeError:  # neither the folder of this file nor the user's can be written
+        return cfunc(signature)(function)
+
+
+@task
+def token_task(address):
+    token(carray(address, (NUM_FIELDS,)))
+
+
+@task
+def product_task(address):
+    few_rows(carray(address, (6,)))
