@@ -108,6 +108,7 @@ setup(
         'librosa>=0.11',
         'lion-pytorch>=0.2',
         'matplotlib>=3.8',
+        'numba>=0.61',
         'packaging>=22',
         'pyloudnorm>=0.2',
         'pyyaml>=6',

@@ -31,7 +31,7 @@ def _build(kind: type, **options) -> nn.Module:
     """A stage away from its start, where hyper-connections do nothing, with logits as far apart as a trained one's."""
     random.seed(0)  # of the stream that a block reads at first
     torch.manual_seed(0)
-    stage = kind(**SIZES, **options)
+    stage = kind(**{**SIZES, **options})
     with torch.no_grad():
         for name, parameter in stage.named_parameters():
             if 'logit_weights' in name:

@@ -19,6 +19,7 @@ from audiolm_stages import (
     semantic_stage,
 )
 
+from musiclm_pytorch.audiolm.fused_step import FusedStep, can_fuse
 from musiclm_pytorch.audiolm.stages import CoarseDecoder, FineDecoder, SemanticDecoder
 
 CONDITIONS = {
@@ -194,6 +195,46 @@ def test_bfloat16_stays_near():
     wanted = fine_logits(stage, coarse, tokens.flatten(1)[:, :-1])[:, FINE:]
     assert found.dtype == torch.float32
     assert (found - wanted).square().mean().sqrt() < 0.05 * wanted.std()
+
+
+@pytest.mark.parametrize('threads', [1, 2, 3])
+@pytest.mark.parametrize('batch', [1, 2, 5, 16, 17])
+def test_a_compiled_token_is_that_of_the_plain_operators(monkeypatch, batch, threads):
+    """Rows and heads that the threads share unevenly; more rows than the kernel takes; a head that is no vector."""
+    if not can_fuse():
+        pytest.skip('no GNU OpenMP')
+    monkeypatch.setattr('musiclm_pytorch.audiolm.fused_step.DIM_A_THREAD', 1)
+    monkeypatch.setattr('musiclm_pytorch.audiolm.fused_step.WORK_A_THREAD', 1)
+    options = dict(audio_text_condition=True, heads=3, dim_head=7, dim=40)
+    stage = coarse_stage(**options)
+    semantic_ids, tokens, text_embeds = codes(batch, 7, num=SEMANTIC), codes(batch, 4, COARSE), embeds(batch, 4, 40)
+    semantic_ids[0, 5:] = -1
+
+    def logits():
+        session = CoarseDecoder(stage).begin(semantic_ids, tokens[:, :1], max_frames=4, text_embeds=text_embeds)
+        return type(session._step), forced(session, tokens[:, 1:].flatten(1))
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        kind, found = logits()
+        assert kind is (FusedStep if batch <= 16 else type(None))
+        monkeypatch.setattr('musiclm_pytorch.audiolm.fused_step.can_fuse', lambda: False)
+        kind, wanted = logits()
+        assert kind is type(None)
+    finally:
+        torch.set_num_threads(before)
+    assert_equal(found, wanted)
+
+
+def test_keys_beyond_the_vectors_of_the_kernel():
+    """Numbers of keys that are no multiple of anything, and scores far apart."""
+    stage, ids = semantic_stage(), codes(2, 150, num=SEMANTIC)
+    with torch.no_grad():
+        for layer in stage.transformer.layers:
+            layer[0].branch.to_q.weight.mul_(20)
+    session = SemanticDecoder(stage).begin(ids[:, :3], max_tokens=150)
+    assert_equal(forced(session, ids[:, 3:]), semantic_logits(stage, ids)[:, 3:-1])
 
 
 @pytest.mark.slow

@@ -15,6 +15,7 @@ import math
 
 import llvmlite.binding
 import numpy as np
+import torch  # noqa: F401  loads OpenMP
 from llvmlite import ir
 from numba import carray, cfunc, njit, types
 from numba.core import cgutils
@@ -29,6 +30,7 @@ OPTIONS = dict(fastmath=MATHS, error_model='numpy', boundscheck=False)
 PAD_TO = 64
 # float32 numbers ahead of the one that is read, so that the memory is busy where a row of weights ends
 AHEAD = 2048
+BLOCK = 16  # outputs that are computed for all rows before the next ones
 EPS = np.float32(1e-5)  # of layer norm
 
 # columns of the table of addresses, a row a layer
@@ -137,30 +139,45 @@ def padded(size):
 
 @njit(**OPTIONS)
 def product(x, weight, out, first, last):
-    """out[:, first:last] = x @ weight[first:last].T, reading the weights once, from their begin to their end."""
+    """out[:, first:last] = x @ weight[first:last].T, reading the weights once, from their begin to their end.
+
+    By blocks of outputs, whose weights stay in the second level of the cache, and four rows, which stay in the first.
+    """
     rows, size = x.shape
-    for o in range(first, last):
-        w = weight[o]
-        for i in range(0, size, 16):
-            prefetch(weight, o * size + i + AHEAD)
+    for begin in range(first, last, BLOCK):
+        end = min(begin + BLOCK, last)
         r = 0
-        while r + 4 <= rows:
-            x0, x1, x2, x3 = x[r], x[r + 1], x[r + 2], x[r + 3]
-            sum0 = sum1 = sum2 = sum3 = np.float32(0)
-            for i in range(size):
-                sum0 += w[i] * x0[i]
-                sum1 += w[i] * x1[i]
-                sum2 += w[i] * x2[i]
-                sum3 += w[i] * x3[i]
-            out[r, o], out[r + 1, o], out[r + 2, o], out[r + 3, o] = sum0, sum1, sum2, sum3
-            r += 4
         while r < rows:
-            x0 = x[r]
-            sum0 = np.float32(0)
-            for i in range(size):
-                sum0 += w[i] * x0[i]
-            out[r, o] = sum0
-            r += 1
+            is_four = r + 4 <= rows
+            for o in range(begin, end):
+                if r == 0:
+                    for i in range(0, size, 16):
+                        prefetch(weight, o * size + i + AHEAD)
+                if is_four:
+                    four_rows(x, weight[o], out, r, o)
+                else:
+                    one_row(x[r], weight[o], out, r, o)
+            r += 4 if is_four else 1
+
+
+@njit(**OPTIONS)
+def four_rows(x, w, out, r, o):
+    x0, x1, x2, x3 = x[r], x[r + 1], x[r + 2], x[r + 3]
+    sum0 = sum1 = sum2 = sum3 = np.float32(0)
+    for i in range(w.size):
+        sum0 += w[i] * x0[i]
+        sum1 += w[i] * x1[i]
+        sum2 += w[i] * x2[i]
+        sum3 += w[i] * x3[i]
+    out[r, o], out[r + 1, o], out[r + 2, o], out[r + 3, o] = sum0, sum1, sum2, sum3
+
+
+@njit(**OPTIONS)
+def one_row(x, w, out, r, o):
+    total = np.float32(0)
+    for i in range(w.size):
+        total += w[i] * x[i]
+    out[r, o] = total
 
 
 @njit(**OPTIONS)
@@ -458,7 +475,7 @@ def few_rows(job):
 
 
 def task(function):
-    """What each thread runs, with the address of a job; compiled once for a machine where there is a place to keep it."""
+    """What each thread runs, given the address of a job; compiled once for a machine that has a place to keep it."""
     signature = types.void(types.CPointer(types.int64))
     try:
         return cfunc(signature, cache=True)(function)
