@@ -128,12 +128,8 @@ class Rendered(torch.utils.data.Dataset):
     """The rendered clips and their captions."""
 
     def __init__(self, folder: Path, clips: int, pairs: int, rich: bool):
-        from musiclm_pytorch import SyntheticMusic
-
         self.waves = np.load(folder / f'train-{clips}.npy', mmap_mode='r')
-        self.music = SyntheticMusic(
-            clips, seconds=SECONDS, sample_rate=SAMPLE_RATE, mentions=RICH if rich else None
-        )  # for its captions, which take 0.1 ms
+        self.music = synthetic(clips, rich)  # for its captions, which take 0.1 ms
         self.length = min(clips, pairs)
 
     def __len__(self) -> int:
@@ -148,6 +144,36 @@ class Rendered(torch.utils.data.Dataset):
         if index >= self.length:
             raise IndexError(index)
         return as_wave(self.waves[index]), self.music.text(index)
+
+
+def synthetic(clips: int, rich: bool):
+    from musiclm_pytorch import SyntheticMusic
+
+    return SyntheticMusic(clips, seconds=SECONDS, sample_rate=SAMPLE_RATE, mentions=RICH if rich else None)
+
+
+def captions_file(args: argparse.Namespace) -> Path:
+    return args.data / f'captions-{args.clips}{"-rich" if args.rich_captions else ""}.json'
+
+
+def write_captions(args: argparse.Namespace) -> None:
+    """The captions of all clips, for a process that has upstream's package instead of ours."""
+    music = synthetic(args.clips, args.rich_captions)
+    captions_file(args).write_text(json.dumps([music.text(index) for index in range(args.clips)]))
+
+
+class WithCaptions(torch.utils.data.Dataset):
+    """What `Rendered` gives, with the captions that were written."""
+
+    def __init__(self, args: argparse.Namespace):
+        self.waves = np.load(args.data / f'train-{args.clips}.npy', mmap_mode='r')
+        self.captions = json.loads(captions_file(args).read_text())[: args.use]
+
+    def __len__(self) -> int:
+        return len(self.captions)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, str]:
+        return as_wave(self.waves[index]), self.captions[index]
 
 
 def as_wave(clip: np.ndarray) -> torch.Tensor:
@@ -231,6 +257,7 @@ def build_trainer(side: str, mulan, dataset, folder: Path, args: argparse.Namesp
         weight_decay=0.05,
         max_grad_norm=1.0,
         mixed_precision=args.precision,
+        compile_model=args.compile,
         groups=[dataset.alike(index) for index in range(len(dataset))],
         group_size=GROUP_SIZE,
         groups_after=round(GROUPS_AFTER * args.use / args.batch_size),
@@ -245,7 +272,10 @@ def build_trainer(side: str, mulan, dataset, folder: Path, args: argparse.Namesp
 def train(side: str, args: argparse.Namespace) -> dict:
     """One run: curve of held-out recall, zero-shot shares at the end, seconds of training alone."""
     held_out = np.load(args.data / 'held-out.npz')
-    dataset = Rendered(args.data, args.clips, args.use, args.rich_captions)
+    if side == 'upstream':
+        dataset = WithCaptions(args)
+    else:
+        dataset = Rendered(args.data, args.clips, args.use, args.rich_captions)
     steps = args.use // args.batch_size
     look_at = {round(steps * part / args.looks) for part in range(1, args.looks + 1)} if args.looks else set()
     curve, times = [], []
@@ -277,6 +307,7 @@ def train(side: str, args: argparse.Namespace) -> dict:
                 last = time.perf_counter()
 
             trainer.train(num_train_steps=steps, with_validation=False, log_fn=log_fn)
+    # compiling falls into the first steps
     found = dict(side=side, lr=args.lr, pairs=args.use, seconds=sum(times), step_seconds=statistics.median(times))
     found |= dict(clips_a_second=args.batch_size / found['step_seconds'], curve=curve)
     if args.save and side == 'ours':
@@ -291,6 +322,7 @@ def run(side: str, lr: float, use: int, looks: int, args: argparse.Namespace) ->
     command = [sys.executable, str(Path(__file__).resolve()), '--worker', side, '--data', str(args.data)]
     command += ['--lr', str(lr), '--use', str(use), '--looks', str(looks), '--clips', str(args.clips)]
     command += ['--batch-size', str(args.batch_size)] + (['--save', str(args.save)] if args.save else [])
+    command += ['--compile'] if args.compile else []
     command += ['--precision', args.precision, *(['--rich-captions'] if args.rich_captions else [])]
     path = args.upstream if side == 'upstream' else ROOT
     environment = {**os.environ, 'PYTHONPATH': str(path), 'HF_HUB_OFFLINE': '1'}
@@ -337,7 +369,10 @@ def throughput(args: argparse.Namespace) -> dict[str, float]:
     rates: dict[str, list[float]] = {side: [] for side in args.sides}
     for _ in range(args.rounds):
         for side in args.sides:
-            rates[side].append(run(side, 3e-4, use, 0, args)['clips_a_second'])
+            found = run(side, 3e-4, use, 0, args)
+            rates[side].append(found['clips_a_second'])
+            start = found['seconds'] - found['step_seconds'] * args.steps
+            print(f'{side}: {rates[side][-1]:.1f} clips/s, {start:.1f} s more for the first steps', flush=True)
     found = {side: statistics.median(values) for side, values in rates.items()}
     print('clips a second:', {side: round(value, 1) for side, value in found.items()}, rates)
     if len(found) == 2:
@@ -356,6 +391,8 @@ def evaluate(args: argparse.Namespace) -> None:
 def main(args: argparse.Namespace) -> None:
     if 'upstream' in args.sides:
         install_upstream(args.upstream)
+        args.data.mkdir(parents=True, exist_ok=True)
+        write_captions(args)
     rendering = prepare(args.data, args.clips)
     print(f'{args.clips} clips of {SECONDS:g} s rendered in {rendering:.0f} s')
     if args.throughput:
@@ -395,10 +432,11 @@ if __name__ == '__main__':
     parser.add_argument('--pairs', type=int, default=240_000, help='pairs that each side sees (default 240,000)')
     parser.add_argument('--batch-size', type=int, default=64)
     parser.add_argument('--precision', choices=['no', 'bf16'], default='bf16', help='of our side (default bf16)')
+    parser.add_argument('--compile', action='store_true', help='compile the towers of our side')
     parser.add_argument('--lrs', type=float, nargs='+', default=[5e-4, 1e-3, 2e-3], help='learning rates to try')
     parser.add_argument('--looks', type=int, default=8, help='points of the curve (default 8)')
     parser.add_argument('--throughput', action='store_true', help='only time the loops')
-    parser.add_argument('--steps', type=int, default=20, help='steps of a timing (default 20)')
+    parser.add_argument('--steps', type=int, default=30, help='steps of a timing (default 30)')
     parser.add_argument('--rounds', type=int, default=3, help='timings of each side (default 3)')
     parser.add_argument('--rich-captions', action='store_true', help='captions that tell more than usual')
     parser.add_argument('--evaluate', type=Path, metavar='FOLDER', help='only measure the model saved there')
