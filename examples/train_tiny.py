@@ -1,9 +1,12 @@
 """Train the model that ships with the package, `MusicLM.from_pretrained('tiny')`, on SyntheticMusic.
 
-    python benchmarks/learning.py --sides ours --lrs 1e-3 --rich-captions --save build/tiny/mulan
-    python examples/train_tiny.py codec                                              # needs no MuLaN
+    python benchmarks/learning.py --sides ours --lrs 1e-3 --save build/tiny/mulan
+    python examples/train_tiny.py codec tokenizer                                    # need no MuLaN
     python examples/train_tiny.py tokens
     python examples/train_tiny.py semantic coarse fine pack
+
+With `--begin-with FOLDER`, a MusicLM of the same sizes, codec and tokenizer are its own, and the stages go on from its
+weights: so a better MuLaN comes into a trained model.
 
 Each phase leaves its result under `build/tiny` and is passed over when that is there; interrupted, a training goes on
 from its last checkpoint. Phases that need nothing of each other may run side by side, one thread each, which is faster
@@ -22,7 +25,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from musiclm_pytorch import MuLaN, MuLaNEmbedQuantizer, MusicLM, SyntheticMusic
+from musiclm_pytorch import (
+    AudioSpectrogramTransformer,
+    MuLaN,
+    MuLaNEmbedQuantizer,
+    MusicLM,
+    SyntheticMusic,
+    get_optimal_spectrogram_params,
+)
 from musiclm_pytorch.audiolm.bridge import AudioLM, CoarseTransformer, FineTransformer, SemanticTransformer
 from musiclm_pytorch.audiolm.initial import scale_initial_weights
 from musiclm_pytorch.audiolm.saving import load_module, save_module
@@ -34,6 +44,7 @@ from musiclm_pytorch.trainer.stages import CoarseTrainer, FineTrainer, SemanticT
 
 ROOT = Path(__file__).resolve().parent.parent
 SAMPLE_RATE, SECONDS, CLIPS, SEED = 16000, 5.0, 24_000, 1
+MULAN_RATE = 8000  # of the tokenizer, too
 # captions that tell more than usual, as of `benchmarks/learning.py --rich-captions`
 MENTIONS = dict(tempo=0.85, mode=0.85, register=0.85, texture=0.75, drums=0.85, bpm=0.25, key=0.5)
 CODES, SEMANTIC_CODES = 512, 512
@@ -118,14 +129,30 @@ def render(task: tuple[Path, int]) -> list[str]:
 
 
 def fit_codec(args: argparse.Namespace) -> None:
+    if args.begin_with is not None:
+        save_module(load_module(args.begin_with / 'codec'), args.work / 'codec')
+        return
     codec = SpectralCodec(SAMPLE_RATE, codebook_size=CODES, num_quantizers=COARSE + FINE)
     missing = codec.fit(open_clips(args.work), max_items=4000, max_vectors=60_000, seed=SEED)
     print('left over after each level:', ' '.join(f'{share:.1%}' for share in missing), flush=True)
     save_module(codec, args.work / 'codec')
 
 
+def fit_tokenizer(args: argparse.Namespace) -> None:
+    """Centres of spectra: without the pitch classes, which would count as much as all else in a distance."""
+    if args.begin_with is not None:
+        SemanticTokenizer.from_pretrained(args.begin_with / 'tokenizer').save_pretrained(args.work / 'tokenizer')
+        return
+    front_end = get_optimal_spectrogram_params(MULAN_RATE, 'tonal') | dict(spec_chroma=False, patch_size=(160, 4))
+    tower = AudioSpectrogramTransformer(dim=16, depth=1, heads=1, dim_head=16, **front_end)
+    tokenizer = MuLaNSemanticTokenizer(tower, codebook_size=SEMANTIC_CODES)
+    lost = tokenizer.fit(open_clips(args.work), batch_size=32, max_items=6000, seed=SEED)
+    print(f'variance lost by the tokenizer: {lost:.1%}', flush=True)
+    tokenizer.save_pretrained(args.work / 'tokenizer')
+
+
 def compute(args: argparse.Namespace) -> None:
-    """Quantizer, tokenizer, and the tokens of all clips; those of the codec when it is there."""
+    """The quantizer, and the tokens of all clips."""
     clips = open_clips(args.work)
     if not (args.work / 'quantizer').exists():
         mulan = small_vocabulary(MuLaN.from_pretrained(args.work / 'mulan'), clips.texts)
@@ -140,14 +167,11 @@ def compute(args: argparse.Namespace) -> None:
         print('left over after each level:', ' '.join(f'{share:.1%}' for share in missing), flush=True)
         quantizer.save_pretrained(args.work / 'quantizer')
     quantizer = MuLaNEmbedQuantizer.from_pretrained(args.work / 'quantizer')
-    if not (args.work / 'tokenizer').exists():
-        tokenizer = MuLaNSemanticTokenizer(quantizer.mulan, codebook_size=SEMANTIC_CODES)
-        lost = tokenizer.fit(clips, batch_size=32, max_items=6000, seed=SEED)
-        print(f'variance lost by the tokenizer: {lost:.1%}', flush=True)
-        tokenizer.save_pretrained(args.work / 'tokenizer')
-    modules = dict(tokenizer=SemanticTokenizer.from_pretrained(args.work / 'tokenizer'), quantizer=quantizer)
-    if (args.work / 'codec' / 'config.json').exists():
-        modules['codec'] = load_module(args.work / 'codec')
+    modules = dict(
+        tokenizer=SemanticTokenizer.from_pretrained(args.work / 'tokenizer'),
+        codec=load_module(args.work / 'codec'),
+        quantizer=quantizer,
+    )
     for name, module in modules.items():
         start = time.perf_counter()
         compute_tokens(clips, args.work / 'tokens', batch_size=32, **{name: module})
@@ -166,8 +190,12 @@ def small_vocabulary(mulan: MuLaN, texts: list[str]) -> MuLaN:
 
 def train_stage(name: str, args: argparse.Namespace) -> None:
     torch.manual_seed(SEED)
+    if args.begin_with is None:
+        transformer = scale_initial_weights(KINDS[name](**STAGES[name]))
+    else:
+        transformer = load_module(args.begin_with / name)
     trainer = TRAINERS[name](
-        scale_initial_weights(KINDS[name](**STAGES[name])),
+        transformer,
         args.work / 'tokens',
         quantizer=MuLaNEmbedQuantizer.from_pretrained(args.work / 'quantizer'),
         batch_size=BATCH[name],
@@ -219,9 +247,10 @@ def pack(args: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('phases', nargs='+', choices=['codec', 'tokens', *KINDS, 'pack'])
+    parser.add_argument('phases', nargs='+', choices=['codec', 'tokenizer', 'tokens', *KINDS, 'pack'])
     parser.add_argument('--work', type=Path, default=ROOT / 'build' / 'tiny')
     parser.add_argument('--output', type=Path, default=ROOT / 'musiclm_pytorch' / 'pretrained' / 'tiny')
+    parser.add_argument('--begin-with', type=Path, metavar='FOLDER', help='a MusicLM to go on from')
     parser.add_argument('--steps', type=int, help='steps of a training, instead of those of the shipped model')
     parser.add_argument('--lr', type=float, help='learning rate, instead of that of the shipped model')
     args = parser.parse_args()
@@ -230,7 +259,7 @@ def main() -> None:
         if phase in KINDS:
             train_stage(phase, args)
         else:
-            dict(codec=fit_codec, tokens=compute, pack=pack)[phase](args)
+            dict(codec=fit_codec, tokenizer=fit_tokenizer, tokens=compute, pack=pack)[phase](args)
         print(f'{phase}: {time.perf_counter() - start:.0f} s', flush=True)
 
 
