@@ -309,3 +309,15 @@ def test_timing_that_makes_no_sense_is_refused():
             benchmark_inference_speed(plain, InferenceConfig(**PLAIN), **keywords)
     with pytest.raises(ValueError, match='has a config already'):
         benchmark_inference_speed(OptimizedMuLaN(plain, InferenceConfig(**PLAIN)), InferenceConfig(**HALF))
+
+
+@pytest.mark.parametrize('keywords', [PLAIN, HALF])
+def test_a_bad_item_is_named_by_its_place_in_the_whole_batch(keywords):
+    optimized = OptimizedMuLaN(model(), InferenceConfig(**keywords, batch_size=2))
+    wavs, texts = batch(items=5)
+    wavs[3, 7] = float('nan')
+    texts[4, 2] = 10**6
+    with pytest.raises(ValueError, match=r'wavs\[3\] holds NaN'):
+        optimized.get_audio_latents(wavs)
+    with pytest.raises(ValueError, match='1000000'):
+        optimized.get_text_latents(texts)

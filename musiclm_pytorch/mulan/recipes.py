@@ -49,7 +49,8 @@ def get_optimal_spectrogram_params(audio_sample_rate: int = 16000, use_case: str
     - 'tonal': windows of 128 ms, whose resolution of 16 Hz (four bins of a Hann window between two sines: 31 Hz) tells
       the overtones of neighbouring semitones apart, which 25 ms do not; 160 bands from 40 Hz to 8 kHz every 20 ms. A
       patch is 4 frames of all bands: an interval lies within one token, wherever its notes are. Twelve more bands are
-      the pitch classes (`spec_chroma`), without which `benchmarks/learning.py` did not learn major from minor.
+      the pitch classes (`spec_chroma`), in which a chord looks alike in every octave. It is the front end of
+      `benchmarks/learning.py`.
     - 'speech': 80 bands over 0 to 8,000 Hz, 25 ms every 10 ms: Whisper's front end (arXiv 2212.04356, section 2.2).
     - 'general': 64 bands over 50 to 14,000 Hz, 32 ms every 10 ms: PANNs on AudioSet (arXiv 1912.10211, section V).
     - Elsewhere patches of 16 × 16; mask sizes of 48 / 128 of the bands and 192 / 1,024 of ten seconds of frames, and

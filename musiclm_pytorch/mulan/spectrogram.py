@@ -204,7 +204,7 @@ class Chroma(_Float32Buffers):
     """Power spectrogram `(b, bins, t)` → how strong each pitch class is, `(b, 12, t)` in [-3, 3], C first.
 
     A mode or a chord is a pattern over the twelve pitch classes, whatever octave and instrument plays it. Over mel
-    bands it is another pattern for each of them, which a contrast hardly ever learns.
+    bands it is another pattern for each of them.
 
     The five octaves from 100 Hz on are folded together by Gaussian filters around each semitone (equal temperament,
     A4 = 440 Hz). Each frame is seen beside its own loudest class, so that loudness does not matter; silence is -3.
