@@ -88,10 +88,29 @@ def test_attention_in_blocks_is_attention(case, keep, scores, monkeypatch):
     looked_up = half_attention.KeptBias(bias, torch.float32, keep=keep)
     for _ in range(2):  # the second time from what was kept
         parts = (t.contiguous() for t in (q, k, v))
-        out, totals = half_attention.attend_in_half(*parts, looked_up, fast_layers.attention_weights)
+        out = half_attention.attend_in_half(*parts, looked_up, fast_layers.attention_weights)
         real = torch.ones(out.shape[:3:2], dtype=torch.bool) if bias.lengths is None else bias.key_mask()
-        found = (out / totals).masked_fill(~real[:, None, :, None], 0.0)
+        found = out.masked_fill(~real[:, None, :, None], 0.0)
         torch.testing.assert_close(found, wanted.masked_fill(~real[:, None, :, None], 0.0), atol=1e-5, rtol=1e-4)
+
+
+def test_a_bias_is_kept_from_call_to_call_while_it_is_the_same():
+    plain = model().eval()
+    optimized = OptimizedMuLaN(plain, InferenceConfig(**HALF))
+    layers = optimized.mulan.audio.transformer
+    short, long = batch(samples=1500)[0], batch(samples=2500)[0]
+    optimized.get_audio_latents(short)
+    kept = layers._kept_bias
+    optimized.get_audio_latents(short[:2])
+    assert layers._kept_bias is kept
+    for wavs in (long, short, long):
+        assert similarity(optimized.get_audio_latents(wavs), plain.get_audio_latents(wavs).detach()) > 0.999
+    kept = layers._kept_bias
+    with torch.no_grad():
+        for parameter in optimized.mulan.audio.dynamic_pos_bias_mlp.parameters():
+            parameter.mul_(1.5)
+    optimized.get_audio_latents(long)
+    assert layers._kept_bias is not kept
 
 
 @pytest.mark.parametrize('vnni', [True, False])

@@ -51,15 +51,11 @@ def split_heads(
     return [t.to(dtype).contiguous() for t in (l2norm(q.float()) * gain, l2norm(k.float()), v)]
 
 
-def attention_weights(scores: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    """Softmax over the last axis, and what its rows are still to be divided by, which is cheaper after the product."""
-    scores = scores.float() + bias
-    weights = torch.exp(scores - scores.amax(dim=-1, keepdim=True))
-    return weights.to(bias.dtype), weights.sum(dim=-1, keepdim=True)
+def attention_weights(scores: Tensor, bias: Tensor) -> Tensor:
+    return torch.softmax(scores + bias, dim=-1)
 
 
-def joined_heads(out: Tensor, totals: Tensor | None, dtype: torch.dtype, int8: bool) -> tuple[Tensor, Tensor | None]:
-    out = out if totals is None else out / totals
+def joined_heads(out: Tensor, dtype: torch.dtype, int8: bool) -> tuple[Tensor, Tensor | None]:
     return prepared(rearrange(out, 'b h n d -> b n (h d)'), dtype, int8)
 
 
@@ -70,13 +66,9 @@ def added_and_normed(
     return x, *normed(x, gamma, dtype, int8)
 
 
-def gated(
-    product: Tensor, scale: Tensor | None, dtype: torch.dtype, int8: bool
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
+def gated(product: Tensor, scale: Tensor | None, dtype: torch.dtype, int8: bool) -> tuple[Tensor, Tensor | None]:
     x, gate = scaled(product, scale).chunk(2, dim=-1)
-    y = (F.gelu(gate) * x).to(dtype)
-    # a result is stored, so that compiled code computes it once for both passes over a row
-    return *prepared(y, dtype, int8), y if int8 else None
+    return prepared(F.gelu(gate) * x, dtype, int8)
 
 
 def added(x: Tensor, product: Tensor, scale: Tensor | None) -> Tensor:
@@ -119,6 +111,7 @@ class FastLayers(nn.Module):
     def __init__(self, transformer: Transformer, dtype: torch.dtype, quantized: bool, keep_bias: bool, compiled: bool):
         super().__init__()
         self.dtype, self.keep_bias = dtype, keep_bias
+        self._kept_bias: KeptBias | None = None
         device = transformer.layers[0][0].q_scale.device
         self.int8 = quantized and device.type == 'cpu' and torch.cpu._is_vnni_supported()
         self.between: dict[str, Callable] = {
@@ -153,10 +146,17 @@ class FastLayers(nn.Module):
             return Int8Product(held[0].weight.qdata, held[0].weight.scale, dtype)
         return torch.compile(held[0], dynamic=True) if compiled else held[0]
 
+    def _look_up(self, bias: PositionBias) -> KeptBias:
+        """The bias of the last call where it is the same, as it is for waves of one length."""
+        kept = self._kept_bias  # another thread may put its own there
+        if kept is None or not kept.serves(bias):
+            self._kept_bias = kept = KeptBias(bias, self.dtype, keep=self.keep_bias)
+        return kept
+
     def forward(self, x: Tensor, bias: PositionBias | None = None, mask: Tensor | None = None) -> list[Tensor]:
         part, how = self.between, (self.dtype, self.int8)
         in_half = bias is not None and x.device.type == 'cpu' and self.dtype != torch.float32
-        looked_up = KeptBias(bias, self.dtype, keep=self.keep_bias) if in_half else None
+        looked_up = self._look_up(bias) if in_half else None
 
         layers = []
         for layer in self.layers:
@@ -165,13 +165,13 @@ class FastLayers(nn.Module):
             y, scale = part['normed'](x, layer.attention_gamma, *how)
             q, k, v = part['split_heads'](to_q(y), to_kv(y), scale, layer.gain, layer.heads, self.dtype)
             if in_half:
-                out, totals = attend_in_half(q, k, v, looked_up, part['attention_weights'])
+                out = attend_in_half(q, k, v, looked_up, part['attention_weights'])
             else:
-                out, totals = attend(q, k, v, bias=bias, mask=mask), None
-            y, scale = part['joined_heads'](out, totals, *how)
+                out = attend(q, k, v, bias=bias, mask=mask)
+            y, scale = part['joined_heads'](out, *how)
 
             x, y, scale = part['added_and_normed'](x, to_out(y), scale, layer.feed_forward_gamma, *how)
-            y, scale, _ = part['gated'](wide(y), scale, *how)
+            y, scale = part['gated'](wide(y), scale, *how)
             x = part['added'](x, narrow(y), scale)
             layers.append(x)
         return layers

@@ -14,15 +14,16 @@ from torch import Tensor
 from musiclm_pytorch.mulan.attention import PositionBias
 
 # scores held at a time
-SCORES = 2**22
+SCORES = 2**21
 # fewer queries at a time than these make the products slow
 MIN_ROWS = 128
-# elements of a position bias that is kept for all layers of a call; a larger one is looked up anew in each
+# elements of a position bias that is kept; a larger one is looked up anew in each layer
 KEPT_ELEMENTS = 2**24
 
 
 class KeptBias:
-    """A position bias, looked up block by block, and kept for the layers that follow where it is shared and small.
+    """A position bias, looked up block by block, and kept where it is shared and small: for the layers that follow, and
+    for the next call at the same positions.
 
     Args:
         bias: of the tokens.
@@ -36,6 +37,17 @@ class KeptBias:
         elements = len(bias.table) * bias.codes.shape[1] ** 2
         self.blocks: dict | None = {} if keep and self.shared and elements <= KEPT_ELEMENTS else None
 
+    def serves(self, bias: PositionBias) -> bool:
+        """Whether what is kept is that of `bias`."""
+        mine = self.bias
+        return (
+            self.blocks is not None
+            and bias.lengths is None
+            and bias.centre == mine.centre
+            and torch.equal(bias.codes, mine.codes)
+            and torch.equal(bias.table, mine.table)
+        )
+
     def block(self, item: int, heads: slice, rows: slice, n: int) -> Tensor:
         """`(heads, rows, n)`."""
         place = (heads.start, rows.start)
@@ -47,46 +59,41 @@ class KeptBias:
         return block
 
 
-def attend_in_half(q: Tensor, k: Tensor, v: Tensor, bias: KeptBias, weights_of: Callable) -> tuple[Tensor, Tensor]:
-    """`mulan.attention.attend` of contiguous q, k and v, `(b, h, n, d)`, and what its rows are yet to be divided by.
+def attend_in_half(q: Tensor, k: Tensor, v: Tensor, bias: KeptBias, weights_of: Callable) -> Tensor:
+    """`mulan.attention.attend` of contiguous q, k and v, `(b, h, n, d)`.
 
     Args:
-        weights_of: of scores and their bias, softmax over the last axis as weights and totals to divide them by.
+        weights_of: of scores and their bias, `softmax(scores + bias)` over the last axis.
     """
     batch, heads, total, _ = q.shape
-    out, totals = torch.empty_like(q), q.new_empty(batch, heads, total, 1, dtype=torch.float32)
     if bias.shared:
+        out = torch.empty_like(q)
         items = max(1, SCORES // (heads * total**2))
         for some_heads, rows in spans(heads, total):
             block = bias.block(0, some_heads, rows, total)
             for start in range(0, batch, items):
                 some = slice(start, min(start + items, batch))
-                _attend(*(t[some, some_heads] for t in (q, k, v, out, totals)), rows, block, weights_of)
-        return out, totals
+                _attend(*(t[some, some_heads] for t in (q, k, v, out)), rows, block, weights_of)
+        return out
 
+    out = torch.zeros_like(q)
     lengths = [total] * batch if bias.bias.lengths is None else bias.bias.lengths.tolist()
     for item, n in enumerate(lengths):
         own = [t[item, None, :, :n].contiguous() for t in (q, k, v)]
-        results = [torch.empty_like(own[0]), totals.new_empty(1, heads, n, 1)]
+        result = torch.empty_like(own[0])
         for some_heads, rows in spans(heads, n):
             block = bias.block(item, some_heads, rows, n)
-            _attend(*(t[:, some_heads] for t in (*own, *results)), rows, block, weights_of)
-        for whole, part, rest in zip((out, totals), results, (0, 1)):
-            whole[item, :, :n] = part[0]
-            whole[item, :, n:] = rest
-    return out, totals
+            _attend(*(t[:, some_heads] for t in (*own, result)), rows, block, weights_of)
+        out[item, :, :n] = result[0]
+    return out
 
 
-def _attend(
-    q: Tensor, k: Tensor, v: Tensor, out: Tensor, totals: Tensor, rows: slice, bias: Tensor, weights_of: Callable
-) -> None:
-    """Into rows of `out` and `totals`. Items are several only where all heads and rows are taken: all is contiguous."""
-    q, k, v, out, totals = (t.flatten(0, 1) for t in (q, k, v, out, totals))
+def _attend(q: Tensor, k: Tensor, v: Tensor, out: Tensor, rows: slice, bias: Tensor, weights_of: Callable) -> None:
+    """Into `out[..., rows, :]`; the items are several only where all heads and rows are taken, so all is contiguous."""
+    q, k, v, out = (t.flatten(0, 1) for t in (q, k, v, out))
     scores = torch.bmm(q[:, rows], k.transpose(1, 2))
-    several = len(scores) > len(bias)
-    weights, sums = weights_of(scores.view(-1, *bias.shape) if several else scores, bias)
+    weights = weights_of(scores.view(-1, *bias.shape) if len(scores) > len(bias) else scores, bias)
     torch.bmm(weights.view_as(scores), v, out=out[:, rows])
-    totals[:, rows] = sums.view(len(scores), -1, 1)
 
 
 def spans(heads: int, n: int) -> Iterator[tuple[slice, slice]]:
