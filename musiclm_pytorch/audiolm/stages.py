@@ -100,12 +100,12 @@ class Session:
 class Decoder:
     """Weights of a stage, copied and laid out for decoding: after training on, build a new one.
 
-    compile: run a token's step through torch.compile at fixed shapes, and replay it as a CUDA graph on a GPU, which it
-        is meant for: each session is recorded anew, each token looks at all the places there will be, and on a CPU
-        the weights are not laid out for few rows
     On a CPU, float32 and up to 16 rows, a token is one compiled call (`step_kernel.py`); the first on a machine waits
     some seconds for numba. The threads of PyTorch share it.
 
+    compile: run a token's step through torch.compile at fixed shapes, and replay it as a CUDA graph on a GPU, which it
+        is meant for: each session is recorded anew, each token looks at all the places there will be, and on a CPU
+        the weights are not laid out for few rows
     dtype: of the weight matrices; float32 decodes exactly what the stage computes, bfloat16 faster, None as they are
 
     Raises ValueError for `num_null_kv` in self-attention together with `flash_attn`, where the stage's own forward
