@@ -125,45 +125,7 @@ def make_held_out() -> dict[str, np.ndarray]:
 
 
 class Rendered(torch.utils.data.Dataset):
-    """The rendered clips and their captions."""
-
-    def __init__(self, folder: Path, clips: int, pairs: int, rich: bool):
-        self.waves = np.load(folder / f'train-{clips}.npy', mmap_mode='r')
-        self.music = synthetic(clips, rich)  # for its captions, which take 0.1 ms
-        self.length = min(clips, pairs)
-
-    def __len__(self) -> int:
-        return self.length
-
-    def alike(self, index: int) -> tuple:
-        """What clips of a group have in common: all but tempo and key."""
-        labels = self.music.labels(index)
-        return labels.instrument, labels.register, labels.texture, labels.drums
-
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, str]:
-        if index >= self.length:
-            raise IndexError(index)
-        return as_wave(self.waves[index]), self.music.text(index)
-
-
-def synthetic(clips: int, rich: bool):
-    from musiclm_pytorch import SyntheticMusic
-
-    return SyntheticMusic(clips, seconds=SECONDS, sample_rate=SAMPLE_RATE, mentions=RICH if rich else None)
-
-
-def captions_file(args: argparse.Namespace) -> Path:
-    return args.data / f'captions-{args.clips}{"-rich" if args.rich_captions else ""}.json'
-
-
-def write_captions(args: argparse.Namespace) -> None:
-    """The captions of all clips, for a process that has upstream's package instead of ours."""
-    music = synthetic(args.clips, args.rich_captions)
-    captions_file(args).write_text(json.dumps([music.text(index) for index in range(args.clips)]))
-
-
-class WithCaptions(torch.utils.data.Dataset):
-    """What `Rendered` gives, with the captions that were written."""
+    """The rendered clips and their captions. Files alone, since in upstream's process the package is not ours."""
 
     def __init__(self, args: argparse.Namespace):
         self.waves = np.load(args.data / f'train-{args.clips}.npy', mmap_mode='r')
@@ -174,6 +136,27 @@ class WithCaptions(torch.utils.data.Dataset):
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, str]:
         return as_wave(self.waves[index]), self.captions[index]
+
+
+def synthetic(args: argparse.Namespace):
+    from musiclm_pytorch import SyntheticMusic
+
+    mentions = RICH if args.rich_captions else None
+    return SyntheticMusic(args.clips, seconds=SECONDS, sample_rate=SAMPLE_RATE, mentions=mentions)
+
+
+def captions_file(args: argparse.Namespace) -> Path:
+    return args.data / f'captions-{args.clips}{"-rich" if args.rich_captions else ""}.json'
+
+
+def write_captions(args: argparse.Namespace) -> None:
+    music = synthetic(args)
+    captions_file(args).write_text(json.dumps([music.text(index) for index in range(args.clips)]))
+
+
+def alike(labels) -> tuple:
+    """What clips of a group have in common: all but tempo and key."""
+    return labels.instrument, labels.register, labels.texture, labels.drums
 
 
 def as_wave(clip: np.ndarray) -> torch.Tensor:
@@ -251,6 +234,7 @@ def build_trainer(side: str, mulan, dataset, folder: Path, args: argparse.Namesp
     common = dict(batch_size=args.batch_size, lr=args.lr, valid_frac=0.0, results_folder=str(folder))
     if side == 'upstream':
         return MuLaNTrainer(mulan, dataset, num_train_steps=1, force_clear_prev_results=False, **common)
+    music = synthetic(args)
     return MuLaNTrainer(
         mulan,
         dataset,
@@ -258,7 +242,7 @@ def build_trainer(side: str, mulan, dataset, folder: Path, args: argparse.Namesp
         max_grad_norm=1.0,
         mixed_precision=args.precision,
         compile_model=args.compile,
-        groups=[dataset.alike(index) for index in range(len(dataset))],
+        groups=[alike(music.labels(index)) for index in range(len(dataset))],
         group_size=GROUP_SIZE,
         groups_after=round(GROUPS_AFTER * args.use / args.batch_size),
         lr_scheduler_type='cosine',
@@ -272,10 +256,7 @@ def build_trainer(side: str, mulan, dataset, folder: Path, args: argparse.Namesp
 def train(side: str, args: argparse.Namespace) -> dict:
     """One run: curve of held-out recall, zero-shot shares at the end, seconds of training alone."""
     held_out = np.load(args.data / 'held-out.npz')
-    if side == 'upstream':
-        dataset = WithCaptions(args)
-    else:
-        dataset = Rendered(args.data, args.clips, args.use, args.rich_captions)
+    dataset = Rendered(args)
     steps = args.use // args.batch_size
     look_at = {round(steps * part / args.looks) for part in range(1, args.looks + 1)} if args.looks else set()
     curve, times = [], []
@@ -391,9 +372,8 @@ def evaluate(args: argparse.Namespace) -> None:
 def main(args: argparse.Namespace) -> None:
     if 'upstream' in args.sides:
         install_upstream(args.upstream)
-        args.data.mkdir(parents=True, exist_ok=True)
-        write_captions(args)
     rendering = prepare(args.data, args.clips)
+    write_captions(args)
     print(f'{args.clips} clips of {SECONDS:g} s rendered in {rendering:.0f} s')
     if args.throughput:
         throughput(args)
