@@ -9,6 +9,8 @@ import signal
 import tempfile
 import threading
 
+from musiclm_pytorch.cli_generate import add_model_option
+
 
 def app(subcommands) -> None:
     """`musiclm app`: a web page with prompt, players, spectrograms and scores."""
@@ -18,12 +20,7 @@ def app(subcommands) -> None:
         description='Serve a web page: prompts and stories to players, spectrograms, scores and downloads. It needs no '
         "network, and one request at a time makes music. Needs pip install 'musiclm-pytorch[app]'.",
     )
-    parser.add_argument(
-        '--model',
-        metavar='FOLDER',
-        default='tiny',
-        help='a folder written by MusicLM.save_pretrained, or the name of a model that ships (default: %(default)s)',
-    )
+    add_model_option(parser)
     parser.add_argument(
         '--host',
         metavar='HOST',

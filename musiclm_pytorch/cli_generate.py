@@ -19,12 +19,7 @@ def generate(subcommands) -> None:
     )
     parser.add_argument('prompts', metavar='PROMPT', nargs='+', help='what the music is like')
     parser.add_argument('-o', '--output', metavar='FOLDER', required=True, help='where WAVs and page go')
-    parser.add_argument(
-        '--model',
-        metavar='FOLDER',
-        default='tiny',
-        help='a folder written by MusicLM.save_pretrained, or the name of a model that ships (default: %(default)s)',
-    )
+    add_model_option(parser)
     parser.add_argument(
         '--num-samples', metavar='N', type=int, default=1, help='pieces a prompt (default: %(default)s)'
     )
@@ -46,6 +41,15 @@ def generate(subcommands) -> None:
     parser.add_argument('--device', default='cpu', help='such as cuda (default: %(default)s)')
     parser.add_argument('--overwrite', action='store_true', help='write over a page that is in the folder already')
     parser.set_defaults(run=run_generate, prog=parser.prog)
+
+
+def add_model_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        '--model',
+        metavar='FOLDER',
+        default='tiny',
+        help='a folder written by MusicLM.save_pretrained, or the name of a model that ships (default: %(default)s)',
+    )
 
 
 def run_generate(options: argparse.Namespace) -> None:

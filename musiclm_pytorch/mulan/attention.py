@@ -68,8 +68,7 @@ class PositionBias:
             heads: which of them.
             table: in place of the own one, such as one in another dtype.
         """
-        codes = self.codes[item if len(self.codes) > 1 else 0]
-        columns = (codes[rows] + self.centre)[:, None] - codes[None, :n]
+        columns = _columns(self.codes, item, rows, n, self.centre)
         return _look_up((self.table if table is None else table)[heads], columns)
 
     def dense(self) -> Tensor:

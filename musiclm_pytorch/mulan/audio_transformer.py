@@ -157,7 +157,7 @@ class AudioSpectrogramTransformer(nn.Module):
             if spec_n_mels is None:
                 raise ValueError('spec_chroma=True adds to a log-mel front end; give spec_n_mels as well')
             self.chroma = Chroma(bins=self.spec.bins, sample_rate=audio_sample_rate)
-        bands = (spec_n_mels or self.spec.bins) + 12 * spec_chroma
+        bands = (spec_n_mels or self.spec.bins) + Chroma.BANDS * spec_chroma
         self.bands = None if accept_spec else bands
         if not accept_spec and bands < patch_size[0]:
             raise ValueError(

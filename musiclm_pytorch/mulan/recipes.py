@@ -7,7 +7,7 @@ from typing import Any
 
 from musiclm_pytorch.checks import check_positive, typechecked
 from musiclm_pytorch.mulan.audio_transformer import AudioSpectrogramTransformer
-from musiclm_pytorch.mulan.spectrogram import mel_filters
+from musiclm_pytorch.mulan.spectrogram import Chroma, mel_filters
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def get_optimal_spectrogram_params(audio_sample_rate: int = 16000, use_case: str
 
     return dict(
         audio_sample_rate=audio_sample_rate,
-        patch_size=PATCH if recipe.frames is None else (n_mels + 12 * recipe.chroma, recipe.frames),
+        patch_size=PATCH if recipe.frames is None else (n_mels + Chroma.BANDS * recipe.chroma, recipe.frames),
         spec_n_fft=n_fft,
         spec_win_length=win_length,
         spec_hop_length=round(recipe.hop * audio_sample_rate),

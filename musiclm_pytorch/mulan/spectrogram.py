@@ -210,6 +210,7 @@ class Chroma(_Float32Buffers):
     A4 = 440 Hz). Each frame is seen beside its own loudest class, so that loudness does not matter; silence is -3.
     """
 
+    BANDS = 12
     F_MIN, F_MAX = 100.0, 3200.0  # Hz: windows of some 100 ms blur the semitones below, and few notes lie above
     WIDTH = 0.35  # standard deviation in semitones
     FLOOR = 1e-4  # power of a frame whose loudest class comes out at a half: far below any music
@@ -220,7 +221,7 @@ class Chroma(_Float32Buffers):
         hertz = torch.arange(bins) * (sample_rate / (2 * (bins - 1)))
         inside = (hertz >= self.F_MIN) & (hertz <= self.F_MAX)
         pitch = 69 + 12 * torch.log2(hertz.clamp(min=self.F_MIN) / 440)
-        distance = (rearrange(pitch, 'f -> f 1') - torch.arange(12) + 6).remainder(12) - 6
+        distance = (rearrange(pitch, 'f -> f 1') - torch.arange(self.BANDS) + 6).remainder(12) - 6
         filters = torch.exp(-0.5 * (distance / self.WIDTH) ** 2)
         # an octave has twice the bins of the one below
         weights = torch.where(inside, self.F_MIN / hertz.clamp(min=self.F_MIN), 0.0)
