@@ -234,13 +234,18 @@ def build_trainer(side: str, mulan, dataset, folder: Path, args: argparse.Namesp
     common = dict(batch_size=args.batch_size, lr=args.lr, valid_frac=0.0, results_folder=str(folder))
     if side == 'upstream':
         return MuLaNTrainer(mulan, dataset, num_train_steps=1, force_clear_prev_results=False, **common)
+    from musiclm_pytorch.mulan.kernels import computes_in_bf16
+
+    precision = args.precision
+    if precision == 'auto':
+        precision = 'bf16' if computes_in_bf16() else 'no'
     music = synthetic(args)
     return MuLaNTrainer(
         mulan,
         dataset,
         weight_decay=0.05,
         max_grad_norm=1.0,
-        mixed_precision=args.precision,
+        mixed_precision=precision,
         compile_model=args.compile,
         groups=[alike(music.labels(index)) for index in range(len(dataset))],
         group_size=GROUP_SIZE,
@@ -411,7 +416,7 @@ if __name__ == '__main__':
     parser.add_argument('--clips', type=int, default=120_000, help='clips to learn from (default 120,000)')
     parser.add_argument('--pairs', type=int, default=240_000, help='pairs that each side sees (default 240,000)')
     parser.add_argument('--batch-size', type=int, default=64)
-    parser.add_argument('--precision', choices=['no', 'bf16'], default='bf16', help='of our side (default bf16)')
+    parser.add_argument('--precision', choices=['auto', 'no', 'bf16'], default='auto', help='of our side')
     parser.add_argument('--compile', action='store_true', help='compile the towers of our side')
     parser.add_argument('--lrs', type=float, nargs='+', default=[5e-4, 1e-3, 2e-3], help='learning rates to try')
     parser.add_argument('--looks', type=int, default=8, help='points of the curve (default 8)')

@@ -40,6 +40,7 @@ from musiclm_pytorch.audiolm.semantic import SemanticTokenizer
 from musiclm_pytorch.audiolm.semantic_mulan import MuLaNSemanticTokenizer
 from musiclm_pytorch.audiolm.spectral_codec import SpectralCodec
 from musiclm_pytorch.audiolm.tokens import compute_tokens
+from musiclm_pytorch.mulan.kernels import computes_in_bf16
 from musiclm_pytorch.trainer.stages import CoarseTrainer, FineTrainer, SemanticTrainer, load_stage
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -79,7 +80,7 @@ TRAINING = dict(
     lr_scheduler_type='cosine',
     min_lr_ratio=0.02,
     warmup_steps=100,
-    mixed_precision='bf16',  # three times the speed on processors that have it
+    mixed_precision='bf16' if computes_in_bf16() else 'no',  # three times the speed on processors that have it
     seed=SEED,
 )
 
@@ -139,11 +140,11 @@ def fit_codec(args: argparse.Namespace) -> None:
 
 
 def fit_tokenizer(args: argparse.Namespace) -> None:
-    """Centres of spectra: without the pitch classes, which would count as much as all else in a distance."""
+    """Centres of spectra."""
     if args.begin_with is not None:
         SemanticTokenizer.from_pretrained(args.begin_with / 'tokenizer').save_pretrained(args.work / 'tokenizer')
         return
-    front_end = get_optimal_spectrogram_params(MULAN_RATE, 'tonal') | dict(spec_chroma=False, patch_size=(160, 4))
+    front_end = get_optimal_spectrogram_params(MULAN_RATE, 'tonal')
     tower = AudioSpectrogramTransformer(dim=16, depth=1, heads=1, dim_head=16, **front_end)
     tokenizer = MuLaNSemanticTokenizer(tower, codebook_size=SEMANTIC_CODES)
     lost = tokenizer.fit(open_clips(args.work), batch_size=32, max_items=6000, seed=SEED)

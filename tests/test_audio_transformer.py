@@ -49,14 +49,15 @@ def test_positions_tell_rows_from_columns():
 @pytest.mark.parametrize('lengths', [None, [2000, 700, 1333]])
 def test_spectrograms_a_few_at_a_time_equal_those_at_once(bins, lengths, monkeypatch):
     monkeypatch.setattr(audio_transformer, 'CACHED_BINS', bins)
-    front_end = dict(audio_sample_rate=8000, spec_n_fft=512, spec_win_length=500, spec_n_mels=20, spec_chroma=True)
+    front_end = dict(audio_sample_rate=8000, spec_n_fft=512, spec_win_length=500, spec_n_mels=20, clip_summary=True)
     tower = tiny_audio(**front_end, support_variable_length=True).eval()
     waves, lengths = 0.1 * torch.randn(3, 2000), None if lengths is None else torch.tensor(lengths)
     with plain_kernels():
-        expected = tower.to_spectrogram(waves, lengths)
-    found = tower.to_spectrogram(waves, lengths)
-    torch.testing.assert_close(found[0], expected[0], atol=1e-4, rtol=1e-4)
-    assert (found[1] is None and lengths is None) or torch.equal(found[1], expected[1])
+        spec, frames, measured = tower.front_end(waves, lengths)
+    found = tower.front_end(waves, lengths)
+    torch.testing.assert_close(found[0], spec, atol=1e-4, rtol=1e-4)
+    assert (found[1] is None and lengths is None) or torch.equal(found[1], frames)
+    torch.testing.assert_close(found[2], measured, atol=1e-5, rtol=1e-4)
 
 
 # ---- lengths ----
@@ -67,6 +68,9 @@ VARIANTS = {
     'not centred': dict(spec_center=False),
     'zeros around': dict(spec_pad=20, spec_pad_mode='replicate'),
     'tall patches': dict(patch_size=(32, 4)),
+    'summary': dict(
+        audio_sample_rate=8000, spec_n_fft=512, spec_win_length=500, spec_n_mels=20, patch_size=4, clip_summary=True
+    ),
 }
 
 

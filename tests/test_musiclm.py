@@ -43,14 +43,14 @@ class Tokenizer(HubertWithKmeans):
 
 
 def build_audio_lm(
-    conditioned=('semantic', 'coarse', 'fine'), dim=16, unique_consecutive=False, tokenizer=None, **keywords
+    conditioned=('semantic', 'coarse', 'fine'), dim=16, unique_consecutive=False, tokenizer=None, codes=8, **keywords
 ):
     torch.manual_seed(1)
     shared = dict(dim=dim, depth=1, heads=2)
     coarse = dict(codebook_size=8, num_coarse_quantizers=2)
     codec = SoundStream(
-        channels=4, strides=(2, 4, 4), channel_mults=(1, 2, 2), codebook_dim=8, codebook_size=8, rq_num_quantizers=3,
-        target_sample_hz=RATE, attn_dim_head=4, attn_heads=1, use_local_attn=False,
+        channels=4, strides=(2, 4, 4), channel_mults=(1, 2, 2), codebook_dim=8, codebook_size=codes,
+        rq_num_quantizers=3, target_sample_hz=RATE, attn_dim_head=4, attn_heads=1, use_local_attn=False,
     )  # fmt: skip
     for layer in codec.rq.rvqs[0].layers:
         layer._codebook.initted.fill_(True)
@@ -264,6 +264,8 @@ def test_saved_and_rebuilt(musiclm, tmp_path):
         (dict(text='a', num_samples=0), ValueError, 'num_samples must be greater than 0, got 0'),
         (dict(text='a', temperature=(1.0, 0.5)), ValueError, 'temperature must be one number or three'),
         (dict(text='a', temperature=-1.0), ValueError, 'temperature must be 0 or above'),
+        (dict(text='a', cond_scale=1e38), ValueError, r'cond_scale must lie within ±1000, got 1e\+38; 1 to 5 is usual'),
+        (dict(text='a', cond_scale=float('nan')), ValueError, 'cond_scale must lie within'),
         (dict(text='a', top_p=1.5), ValueError, r'top_p must lie in \(0, 1\]'),
         (dict(text=[(1.0, 'a')], seconds=2.0), ValueError, 'a story tells its length itself'),
         (dict(text=[(-1.0, 'a')]), ValueError, "the length of 'a' in seconds must be greater than 0"),
@@ -289,6 +291,7 @@ def test_bad_calls(musiclm, arguments, error, message):
         (dict(conditioned=()), {}, 'no stage takes conditioning'),
         ({}, dict(namespaces=('semantic', 'coarse'), conditioning_dims=(16, 16)), "no namespace 'fine'"),
         ({}, dict(conditioning_dims=(16, 12, 16)), 'the coarse stage takes conditioning of width 16'),
+        (dict(codes=9), {}, 'the codec has 9 codes a codebook, but the stages 8'),
     ],
 )
 def test_parts_that_do_not_fit(audio_lm, quantizer, message):

@@ -64,7 +64,7 @@ def test_both_towers_at_sizes_of_all_kinds(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('more', [{}, dict(spec_chroma=True, spec_n_fft=512, patch_size=(28, 4))])
+@pytest.mark.parametrize('more', [{}, dict(clip_summary=True, spec_n_fft=512, patch_size=(16, 4))])
 def test_log_mel_with_lengths(tmp_path, more):
     mulan = model({**LOG_MEL, **more, 'support_variable_length': True, 'max_audio_length': 6000}).eval()
     path = ONNXExporter().export_mulan_to_onnx(mulan, str(tmp_path / 'audio.onnx'), towers=['audio'])

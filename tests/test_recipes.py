@@ -43,16 +43,15 @@ def test_bands_rise_and_tell_pitches_apart():
 def test_tonal_patches_hold_the_whole_spectrum():
     tower = create_optimized_audiospectrogram_transformer(dim=16, depth=1, use_case='tonal', patch_dropout_prob=0.0)
     spec, _ = tower.to_spectrogram(torch.randn(1, 16000), None)
-    assert spec.shape[1:] == (172, 51)  # 160 mel bands and 12 pitch classes
-    assert tower.bands == 172
-    assert tower.patch_size == (172, 4)
-    silent, _ = tower.eval().to_spectrogram(torch.zeros(1, 16000), None)
-    assert (silent[:, 160:] == -3).all()
+    assert spec.shape[1:] == (160, 51)
+    assert tower.bands == 160
+    assert tower.patch_size == (160, 4)
+    assert tower.summary is not None
 
 
-def test_chroma_needs_mel_bands():
-    with pytest.raises(ValueError, match='spec_chroma=True adds to a log-mel front end; give spec_n_mels'):
-        AudioSpectrogramTransformer(dim=16, depth=1, spec_chroma=True)
+def test_a_summary_needs_mel_bands():
+    with pytest.raises(ValueError, match='clip_summary=True adds to a log-mel front end; give spec_n_mels'):
+        AudioSpectrogramTransformer(dim=16, depth=1, clip_summary=True)
 
 
 @pytest.mark.parametrize('pitch', [880.0, 1760.0])

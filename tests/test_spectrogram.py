@@ -3,7 +3,7 @@ import torch
 from torchaudio import transforms
 
 from musiclm_pytorch.mulan.kernels import plain_kernels
-from musiclm_pytorch.mulan.spectrogram import Chroma, LogMel, RandomMask, RandomTimeStretch, SpecAugment, Spectrogram
+from musiclm_pytorch.mulan.spectrogram import LogMel, RandomMask, RandomTimeStretch, SpecAugment, Spectrogram
 
 FRONT_ENDS = {
     'default': dict(),
@@ -156,45 +156,6 @@ def test_log_mel_of_silence_does_not_depend_on_the_clip():
     loud_and_silent[0, 100] = 1e6
     normalised = log_mel()(loud_and_silent)
     torch.testing.assert_close(normalised[0, 0], normalised[1, 0])
-
-
-def pitches(hertz, rate=8000, seconds=1.0):
-    time = torch.arange(int(seconds * rate)) / rate
-    return torch.stack([torch.sin(2 * torch.pi * it * time) for it in hertz])
-
-
-def chroma_of(waves, rate=8000):
-    power, _ = Spectrogram(n_fft=1024, win_length=1024, hop_length=160)(waves)
-    return Chroma(bins=513, sample_rate=rate)(power)[..., 8:-8] / Chroma.REACH
-
-
-def test_chroma_names_the_pitch_class_in_every_octave():
-    midi = torch.arange(72, 96)
-    classes = chroma_of(pitches(440 * 2 ** ((midi - 69) / 12)))
-    assert torch.equal(classes.mean(dim=-1).argmax(dim=-1), midi % 12)
-    assert (classes.amax(dim=1) > 0.95).all()
-    # an octave higher, the same picture; a semitone higher, turned by one
-    torch.testing.assert_close(classes[:12].mean(-1), classes[12:].mean(-1), atol=0.25, rtol=0)
-    turned = classes[1:].mean(-1) - classes[:-1].mean(-1).roll(1, dims=1)
-    assert turned.abs().mean() < 0.05
-
-
-def test_chroma_does_not_depend_on_loudness_and_silence_is_nothing():
-    wave = pitches([523.25]) + 0.5 * pitches([659.26])
-    torch.testing.assert_close(chroma_of(wave), chroma_of(0.03 * wave), atol=1e-3, rtol=0)
-    assert (chroma_of(torch.zeros(1, 8000)) == -1).all()
-
-
-def test_chroma_tells_major_from_minor():
-    triads = {name: 440 * 2 ** (torch.tensor(steps) / 12) for name, steps in (('a', (3, 7, 10)), ('b', (3, 6, 10)))}
-    major, minor = (chroma_of(pitches(hertz).sum(dim=0, keepdim=True))[0].mean(-1) for hertz in triads.values())
-    assert (major - minor)[4] > 0.5  # E
-    assert (minor - major)[3] > 0.5  # E flat
-
-
-def test_chroma_needs_bins_that_are_fine_enough():
-    with pytest.raises(ValueError, match=r'bins of 250.0 Hz are too wide .* spec_chroma=False'):
-        Chroma(bins=33, sample_rate=16000)
 
 
 @pytest.mark.parametrize(

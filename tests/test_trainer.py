@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 
 from musiclm_pytorch import MuLaN
 from musiclm_pytorch.mulan.model import PairLatents
-from musiclm_pytorch.trainer import MuLaNTrainer, checkpoints
+from musiclm_pytorch.trainer import MuLaNTrainer, checkpoints, loop
 from musiclm_pytorch.trainer.batches import Batches
 from musiclm_pytorch.trainer.grad_cache import grad_cache_backward, join_latents, split_batch
 from musiclm_pytorch.trainer.loop import TrainingError
@@ -261,6 +261,16 @@ def test_validation_does_not_change_training(tmp_path):
         run.train(num_train_steps=5, with_validation=with_validation)
         results.append(weights(run.mulan))
     assert_same(*results)
+
+
+@pytest.mark.parametrize(
+    ('precision', 'has_instructions', 'warns'), [('bf16', False, 1), ('bf16', True, 0), ('no', False, 0)]
+)
+def test_emulated_bf16_is_warned_of(precision, has_instructions, warns, tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(loop, 'computes_in_bf16', lambda: has_instructions)
+    with caplog.at_level(logging.WARNING):
+        trainer(tmp_path, mixed_precision=precision)
+    assert caplog.text.count("mixed_precision='no' is the fast choice here") == warns
 
 
 def test_a_damaged_checkpoint_is_passed_over(tmp_path, caplog):

@@ -17,6 +17,8 @@ from musiclm_pytorch.checks import typechecked
 # On an accelerator, asking whether all samples have ended waits for it: not at each token.
 ASK_EVERY = 16
 
+MAX_GUIDANCE = 1000.0
+
 Progress = bool | Callable[[int, int], None]
 
 Generators = torch.Generator | Sequence[torch.Generator] | None
@@ -30,7 +32,7 @@ class Sampling:
     temperature: divides the logits; 0 always takes the likeliest token
     top_k: only the k likeliest tokens
     top_p: only the fewest tokens that reach this probability together, of those that top_k leaves
-    cond_scale: classifier-free guidance, null + cond_scale · (conditioned − null); 1 is without
+    cond_scale: classifier-free guidance, null + cond_scale · (conditioned − null); 1 is without; within ±1,000
 
     Raises ValueError for a value out of range.
     """
@@ -47,8 +49,9 @@ class Sampling:
             raise ValueError(f'top_k must be at least 1, got {self.top_k}; None takes all tokens')
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ValueError(f'top_p must lie in (0, 1], got {self.top_p}; None takes all tokens')
-        if not math.isfinite(self.cond_scale):
-            raise ValueError(f'cond_scale must be finite, got {self.cond_scale}')
+        # larger ones push the logits of half precision beyond its numbers
+        if not abs(self.cond_scale) <= MAX_GUIDANCE:
+            raise ValueError(f'cond_scale must lie within ±{MAX_GUIDANCE:g}, got {self.cond_scale}; 1 to 5 is usual')
 
     def draw(self, logits: Tensor, noise: Tensor) -> Tensor:
         """Tokens (b,) for logits (b, c), by the inverse of the distribution function at `noise` (b,) in [0, 1).

@@ -19,6 +19,7 @@ from musiclm_pytorch.checks import check_lengths, typechecked
 from musiclm_pytorch.inference.config import InferenceConfig
 from musiclm_pytorch.inference.fast_layers import FastLayers
 from musiclm_pytorch.inference.workers import count_workers, workers
+from musiclm_pytorch.mulan.kernels import computes_in_bf16
 from musiclm_pytorch.mulan.model import MuLaN, PairLatents
 
 # towers narrower than this compute too little for anything here to pay
@@ -190,13 +191,6 @@ def choices(mulan: MuLaN, config: InferenceConfig, device: torch.device) -> tupl
     if quantized == 'auto':
         quantized = wide and on_cpu and half and compiled and torch.cpu._is_vnni_supported() and _has_torchao()
     return bool(quantized), config.torch_dtype(device) if half else torch.float32, bool(compiled)
-
-
-def computes_in_bf16() -> bool:
-    """Whether this processor has instructions for bf16; without them it is emulated, slowly."""
-    return torch.backends.mkldnn.is_available() and (
-        torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    )
 
 
 def _has_torchao() -> bool:

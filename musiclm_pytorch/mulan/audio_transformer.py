@@ -25,7 +25,8 @@ from musiclm_pytorch.mulan.attention import PositionBias
 from musiclm_pytorch.mulan.kernels import fast_kernels_allowed
 from musiclm_pytorch.mulan.layers import Encoding, Float32LayerNorm, LayerNorm, Transformer, masked_mean
 from musiclm_pytorch.mulan.patches import choose_patches, sincos_2d
-from musiclm_pytorch.mulan.spectrogram import Chroma, LogMel, SpecAugment, Spectrogram
+from musiclm_pytorch.mulan.spectrogram import LogMel, SpecAugment, Spectrogram
+from musiclm_pytorch.mulan.summary import ClipSummary
 
 # numbers of a spectrogram that are computed together, 2 MiB as complex ones
 CACHED_BINS = 2**18
@@ -55,7 +56,8 @@ class AudioSpectrogramTransformer(nn.Module):
         spec_f_min, spec_f_max: range of the mel bands in Hz; None is half the sample rate.
         spec_mean, spec_std: fixed normalisation of the log-mel spectrogram, `(x - mean) / (2 * std)`; the defaults
             are those of AudioSet (AST's recipe).
-        spec_chroma: twelve bands more, above the mel bands: the strength of each pitch class (see `Chroma`).
+        clip_summary: add features of the harmony and the rhythm of the whole clip to the embedding (see `ClipSummary`);
+            needs `spec_n_mels`.
 
     Attributes:
         bands: rows of the spectrogram that patches are cut from, None with `accept_spec`.
@@ -97,7 +99,7 @@ class AudioSpectrogramTransformer(nn.Module):
         spec_f_max: float | None = None,
         spec_mean: float = -4.2677393,
         spec_std: float = 4.5689974,
-        spec_chroma: bool = False,
+        clip_summary: bool = False,
     ):
         super().__init__()
         patch_size = (patch_size, patch_size) if isinstance(patch_size, int) else tuple(patch_size)
@@ -152,12 +154,14 @@ class AudioSpectrogramTransformer(nn.Module):
                 mean=spec_mean,
                 std=spec_std,
             )
-        self.chroma = None
-        if spec_chroma:
+        self.summary = None
+        if clip_summary:
             if spec_n_mels is None:
-                raise ValueError('spec_chroma=True adds to a log-mel front end; give spec_n_mels as well')
-            self.chroma = Chroma(bins=self.spec.bins, sample_rate=audio_sample_rate)
-        bands = (spec_n_mels or self.spec.bins) + Chroma.BANDS * spec_chroma
+                raise ValueError('clip_summary=True adds to a log-mel front end; give spec_n_mels as well')
+            self.summary = ClipSummary(
+                dim, bins=self.spec.bins, sample_rate=audio_sample_rate, hop_length=self.spec.hop_length
+            )
+        bands = spec_n_mels or self.spec.bins
         self.bands = None if accept_spec else bands
         if not accept_spec and bands < patch_size[0]:
             raise ValueError(
@@ -238,15 +242,13 @@ class AudioSpectrogramTransformer(nn.Module):
             of 0 or beyond the tensor.
         """
         x, lengths = self.check_input(x, audio_lengths)
-        spec, frames = self.to_spectrogram(x, lengths)
+        spec, frames, measured = self.front_end(x, lengths)
 
         # crop to whole patches
 
         patch_bins, patch_frames = self.patch_size
         height, width = spec.shape[-2] // patch_bins, spec.shape[-1] // patch_frames
-        # torch.onnx loses a slice by brackets behind the concatenation of mel bands and chroma
-        spec = spec.narrow(-2, 0, height * patch_bins).narrow(-1, 0, width * patch_frames)
-        tokens = self.to_patch_tokens(spec)
+        tokens = self.to_patch_tokens(spec[..., : height * patch_bins, : width * patch_frames])
 
         # positions, absolute and relative
 
@@ -270,7 +272,10 @@ class AudioSpectrogramTransformer(nn.Module):
 
         layers = self.transformer(tokens, bias=bias)
         mask = bias.key_mask()
-        encoding = Encoding(self.norm(masked_mean(layers[-1], mask)), layers, mask)
+        embeds = self.norm(masked_mean(layers[-1], mask))
+        if measured is not None:
+            embeds = embeds + self.summary(measured)
+        encoding = Encoding(embeds, layers, mask)
 
         if return_encoding:
             return encoding
@@ -324,6 +329,11 @@ class AudioSpectrogramTransformer(nn.Module):
 
     def to_spectrogram(self, x: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Waves to augmented spectrograms `(b, bins, frames)` and the frames of each item (None: all)."""
+        return self.front_end(x, lengths)[:2]
+
+    def front_end(self, x: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """What `to_spectrogram` gives, and what the summary is made of, `(b, k)` (None without `clip_summary`)."""
+        measured = None
         if self.accept_spec:
             spec, frames = x, lengths
             if lengths is not None:
@@ -336,36 +346,35 @@ class AudioSpectrogramTransformer(nn.Module):
                 padding = torch.arange(x.shape[-1], device=x.device) >= rearrange(lengths, 'b -> b 1')
                 real = x.masked_fill(padding, 0.0)
             check_finite(real, 'wavs[{}] holds NaN or infinite samples; clean the data first')
-            spec, frames = self.wave_spectrogram(x, lengths)
+            spec, frames, measured = self.wave_features(x, lengths)
             check_finite(spec, 'wavs[{}] is so loud that its spectrogram overflows; samples should lie in [-1, 1]')
         if self.training:
             spec = self.aug.mask(spec, frames)
-        return spec, frames
+        return spec, frames, measured
 
-    def wave_spectrogram(self, x: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Waves to what patches are cut of, but for masks."""
+    def wave_features(self, x: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Waves to what patches are cut of, but for masks, the frames of each, and what the summary is made of."""
         stretches = self.training and self.aug.stretches
         if self.log_mel is not None and not stretches and x.device.type == 'cpu' and fast_kernels_allowed():
             # a few at a time: spectra, many times the size of what comes of them, stay in the cache
             size = max(1, CACHED_BINS // (self.spec.bins * int(self.spec.num_frames(x.shape[-1]))))
-            parts, counts = [], []
-            for i in range(0, len(x), size):
-                spec, frames = self.spec(x[i : i + size], None if lengths is None else lengths[i : i + size])
-                parts.append(self.features(spec))
-                counts.append(frames)
-            return torch.cat(parts), None if lengths is None else torch.cat(counts)
+            parts = [
+                self.features(*self.spec(x[i : i + size], None if lengths is None else lengths[i : i + size]))
+                for i in range(0, len(x), size)
+            ]
+            return tuple(None if part[0] is None else torch.cat(part) for part in zip(*parts))
 
         spec, frames = self.spec(x, lengths)
         if stretches:
             spec, frames = self.aug.stretch(spec, frames)
-        return self.features(spec), frames
+        return self.features(spec, frames)
 
-    def features(self, power: Tensor) -> Tensor:
-        """What patches are cut from, of a power spectrogram."""
+    def features(self, power: Tensor, frames: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Of a power spectrogram: what patches are cut from, its frames, and what the summary is made of."""
         if self.log_mel is None:
-            return power
+            return power, frames, None
         mel = self.log_mel(power)
-        return mel if self.chroma is None else torch.cat([mel, self.chroma(power)], dim=1)
+        return mel, frames, None if self.summary is None else self.summary.measure(power, mel, frames)
 
     def position_table(self, height: int, width: int) -> tuple[Tensor, Tensor, int]:
         """The bias for every offset of a grid of patches, run once over the unique offsets.

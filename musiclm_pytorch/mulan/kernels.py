@@ -1,9 +1,11 @@
-"""Whether hand-written kernels may stand in for PyTorch's own operators."""
+"""Whether hand-written kernels may stand in for PyTorch's own operators, and what the processor computes in."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+import torch
 
 from musiclm_pytorch.checks import is_traced
 
@@ -27,3 +29,10 @@ def plain_kernels() -> Iterator[None]:
 
 def fast_kernels_allowed() -> bool:
     return not _plain and not is_traced()
+
+
+def computes_in_bf16() -> bool:
+    """Whether this processor has instructions for bf16; without them it is emulated, a hundred times slower."""
+    return torch.backends.mkldnn.is_available() and (
+        torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    )

@@ -7,7 +7,7 @@ from typing import Any
 
 from musiclm_pytorch.checks import check_positive, typechecked
 from musiclm_pytorch.mulan.audio_transformer import AudioSpectrogramTransformer
-from musiclm_pytorch.mulan.spectrogram import Chroma, mel_filters
+from musiclm_pytorch.mulan.spectrogram import mel_filters
 
 
 @dataclass(frozen=True)
@@ -19,13 +19,13 @@ class _Recipe:
     hop: float  # seconds
     stretch_factor: float = 0.8
     frames: int | None = None  # of a patch that holds all bands; None for patches of 16 × 16
-    chroma: bool = False
+    summary: bool = False
 
 
 _RECIPES = {
     'music': _Recipe(n_mels=128, f_min=30.0, f_max=16000.0, window=0.025, hop=0.010, stretch_factor=1.0),
     'tonal': _Recipe(
-        n_mels=160, f_min=40.0, f_max=8000.0, window=0.128, hop=0.020, stretch_factor=1.0, frames=4, chroma=True
+        n_mels=160, f_min=40.0, f_max=8000.0, window=0.128, hop=0.020, stretch_factor=1.0, frames=4, summary=True
     ),
     'speech': _Recipe(n_mels=80, f_min=0.0, f_max=8000.0, window=0.025, hop=0.010),
     'general': _Recipe(n_mels=64, f_min=50.0, f_max=14000.0, window=0.032, hop=0.010),
@@ -48,9 +48,9 @@ def get_optimal_spectrogram_params(audio_sample_rate: int = 16000, use_case: str
       of a piano (27.5 Hz) and below the lowest of a bass guitar (41.2 Hz), to 16 kHz or half the sample rate.
     - 'tonal': windows of 128 ms, whose resolution of 16 Hz (four bins of a Hann window between two sines: 31 Hz) tells
       the overtones of neighbouring semitones apart, which 25 ms do not; 160 bands from 40 Hz to 8 kHz every 20 ms. A
-      patch is 4 frames of all bands: an interval lies within one token, wherever its notes are. Twelve more bands are
-      the pitch classes (`spec_chroma`), in which a chord looks alike in every octave. It is the front end of
-      `benchmarks/learning.py`.
+      patch is 4 frames of all bands: an interval lies within one token, wherever its notes are. Beside the patches,
+      the pitch classes and the repetition of onsets of the whole clip are read (`clip_summary`), which tell mode and
+      tempo far sooner. It is the front end of `benchmarks/learning.py`.
     - 'speech': 80 bands over 0 to 8,000 Hz, 25 ms every 10 ms: Whisper's front end (arXiv 2212.04356, section 2.2).
     - 'general': 64 bands over 50 to 14,000 Hz, 32 ms every 10 ms: PANNs on AudioSet (arXiv 1912.10211, section V).
     - Elsewhere patches of 16 × 16; mask sizes of 48 / 128 of the bands and 192 / 1,024 of ten seconds of frames, and
@@ -88,7 +88,7 @@ def get_optimal_spectrogram_params(audio_sample_rate: int = 16000, use_case: str
 
     return dict(
         audio_sample_rate=audio_sample_rate,
-        patch_size=PATCH if recipe.frames is None else (n_mels + Chroma.BANDS * recipe.chroma, recipe.frames),
+        patch_size=PATCH if recipe.frames is None else (n_mels, recipe.frames),
         spec_n_fft=n_fft,
         spec_win_length=win_length,
         spec_hop_length=round(recipe.hop * audio_sample_rate),
@@ -96,7 +96,7 @@ def get_optimal_spectrogram_params(audio_sample_rate: int = 16000, use_case: str
         spec_n_mels=n_mels,
         spec_f_min=recipe.f_min,
         spec_f_max=f_max,
-        spec_chroma=recipe.chroma,
+        clip_summary=recipe.summary,
         spec_aug_stretch_factor=recipe.stretch_factor,
         spec_aug_freq_mask=n_mels * 48 // 128,
         spec_aug_time_mask=192,

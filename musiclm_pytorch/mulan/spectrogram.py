@@ -1,4 +1,4 @@
-"""Audio front ends: power spectrogram, log-mel, chroma, and SpecAugment on any of them."""
+"""Audio front ends: power spectrogram, log-mel, and SpecAugment on either."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from musiclm_pytorch.mulan.kernels import fast_kernels_allowed
 PAD_MODES = ('reflect', 'constant', 'replicate', 'circular')
 
 
-class _Float32Buffers(nn.Module):
+class Float32Buffers(nn.Module):
     """A module whose buffers stay float32 when the model is cast: rounded, a window leaks and filters blur."""
 
     def _apply(self, fn, recurse=True):
@@ -29,7 +29,7 @@ class _Float32Buffers(nn.Module):
         return self
 
 
-class Spectrogram(_Float32Buffers):
+class Spectrogram(Float32Buffers):
     """Short-time power spectrogram `(batch, samples)` → `(batch, bins, frames)`, in float32.
 
     The arguments are those of `torchaudio.transforms.Spectrogram`, and so are the numbers. In addition a batch of
@@ -149,7 +149,7 @@ def magnitude(spectrum: Tensor, power: float) -> Tensor:
     return spectrum.abs() if power == 1 else spectrum.abs() ** power
 
 
-class LogMel(_Float32Buffers):
+class LogMel(Float32Buffers):
     """Power spectrogram `(b, bins, t)` → normalised log-mel `(b, mels, t)`.
 
     Natural logarithm of Slaney-scale triangular filters (torchaudio's `mel_scale = 'slaney'`, without area
@@ -198,45 +198,6 @@ class LogMel(_Float32Buffers):
                 mel = power @ self.filters
             mel = rearrange(mel, 'b t m -> b m t')
             return (mel.clamp(min=self.FLOOR).log() - self.mean) / (2 * self.std)
-
-
-class Chroma(_Float32Buffers):
-    """Power spectrogram `(b, bins, t)` → how strong each pitch class is, `(b, 12, t)` in [-3, 3], C first.
-
-    A mode or a chord is a pattern over the twelve pitch classes, whatever octave and instrument plays it. Over mel
-    bands it is another pattern for each of them.
-
-    The five octaves from 100 Hz on are folded together by Gaussian filters around each semitone (equal temperament,
-    A4 = 440 Hz). Each frame is seen beside its own loudest class, so that loudness does not matter; silence is -3.
-    """
-
-    BANDS = 12
-    F_MIN, F_MAX = 100.0, 3200.0  # Hz: windows of some 100 ms blur the semitones below, and few notes lie above
-    WIDTH = 0.35  # standard deviation in semitones
-    FLOOR = 1e-4  # power of a frame whose loudest class comes out at a half: far below any music
-    REACH = 3.0  # of the values, so that twelve bands weigh about as much in a patch as 128 mel bands
-
-    def __init__(self, *, bins: int, sample_rate: int):
-        super().__init__()
-        hertz = torch.arange(bins) * (sample_rate / (2 * (bins - 1)))
-        inside = (hertz >= self.F_MIN) & (hertz <= self.F_MAX)
-        pitch = 69 + 12 * torch.log2(hertz.clamp(min=self.F_MIN) / 440)
-        distance = (rearrange(pitch, 'f -> f 1') - torch.arange(self.BANDS) + 6).remainder(12) - 6
-        filters = torch.exp(-0.5 * (distance / self.WIDTH) ** 2)
-        # an octave has twice the bins of the one below
-        weights = torch.where(inside, self.F_MIN / hertz.clamp(min=self.F_MIN), 0.0)
-        filters = filters * rearrange(weights, 'f -> f 1')
-        if not (filters.amax(dim=0) > 0.05).all():
-            raise ValueError(
-                f'bins of {hertz[1]:.1f} Hz are too wide to tell twelve pitch classes apart; raise spec_n_fft or set '
-                'spec_chroma=False'
-            )
-        self.register_buffer('filters', filters / filters.sum(dim=0), persistent=False)
-
-    def forward(self, power: Tensor) -> Tensor:
-        with torch.autocast(power.device.type, enabled=False):
-            classes = torch.einsum('b f t, f c -> b c t', power.float(), self.filters)
-            return self.REACH * (2 * classes / (classes.amax(dim=1, keepdim=True) + self.FLOOR) - 1)
 
 
 def _blocks_of_bands(filters: Tensor, count: int = 4) -> list[tuple[slice, slice]]:

@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 
 from musiclm_pytorch.checks import check_positive
 from musiclm_pytorch.distributed.collectives import gather_sizes, mean_over_ranks
+from musiclm_pytorch.mulan.kernels import computes_in_bf16
 from musiclm_pytorch.trainer import checkpoints
 from musiclm_pytorch.trainer.folders import prepare_results_folder
 from musiclm_pytorch.trainer.grouping import Grouping
@@ -58,7 +59,7 @@ class Trainer:
             biases, embeddings or temperatures.
         max_grad_norm: largest norm of the gradients, None for no clipping.
         lr_scheduler_type, warmup_steps, min_lr_ratio: see `schedules.learning_rate`.
-        mixed_precision: 'no', 'bf16' or 'fp16' (on CUDA only).
+        mixed_precision: 'no', 'bf16' (slow on a CPU without instructions for it) or 'fp16' (on CUDA only).
         use_ema, ema_beta, ema_update_every: exponential moving average of the weights, used for validation and the
             best model.
         results_folder: where checkpoints, logs and curves go.
@@ -150,6 +151,11 @@ class Trainer:
             project_dir=str(results_folder),
             **(accelerate_kwargs or {}),
         )
+        if mixed_precision == 'bf16' and self.device.type == 'cpu' and self.is_main and not computes_in_bf16():
+            logger.warning(
+                'this processor has no instructions for bf16 and emulates them, ten times slower than float32; '
+                "mixed_precision='no' is the fast choice here"
+            )
         self.results_folder = Path(results_folder)
         self.seed = seed
         self.lr = lr
