@@ -44,7 +44,7 @@ from musiclm_pytorch.mulan.kernels import computes_in_bf16
 from musiclm_pytorch.trainer.stages import CoarseTrainer, FineTrainer, SemanticTrainer, load_stage
 
 ROOT = Path(__file__).resolve().parent.parent
-SAMPLE_RATE, SECONDS, CLIPS, SEED = 16000, 5.0, 24_000, 1
+SAMPLE_RATE, SECONDS, SEED = 16000, 5.0, 1
 MULAN_RATE = 8000  # of the tokenizer, too
 # captions that tell more than usual, as of `benchmarks/learning.py --rich-captions`
 MENTIONS = dict(tempo=0.85, mode=0.85, register=0.85, texture=0.75, drums=0.85, bpm=0.25, key=0.5)
@@ -102,24 +102,26 @@ class Clips(torch.utils.data.Dataset):
         return torch.from_numpy(self.waves[index].astype(np.float32) / 32767), self.texts[index]
 
 
-def open_clips(work: Path) -> Clips:
+def open_clips(args: argparse.Namespace) -> Clips:
+    work = args.work
     if not (work / 'clips.json').exists():
         work.mkdir(parents=True, exist_ok=True)
-        np.lib.format.open_memmap(work / 'clips.npy', 'w+', np.int16, (CLIPS, round(SAMPLE_RATE * SECONDS))).flush()
+        shape = args.clips, round(SAMPLE_RATE * SECONDS)
+        np.lib.format.open_memmap(work / 'clips.npy', 'w+', np.int16, shape).flush()
         with ProcessPoolExecutor(os.cpu_count()) as pool:
-            texts = pool.map(render, [(work, start) for start in range(0, CLIPS, 1000)])
+            texts = pool.map(render, [(work, args.clips, start) for start in range(0, args.clips, 1000)])
             (work / 'clips.json').write_text(json.dumps([text for part in texts for text in part]))
     return Clips(work)
 
 
-def render(task: tuple[Path, int]) -> list[str]:
+def render(task: tuple[Path, int, int]) -> list[str]:
     """Write a thousand waves to their places; returns their captions."""
-    work, start = task
+    work, total, start = task
     torch.set_num_threads(1)
-    music = SyntheticMusic(CLIPS, seed=SEED, seconds=SECONDS, sample_rate=SAMPLE_RATE, mentions=MENTIONS)
+    music = SyntheticMusic(total, seed=SEED, seconds=SECONDS, sample_rate=SAMPLE_RATE, mentions=MENTIONS)
     waves = np.lib.format.open_memmap(work / 'clips.npy', 'r+')
     texts = []
-    for index in range(start, min(start + 1000, CLIPS)):
+    for index in range(start, min(start + 1000, total)):
         wave, text = music[index]
         waves[index] = (wave.numpy() * 32767).astype(np.int16)
         texts.append(text)
@@ -134,7 +136,7 @@ def fit_codec(args: argparse.Namespace) -> None:
         save_module(load_module(args.begin_with / 'codec'), args.work / 'codec')
         return
     codec = SpectralCodec(SAMPLE_RATE, codebook_size=CODES, num_quantizers=COARSE + FINE)
-    missing = codec.fit(open_clips(args.work), max_items=4000, max_vectors=60_000, seed=SEED)
+    missing = codec.fit(open_clips(args), max_items=4000, max_vectors=60_000, seed=SEED)
     print('left over after each level:', ' '.join(f'{share:.1%}' for share in missing), flush=True)
     save_module(codec, args.work / 'codec')
 
@@ -147,14 +149,14 @@ def fit_tokenizer(args: argparse.Namespace) -> None:
     front_end = get_optimal_spectrogram_params(MULAN_RATE, 'tonal')
     tower = AudioSpectrogramTransformer(dim=16, depth=1, heads=1, dim_head=16, **front_end)
     tokenizer = MuLaNSemanticTokenizer(tower, codebook_size=SEMANTIC_CODES)
-    lost = tokenizer.fit(open_clips(args.work), batch_size=32, max_items=6000, seed=SEED)
+    lost = tokenizer.fit(open_clips(args), batch_size=32, max_items=6000, seed=SEED)
     print(f'variance lost by the tokenizer: {lost:.1%}', flush=True)
     tokenizer.save_pretrained(args.work / 'tokenizer')
 
 
 def compute(args: argparse.Namespace) -> None:
     """The quantizer, and the tokens of all clips."""
-    clips = open_clips(args.work)
+    clips = open_clips(args)
     if not (args.work / 'quantizer').exists():
         mulan = small_vocabulary(MuLaN.from_pretrained(args.work / 'mulan'), clips.texts)
         torch.manual_seed(SEED)
@@ -251,6 +253,7 @@ def main() -> None:
     parser.add_argument('phases', nargs='+', choices=['codec', 'tokenizer', 'tokens', *KINDS, 'pack'])
     parser.add_argument('--work', type=Path, default=ROOT / 'build' / 'tiny')
     parser.add_argument('--output', type=Path, default=ROOT / 'musiclm_pytorch' / 'pretrained' / 'tiny')
+    parser.add_argument('--clips', type=int, default=24_000, help='to train on (default 24,000)')
     parser.add_argument('--begin-with', type=Path, metavar='FOLDER', help='a MusicLM to go on from')
     parser.add_argument('--steps', type=int, help='steps of a training, instead of those of the shipped model')
     parser.add_argument('--lr', type=float, help='learning rate, instead of that of the shipped model')

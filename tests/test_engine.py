@@ -17,6 +17,7 @@ from musiclm_pytorch.inference.config import InferenceConfig
 from musiclm_pytorch.inference.engine import BatchInferenceEngine
 from musiclm_pytorch.inference.optimize import OptimizedMuLaN
 from musiclm_pytorch.inference.synthesis import synthesise, wave_of
+from musiclm_pytorch.inference.workers import AHEAD, workers
 from musiclm_pytorch.mulan.layers import l2norm
 
 RATE = 8000
@@ -138,6 +139,40 @@ def test_files_that_cannot_be_read_are_reported_and_skipped(files, tmp_path, cap
     assert [done for done, _ in steps] == sorted(done for done, _ in steps)
 
 
+def test_what_the_model_cannot_take_is_skipped_alone(files, tmp_path):
+    soundfile.write(tmp_path / 'loud.wav', np.full(9000, 1e30), RATE, 'FLOAT')
+    engine = BatchInferenceEngine(mulan(), config(16))
+    wanted = engine.embed_audio_files(files, window=1.0)
+    found = engine.embed_audio_files([*files[:4], tmp_path / 'loud.wav', *files[4:]], window=1.0)
+    assert torch.allclose(found.latents, wanted.latents, atol=1e-5)
+    assert list(found.skipped) == [str(tmp_path / 'loud.wav')]
+    assert 'so loud that its spectrogram overflows' in found.skipped[str(tmp_path / 'loud.wav')]
+
+
+def test_a_caller_who_gives_up_stops_the_workers(files):
+    asked = []
+
+    def read(item):
+        asked.append(item)
+        return item
+
+    torch.set_num_threads(2)
+    try:
+        with workers(2) as run:
+            given = run(read, range(1000))
+            assert [next(given) for _ in range(6)] == [0, 1, 2, 3, 4, 5]
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(1)
+    assert len(asked) <= 5 + 2 * AHEAD + 2
+
+    def give_up(*_):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        BatchInferenceEngine(mulan(), config(1)).embed_audio_files(files, progress=give_up)
+
+
 def test_nothing_readable_and_nothing_at_all_give_no_latents(tmp_path):
     engine = BatchInferenceEngine(mulan())
     for paths in ([], [tmp_path / 'nowhere.wav']):
@@ -151,25 +186,25 @@ def test_long_audio_is_never_in_memory_as_a_whole(tmp_path, monkeypatch):
     path = write(tmp_path / 'long.wav', 300 * 1000)
     model, spans, ahead = mulan(), [], []
     embedded = 0
-    read, embed = batches.AudioFile.read, batches.BatchEmbedder.embed
+    read, embed = batches.AudioFile.read, module.embed_waves
 
     def counting_read(file, start, stop):
         spans.append(stop - start)
         ahead.append(len(spans) - embedded)
         return read(file, start, stop)
 
-    def counting_embed(embedder, waves):
+    def counting_embed(embeds, waves):
         nonlocal embedded
-        found = embed(embedder, waves)
+        found = embed(embeds, waves)
         embedded += len(waves)
         return found
 
     monkeypatch.setattr(batches.AudioFile, 'read', counting_read)
-    monkeypatch.setattr(batches.BatchEmbedder, 'embed', counting_embed)
+    monkeypatch.setattr(module, 'embed_waves', counting_embed)
     found = BatchInferenceEngine(model, config(2)).embed_audio_files([path], window=0.125)
     assert embedded == len(spans) == 300
     assert set(spans) == {1000}
-    assert max(ahead) <= 4 * 2 * module.POOL  # what `embed_clips` says of its queue
+    assert max(ahead) <= 2 * (AHEAD + 2)  # and the batch that is being embedded
     monkeypatch.undo()
     assert torch.allclose(found.latents[0], model.embed_audio(path, window=0.125, hop=0.125), atol=1e-5)
 

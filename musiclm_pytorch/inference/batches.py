@@ -1,108 +1,119 @@
-"""What many sound files are embedded by: their windows read in order of length, and batches side by side."""
+"""What many sound files are embedded by: their windows in order of length, read and embedded in batches."""
 
 from __future__ import annotations
 
 import copy
 import math
-from collections import deque
 from collections.abc import Iterable, Iterator
-from itertools import islice
+from contextlib import ExitStack
+from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from musiclm_pytorch.checks import check_positive
-from musiclm_pytorch.data.audio import AudioFile, windows
-from musiclm_pytorch.evaluation.embedders import batches_by_length
+from musiclm_pytorch.data.audio import AudioFile, resample, windows
 from musiclm_pytorch.inference.optimize import OptimizedMuLaN
 from musiclm_pytorch.mulan.audio_transformer import AudioSpectrogramTransformer
-from musiclm_pytorch.mulan.model import MuLaN, evaluating
+from musiclm_pytorch.mulan.model import MuLaN
 
 WINDOW = 10.0  # seconds that MuLaN hears at once (MusicLM, section 3.2)
 LOOK_AHEAD = 4096  # files or texts that are sorted by length at a time
 
 
-class BatchEmbedder:
-    """An `Embedder` of waves, each whole, whose batches may be computed side by side.
+class Window(NamedTuple):
+    """A piece of a sound file: the place of the file among all, and from which sample to which."""
 
-    Args:
-        embeds: the model.
-        batch_size: waves embedded at a time.
-        run: `map` of some kind.
-    """
-
-    name = 'mulan'
-
-    def __init__(self, embeds: MuLaN | OptimizedMuLaN, batch_size: int, run: Any):
-        mulan = plain(embeds)
-        self.sample_rate, self.dim = mulan.sample_rate, mulan.dim_latent
-        self.mixed = mulan.audio.support_variable_length
-        self.min_samples = mulan.audio.spec.min_samples(mulan.audio.patch_size[1])
-        self.embeds, self.batch_size, self.run = embeds, batch_size, run
-
-    def embed(self, waves: list[Tensor]) -> list[Tensor]:
-        """See `Embedder.embed`."""
-        batches = list(batches_by_length(waves, self.batch_size, mixed=self.mixed))
-        batches.reverse()  # the longest first, so that the workers end together
-        found: dict[int, Tensor] = {}
-        with evaluating(self.embeds):
-            parts = self.run(self._embed, [[waves[row] for row in rows] for rows in batches])
-            for rows, latents in zip(batches, parts):
-                found |= zip(rows, latents.split(1))
-        return [found[row] for row in range(len(waves))]
-
-    @torch.no_grad()
-    def _embed(self, waves: list[Tensor]) -> Tensor:
-        lengths = [len(wave) for wave in waves]
-        given = dict(audio_lengths=lengths) if min(lengths) < max(lengths) else {}
-        batch = pad_sequence(waves, batch_first=True).to(self.embeds.device)
-        return self.embeds.get_audio_latents(batch, **given).float().cpu()
+    place: int
+    start: int
+    stop: int
 
 
-class WindowReader:
-    """The windows of sound files, those of files of like length behind each other.
+class WindowPlan:
+    """The windows of sound files, in batches of neighbours in length.
 
     Attributes:
-        owners: of each window that `pieces` gave, in its order, the place of its file and whether it is its last.
+        paths: the files.
+        left: by the place of a file, how many of its windows are not embedded yet.
         skipped: by the place of a file, why it cannot be read.
     """
 
-    def __init__(self, paths: Iterable[str | Path], window: float, hop: float):
-        self.paths, self.window, self.hop = list(paths), window, hop
-        self.owners: deque[tuple[int, bool]] = deque()
+    def __init__(self, paths: Iterable[str | Path], window: float, hop: float, batch_size: int):
+        self.paths, self.window, self.hop, self.batch_size = list(paths), window, hop, batch_size
+        self.left: dict[int, int] = {}
         self.skipped: dict[int, str] = {}
 
-    def pieces(self) -> Iterator[tuple[Tensor, int]]:
-        """Waves and their rates in Hz."""
-        numbered = enumerate(self.paths)
-        while group := list(islice(numbered, LOOK_AHEAD)):
-            lengths = {}
-            for index, path in group:
+    def batches(self) -> Iterator[list[Window]]:
+        """The longest first, so that workers end together; what is to be embedded later may be skipped by then."""
+        for start in range(0, len(self.paths), LOOK_AHEAD):
+            found: list[tuple[float, Window]] = []
+            for place in range(start, min(start + LOOK_AHEAD, len(self.paths))):
                 try:
-                    with AudioFile(path) as file:
-                        lengths[index] = len(file) / file.sample_rate
+                    with AudioFile(self.paths[place]) as file:
+                        total, rate = len(file), file.sample_rate
                 except (OSError, ValueError) as error:
-                    self.skipped[index] = str(error)
-            for index in sorted(lengths, key=lengths.get, reverse=True):
-                try:
-                    yield from self._windows(index)
-                except (OSError, ValueError) as error:
-                    self.skipped[index] = str(error)
+                    self.skipped[place] = str(error)
+                    continue
+                spans = list(windows(total, max(1, round(self.window * rate)), max(1, round(self.hop * rate))))
+                self.left[place] = len(spans)
+                found += [((stop - begin) / rate, Window(place, begin, stop)) for begin, stop in spans]
+            found.sort(key=lambda it: it[0], reverse=True)
+            for i in range(0, len(found), self.batch_size):
+                yield [window for _, window in found[i : i + self.batch_size]]
 
-    def _windows(self, index: int) -> Iterator[tuple[Tensor, int]]:
-        with AudioFile(self.paths[index]) as file:
-            rate = file.sample_rate
-            spans = windows(len(file), max(1, round(self.window * rate)), max(1, round(self.hop * rate)))
-            for start, stop in spans:
-                wave = file.read(start, stop)
-                # one sum tells most often; it may overflow where no sample does
-                if not math.isfinite(wave.sum().item()) and not wave.isfinite().all():
-                    raise ValueError(f'{file.name} holds NaN or infinite samples')
-                self.owners.append((index, stop == len(file)))
-                yield wave, rate
+    def read(self, batch: list[Window], rate: int, min_samples: int) -> list[Tensor | str]:
+        """Of each window its wave `(samples,)` at `rate` Hz, or why there is none."""
+        found: list[Tensor | str] = []
+        with ExitStack() as stack:
+            files: dict[int, AudioFile] = {}
+            for place, start, stop in batch:
+                if place in self.skipped:
+                    found.append(self.skipped[place])
+                    continue
+                try:
+                    if place not in files:
+                        files[place] = stack.enter_context(AudioFile(self.paths[place]))
+                    found.append(read_window(files[place], start, stop, rate, min_samples))
+                except (OSError, ValueError) as error:
+                    found.append(str(error))
+        return found
+
+
+def read_window(file: AudioFile, start: int, stop: int, rate: int, min_samples: int) -> Tensor:
+    wave = file.read(start, stop)
+    # one sum tells most often; it may overflow where no sample does
+    if not math.isfinite(wave.sum().item()) and not wave.isfinite().all():
+        raise ValueError(f'{file.name} holds NaN or infinite samples')
+    wave = resample(wave, file.sample_rate, rate)
+    if len(wave) < min_samples:
+        raise ValueError(f'{file.name}: the model needs at least {min_samples} samples at {rate} Hz, got {len(wave)}')
+    return wave
+
+
+@torch.no_grad()
+def embed_waves(embeds: MuLaN | OptimizedMuLaN, waves: list[Tensor | str]) -> list[Tensor | str]:
+    """Of each wave its latent `(d,)` on the CPU, or why there is none. What is no wave stays as it is."""
+    found = list(waves)
+    rows = [row for row, wave in enumerate(waves) if isinstance(wave, Tensor)]
+    mixed = plain(embeds).audio.support_variable_length
+    for _, group in groupby(rows, key=lambda row: None if mixed else len(waves[row])):
+        some = list(group)
+        lengths = [len(waves[row]) for row in some]
+        given = dict(audio_lengths=lengths) if min(lengths) < max(lengths) else {}
+        batch = pad_sequence([waves[row] for row in some], batch_first=True).to(embeds.device)
+        try:
+            latents = embeds.get_audio_latents(batch, **given).float().cpu()
+        except ValueError as error:
+            # each alone tells which one it was
+            for row in some:
+                found[row] = str(error) if len(some) == 1 else embed_waves(embeds, [waves[row]])[0]
+            continue
+        for row, latent in zip(some, latents):
+            found[row] = latent if latent.isfinite().all() else 'the model gives NaN or infinity for it'
+    return found
 
 
 def window_and_hop(mulan: MuLaN, window: float | None, hop: float | None) -> tuple[float, float]:

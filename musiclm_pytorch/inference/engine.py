@@ -14,11 +14,11 @@ from torch import Tensor
 from musiclm_pytorch.audiolm.sampling import Progress, counted_steps
 from musiclm_pytorch.checks import check_positive, typechecked
 from musiclm_pytorch.evaluation.embedders import batches_by_length
-from musiclm_pytorch.evaluation.embedding import embed_clips
 from musiclm_pytorch.inference.batches import (
     LOOK_AHEAD,
-    BatchEmbedder,
-    WindowReader,
+    Window,
+    WindowPlan,
+    embed_waves,
     plain,
     taking_lengths,
     window_and_hop,
@@ -34,7 +34,6 @@ from musiclm_pytorch.musiclm import MusicLM
 logger = logging.getLogger(__name__)
 
 BATCH_SIZE = 16  # without a config
-POOL = 2  # batches that are read and embedded together, if there are not more workers
 
 
 class EmbeddedFiles(NamedTuple):
@@ -90,8 +89,8 @@ class BatchInferenceEngine:
         """Embed sound files of any length: each the mean over windows, as `MuLaN.embed_audio` of it alone gives.
 
         Neighbours in length share batches, whether or not the audio tower has `support_variable_length`. Files are
-        read in a thread beside the model, window by window, so that memory does not grow with their length. A file
-        that cannot be read or is too short for the model is skipped, with a warning in the log.
+        read window by window, beside the model, so that memory does not grow with their length. A file that cannot be
+        read or that the model cannot take is skipped, with a warning in the log.
 
         Args:
             paths: of sound files.
@@ -105,34 +104,41 @@ class BatchInferenceEngine:
         """
         if isinstance(paths, (str, Path)):
             raise TypeError(f'paths must be a list of paths, got {paths!r}; put one path in a list')
-        reader = WindowReader(paths, *window_and_hop(plain(self.mulan), window, hop))
-        total, done = len(reader.paths), 0
-        sums, counts = torch.zeros(total, plain(self.mulan).dim_latent), torch.zeros(total, 1)
-        # one with compiled code, which several threads must not call, and where memory counts
-        model, count = self.embeds, count_workers(self.embeds.device)
-        if isinstance(model, OptimizedMuLaN) and (model.compiled or model.config.memory_efficient):
-            count = 1
-        with counted_steps(progress, 'latents', total) as advance, workers(count) as run:
-            embedder = BatchEmbedder(self.embeds, self.batch_size, run)
-            pool = self.batch_size * max(POOL, count)
-            for clip in embed_clips(reader.pieces(), [embedder], batch_size=pool):
-                index, is_last = reader.owners.popleft()
-                if clip.missing:
-                    reader.skipped[index] = clip.missing[embedder.name]
-                else:
-                    sums[index] += clip.frames[embedder.name][0]
-                    counts[index] += 1
-                if is_last:
-                    done += 1
-                    advance(1)
+        mulan, model = plain(self.mulan), self.embeds
+        plan = WindowPlan(paths, *window_and_hop(mulan, window, hop), self.batch_size)
+        total, done = len(plan.paths), 0
+        sums, counts = torch.zeros(total, mulan.dim_latent), torch.zeros(total, 1)
+        needs = mulan.sample_rate, mulan.audio.spec.min_samples(mulan.audio.patch_size[1])
+        # one with compiled code must not be called from several threads; and where memory counts, one batch is enough
+        alone = isinstance(model, OptimizedMuLaN) and (model.compiled or model.config.memory_efficient)
+        count = 1 if alone else count_workers(model.device)
+
+        def work(batch: list[Window]) -> tuple[list[Window], list[Tensor | str]]:
+            found = plan.read(batch, *needs)
+            return batch, found if count == 1 else embed_waves(model, found)
+
+        # batches side by side; or else they are read in a thread while the model computes in this one
+        threads = 1 if count == 1 else None
+        with counted_steps(progress, 'latents', total) as advance, evaluating(model), workers(count, threads) as run:
+            for batch, found in run(work, plan.batches()):
+                for (place, *_), latent in zip(batch, embed_waves(model, found) if count == 1 else found):
+                    if isinstance(latent, Tensor):
+                        sums[place] += latent
+                        counts[place] += 1
+                    else:
+                        plan.skipped.setdefault(place, latent)
+                    plan.left[place] -= 1
+                    if plan.left[place] == 0:
+                        done += 1
+                        advance(1)
             advance(total - done)
-        for index, reason in sorted(reader.skipped.items()):
-            logger.warning('skipped %s: %s', reader.paths[index], reason)
-        kept = [index for index in range(total) if index not in reader.skipped]
+        for index, reason in sorted(plan.skipped.items()):
+            logger.warning('skipped %s: %s', plan.paths[index], reason)
+        kept = [index for index in range(total) if index not in plan.skipped]
         return EmbeddedFiles(
             latents=l2norm(sums[kept] / counts[kept]),
-            paths=[reader.paths[index] for index in kept],
-            skipped={str(reader.paths[index]): reason for index, reason in sorted(reader.skipped.items())},
+            paths=[plan.paths[index] for index in kept],
+            skipped={str(plan.paths[index]): reason for index, reason in sorted(plan.skipped.items())},
         )
 
     @typechecked

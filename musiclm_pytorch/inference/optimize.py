@@ -10,6 +10,7 @@ import copy
 import importlib.util
 import shutil
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 
 import torch
 from einops import einsum
@@ -132,8 +133,9 @@ class OptimizedMuLaN(nn.Module):
         size = -(-together // count)
         parts = [slice(start, min(start + size, total)) for start in range(0, total, size)] or [slice(0, 0)]
         embed = torch.no_grad()(embed)  # each thread has its own mode
+        count = min(count, len(parts))
         try:
-            with workers(min(count, len(parts))) as run:
+            with nullcontext(map) if count == 1 else workers(count) as run:
                 return torch.cat(list(run(embed, parts)))
         except ValueError:
             # a part numbers its items from 0; the whole batch tells which one is bad
