@@ -6,7 +6,7 @@ retrieval is measured on the way; at the end, each attribute is recognised zero-
 used.
 
     python benchmarks/learning.py                          # all of it, hours: upstream is slow
-    python benchmarks/learning.py --sides ours --lrs 1e-3  # ours alone, half an hour on two cores
+    python benchmarks/learning.py --sides ours --lrs 1e-3  # ours alone, half an hour on two cores at most
     python benchmarks/learning.py --throughput             # clips a second of the two loops, in turn
 
 Our recipe predicts words beside the contrast, and draws every other batch, after a while, from groups of clips that are
@@ -234,18 +234,13 @@ def build_trainer(side: str, mulan, dataset, folder: Path, args: argparse.Namesp
     common = dict(batch_size=args.batch_size, lr=args.lr, valid_frac=0.0, results_folder=str(folder))
     if side == 'upstream':
         return MuLaNTrainer(mulan, dataset, num_train_steps=1, force_clear_prev_results=False, **common)
-    from musiclm_pytorch.mulan.kernels import computes_in_bf16
-
-    precision = args.precision
-    if precision == 'auto':
-        precision = 'bf16' if computes_in_bf16() else 'no'
     music = synthetic(args)
     return MuLaNTrainer(
         mulan,
         dataset,
         weight_decay=0.05,
         max_grad_norm=1.0,
-        mixed_precision=precision,
+        mixed_precision=args.precision,
         compile_model=args.compile,
         groups=[alike(music.labels(index)) for index in range(len(dataset))],
         group_size=GROUP_SIZE,
@@ -413,8 +408,8 @@ def main(args: argparse.Namespace) -> None:
 if __name__ == '__main__':
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--sides', nargs='+', choices=SIDES, default=SIDES)
-    parser.add_argument('--clips', type=int, default=120_000, help='clips to learn from (default 120,000)')
-    parser.add_argument('--pairs', type=int, default=240_000, help='pairs that each side sees (default 240,000)')
+    parser.add_argument('--clips', type=int, default=64_000, help='clips to learn from (default 64,000)')
+    parser.add_argument('--pairs', type=int, default=64_000, help='pairs that each side sees (default 64,000)')
     parser.add_argument('--batch-size', type=int, default=64)
     parser.add_argument('--precision', choices=['auto', 'no', 'bf16'], default='auto', help='of our side')
     parser.add_argument('--compile', action='store_true', help='compile the towers of our side')

@@ -40,7 +40,6 @@ from musiclm_pytorch.audiolm.semantic import SemanticTokenizer
 from musiclm_pytorch.audiolm.semantic_mulan import MuLaNSemanticTokenizer
 from musiclm_pytorch.audiolm.spectral_codec import SpectralCodec
 from musiclm_pytorch.audiolm.tokens import compute_tokens
-from musiclm_pytorch.mulan.kernels import computes_in_bf16
 from musiclm_pytorch.trainer.stages import CoarseTrainer, FineTrainer, SemanticTrainer, load_stage
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -80,7 +79,7 @@ TRAINING = dict(
     lr_scheduler_type='cosine',
     min_lr_ratio=0.02,
     warmup_steps=100,
-    mixed_precision='bf16' if computes_in_bf16() else 'no',  # three times the speed on processors that have it
+    mixed_precision='auto',  # bf16 on processors that have it: three times the speed
     seed=SEED,
 )
 

@@ -23,7 +23,7 @@ def add_training_options(parser: argparse.ArgumentParser) -> None:
     length.add_argument('--epochs', type=int, metavar='N', help='passes over the data, in the whole run')
     parser.add_argument('--lr', type=float, metavar='RATE', help='highest learning rate')
     parser.add_argument('--seed', type=int, metavar='N', help='of the weights, the order of the data and the dropout')
-    parser.add_argument('--precision', choices=['no', 'bf16', 'fp16'], help='mixed precision; fp16 needs CUDA')
+    parser.add_argument('--precision', choices=['no', 'bf16', 'fp16', 'auto'], help='mixed precision; fp16 needs CUDA')
     parser.add_argument('--workers', type=int, metavar='N', help='processes that read data')
     parser.add_argument('--validate-every', type=int, metavar='N', help='steps between validations (default: an epoch)')
     parser.add_argument('--checkpoint-every', type=int, metavar='N', help='steps between checkpoints')

@@ -264,13 +264,22 @@ def test_validation_does_not_change_training(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ('precision', 'has_instructions', 'warns'), [('bf16', False, 1), ('bf16', True, 0), ('no', False, 0)]
+    ('precision', 'has_instructions', 'warns'),
+    [('bf16', False, 1), ('bf16', True, 0), ('no', False, 0), ('auto', False, 0)],
 )
 def test_emulated_bf16_is_warned_of(precision, has_instructions, warns, tmp_path, caplog, monkeypatch):
     monkeypatch.setattr(loop, 'computes_in_bf16', lambda: has_instructions)
     with caplog.at_level(logging.WARNING):
         trainer(tmp_path, mixed_precision=precision)
-    assert caplog.text.count("mixed_precision='no' is the fast choice here") == warns
+    assert caplog.text.count("mixed_precision='auto' takes what is fast") == warns
+
+
+@pytest.mark.parametrize(('has_instructions', 'chosen'), [(True, 'bf16'), (False, 'no')])
+@pytest.mark.parametrize('asked', [dict(mixed_precision='auto'), dict(use_mixed_precision=True)])
+@pytest.mark.skipif(torch.cuda.is_available(), reason='about a CPU')
+def test_auto_takes_bf16_where_there_are_instructions(asked, has_instructions, chosen, tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, 'computes_in_bf16', lambda: has_instructions)
+    assert trainer(tmp_path, **asked).mixed_precision == chosen
 
 
 def test_a_damaged_checkpoint_is_passed_over(tmp_path, caplog):

@@ -36,6 +36,13 @@ PRECISIONS = {'no': None, 'bf16': torch.bfloat16, 'fp16': torch.float16}
 UNUSABLE_BATCHES = 1000  # in a row, after which a stream without epochs is given up
 
 
+def fast_precision() -> str:
+    """'bf16' where CUDA, or without it the processor, computes in it; else 'fp16' on CUDA and 'no' on a CPU."""
+    if torch.cuda.is_available():
+        return 'bf16' if torch.cuda.is_bf16_supported(including_emulation=False) else 'fp16'
+    return 'bf16' if computes_in_bf16() else 'no'
+
+
 class TrainingError(RuntimeError):
     """Training cannot go on: the loss is not a number, or the model has collapsed."""
 
@@ -59,7 +66,8 @@ class Trainer:
             biases, embeddings or temperatures.
         max_grad_norm: largest norm of the gradients, None for no clipping.
         lr_scheduler_type, warmup_steps, min_lr_ratio: see `schedules.learning_rate`.
-        mixed_precision: 'no', 'bf16' (slow on a CPU without instructions for it) or 'fp16' (on CUDA only).
+        mixed_precision: 'no', 'bf16' (slow on a CPU without instructions for it), 'fp16' (on CUDA only), or 'auto':
+            what is fast, see `fast_precision`.
         use_ema, ema_beta, ema_update_every: exponential moving average of the weights, used for validation and the
             best model.
         results_folder: where checkpoints, logs and curves go.
@@ -137,8 +145,9 @@ class Trainer:
             )
         # where nothing is said, as `accelerate launch --mixed_precision` says
         mixed_precision = mixed_precision or os.environ.get('ACCELERATE_MIXED_PRECISION', 'no')
+        mixed_precision = fast_precision() if mixed_precision == 'auto' else mixed_precision
         if mixed_precision not in PRECISIONS:
-            choices = ', '.join(map(repr, PRECISIONS))
+            choices = ', '.join(map(repr, [*PRECISIONS, 'auto']))
             raise ValueError(f'unknown mixed_precision {mixed_precision!r}; choose one of {choices}')
         if mixed_precision == 'fp16' and not torch.cuda.is_available():
             raise ValueError("mixed_precision='fp16' needs a CUDA device; use 'bf16' on a CPU")
@@ -154,7 +163,7 @@ class Trainer:
         if mixed_precision == 'bf16' and self.device.type == 'cpu' and self.is_main and not computes_in_bf16():
             logger.warning(
                 'this processor has no instructions for bf16 and emulates them, ten times slower than float32; '
-                "mixed_precision='no' is the fast choice here"
+                "mixed_precision='auto' takes what is fast"
             )
         self.results_folder = Path(results_folder)
         self.seed = seed

@@ -78,7 +78,7 @@ class MuLaNTrainer(Trainer):
         random_split_seed: of the split.
         max_valid_items: held-out pairs that validation looks at, at most.
         use_lion: the optimizer Lion.
-        use_mixed_precision: fp16 on CUDA, bf16 on a CPU; `mixed_precision` names one.
+        use_mixed_precision: fp16 on CUDA, bf16 on a CPU that has instructions for it; `mixed_precision` names one.
         save_model_every: upstream's name of `checkpoint_every`.
         grad_cache_chunk_size: pairs embedded at a time.
         collapse_after: step from which embeddings that are all alike are an error; at the start they often are.
@@ -163,7 +163,7 @@ class MuLaNTrainer(Trainer):
             dataset, valid_dataset = random_split(dataset, [len(dataset) - held_out, held_out], generator=generator)
             groups = None if groups is None else [groups[index] for index in dataset.indices]
         if mixed_precision is None and use_mixed_precision:
-            mixed_precision = 'fp16' if torch.cuda.is_available() else 'bf16'
+            mixed_precision = 'fp16' if torch.cuda.is_available() else 'auto'
         if use_lion:
             keywords['optimizer'] = 'lion'
 
