@@ -312,7 +312,7 @@ def test_ascent_brings_sound_to_its_text(tiny, caplog):
         similarities = tiny.get_audio_latents(waves) @ wanted.T
         before = tiny.get_audio_latents(noise) @ wanted[0]
     # own text, the other's, and where it began
-    assert similarities.diag().min() > 0.8
+    assert similarities.diag().min() > 0.7
     assert max(similarities[0, 1], similarities[1, 0]) < 0.4
     assert before < 0.4
     assert all(weight.grad is None for weight in tiny.parameters())

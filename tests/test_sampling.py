@@ -101,7 +101,7 @@ def test_noise_of_one_generator():
         (dict(top_k=0), 'top_k must be at least 1'),
         (dict(top_p=0.0), 'top_p must lie in'),
         (dict(top_p=1.5), 'top_p must lie in'),
-        (dict(cond_scale=float('nan')), 'cond_scale must lie within'),
+        (dict(cond_scale=float('nan')), 'cond_scale must lie between'),
     ],
 )
 def test_values_out_of_range(options, says):

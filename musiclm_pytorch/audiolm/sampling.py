@@ -17,7 +17,8 @@ from musiclm_pytorch.checks import typechecked
 # On an accelerator, asking whether all samples have ended waits for it: not at each token.
 ASK_EVERY = 16
 
-MAX_GUIDANCE = 1000.0
+# beyond these, logits overflow
+LOWEST_TEMPERATURE, MOST_GUIDANCE = 0.001, 100
 
 Progress = bool | Callable[[int, int], None]
 
@@ -32,7 +33,7 @@ class Sampling:
     temperature: divides the logits; 0 always takes the likeliest token
     top_k: only the k likeliest tokens
     top_p: only the fewest tokens that reach this probability together, of those that top_k leaves
-    cond_scale: classifier-free guidance, null + cond_scale · (conditioned − null); 1 is without; within ±1,000
+    cond_scale: classifier-free guidance, null + cond_scale · (conditioned − null); 1 is without
 
     Raises ValueError for a value out of range.
     """
@@ -45,13 +46,17 @@ class Sampling:
     def __post_init__(self):
         if not (self.temperature >= 0 and math.isfinite(self.temperature)):
             raise ValueError(f'temperature must be 0 or above, got {self.temperature}')
+        if 0 < self.temperature < LOWEST_TEMPERATURE:
+            raise ValueError(f'temperature must be 0, or at least {LOWEST_TEMPERATURE}, got {self.temperature}')
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f'top_k must be at least 1, got {self.top_k}; None takes all tokens')
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ValueError(f'top_p must lie in (0, 1], got {self.top_p}; None takes all tokens')
-        # larger ones push the logits of half precision beyond its numbers
-        if not abs(self.cond_scale) <= MAX_GUIDANCE:
-            raise ValueError(f'cond_scale must lie within ±{MAX_GUIDANCE:g}, got {self.cond_scale}; 1 to 5 is usual')
+        if not abs(self.cond_scale) <= MOST_GUIDANCE:
+            raise ValueError(
+                f'cond_scale must lie between -{MOST_GUIDANCE} and {MOST_GUIDANCE}, got {self.cond_scale:g}; 1 to 5 is '
+                'usual'
+            )
 
     def draw(self, logits: Tensor, noise: Tensor) -> Tensor:
         """Tokens (b,) for logits (b, c), by the inverse of the distribution function at `noise` (b,) in [0, 1).
