@@ -110,7 +110,12 @@ def open_clips(args: argparse.Namespace) -> Clips:
         with ProcessPoolExecutor(os.cpu_count()) as pool:
             texts = pool.map(render, [(work, args.clips, start) for start in range(0, args.clips, 1000)])
             (work / 'clips.json').write_text(json.dumps([text for part in texts for text in part]))
-    return Clips(work)
+    clips = Clips(work)
+    if len(clips) != args.clips:
+        raise ValueError(
+            f'{work} holds {len(clips)} clips, not {args.clips}; pass --clips {len(clips)}, or another --work'
+        )
+    return clips
 
 
 def render(task: tuple[Path, int, int]) -> list[str]:
@@ -145,7 +150,7 @@ def fit_tokenizer(args: argparse.Namespace) -> None:
     if args.begin_with is not None:
         SemanticTokenizer.from_pretrained(args.begin_with / 'tokenizer').save_pretrained(args.work / 'tokenizer')
         return
-    front_end = get_optimal_spectrogram_params(MULAN_RATE, 'tonal')
+    front_end = get_optimal_spectrogram_params(MULAN_RATE, 'tonal') | dict(clip_summary=False)
     tower = AudioSpectrogramTransformer(dim=16, depth=1, heads=1, dim_head=16, **front_end)
     tokenizer = MuLaNSemanticTokenizer(tower, codebook_size=SEMANTIC_CODES)
     lost = tokenizer.fit(open_clips(args), batch_size=32, max_items=6000, seed=SEED)

@@ -124,6 +124,11 @@ def measured(items=5):
     return torch.cat([torch.rand(items, PITCH_CLASSES), torch.rand(items, 100) - 0.5], dim=1)
 
 
+def test_frames_too_close_for_a_tempogram_are_refused():
+    with pytest.raises(ValueError, match='raise spec_hop_length to 32, or set clip_summary=False'):
+        ClipSummary(20, bins=513, sample_rate=RATE, hop_length=12)
+
+
 def test_harmony_is_the_same_in_every_key():
     module, given = summary(), measured()
     classes, tempogram = given[:, :PITCH_CLASSES], given[:, PITCH_CLASSES:]

@@ -101,6 +101,7 @@ class MuLaNSemanticTokenizer(SemanticTokenizer):
         self.encoder = copy.deepcopy(tower)
         self.encoder.transformer.layers = self.encoder.transformer.layers[: layer or 1]  # no tower has none
         self.encoder.max_audio_length = None  # the window keeps to it
+        self.encoder.summary = None  # of the whole clip; nothing here reads it
         self.encoder.requires_grad_(False)
         self.eval()
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack
-from itertools import groupby
+from itertools import groupby, islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -47,38 +46,55 @@ class WindowPlan:
         self.skipped: dict[int, str] = {}
 
     def batches(self) -> Iterator[list[Window]]:
-        """The longest first, so that workers end together; what is to be embedded later may be skipped by then."""
+        """Longer files first, then those of one window from the longest on, so that workers end together.
+
+        Windows of longer files are listed as they are asked for: their number grows with the length of a file.
+        """
         for start in range(0, len(self.paths), LOOK_AHEAD):
-            found: list[tuple[float, Window]] = []
-            for place in range(start, min(start + LOOK_AHEAD, len(self.paths))):
-                try:
-                    with AudioFile(self.paths[place]) as file:
-                        total, rate = len(file), file.sample_rate
-                except (OSError, ValueError) as error:
-                    self.skipped[place] = str(error)
-                    continue
-                spans = list(windows(total, max(1, round(self.window * rate)), max(1, round(self.hop * rate))))
-                self.left[place] = len(spans)
-                found += [((stop - begin) / rate, Window(place, begin, stop)) for begin, stop in spans]
-            found.sort(key=lambda it: it[0], reverse=True)
-            for i in range(0, len(found), self.batch_size):
-                yield [window for _, window in found[i : i + self.batch_size]]
+            spans = self._spans(range(start, min(start + LOOK_AHEAD, len(self.paths))))
+            while batch := list(islice(spans, self.batch_size)):
+                yield batch
+
+    def _spans(self, places: range) -> Iterator[Window]:
+        long: list[tuple[int, int, int]] = []
+        short: list[tuple[float, Window]] = []
+        for place in places:
+            try:
+                with AudioFile(self.paths[place]) as file:
+                    total, rate = len(file), file.sample_rate
+            except (OSError, ValueError) as error:
+                self.skipped[place] = str(error)
+                continue
+            self.left[place] = sum(1 for _ in self._windows(total, rate))
+            if self.left[place] == 1:
+                short.append((total / rate, Window(place, *next(self._windows(total, rate)))))
+            else:
+                long.append((place, total, rate))
+        for place, total, rate in long:
+            for start, stop in self._windows(total, rate):
+                yield Window(place, start, stop)
+        for _, window in sorted(short, key=lambda it: it[0], reverse=True):
+            yield window
+
+    def _windows(self, total: int, rate: int) -> Iterator[tuple[int, int]]:
+        return windows(total, max(1, round(self.window * rate)), max(1, round(self.hop * rate)))
 
     def read(self, batch: list[Window], rate: int, min_samples: int) -> list[Tensor | str]:
         """Of each window its wave `(samples,)` at `rate` Hz, or why there is none."""
         found: list[Tensor | str] = []
-        with ExitStack() as stack:
-            files: dict[int, AudioFile] = {}
-            for place, start, stop in batch:
-                if place in self.skipped:
-                    found.append(self.skipped[place])
-                    continue
-                try:
-                    if place not in files:
-                        files[place] = stack.enter_context(AudioFile(self.paths[place]))
-                    found.append(read_window(files[place], start, stop, rate, min_samples))
-                except (OSError, ValueError) as error:
-                    found.append(str(error))
+        for place, group in groupby(batch, key=lambda it: it.place):
+            some = list(group)
+            if place in self.skipped:
+                found += [self.skipped[place]] * len(some)
+                continue
+            begun = len(found)
+            try:
+                with AudioFile(self.paths[place]) as file:
+                    for _, start, stop in some:
+                        found.append(read_window(file, start, stop, rate, min_samples))
+            except (OSError, ValueError) as error:
+                # one window is enough to leave the file out
+                found[begun:] = [str(error)] * len(some)
         return found
 
 
@@ -109,11 +125,16 @@ def embed_waves(embeds: MuLaN | OptimizedMuLaN, waves: list[Tensor | str]) -> li
         except ValueError as error:
             # each alone tells which one it was
             for row in some:
-                found[row] = str(error) if len(some) == 1 else embed_waves(embeds, [waves[row]])[0]
+                found[row] = reason_of(error) if len(some) == 1 else embed_waves(embeds, [waves[row]])[0]
             continue
         for row, latent in zip(some, latents):
             found[row] = latent if latent.isfinite().all() else 'the model gives NaN or infinity for it'
     return found
+
+
+def reason_of(error: ValueError) -> str:
+    """What a model says of a batch of one."""
+    return str(error).replace('wavs[0]', 'the audio')
 
 
 def window_and_hop(mulan: MuLaN, window: float | None, hop: float | None) -> tuple[float, float]:

@@ -118,7 +118,7 @@ class BatchInferenceEngine:
             return batch, found if count == 1 else embed_waves(model, found)
 
         # batches side by side; or else they are read in a thread while the model computes in this one
-        threads = 1 if count == 1 else None
+        threads = 1 if count == 1 and model.device.type == 'cpu' else None
         with counted_steps(progress, 'latents', total) as advance, evaluating(model), workers(count, threads) as run:
             for batch, found in run(work, plan.batches()):
                 for (place, *_), latent in zip(batch, embed_waves(model, found) if count == 1 else found):

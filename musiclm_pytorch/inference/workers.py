@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 MOST_WORKERS = 8
-AHEAD = 2  # items that a thread is given beyond the one whose result is waited for
+AHEAD = 2  # items a thread that are begun beyond the one whose result is waited for
 
 
 def count_workers(device: torch.device, items: int = MOST_WORKERS) -> int:
@@ -21,7 +21,7 @@ def count_workers(device: torch.device, items: int = MOST_WORKERS) -> int:
 
 @contextmanager
 def workers(count: int, threads: int | None = None) -> Iterator[Callable]:
-    """A `map` over so many threads, lazy: no more than `AHEAD` items a thread are under way or done and not taken.
+    """A `map` over so many threads, lazy: `AHEAD` items a thread, and one, are under way or done and not taken.
 
     Items side by side use the cores better than one after another, each on all cores: between two operators all
     threads wait for the slowest.

@@ -347,7 +347,11 @@ class AudioSpectrogramTransformer(nn.Module):
                 real = x.masked_fill(padding, 0.0)
             check_finite(real, 'wavs[{}] holds NaN or infinite samples; clean the data first')
             spec, frames, measured = self.wave_features(x, lengths)
-            check_finite(spec, 'wavs[{}] is so loud that its spectrogram overflows; samples should lie in [-1, 1]')
+            for found in (spec, measured):
+                if found is not None:
+                    check_finite(
+                        found, 'wavs[{}] is so loud that its spectrogram overflows; samples should lie in [-1, 1]'
+                    )
         if self.training:
             spec = self.aug.mask(spec, frames)
         return spec, frames, measured

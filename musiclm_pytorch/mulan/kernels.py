@@ -32,7 +32,7 @@ def fast_kernels_allowed() -> bool:
 
 
 def computes_in_bf16() -> bool:
-    """Whether this processor has instructions for bf16; without them it is emulated, a hundred times slower."""
+    """Whether this processor has AVX-512 or AMX instructions for bf16; without them it is emulated, slowly."""
     return torch.backends.mkldnn.is_available() and (
         torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     )

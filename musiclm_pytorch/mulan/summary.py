@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -95,15 +97,24 @@ class ClipSummary(nn.Module):
         bins: of the power spectrogram.
         sample_rate: in Hz.
         hop_length: distance of two frames in samples.
+
+    Raises ValueError for bins too wide for pitch classes, or frames closer than 4 ms.
     """
 
     HIDDEN = 64
     LONGEST_LAG = 2.0  # seconds: a bar of four beats at 120 BPM
+    MOST_LAGS = 500  # their products take memory in proportion, for each frame
 
     def __init__(self, dim: int, *, bins: int, sample_rate: int, hop_length: int):
         super().__init__()
         self.chroma = Chroma(bins=bins, sample_rate=sample_rate)
-        self.tempogram = Tempogram(lags=max(1, round(self.LONGEST_LAG * sample_rate / hop_length)))
+        lags = max(1, round(self.LONGEST_LAG * sample_rate / hop_length))
+        if lags > self.MOST_LAGS:
+            raise ValueError(
+                f'frames {hop_length} samples apart are too many for a summary of the rhythm; raise spec_hop_length to '
+                f'{math.ceil(self.LONGEST_LAG * sample_rate / self.MOST_LAGS)}, or set clip_summary=False'
+            )
+        self.tempogram = Tempogram(lags)
         self.from_each_tonic = nn.Sequential(
             nn.Linear(PITCH_CLASSES, self.HIDDEN), nn.SiLU(), nn.Linear(self.HIDDEN, self.HIDDEN)
         )

@@ -36,9 +36,9 @@ PRECISIONS = {'no': None, 'bf16': torch.bfloat16, 'fp16': torch.float16}
 UNUSABLE_BATCHES = 1000  # in a row, after which a stream without epochs is given up
 
 
-def fast_precision() -> str:
-    """'bf16' where CUDA, or without it the processor, computes in it; else 'fp16' on CUDA and 'no' on a CPU."""
-    if torch.cuda.is_available():
+def fast_precision(device: torch.device) -> str:
+    """'bf16' where a device computes in it; else 'fp16' on CUDA and 'no' on a CPU."""
+    if device.type == 'cuda':
         return 'bf16' if torch.cuda.is_bf16_supported(including_emulation=False) else 'fp16'
     return 'bf16' if computes_in_bf16() else 'no'
 
@@ -145,24 +145,24 @@ class Trainer:
             )
         # where nothing is said, as `accelerate launch --mixed_precision` says
         mixed_precision = mixed_precision or os.environ.get('ACCELERATE_MIXED_PRECISION', 'no')
-        mixed_precision = fast_precision() if mixed_precision == 'auto' else mixed_precision
-        if mixed_precision not in PRECISIONS:
+        if mixed_precision not in (*PRECISIONS, 'auto'):
             choices = ', '.join(map(repr, [*PRECISIONS, 'auto']))
             raise ValueError(f'unknown mixed_precision {mixed_precision!r}; choose one of {choices}')
         if mixed_precision == 'fp16' and not torch.cuda.is_available():
             raise ValueError("mixed_precision='fp16' needs a CUDA device; use 'bf16' on a CPU")
 
         # Accelerate keeps one precision for all that a process does; here each trainer has its own
-        self.mixed_precision = mixed_precision
         self.accelerator = Accelerator(
             mixed_precision='no',
             log_with=log_with,
             project_dir=str(results_folder),
             **(accelerate_kwargs or {}),
         )
-        if mixed_precision == 'bf16' and self.device.type == 'cpu' and self.is_main and not computes_in_bf16():
+        self.mixed_precision = fast_precision(self.device) if mixed_precision == 'auto' else mixed_precision
+        emulated = self.mixed_precision == 'bf16' and self.device.type == 'cpu' and not computes_in_bf16()
+        if emulated and self.is_main:
             logger.warning(
-                'this processor has no instructions for bf16 and emulates them, ten times slower than float32; '
+                'this processor has no AVX-512 or AMX instructions for bf16 and emulates it, slowly; '
                 "mixed_precision='auto' takes what is fast"
             )
         self.results_folder = Path(results_folder)
@@ -182,7 +182,7 @@ class Trainer:
 
         handler = self.accelerator.scaler_handler
         scaling = {} if handler is None else handler.to_kwargs()
-        self.scaler = torch.amp.GradScaler(self.device.type, **scaling) if mixed_precision == 'fp16' else None
+        self.scaler = torch.amp.GradScaler(self.device.type, **scaling) if self.mixed_precision == 'fp16' else None
 
         if self.is_main:
             prepare_results_folder(self.results_folder, resume=resume, clear=bool(force_clear_prev_results))
