@@ -180,7 +180,8 @@ def test_several_processes_equal_one(tmp_path, world):
             assert largest_difference(found_weights, expected) <= 1e-5, name
             assert results['loss'] == pytest.approx(expected_results['loss'], abs=1e-5)
             assert results['valid_loss'] == pytest.approx(expected_results['valid_loss'], abs=1e-4)
-            assert results['valid_score'] == pytest.approx(expected_results['valid_score'], abs=1e-6)
+            # a mean of precisions at ranks: rounding, which differs between processors, may swap two clips
+            assert results['valid_score'] == pytest.approx(expected_results['valid_score'], abs=0.01)
             if use_ema:
                 written = checkpoints.read(tmp_path / 'alone 1 True' / 'checkpoints' / f'step-{STEPS:09d}')['ema']
                 ema = {key.removeprefix('ema_model.'): tensor for key, tensor in written.items() if 'ema_model.' in key}

