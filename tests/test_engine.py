@@ -315,7 +315,7 @@ def test_ascent_brings_sound_to_its_text(tiny, caplog):
     engine = BatchInferenceEngine(tiny, config())
     shapes = [(8000,), (1, 8000)]
     with caplog.at_level(logging.WARNING):
-        found = engine.process_text_to_audio_batch(texts, shapes, steps=25)
+        found = engine.process_text_to_audio_batch(texts, shapes, steps=50)
         engine.process_text_to_audio_batch(texts[:1], shapes[:1], steps=1)
     assert [record.getMessage()[:22] for record in caplog.records] == ['a MuLaN has no decoder']  # once
     assert [wave.shape for wave in found] == [(8000,), (1, 8000)]
@@ -328,7 +328,7 @@ def test_ascent_brings_sound_to_its_text(tiny, caplog):
         similarities = tiny.get_audio_latents(waves) @ wanted.T
         before = tiny.get_audio_latents(noise) @ wanted[0]
     # own text, the other's, and where it began
-    assert similarities.diag().min() > 0.7  # 25 steps; the others end at 0
+    assert similarities.diag().min() > 0.8
     assert max(similarities[0, 1], similarities[1, 0]) < 0.4
     assert before < 0.4
     assert all(weight.grad is None for weight in tiny.parameters())

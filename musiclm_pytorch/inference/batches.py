@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from musiclm_pytorch.checks import check_positive
+from musiclm_pytorch.checks import check_finite, check_positive
 from musiclm_pytorch.data.audio import AudioFile, resample, windows
 from musiclm_pytorch.inference.optimize import OptimizedMuLaN
 from musiclm_pytorch.mulan.audio_transformer import AudioSpectrogramTransformer
@@ -67,7 +67,7 @@ class WindowPlan:
                 continue
             self.left[place] = sum(1 for _ in self._windows(total, rate))
             if self.left[place] == 1:
-                short.append((total / rate, Window(place, *next(self._windows(total, rate)))))
+                short.append((total / rate, Window(place, 0, total)))
             else:
                 long.append((place, total, rate))
         for place, total, rate in long:
@@ -100,9 +100,7 @@ class WindowPlan:
 
 def read_window(file: AudioFile, start: int, stop: int, rate: int, min_samples: int) -> Tensor:
     wave = file.read(start, stop)
-    # one sum tells most often; it may overflow where no sample does
-    if not math.isfinite(wave.sum().item()) and not wave.isfinite().all():
-        raise ValueError(f'{file.name} holds NaN or infinite samples')
+    check_finite(wave[None], 'the file holds NaN or infinite samples')
     wave = resample(wave, file.sample_rate, rate)
     if len(wave) < min_samples:
         raise ValueError(f'{file.name}: the model needs at least {min_samples} samples at {rate} Hz, got {len(wave)}')
@@ -124,17 +122,13 @@ def embed_waves(embeds: MuLaN | OptimizedMuLaN, waves: list[Tensor | str]) -> li
             latents = embeds.get_audio_latents(batch, **given).float().cpu()
         except ValueError as error:
             # each alone tells which one it was
+            reason = str(error).replace('wavs[0]', 'the audio')
             for row in some:
-                found[row] = reason_of(error) if len(some) == 1 else embed_waves(embeds, [waves[row]])[0]
+                found[row] = reason if len(some) == 1 else embed_waves(embeds, [waves[row]])[0]
             continue
         for row, latent in zip(some, latents):
             found[row] = latent if latent.isfinite().all() else 'the model gives NaN or infinity for it'
     return found
-
-
-def reason_of(error: ValueError) -> str:
-    """What a model says of a batch of one."""
-    return str(error).replace('wavs[0]', 'the audio')
 
 
 def window_and_hop(mulan: MuLaN, window: float | None, hop: float | None) -> tuple[float, float]:
