@@ -105,6 +105,7 @@ setup(
         'cloudpickle>=3',
         'einops>=0.8',
         'ema-pytorch>=0.7',
+        'hyper-connections>=0.4',
         'librosa>=0.11',
         'lion-pytorch>=0.2',
         'matplotlib>=3.8',

@@ -84,7 +84,7 @@ def make_parts(folder: Path, dim: int) -> tuple[nn.Module, nn.Module, nn.Module]
 
     tokenizer = make_tokenizer()
     torch.manual_seed(1)
-    codec = SoundStream(codebook_size=CODES, rq_num_quantizers=COARSE + FINE, channels=16, target_sample_hz=RATE)
+    codec = SoundStream(codebook_size=CODES, rq_num_quantizers=COARSE + FINE, target_sample_hz=RATE)
     audio = create_optimized_audiospectrogram_transformer(
         dim=256, depth=4, use_case='music', audio_sample_rate=RATE, support_variable_length=True
     )

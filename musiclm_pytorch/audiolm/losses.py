@@ -7,14 +7,16 @@ Items of different lengths are padded with `PAD`, at the end, and each has its e
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
 from musiclm_pytorch.audiolm.bridge import CoarseTransformer, FineTransformer, SemanticTransformer
-
-PAD = -1
+from musiclm_pytorch.audiolm.position_bias import at_least_float32, without_denormals
+from musiclm_pytorch.audiolm.teacher_forcing import PAD, coarse_features, fine_features, semantic_features
 
 
 def semantic_loss(
@@ -32,9 +34,12 @@ def semantic_loss(
     """
     labels = with_end(semantic, transformer.eos_id)
     ids = labels[:, :-1]
-    mask = forgetful_mask(ids.shape, mask_prob, ids.device) if mask_prob > 0 else None
-    logits = transformer(ids=ids, text_embeds=conditioning, self_attn_mask=mask, cond_drop_prob=0.0)
-    return cross_entropy(logits, labels)
+    seen = None
+    if mask_prob > 0:
+        seen = F.pad(forgetful_mask(ids.shape, mask_prob, ids.device), (1, 0), value=True)
+    features = semantic_features(transformer, ids, seen=seen, conditioning=conditioning)
+    head = transformer.to_logits
+    return summed_loss(features, [head.weight], labels, head.bias) / (labels != PAD).sum()
 
 
 def coarse_loss(
@@ -65,14 +70,15 @@ def coarse_loss(
     if mask_prob > 0:
         mask &= forgetful_mask(mask.shape, mask_prob, mask.device)
 
-    semantic_logits, coarse_logits = transformer(
-        semantic_token_ids=semantic_labels.masked_fill(~seen, 0),
-        coarse_token_ids=ids,
-        self_attn_mask=mask,
-        text_embeds=conditioning,
-        cond_drop_prob=0.0,
+    given, features = coarse_features(
+        transformer, semantic_labels.masked_fill(~seen, 0), ids, seen=mask, conditioning=conditioning
     )
-    return joined_loss(semantic_logits, semantic_labels, semantic_loss_weight, coarse_logits, coarse_labels)
+    loss, tokens = summed_loss(features, transformer.coarse_logit_weights, coarse_labels), (coarse_labels != PAD).sum()
+    head = transformer.to_semantic_logits
+    if semantic_loss_weight == 0 or head is None:
+        return loss / tokens
+    semantic_loss = summed_loss(given, [head.weight], semantic_labels, head.bias)
+    return (loss + semantic_loss * semantic_loss_weight) / (tokens + (semantic_labels != PAD).sum())
 
 
 def fine_loss(
@@ -100,35 +106,31 @@ def fine_loss(
     if mask_prob > 0:
         shape = (len(ids), coarse_labels.shape[1] + ids.shape[1] + 2)
         mask = forgetful_mask(shape, mask_prob, ids.device)
-    coarse_logits, fine_logits = transformer(
-        # the transformer masks this padding by itself
-        coarse_token_ids=coarse_labels.masked_fill(coarse_labels == PAD, transformer.pad_id),
-        fine_token_ids=ids,
-        self_attn_mask=mask,
-        text_embeds=conditioning,
-        cond_drop_prob=0.0,
-    )
-    return joined_loss(coarse_logits, coarse_labels, coarse_loss_weight, fine_logits, fine_labels)
+    given, features = fine_features(transformer, coarse_labels, ids, seen=mask, conditioning=conditioning)
+    loss, tokens = summed_loss(features, transformer.fine_logit_weights, fine_labels), (fine_labels != PAD).sum()
+    if coarse_loss_weight == 0 or transformer.coarse_logit_weights is None:
+        return loss / tokens
+    coarse_loss = summed_loss(given, transformer.coarse_logit_weights, coarse_labels)
+    return (loss + coarse_loss * coarse_loss_weight) / (tokens + (coarse_labels != PAD).sum())
 
 
-def joined_loss(
-    prefix_logits: Tensor | None, prefix_labels: Tensor, prefix_weight: float, logits: Tensor, labels: Tensor
-) -> Tensor:
-    """Losses of the tokens that a stage is given and of those that it is for, by their numbers.
+def summed_loss(features: Tensor, weights: Sequence[Tensor], labels: Tensor, bias: Tensor | None = None) -> Tensor:
+    """The sum of the cross-entropies of the labels that are not padding, in float32 at least.
 
-    A transformer built without the projection for the former gives None for their logits.
+    Args:
+        features: `(b, n, d)`.
+        weights: of the logits, `(c, d)` each; they take turns along the sequence.
+        labels: `(b, n)`.
     """
-    loss = cross_entropy(logits, labels)
-    if prefix_weight == 0 or prefix_logits is None:
-        return loss
-    tokens, prefix_tokens = (labels != PAD).sum(), (prefix_labels != PAD).sum()
-    prefix_loss = cross_entropy(prefix_logits, prefix_labels)
-    return (prefix_loss * prefix_tokens * prefix_weight + loss * tokens) / (prefix_tokens + tokens)
-
-
-def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """The mean over labels that are not padding, of `(b, n, c)` logits, in float32."""
-    return F.cross_entropy(rearrange(logits.float(), 'b n c -> b c n'), labels, ignore_index=PAD)
+    losses = []
+    for level, weight in enumerate(weights):
+        logits = at_least_float32(F.linear(features[:, level :: len(weights)], weight, bias))
+        if logits.requires_grad:
+            # probabilities far from the label's may be next to nothing
+            logits.register_hook(without_denormals)
+        own = labels[:, level :: len(weights)]
+        losses.append(F.cross_entropy(logits.flatten(0, 1), own.flatten(), ignore_index=PAD, reduction='sum'))
+    return torch.stack(losses).sum()
 
 
 def with_end(ids: Tensor, end: int) -> Tensor:

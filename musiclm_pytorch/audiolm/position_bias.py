@@ -1,7 +1,8 @@
 """What the stages add to attention scores for the positions of query and key, row by row.
 
 audiolm-pytorch computes the full n × n matrix at each token. Its entries depend on the difference of two positions
-only, so a table with one column a difference holds them all, and a new token needs one row.
+only, so a table with one column a difference holds them all, and a new token needs one row. Gradients reach what the
+table was computed from.
 """
 
 from __future__ import annotations
@@ -40,14 +41,22 @@ class PositionBias:
         if self.table is None:
             rows = torch.zeros(stop - start, heads, num_keys, device=self.codes.device)
         else:
-            # a later key's column may lie outside of the table, and its value does not matter
-            columns = (self.codes[queries] - self.codes[:num_keys] + self.zero).clamp_(0, self.table.shape[1] - 1)
-            rows = self.table[:, columns].transpose(0, 1)
-            if self.across is not None:
-                is_across = self.query_groups[queries] != self.key_groups[:num_keys]
-                rows = torch.where(is_across[:, None], self.across, rows)
+            rows = self.block(start, stop, num_keys=num_keys).transpose(0, 1)
         rows = rows.masked_fill(is_later[:, None], float('-inf'))
         return F.pad(rows, (prefix, 0))
+
+    def block(self, start: int, stop: int, *, num_keys: int) -> Tensor:
+        """(heads, stop − start, num_keys) of the table, for the tokens [start, stop) over [0, num_keys); anything for
+        keys later than the query."""
+        queries = torch.arange(start, stop, device=self.codes.device)[:, None]
+        # a later key's column may lie outside of the table, and its value does not matter
+        columns = (self.codes[queries] - self.codes[:num_keys] + self.zero).clamp_(0, self.table.shape[1] - 1)
+        table = self.table
+        if self.across is not None:
+            table = torch.cat((table, self.across), dim=1)
+            columns.masked_fill_(self.query_groups[queries] != self.key_groups[:num_keys], table.shape[1] - 1)
+        # whose gradient is summed up five times as fast as that of brackets
+        return table.index_select(1, columns.flatten()).view(len(table), *columns.shape)
 
 
 def relative_table(relative: nn.Module | None, length: int, device: torch.device) -> Tensor | None:
@@ -56,9 +65,23 @@ def relative_table(relative: nn.Module | None, length: int, device: torch.device
         return None
     dtype = next(relative.parameters()).dtype
     x = torch.arange(length, device=device).to(dtype)[:, None]
-    for layer in relative.net:
-        x = layer(x)
-    return x.t().float().contiguous()
+    return at_least_float32(_run_mlp(relative.net, x).t()).contiguous()
+
+
+def _run_mlp(layers: nn.Module, x: Tensor) -> Tensor:
+    for layer in layers:
+        # positions are numbers up to some thousands, and SiLU takes many of them almost to zero
+        x = without_denormals(layer(x))
+    return x
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def without_denormals(x: Tensor) -> Tensor:
+    """x with zeros for what is so small that processors multiply it a hundred times slower."""
+    return F.hardshrink(x, 1e-20)
 
 
 def semantic_bias(transformer: nn.Module, length: int) -> PositionBias:
@@ -76,7 +99,7 @@ def coarse_bias(transformer: nn.Module, num_semantic: int, length: int) -> Posit
     if table is None:
         return PositionBias(None, codes)
     is_coarse = codes > num_semantic
-    across = transformer.cross_attn_bias.detach()[:, 0].float()
+    across = at_least_float32(transformer.cross_attn_bias[:, 0])
     return PositionBias(table, codes, across=across, query_groups=is_coarse, key_groups=is_coarse)
 
 
@@ -100,14 +123,14 @@ def fine_bias(transformer: nn.Module, num_frames: int) -> PositionBias:
     heights = torch.arange(2 * num_frames - 1, device=device)
     inputs = torch.cartesian_prod(heights, torch.arange(width, device=device))
     dtype = next(transformer.pos_bias_mlp.parameters()).dtype
-    table = transformer.pos_bias_mlp(inputs.to(dtype)).t().float().contiguous()
+    table = at_least_float32(_run_mlp(transformer.pos_bias_mlp, inputs.to(dtype)).t()).contiguous()
     is_start = torch.zeros_like(codes)
     is_start[0] = is_start[1 + num_frames * num_coarse] = 1
     return PositionBias(
         table,
         codes,
         zero=(num_frames - 1) * width + num_coarse + num_fine - 1,
-        across=transformer.null_pos_bias.detach()[:, 0].float(),
+        across=at_least_float32(transformer.null_pos_bias[:, 0]),
         query_groups=is_start,
         key_groups=2 * is_start,
     )

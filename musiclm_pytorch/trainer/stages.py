@@ -15,7 +15,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from musiclm_pytorch.audiolm.block_attention import use_block_attention
 from musiclm_pytorch.audiolm.bridge import CONFIG, CoarseTransformer, FineTransformer, SemanticTransformer
 from musiclm_pytorch.audiolm.crops import TokenCrops, collate_tokens
 from musiclm_pytorch.audiolm.fingerprints import fingerprint
@@ -175,7 +174,6 @@ class StageTrainer(Trainer):
         if valid_tokens is None and valid_frac > 0 and len(tokens) > 1:
             tokens, valid_tokens = tokens.split(valid_frac, seed=random_split_seed)
 
-        use_block_attention(transformer)
         self.transformer = transformer
         self.valid_tokens = valid_tokens
         self.max_valid_items = max_valid_items
