@@ -58,6 +58,18 @@ def check_probability(**values: float) -> None:
             raise ValueError(f'{name} must lie in [0, 1), got {value}')
 
 
+def check_device(device: str | torch.device) -> torch.device:
+    """A device that is there. Raises ValueError for any other."""
+    try:
+        found = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"{str(device)!r} is no device; pass one such as 'cpu' or 'cuda'") from error
+    if found.type == 'cuda' and (found.index or 0) >= torch.cuda.device_count():
+        there = f'{torch.cuda.device_count()} CUDA devices' if torch.cuda.is_available() else 'no CUDA device'
+        raise ValueError(f'device={str(device)!r}, but torch finds {there} here; pass another, or leave it out')
+    return found
+
+
 def check_audio(audio: Any, *, ndim: int, shape: str, name: str = 'wavs') -> None:
     """Check rank, dtype and size of a batch of waves or spectrograms.
 

@@ -76,8 +76,9 @@ def run_evaluate(options: argparse.Namespace) -> None:
     if options.players < 0:
         raise ValueError(f'--players must be 0 or more, got {options.players}')
 
+    from musiclm_pytorch.checks import check_device
     from musiclm_pytorch.evaluation.embedders import CLAPEmbedder, EnCodecEmbedder, VGGishEmbedder
-    from musiclm_pytorch.evaluation.evaluator import GROUPS, MusicLMEvaluator, check_device, load_mulan
+    from musiclm_pytorch.evaluation.evaluator import GROUPS, MusicLMEvaluator, load_mulan
     from musiclm_pytorch.evaluation.tagging import PaSSTTagger
 
     check_device(options.device)

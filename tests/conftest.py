@@ -1,6 +1,7 @@
 """Tiny models and reference numbers shared by the tests."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ GOLDEN = Path(__file__).parent / 'golden'
 
 # tiny models gain nothing from a second thread, and wait long for it where the machine is busy
 torch.set_num_threads(1)
+os.environ['OMP_NUM_THREADS'] = '1'  # of the processes that tests start
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,8 @@
-"""torch.compile takes both towers in eval mode as one graph each, and training too."""
+"""torch.compile takes both towers in eval mode as one graph each, and training too.
+
+Where graphs are what is asked, they run as they are: turning each into C++ takes minutes, and it is done for one tower
+here, and where the trainer compiles (`test_contract.py`).
+"""
 
 import pytest
 import torch
@@ -12,18 +16,25 @@ def fresh_compiler():
     torch._dynamo.reset()
 
 
+GRAPHS = 'aot_eager'
+
+
 @pytest.mark.parametrize(
-    'keywords',
-    [dict(), dict(audio_sample_rate=8000, spec_n_mels=16, spec_n_fft=256), dict(support_variable_length=True)],
+    ('keywords', 'backend'),
+    [
+        (dict(), 'inductor'),
+        (dict(audio_sample_rate=8000, spec_n_mels=16, spec_n_fft=256), GRAPHS),
+        (dict(support_variable_length=True), GRAPHS),
+    ],
     ids=['power', 'log-mel', 'lengths'],
 )
-def test_audio_tower_is_one_graph(keywords):
+def test_audio_tower_is_one_graph(keywords, backend):
     tower = tiny_audio(depth=1, **keywords).eval()
     wavs = torch.randn(2, 2000)
     arguments = dict(audio_lengths=torch.tensor([2000, 1300])) if 'support_variable_length' in keywords else {}
     with torch.no_grad():
         expected = tower(wavs, **arguments)
-        found = torch.compile(tower, fullgraph=True)(wavs, **arguments)
+        found = torch.compile(tower, fullgraph=True, backend=backend)(wavs, **arguments)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
 
 
@@ -31,7 +42,7 @@ def test_text_tower_is_one_graph():
     tower, texts = tiny_text().eval(), torch.randint(0, 100, (3, 7))
     with torch.no_grad():
         expected = tower(texts)
-        found = torch.compile(tower, fullgraph=True)(texts)
+        found = torch.compile(tower, fullgraph=True, backend=GRAPHS)(texts)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
 
 
@@ -40,7 +51,7 @@ def test_compiled_training_gives_the_same_gradients():
     mulan = tiny_mulan(dict(depth=1, **still), dict(depth=1)).train()
     wavs, texts = torch.randn(3, 1500), torch.randint(1, 100, (3, 7))
     gradients = []
-    for call in (mulan, torch.compile(mulan)):
+    for call in (mulan, torch.compile(mulan, backend=GRAPHS)):
         mulan.zero_grad()
         call(wavs, texts).backward()
         gradients.append({name: p.grad.clone() for name, p in mulan.named_parameters()})
@@ -50,7 +61,7 @@ def test_compiled_training_gives_the_same_gradients():
 
 def test_compiled_training_with_augmentation_runs():
     mulan = tiny_mulan(dict(depth=1), dict(depth=1)).train()
-    compiled = torch.compile(mulan)
+    compiled = torch.compile(mulan, backend=GRAPHS)
     for samples in (1500, 1900):
         mulan.zero_grad()
         compiled(torch.randn(3, samples), torch.randint(1, 100, (3, 7))).backward()

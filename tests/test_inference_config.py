@@ -77,7 +77,7 @@ def test_devices_of_this_machine():
     assert InferenceConfig(device='cpu').torch_device() == torch.device('cpu')
     assert InferenceConfig().torch_device().type == ('cuda' if torch.cuda.is_available() else 'cpu')
     if not torch.cuda.is_available():
-        with pytest.raises(ValueError, match="device='cuda' needs CUDA"):
+        with pytest.raises(ValueError, match="device='cuda', but torch finds no CUDA device"):
             InferenceConfig(device='cuda').torch_device()
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from musiclm_pytorch.checks import check_positive, typechecked
+from musiclm_pytorch.mulan.kernels import half_precision
 
 BACKENDS = {'nccl': 'cuda', 'gloo': 'cpu'}
 AMP_DTYPES = ('bf16', 'fp16')
@@ -147,8 +148,7 @@ class DistributedConfig:
                 raise ValueError(f'amp_dtype={self.amp_dtype!r} does nothing without use_amp=True')
             return
         if self.amp_dtype is None:
-            native = self.device_type == 'cpu' or torch.cuda.is_bf16_supported(including_emulation=False)
-            self._set(amp_dtype='bf16' if native else 'fp16')
+            self._set(amp_dtype=half_precision(self.device_type))
         if self.amp_dtype not in AMP_DTYPES:
             raise ValueError(f'unknown amp_dtype {self.amp_dtype!r}; choose one of {", ".join(map(repr, AMP_DTYPES))}')
         if self.amp_dtype == 'fp16' and (self.device_type == 'cpu' or self.use_fsdp):

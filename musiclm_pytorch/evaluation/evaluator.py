@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from musiclm_pytorch.checks import check_positive, check_sample_rate, typechecked
+from musiclm_pytorch.checks import check_device, check_positive, check_sample_rate, typechecked
 from musiclm_pytorch.evaluation.alignment import alignment_figures
 from musiclm_pytorch.evaluation.embedders import CLAPEmbedder, Embedder, MuLaNEmbedder
 from musiclm_pytorch.evaluation.figures import Figure, to_json, undefined
@@ -379,18 +379,6 @@ def fingerprint_of(clips: Sequence[Tensor | Path]) -> str:
         known = f'{clip.name} {clip.stat().st_size}'.encode() if isinstance(clip, Path) else clip.numpy().tobytes()
         digest.update(hashlib.sha256(known).digest())
     return digest.hexdigest()[:16]
-
-
-def check_device(device: str | torch.device) -> torch.device:
-    """A device that is there. Raises ValueError for any other."""
-    try:
-        found = torch.device(device)
-    except RuntimeError as error:
-        raise ValueError(f"{str(device)!r} is no device; pass one such as 'cpu' or 'cuda'") from error
-    if found.type == 'cuda' and (found.index or 0) >= torch.cuda.device_count():
-        there = f'{torch.cuda.device_count()} CUDA devices' if torch.cuda.is_available() else 'no CUDA device'
-        raise ValueError(f'device={str(device)!r}, but torch finds {there} here; pass another, or leave it out')
-    return found
 
 
 def load_mulan(folder: str | Path) -> MuLaN:

@@ -14,7 +14,8 @@ from typing import Any, Literal
 
 import torch
 
-from musiclm_pytorch.checks import check_positive
+from musiclm_pytorch.checks import check_device, check_positive
+from musiclm_pytorch.mulan.kernels import half_precision
 from musiclm_pytorch.trainer.sections import fitted, nearest
 
 Choice = bool | Literal['auto']
@@ -94,23 +95,15 @@ class InferenceConfig:
 
     def torch_device(self) -> torch.device:
         """The device on this machine. Raises ValueError where it has none of that kind or number."""
-        cuda = torch.cuda.is_available()
         if self.device == 'auto':
-            return torch.device('cuda' if cuda else 'cpu')
-        device = torch.device(self.device)
-        if device.type == 'cuda' and not cuda:
-            raise ValueError(f"device={self.device!r} needs CUDA, which is not available; use 'auto' or 'cpu'")
-        if device.type == 'cuda' and (device.index or 0) >= torch.cuda.device_count():
-            raise ValueError(f'device={self.device!r}, but there are only {torch.cuda.device_count()} GPUs')
-        return device
+            return torch.device('cuda' if torch.cuda.is_available() else 'cpu')
+        return check_device(self.device)
 
     def torch_dtype(self, device: torch.device) -> torch.dtype:
         """The half precision that mixed precision computes in on a device."""
         if self.mixed_precision_dtype != 'auto':
             return DTYPES[self.mixed_precision_dtype]
-        if device.type == 'cuda' and not torch.cuda.is_bf16_supported(including_emulation=False):
-            return torch.float16
-        return torch.bfloat16
+        return DTYPES[half_precision(device.type)]
 
     # JSON
 

@@ -36,3 +36,9 @@ def computes_in_bf16() -> bool:
     return torch.backends.mkldnn.is_available() and (
         torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     )
+
+
+def half_precision(device_type: str) -> str:
+    """The half precision of a kind of device: 'bf16', or 'fp16' on GPUs that only emulate it."""
+    native = device_type != 'cuda' or torch.cuda.is_bf16_supported(including_emulation=False)
+    return 'bf16' if native else 'fp16'

@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 
 from musiclm_pytorch.checks import check_positive
 from musiclm_pytorch.distributed.collectives import gather_sizes, mean_over_ranks
-from musiclm_pytorch.mulan.kernels import computes_in_bf16
+from musiclm_pytorch.mulan.kernels import computes_in_bf16, half_precision
 from musiclm_pytorch.trainer import checkpoints
 from musiclm_pytorch.trainer.folders import prepare_results_folder
 from musiclm_pytorch.trainer.grouping import Grouping
@@ -38,9 +38,7 @@ UNUSABLE_BATCHES = 1000  # in a row, after which a stream without epochs is give
 
 def fast_precision(device: torch.device) -> str:
     """'bf16' where a device computes in it; else 'fp16' on CUDA and 'no' on a CPU."""
-    if device.type == 'cuda':
-        return 'bf16' if torch.cuda.is_bf16_supported(including_emulation=False) else 'fp16'
-    return 'bf16' if computes_in_bf16() else 'no'
+    return half_precision(device.type) if device.type != 'cpu' or computes_in_bf16() else 'no'
 
 
 class TrainingError(RuntimeError):
