@@ -105,7 +105,7 @@ setup(
         'cloudpickle>=3',
         'einops>=0.8',
         'ema-pytorch>=0.7',
-        'hyper-connections>=0.4',
+        'hyper-connections>=0.4.11,<0.5',
         'librosa>=0.11',
         'lion-pytorch>=0.2',
         'matplotlib>=3.8',

@@ -4,7 +4,7 @@ import pytest
 import torch
 from stage_parts import make_transformer
 
-from musiclm_pytorch.audiolm.block_attention import BLOCK, block_causal_attention
+from musiclm_pytorch.audiolm.block_attention import BLOCK, block_causal_attention, blocks
 
 
 def genuine_attend(**keywords):
@@ -14,8 +14,8 @@ def genuine_attend(**keywords):
 
 def in_blocks(bias, ahead=0):
     """Of `(h, n, ahead + n)`, what `block_causal_attention` takes."""
-    stops = [min(start + BLOCK, bias.shape[1]) for start in range(0, bias.shape[1], BLOCK)]
-    return [bias[:, start:stop, ahead : ahead + stop] for start, stop in zip(range(0, bias.shape[1], BLOCK), stops)]
+    n = bias.shape[1]
+    return [bias[:, start:stop, ahead : ahead + stop] for start, stop, _ in blocks(n, n)]
 
 
 @pytest.mark.parametrize('n', [1, 5, BLOCK - 1, BLOCK, BLOCK + 1, 3 * BLOCK + 7])

@@ -7,11 +7,12 @@ all queries (multi-query attention, arXiv 1911.02150).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from einops import rearrange
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 BLOCK = 128  # queries at a time
 
@@ -19,7 +20,7 @@ BLOCK = 128  # queries at a time
 def block_causal_attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, bias: Sequence[Tensor] | None = None
 ) -> Tensor:
-    """Softmax of q kᵀ / √d, biased, times v.
+    """Softmax of q kᵀ / √d + bias over the keys up to each query, times v.
 
     Args:
         q: `(b, h, n, d)`; under autocast, products are of its precision, and softmaxes in float32.
@@ -44,7 +45,7 @@ class _BlockCausal(torch.autograd.Function):
         hidden = -torch.finfo(precision).max
         out = torch.empty_like(q)
         weights = []
-        for number, (start, stop, seen) in enumerate(_blocks(i, j)):
+        for number, (start, stop, seen) in enumerate(blocks(i, j)):
             queries = rearrange(q[:, :, start:stop], 'b h i d -> b (h i) d')
             # biased and normalised in float32 at least, whatever the precision of the products
             scores = torch.bmm(queries, k[:, :seen].mT).to(precision)
@@ -59,10 +60,11 @@ class _BlockCausal(torch.autograd.Function):
             weights.append(torch.softmax(scores, dim=-1).to(q.dtype))
             out[:, :, start:stop] = rearrange(torch.bmm(weights[-1], v[:, :seen]), 'b (h i) d -> b h i d', h=h)
         ctx.save_for_backward(q, k, v, out, *weights)
-        ctx.biased = [it.dtype for it in bias]
+        ctx.bias_dtype = bias[0].dtype if bias else None
         return out
 
     @staticmethod
+    @once_differentiable
     @torch.amp.custom_bwd(device_type='cpu')
     def backward(ctx, grad_out):
         q, k, v, out, *weights = ctx.saved_tensors
@@ -71,22 +73,22 @@ class _BlockCausal(torch.autograd.Function):
         grad_bias = []
         # the part of the gradient of a softmax that is one number a query
         shared = (grad_out * out).sum(dim=-1)
-        for (start, stop, seen), weight in zip(_blocks(i, j), weights):
+        for (start, stop, seen), weight in zip(blocks(i, j), weights):
             rows = rearrange(grad_out[:, :, start:stop], 'b h i d -> b (h i) d')
             grad_v[:, :seen] += torch.bmm(weight.mT, rows)
             grad = torch.bmm(rows, v[:, :seen].mT)
             grad -= rearrange(shared[:, :, start:stop], 'b h i -> b (h i) 1')
             grad *= weight
-            if ctx.biased:
+            if ctx.bias_dtype is not None:
                 own = rearrange(grad, 'b (h i) j -> b h i j', h=h)[..., j - i :]
-                grad_bias.append(own.sum(dim=0).to(ctx.biased[0]))
+                grad_bias.append(own.sum(dim=0).to(ctx.bias_dtype))
             grad_q[:, :, start:stop] = rearrange(torch.bmm(grad, k[:, :seen]), 'b (h i) d -> b h i d', h=h)
             queries = rearrange(q[:, :, start:stop], 'b h i d -> b (h i) d')
             grad_k[:, :seen] += torch.bmm(grad.mT, queries)
         return grad_q, grad_k, grad_v, None, *grad_bias
 
 
-def _blocks(queries: int, keys: int):
+def blocks(queries: int, keys: int) -> Iterator[tuple[int, int, int]]:
     """Start and stop of each block, and how many keys its last query sees: keys of a prefix are seen by all."""
     for start in range(0, queries, BLOCK):
         stop = min(start + BLOCK, queries)

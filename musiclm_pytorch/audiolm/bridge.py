@@ -25,7 +25,7 @@ from types import ModuleType
 from typing import Any
 
 import torchaudio
-from torch import Tensor
+from torch import Tensor, nn
 
 from musiclm_pytorch.data.audio import AudioFile
 
@@ -191,3 +191,9 @@ SoundStreamTrainer = _audiolm.SoundStreamTrainer
 SemanticTransformerTrainer = _audiolm.SemanticTransformerTrainer
 CoarseTransformerTrainer = _audiolm.CoarseTransformerTrainer
 FineTransformerTrainer = _audiolm.FineTransformerTrainer
+
+
+def conditioning_dim(stage: nn.Module) -> int:
+    """Width of the conditioning that a stage of audiolm-pytorch was built for."""
+    projection = stage.proj_text_embed
+    return projection.in_features if isinstance(projection, nn.Linear) else stage.transformer.dim_context

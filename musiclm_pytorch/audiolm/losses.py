@@ -1,4 +1,4 @@
-"""The losses of AudioLM's three stages on tokens, over audiolm-pytorch's transformers as they are.
+"""The losses of AudioLM's three stages on tokens, over the weights of audiolm-pytorch's transformers.
 
 Each equals what audiolm-pytorch's wrapper of that stage computes in training mode on the same ids. The end token is
 among the labels always, not in training mode alone, so that losses in training and validation are of the same thing.
@@ -7,7 +7,8 @@ Items of different lengths are padded with `PAD`, at the end, and each has its e
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -38,8 +39,7 @@ def semantic_loss(
     if mask_prob > 0:
         seen = F.pad(forgetful_mask(ids.shape, mask_prob, ids.device), (1, 0), value=True)
     features = semantic_features(transformer, ids, seen=seen, conditioning=conditioning)
-    head = transformer.to_logits
-    return summed_loss(features, [head.weight], labels, head.bias) / (labels != PAD).sum()
+    return summed_loss(features, [transformer.to_logits], labels) / (labels != PAD).sum()
 
 
 def coarse_loss(
@@ -73,11 +73,11 @@ def coarse_loss(
     given, features = coarse_features(
         transformer, semantic_labels.masked_fill(~seen, 0), ids, seen=mask, conditioning=conditioning
     )
-    loss, tokens = summed_loss(features, transformer.coarse_logit_weights, coarse_labels), (coarse_labels != PAD).sum()
-    head = transformer.to_semantic_logits
-    if semantic_loss_weight == 0 or head is None:
+    loss = summed_loss(features, of_levels(transformer.coarse_logit_weights), coarse_labels)
+    tokens = (coarse_labels != PAD).sum()
+    if semantic_loss_weight == 0 or transformer.to_semantic_logits is None:
         return loss / tokens
-    semantic_loss = summed_loss(given, [head.weight], semantic_labels, head.bias)
+    semantic_loss = summed_loss(given, [transformer.to_semantic_logits], semantic_labels)
     return (loss + semantic_loss * semantic_loss_weight) / (tokens + (semantic_labels != PAD).sum())
 
 
@@ -107,30 +107,36 @@ def fine_loss(
         shape = (len(ids), coarse_labels.shape[1] + ids.shape[1] + 2)
         mask = forgetful_mask(shape, mask_prob, ids.device)
     given, features = fine_features(transformer, coarse_labels, ids, seen=mask, conditioning=conditioning)
-    loss, tokens = summed_loss(features, transformer.fine_logit_weights, fine_labels), (fine_labels != PAD).sum()
+    loss = summed_loss(features, of_levels(transformer.fine_logit_weights), fine_labels)
+    tokens = (fine_labels != PAD).sum()
     if coarse_loss_weight == 0 or transformer.coarse_logit_weights is None:
         return loss / tokens
-    coarse_loss = summed_loss(given, transformer.coarse_logit_weights, coarse_labels)
+    coarse_loss = summed_loss(given, of_levels(transformer.coarse_logit_weights), coarse_labels)
     return (loss + coarse_loss * coarse_loss_weight) / (tokens + (coarse_labels != PAD).sum())
 
 
-def summed_loss(features: Tensor, weights: Sequence[Tensor], labels: Tensor, bias: Tensor | None = None) -> Tensor:
+def summed_loss(features: Tensor, heads: Sequence[Callable[[Tensor], Tensor]], labels: Tensor) -> Tensor:
     """The sum of the cross-entropies of the labels that are not padding, in float32 at least.
 
     Args:
         features: `(b, n, d)`.
-        weights: of the logits, `(c, d)` each; they take turns along the sequence.
+        heads: from features to logits `(…, c)`; they take turns along the sequence.
         labels: `(b, n)`.
     """
     losses = []
-    for level, weight in enumerate(weights):
-        logits = at_least_float32(F.linear(features[:, level :: len(weights)], weight, bias))
-        if logits.requires_grad:
+    for level, head in enumerate(heads):
+        logits = at_least_float32(head(features[:, level :: len(heads)]))
+        if logits.requires_grad and logits.device.type == 'cpu':
             # probabilities far from the label's may be next to nothing
             logits.register_hook(without_denormals)
-        own = labels[:, level :: len(weights)]
+        own = labels[:, level :: len(heads)]
         losses.append(F.cross_entropy(logits.flatten(0, 1), own.flatten(), ignore_index=PAD, reduction='sum'))
     return torch.stack(losses).sum()
+
+
+def of_levels(weights: Tensor) -> list[Callable[[Tensor], Tensor]]:
+    """A head for each level of `(levels, c, d)` weights."""
+    return [partial(F.linear, weight=weight) for weight in weights]
 
 
 def with_end(ids: Tensor, end: int) -> Tensor:

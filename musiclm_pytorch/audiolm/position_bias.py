@@ -30,12 +30,17 @@ class PositionBias:
         query_groups: Tensor | None = None,
         key_groups: Tensor | None = None,
     ):
-        self.table, self.codes, self.zero, self.across = table, codes, zero, across
+        self.table, self.codes, self.zero = table, codes, zero
         self.query_groups, self.key_groups = query_groups, key_groups
+        if table is not None:
+            self._differences = table.shape[1]
+        if across is not None:
+            # a column more, after those of the differences
+            self.table = torch.cat((table, across), dim=1)
 
     def rows(self, start: int, stop: int, *, heads: int, num_keys: int, prefix: int = 0) -> Tensor:
         """(stop − start, heads, prefix + num_keys): for the tokens [start, stop), over `prefix` keys without a position
-        and the tokens [0, num_keys); −inf for keys later than the query."""
+        and the tokens [0, num_keys); −inf for keys later than the query. There has to be a table."""
         queries = torch.arange(start, stop, device=self.codes.device)[:, None]
         is_later = torch.arange(num_keys, device=self.codes.device) > queries
         if self.table is None:
@@ -47,16 +52,16 @@ class PositionBias:
 
     def block(self, start: int, stop: int, *, num_keys: int) -> Tensor:
         """(heads, stop − start, num_keys) of the table, for the tokens [start, stop) over [0, num_keys); anything for
-        keys later than the query."""
+        keys later than the query. There has to be a table."""
         queries = torch.arange(start, stop, device=self.codes.device)[:, None]
         # a later key's column may lie outside of the table, and its value does not matter
-        columns = (self.codes[queries] - self.codes[:num_keys] + self.zero).clamp_(0, self.table.shape[1] - 1)
-        table = self.table
-        if self.across is not None:
-            table = torch.cat((table, self.across), dim=1)
-            columns.masked_fill_(self.query_groups[queries] != self.key_groups[:num_keys], table.shape[1] - 1)
-        # whose gradient is summed up five times as fast as that of brackets
-        return table.index_select(1, columns.flatten()).view(len(table), *columns.shape)
+        columns = (self.codes[queries] - self.codes[:num_keys] + self.zero).clamp_(0, self._differences - 1)
+        if self.query_groups is not None:
+            columns.masked_fill_(self.query_groups[queries] != self.key_groups[:num_keys], self._differences)
+        if self.table.device.type != 'cpu':
+            return self.table[:, columns]
+        # whose gradient a CPU sums up five times as fast
+        return self.table.index_select(1, columns.flatten()).view(len(self.table), *columns.shape)
 
 
 def relative_table(relative: nn.Module | None, length: int, device: torch.device) -> Tensor | None:
@@ -69,9 +74,14 @@ def relative_table(relative: nn.Module | None, length: int, device: torch.device
 
 
 def _run_mlp(layers: nn.Module, x: Tensor) -> Tensor:
-    for layer in layers:
-        # positions are numbers up to some thousands, and SiLU takes many of them almost to zero
-        x = without_denormals(layer(x))
+    # half precision tells no positions apart beyond 256
+    with torch.autocast(x.device.type, enabled=False):
+        for layer in layers.modules():
+            if isinstance(layer, nn.Linear):
+                x = layer(x)
+            elif isinstance(layer, nn.SiLU):
+                # positions are numbers up to some thousands, many of which it takes almost to zero
+                x = without_denormals(layer(x))
     return x
 
 
@@ -80,8 +90,11 @@ def at_least_float32(x: Tensor) -> Tensor:
 
 
 def without_denormals(x: Tensor) -> Tensor:
-    """x with zeros for what is so small that processors multiply it a hundred times slower."""
-    return F.hardshrink(x, 1e-20)
+    """x with zeros for what is so small that processors multiply it a hundred times slower.
+
+    What is zero keeps its gradient, and what becomes zero has none.
+    """
+    return x.masked_fill((x.abs() < 1e-20) & (x != 0), 0)
 
 
 def semantic_bias(transformer: nn.Module, length: int) -> PositionBias:

@@ -12,6 +12,9 @@ from functools import partial
 import torch
 from hyper_connections.hyper_connections import HyperConnections, add
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from musiclm_pytorch.mulan.kernels import fast_kernels_allowed
 
 TINY = 1e-12  # norms are at least that, as in `F.normalize`
 
@@ -30,7 +33,7 @@ class ResidualStreams:
     def __init__(self, network: nn.Module, device: torch.device):
         self.network = network
         connections = [it for layer in network.layers for it in layer if it is not None]
-        self.together = device.type == 'cpu' and not torch.compiler.is_compiling() and all(map(_is_simple, connections))
+        self.together = device.type == 'cpu' and fast_kernels_allowed() and all(map(_is_simple, connections))
 
     def expand(self, x: Tensor) -> Tensor:
         """`(b, n, d)` in each of the streams."""
@@ -66,7 +69,7 @@ class ResidualStreams:
 def _is_simple(connection: nn.Module) -> bool:
     """Whether it mixes as the transformers of audiolm-pytorch let it."""
     return (
-        isinstance(connection, HyperConnections)
+        type(connection) is HyperConnections
         and connection.num_fracs == connection.num_input_views == 1
         and connection.add_branch_out_to_residual
         and connection.depth_residual_fn is add
@@ -93,9 +96,11 @@ class _Mix(torch.autograd.Function):
         # of all sums but the one for beta, `(b n, s + 1, d)`
         sums = torch.bmm(weights[..., :-1].flatten(0, 1).mT, x.flatten(0, 1)).unflatten(0, x.shape[:2])
         ctx.save_for_backward(x, projection, scale, norm, projected, weights)
+        # the mixed streams stay where they are: what comes next reads them once, and writes its sums anew
         return sums[:, :, 0].contiguous(), sums[:, :, 1:], weights[..., -1].contiguous()
 
     @staticmethod
+    @once_differentiable
     @as_forward
     def backward(ctx, grad_input, grad_mixed, grad_beta):
         x, projection, scale, norm, projected, weights = ctx.saved_tensors
@@ -133,6 +138,7 @@ class _Add(torch.autograd.Function):
         return torch.addcmul(x, beta[..., None], y[:, :, None])
 
     @staticmethod
+    @once_differentiable
     @as_forward
     def backward(ctx, grad):
         y, beta = ctx.saved_tensors

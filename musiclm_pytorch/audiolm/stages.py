@@ -10,7 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from musiclm_pytorch.audiolm.bridge import CoarseTransformer, FineTransformer, SemanticTransformer
+from musiclm_pytorch.audiolm.bridge import (
+    CoarseTransformer,
+    FineTransformer,
+    SemanticTransformer,
+    conditioning_dim,
+)
 from musiclm_pytorch.audiolm.cached_transformer import Cache, CachedTransformer, FixedStep, Layout, Product, layout_for
 from musiclm_pytorch.audiolm.fused_step import MOST_ROWS, FusedStep
 from musiclm_pytorch.audiolm.position_bias import PositionBias, coarse_bias, fine_bias, semantic_bias
@@ -334,9 +339,3 @@ class FineDecoder(Decoder):
             cond_scale=cond_scale,
             key_mask=F.pad(is_real.flatten(1), (1, 0), value=True),
         )
-
-
-def conditioning_dim(stage: nn.Module) -> int:
-    """Width of the conditioning that a stage of audiolm-pytorch was built for."""
-    projection = stage.proj_text_embed
-    return projection.in_features if isinstance(projection, nn.Linear) else stage.transformer.dim_context

@@ -38,7 +38,7 @@ UNUSABLE_BATCHES = 1000  # in a row, after which a stream without epochs is give
 
 def fast_precision(device: torch.device) -> str:
     """'bf16' where a device computes in it; else 'fp16' on CUDA and 'no' on a CPU."""
-    return half_precision(device.type) if device.type != 'cpu' or computes_in_bf16() else 'no'
+    return half_precision(device.type) if device.type == 'cuda' or computes_in_bf16() else 'no'
 
 
 class TrainingError(RuntimeError):

@@ -15,11 +15,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from musiclm_pytorch.audiolm.bridge import CONFIG, CoarseTransformer, FineTransformer, SemanticTransformer
+from musiclm_pytorch.audiolm.bridge import (
+    CONFIG,
+    CoarseTransformer,
+    FineTransformer,
+    SemanticTransformer,
+    conditioning_dim,
+)
 from musiclm_pytorch.audiolm.crops import TokenCrops, collate_tokens
 from musiclm_pytorch.audiolm.fingerprints import fingerprint
 from musiclm_pytorch.audiolm.losses import coarse_loss, fine_loss, semantic_loss
-from musiclm_pytorch.audiolm.stages import conditioning_dim
 from musiclm_pytorch.checks import check_positive, check_probability, typechecked
 from musiclm_pytorch.distributed.collectives import mean_over_ranks, rank, world_size
 from musiclm_pytorch.mulan import checkpoint
@@ -143,6 +148,8 @@ class StageTrainer(Trainer):
     ):
         if not isinstance(transformer, self.kind):
             raise TypeError(f'{type(self).__name__} trains a {self.kind.__name__}, got a {type(transformer).__name__}')
+        if type(transformer).forward is not self.kind.forward:
+            raise TypeError(f'{type(transformer).__name__} has a forward of its own, which training would not call')
         check_probability(cond_drop_prob=cond_drop_prob, mask_prob=mask_prob)
         check_positive(max_valid_items=max_valid_items)
         if prefix_loss_weight < 0:
