@@ -6,7 +6,8 @@
     python examples/train_tiny.py semantic coarse fine pack
 
 With `--begin-with FOLDER`, a MusicLM of the same sizes, codec and tokenizer are its own, and the stages go on from its
-weights: so a better MuLaN comes into a trained model.
+weights: so a better MuLaN comes into a trained model. Without a MuLaN under `build/tiny`, its quantizer stays as well.
+Stages that are not trained on are packed as they were.
 
 Each phase leaves its result under `build/tiny` and is passed over when that is there; interrupted, a training goes on
 from its last checkpoint. Phases that need nothing of each other may run side by side, one thread each, which is faster
@@ -67,7 +68,7 @@ STAGES = dict(
 KINDS = dict(semantic=SemanticTransformer, coarse=CoarseTransformer, fine=FineTransformer)
 TRAINERS = dict(semantic=SemanticTrainer, coarse=CoarseTrainer, fine=FineTrainer)
 WINDOWS = dict(semantic=5.0, coarse=0.32, fine=0.96)  # seconds
-SAMPLING = dict(temperature=(0.8, 0.6, 0.4), cond_scale=(2.0, 1.0, 1.0))
+SAMPLING = dict(temperature=(0.8, 0.6, 0.4), cond_scale=(1.5, 1.0, 1.0))
 BATCH = dict(semantic=32, coarse=192, fine=32)
 STEPS = dict(semantic=6000, coarse=4000, fine=3000)
 
@@ -161,6 +162,8 @@ def fit_tokenizer(args: argparse.Namespace) -> None:
 def compute(args: argparse.Namespace) -> None:
     """The quantizer, and the tokens of all clips."""
     clips = open_clips(args)
+    if not (args.work / 'quantizer').exists() and args.begin_with is not None and not (args.work / 'mulan').exists():
+        MuLaNEmbedQuantizer.from_pretrained(args.begin_with / 'quantizer').save_pretrained(args.work / 'quantizer')
     if not (args.work / 'quantizer').exists():
         mulan = small_vocabulary(MuLaN.from_pretrained(args.work / 'mulan'), clips.texts)
         torch.manual_seed(SEED)
@@ -238,6 +241,9 @@ def pack(args: argparse.Namespace) -> None:
     quantizer = MuLaNEmbedQuantizer.from_pretrained(args.work / 'quantizer')
     stages = {}
     for name, kind in KINDS.items():
+        if args.begin_with is not None and not (args.work / name).exists():
+            stages[name] = load_module(args.begin_with / name)
+            continue
         stages[name] = kind(**STAGES[name])
         load_stage(args.work / name / 'best', stages[name], quantizer)
     audio_lm = AudioLM(
