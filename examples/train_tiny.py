@@ -162,20 +162,8 @@ def fit_tokenizer(args: argparse.Namespace) -> None:
 def compute(args: argparse.Namespace) -> None:
     """The quantizer, and the tokens of all clips."""
     clips = open_clips(args)
-    if not (args.work / 'quantizer').exists() and args.begin_with is not None and not (args.work / 'mulan').exists():
-        MuLaNEmbedQuantizer.from_pretrained(args.begin_with / 'quantizer').save_pretrained(args.work / 'quantizer')
     if not (args.work / 'quantizer').exists():
-        mulan = small_vocabulary(MuLaN.from_pretrained(args.work / 'mulan'), clips.texts)
-        torch.manual_seed(SEED)
-        quantizer = MuLaNEmbedQuantizer(
-            mulan,
-            conditioning_dims=[STAGES[name]['dim'] for name in KINDS],
-            rq_num_quantizers=LEVELS,
-            codebook_size=CONDITIONS,
-        )
-        missing = quantizer.fit(clips, batch_size=64, max_items=12_000, seed=SEED)
-        print('left over after each level:', ' '.join(f'{share:.1%}' for share in missing), flush=True)
-        quantizer.save_pretrained(args.work / 'quantizer')
+        make_quantizer(args, clips).save_pretrained(args.work / 'quantizer')
     quantizer = MuLaNEmbedQuantizer.from_pretrained(args.work / 'quantizer')
     modules = dict(
         tokenizer=SemanticTokenizer.from_pretrained(args.work / 'tokenizer'),
@@ -186,6 +174,22 @@ def compute(args: argparse.Namespace) -> None:
         start = time.perf_counter()
         compute_tokens(clips, args.work / 'tokens', batch_size=32, **{name: module})
         print(f'tokens by the {name} in {time.perf_counter() - start:.0f} s', flush=True)
+
+
+def make_quantizer(args: argparse.Namespace, clips: Clips) -> MuLaNEmbedQuantizer:
+    if args.begin_with is not None and not (args.work / 'mulan').exists():
+        return MuLaNEmbedQuantizer.from_pretrained(args.begin_with / 'quantizer')
+    mulan = small_vocabulary(MuLaN.from_pretrained(args.work / 'mulan'), clips.texts)
+    torch.manual_seed(SEED)
+    quantizer = MuLaNEmbedQuantizer(
+        mulan,
+        conditioning_dims=[STAGES[name]['dim'] for name in KINDS],
+        rq_num_quantizers=LEVELS,
+        codebook_size=CONDITIONS,
+    )
+    missing = quantizer.fit(clips, batch_size=64, max_items=12_000, seed=SEED)
+    print('left over after each level:', ' '.join(f'{share:.1%}' for share in missing), flush=True)
+    return quantizer
 
 
 def small_vocabulary(mulan: MuLaN, texts: list[str]) -> MuLaN:

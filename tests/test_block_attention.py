@@ -12,10 +12,10 @@ def genuine_attend(**keywords):
     return attention.attend
 
 
-def in_blocks(bias, ahead=0):
-    """Of `(h, n, ahead + n)`, what `block_causal_attention` takes."""
+def in_blocks(bias):
+    """Of `(h, n, n)`, what `block_causal_attention` takes."""
     n = bias.shape[1]
-    return [bias[:, start:stop, ahead : ahead + stop] for start, stop, _ in blocks(n, n)]
+    return [bias[:, start:stop, :stop] for start, stop, _ in blocks(n, n)]
 
 
 @pytest.mark.parametrize('n', [1, 5, BLOCK - 1, BLOCK, BLOCK + 1, 3 * BLOCK + 7])

@@ -15,6 +15,7 @@ from musiclm_pytorch.audiolm.bridge import (
     CoarseTransformerWrapper,
     FineTransformer,
     FineTransformerWrapper,
+    SemanticTransformer,
     SemanticTransformerWrapper,
     SoundStream,
 )
@@ -354,6 +355,7 @@ def test_texts_in_the_place_of_audio(tmp_path, tokens):
     ('keywords', 'error', 'message'),
     [
         (dict(transformer=lambda: transformer_for('fine')), TypeError, 'SemanticTrainer trains a SemanticTransformer'),
+        (dict(transformer=lambda: with_own_forward()), TypeError, 'Changed has a forward of its own'),
         (dict(transformer=lambda: make_transformer('semantic', conditioned=True)), ValueError,
          'semantic tokens in .* have codebook_size 512, but the transformer was built for 20'),
         (dict(transformer=lambda: transformer_for('semantic', conditioned=False)), ValueError,
@@ -374,6 +376,16 @@ def test_parts_that_do_not_belong_together(tmp_path, tokens, keywords, error, me
     keywords = {name: it() if callable(it) else it for name, it in keywords.items()}
     with pytest.raises(error, match=message):
         make_trainer(tmp_path, tokens, **keywords)
+
+
+def with_own_forward():
+    class Changed(SemanticTransformer):
+        def forward(self, **keywords):
+            return super().forward(**keywords)
+
+    transformer = transformer_for('semantic')
+    transformer.__class__ = Changed
+    return transformer
 
 
 def refitted():

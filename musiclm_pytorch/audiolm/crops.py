@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
-from musiclm_pytorch.audiolm.losses import PAD, without_repetitions
+from musiclm_pytorch.audiolm.embedding import PAD
+from musiclm_pytorch.audiolm.losses import without_repetitions
 from musiclm_pytorch.audiolm.tokens import SHARD, read_stream
 from musiclm_pytorch.checks import check_positive, typechecked
 

@@ -16,8 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from musiclm_pytorch.audiolm.bridge import CoarseTransformer, FineTransformer, SemanticTransformer
+from musiclm_pytorch.audiolm.embedding import PAD
 from musiclm_pytorch.audiolm.sampling import Generators, Noise, Progress, Sampling, counted_steps, first_ends, sample
-from musiclm_pytorch.audiolm.stages import PAD, CoarseDecoder, FineDecoder, SemanticDecoder
+from musiclm_pytorch.audiolm.stages import CoarseDecoder, FineDecoder, SemanticDecoder
 from musiclm_pytorch.audiolm.windows import Window, continued_windows, separate_windows
 from musiclm_pytorch.checks import check_positive, typechecked
 

@@ -16,8 +16,9 @@ from einops import rearrange
 from torch import Tensor
 
 from musiclm_pytorch.audiolm.bridge import CoarseTransformer, FineTransformer, SemanticTransformer
+from musiclm_pytorch.audiolm.embedding import PAD
 from musiclm_pytorch.audiolm.position_bias import at_least_float32, without_denormals
-from musiclm_pytorch.audiolm.teacher_forcing import PAD, coarse_features, fine_features, semantic_features
+from musiclm_pytorch.audiolm.teacher_forcing import coarse_features, fine_features, semantic_features
 
 
 def semantic_loss(

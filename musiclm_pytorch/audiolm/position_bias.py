@@ -32,15 +32,13 @@ class PositionBias:
     ):
         self.table, self.codes, self.zero = table, codes, zero
         self.query_groups, self.key_groups = query_groups, key_groups
-        if table is not None:
-            self._differences = table.shape[1]
         if across is not None:
             # a column more, after those of the differences
             self.table = torch.cat((table, across), dim=1)
 
     def rows(self, start: int, stop: int, *, heads: int, num_keys: int, prefix: int = 0) -> Tensor:
         """(stop − start, heads, prefix + num_keys): for the tokens [start, stop), over `prefix` keys without a position
-        and the tokens [0, num_keys); −inf for keys later than the query. There has to be a table."""
+        and the tokens [0, num_keys); −inf for keys later than the query."""
         queries = torch.arange(start, stop, device=self.codes.device)[:, None]
         is_later = torch.arange(num_keys, device=self.codes.device) > queries
         if self.table is None:
@@ -55,9 +53,10 @@ class PositionBias:
         keys later than the query. There has to be a table."""
         queries = torch.arange(start, stop, device=self.codes.device)[:, None]
         # a later key's column may lie outside of the table, and its value does not matter
-        columns = (self.codes[queries] - self.codes[:num_keys] + self.zero).clamp_(0, self._differences - 1)
+        differences = self.table.shape[1] - (self.query_groups is not None)
+        columns = (self.codes[queries] - self.codes[:num_keys] + self.zero).clamp_(0, differences - 1)
         if self.query_groups is not None:
-            columns.masked_fill_(self.query_groups[queries] != self.key_groups[:num_keys], self._differences)
+            columns.masked_fill_(self.query_groups[queries] != self.key_groups[:num_keys], differences)
         if self.table.device.type != 'cpu':
             return self.table[:, columns]
         # whose gradient a CPU sums up five times as fast
@@ -76,12 +75,11 @@ def relative_table(relative: nn.Module | None, length: int, device: torch.device
 def _run_mlp(layers: nn.Module, x: Tensor) -> Tensor:
     # half precision tells no positions apart beyond 256
     with torch.autocast(x.device.type, enabled=False):
-        for layer in layers.modules():
-            if isinstance(layer, nn.Linear):
-                x = layer(x)
-            elif isinstance(layer, nn.SiLU):
+        for layer in [it for it in layers.modules() if not list(it.children())]:
+            x = layer(x)
+            if isinstance(layer, nn.SiLU):
                 # positions are numbers up to some thousands, many of which it takes almost to zero
-                x = without_denormals(layer(x))
+                x = without_denormals(x)
     return x
 
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from musiclm_pytorch.audiolm.stages import PAD, Session
+from musiclm_pytorch.audiolm.embedding import PAD
+from musiclm_pytorch.audiolm.stages import Session
 from musiclm_pytorch.checks import typechecked
 
 # On an accelerator, asking whether all samples have ended waits for it: not at each token.

@@ -17,11 +17,10 @@ from musiclm_pytorch.audiolm.bridge import (
     conditioning_dim,
 )
 from musiclm_pytorch.audiolm.cached_transformer import Cache, CachedTransformer, FixedStep, Layout, Product, layout_for
+from musiclm_pytorch.audiolm.embedding import PAD, embed_levels, start
 from musiclm_pytorch.audiolm.fused_step import MOST_ROWS, FusedStep
 from musiclm_pytorch.audiolm.position_bias import PositionBias, coarse_bias, fine_bias, semantic_bias
 from musiclm_pytorch.checks import typechecked
-
-PAD = -1
 
 # queries of a prompt computed at once, which bounds the memory of their scores
 PROMPT_BLOCK = 256
@@ -185,9 +184,6 @@ class Decoder:
         text_embeds = text_embeds.to(self.device, next(self.transformer.parameters()).dtype)
         return text_embeds.expand(batch, -1, -1)
 
-    def _start(self, token: Tensor, batch: int) -> Tensor:
-        return token.detach().expand(batch, 1, -1)
-
 
 class SemanticDecoder(Decoder):
     """`SemanticTransformer` of audiolm-pytorch, ready for decoding (see `Decoder`)."""
@@ -213,7 +209,7 @@ class SemanticDecoder(Decoder):
         is_real = prime != PAD
         embeds = self.transformer.semantic_embedding(prime.masked_fill(~is_real, 0))
         # the start token stands right before the first token, so it takes the place of the last padding
-        embeds = torch.cat((self._start(self.transformer.start_token, len(prime)), embeds), dim=1)
+        embeds = torch.cat((start(self.transformer.start_token, len(prime)), embeds), dim=1)
         first = (~is_real).sum(dim=1)
         embeds[torch.arange(len(prime), device=prime.device), first] = self.transformer.start_token
         key_mask = torch.arange(embeds.shape[1], device=prime.device) >= first[:, None]
@@ -249,10 +245,8 @@ class CoarseDecoder(Decoder):
         return self._embed(tokens, index % self.num_quantizers).float()
 
     def _embed(self, tokens: Tensor, quantizer: int | Tensor) -> Tensor:
-        transformer = self.transformer
-        # the stage steps by codebook_size, though its table has a row more a quantizer
-        embeds = transformer.coarse_embedding(tokens + quantizer * self.codebook_size)
-        return embeds + transformer.coarse_quantize_embedding.weight[quantizer]
+        tables = self.transformer.coarse_embedding, self.transformer.coarse_quantize_embedding
+        return embed_levels(tokens, quantizer, *tables, self.codebook_size)
 
     @torch.inference_mode()
     def begin(
@@ -269,9 +263,7 @@ class CoarseDecoder(Decoder):
         is_real = (semantic_ids != PAD) & (semantic_ids != transformer.semantic_eos_id)
         semantic = transformer.semantic_embedding(semantic_ids.masked_fill(~is_real, 0))
         coarse = self._embed(prime, torch.arange(self.num_quantizers, device=prime.device)).flatten(1, 2)
-        starts = [
-            self._start(token, batch) for token in (transformer.semantic_start_token, transformer.coarse_start_token)
-        ]
+        starts = [start(token, batch) for token in (transformer.semantic_start_token, transformer.coarse_start_token)]
         prompt = torch.cat((starts[0], semantic, starts[1], coarse), dim=1)
         max_tokens = max_frames * self.num_quantizers
         num_semantic = semantic_ids.shape[1]
@@ -304,8 +296,8 @@ class FineDecoder(Decoder):
         return self._embed(tokens, index % self.num_quantizers).float()
 
     def _embed(self, tokens: Tensor, quantizer: int | Tensor) -> Tensor:
-        embeds = self.transformer.fine_embedding(tokens + quantizer * self.codebook_size)
-        return embeds + self.transformer.fine_quantize_embedding.weight[quantizer]
+        tables = self.transformer.fine_embedding, self.transformer.fine_quantize_embedding
+        return embed_levels(tokens, quantizer, *tables, self.codebook_size)
 
     @torch.inference_mode()
     def begin(
@@ -324,11 +316,11 @@ class FineDecoder(Decoder):
         transformer, (batch, num_frames, num_coarse) = self.transformer, coarse_codes.shape
         is_real = (coarse_codes != transformer.pad_id) & (coarse_codes != PAD) & (coarse_codes != transformer.eos_id)
         quantizers = torch.arange(num_coarse, device=prime.device)
-        coarse = transformer.coarse_embedding(coarse_codes.masked_fill(~is_real, 0) + quantizers * self.codebook_size)
-        coarse = (coarse + transformer.coarse_quantize_embedding.weight).flatten(1, 2)
+        tables = transformer.coarse_embedding, transformer.coarse_quantize_embedding
+        coarse = embed_levels(coarse_codes.masked_fill(~is_real, 0), quantizers, *tables, self.codebook_size)
         fine = self._embed(prime, torch.arange(self.num_quantizers, device=prime.device)).flatten(1, 2)
-        starts = [self._start(token, batch) for token in (transformer.coarse_start_token, transformer.fine_start_token)]
-        prompt = torch.cat((starts[0], coarse, starts[1], fine), dim=1)
+        starts = [start(token, batch) for token in (transformer.coarse_start_token, transformer.fine_start_token)]
+        prompt = torch.cat((starts[0], coarse.flatten(1, 2), starts[1], fine), dim=1)
         return Session(
             self,
             prompt.float(),

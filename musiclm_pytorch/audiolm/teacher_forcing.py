@@ -20,11 +20,10 @@ from musiclm_pytorch.audiolm.bridge import (
     SemanticTransformer,
     conditioning_dim,
 )
+from musiclm_pytorch.audiolm.embedding import PAD, embed_levels, start
 from musiclm_pytorch.audiolm.position_bias import PositionBias, coarse_bias, fine_bias, semantic_bias
 from musiclm_pytorch.audiolm.residual_streams import ResidualStreams
 from musiclm_pytorch.mulan.kernels import fast_kernels_allowed
-
-PAD = -1
 
 
 def semantic_features(
@@ -42,7 +41,7 @@ def semantic_features(
     """
     is_real = ids != PAD
     tokens = transformer.semantic_embedding(ids.masked_fill(~is_real, 0)) * is_real[..., None]
-    tokens = torch.cat((_start(transformer.start_token, len(ids)), tokens), dim=1)
+    tokens = torch.cat((start(transformer.start_token, len(ids)), tokens), dim=1)
     bias = semantic_bias(transformer, tokens.shape[1])
     return _run(transformer, tokens, bias, seen, conditioning)
 
@@ -68,9 +67,9 @@ def coarse_features(
     b, n = semantic.shape
     tokens = torch.cat(
         (
-            _start(transformer.semantic_start_token, b),
+            start(transformer.semantic_start_token, b),
             transformer.semantic_embedding(semantic),
-            _start(transformer.coarse_start_token, b),
+            start(transformer.coarse_start_token, b),
             _embed(
                 coarse, transformer.coarse_embedding, transformer.coarse_quantize_embedding, transformer.codebook_size
             ),
@@ -111,9 +110,9 @@ def fine_features(
     size = transformer.codebook_size
     tokens = torch.cat(
         (
-            _start(transformer.coarse_start_token, b),
+            start(transformer.coarse_start_token, b),
             _embed(coarse.clamp(min=0), transformer.coarse_embedding, transformer.coarse_quantize_embedding, size),
-            _start(transformer.fine_start_token, b),
+            start(transformer.fine_start_token, b),
             _embed(fine, transformer.fine_embedding, transformer.fine_quantize_embedding, size),
         ),
         dim=1,
@@ -123,15 +122,10 @@ def fine_features(
     return features[:, :n], features[:, n + 1 :]
 
 
-def _start(token: Tensor, batch: int) -> Tensor:
-    return token.expand(batch, 1, -1)
-
-
 def _embed(ids: Tensor, embedding: nn.Embedding, level_embedding: nn.Embedding, codebook_size: int) -> Tensor:
     """`(b, n, d)` of ids whose quantizers take turns."""
     levels = torch.arange(ids.shape[1], device=ids.device) % level_embedding.num_embeddings
-    # the stages step by codebook_size, though a table with end tokens has a row more a quantizer
-    return embedding(ids + levels * codebook_size) + level_embedding(levels)
+    return embed_levels(ids, levels, embedding, level_embedding, codebook_size)
 
 
 def _run(
