@@ -193,7 +193,8 @@ def test_the_command_serves_until_it_is_told_to_stop(tiny, tmp_path):
         with pytest.raises(OSError, match=f'cannot serve at 127.0.0.1, port {port}, where something else may be'):
             launch_app(create_app(tiny), port=port)
         client = Client(f'http://127.0.0.1:{port}', verbose=False, download_files=str(tmp_path / 'got'))
-        _, score, path, picture, *others = client.predict(PROMPT, 1, None, 1, 2, 0.8, 5, api_name='/generate')
+        sliders = [highest(tiny.sampling[name]) for name in ('cond_scale', 'temperature')]
+        _, score, path, picture, *others = client.predict(PROMPT, 1, None, 1, *sliders, 5, api_name='/generate')
         assert score.startswith('**Sample 1** · MuLaN: ')
         heard, rate = soundfile.read(path)
         assert rate == RATE
