@@ -92,6 +92,7 @@ setup(
     package_data={
         'musiclm_pytorch': [
             'py.typed',
+            'inference/*.cpp',
             'inference/package_files/*',
             'pretrained/*/*',
             'pretrained/*/*/*',

@@ -11,9 +11,10 @@ from conftest import tiny_mulan
 from test_attention import make
 from torch import nn
 
-from musiclm_pytorch.inference import benchmark, fast_layers, half_attention, optimize
+from musiclm_pytorch.inference import benchmark, fast_layers, half_attention, native_layers, optimize
 from musiclm_pytorch.inference.benchmark import benchmark_inference_speed
 from musiclm_pytorch.inference.config import InferenceConfig
+from musiclm_pytorch.inference.native_layers import can_compile
 from musiclm_pytorch.inference.optimize import OptimizedMuLaN, choices
 from musiclm_pytorch.mulan import attention
 
@@ -100,17 +101,17 @@ def test_a_bias_is_kept_from_call_to_call_while_it_is_the_same():
     layers = optimized.mulan.audio.transformer
     short, long = batch(samples=1500)[0], batch(samples=2500)[0]
     optimized.get_audio_latents(short)
-    kept = layers._kept_bias
+    kept = layers.parts._kept_bias
     optimized.get_audio_latents(short[:2])
-    assert layers._kept_bias is kept
+    assert layers.parts._kept_bias is kept
     for wavs in (long, short, long):
         assert similarity(optimized.get_audio_latents(wavs), plain.get_audio_latents(wavs).detach()) > 0.999
-    kept = layers._kept_bias
+    kept = layers.parts._kept_bias
     with torch.no_grad():
         for parameter in optimized.mulan.audio.dynamic_pos_bias_mlp.parameters():
             parameter.mul_(1.5)
     optimized.get_audio_latents(long)
-    assert layers._kept_bias is not kept
+    assert layers.parts._kept_bias is not kept
 
 
 @pytest.mark.parametrize('vnni', [True, False])
@@ -144,11 +145,17 @@ def test_int8_products_are_those_of_the_rounded_numbers():
 
 
 @pytest.mark.slow
-def test_compiled_code_gives_the_same():
+@pytest.mark.parametrize('native', [False, True])
+def test_compiled_code_gives_the_same(native, monkeypatch):
+    if native and not can_compile():
+        pytest.skip('no compiler, or no AVX-512')
+    monkeypatch.setattr(native_layers, 'can_compile', lambda: native)
     int8 = torch.cpu._is_vnni_supported() and importlib.util.find_spec('torchao') is not None
     plain = model().eval()
     compiled = OptimizedMuLaN(plain, InferenceConfig(**HALF, compile_model=True, use_quantization=int8))
     assert (compiled.compiled, compiled.quantized) == (True, int8)
+    kind = fast_layers.NativeParts if native else fast_layers.TorchParts
+    assert all(isinstance(it.transformer.parts, kind) for it in (compiled.mulan.audio, compiled.mulan.text))
     both(compiled, plain, 0.99 if int8 else 0.999)
 
 
@@ -262,11 +269,12 @@ def test_what_auto_chooses(monkeypatch):
     plain = (False, torch.float32, False)
     narrow, wide = model(), model(audio=dict(dim=256, depth=1), text=dict(dim=256, depth=1))
 
-    def machine(bf16, vnni, torchao, compiler):
+    def machine(bf16, vnni, torchao, compiler, avx512=True):
         monkeypatch.setattr(optimize, 'computes_in_bf16', lambda: bf16)
         monkeypatch.setattr(torch.cpu, '_is_vnni_supported', lambda: vnni)
         monkeypatch.setattr(optimize, '_has_torchao', lambda: torchao)
-        monkeypatch.setattr(optimize.shutil, 'which', lambda name: name if compiler else None)
+        monkeypatch.setattr(optimize, 'compiler', lambda: 'g++' if compiler else None)
+        monkeypatch.setattr(optimize, 'can_compile', lambda: compiler and avx512)
 
     machine(bf16=True, vnni=True, torchao=True, compiler=True)
     assert choices(narrow, automatic, cpu) == plain
@@ -275,9 +283,13 @@ def test_what_auto_chooses(monkeypatch):
     assert choices(wide, InferenceConfig(mixed_precision_dtype='fp16'), cpu) == plain
     assert choices(narrow, InferenceConfig(**HALF, use_quantization=True), cpu) == (True, torch.bfloat16, False)
     machine(bf16=False, vnni=True, torchao=True, compiler=True)
-    assert choices(wide, automatic, cpu) == plain
+    assert choices(wide, automatic, cpu) == (True, torch.float32, True)
     assert choices(wide, InferenceConfig(**HALF), cpu) == (False, torch.bfloat16, False)
-    machine(bf16=True, vnni=False, torchao=True, compiler=True)
+    machine(bf16=False, vnni=False, torchao=True, compiler=True)
+    assert choices(wide, automatic, cpu) == (False, torch.float32, True)
+    machine(bf16=False, vnni=False, torchao=True, compiler=True, avx512=False)
+    assert choices(wide, automatic, cpu) == plain
+    machine(bf16=True, vnni=False, torchao=True, compiler=True, avx512=False)
     assert choices(wide, automatic, cpu) == (False, torch.bfloat16, True)
     machine(bf16=True, vnni=True, torchao=False, compiler=True)
     assert choices(wide, automatic, cpu) == (False, torch.bfloat16, True)

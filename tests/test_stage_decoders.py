@@ -19,8 +19,9 @@ from audiolm_stages import (
     semantic_stage,
 )
 
-from musiclm_pytorch.audiolm.fused_step import FusedStep, can_fuse
+from musiclm_pytorch.audiolm.fused_step import FusedStep
 from musiclm_pytorch.audiolm.stages import CoarseDecoder, FineDecoder, SemanticDecoder
+from musiclm_pytorch.mulan.kernels import has_gnu_openmp
 
 CONDITIONS = {
     'plain': {},
@@ -201,7 +202,7 @@ def test_bfloat16_stays_near():
 @pytest.mark.parametrize('batch', [1, 2, 5, 16, 17])
 def test_a_compiled_token_is_that_of_the_plain_operators(monkeypatch, batch, threads):
     """Rows and heads that the threads share unevenly; more rows than the kernel takes; a head that is no vector."""
-    if not can_fuse():
+    if not has_gnu_openmp():
         pytest.skip('no GNU OpenMP')
     monkeypatch.setattr('musiclm_pytorch.audiolm.fused_step.DIM_A_THREAD', 1)
     monkeypatch.setattr('musiclm_pytorch.audiolm.fused_step.WORK_A_THREAD', 1)
@@ -219,7 +220,7 @@ def test_a_compiled_token_is_that_of_the_plain_operators(monkeypatch, batch, thr
     try:
         kind, found = logits()
         assert kind is (FusedStep if batch <= 16 else type(None))
-        monkeypatch.setattr('musiclm_pytorch.audiolm.fused_step.can_fuse', lambda: False)
+        monkeypatch.setattr('musiclm_pytorch.audiolm.cached_transformer.has_gnu_openmp', lambda: False)
         kind, wanted = logits()
         assert kind is type(None)
     finally:

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from musiclm_pytorch.audiolm import fused_step
+from musiclm_pytorch.mulan.kernels import has_gnu_openmp
 from musiclm_pytorch.mulan.linear import has_fast_float32
 
 # What is added to the score of a key that may not be seen. Finite, so that a padded position, which sees no key at
@@ -36,7 +37,7 @@ def layout_for(device: torch.device, dtype: torch.dtype, compile: bool) -> Layou
     """What is fastest at a few rows."""
     if compile or device.type != 'cpu':
         return Layout.AS_IT_IS
-    if dtype == torch.float32 and fused_step.can_fuse():
+    if dtype == torch.float32 and has_gnu_openmp():
         return Layout.ROWS
     if (
         dtype in (torch.float32, torch.bfloat16)

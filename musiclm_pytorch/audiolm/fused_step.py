@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import sys
 from functools import cache
 from types import ModuleType
 from typing import TYPE_CHECKING
@@ -21,12 +20,6 @@ MOST_ROWS = 16
 # Features or multiplications for which another thread is worth its share of the barriers.
 DIM_A_THREAD = 64
 WORK_A_THREAD = 2**15
-
-
-@cache
-def can_fuse() -> bool:
-    """Whether PyTorch runs its threads through GNU's OpenMP here, whose threads the kernel borrows."""
-    return sys.platform == 'linux' and hasattr(ctypes.CDLL(None), 'GOMP_parallel')
 
 
 @cache

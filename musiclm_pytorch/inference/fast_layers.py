@@ -1,8 +1,8 @@
 """The layers of a transformer for inference: half precision, 8-bit integers, and compiled code between them.
 
-A layer is taken apart into matrix products, attention, and what lies between them. Products and attention run in the
-libraries that are fast at them; what lies between is elementwise and is what torch.compile fuses, which also keeps
-compiling short. The residual stream stays float32.
+A layer is taken apart into matrix products, attention, and what lies between them. Products run in the libraries that
+are fast at them. What lies between is elementwise, and is what torch.compile fuses, which also keeps compiling short;
+on a CPU with AVX-512 it is C++, and attention with it (`native_layers`). The residual stream stays float32.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from musiclm_pytorch.inference.half_attention import KeptBias, attend_in_half
+from musiclm_pytorch.inference.native_layers import NativeParts
 from musiclm_pytorch.mulan.attention import PositionBias, attend
 from musiclm_pytorch.mulan.layers import Transformer, l2norm
 from musiclm_pytorch.mulan.linear import Linear
@@ -78,7 +79,59 @@ def added(x: Tensor, product: Tensor, scale: Tensor | None) -> Tensor:
 BETWEEN = (normed, split_heads, attention_weights, joined_heads, added_and_normed, gated, added)
 
 
-# ---- products and attention ----
+class TorchParts:
+    """What lies between the products, by PyTorch's operators.
+
+    Args:
+        dtype: of the layers.
+        int8: whether products take bytes.
+        keep_bias: hold a position bias for the layers and calls that follow.
+        compiled: through torch.compile.
+    """
+
+    def __init__(self, dtype: torch.dtype, int8: bool, keep_bias: bool, compiled: bool):
+        self.dtype, self.how, self.keep_bias = dtype, (dtype, int8), keep_bias
+        self._kept_bias: KeptBias | None = None
+        self.between: dict[str, Callable] = {
+            part.__name__: torch.compile(part, dynamic=True) if compiled else part for part in BETWEEN
+        }
+
+    def keys(self, x: Tensor, bias: PositionBias | None, mask: Tensor | None) -> KeptBias | dict[str, Any]:
+        """Which keys there are and the bias of each pair, for all layers."""
+        if bias is None or x.device.type != 'cpu' or self.dtype == torch.float32:
+            return dict(bias=bias, mask=mask)
+        # that of the last call where it is the same, as it is for waves of one length
+        kept = self._kept_bias  # another thread may put its own there
+        if kept is None or not kept.serves(bias):
+            self._kept_bias = kept = KeptBias(bias, self.dtype, keep=self.keep_bias)
+        return kept
+
+    def normed(self, x: Tensor, gamma: Tensor) -> tuple[Tensor, Tensor | None]:
+        return self.between['normed'](x, gamma, *self.how)
+
+    def attended(
+        self, q: Tensor, kv: Tensor, scale: Tensor | None, gain: Tensor, heads: int, keys: KeptBias | dict[str, Any]
+    ) -> tuple[Tensor, Tensor | None]:
+        q, k, v = self.between['split_heads'](q, kv, scale, gain, heads, self.dtype)
+        if isinstance(keys, KeptBias):
+            out = attend_in_half(q, k, v, keys, self.between['attention_weights'])
+        else:
+            out = attend(q, k, v, **keys)
+        return self.between['joined_heads'](out, *self.how)
+
+    def added_and_normed(
+        self, x: Tensor, product: Tensor, scale: Tensor | None, gamma: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        return self.between['added_and_normed'](x, product, scale, gamma, *self.how)
+
+    def gated(self, product: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        return self.between['gated'](product, scale, *self.how)
+
+    def added(self, x: Tensor, product: Tensor, scale: Tensor | None) -> Tensor:
+        return self.between['added'](x, product, scale)
+
+
+# ---- products, and the layers ----
 
 
 class Int8Product(nn.Module):
@@ -110,22 +163,24 @@ class FastLayers(nn.Module):
 
     def __init__(self, transformer: Transformer, dtype: torch.dtype, quantized: bool, keep_bias: bool, compiled: bool):
         super().__init__()
-        self.dtype, self.keep_bias = dtype, keep_bias
-        self._kept_bias: KeptBias | None = None
-        device = transformer.layers[0][0].q_scale.device
-        self.int8 = quantized and device.type == 'cpu' and torch.cpu._is_vnni_supported()
-        self.between: dict[str, Callable] = {
-            part.__name__: torch.compile(part, dynamic=True) if compiled else part for part in BETWEEN
-        }
+        self.dtype = dtype
+        on_cpu = transformer.layers[0][0].q_scale.device.type == 'cpu'
+        self.int8 = quantized and on_cpu and torch.cpu._is_vnni_supported()
+        # oneDNN gives no fp16 for bytes
+        self.product_dtype = torch.float32 if self.int8 and dtype == torch.float16 else dtype
+        native = compiled and on_cpu and self.int8 == quantized and NativeParts.serves(self.product_dtype, self.int8)
+        self.parts = (
+            NativeParts(self.product_dtype, self.int8) if native else TorchParts(dtype, self.int8, keep_bias, compiled)
+        )
         self.layers = nn.ModuleList()
         for attention, feed_forward in transformer.layers:
             norm, wide, _, _, narrow = feed_forward
             products = [attention.to_q, attention.to_kv, attention.to_out[0], wide, narrow]
             layer = nn.Module()
             layer.products = nn.ModuleList([self.product(it.weight, quantized, compiled) for it in products])
-            layer.register_buffer('gain', (attention.q_scale * attention.k_scale * attention.scale).detach())
-            layer.register_buffer('attention_gamma', attention.norm.learned_gamma.detach())
-            layer.register_buffer('feed_forward_gamma', norm.learned_gamma.detach())
+            layer.register_buffer('gain', (attention.q_scale * attention.k_scale * attention.scale).detach().float())
+            layer.register_buffer('attention_gamma', attention.norm.learned_gamma.detach().float())
+            layer.register_buffer('feed_forward_gamma', norm.learned_gamma.detach().float())
             layer.heads = attention.heads
             self.layers.append(layer)
 
@@ -141,39 +196,27 @@ class FastLayers(nn.Module):
         held = nn.Sequential(linear)
         quantize_(held, config)
         if self.int8:
-            # oneDNN gives no fp16 for bytes
-            dtype = torch.float32 if self.dtype == torch.float16 else self.dtype
-            return Int8Product(held[0].weight.qdata, held[0].weight.scale, dtype)
+            return Int8Product(held[0].weight.qdata, held[0].weight.scale, self.product_dtype)
         return torch.compile(held[0], dynamic=True) if compiled else held[0]
 
-    def _look_up(self, bias: PositionBias) -> KeptBias:
-        """The bias of the last call where it is the same, as it is for waves of one length."""
-        kept = self._kept_bias  # another thread may put its own there
-        if kept is None or not kept.serves(bias):
-            self._kept_bias = kept = KeptBias(bias, self.dtype, keep=self.keep_bias)
-        return kept
-
     def forward(self, x: Tensor, bias: PositionBias | None = None, mask: Tensor | None = None) -> list[Tensor]:
-        part, how = self.between, (self.dtype, self.int8)
-        in_half = bias is not None and x.device.type == 'cpu' and self.dtype != torch.float32
-        looked_up = self._look_up(bias) if in_half else None
+        given, x = x.dtype, x.float().contiguous()
+        parts, keys = self.parts, self.parts.keys(x, bias, mask)
+        y, scale = parts.normed(x, self.layers[0].attention_gamma)
 
         layers = []
-        for layer in self.layers:
+        for layer, following in zip(self.layers, [*self.layers[1:], None]):
             to_q, to_kv, to_out, wide, narrow = layer.products
 
-            y, scale = part['normed'](x, layer.attention_gamma, *how)
-            q, k, v = part['split_heads'](to_q(y), to_kv(y), scale, layer.gain, layer.heads, self.dtype)
-            if in_half:
-                out = attend_in_half(q, k, v, looked_up, part['attention_weights'])
-            else:
-                out = attend(q, k, v, bias=bias, mask=mask)
-            y, scale = part['joined_heads'](out, *how)
+            y, scale = parts.attended(to_q(y), to_kv(y), scale, layer.gain, layer.heads, keys)
+            x, y, scale = parts.added_and_normed(x, to_out(y), scale, layer.feed_forward_gamma)
 
-            x, y, scale = part['added_and_normed'](x, to_out(y), scale, layer.feed_forward_gamma, *how)
-            y, scale = part['gated'](wide(y), scale, *how)
-            x = part['added'](x, narrow(y), scale)
-            layers.append(x)
+            y, scale = parts.gated(wide(y), scale)
+            if following is None:
+                x = parts.added(x, narrow(y), scale)
+            else:
+                x, y, scale = parts.added_and_normed(x, narrow(y), scale, following.attention_gamma)
+            layers.append(x.to(given))
         return layers
 
 

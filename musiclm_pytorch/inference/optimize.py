@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import importlib.util
-import shutil
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from musiclm_pytorch.checks import check_lengths, typechecked
 from musiclm_pytorch.inference.config import InferenceConfig
 from musiclm_pytorch.inference.fast_layers import FastLayers
+from musiclm_pytorch.inference.native_layers import can_compile, compiler
 from musiclm_pytorch.inference.workers import count_workers, workers
 from musiclm_pytorch.mulan.kernels import computes_in_bf16
 from musiclm_pytorch.mulan.model import MuLaN, PairLatents
@@ -64,7 +64,7 @@ class OptimizedMuLaN(nn.Module):
         if self.dtype != torch.float32:
             # the largest weight of a small model; the positions, in float32, lift what is looked up back to it
             self.mulan.text.token_emb.to(self.dtype)
-        # not with compiled code: torch.compile crashes when it is called from several threads
+        # not with compiled code, whose parts use all threads, and of which torch.compile's crashes in several
         half = self.dtype != torch.float32
         self.side_by_side = half and not self.compiled and not self.config.memory_efficient
         super().train(False)
@@ -176,9 +176,9 @@ class OptimizedMuLaN(nn.Module):
 def choices(mulan: MuLaN, config: InferenceConfig, device: torch.device) -> tuple[bool, torch.dtype, bool]:
     """Whether to quantise, the dtype of the layers, and whether to compile: what a config says, 'auto' resolved.
 
-    'auto' takes what was measured to pay: on a CPU half precision where there are instructions for bf16, 8-bit
-    integers on top of both half precision and compiled code where there are instructions for those too, and compiled
-    code where there is a compiler and half precision; on a GPU half precision alone. Narrow models stay as they are.
+    'auto' takes what was measured to pay: on a CPU half precision where there are instructions for bf16, compiled code
+    where there is a compiler and either half precision or AVX-512, and 8-bit integers on top of compiled code where
+    there are instructions for them; on a GPU half precision alone. Narrow models stay as they are.
     """
     wide = min(mulan.audio.dim, mulan.text.dim) >= MIN_WIDTH
     on_cpu = device.type == 'cpu'
@@ -188,10 +188,10 @@ def choices(mulan: MuLaN, config: InferenceConfig, device: torch.device) -> tupl
         half = wide and (not on_cpu or (config.mixed_precision_dtype != 'fp16' and computes_in_bf16()))
     compiled = config.compile_model
     if compiled == 'auto':
-        compiled = wide and on_cpu and half and shutil.which('g++') is not None
+        compiled = wide and on_cpu and (can_compile() or (half and compiler() is not None))
     quantized = config.use_quantization
     if quantized == 'auto':
-        quantized = wide and on_cpu and half and compiled and torch.cpu._is_vnni_supported() and _has_torchao()
+        quantized = wide and on_cpu and compiled and torch.cpu._is_vnni_supported() and _has_torchao()
     return bool(quantized), config.torch_dtype(device) if half else torch.float32, bool(compiled)
 
 

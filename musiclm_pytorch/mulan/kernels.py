@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 
 import torch
 
@@ -36,6 +39,12 @@ def computes_in_bf16() -> bool:
     return torch.backends.mkldnn.is_available() and (
         torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     )
+
+
+@cache
+def has_gnu_openmp() -> bool:
+    """Whether PyTorch runs its threads through GNU's OpenMP here, which other compiled code can then share."""
+    return sys.platform == 'linux' and hasattr(ctypes.CDLL(None), 'GOMP_parallel')
 
 
 def half_precision(device_type: str) -> str:
