@@ -9,6 +9,7 @@ used.
     python benchmarks/learning.py --sides ours --lrs 1e-3  # ours alone, half an hour on two cores at most
     python benchmarks/learning.py --sides upstream         # the other side, beside what `--out` holds of ours
     python benchmarks/learning.py --throughput             # clips a second of the two loops, in turn
+    python benchmarks/learning.py --throughput --model readme --batch-size 4  # both with the model of upstream's README
 
 Our recipe predicts words beside the contrast, and draws every other batch, after a while, from groups of clips that are
 alike in all but tempo and mode (`MuLaNTrainer(groups=…)`), which the labels tell. Upstream has nothing like it.
@@ -43,6 +44,10 @@ ATTRIBUTES = ('instrument', 'tempo', 'mode', 'register', 'texture', 'drums')
 RETRIEVAL, ZERO_SHOT, PROMPTS = 256, 1000, 24
 TOWER = dict(dim=192, depth=4, heads=4, dim_head=48)
 TEXT = dict(dim=192, depth=2, heads=4, dim_head=48)
+
+# what is trained: ours with our recipe beside upstream's towers (for learning), or the same on both sides (for timing)
+MODELS = ('recipe', 'same', 'readme')
+README_TOWER = dict(dim=512, depth=6, heads=8, dim_head=64)  # both of upstream's README
 
 # of our recipe: the weight of word prediction, and batches of clips that are alike in what is easy to hear
 WORDS, GROUP_SIZE, GROUPS_AFTER = 1.0, 16, 0.15
@@ -203,13 +208,17 @@ def zero_shot(mulan, held_out) -> dict[str, float]:
 # ---- the two sides ----
 
 
-def build(side: str):
-    from musiclm_pytorch import MuLaN, TextTransformer
+def build(side: str, model: str):
+    from musiclm_pytorch import AudioSpectrogramTransformer, MuLaN, TextTransformer
 
     torch.manual_seed(0)
-    if side == 'upstream':
-        from musiclm_pytorch import AudioSpectrogramTransformer
-
+    if model == 'readme':
+        audio = AudioSpectrogramTransformer(
+            **README_TOWER, spec_n_fft=128, spec_win_length=24, spec_aug_stretch_factor=0.8
+        )
+        return MuLaN(audio_transformer=audio, text_transformer=TextTransformer(**README_TOWER))
+    ours = side == 'ours' and model == 'recipe'
+    if not ours:
         audio = AudioSpectrogramTransformer(
             **TOWER, spec_n_fft=1024, spec_win_length=1024, spec_hop_length=160, patch_size=(512, 4)
         )
@@ -225,7 +234,7 @@ def build(side: str):
             spec_aug_time_mask=0,
             patch_dropout_prob=0.0,
         )
-    recipe = {} if side == 'upstream' else dict(word_prediction_weight=WORDS)
+    recipe = dict(word_prediction_weight=WORDS) if ours else {}
     return MuLaN(audio_transformer=audio, text_transformer=TextTransformer(**TEXT), **recipe)
 
 
@@ -235,7 +244,14 @@ def build_trainer(side: str, mulan, dataset, folder: Path, args: argparse.Namesp
     common = dict(batch_size=args.batch_size, lr=args.lr, valid_frac=0.0, results_folder=str(folder))
     if side == 'upstream':
         return MuLaNTrainer(mulan, dataset, num_train_steps=1, force_clear_prev_results=False, **common)
-    music = synthetic(args)
+    groups = {}
+    if args.model == 'recipe':
+        music = synthetic(args)
+        groups = dict(
+            groups=[alike(music.labels(index)) for index in range(len(dataset))],
+            group_size=GROUP_SIZE,
+            groups_after=round(GROUPS_AFTER * args.use / args.batch_size),
+        )
     return MuLaNTrainer(
         mulan,
         dataset,
@@ -243,13 +259,11 @@ def build_trainer(side: str, mulan, dataset, folder: Path, args: argparse.Namesp
         max_grad_norm=1.0,
         mixed_precision=args.precision,
         compile_model=args.compile,
-        groups=[alike(music.labels(index)) for index in range(len(dataset))],
-        group_size=GROUP_SIZE,
-        groups_after=round(GROUPS_AFTER * args.use / args.batch_size),
         lr_scheduler_type='cosine',
         warmup_steps=100,
         checkpoint_every=1_000_000,
         progress=False,
+        **groups,
         **common,
     )
 
@@ -261,7 +275,7 @@ def train(side: str, args: argparse.Namespace) -> dict:
     steps = args.use // args.batch_size
     look_at = {round(steps * part / args.looks) for part in range(1, args.looks + 1)} if args.looks else set()
     curve, times = [], []
-    mulan = build(side)
+    mulan = build(side, args.model)
 
     def after_step(step: int, loss: float, seconds: float) -> None:
         times.append(seconds)
@@ -304,7 +318,7 @@ def run(side: str, lr: float, use: int, looks: int, args: argparse.Namespace) ->
     command = [sys.executable, str(Path(__file__).resolve()), '--worker', side, '--data', str(args.data)]
     command += ['--lr', str(lr), '--use', str(use), '--looks', str(looks), '--clips', str(args.clips)]
     command += ['--batch-size', str(args.batch_size)] + (['--save', str(args.save)] if args.save else [])
-    command += ['--compile'] if args.compile else []
+    command += ['--model', args.model, *(['--compile'] if args.compile else [])]
     command += ['--precision', args.precision, *(['--rich-captions'] if args.rich_captions else [])]
     path = args.upstream if side == 'upstream' else ROOT
     environment = {**os.environ, 'PYTHONPATH': str(path), 'HF_HUB_OFFLINE': '1'}
@@ -379,6 +393,8 @@ def main(args: argparse.Namespace) -> None:
     if args.throughput:
         throughput(args)
         return
+    if args.model != 'recipe':
+        raise ValueError(f'what is learned is measured with the recipe; --model {args.model} needs --throughput')
     if args.evaluate is not None:
         evaluate(args)
         return
@@ -423,6 +439,12 @@ if __name__ == '__main__':
     parser.add_argument('--trial-pairs', type=int, help='pairs of a trial of a rate (default: a quarter of all)')
     parser.add_argument('--looks', type=int, default=8, help='points of the curve (default 8)')
     parser.add_argument('--throughput', action='store_true', help='only time the loops')
+    parser.add_argument(
+        '--model',
+        choices=MODELS,
+        default='recipe',
+        help="our recipe's, or one for both sides: its towers, upstream's README's",
+    )
     parser.add_argument('--steps', type=int, default=30, help='steps of a timing (default 30)')
     parser.add_argument('--rounds', type=int, default=3, help='timings of each side (default 3)')
     parser.add_argument('--rich-captions', action='store_true', help='captions that tell more than usual')
