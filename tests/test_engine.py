@@ -29,8 +29,8 @@ def mulan(**audio):
     return tiny_mulan(dict(audio_sample_rate=RATE, **audio), dict(num_tokens=49408, max_seq_len=20)).eval()
 
 
-def config(batch_size=8):
-    return InferenceConfig(batch_size=batch_size, **PLAIN)
+def config(batch_size=8, **keywords):
+    return InferenceConfig(batch_size=batch_size, **(PLAIN | keywords))
 
 
 @pytest.fixture(scope='module')
@@ -336,6 +336,18 @@ def test_ascent_brings_sound_to_its_text(tiny, caplog):
     with torch.no_grad():
         rounded = tiny.get_audio_latents((waves * 32767).round() / 32767)
     assert torch.allclose((rounded * wanted).sum(1), similarities.diag(), atol=0.02)
+
+
+def test_a_model_without_gradients_makes_no_sound(tiny):
+    engine = BatchInferenceEngine(OptimizedMuLaN(tiny, config(use_mixed_precision=True)))
+    with pytest.raises(ValueError, match='half precision has no gradients to make sound by'):
+        engine.process_text_to_audio_batch(['a slow low organ'], [(8000,)], steps=1)
+    compiled = BatchInferenceEngine(OptimizedMuLaN(tiny, config(compile_model=True)), config())
+    plain = BatchInferenceEngine(tiny, config())
+    found, wanted = (
+        it.process_text_to_audio_batch(['a slow low organ'], [(8000,)], steps=3, seed=1) for it in (compiled, plain)
+    )
+    torch.testing.assert_close(found, wanted, atol=1e-3, rtol=0)
 
 
 def test_more_steps_bring_it_nearer_and_seeds_differ():

@@ -274,7 +274,8 @@ def test_what_auto_chooses(monkeypatch):
         monkeypatch.setattr(torch.cpu, '_is_vnni_supported', lambda: vnni)
         monkeypatch.setattr(optimize, '_has_torchao', lambda: torchao)
         monkeypatch.setattr(optimize, 'compiler', lambda: 'g++' if compiler else None)
-        monkeypatch.setattr(optimize, 'can_compile', lambda: compiler and avx512)
+        served = staticmethod(lambda dtype, int8: compiler and avx512)
+        monkeypatch.setattr(optimize.NativeParts, 'serves', served)
 
     machine(bf16=True, vnni=True, torchao=True, compiler=True)
     assert choices(narrow, automatic, cpu) == plain

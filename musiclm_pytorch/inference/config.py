@@ -56,8 +56,8 @@ class InferenceConfig:
             latents and losses stay float32.
         mixed_precision_dtype: 'bf16', 'fp16', or 'auto': bf16 on a CPU and on GPUs that compute in it, else fp16.
         compile_model: compile what lies between the products of the transformers: on Linux with g++ and AVX-512, C++
-            that takes seconds once and is kept in the user's cache folder; elsewhere, and for fp16, through
-            torch.compile, whose first calls take up to minutes.
+            that takes seconds once and is kept in the user's cache folder; elsewhere, and for products in fp16,
+            through torch.compile, whose first calls take up to minutes.
         batch_size: the most items that are computed at a time; larger batches are computed in parts.
         memory_efficient: compute one item at a time, and look the position bias up anew in each layer: less memory,
             more time.

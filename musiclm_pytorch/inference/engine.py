@@ -109,7 +109,8 @@ class BatchInferenceEngine:
         total, done = len(plan.paths), 0
         sums, counts = torch.zeros(total, mulan.dim_latent), torch.zeros(total, 1)
         needs = mulan.sample_rate, mulan.audio.spec.min_samples(mulan.audio.patch_size[1])
-        # one with compiled code must not be called from several threads; and where memory counts, one batch is enough
+        # compiled code takes all threads by itself, and torch.compile's must not be called from several; and where
+        # memory counts, one batch is enough
         alone = isinstance(model, OptimizedMuLaN) and (model.compiled or model.config.memory_efficient)
         count = 1 if alone else count_workers(model.device)
 
@@ -202,10 +203,10 @@ class BatchInferenceEngine:
         shapes = read_shapes(texts, audio_shapes)
         if self.musiclm is not None:
             return self._generate(texts, shapes, seed, num_samples, progress)
-        if isinstance(self.mulan, OptimizedMuLaN) and self.mulan.quantized:
+        if isinstance(self.mulan, OptimizedMuLaN) and (self.mulan.quantized or self.mulan.dtype != torch.float32):
             raise ValueError(
-                'a MuLaN in 8-bit integers has no gradients to make sound by; give the engine the MuLaN it was made '
-                'from, and the config beside it'
+                'a MuLaN in 8-bit integers or half precision has no gradients to make sound by; give the engine the '
+                'MuLaN it was made from, and the config beside it'
             )
         if not self._told:
             self._told = True

@@ -1,7 +1,7 @@
 // What lies between the matrix products of a transformer's layer, and its attention, on a processor with AVX-512.
 //
-// `native_layers.py` compiles this file for the processor at hand and calls it; the plain reference of each function is
-// that of the same name in `fast_layers.py`. Threads are those of PyTorch's own OpenMP.
+// `native_layers.py` compiles this file for the processor at hand and calls the functions at its end; the methods of
+// its `NativeParts` have their plain reference in those of `TorchParts`. Threads are those of PyTorch's own OpenMP.
 //
 // Rows are tokens, of all items in order: row i * n + t is token t of item i.
 
@@ -56,13 +56,14 @@ inline float exp2_of(float x) {
     return from_bits(bits_of(power) + (bits_of(whole) << 23));
 }
 
-// x times the normal distribution up to x, by Abramowitz and Stegun's 7.1.26, to 2e-7 of x
+// x times the normal distribution up to x, by Abramowitz and Stegun's 7.1.26, to 1e-6 of x
 inline float gelu(float x) {
     float z = std::fabs(x) * 0.70710678f, t = 1.0f / (1.0f + 0.3275911f * z);
     float tail = 1.061405429f;
     for (float coefficient : {-1.453152027f, 1.421413741f, -0.284496736f, 0.254829592f})
         tail = tail * t + coefficient;
-    tail *= 0.5f * t * exp2_of(-1.44269504f * z * z);
+    // so far out it is less than 1e-14, and soon a subnormal number, of which some processors are slow
+    tail *= z < 5.5f ? 0.5f * t * exp2_of(-1.44269504f * z * z) : 0.0f;
     return x * (x > 0.0f ? 1.0f - tail : tail);
 }
 
@@ -177,7 +178,7 @@ struct Floats {
         return _mm512_fmadd_ps(_mm512_castsi512_ps(a), _mm512_castsi512_ps(b), sum);
     }
     static __m512 as_float(Sum sum) { return sum; }
-    // 2^x to 8e-8
+    // 2^x to 3e-7
     static __m512 exp2_of(__m512 x) {
         return power_of(x, {1.87757690e-3f, 8.98934030e-3f, 5.58263171e-2f, 2.40153618e-1f, 6.93153073e-1f, 1.0f});
     }
@@ -224,7 +225,8 @@ using Bytes = Floats; // never chosen
 #endif
 
 template <class Kind>
-inline void multiply(const typename Kind::Number *const *a, const uint32_t *b, int64_t steps, typename Kind::Sum (&sums)[ROWS][VECTORS]) {
+inline void multiply(const typename Kind::Number *const *a, const uint32_t *b, int64_t steps,
+                     typename Kind::Sum (&sums)[ROWS][VECTORS]) {
     for (int64_t s = 0; s < steps; s++) {
         __m512i tile[VECTORS];
         for (int v = 0; v < VECTORS; v++)
@@ -283,7 +285,7 @@ void pack(const Packed<Score, Value> &packed, const In *q, const In *kv, const f
           int64_t threads) {
     using Number = typename Score::Number;
     constexpr bool bytes = sizeof(Number) == 1;
-    constexpr int together = packed.together, values_together = packed.values_together;
+    constexpr int together = Packed<Score, Value>::together, values_together = Packed<Score, Value>::values_together;
     const int64_t dim = packed.dim, width = packed.heads * dim, n = packed.n, room = packed.room, steps = packed.steps;
     const int64_t wide = steps * together, value_width = packed.value_tiles * TILE, tiles = room / TILE;
 
@@ -348,13 +350,14 @@ void pack(const Packed<Score, Value> &packed, const In *q, const In *kv, const f
 
             for (int64_t s = 0; s < steps; s++)
                 for (int64_t t = 0; t < TILE; t++)
-                    std::memcpy(packed.keys + start * steps + s * TILE + t, keys.data() + t * wide + s * together, STEP);
+                    std::memcpy(packed.keys + start * steps + s * TILE + t, &keys[t * wide + s * together], STEP);
 
             const int64_t value_steps = room / values_together;
             for (int64_t c = 0; c < packed.value_tiles; c++)
                 for (int64_t s = 0; s < TILE / values_together; s++) {
                     const int64_t step = tile * TILE / values_together + s;
-                    auto *to = (typename Value::Number *)(packed.values + ((head * packed.value_tiles + c) * value_steps + step) * TILE);
+                    const int64_t place = ((head * packed.value_tiles + c) * value_steps + step) * TILE;
+                    auto *to = (typename Value::Number *)(packed.values + place);
                     const auto *from = values.data() + s * values_together * value_width + c * TILE;
 #pragma omp simd
                     for (int64_t i = 0; i < TILE; i++)
@@ -373,12 +376,13 @@ struct Bias {
     int64_t codes_of_item; // 0: all have the same
 };
 
-constexpr float NONE = -1e30f; // in place of minus infinity, of which no difference can be taken
+constexpr float NO_KEY = -1e30f; // in place of minus infinity, of which no difference can be taken
 
 // softmax(q kᵀ + bias + mask) v into `out`, (items * n, heads * dim). Of an item, `mask` `(items, room)` holds 0 for a
-// key and NONE for what is none.
+// key and NO_KEY for what is none.
 template <class Score, class Value>
-void attend_packed(const Packed<Score, Value> &packed, const Bias &bias, const float *mask, float *out, int64_t threads) {
+void attend_packed(const Packed<Score, Value> &packed, const Bias &bias, const float *mask, float *out,
+                   int64_t threads) {
     const int64_t n = packed.n, room = packed.room, dim = packed.dim, steps = packed.steps, heads = packed.heads;
     const int64_t blocks = ceil_to(n, ROWS) / ROWS, wide = steps * packed.together;
     constexpr bool bytes = sizeof(typename Score::Number) == 1;
@@ -418,7 +422,7 @@ void attend_packed(const Packed<Score, Value> &packed, const Bias &bias, const f
                     biases[r] = bias.table + head % heads * bias.columns + bias.base - codes[query[r]];
                 if constexpr (bytes)
                     scale[r] = _mm512_set1_ps(packed.query_scales[head * room + query[r]]);
-                top[r] = _mm512_set1_ps(NONE);
+                top[r] = _mm512_set1_ps(NO_KEY);
             }
 
             for (int64_t j = 0; j < room; j += TILE) {
@@ -434,10 +438,11 @@ void attend_packed(const Packed<Score, Value> &packed, const Bias &bias, const f
                     const __m512i key_codes = _mm512_loadu_si512(codes.data() + key);
                     for (int r = 0; r < ROWS; r++) {
                         __m512 score = Score::as_float(sums[r][v]), added = key_mask;
-                        if (bias.table)
-                            added = _mm512_add_ps(added, in_line[key / LANES]
-                                                             ? _mm512_loadu_ps(biases[r] + codes[key])
-                                                             : _mm512_i32gather_ps(key_codes, biases[r], 4));
+                        if (bias.table) {
+                            const __m512 read = in_line[key / LANES] ? _mm512_loadu_ps(biases[r] + codes[key])
+                                                                     : _mm512_i32gather_ps(key_codes, biases[r], 4);
+                            added = _mm512_add_ps(added, read);
+                        }
                         if constexpr (bytes) {
                             const __m512 key_scale = _mm512_loadu_ps(packed.key_scales + place + v * LANES);
                             score = _mm512_fmadd_ps(score, _mm512_mul_ps(key_scale, scale[r]), added);
@@ -491,74 +496,73 @@ void attend_packed(const Packed<Score, Value> &packed, const Bias &bias, const f
 
 } // namespace
 
-// ---- what Python calls: `half` tells that products are bfloat16, `bytes` that the next product takes bytes ----
+// ---- what Python calls: all integers are int64 ----
+
+Floats kind_of(float);
+Halves kind_of(bfloat16);
+Bytes kind_of(uint8_t);
+
+// Calls `run` with a number of the type of products, half or float32, and one of what the next product takes.
+template <class Run> auto dispatch(int64_t half, int64_t bytes, Run run) {
+    if (half)
+        return bytes ? run(bfloat16{}, uint8_t{}) : run(bfloat16{}, bfloat16{});
+    return bytes ? run(float{}, uint8_t{}) : run(float{}, float{});
+}
 
 extern "C" {
 
+extern const int64_t fast_layers_tile = TILE, fast_layers_lanes = LANES;
+extern const float fast_layers_no_key = NO_KEY;
+
 // bits: 1 products of bfloat16, 2 of bytes
-int fast_layers_knows() {
-    int kinds = 0;
+extern const int64_t fast_layers_knows =
 #ifdef __AVX512BF16__
-    kinds |= 1;
+    1 +
 #endif
 #ifdef __AVX512VNNI__
-    kinds |= 2;
+    2 +
 #endif
-    return kinds;
-}
+    0;
 
-void fast_layers_norm(int64_t half, int64_t bytes, const float *x, const void *product, const float *scale, const float *gamma,
-                      float *sum, void *out, float *out_scale, int64_t rows, int64_t dim, int64_t threads) {
-    auto run = [&](auto *in, auto *to) {
-        norm_rows(x, in, scale, gamma, sum, to, out_scale, rows, dim, threads);
-    };
-    if (half)
-        bytes ? run((const bfloat16 *)product, (uint8_t *)out) : run((const bfloat16 *)product, (bfloat16 *)out);
-    else
-        bytes ? run((const float *)product, (uint8_t *)out) : run((const float *)product, (float *)out);
-}
-
-void fast_layers_gate(int64_t half, int64_t bytes, const void *product, const float *scale, void *out, float *out_scale,
-                      int64_t rows, int64_t inner, int64_t threads) {
-    auto run = [&](auto *in, auto *to) { gate_rows(in, scale, to, out_scale, rows, inner, threads); };
-    if (half)
-        bytes ? run((const bfloat16 *)product, (uint8_t *)out) : run((const bfloat16 *)product, (bfloat16 *)out);
-    else
-        bytes ? run((const float *)product, (uint8_t *)out) : run((const float *)product, (float *)out);
-}
-
-void fast_layers_cast(int64_t half, int64_t bytes, const float *x, void *out, float *out_scale, int64_t rows, int64_t dim,
+void fast_layers_norm(int64_t half, int64_t bytes, const float *x, const void *product, const float *scale,
+                      const float *gamma, float *sum, void *out, float *out_scale, int64_t rows, int64_t dim,
                       int64_t threads) {
-    if (bytes)
-        cast_rows(x, (uint8_t *)out, out_scale, rows, dim, threads);
-    else if (half)
-        cast_rows(x, (bfloat16 *)out, out_scale, rows, dim, threads);
-    else
-        cast_rows(x, (float *)out, out_scale, rows, dim, threads);
+    dispatch(half, bytes, [&](auto number, auto taken) {
+        norm_rows(x, (decltype(number) *)product, scale, gamma, sum, (decltype(taken) *)out, out_scale, rows, dim,
+                  threads);
+    });
 }
 
-// of memory that `fast_layers_attend` needs
-int64_t fast_layers_memory(int64_t half, int64_t bytes, int64_t items, int64_t heads, int64_t n, int64_t dim, int64_t) {
-    if (half)
-        return bytes ? Packed<Bytes, Halves>(nullptr, items, heads, n, dim).bytes
-                     : Packed<Halves, Halves>(nullptr, items, heads, n, dim).bytes;
-    return bytes ? Packed<Bytes, Floats>(nullptr, items, heads, n, dim).bytes
-                 : Packed<Floats, Floats>(nullptr, items, heads, n, dim).bytes;
+void fast_layers_gate(int64_t half, int64_t bytes, const void *product, const float *scale, void *out,
+                      float *out_scale, int64_t rows, int64_t inner, int64_t threads) {
+    dispatch(half, bytes, [&](auto number, auto taken) {
+        gate_rows((decltype(number) *)product, scale, (decltype(taken) *)out, out_scale, rows, inner, threads);
+    });
 }
 
-void fast_layers_attend(int64_t half, int64_t bytes, const void *q, const void *kv, const float *scale, const float *gain,
-                        const float *table, int64_t columns, int64_t base, const int32_t *codes, int64_t codes_of_item,
-                        const float *mask, char *memory, float *out, int64_t items, int64_t heads, int64_t n,
-                        int64_t dim, int64_t threads) {
+void fast_layers_cast(int64_t half, int64_t bytes, const float *x, void *out, float *out_scale, int64_t rows,
+                      int64_t dim, int64_t threads) {
+    dispatch(half, bytes, [&](auto, auto taken) {
+        cast_rows(x, (decltype(taken) *)out, out_scale, rows, dim, threads);
+    });
+}
+
+// bytes of memory that `fast_layers_attend` needs
+int64_t fast_layers_memory(int64_t half, int64_t bytes, int64_t items, int64_t heads, int64_t n, int64_t dim) {
+    return dispatch(half, bytes, [&](auto number, auto taken) {
+        return Packed<decltype(kind_of(taken)), decltype(kind_of(number))>(nullptr, items, heads, n, dim).bytes;
+    });
+}
+
+void fast_layers_attend(int64_t half, int64_t bytes, const void *q, const void *kv, const float *scale,
+                        const float *gain, const float *table, const int32_t *codes, const float *mask, char *memory,
+                        float *out, int64_t columns, int64_t base, int64_t codes_of_item, int64_t items, int64_t heads,
+                        int64_t n, int64_t dim, int64_t threads) {
     const Bias bias{table, columns, base, codes, codes_of_item};
-    auto run = [&](auto *in, auto score, auto value) {
-        Packed<decltype(score), decltype(value)> packed(memory, items, heads, n, dim);
-        pack(packed, in, (decltype(in))kv, scale, gain, threads);
+    dispatch(half, bytes, [&](auto number, auto taken) {
+        Packed<decltype(kind_of(taken)), decltype(kind_of(number))> packed(memory, items, heads, n, dim);
+        pack(packed, (decltype(number) *)q, (decltype(number) *)kv, scale, gain, threads);
         attend_packed(packed, bias, mask, out, threads);
-    };
-    if (half)
-        bytes ? run((const bfloat16 *)q, Bytes(), Halves()) : run((const bfloat16 *)q, Halves(), Halves());
-    else
-        bytes ? run((const float *)q, Bytes(), Floats()) : run((const float *)q, Floats(), Floats());
+    });
 }
 }

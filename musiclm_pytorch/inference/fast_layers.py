@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from musiclm_pytorch.checks import is_traced
 from musiclm_pytorch.inference.half_attention import KeptBias, attend_in_half
 from musiclm_pytorch.inference.native_layers import NativeParts
 from musiclm_pytorch.mulan.attention import PositionBias, attend
@@ -172,6 +173,8 @@ class FastLayers(nn.Module):
         self.parts = (
             NativeParts(self.product_dtype, self.int8) if native else TorchParts(dtype, self.int8, keep_bias, compiled)
         )
+        # where operators are recorded, or gradients are wanted
+        self.plain_parts = TorchParts(dtype, self.int8, keep_bias=False, compiled=False) if native else self.parts
         self.layers = nn.ModuleList()
         for attention, feed_forward in transformer.layers:
             norm, wide, _, _, narrow = feed_forward
@@ -200,8 +203,16 @@ class FastLayers(nn.Module):
         return torch.compile(held[0], dynamic=True) if compiled else held[0]
 
     def forward(self, x: Tensor, bias: PositionBias | None = None, mask: Tensor | None = None) -> list[Tensor]:
-        given, x = x.dtype, x.float().contiguous()
-        parts, keys = self.parts, self.parts.keys(x, bias, mask)
+        recorded = is_traced() or (torch.is_grad_enabled() and x.requires_grad)
+        # in the precision that was chosen, whatever the caller computes in
+        with torch.autocast(x.device.type, enabled=False):
+            layers = self._layers(self.plain_parts if recorded else self.parts, x.float().contiguous(), bias, mask)
+        return [layer.to(x.dtype) for layer in layers]
+
+    def _layers(
+        self, parts: NativeParts | TorchParts, x: Tensor, bias: PositionBias | None, mask: Tensor | None
+    ) -> list[Tensor]:
+        keys = parts.keys(x, bias, mask)
         y, scale = parts.normed(x, self.layers[0].attention_gamma)
 
         layers = []
@@ -216,7 +227,7 @@ class FastLayers(nn.Module):
                 x = parts.added(x, narrow(y), scale)
             else:
                 x, y, scale = parts.added_and_normed(x, narrow(y), scale, following.attention_gamma)
-            layers.append(x.to(given))
+            layers.append(x)
         return layers
 
 

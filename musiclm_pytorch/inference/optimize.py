@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from musiclm_pytorch.checks import check_lengths, typechecked
 from musiclm_pytorch.inference.config import InferenceConfig
 from musiclm_pytorch.inference.fast_layers import FastLayers
-from musiclm_pytorch.inference.native_layers import can_compile, compiler
+from musiclm_pytorch.inference.native_layers import NativeParts, compiler
 from musiclm_pytorch.inference.workers import count_workers, workers
 from musiclm_pytorch.mulan.kernels import computes_in_bf16
 from musiclm_pytorch.mulan.model import MuLaN, PairLatents
@@ -186,13 +186,15 @@ def choices(mulan: MuLaN, config: InferenceConfig, device: torch.device) -> tupl
     half = config.use_mixed_precision
     if half == 'auto':
         half = wide and (not on_cpu or (config.mixed_precision_dtype != 'fp16' and computes_in_bf16()))
+    dtype = config.torch_dtype(device) if half else torch.float32
     compiled = config.compile_model
     if compiled == 'auto':
-        compiled = wide and on_cpu and (can_compile() or (half and compiler() is not None))
+        compiled = wide and on_cpu and (NativeParts.serves(dtype, int8=False) or (half and compiler() is not None))
     quantized = config.use_quantization
     if quantized == 'auto':
-        quantized = wide and on_cpu and compiled and torch.cpu._is_vnni_supported() and _has_torchao()
-    return bool(quantized), config.torch_dtype(device) if half else torch.float32, bool(compiled)
+        pays = compiled and (half or NativeParts.serves(dtype, int8=True))
+        quantized = wide and on_cpu and pays and torch.cpu._is_vnni_supported() and _has_torchao()
+    return bool(quantized), dtype, bool(compiled)
 
 
 def _has_torchao() -> bool:

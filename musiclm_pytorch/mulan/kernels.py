@@ -43,7 +43,7 @@ def computes_in_bf16() -> bool:
 
 @cache
 def has_gnu_openmp() -> bool:
-    """Whether PyTorch runs its threads through GNU's OpenMP here, which other compiled code can then share."""
+    """Whether PyTorch runs its threads through an OpenMP with GNU's entry points, which other code can then share."""
     return sys.platform == 'linux' and hasattr(ctypes.CDLL(None), 'GOMP_parallel')
 
 
