@@ -56,6 +56,7 @@ class _OneDNNLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight):
+        x = x.contiguous()  # of rows with gaps between them, the gradient of the weight takes a hundred times as long
         ctx.save_for_backward(x, weight)
         return _product(x, weight)
 
@@ -66,7 +67,7 @@ class _OneDNNLinear(torch.autograd.Function):
         grad_x = _product(grad, weight.t()) if ctx.needs_input_grad[0] else None
         grad_weight = None
         if ctx.needs_input_grad[1]:
-            grad_weight = _product(grad.flatten(0, -2).t(), x.flatten(0, -2).t())
+            grad_weight = _product(grad.contiguous().flatten(0, -2).t(), x.flatten(0, -2).t())
         return grad_x, grad_weight
 
 
