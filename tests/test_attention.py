@@ -103,6 +103,25 @@ def test_half_precision_stays_close(dtype):
     torch.testing.assert_close(out.float(), expected, atol=0.05, rtol=0.05)
 
 
+@pytest.mark.parametrize('case', CASES)
+@pytest.mark.parametrize('chunk', [2**20, 40, 1])
+def test_blocks_in_half_precision(case, chunk, monkeypatch):
+    monkeypatch.setattr(attention, 'CHUNK_ELEMENTS', chunk)
+    monkeypatch.setattr(attention, 'MIN_CHUNK_ROWS', 1)
+    q, k, v, bias = make(**CASES[case])
+    real = torch.ones(q.shape[0], q.shape[2], dtype=torch.bool) if bias.lengths is None else bias.key_mask()
+    weight = torch.randn_like(q) * rearrange(real, 'b n -> b 1 n 1')
+    halves = [t.to(torch.bfloat16) for t in (q, k, v)]
+    results = []
+    for compute, given in ((plain, [t.float() for t in halves]), (attention._chunked, halves)):
+        leaves = [t.detach().requires_grad_() for t in (*given, bias.table)]
+        bias.table = leaves[-1]
+        out = compute(*leaves[:3], bias) * rearrange(real, 'b n -> b 1 n 1')
+        results.append([out, *torch.autograd.grad((out.float() * weight).sum(), leaves)])
+    for found, expected in zip(results[1], results[0]):
+        torch.testing.assert_close(found.float(), expected, atol=0.06, rtol=0.06)
+
+
 @pytest.mark.parametrize('masked', [False, True])
 def test_short_sequences_in_half_precision_without_a_bias(masked):
     q, k, v = (t.to(torch.bfloat16).requires_grad_() for t in torch.randn(3, 2, 3, 9, 4))

@@ -212,16 +212,24 @@ class _ChunkedAttention(torch.autograd.Function):
 
         # samples on one grid share a bias, and so one call
         ctx.shared = len(codes) == 1 and lengths is None
-        groups = _groups(batch if ctx.shared else 1, ctx.lengths)
+        in_half = q.dtype in (torch.bfloat16, torch.float16)
+        together = _together(ctx.shared, heads, total) if in_half else batch if ctx.shared else 1
 
-        lookup = table.to(q.dtype)
+        lookup = table.float() if in_half else table.to(q.dtype)
         out = torch.zeros_like(q, memory_format=torch.contiguous_format)
-        for group, n in groups:
+        for group, n in _groups(together, ctx.lengths):
+            keys, values = k[group, :, :n], v[group, :, :n]
             for rows in _blocks(n, heads):
-                block_bias = _look_up(lookup, _columns(codes, group.start, rows, n, centre))[None]
-                out[group, :, rows] = F.scaled_dot_product_attention(
-                    q[group, :, rows], k[group, :, :n], v[group, :, :n], attn_mask=block_bias, scale=1.0
-                )
+                block_bias = _look_up(lookup, _columns(codes, group.start, rows, n, centre))
+                if in_half:
+                    # product by product, since the fused kernel runs at float32's speed
+                    weights = _weights(q[group, :, rows].flatten(0, 1), keys.flatten(0, 1), block_bias)
+                    block = torch.bmm(weights.to(q.dtype), values.flatten(0, 1)).unflatten(0, (-1, heads))
+                else:
+                    block = F.scaled_dot_product_attention(
+                        q[group, :, rows], keys, values, attn_mask=block_bias[None], scale=1.0
+                    )
+                out[group, :, rows] = block
         ctx.save_for_backward(q, k, v, table, codes, out)
         return out
 
@@ -233,38 +241,45 @@ class _ChunkedAttention(torch.autograd.Function):
         grad_table = torch.zeros(table.shape, dtype=torch.float32)
         lookup = table.float()
 
-        # several short samples at a time, as many as make a block
         heads, total = q.shape[1:3]
-        size = max(1, CHUNK_ELEMENTS // (heads * total**2)) if ctx.shared else 1
-        for group, n in _groups(size, ctx.lengths):
+        for group, n in _groups(_together(ctx.shared, heads, total), ctx.lengths):
 
             def flat(t: Tensor, rows: slice) -> Tensor:
                 # a view of what is contiguous, such as the gradients, which are written to
                 return t[group, :, rows].flatten(0, 1)  # noqa: B023 - called within the iteration
 
             everything = slice(0, n)
-            keys, values = flat(k, everything).float(), flat(v, everything).float()
+            keys, values = flat(k, everything), flat(v, everything)
             for rows in _blocks(n, heads):
-                queries, grad_rows = flat(q, rows).float(), flat(grad_out, rows).float()
+                queries, grad_rows = flat(q, rows), flat(grad_out, rows)
                 columns = _columns(codes, group.start, rows, n, ctx.centre)
+                weights = _weights(queries, keys, _look_up(lookup, columns))
+                flat(grad_v, everything).add_(torch.bmm(weights.to(v.dtype).mT, grad_rows))
 
-                weights = torch.bmm(queries, keys.transpose(1, 2))
-                weights.view(-1, heads, *columns.shape).add_(_look_up(lookup, columns))
-                weights = torch.softmax(weights, dim=-1)
-                flat(grad_v, everything).baddbmm_(weights.transpose(1, 2), grad_rows)
+                # softmax backward: dS = P ∘ (dP - rowsum(dO ∘ O)), in float32
+                mean = (grad_rows.float() * flat(out, rows)).sum(dim=-1, keepdim=True)
+                grad_scores = torch.sub(torch.bmm(grad_rows, values.mT), mean).mul_(weights)
+                products = grad_scores.to(q.dtype)
 
-                # softmax backward: dS = P ∘ (dP - rowsum(dO ∘ O))
-                mean = (grad_rows * flat(out, rows)).sum(dim=-1, keepdim=True)
-                grad_scores = torch.bmm(grad_rows, values.transpose(1, 2)).sub_(mean).mul_(weights)
-
-                flat(grad_q, rows).copy_(torch.bmm(grad_scores, keys))
-                flat(grad_k, everything).baddbmm_(grad_scores.transpose(1, 2), queries)
+                flat(grad_q, rows).copy_(torch.bmm(products, keys))
+                flat(grad_k, everything).add_(torch.bmm(products.mT, queries))
                 if ctx.needs_input_grad[3]:
                     sums = grad_scores.view(-1, heads, columns.numel()).sum(dim=0)
                     grad_table.scatter_add_(1, columns.flatten().expand(heads, -1), sums)
 
         grads = (grad.to(t.dtype) for grad, t in zip((grad_q, grad_k, grad_v, grad_table), (q, k, v, table)))
         return *grads, None, None, None
+
+
+def _weights(queries: Tensor, keys: Tensor, bias: Tensor) -> Tensor:
+    """softmax(q kᵀ + bias) in float32, of `(b h, i, d)`, `(b h, j, d)` and a bias `(h, i, j)` of float32."""
+    scores = torch.bmm(queries, keys.mT)
+    return torch.softmax((scores.view(-1, *bias.shape) + bias).view_as(scores), dim=-1)
+
+
+def _together(shared: bool, heads: int, n: int) -> int:
+    """Samples taken at a time: several short ones of one bias, as many as make a block."""
+    return max(1, CHUNK_ELEMENTS // (heads * n**2)) if shared else 1
 
 
 def _groups(size: int, lengths: list[int]) -> list[tuple[slice, int]]:
