@@ -34,6 +34,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from profiled import watch_steps
 from upstream import install_upstream
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -276,6 +277,7 @@ def train(side: str, args: argparse.Namespace) -> dict:
     look_at = {round(steps * part / args.looks) for part in range(1, args.looks + 1)} if args.looks else set()
     curve, times = [], []
     mulan = build(side, args.model)
+    profiled = watch_steps(first=steps // 2, count=3) if args.profile else None
 
     def after_step(step: int, loss: float, seconds: float) -> None:
         times.append(seconds)
@@ -300,6 +302,8 @@ def train(side: str, args: argparse.Namespace) -> dict:
             def log_fn(metrics):
                 nonlocal last
                 after_step(trainer.step, metrics['loss'], time.perf_counter() - last)
+                if profiled is not None:
+                    profiled(trainer.step)
                 last = time.perf_counter()
 
             trainer.train(num_train_steps=steps, with_validation=False, log_fn=log_fn)
@@ -319,6 +323,7 @@ def run(side: str, lr: float, use: int, looks: int, args: argparse.Namespace) ->
     command += ['--lr', str(lr), '--use', str(use), '--looks', str(looks), '--clips', str(args.clips)]
     command += ['--batch-size', str(args.batch_size)] + (['--save', str(args.save)] if args.save else [])
     command += ['--model', args.model, *(['--compile'] if args.compile else [])]
+    command += ['--profile'] if args.profile and side == 'ours' else []
     command += ['--precision', args.precision, *(['--rich-captions'] if args.rich_captions else [])]
     path = args.upstream if side == 'upstream' else ROOT
     environment = {**os.environ, 'PYTHONPATH': str(path), 'HF_HUB_OFFLINE': '1'}
@@ -446,6 +451,7 @@ if __name__ == '__main__':
         help="our recipe's, or one for both sides: its towers, upstream's README's",
     )
     parser.add_argument('--steps', type=int, default=30, help='steps of a timing (default 30)')
+    parser.add_argument('--profile', action='store_true', help='tell what the operators of a step of ours cost')
     parser.add_argument('--rounds', type=int, default=3, help='timings of each side (default 3)')
     parser.add_argument('--rich-captions', action='store_true', help='captions that tell more than usual')
     parser.add_argument('--evaluate', type=Path, metavar='FOLDER', help='only measure the model saved there')

@@ -28,6 +28,7 @@ from types import SimpleNamespace
 
 import soundfile
 import torch
+from profiled import watch_steps
 from torch import nn
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -232,9 +233,14 @@ def train(args: argparse.Namespace) -> dict:
                 results_folder=results,
                 progress=False,
             )
-            trainer.train(
-                num_train_steps=args.steps + 1, with_validation=False, log_fn=lambda it: times.append(it['seconds'])
-            )
+            profiled = watch_steps(first=1, count=args.steps) if args.profile else None
+
+            def log_fn(metrics: dict[str, float]) -> None:
+                times.append(metrics['seconds'])
+                if profiled is not None:
+                    profiled(trainer.step)
+
+            trainer.train(num_train_steps=args.steps + 1, with_validation=False, log_fn=log_fn)
             times = times[1:]
     return dict(step_seconds=times)
 
@@ -276,6 +282,7 @@ def run(args: argparse.Namespace, what: str, folder: Path, stage: str, side: str
     command += ['--stage', stage, '--side', side, '--seconds', str(args.crop or SECONDS[stage])]
     for name in ('dim', 'depth', 'batch_size', 'steps'):
         command += [f'--{name.replace("_", "-")}', str(getattr(args, name))]
+    command += ['--profile'] if args.profile else []
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode != 0:
         raise RuntimeError(f'{what} of {stage}, {side}, ended with exit code {done.returncode}')
@@ -339,6 +346,7 @@ if __name__ == '__main__':
     parser.add_argument('--steps', type=int, default=3, help='steps timed a round (default: %(default)s)')
     parser.add_argument('--rounds', type=int, default=2, help='rounds a side (default: %(default)s)')
     parser.add_argument('--out', type=Path, default=ROOT / 'build' / 'benchmarks')
+    parser.add_argument('--profile', action='store_true', help='tell what the operators of a step of ours cost')
     for hidden in ('child', 'stage', 'side'):
         parser.add_argument(f'--{hidden}', help=argparse.SUPPRESS)
     parser.add_argument('--folder', type=Path, help=argparse.SUPPRESS)

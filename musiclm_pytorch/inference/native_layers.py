@@ -200,8 +200,7 @@ class NativeParts:
         return Keys(added, table, base, bias.codes.to(torch.int32).contiguous())
 
     def normed(self, x: Tensor, gamma: Tensor) -> tuple[Tensor, Tensor | None]:
-        out, scale = self._norm(x, None, None, gamma, None)
-        return out, scale
+        return self._norm(x, None, None, gamma, None)
 
     def added_and_normed(
         self, x: Tensor, product: Tensor, scale: Tensor | None, gamma: Tensor

@@ -167,10 +167,7 @@ class _ShortAttention(torch.autograd.Function):
     def forward(ctx, q, k, v, bias):
         batch, heads = q.shape[:2]
         q, k, v = (t.flatten(0, 1) for t in (q, k, v))
-        scores = torch.bmm(q, k.mT).to(torch.promote_types(q.dtype, torch.float32)).unflatten(0, (batch, heads))
-        if bias is not None:
-            scores += bias
-        weights = torch.softmax(scores, dim=-1).flatten(0, 1).to(v.dtype)
+        weights = _weights(q, k, heads, bias).to(v.dtype)
         ctx.save_for_backward(q, k, v, weights)
         ctx.shape = (batch, heads)
         ctx.bias = None if bias is None else (bias.shape, bias.dtype)
@@ -223,7 +220,7 @@ class _ChunkedAttention(torch.autograd.Function):
                 block_bias = _look_up(lookup, _columns(codes, group.start, rows, n, centre))
                 if in_half:
                     # product by product, since the fused kernel runs at float32's speed
-                    weights = _weights(q[group, :, rows].flatten(0, 1), keys.flatten(0, 1), block_bias)
+                    weights = _weights(q[group, :, rows].flatten(0, 1), keys.flatten(0, 1), heads, block_bias)
                     block = torch.bmm(weights.to(q.dtype), values.flatten(0, 1)).unflatten(0, (-1, heads))
                 else:
                     block = F.scaled_dot_product_attention(
@@ -253,7 +250,7 @@ class _ChunkedAttention(torch.autograd.Function):
             for rows in _blocks(n, heads):
                 queries, grad_rows = flat(q, rows), flat(grad_out, rows)
                 columns = _columns(codes, group.start, rows, n, ctx.centre)
-                weights = _weights(queries, keys, _look_up(lookup, columns))
+                weights = _weights(queries, keys, heads, _look_up(lookup, columns))
                 flat(grad_v, everything).add_(torch.bmm(weights.to(v.dtype).mT, grad_rows))
 
                 # softmax backward: dS = P ∘ (dP - rowsum(dO ∘ O)), in float32
@@ -271,10 +268,13 @@ class _ChunkedAttention(torch.autograd.Function):
         return *grads, None, None, None
 
 
-def _weights(queries: Tensor, keys: Tensor, bias: Tensor) -> Tensor:
-    """softmax(q kᵀ + bias) in float32, of `(b h, i, d)`, `(b h, j, d)` and a bias `(h, i, j)` of float32."""
+def _weights(queries: Tensor, keys: Tensor, heads: int, bias: Tensor | None) -> Tensor:
+    """softmax(q kᵀ + bias) in float32 or better, of `(b h, i, d)`, `(b h, j, d)` and a bias `(…, h, i, j)` or None."""
     scores = torch.bmm(queries, keys.mT)
-    return torch.softmax((scores.view(-1, *bias.shape) + bias).view_as(scores), dim=-1)
+    precise = torch.promote_types(scores.dtype, torch.float32)
+    if bias is not None:
+        scores = (scores.unflatten(0, (-1, heads)) + bias.to(precise)).flatten(0, 1)
+    return torch.softmax(scores, dim=-1, dtype=precise)
 
 
 def _together(shared: bool, heads: int, n: int) -> int:
