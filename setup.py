@@ -94,6 +94,7 @@ setup(
             'py.typed',
             'inference/*.cpp',
             'inference/package_files/*',
+            'trainer/shipped_recipes/*.yaml',
             'pretrained/*/*',
             'pretrained/*/*/*',
             'pretrained/*/*/*/*',

@@ -37,6 +37,7 @@ _HOMES = {
     'musiclm': ['MusicLM'],
     'open_clip': ['MuLaNOpenCLIP', 'create_mulan_open_clip_model'],
     'quantizer': ['MuLaNEmbedQuantizer'],
+    'trainer.assembly': ['assemble_musiclm'],
     'trainer.codec': ['CodecTrainer'],
     'trainer.mulan': ['MuLaNTrainer'],
     'trainer.pipeline': ['train_musiclm'],

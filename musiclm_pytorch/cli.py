@@ -11,6 +11,7 @@ from pathlib import Path
 from musiclm_pytorch.cli_app import app
 from musiclm_pytorch.cli_evaluate import compare, evaluate
 from musiclm_pytorch.cli_generate import generate
+from musiclm_pytorch.cli_parts import assemble, recipes, train_quantizer, train_tokenizer
 from musiclm_pytorch.cli_search import index, search
 from musiclm_pytorch.cli_serve import serve
 from musiclm_pytorch.cli_training import (
@@ -19,7 +20,6 @@ from musiclm_pytorch.cli_training import (
     tokens,
     train_all,
     train_codec,
-    train_quantizer,
     train_stage,
 )
 from musiclm_pytorch.version import __version__
@@ -185,13 +185,14 @@ METRICS = dict(recall_at_1='R@1', recall_at_5='R@5', recall_at_10='R@10', median
 TRAININGS = [
     train_mulan,
     train_quantizer,
+    train_tokenizer,
     train_codec,
     train_stage('semantic', 'semantic tokens from conditioning'),
     train_stage('coarse', 'coarse acoustic tokens from semantic ones'),
     train_stage('fine', 'fine acoustic tokens from coarse ones'),
     train_all,
 ]
-SUBCOMMANDS = [shard, train, tokens, generate, evaluate, compare, index, search, serve, app]
+SUBCOMMANDS = [shard, train, tokens, assemble, recipes, generate, evaluate, compare, index, search, serve, app]
 
 if __name__ == '__main__':
     sys.exit(main())

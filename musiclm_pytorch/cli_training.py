@@ -1,4 +1,4 @@
-"""What the subcommands of training share, and those of the quantizer, the codec, the tokens and the stages."""
+"""What the subcommands of training share, and those of the codec, the tokens, the stages and the whole."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ from pathlib import Path
 def add_training_options(parser: argparse.ArgumentParser) -> None:
     """The options that every training has."""
     parser.add_argument(
-        '--config', metavar='FILE', help='a recipe, in YAML or JSON; what it leaves out is as in the default recipe'
+        '--config',
+        metavar='FILE',
+        help='a recipe: a YAML or JSON file, or a name that `musiclm recipes` lists; also one for `musiclm train all`, '
+        'of which this part is taken. What it leaves out is as in the default recipe',
     )
     parser.add_argument('--output', metavar='FOLDER', required=True, help='where checkpoints, logs and the model go')
     parser.add_argument(
@@ -73,37 +76,17 @@ def train_stage(stage: str, description: str):
 
 
 def train_codec(models) -> None:
-    """`musiclm train codec`: from audio and a recipe to a trained SoundStream."""
-    parser = models.add_parser('codec', help='SoundStream, waves to tokens and back', description='Train SoundStream.')
+    """`musiclm train codec`: from audio and a recipe to a codec."""
+    parser = models.add_parser(
+        'codec',
+        help='the codec, waves to tokens and back',
+        description='Train a SoundStream; or, by a recipe of every part that has no part codec, such as musiclm_small, '
+        'fit a SpectralCodec, which takes a CPU half a minute.',
+    )
     parser.add_argument('--data', metavar='SOURCE', required=True, help='as for `musiclm train mulan`')
     add_training_options(parser)
     parser.add_argument('--batch-size', type=int, metavar='N', help='crops a micro-batch and process')
     parser.set_defaults(run=run_train_codec, prog=parser.prog)
-
-
-def train_quantizer(models) -> None:
-    """`musiclm train quantizer`: codebooks for the latents of a trained MuLaN."""
-    parser = models.add_parser(
-        'quantizer',
-        help='the quantizer between MuLaN and the stages',
-        description='Fit the codebooks of the quantizer to the latents of audio and captions.',
-    )
-    parser.add_argument('--mulan', metavar='FOLDER', required=True, help='a trained MuLaN')
-    parser.add_argument('--data', metavar='SOURCE', required=True, help='as for `musiclm train mulan`')
-    parser.add_argument('--output', metavar='FOLDER', required=True, help='where the quantizer goes')
-    parser.add_argument(
-        '--dims',
-        type=int,
-        nargs=3,
-        metavar='N',
-        default=[512] * 3,
-        help='widths of the semantic, coarse and fine stage',
-    )
-    parser.add_argument('--quantizers', type=int, metavar='N', default=8, help='levels (default: %(default)s)')
-    parser.add_argument('--codebook-size', type=int, metavar='N', default=1024, help='default: %(default)s')
-    parser.add_argument('--max-items', type=int, metavar='N', help='pairs of --data used (default: all)')
-    parser.add_argument('--seed', type=int, metavar='N', default=0, help='of the k-means')
-    parser.set_defaults(run=run_train_quantizer, prog=parser.prog)
 
 
 def train_all(models) -> None:
@@ -122,8 +105,8 @@ def train_all(models) -> None:
     parser.add_argument(
         '--config',
         metavar='FILE',
-        help='a recipe of every part, in YAML or JSON, such as examples/recipes/musiclm_small.yaml; what it leaves out '
-        'is as in the default recipe',
+        help='a recipe of every part: a YAML or JSON file, or a name that `musiclm recipes` lists, such as '
+        'musiclm_small; what it leaves out is as in the default recipe',
     )
     parser.add_argument('--output', metavar='FOLDER', required=True, help='where everything goes')
     parser.add_argument(
@@ -179,6 +162,9 @@ def run_train_codec(options: argparse.Namespace) -> None:
     from musiclm_pytorch.trainer.batches import seed_everything
     from musiclm_pytorch.trainer.stage_recipes import CodecRecipe
 
+    if fits_spectral_codec(options.config):
+        run_fit_spectral_codec(options)
+        return
     recipe = read_recipe(CodecRecipe, options)
     seed_everything(recipe.seed)
     codec = recipe.build_model()
@@ -190,6 +176,37 @@ def run_train_codec(options: argparse.Namespace) -> None:
         resume=options.resume,
     )
     run_trainer(recipe, trainer)
+
+
+def fits_spectral_codec(config: str | None) -> bool:
+    """Whether a recipe is one of every part that has a SpectralCodec for its codec."""
+    from musiclm_pytorch.trainer.recipes import is_whole
+    from musiclm_pytorch.trainer.sections import read_content
+    from musiclm_pytorch.trainer.stage_recipes import CodecRecipe
+
+    content = None if config is None else read_content(config)
+    return is_whole(content, CodecRecipe.SECTIONS) and content.get('codec') is None
+
+
+def run_fit_spectral_codec(options: argparse.Namespace) -> None:
+    from musiclm_pytorch.audiolm.saving import save_module
+    from musiclm_pytorch.data.opening import open_whole_clips
+    from musiclm_pytorch.trainer.assembly import build_spectral_codec, fit_spectral_codec
+    from musiclm_pytorch.trainer.pipeline_recipe import MusicLMRecipe
+
+    if unused := sorted(overrides_of(options).keys() - {'seed'}):
+        raise ValueError(
+            f'{options.config} has a SpectralCodec, which is fitted at once: {unused[0]} means nothing to it'
+        )
+    recipe = MusicLMRecipe.load(options.config)
+    fitted = recipe.fitted.updated(spectral_codec={} if options.seed is None else dict(seed=options.seed))
+    codec = build_spectral_codec(fitted)
+    missing = fit_spectral_codec(
+        fitted, codec, open_whole_clips(options.data, sample_rate=codec.target_sample_hz, **recipe.synthetic)
+    )
+    save_module(codec, options.output)
+    print(f'{len(missing)} levels of {codec.codebook_size} codes, in {options.output}')
+    print(f'{missing[-1]:.1%} of the variance of the spectra is missing after the last level')
 
 
 def read_recipe(kind, options: argparse.Namespace):
@@ -214,38 +231,22 @@ def run_trainer(recipe, trainer) -> None:
         print(', '.join(f'{name.replace("_", " ")} {value:.4g}' for name, value in found.items()))
 
 
-def run_train_quantizer(options: argparse.Namespace) -> None:
-    from musiclm_pytorch.data.opening import open_pairs
-    from musiclm_pytorch.mulan.model import MuLaN
-    from musiclm_pytorch.quantizer import MuLaNEmbedQuantizer
-
-    mulan = MuLaN.from_pretrained(options.mulan)
-    if mulan.sample_rate is None:
-        raise ValueError('the model does not know its sample rate; build it with audio_sample_rate')
-    quantizer = MuLaNEmbedQuantizer(
-        mulan,
-        conditioning_dims=options.dims,
-        rq_num_quantizers=options.quantizers,
-        codebook_size=options.codebook_size,
-    )
-    dataset = open_pairs(options.data, sample_rate=mulan.sample_rate, training=False)
-    missing = quantizer.fit(dataset, max_items=options.max_items, seed=options.seed)
-    quantizer.save_pretrained(options.output)
-    print(f'{len(missing)} levels of {options.codebook_size} codes, in {options.output}')
-    print(f'{missing[-1]:.1%} of the squared length of the latents are missing after the last level')
-
-
 def run_tokens(options: argparse.Namespace) -> None:
     from musiclm_pytorch.audiolm.saving import load_module
     from musiclm_pytorch.audiolm.semantic import SemanticTokenizer
     from musiclm_pytorch.audiolm.tokens import compute_tokens
     from musiclm_pytorch.data.opening import open_whole_clips
     from musiclm_pytorch.quantizer import MuLaNEmbedQuantizer
+    from musiclm_pytorch.trainer.assembly import model_in
 
     readers = dict(
         tokenizer=SemanticTokenizer.from_pretrained, codec=load_module, quantizer=MuLaNEmbedQuantizer.from_pretrained
     )
-    modules = {name: read(folder) for name, read in readers.items() if (folder := getattr(options, name)) is not None}
+    modules = {
+        name: read(model_in(Path(folder)))
+        for name, read in readers.items()
+        if (folder := getattr(options, name)) is not None
+    }
     rates = [it.target_sample_hz for name, it in modules.items() if name != 'quantizer']
     rates += [modules['quantizer'].mulan.sample_rate] if 'quantizer' in modules else []
     if not rates or None in rates:

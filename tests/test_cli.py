@@ -83,10 +83,12 @@ def test_every_option_has_help(monkeypatch):
     with pytest.raises(SystemExit):
         cli.main([])
     commands = dict(parsers_below(parsers[0]))
-    trainings = ('mulan', 'quantizer', 'codec', 'semantic', 'coarse', 'fine', 'all')
+    trainings = ('mulan', 'quantizer', 'tokenizer', 'codec', 'semantic', 'coarse', 'fine', 'all')
     assert set(commands) == {
         'shard',
         'tokens',
+        'assemble',
+        'recipes',
         'train',
         'generate',
         'evaluate',

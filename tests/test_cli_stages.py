@@ -3,10 +3,9 @@
 import json
 
 import pytest
-import torch
 from stage_parts import make_quantizer
 
-from musiclm_pytorch import MuLaNEmbedQuantizer, MuLaNSemanticTokenizer
+from musiclm_pytorch import MuLaNEmbedQuantizer
 from musiclm_pytorch.audiolm.crops import TokenCrops
 from musiclm_pytorch.audiolm.saving import load_module
 from musiclm_pytorch.cli import main
@@ -44,9 +43,9 @@ def test_from_nothing_to_trained_stages(tmp_path, music, capsys):
     run('train', 'codec', '--data', music, '--output', tmp_path / 'codec', '--config', config, *SHORT)
     assert load_module(tmp_path / 'codec' / 'last').codebook_size == 8
 
-    tokenizer = MuLaNSemanticTokenizer(quantizer.mulan, codebook_size=4)
-    tokenizer.fit([torch.randn(4800) for _ in range(4)])
-    tokenizer.save_pretrained(tmp_path / 'tokenizer')
+    command = ('train', 'tokenizer', '--mulan', tmp_path / 'mulan', '--data', music, '--output', tmp_path / 'tokenizer')
+    run(*command, '--codebook-size', 4)
+    assert 'semantic tokens, ' in capsys.readouterr().out
     tokens = tmp_path / 'tokens'
     folders = [f'--{name}' for name in ('tokenizer', 'quantizer')]
     command = ['tokens', '--data', music, '--output', tokens, '--codec', tmp_path / 'codec' / 'last']

@@ -47,6 +47,7 @@ ROOMS = [
     'evaluation',
     'inference',
     'open_clip',
+    'cli_parts',
     'cli_training',
     'cli_generate',
     'cli_evaluate',

@@ -4,11 +4,15 @@ import json
 
 import pytest
 import torch
+import yaml
 from test_cli_stages import CODEC
 
 from musiclm_pytorch import MusicLM, MusicLMRecipe, train_musiclm
 from musiclm_pytorch.cli import main
 from musiclm_pytorch.trainer import pipeline
+from musiclm_pytorch.trainer.pipeline_recipe import FittedRecipe
+from musiclm_pytorch.trainer.recipes import FITTED_PARTS, MuLaNRecipe
+from musiclm_pytorch.trainer.stage_recipes import STAGE_RECIPES
 
 STEPS = dict(batch_size=2, num_train_steps=2, warmup_steps=1)
 STAGE = dict(dim=16, depth=1, heads=2)
@@ -95,6 +99,31 @@ def test_an_interrupted_run_ends_as_one_that_was_not(tmp_path, music, config, mo
     assert all(torch.equal(a, b) for a, b in zip(whole.state_dict().values(), resumed.state_dict().values()))
 
 
+def test_part_by_part_it_is_the_same(tmp_path, music, config):
+    whole, parts = tmp_path / 'whole', tmp_path / 'parts'
+
+    def run(*arguments):
+        assert main([*map(str, arguments), '--config', str(config)]) == 0
+
+    run('train', 'all', '--data', music, '--output', whole)
+    run('train', 'mulan', '--data', music, '--output', parts / 'mulan')
+    for part in 'quantizer', 'tokenizer':
+        run('train', part, '--mulan', parts / 'mulan', '--data', music, '--output', parts / part)
+    run('train', 'codec', '--data', music, '--output', parts / 'codec')
+    made = [it for part in ('tokenizer', 'codec', 'quantizer') for it in (f'--{part}', str(parts / part))]
+    assert main(['tokens', '--data', str(music), '-o', str(parts / 'tokens'), *made]) == 0
+    for stage in 'semantic', 'coarse', 'fine':
+        given = ['--tokens', parts / 'tokens', '--quantizer', parts / 'quantizer']
+        run('train', stage, *given, '--output', parts / stage)
+    run('assemble', parts, '-o', tmp_path / 'musiclm')
+
+    one, other = MusicLM.from_pretrained(whole / 'musiclm'), MusicLM.from_pretrained(tmp_path / 'musiclm')
+    assert (one.windows, one.sampling) == (other.windows, other.sampling)
+    weights = other.state_dict()
+    assert weights.keys() == one.state_dict().keys()
+    assert all(torch.equal(it, weights[name]) for name, it in one.state_dict().items())
+
+
 def test_other_data_are_not_mixed_in(tmp_path, music, config, monkeypatch):
     def interrupted(self):
         raise KeyboardInterrupt
@@ -139,7 +168,32 @@ def test_one_process_only(tmp_path, monkeypatch):
     assert not (tmp_path / 'out').exists()
 
 
+def test_the_recipe_of_a_whole_serves_its_parts(config):
+    assert set(FITTED_PARTS) == set(FittedRecipe.SECTIONS)
+    assert MuLaNRecipe.load(config).text['dim'] == 32
+    assert STAGE_RECIPES['coarse'].load(config).training['seconds'] == 0.2
+    with (
+        pytest.raises(ValueError, match="all.json, part fine, section 'training'"),
+        STAGE_RECIPES['fine'].load(config).section('training'),
+    ):
+        raise ValueError('x')
+    # what a recipe of MuLaN alone says of its section mulan is no part
+    config.write_text(json.dumps(dict(mulan=dict(dim_latent=8))))
+    assert MuLaNRecipe.load(config).mulan['dim_latent'] == 8
+
+
+def test_recipes_that_ship(capsys):
+    assert main(['recipes']) == 0
+    assert {line.split()[0] for line in capsys.readouterr().out.splitlines()} == {'mulan_small', 'musiclm_small'}
+    assert main(['recipes', 'mulan_small']) == 0
+    assert yaml.safe_load(capsys.readouterr().out)['audio']['use_case'] == 'tonal'
+    assert main(['recipes', 'large']) == 2
+    assert "no recipe 'large' in the package, which has mulan_small, musiclm_small" in capsys.readouterr().err
+    with pytest.raises(FileNotFoundError, match='no recipe large, neither a file nor in the package'):
+        MuLaNRecipe.load('large')
+
+
 def test_the_small_recipe_is_valid():
-    recipe = MusicLMRecipe.load('examples/recipes/musiclm_small.yaml')
+    recipe = MusicLMRecipe.load('musiclm_small')
     assert recipe.conditioning_dims == [192, 192, 160]
     assert recipe.windows == (5.0, 0.32, 0.96)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import os
 import time
@@ -10,27 +9,31 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from torch import nn
 from torch.utils.data import Dataset
 
-from musiclm_pytorch.audiolm.bridge import AudioLM
-from musiclm_pytorch.audiolm.saving import load_module, save_module
+from musiclm_pytorch.audiolm.saving import save_module
 from musiclm_pytorch.audiolm.semantic import SemanticTokenizer
-from musiclm_pytorch.audiolm.semantic_mulan import MuLaNSemanticTokenizer
-from musiclm_pytorch.audiolm.spectral_codec import SpectralCodec
 from musiclm_pytorch.audiolm.tokens import compute_tokens
 from musiclm_pytorch.checks import typechecked
 from musiclm_pytorch.data.opening import SYNTHETIC, open_whole_clips
-from musiclm_pytorch.mulan.checkpoint import CONFIG_FILE
 from musiclm_pytorch.mulan.model import MuLaN
 from musiclm_pytorch.musiclm import MusicLM
 from musiclm_pytorch.quantizer import MuLaNEmbedQuantizer
+from musiclm_pytorch.trainer.assembly import (
+    assemble_musiclm,
+    build_spectral_codec,
+    fit_quantizer,
+    fit_spectral_codec,
+    fit_tokenizer,
+    is_whole,
+    load_codec,
+    model_in,
+)
 from musiclm_pytorch.trainer.batches import seed_everything
 from musiclm_pytorch.trainer.folders import prepare_results_folder
 from musiclm_pytorch.trainer.loop import Trainer
 from musiclm_pytorch.trainer.pipeline_recipe import STAGES, MusicLMRecipe
 from musiclm_pytorch.trainer.recipes import FILE
-from musiclm_pytorch.trainer.stages import load_stage
 
 SOURCE_FILE = 'data.json'
 
@@ -134,23 +137,17 @@ class _Parts:
         folder = self.output / 'quantizer'
         if is_whole(folder):
             return
-        mulan = MuLaN.from_pretrained(best_of(self.output / 'mulan'))
-        with self.recipe.fitted.section('quantizer') as keywords:
-            built, fitted = split_keywords(keywords, MuLaNEmbedQuantizer)
-            seed_everything(fitted.get('seed', 0))
-            quantizer = MuLaNEmbedQuantizer(mulan, conditioning_dims=self.recipe.conditioning_dims, **built)
-            quantizer.fit(self.clips(mulan.sample_rate), **fitted)
+        mulan = MuLaN.from_pretrained(model_in(self.output / 'mulan'))
+        clips = self.clips(mulan.sample_rate)
+        quantizer, _ = fit_quantizer(self.recipe.fitted, mulan, clips, self.recipe.conditioning_dims)
         quantizer.save_pretrained(folder)
 
     def tokenizer(self) -> None:
         folder = self.output / 'tokenizer'
         if is_whole(folder):
             return
-        mulan = MuLaN.from_pretrained(best_of(self.output / 'mulan'))
-        with self.recipe.fitted.section('tokenizer') as keywords:
-            built, fitted = split_keywords(keywords, MuLaNSemanticTokenizer)
-            tokenizer = MuLaNSemanticTokenizer(mulan, **built)
-            tokenizer.fit(self.clips(mulan.sample_rate), **fitted)
+        mulan = MuLaN.from_pretrained(model_in(self.output / 'mulan'))
+        tokenizer, _ = fit_tokenizer(self.recipe.fitted, mulan, self.clips(mulan.sample_rate))
         tokenizer.save_pretrained(folder)
 
     def codec(self) -> None:
@@ -158,10 +155,8 @@ class _Parts:
         if recipe is None:
             if is_whole(folder):
                 return
-            with self.recipe.fitted.section('spectral_codec') as keywords:
-                built, fitted = split_keywords(keywords, SpectralCodec)
-                codec = SpectralCodec(**built)
-                codec.fit(self.clips(codec.target_sample_hz), **fitted)
+            codec = build_spectral_codec(self.recipe.fitted)
+            fit_spectral_codec(self.recipe.fitted, codec, self.clips(codec.target_sample_hz))
             save_module(codec, folder)
         elif not is_whole(folder / 'last'):
             seed_everything(recipe.seed)
@@ -171,7 +166,7 @@ class _Parts:
             finish(recipe, recipe.build_trainer(codec, dataset, sample_rate=rate, results_folder=folder, resume=True))
 
     def tokens(self) -> None:
-        modules = dict(tokenizer=self.load_tokenizer(), codec=self.load_codec(), quantizer=self.load_quantizer())
+        modules = dict(tokenizer=self.load_tokenizer(), codec=load_codec(self.output), quantizer=self.load_quantizer())
         rate = max(
             modules['tokenizer'].target_sample_hz,
             modules['codec'].target_sample_hz,
@@ -193,30 +188,16 @@ class _Parts:
         )
 
     def musiclm(self) -> MusicLM:
-        quantizer, stages = self.load_quantizer(), {}
-        for name in STAGES:
-            folder = best_of(self.output / name)
-            stages[name] = load_module(folder)
-            load_stage(folder, stages[name], quantizer)
-        audio_lm = AudioLM(
-            wav2vec=self.load_tokenizer(),
-            codec=self.load_codec(),
-            **{f'{name}_transformer': stage for name, stage in stages.items()},
-            unique_consecutive=self.recipe.unique_consecutive('semantic'),
-        )
         with self.recipe.fitted.section('musiclm') as keywords:
-            musiclm = MusicLM(audio_lm, quantizer, **{**keywords, 'windows': self.recipe.windows}).eval()
+            musiclm = assemble_musiclm(self.output, **{**keywords, 'windows': self.recipe.windows})
         musiclm.save_pretrained(self.output / 'musiclm')
         return musiclm
 
     def clips(self, sample_rate: int) -> Dataset:
         """Whole clips, for what is fitted and for the tokens."""
-        synthetic = {
-            name: it
-            for name, it in self.recipe.fitted.tokens.items()
-            if name in ('synthetic_length', 'synthetic_seconds')
-        }
-        return open_whole_clips(self.data, sample_rate=sample_rate, audio_folder=self.audio_folder, **synthetic)
+        return open_whole_clips(
+            self.data, sample_rate=sample_rate, audio_folder=self.audio_folder, **self.recipe.synthetic
+        )
 
     def load_quantizer(self) -> MuLaNEmbedQuantizer:
         return MuLaNEmbedQuantizer.from_pretrained(self.output / 'quantizer')
@@ -224,32 +205,11 @@ class _Parts:
     def load_tokenizer(self) -> SemanticTokenizer:
         return SemanticTokenizer.from_pretrained(self.output / 'tokenizer')
 
-    def load_codec(self) -> nn.Module:
-        folder = self.output / 'codec'
-        return load_module(folder if self.recipe.codec is None else best_of(folder))
-
 
 def finish(recipe: Any, trainer: Trainer) -> None:
     """Train to the end of the recipe, from wherever the trainer stands."""
     recipe.save(trainer.results_folder)
     trainer.train(**recipe.train_keywords)
-
-
-def best_of(folder: Path) -> Path:
-    """Where a trainer left the model to use: the best on held-out data, or the last if there were none."""
-    return folder / 'best' if is_whole(folder / 'best') else folder / 'last'
-
-
-def is_whole(folder: Path) -> bool:
-    """Whether a module was written there: its config is the last of its files."""
-    return (folder / CONFIG_FILE).is_file()
-
-
-def split_keywords(keywords: dict[str, Any], kind: type) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Those of a constructor, and the others, which are those of `fit`."""
-    of_constructor = inspect.signature(kind.__init__).parameters
-    built = {name: it for name, it in keywords.items() if name in of_constructor}
-    return built, {name: it for name, it in keywords.items() if name not in of_constructor}
 
 
 def _timed(name: str, function: Callable[[], Any], on_part: Callable[[str, float], None] | None) -> Any:

@@ -15,7 +15,7 @@ from musiclm_pytorch.audiolm.spectral_codec import SpectralCodec
 from musiclm_pytorch.audiolm.tokens import compute_tokens
 from musiclm_pytorch.musiclm import MusicLM
 from musiclm_pytorch.quantizer import MuLaNEmbedQuantizer
-from musiclm_pytorch.trainer.recipes import MuLaNRecipe, Recipe, write_recipe
+from musiclm_pytorch.trainer.recipes import FITTED_PARTS, TRAINED_PARTS, MuLaNRecipe, Recipe, write_recipe
 from musiclm_pytorch.trainer.sections import Section, nearest, read_content, shown
 from musiclm_pytorch.trainer.stage_recipes import CoarseRecipe, CodecRecipe, FineRecipe, SemanticRecipe
 
@@ -69,7 +69,7 @@ class FittedRecipe(Recipe):
     musiclm: dict[str, Any] = field(default_factory=dict)
 
 
-RECIPES = dict(mulan=MuLaNRecipe, codec=CodecRecipe, semantic=SemanticRecipe, coarse=CoarseRecipe, fine=FineRecipe)
+RECIPES = {it.part: it for it in (MuLaNRecipe, CodecRecipe, SemanticRecipe, CoarseRecipe, FineRecipe)}
 STAGES = ('semantic', 'coarse', 'fine')
 
 
@@ -113,12 +113,12 @@ class MusicLMRecipe:
 
         Raises FileNotFoundError; ValueError and TypeError naming the file, the part and the key.
         """
-        return cls.from_content(read_content(Path(path)), str(path))
+        return cls.from_content(read_content(path), str(path))
 
     @classmethod
     def from_content(cls, content: Any, source: str) -> MusicLMRecipe:
         content = {} if content is None else content
-        known = (*RECIPES, *FittedRecipe.SECTIONS)
+        known = (*TRAINED_PARTS, *FITTED_PARTS)
         if not isinstance(content, Mapping):
             raise TypeError(f'{source} must hold the parts {", ".join(known)}, got {shown(content)}')
         for name in content:
@@ -171,6 +171,12 @@ class MusicLMRecipe:
     def conditioning_dims(self) -> list[int]:
         """The widths that the quantizer gives to the three stages."""
         return [getattr(self, name).model['dim'] for name in STAGES]
+
+    @property
+    def synthetic(self) -> dict[str, Any]:
+        """How many clips of "synthetic" are used whole, and how long: keywords of `open_whole_clips`."""
+        names = ('synthetic_length', 'synthetic_seconds')
+        return {name: it for name, it in self.fitted.tokens.items() if name in names}
 
     @property
     def windows(self) -> tuple[float, float, float]:

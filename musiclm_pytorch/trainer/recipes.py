@@ -19,6 +19,9 @@ from musiclm_pytorch.trainer.mulan import MuLaNTrainer
 from musiclm_pytorch.trainer.sections import Section, check_sections, keywords_of, read_content, says_something
 
 FILE = 'recipe.json'
+# what the recipe of a whole MusicLM may hold: parts with recipes of their own, and sections of what is fitted
+TRAINED_PARTS = ('mulan', 'codec', 'semantic', 'coarse', 'fine')
+FITTED_PARTS = ('quantizer', 'tokenizer', 'spectral_codec', 'tokens', 'musiclm')
 IS_CODE = 'it is an object of Python; build the trainer in Python to pass one'
 
 
@@ -39,6 +42,7 @@ class Recipe:
     """
 
     SECTIONS: ClassVar[Mapping[str, Section]] = {}
+    part: ClassVar[str]  # its name in the recipe of a whole MusicLM
 
     source: str = field(default='the recipe', kw_only=True, compare=False)
 
@@ -48,12 +52,16 @@ class Recipe:
 
     @classmethod
     def load(cls, path: str | Path) -> Recipe:
-        """Read a YAML or JSON file. What it leaves out is as in the default recipe.
+        """Read a YAML or JSON file, or the recipe of that name in the package. Of the recipe of a whole MusicLM, the
+        part that this is for is taken. What it leaves out is as in the default recipe.
 
         Raises FileNotFoundError; ValueError for an unknown section or key and TypeError for a wrong value, which name
         the file and the key.
         """
-        return cls.from_content(read_content(Path(path)), str(path))
+        content, source = read_content(path), str(path)
+        if is_whole(content, cls.SECTIONS):
+            content, source = content.get(cls.part), f'{source}, part {cls.part}'
+        return cls.from_content(content, source)
 
     @classmethod
     def from_content(cls, content: Any, source: str) -> Recipe:
@@ -93,6 +101,15 @@ class Recipe:
             raise kind(f'{self.source}, section {name!r}: {error}') from error
 
 
+def is_whole(content: Any, sections: Mapping[str, Section]) -> bool:
+    """Whether a recipe is one of a whole MusicLM, and not of the one part that has these sections."""
+    if not content or not isinstance(content, Mapping) or not content.keys() <= {*TRAINED_PARTS, *FITTED_PARTS}:
+        return False
+    # 'mulan' is a part, and a section of that part
+    same = [content[name] for name in content if name in sections]
+    return len(same) < len(content) or all(isinstance(it, Mapping) and it.keys() <= sections.keys() for it in same)
+
+
 DEFAULT = {
     'audio': dict(dim=256, depth=4, use_case='music', audio_sample_rate=16000, support_variable_length=True),
     'text': dict(dim=256, depth=4),
@@ -116,6 +133,7 @@ DEFAULT = {
 class MuLaNRecipe(Recipe):
     """Sections `audio`, `text` and `mulan` (the model), `data` and `training`."""
 
+    part: ClassVar[str] = 'mulan'
     SECTIONS: ClassVar[Mapping[str, Section]] = {
         'audio': Section((create_optimized_audiospectrogram_transformer, AudioSpectrogramTransformer)),
         'text': Section((TextTransformer,)),

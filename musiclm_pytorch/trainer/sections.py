@@ -19,6 +19,7 @@ from beartype.door import is_bearable
 # YAML 1.1 takes 5e-4 for a string: it wants a dot before the exponent
 NUMBER = re.compile(r'[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+')
 CONF = BeartypeConf(is_pep484_tower=True)  # an int where a float is asked for
+SHIPPED = Path(__file__).resolve().parent / 'shipped_recipes'
 
 
 @dataclass(frozen=True)
@@ -129,11 +130,21 @@ def shown(value: Any) -> str:
     return f'{value!r:.60} ({type(value).__name__})'
 
 
-def read_content(path: Path) -> Any:
-    """What a YAML or JSON file holds. Nothing in it is run, and a key given twice is an error.
+def shipped_recipes() -> dict[str, Path]:
+    """The recipes that come with the package, by name."""
+    return {path.stem: path for path in sorted(SHIPPED.glob('*.yaml'))}
+
+
+def read_content(path: str | Path) -> Any:
+    """What a YAML or JSON file, or the recipe of that name in the package, holds. Nothing in it is run, and a key
+    given twice is an error.
 
     Raises FileNotFoundError if there is none, ValueError for a file of another kind or one with a fault in it.
     """
+    shipped = shipped_recipes()
+    path = Path(path) if Path(path).exists() else shipped.get(str(path), Path(path))
+    if not path.suffix and not path.exists():
+        raise FileNotFoundError(f'there is no recipe {path}, neither a file nor in the package: {", ".join(shipped)}')
     if path.suffix.lower() not in ('.yaml', '.yml', '.json'):
         raise ValueError(f'{path} must end in .yaml, .yml or .json to be read as a recipe')
     if not path.is_file():

@@ -123,6 +123,7 @@ class StageRecipe(ModelRecipe):
 
 @dataclass(frozen=True)
 class SemanticRecipe(StageRecipe):
+    part: ClassVar[str] = 'semantic'
     SECTIONS: ClassVar[Mapping[str, Section]] = _sections(SemanticTrainer, num_semantic_tokens=FROM_TOKENS)
     trainer: ClassVar[type[Trainer]] = SemanticTrainer
 
@@ -132,6 +133,7 @@ class SemanticRecipe(StageRecipe):
 
 @dataclass(frozen=True)
 class CoarseRecipe(StageRecipe):
+    part: ClassVar[str] = 'coarse'
     SECTIONS: ClassVar[Mapping[str, Section]] = _sections(
         CoarseTrainer, num_semantic_tokens=FROM_TOKENS, codebook_size=FROM_TOKENS
     )
@@ -148,6 +150,7 @@ class CoarseRecipe(StageRecipe):
 
 @dataclass(frozen=True)
 class FineRecipe(StageRecipe):
+    part: ClassVar[str] = 'fine'
     SECTIONS: ClassVar[Mapping[str, Section]] = _sections(
         FineTrainer, num_fine_quantizers=FROM_TOKENS, codebook_size=FROM_TOKENS
     )
@@ -167,6 +170,7 @@ class FineRecipe(StageRecipe):
 
 @dataclass(frozen=True)
 class CodecRecipe(ModelRecipe):
+    part: ClassVar[str] = 'codec'
     SECTIONS: ClassVar[Mapping[str, Section]] = dict(
         model=Section((SoundStream,), refused=dict(stft_discriminator=IS_CODE)),
         training=_training(

@@ -1,0 +1,116 @@
+"""The parts of MusicLM that are fitted rather than trained, and the whole put together from its parts' folders."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from torch.utils.data import Dataset
+
+from musiclm_pytorch.audiolm.bridge import AudioLM
+from musiclm_pytorch.audiolm.saving import load_module
+from musiclm_pytorch.audiolm.semantic import SemanticTokenizer
+from musiclm_pytorch.audiolm.semantic_mulan import MuLaNSemanticTokenizer
+from musiclm_pytorch.audiolm.spectral_codec import SpectralCodec
+from musiclm_pytorch.checks import typechecked
+from musiclm_pytorch.mulan.checkpoint import CONFIG_FILE, read_folder
+from musiclm_pytorch.mulan.model import MuLaN
+from musiclm_pytorch.musiclm import MusicLM
+from musiclm_pytorch.quantizer import MuLaNEmbedQuantizer
+from musiclm_pytorch.trainer.batches import seed_everything
+from musiclm_pytorch.trainer.pipeline_recipe import STAGES, FittedRecipe
+from musiclm_pytorch.trainer.stages import load_stage
+
+
+def fit_quantizer(
+    recipe: FittedRecipe, mulan: MuLaN, clips: Dataset, conditioning_dims: list[int]
+) -> tuple[MuLaNEmbedQuantizer, list[float]]:
+    """A quantizer by the section `quantizer`, and what `MuLaNEmbedQuantizer.fit` tells of it."""
+    with recipe.section('quantizer') as keywords:
+        built, fitted = split_keywords(keywords, MuLaNEmbedQuantizer)
+        seed_everything(fitted.get('seed', 0))
+        quantizer = MuLaNEmbedQuantizer(mulan, conditioning_dims=conditioning_dims, **built)
+        return quantizer, quantizer.fit(clips, **fitted)
+
+
+def fit_tokenizer(recipe: FittedRecipe, mulan: MuLaN, clips: Dataset) -> tuple[MuLaNSemanticTokenizer, float]:
+    """A semantic tokenizer by the section `tokenizer`, and what `SemanticTokenizer.fit` tells of it."""
+    with recipe.section('tokenizer') as keywords:
+        built, fitted = split_keywords(keywords, MuLaNSemanticTokenizer)
+        tokenizer = MuLaNSemanticTokenizer(mulan, **built)
+        return tokenizer, tokenizer.fit(clips, **fitted)
+
+
+def build_spectral_codec(recipe: FittedRecipe) -> SpectralCodec:
+    """A codec by the section `spectral_codec`, not fitted yet."""
+    with recipe.section('spectral_codec') as keywords:
+        return SpectralCodec(**split_keywords(keywords, SpectralCodec)[0])
+
+
+def fit_spectral_codec(recipe: FittedRecipe, codec: SpectralCodec, clips: Dataset) -> list[float]:
+    """Fit a codec by that section; gives what `SpectralCodec.fit` tells."""
+    with recipe.section('spectral_codec') as keywords:
+        return codec.fit(clips, **split_keywords(keywords, SpectralCodec)[1])
+
+
+def split_keywords(keywords: dict[str, Any], kind: type) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Those of a constructor, and the others, which are those of `fit`."""
+    of_constructor = inspect.signature(kind.__init__).parameters
+    built = {name: it for name, it in keywords.items() if name in of_constructor}
+    return built, {name: it for name, it in keywords.items() if name not in of_constructor}
+
+
+@typechecked
+def assemble_musiclm(
+    parts: str | Path, *, windows: tuple[float, float, float] | None = None, sampling: dict[str, Any] | None = None
+) -> MusicLM:
+    """A MusicLM of the parts in the folders `quantizer`, `tokenizer`, `codec`, `semantic`, `coarse` and `fine`.
+
+    Of what a trainer wrote, the best model is taken, or the last one if nothing was held out.
+
+    Args:
+        parts: the folder that they are in.
+        windows, sampling: as of `MusicLM`; the windows by default those of the crops that the stages were trained on.
+
+    Returns:
+        the model, in eval mode, on the CPU.
+
+    Raises:
+        FileNotFoundError: a part that is not there. ValueError: parts that do not belong together.
+    """
+    parts = Path(parts)
+    quantizer = MuLaNEmbedQuantizer.from_pretrained(parts / 'quantizer')
+    stages, told = {}, {}
+    for name in STAGES:
+        folder = model_in(parts / name)
+        (told[name],), _ = read_folder(folder, f'{name.capitalize()}Trainer', parts=('stage',))
+        stages[name] = load_module(folder)
+        load_stage(folder, stages[name], quantizer if stages[name].has_condition else None)
+    unique = {name: told[name]['unique_consecutive'] for name in ('semantic', 'coarse')}
+    if len({*unique.values()}) > 1:
+        raise ValueError(f'the semantic and the coarse stage in {parts} were trained with unique_consecutive {unique}')
+    audio_lm = AudioLM(
+        wav2vec=SemanticTokenizer.from_pretrained(parts / 'tokenizer'),
+        codec=load_codec(parts),
+        **{f'{name}_transformer': stage for name, stage in stages.items()},
+        unique_consecutive=unique['semantic'],
+    )
+    windows = windows or tuple(float(told[name]['seconds']) for name in STAGES)
+    return MusicLM(audio_lm, quantizer, windows=windows, sampling=sampling).eval()
+
+
+def load_codec(parts: Path) -> nn.Module:
+    """The codec among the parts: one that was fitted, or the best one that was trained."""
+    return load_module(model_in(parts / 'codec'))
+
+
+def model_in(folder: Path) -> Path:
+    """Where the model to use lies: in the folder itself, or in `best` or `last`, where a trainer left it."""
+    return next((it for it in (folder, folder / 'best', folder / 'last') if is_whole(it)), folder)
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether a module was written there: its config is the last of its files."""
+    return (folder / CONFIG_FILE).is_file()
