@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from musiclm_pytorch import AudioTextDataset
 from musiclm_pytorch.data.audio import AudioFile, resample
 from musiclm_pytorch.data.collate import collate_pairs
-from musiclm_pytorch.data.sources import Clip
+from musiclm_pytorch.data.clips import Clip
 
 RATE = 8000
 FORMATS = ['wav', 'flac', 'ogg', 'mp3']

@@ -18,7 +18,7 @@ from test_datasets import damage, noise, ramp, write
 from torch.utils.data import DataLoader, IterableDataset
 
 from musiclm_pytorch import AudioTextDataset, ShardedAudioText, collate_pairs, write_shards
-from musiclm_pytorch.data.sources import Clip
+from musiclm_pytorch.data.clips import Clip
 
 RATE = 8000
 

@@ -6,7 +6,7 @@ __getattr__, __dir__, __all__ = lazy_names(
     __name__,
     {
         'AudioTextDataset': 'datasets',
-        'Clip': 'sources',
+        'Clip': 'clips',
         'MusicLabels': 'attributes',
         'ShardItems': 'shards',
         'ShardedAudioText': 'shards',

@@ -6,7 +6,7 @@ import copy
 import hashlib
 import logging
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,11 @@ from torch.utils.data import Dataset
 from musiclm_pytorch.checks import typechecked
 from musiclm_pytorch.data import sources
 from musiclm_pytorch.data.audio import AudioFile
+from musiclm_pytorch.data.clips import Clip, ClipTable, Listing
 from musiclm_pytorch.data.reading import ClipReader, span_at
-from musiclm_pytorch.data.sources import Clip, Listing
 
 logger = logging.getLogger(__name__)
+CHECKED_TOGETHER = 4096  # files whose headers are looked at before more are listed
 
 
 class AudioTextDataset(ClipReader, Dataset):
@@ -63,12 +64,12 @@ class AudioTextDataset(ClipReader, Dataset):
         super().__init__(
             sample_rate=sample_rate, max_seconds=max_seconds, min_seconds=min_seconds, seed=seed, training=training
         )
-        listing = clips if isinstance(clips, Listing) else Listing('the list of clips', list(clips), {})
+        listing = clips if isinstance(clips, Listing) else Listing('the list of clips', clips, {})
         self.source = listing.source
         self._skipped = dict(listing.skipped)
-        self.clips = list(listing.clips)
+        self.clips = listing.clips if isinstance(listing.clips, ClipTable) else list(listing.clips)
         if check_headers:
-            self.clips = self._usable(self.clips)
+            self._check_headers()
         for name, reason in self._skipped.items():
             logger.warning('skipped %s: %s', name, reason)
         if not self.clips:
@@ -84,9 +85,11 @@ class AudioTextDataset(ClipReader, Dataset):
         return cls(sources.list_folder(folder), **keywords)
 
     @classmethod
-    def from_manifest(cls, path: str | Path, **keywords: Any) -> AudioTextDataset:
-        """A CSV, TSV or JSONL with paths relative to itself; see `list_manifest`."""
-        return cls(sources.list_manifest(path), **keywords)
+    def from_manifest(
+        cls, path: str | Path, audio_folder: str | Path | None = None, **keywords: Any
+    ) -> AudioTextDataset:
+        """A CSV, TSV or JSONL with paths relative to `audio_folder`, by default to itself; see `list_manifest`."""
+        return cls(sources.list_manifest(path, audio_folder), **keywords)
 
     @classmethod
     def from_musiccaps(
@@ -97,15 +100,22 @@ class AudioTextDataset(ClipReader, Dataset):
 
     @classmethod
     def from_path(cls, source: str | Path, audio_folder: str | Path | None = None, **keywords: Any) -> AudioTextDataset:
-        """A folder, a manifest, or, with `audio_folder`, MusicCaps' CSV."""
+        """A folder, or a manifest, MusicCaps' too, whose audio may lie in `audio_folder`."""
         return cls(sources.list_clips(source, audio_folder), **keywords)
 
-    def _usable(self, clips: list[Clip]) -> list[Clip]:
+    def _check_headers(self) -> None:
+        usable = []
         # opening a file mostly waits for the disk or the network
         with ThreadPoolExecutor(max_workers=8) as pool:
-            reasons = list(pool.map(self._fault_in_header, clips))
-        self._skipped |= {clip.name: reason for clip, reason in zip(clips, reasons) if reason}
-        return [clip for clip, reason in zip(clips, reasons) if not reason]
+            for first in range(0, len(self.clips), CHECKED_TOGETHER):
+                clips = self.clips[first : first + CHECKED_TOGETHER]
+                for index, reason in enumerate(pool.map(self._fault_in_header, clips), first):
+                    if reason:
+                        self._skipped[self._name(index)] = reason
+                    else:
+                        usable.append(index)
+        if len(usable) < len(self.clips):
+            self.clips = _taken(self.clips, usable)
 
     def _fault_in_header(self, clip: Clip) -> str | None:
         try:
@@ -165,13 +175,18 @@ class AudioTextDataset(ClipReader, Dataset):
         ranked = sorted(recordings, key=lambda name: hashlib.sha256(f'{seed} {name}'.encode()).digest())
         held_out = set(ranked[: min(max(1, round(valid_fraction * len(ranked))), len(ranked) - 1)])
         sides = {True: [], False: []}
-        for clip in self.clips:
-            sides[(clip.recording or str(clip.path)) in held_out].append(clip)
-        return self._of(sides[False], training=self.training), self._of(sides[True], training=False)
+        for index, clip in enumerate(self.clips):
+            sides[(clip.recording or str(clip.path)) in held_out].append(index)
+        train, valid = (_taken(self.clips, sides[side]) for side in (False, True))
+        return self._of(train, training=self.training), self._of(valid, training=False)
 
-    def _of(self, clips: list[Clip], training: bool) -> AudioTextDataset:
+    def _of(self, clips: Sequence[Clip], training: bool) -> AudioTextDataset:
         view = copy.copy(self)
         view.clips, view.training = clips, training
         view._share(len(clips))
         view.set_epoch(self.epoch)
         return view
+
+
+def _taken(clips: Sequence[Clip], indices: Iterable[int]) -> Sequence[Clip]:
+    return clips.take(indices) if isinstance(clips, ClipTable) else [clips[index] for index in indices]

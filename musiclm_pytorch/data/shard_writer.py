@@ -16,11 +16,11 @@ from torch import Tensor
 
 from musiclm_pytorch.checks import check_positive, typechecked
 from musiclm_pytorch.data.audio import AudioFile
+from musiclm_pytorch.data.clips import Clip, ClipTable, Listing
 from musiclm_pytorch.data.collate import mono, split_item
 from musiclm_pytorch.data.datasets import AudioTextDataset
 from musiclm_pytorch.data.reading import finite, logger
 from musiclm_pytorch.data.shards import INDEX, key_of, read_index, webdataset
-from musiclm_pytorch.data.sources import Clip, Listing
 
 BLOCK = 2**20  # samples decoded at a time to see whether a file is sound
 # how many bits of a file count; of lossy formats, as many as they are usually decoded to
@@ -135,7 +135,9 @@ class Samples:
 
     def __init__(self, dataset: Any, sample_rate: int | None):
         clips = dataset.clips if isinstance(dataset, (AudioTextDataset, Listing)) else None
-        if isinstance(dataset, Sequence) and all(isinstance(it, Clip) for it in dataset):
+        if isinstance(dataset, ClipTable) or (
+            isinstance(dataset, Sequence) and all(isinstance(it, Clip) for it in dataset)
+        ):
             clips = dataset
         self.clips: Sequence[Clip] | None = clips
         self.items = dataset

@@ -22,9 +22,8 @@ from typing import Any
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from musiclm_pytorch.checks import check_positive, typechecked
-from musiclm_pytorch.data.audio import AudioFile
 from musiclm_pytorch.data.reading import ClipReader, logger
-from musiclm_pytorch.data.sources import AUDIO_SUFFIXES, captions_of, unique
+from musiclm_pytorch.data.shard_reader import Shard
 from musiclm_pytorch.distributed import collectives
 
 INDEX = 'index.json'
@@ -294,67 +293,6 @@ class ShardItems(Dataset):
         if self._process != os.getpid():  # a forked worker shares the position in its parent's files
             self._opened, self._process = OrderedDict(), os.getpid()
         return self.shards._sample(self._opened, *self.shards._locate(index))
-
-
-class Shard:
-    """A tar file as a table of samples, read by key. Attribute `fault` tells why its end could not be read, if so."""
-
-    def __init__(self, path: Path, base_plus_ext):
-        self.path = path
-        self.fault: str | None = None
-        self.samples: dict[str, dict[str, tarfile.TarInfo]] = {}
-        self._file = open(path, 'rb')  # noqa: SIM115
-        size = os.fstat(self._file.fileno()).st_size
-        try:
-            # past a damaged header, look for the next one
-            self._tar = tarfile.open(fileobj=self._file, mode='r:', ignore_zeros=True)  # noqa: SIM115
-            for member in self._tar:
-                key, suffix = base_plus_ext(member.name)
-                if member.offset_data + member.size > size:
-                    self.fault = f'it ends within {member.name}'
-                elif member.isfile() and key is not None:
-                    self.samples.setdefault(key, {})[f'.{suffix.lower()}'] = member
-        except (tarfile.TarError, OSError) as error:
-            self.fault = self.fault or str(error)
-
-    def close(self) -> None:
-        self._file.close()
-
-    def parts(self, key: str) -> tuple[list[str], list[str]]:
-        """Suffixes of the audio and of the caption files of a sample."""
-        suffixes = self.samples.get(key, {})
-        return [it for it in suffixes if it in AUDIO_SUFFIXES], [it for it in suffixes if it in ('.json', '.txt')]
-
-    def lacks(self, key: str) -> str | None:
-        """Why a sample cannot be read, as far as names tell."""
-        if key not in self.samples:
-            return 'not in the shard, which is damaged' + (f': {self.fault}' if self.fault else '')
-        audio, captions = self.parts(key)
-        if len(audio) == 1 and captions:
-            return None
-        return f'a sample needs one audio file and a .json or .txt, but has {", ".join(self.samples[key])}'
-
-    def read(self, key: str) -> tuple[AudioFile, tuple[str, ...]]:
-        """The audio, opened inside of the tar, and the captions. Raises ValueError for what is missing or damaged."""
-        if fault := self.lacks(key):
-            raise ValueError(fault)
-        (suffix,), texts = self.parts(key)
-        captions = [caption for text in texts for caption in self._captions(key, text)]
-        if not captions:
-            raise ValueError('no caption')
-        member = self.samples[key][suffix]
-        return AudioFile(self._tar.extractfile(member), f'{self.path}: {member.name}'), unique(captions)
-
-    def _captions(self, key: str, suffix: str) -> list[str]:
-        member = self.samples[key][suffix]
-        try:
-            text = self._tar.extractfile(member).read().decode()
-            if suffix == '.txt':
-                return [line.strip() for line in text.splitlines() if line.strip()]
-            content = json.loads(text)
-        except ValueError as error:
-            raise ValueError(f'{member.name} is damaged: {error}') from error
-        return captions_of(content if isinstance(content, dict) else {'captions': content}, member.name)
 
 
 @dataclass(frozen=True)

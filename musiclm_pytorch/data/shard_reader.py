@@ -1,0 +1,86 @@
+"""One tar shard as a table of samples."""
+
+from __future__ import annotations
+
+import os
+import posixpath
+import tarfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from musiclm_pytorch.data.audio import AudioFile
+from musiclm_pytorch.data.cells import captions_in_file
+from musiclm_pytorch.data.sources import AUDIO_SUFFIXES, is_shown, split_name
+
+
+class Shard:
+    """A tar file as a table of samples, read by key. Attribute `fault` tells why its end could not be read, if so."""
+
+    def __init__(self, path: Path, base_plus_ext):
+        self.path = path
+        self.fault: str | None = None
+        self.samples: dict[str, dict[str, tarfile.TarInfo]] = {}
+        self._file = open(path, 'rb')  # noqa: SIM115
+        size = os.fstat(self._file.fileno()).st_size
+        try:
+            # past a damaged header, look for the next one
+            self._tar = tarfile.open(fileobj=self._file, mode='r:', ignore_zeros=True)  # noqa: SIM115
+            for member in self._tar:
+                name = posixpath.normpath(member.name)
+                key, suffix = base_plus_ext(name)
+                if member.offset_data + member.size > size:
+                    self.fault = f'it ends within {member.name}'
+                elif member.isfile() and key is not None and all(map(is_shown, name.rsplit('/', 1))):
+                    self.samples.setdefault(key, {})[f'.{suffix}'] = member
+        except (tarfile.TarError, OSError) as error:
+            self.fault = self.fault or str(error)
+        self.samples = dict(sample for key in self.samples for sample in self._told_apart(key))
+
+    def _told_apart(self, key: str) -> Iterator[tuple[str, dict[str, tarfile.TarInfo]]]:
+        """WebDataset ends a key at the first dot of a name. Where that leaves no sample, titles may hold dots, too."""
+        members = {suffix.lower(): member for suffix, member in self.samples[key].items()}
+        found: dict[str, dict[str, tarfile.TarInfo]] = {}
+        if lacks(members):
+            for suffix, member in self.samples[key].items():
+                stem, last = split_name(suffix) if '.' in suffix[1:] else ('', suffix.lower())
+                found.setdefault(key + stem, {})[last] = member
+        yield from (found.items() if any(not lacks(it) for it in found.values()) else [(key, members)])
+
+    def close(self) -> None:
+        self._file.close()
+
+    def lacks(self, key: str) -> str | None:
+        """Why a sample cannot be read, as far as names tell."""
+        if key not in self.samples:
+            return 'not in the shard, which is damaged' + (f': {self.fault}' if self.fault else '')
+        return lacks(self.samples[key])
+
+    def read(self, key: str) -> tuple[AudioFile, tuple[str, ...]]:
+        """The audio, opened inside of the tar, and the captions. Raises ValueError for what is missing or damaged."""
+        if fault := self.lacks(key):
+            raise ValueError(fault)
+        members = self.samples[key]
+        (suffix,), texts = parts(members)
+        captions = [
+            caption
+            for text in texts
+            for caption in captions_in_file(self._tar.extractfile(members[text]).read(), text, members[text].name)
+        ]
+        if not captions:
+            names = ' and '.join(members[text].name for text in texts)
+            raise ValueError(f'no caption: {names} is empty, or has none under caption, text or captions')
+        member = members[suffix]
+        return AudioFile(self._tar.extractfile(member), f'{self.path}: {member.name}'), tuple(dict.fromkeys(captions))
+
+
+def parts(members: Iterable[str]) -> tuple[list[str], list[str]]:
+    """Suffixes of the audio and of the caption files of a sample."""
+    return [it for it in members if it in AUDIO_SUFFIXES], [it for it in members if it in ('.json', '.txt')]
+
+
+def lacks(members: Iterable[str]) -> str | None:
+    """Why files of these suffixes are no sample."""
+    audio, captions = parts(members)
+    if len(audio) == 1 and captions:
+        return None
+    return f'a sample needs one audio file and a .json or .txt, but has {", ".join(members)}'
