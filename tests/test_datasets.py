@@ -14,8 +14,9 @@ from torch.utils.data import DataLoader
 
 from musiclm_pytorch import AudioTextDataset
 from musiclm_pytorch.data.audio import AudioFile, resample
-from musiclm_pytorch.data.collate import collate_pairs
 from musiclm_pytorch.data.clips import Clip
+from musiclm_pytorch.data.collate import collate_pairs
+from musiclm_pytorch.data.sources import list_musiccaps
 
 RATE = 8000
 FORMATS = ['wav', 'flac', 'ogg', 'mp3']
@@ -179,68 +180,24 @@ def test_captions_of_every_form(tmp_path):
     assert dataset.validation()[lines]['caption'] == 'first'
 
 
-# ---- manifests ----
+def test_folder_that_is_reached_twice_counts_once(tmp_path):
+    write(tmp_path / 'loop' / 'x.wav', ramp(1))
+    write(tmp_path / 'other' / 'Y.WAV', ramp(1), caption=None)
+    (tmp_path / 'other' / 'Y.TXT').write_text('\ufeffy', encoding='utf-8')
+    (tmp_path / 'loop' / 'a').mkdir()
+    (tmp_path / 'loop' / 'a' / 'up').symlink_to('..')
+    (tmp_path / 'loop' / 'a' / 'self').symlink_to('self')
+    (tmp_path / 'loop' / 'b').symlink_to(tmp_path / 'other')
+    for hidden in ('.DS_Store', '._x.wav', '__MACOSX/x.wav', '.trash/x.wav'):
+        write(tmp_path / 'loop' / hidden.replace('.wav', '') / 'z.wav', ramp(1))
+        (tmp_path / 'loop' / f'._{hidden.replace("/", "")}.wav').touch()
+    dataset = opened(tmp_path)
+    assert [clip.path.name for clip in dataset.clips] == ['x.wav', 'Y.WAV']
+    assert [dataset.captions(it) for it in range(2)] == [('a sound',), ('y',)]
+    assert dataset.skipped == {}
 
 
-@pytest.mark.parametrize('form', ['csv', 'tsv', 'jsonl'])
-def test_manifest(tmp_path, form):
-    write(tmp_path / 'audio' / 'a, b.wav', ramp(4), caption=None, subtype='FLOAT')
-    audio = 'audio/a, b.wav'
-    rows = [
-        dict(path=audio, captions=['one', 'two'], start=1, end=2.5),
-        dict(path=audio, captions=['a "quoted", text\nin two lines'], start=3, end=99),
-        dict(path=str(tmp_path / audio), captions=['whole'], start='', end=''),
-    ]
-    path = tmp_path / f'manifest.{form}'
-    with open(path, 'w', newline='') as file:
-        if form == 'jsonl':
-            file.writelines(json.dumps(row) + '\n' for row in rows)
-        else:
-            table = csv.DictWriter(file, rows[0], delimiter=',' if form == 'csv' else '\t')
-            table.writeheader()
-            table.writerows({**row, 'captions': json.dumps(row['captions'])} for row in rows)
-    dataset = AudioTextDataset.from_manifest(path, sample_rate=RATE, max_seconds=None)
-    assert [dataset.captions(i) for i in range(3)] == [tuple(row['captions']) for row in rows]
-    for index, (start, end) in enumerate([(1, 2.5), (3, 4), (0, 4)]):
-        wave = dataset[index]['wave']
-        assert len(wave) == round((end - start) * RATE)
-        assert float(wave[0]) == pytest.approx(start / 4 * 0.5, abs=1e-3)
-
-
-def test_manifest_with_upstreams_usual_names(tmp_path):
-    write(tmp_path / 'a.wav', ramp(1), caption=None)
-    (tmp_path / 'm.csv').write_text('\ufeffaudio,text,other\na.wav,"one, two",3\n', encoding='utf-8')
-    assert AudioTextDataset.from_path(tmp_path / 'm.csv', sample_rate=RATE).captions(0) == ('one, two',)
-
-
-@pytest.mark.parametrize(
-    ('name', 'text', 'says'),
-    [
-        (
-            'm.csv',
-            'path,caption,start\na.wav,x,soon\n',
-            r"m.csv, line 2: start must be a number of seconds, got 'soon'",
-        ),
-        ('m.csv', 'path,caption,start\na.wav,x,-1\n', r'line 2: start must be a number of seconds from 0 on'),
-        ('m.csv', 'path,caption,start,end\na.wav,x,2,1\n', r'line 2: end 1 must be greater than start 2'),
-        ('m.csv', 'file,caption\na.wav,x\n', r'line 2: no file name under audio or path; there are file, caption$'),
-        ('m.csv', 'ytid,caption\nabc,x\n', r'for MusicCaps pass the folder of its audio too'),
-        ('m.csv', 'path,caption\na.wav,x,y\n', r'line 2: more cells than columns'),
-        ('m.csv', 'path,captions\na.wav,[x\n', r'line 2: captions is not a JSON list'),
-        ('m.jsonl', '{"path": "a.wav"\n', r'm.jsonl, line 1 is not JSON'),
-        ('m.jsonl', '\n[1]\n', r'line 2 must be an object'),
-        (
-            'm.jsonl',
-            '{"path": "a.wav", "caption": 3}\n',
-            r'line 1: caption must be a string or a list of strings, got 3',
-        ),
-        ('m.txt', '', r'neither a folder nor a manifest; a manifest ends in .csv, .tsv, .jsonl'),
-    ],
-)
-def test_errors_in_manifests_name_the_line(tmp_path, name, text, says):
-    (tmp_path / name).write_text(text)
-    with pytest.raises(ValueError, match=says):
-        AudioTextDataset.from_manifest(tmp_path / name, sample_rate=RATE)
+# ---- MusicCaps ----
 
 
 def test_musiccaps(tmp_path):
@@ -265,6 +222,15 @@ def test_musiccaps(tmp_path):
         wave = dataset[index]['wave']
         assert len(wave) == 10 * RATE
         assert float(wave[0]) == pytest.approx(0.25 if index in (3, 5) else 0, abs=2e-3), ids[index]
+    # cut at key frames: a file that ends before the clip does is no whole track
+    rows = [('abcdefghij0', 30, 40, 12.5), ('abcdefghij1', 5, 15, 11.5), ('abcdefghij2', 5, 15, 14.95)]
+    for ytid, _, _, length in rows:
+        write(tmp_path / 'cut' / f'{ytid}.wav', ramp(length), caption=None)
+    text = ''.join(f'{ytid},{start},{end},x\n' for ytid, start, end, _ in rows)
+    (tmp_path / 'cut.csv').write_text(f'\ufeffytid,start_s,end_s,caption\n{text}')
+    listing = list_musiccaps(tmp_path / 'cut.csv', tmp_path / 'cut')
+    assert [(clip.start, clip.end) for clip in listing.clips] == [(0, None), (0, None), (5, 15)]
+
     plain = AudioTextDataset.from_musiccaps(path, folder, aspects=False, sample_rate=RATE)
     assert plain.captions(0) == (f'song {ids[0]}',)
     assert len(AudioTextDataset.from_path(path, folder, sample_rate=RATE)) == 6
@@ -421,8 +387,11 @@ def test_one_recording_under_several_names(tmp_path):
     (tmp_path / 'sub').mkdir()
     (tmp_path / 'sub' / 'link.wav').symlink_to(tmp_path / 'a.wav')
     (tmp_path / 'sub' / 'link.txt').write_text('x')
-    for dataset in (AudioTextDataset.from_manifest(tmp_path / 'm.csv', sample_rate=RATE), opened(tmp_path)):
-        assert len(dataset) == 3
+    (tmp_path / 'sub' / 'hard.wav').hardlink_to(tmp_path / 'a.wav')
+    (tmp_path / 'sub' / 'hard.txt').write_text('x')
+    listed = [AudioTextDataset.from_manifest(tmp_path / 'm.csv', sample_rate=RATE), opened(tmp_path)]
+    for dataset, count in zip(listed, (3, 4)):
+        assert len(dataset) == count
         with pytest.raises(ValueError, match='has one recording only, a; splitting needs at least two'):
             dataset.split()
     with pytest.raises(ValueError, match='valid_fraction must lie between 0 and 1, got 0'):

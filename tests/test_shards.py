@@ -1,5 +1,6 @@
 """Shards: what is written is what was there, each sample is read once by someone, and runs go on where they were."""
 
+import io
 import json
 import logging
 import pickle
@@ -347,7 +348,7 @@ def test_damaged_members_are_skipped_and_named(tmp_path, clips, caplog):
     assert captions(items)[5] == 'clip 5'
     reasons = {name.split('-')[-1]: reason for name, reason in dataset.skipped.items()}
     assert 'cannot be read as audio' in reasons['000002']
-    assert 'is damaged' in reasons['000004']
+    assert 'is not JSON' in reasons['000004']
     assert 'needs one audio file and a .json or .txt, but has .json' in reasons['000006']
     assert 'ends within shard-000000-000009.flac' in reasons['000009']
     assert 'not in the shard' in reasons['000010']
@@ -409,3 +410,38 @@ def test_webdataset_reads_ours_and_we_read_its(tmp_path, folders, caplog):
         assert [name.split(': ')[1] for name in dataset.skipped] == ['mute']
     with caplog.at_level(logging.WARNING):
         assert len(pickle.loads(pickle.dumps(dataset))) == 5
+
+
+def test_shards_of_other_tools(tmp_path):
+    audio = write(tmp_path / 'a.flac', ramp(1), caption=None).read_bytes()
+    files = {
+        './v1.0/000.flac': audio,
+        './v1.0/000.txt': b'\xef\xbb\xbfdots in a folder',
+        'v1.0/._000.flac': b'of macOS',
+        '__MACOSX/v1.0/000.flac': b'of macOS',
+        './001.FLAC': audio,
+        '001.JSON': b'\xef\xbb\xbf{"Description": "one", "tempo": 3}',
+        '01. Song.flac': audio,
+        '01. Song.txt': b'titles with a number',
+        '01. Other.v2.flac': audio,
+        '01. Other.v2.txt': b'and a version',
+        '003.flac': audio,
+        '003.cls': b'7',
+        '004.flac': audio,
+        '004.json': b'{"genre": "rock"}',
+        '005.flac': audio,
+        '005.txt': 'x'.encode('utf-16'),
+    }
+    with tarfile.open(tmp_path / 'x.tar', 'w') as tar:
+        for name, content in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    dataset = opened(tmp_path / 'x.tar', training=False)
+    read = ['dots in a folder', 'one', 'titles with a number', 'and a version']
+    assert captions(dataset) == [*read, None, None]
+    reasons = {name.split(': ')[1]: reason for name, reason in dataset.skipped.items()}
+    assert sorted(reasons) == ['003', '004', '005']
+    assert 'needs one audio file and a .json or .txt, but has .flac, .cls' in reasons['003']
+    assert '004.json is empty, or has none under caption, text or captions' in reasons['004']
+    assert '005.txt is not UTF-8 but UTF-16' in reasons['005']

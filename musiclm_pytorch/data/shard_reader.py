@@ -30,7 +30,7 @@ class Shard:
                 key, suffix = base_plus_ext(name)
                 if member.offset_data + member.size > size:
                     self.fault = f'it ends within {member.name}'
-                elif member.isfile() and key is not None and all(map(is_shown, name.rsplit('/', 1))):
+                elif member.isfile() and key is not None and all(is_shown(it) for it in name.split('/') if it != '..'):
                     self.samples.setdefault(key, {})[f'.{suffix}'] = member
         except (tarfile.TarError, OSError) as error:
             self.fault = self.fault or str(error)
