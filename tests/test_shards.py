@@ -425,6 +425,11 @@ def test_shards_of_other_tools(tmp_path):
         '01. Song.txt': b'titles with a number',
         '01. Other.v2.flac': audio,
         '01. Other.v2.txt': b'and a version',
+        '002.flac': audio,
+        '002.txt': b'one',
+        '002.drums.flac': b'a part',
+        '002.v2.flac': audio,
+        '002.v2.txt': b'another',
         '003.flac': audio,
         '003.cls': b'7',
         '004.flac': audio,
@@ -438,7 +443,7 @@ def test_shards_of_other_tools(tmp_path):
             member.size = len(content)
             tar.addfile(member, io.BytesIO(content))
     dataset = opened(tmp_path / 'x.tar', training=False)
-    read = ['dots in a folder', 'one', 'titles with a number', 'and a version']
+    read = ['dots in a folder', 'one', 'titles with a number', 'and a version', 'one', 'another']
     assert captions(dataset) == [*read, None, None]
     reasons = {name.split(': ')[1]: reason for name, reason in dataset.skipped.items()}
     assert sorted(reasons) == ['003', '004', '005']

@@ -35,6 +35,7 @@ def open_pairs(
 
     Args:
         sample_rate: of the waves given, in Hz.
+        audio_folder: where the audio of a manifest lies, by default beside it.
         training: random crops and captions; otherwise fixed ones, and the held-out split of 'synthetic'.
         max_seconds, min_seconds, seed: as in `AudioTextDataset`; a synthetic wave is `max_seconds` long.
         check_headers: as in `AudioTextDataset`; shards and synthesis have nothing to check.

@@ -37,14 +37,17 @@ class Shard:
         self.samples = dict(sample for key in self.samples for sample in self._told_apart(key))
 
     def _told_apart(self, key: str) -> Iterator[tuple[str, dict[str, tarfile.TarInfo]]]:
-        """WebDataset ends a key at the first dot of a name. Where that leaves no sample, titles may hold dots, too."""
-        members = {suffix.lower(): member for suffix, member in self.samples[key].items()}
-        found: dict[str, dict[str, tarfile.TarInfo]] = {}
-        if lacks(members):
-            for suffix, member in self.samples[key].items():
-                stem, last = split_name(suffix) if '.' in suffix[1:] else ('', suffix.lower())
-                found.setdefault(key + stem, {})[last] = member
-        yield from (found.items() if any(not lacks(it) for it in found.values()) else [(key, members)])
+        """WebDataset ends a key at the first dot of a name. But titles may hold dots, too: what is a sample by all of
+        its name but the suffix is one of its own."""
+        groups: dict[str, dict[str, tarfile.TarInfo]] = {}
+        for suffix, member in self.samples[key].items():
+            stem, last = split_name(suffix) if '.' in suffix[1:] else ('', suffix.lower())
+            groups.setdefault(stem, {})[last] = member
+        titles = {stem: members for stem, members in groups.items() if stem and not lacks(members)}
+        rest = {stem + last: it for stem in groups if stem not in titles for last, it in groups[stem].items()}
+        if rest:
+            yield key, rest
+        yield from ((key + stem, members) for stem, members in titles.items())
 
     def close(self) -> None:
         self._file.close()

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from musiclm_pytorch.checks import typechecked
 from musiclm_pytorch.data.audio import AudioFile
-from musiclm_pytorch.data.cells import captions_at, captions_in_file, seconds, simple
+from musiclm_pytorch.data.cells import captions_at, captions_in_file, missing, seconds, simple
 from musiclm_pytorch.data.clips import ClipTable, Listing, Recordings
 from musiclm_pytorch.data.manifests import Columns, add_rows, list_manifest
 from musiclm_pytorch.data.tables import names_in, rows
@@ -132,12 +132,12 @@ def list_musiccaps(path: str | Path, audio_folder: str | Path, aspects: bool = T
     try:
         for line, names, cells in rows(path):
             row = dict(zip(map(str.casefold, names), cells))
-            absent = [key for key in ('ytid', 'start_s', 'end_s', 'caption') if not row.get(key)]
+            absent = [key for key in ('ytid', 'start_s', 'end_s', 'caption') if missing(row.get(key))]
             if absent:
                 raise ValueError(f'no {" and no ".join(absent)}, which MusicCaps has')
             ytid, start, end = row['ytid'], seconds(row['start_s'], 'start_s'), seconds(row['end_s'], 'end_s')
             texts = [row['caption']]
-            if aspects and row.get('aspect_list'):
+            if aspects and not missing(row.get('aspect_list')):
                 texts.append(aspects_of(row['aspect_list']))
             captions = captions_at(['caption'], [texts], [0])
             name = f'{ytid} [{start:g}-{end:g}]'
