@@ -64,7 +64,9 @@ def shard(subcommands) -> None:
     parser.add_argument('source', metavar='SOURCE', help='a folder, a .csv or .jsonl manifest, or the CSV of MusicCaps')
     parser.add_argument('-o', '--output', metavar='FOLDER', required=True, help='where the shards go')
     parser.add_argument(
-        '--audio-folder', metavar='FOLDER', help='SOURCE is the CSV of MusicCaps, and its audio lies in this folder'
+        '--audio-folder',
+        metavar='FOLDER',
+        help='where the audio of a manifest lies, if not beside it; MusicCaps needs it',
     )
     parser.add_argument(
         '--shard-size', metavar='N', type=int, default=1000, help='clips a shard (default: %(default)s)'
@@ -107,7 +109,9 @@ def train_mulan(models) -> None:
     data = 'a folder, a .csv or .jsonl manifest, a folder of tar shards, the CSV of MusicCaps, or "synthetic"'
     parser.add_argument('--data', metavar='SOURCE', required=True, help=f'pairs of audio and text: {data}')
     parser.add_argument(
-        '--audio-folder', metavar='FOLDER', help='--data is the CSV of MusicCaps, and its audio lies in this folder'
+        '--audio-folder',
+        metavar='FOLDER',
+        help='where the audio of a manifest lies, if not beside it; MusicCaps needs it',
     )
     parser.add_argument(
         '--valid-data',

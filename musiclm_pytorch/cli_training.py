@@ -100,7 +100,9 @@ def train_all(models) -> None:
     )
     parser.add_argument('--data', metavar='SOURCE', required=True, help='as for `musiclm train mulan`')
     parser.add_argument(
-        '--audio-folder', metavar='FOLDER', help='--data is the CSV of MusicCaps, and its audio lies in this folder'
+        '--audio-folder',
+        metavar='FOLDER',
+        help='where the audio of a manifest lies, if not beside it; MusicCaps needs it',
     )
     parser.add_argument(
         '--config',

@@ -7,7 +7,7 @@ import json
 import os
 import stat
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -83,12 +83,20 @@ class ClipTable(Sequence):
             return self.take(range(*index.indices(len(self))))
         if not -len(self) <= index < len(self):
             raise IndexError(f'index {index} lies outside of the {len(self)} clips')
-        index %= len(self)
+        path, captions, recording, span = self._stored(index % len(self))
+        return Clip(self.root / path, tuple(captions), *(span or (0.0, None)), recording)
+
+    def recordings(self) -> Iterator[str]:
+        """The recording of each clip, or its path where it has none."""
+        for index in range(len(self)):
+            path, _, recording, _ = self._stored(index)
+            yield recording or str(self.root / path)
+
+    def _stored(self, index: int) -> tuple[str, list[str], str, list]:
         stored = self._buffer[self._ends[index] : self._ends[index + 1]]
         path, *captions = json.loads(stored.decode('utf-8', 'surrogatepass'))
         beside, *span = captions.pop() if isinstance(captions[-1], list) else [None]
-        recording = os.path.splitext(path)[0] if beside is None else beside
-        return Clip(self.root / path, tuple(captions), *(span or (0.0, None)), recording)
+        return path, captions, os.path.splitext(path)[0] if beside is None else beside, span
 
 
 @dataclass

@@ -169,14 +169,14 @@ class AudioTextDataset(ClipReader, Dataset):
         """
         if not 0 < valid_fraction < 1:
             raise ValueError(f'valid_fraction must lie between 0 and 1, got {valid_fraction}')
-        recordings = {clip.recording or str(clip.path) for clip in self.clips}
+        recordings = set(_recordings(self.clips))
         if len(recordings) < 2:
             raise ValueError(f'{self.source} has one recording only, {recordings.pop()}; splitting needs at least two')
         ranked = sorted(recordings, key=lambda name: hashlib.sha256(f'{seed} {name}'.encode()).digest())
         held_out = set(ranked[: min(max(1, round(valid_fraction * len(ranked))), len(ranked) - 1)])
         sides = {True: [], False: []}
-        for index, clip in enumerate(self.clips):
-            sides[(clip.recording or str(clip.path)) in held_out].append(index)
+        for index, recording in enumerate(_recordings(self.clips)):
+            sides[recording in held_out].append(index)
         train, valid = (_taken(self.clips, sides[side]) for side in (False, True))
         return self._of(train, training=self.training), self._of(valid, training=False)
 
@@ -186,6 +186,10 @@ class AudioTextDataset(ClipReader, Dataset):
         view._share(len(clips))
         view.set_epoch(self.epoch)
         return view
+
+
+def _recordings(clips: Sequence[Clip]) -> Iterable[str]:
+    return clips.recordings() if isinstance(clips, ClipTable) else (it.recording or str(it.path) for it in clips)
 
 
 def _taken(clips: Sequence[Clip], indices: Iterable[int]) -> Sequence[Clip]:

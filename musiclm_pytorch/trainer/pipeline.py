@@ -58,7 +58,7 @@ def train_musiclm(
         data: pairs of audio and text: whatever `musiclm_pytorch.data.opening.open_pairs` opens.
         output: where everything goes.
         recipe: of every part; the default one, or with `resume` the one in `output`, if it is left out.
-        audio_folder: the folder of the audio, if `data` is the CSV of MusicCaps.
+        audio_folder: where the audio of a manifest lies, if not beside it; MusicCaps needs it.
         resume: go on from what is in `output`; otherwise that is moved aside.
         on_part: called with each part's name and the seconds that it took.
 
