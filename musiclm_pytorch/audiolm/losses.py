@@ -40,7 +40,7 @@ def semantic_loss(
     if mask_prob > 0:
         seen = F.pad(forgetful_mask(ids.shape, mask_prob, ids.device), (1, 0), value=True)
     features = semantic_features(transformer, ids, seen=seen, conditioning=conditioning)
-    return summed_loss(features, [transformer.to_logits], labels) / (labels != PAD).sum()
+    return summed_loss(features, [transformer.to_logits], labels) / count_labels(transformer, semantic)
 
 
 def coarse_loss(
@@ -75,11 +75,9 @@ def coarse_loss(
         transformer, semantic_labels.masked_fill(~seen, 0), ids, seen=mask, conditioning=conditioning
     )
     loss = summed_loss(features, of_levels(transformer.coarse_logit_weights), coarse_labels)
-    tokens = (coarse_labels != PAD).sum()
-    if semantic_loss_weight == 0 or transformer.to_semantic_logits is None:
-        return loss / tokens
-    semantic_loss = summed_loss(given, [transformer.to_semantic_logits], semantic_labels)
-    return (loss + semantic_loss * semantic_loss_weight) / (tokens + (semantic_labels != PAD).sum())
+    if prefix_counts(transformer, semantic_loss_weight):
+        loss = loss + summed_loss(given, [transformer.to_semantic_logits], semantic_labels) * semantic_loss_weight
+    return loss / count_labels(transformer, semantic, coarse, prefix_loss_weight=semantic_loss_weight)
 
 
 def fine_loss(
@@ -109,11 +107,36 @@ def fine_loss(
         mask = forgetful_mask(shape, mask_prob, ids.device)
     given, features = fine_features(transformer, coarse_labels, ids, seen=mask, conditioning=conditioning)
     loss = summed_loss(features, of_levels(transformer.fine_logit_weights), fine_labels)
-    tokens = (fine_labels != PAD).sum()
-    if coarse_loss_weight == 0 or transformer.coarse_logit_weights is None:
-        return loss / tokens
-    coarse_loss = summed_loss(given, of_levels(transformer.coarse_logit_weights), coarse_labels)
-    return (loss + coarse_loss * coarse_loss_weight) / (tokens + (coarse_labels != PAD).sum())
+    if prefix_counts(transformer, coarse_loss_weight):
+        loss = loss + summed_loss(given, of_levels(transformer.coarse_logit_weights), coarse_labels) * coarse_loss_weight
+    return loss / count_labels(transformer, coarse, fine, prefix_loss_weight=coarse_loss_weight)
+
+
+def prefix_counts(transformer: CoarseTransformer | FineTransformer, prefix_loss_weight: float) -> bool:
+    """Whether the tokens that a stage is given are among the labels of its loss."""
+    coarse = isinstance(transformer, CoarseTransformer)
+    head = transformer.to_semantic_logits if coarse else transformer.coarse_logit_weights
+    return prefix_loss_weight != 0 and head is not None
+
+
+def count_labels(
+    transformer: SemanticTransformer | CoarseTransformer | FineTransformer,
+    *ids: Tensor,
+    prefix_loss_weight: float = 1.0,
+) -> Tensor:
+    """The number of labels that the loss of a stage is the mean over, an int64 scalar.
+
+    With it, the losses of several batches are joined to that of all of them. A label of the tokens that the stage is
+    given counts as one, whatever its weight, unless that is 0.
+
+    Args:
+        ids: those of the stage's loss, in its order, padded.
+        prefix_loss_weight: of the tokens that the stage is given.
+    """
+    if len(ids) == 2 and not prefix_counts(transformer, prefix_loss_weight):
+        ids = ids[1:]
+    ends = 0 if isinstance(transformer, FineTransformer) else len(ids[0])
+    return torch.stack([(part != PAD).sum() + ends for part in ids]).sum()
 
 
 def summed_loss(features: Tensor, heads: Sequence[Callable[[Tensor], Tensor]], labels: Tensor) -> Tensor:

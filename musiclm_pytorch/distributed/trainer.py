@@ -30,6 +30,7 @@ from musiclm_pytorch.trainer.batches import mixed_seed, seed_everything
 from musiclm_pytorch.trainer.folders import prepare_results_folder
 from musiclm_pytorch.trainer.loop import Trainer
 from musiclm_pytorch.trainer.mulan import MuLaNTrainer
+from musiclm_pytorch.trainer.trackers import check_trackers
 
 # keywords of MuLaNTrainer that a field of DistributedConfig decides here
 DECIDED = {
@@ -267,6 +268,7 @@ class DistributedMuLaNTrainer:
 
         # here, once, before any process starts or starts again: then going on is right for all of them
         if self.config.node_rank == 0:
+            check_trackers(self.keywords.get('log_with'), self.results_folder)
             prepare_results_folder(self.results_folder, resume=self.resume, clear=self.clear)
         self.resume, self.clear = True, False
         job = dict(mulan=self.mulan, dataset=self.dataset, config=self.config, keywords=self.keywords, train=lengths)

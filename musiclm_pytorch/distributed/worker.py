@@ -70,8 +70,6 @@ def _train(path: Path) -> None:
     if int(os.environ['LOCAL_RANK']) == 0:
         weights = {name: tensor.cpu() for name, tensor in trainer.whole_model.state_dict().items()}
         torch.save(dict(weights=weights, results=results, step=trainer.step), path / launch.OUTCOME_FILE)
-    for tracker in trainer.accelerator.trackers:
-        tracker.finish()
 
 
 def _end_with(parent: int) -> None:

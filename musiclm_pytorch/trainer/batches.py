@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy
 import torch
@@ -13,6 +13,12 @@ from torch.utils.data import DataLoader, Dataset
 from musiclm_pytorch.distributed.collectives import rank, world_size
 from musiclm_pytorch.trainer.checkpoints import random_states, restore_random_states
 from musiclm_pytorch.trainer.grouping import Grouping
+
+
+class StandIn(NamedTuple):
+    """A batch of a process that has no items of its own: computed as the others are, since these wait, for nothing."""
+
+    batch: Any
 
 
 class SeededItems(Dataset):

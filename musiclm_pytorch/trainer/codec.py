@@ -179,7 +179,7 @@ class CodecTrainer(Trainer):
 
     def compute_gradients(self, batches: list[Tensor]) -> dict[str, float]:
         penalty = self.grad_penalty_every is not None and self.step % self.grad_penalty_every == 0
-        metrics = self.accumulate(batches, lambda waves: self.step_module(waves, penalty))
+        metrics = self.accumulate(batches, lambda waves: self.step_module(waves, penalty), len)
         sides = self.codec.non_discr_parameters(), list(discriminators_of(self.codec).parameters())
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)

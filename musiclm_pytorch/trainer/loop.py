@@ -23,12 +23,14 @@ from musiclm_pytorch.checks import check_positive
 from musiclm_pytorch.distributed.collectives import gather_sizes, mean_over_ranks
 from musiclm_pytorch.mulan.kernels import computes_in_bf16, half_precision
 from musiclm_pytorch.trainer import checkpoints
+from musiclm_pytorch.trainer.batches import StandIn
 from musiclm_pytorch.trainer.folders import prepare_results_folder
 from musiclm_pytorch.trainer.grouping import Grouping
 from musiclm_pytorch.trainer.journal import Journal
 from musiclm_pytorch.trainer.optimizers import build_optimizer, check_optimizer
 from musiclm_pytorch.trainer.schedules import check_schedule, learning_rate
 from musiclm_pytorch.trainer.streams import default_batch_size, open_batches
+from musiclm_pytorch.trainer.trackers import check_trackers, tracking
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +78,8 @@ class Trainer:
         checkpoint_every, max_checkpoints: steps between checkpoints, and how many are kept.
         validate_every: steps between validations; None is once an epoch, or as often as checkpoints where the data set
             does not tell how long an epoch is.
-        log_with: trackers by Accelerate's names, such as 'tensorboard' or 'wandb'.
+        log_with: trackers by Accelerate's names, such as 'tensorboard' or 'wandb'. Each `train()` is a run of its own; to
+            log to one that you have open, pass `train(log_fn=run.log)`.
         log_every: steps between lines in `metrics.jsonl` and the trackers.
         num_workers, prefetch_factor: processes that read data, and batches each reads ahead.
         drop_last: leave out the last, smaller batch of an epoch.
@@ -183,6 +186,7 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(self.device.type, **scaling) if self.mixed_precision == 'fp16' else None
 
         if self.is_main:
+            check_trackers(log_with, self.results_folder)
             prepare_results_folder(self.results_folder, resume=resume, clear=bool(force_clear_prev_results))
         self.accelerator.wait_for_everyone()
 
@@ -212,7 +216,6 @@ class Trainer:
         self.step_module = self.distribute(step_module)
         self.optimizer = build_optimizer(optimizer, model, lr, betas, weight_decay)
         self.journal = Journal(self.results_folder) if self.is_main else None
-        self.trackers_started = False
 
         if resume and (found := checkpoints.read_newest(self.checkpoint_folder)) is not None:
             path, state = found
@@ -235,7 +238,9 @@ class Trainer:
 
     def count_items(self, batch: Any) -> int | None:
         """The number of items in a batch that are trained on, None where it cannot be used."""
-        return None if batch is None else 1
+        if batch is None:
+            return None
+        return 0 if isinstance(batch, StandIn) else 1
 
     smallest_batch = 1  # items, over all processes
     saves_last = False  # whether the model at the end of training is written too, not the best alone
@@ -243,7 +248,7 @@ class Trainer:
     def as_stand_in(self, batch: Any) -> Any:
         """Mark a batch as one that takes part in a step and adds nothing to it, for a process that has no items left
         at the uneven end of an epoch."""
-        raise NotImplementedError(f'{type(self).__name__} has no stand-in batches; pass drop_last=True')
+        return StandIn(batch)
 
     # how it is trained
 
@@ -260,27 +265,38 @@ class Trainer:
         (loss if self.scaler is None else self.scaler.scale(loss)).backward()
 
     def accumulate(
-        self, batches: list[Any], compute: Callable[[Any], tuple[Tensor, dict[str, Tensor]]]
+        self,
+        batches: list[Any],
+        compute: Callable[[Any], tuple[Tensor, dict[str, Tensor]]],
+        count: Callable[[Any], Tensor | int],
     ) -> dict[str, float]:
-        """Accumulate the gradients of the mean over micro-batches of a loss that is a mean over items.
+        """Accumulate the gradients of a loss that is a mean over parts, such as tokens: the mean over all of the step.
+
+        A step has one gradient, however its parts are shared out to micro-batches and processes.
 
         Args:
             batches: of this process.
-            compute: the loss of one of them, through the step module, and its detached metrics.
+            compute: the mean loss of one of them, through the step module, and its detached metrics, means likewise.
+            count: the number of parts of one of them.
 
         Returns:
-            the metrics, averaged over micro-batches and processes.
+            the metrics, means over all parts of the step.
         """
+        counts = [0 if isinstance(batch, StandIn) else count(batch) for batch in batches]
+        counts = torch.stack([torch.as_tensor(it, dtype=torch.float32, device=self.device) for it in counts])
+        # gradients are averaged over processes, so all shares add up to the number of these
+        shares = counts / mean_over_ranks(counts.sum())
         sums: dict[str, Tensor] = {}
-        for number, batch in enumerate(batches, start=1):
+        for number, (batch, share) in enumerate(zip(batches, shares), start=1):
+            batch = batch.batch if isinstance(batch, StandIn) else batch
             # gradients are averaged over processes once a step
             last = number == len(batches)
             with contextlib.nullcontext() if last else self.accelerator.no_sync(self.step_module):
                 with self.autocast():
                     loss, metrics = compute(batch)
-                self.backward(loss / len(batches))
+                self.backward(loss * share)
             for name, value in metrics.items():
-                sums[name] = sums.get(name, 0.0) + value / len(batches)
+                sums[name] = sums.get(name, 0.0) + value * share
         return {name: mean_over_ranks(value).item() for name, value in sums.items()}
 
     def clip_gradients(self) -> float:
@@ -335,7 +351,6 @@ class Trainer:
         if num_train_steps is None and self.steps_an_epoch is None:
             raise ValueError('the data set does not tell how long an epoch is; pass num_train_steps')
         total = num_train_steps or math.ceil((num_epochs or 1) * self.steps_an_epoch)
-        self.start_trackers(total)
 
         results: dict[str, Any] = {}
         data = self.batches.iterate(self.position)
@@ -343,7 +358,7 @@ class Trainer:
             total=total, initial=min(self.step, total), disable=not (self.progress and self.is_main), unit='step'
         )
         saved = validated = self.step
-        with bar:
+        with self.tracking(total), bar:
             while self.step < total:
                 results |= self.train_step(data, total)
                 bar.update()
@@ -356,10 +371,10 @@ class Trainer:
                 if self.step % self.checkpoint_every == 0:
                     self.save()
                     saved = self.step
-        if with_validation and validated != self.step:
-            results |= self.run_validation()
-        if saved != self.step:
-            self.save()
+            if with_validation and validated != self.step:
+                results |= self.run_validation()
+            if saved != self.step:
+                self.save()
         if self.journal is not None:
             self.journal.draw()
         if self.saves_last and self.is_main:
@@ -428,11 +443,9 @@ class Trainer:
 
     # logs
 
-    def start_trackers(self, total: int) -> None:
-        if not self.trackers_started:
-            config = dict(lr=self.lr, batch_size=self.batches.batch_size, total_steps=total, seed=self.seed)
-            self.accelerator.init_trackers('training', config=config | self.schedule)
-            self.trackers_started = True
+    def tracking(self, total: int) -> contextlib.AbstractContextManager:
+        config = dict(lr=self.lr, batch_size=self.batches.batch_size, total_steps=total, seed=self.seed)
+        return tracking(self.accelerator, config | self.schedule)
 
     def log(self, metrics: dict[str, Any], part: str) -> None:
         if self.journal is not None:

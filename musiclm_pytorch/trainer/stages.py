@@ -24,7 +24,7 @@ from musiclm_pytorch.audiolm.bridge import (
 )
 from musiclm_pytorch.audiolm.crops import TokenCrops, collate_tokens
 from musiclm_pytorch.audiolm.fingerprints import fingerprint
-from musiclm_pytorch.audiolm.losses import coarse_loss, fine_loss, semantic_loss
+from musiclm_pytorch.audiolm.losses import coarse_loss, count_labels, fine_loss, semantic_loss
 from musiclm_pytorch.checks import check_positive, check_probability, typechecked
 from musiclm_pytorch.distributed.collectives import mean_over_ranks, rank, world_size
 from musiclm_pytorch.mulan import checkpoint
@@ -66,20 +66,33 @@ class Stage(nn.Module):
         self, semantic: Tensor | None = None, codec: Tensor | None = None, conditioning: Tensor | None = None
     ) -> Tensor:
         """The loss of a batch of tokens `(b, n)`, `(b, t, q)` and MuLaN's codes `(b, q)`, as `collate_tokens` gives."""
+        ids = self.ids_of(semantic, codec)
         shared = dict(
             conditioning=self.embed(conditioning),
             # forgetful masking whenever training, never in validation
             mask_prob=self.mask_prob if self.training else 0.0,
         )
         if isinstance(self.transformer, SemanticTransformer):
-            return semantic_loss(self.transformer, semantic, **shared)
+            return semantic_loss(self.transformer, *ids, **shared)
+        if isinstance(self.transformer, CoarseTransformer):
+            return coarse_loss(self.transformer, *ids, semantic_loss_weight=self.prefix_loss_weight, **shared)
+        return fine_loss(self.transformer, *ids, coarse_loss_weight=self.prefix_loss_weight, **shared)
+
+    def count_labels(
+        self, semantic: Tensor | None = None, codec: Tensor | None = None, conditioning: Tensor | None = None
+    ) -> Tensor:
+        """The number of labels of a batch, which its loss is the mean over."""
+        ids = self.ids_of(semantic, codec)
+        return count_labels(self.transformer, *ids, prefix_loss_weight=self.prefix_loss_weight)
+
+    def ids_of(self, semantic: Tensor | None, codec: Tensor | None) -> tuple[Tensor, ...]:
+        """What the stage is given and what it predicts, the latter last."""
+        if isinstance(self.transformer, SemanticTransformer):
+            return (semantic,)
         q = self.transformer.num_coarse_quantizers
         if isinstance(self.transformer, CoarseTransformer):
-            return coarse_loss(
-                self.transformer, semantic, codec[..., :q], semantic_loss_weight=self.prefix_loss_weight, **shared
-            )
-        fine = codec[..., q : q + self.transformer.num_fine_quantizers]
-        return fine_loss(self.transformer, codec[..., :q], fine, coarse_loss_weight=self.prefix_loss_weight, **shared)
+            return semantic, codec[..., :q]
+        return codec[..., :q], codec[..., q : q + self.transformer.num_fine_quantizers]
 
     def embed(self, codes: Tensor | None) -> Tensor | None:
         """`(b, q)` codes to `(b, q, d)` conditioning, some items' dropped in training."""
@@ -242,11 +255,11 @@ class StageTrainer(Trainer):
             loss = self.step_module(**batch)
             return loss, dict(loss=loss.detach().float())
 
-        return self.accumulate(batches, compute)
+        return self.accumulate(batches, compute, lambda batch: self.model.count_labels(**batch))
 
     @torch.no_grad()
     def validate(self) -> dict[str, Any] | None:
-        """The mean loss on held-out tokens, the same crops each time, each process a share."""
+        """The mean loss over all held-out tokens, the same crops each time, each process a share."""
         if self.valid_tokens is None:
             return None
         items = SeededItems(self.valid_tokens, self.seed)
@@ -260,8 +273,8 @@ class StageTrainer(Trainer):
                 batch = send_to_device(batch, self.device)
                 with self.autocast():
                     loss = model(**batch)
-                size = len(next(iter(batch.values())))
-                sums += torch.stack([loss.float() * size, torch.tensor(float(size), device=self.device)])
+                labels = model.count_labels(**batch)
+                sums += torch.stack([loss.float() * labels, labels])
         loss, count = (mean_over_ranks(part).item() for part in sums)
         return dict(loss=loss / count, score=-loss / count)
 
