@@ -91,3 +91,21 @@ def make_transformer(stage, tokens=20, codes=12, conditioned=False, seed=3, **ke
     if stage == 'coarse':
         return CoarseTransformer(codebook_size=codes, num_coarse_quantizers=2, num_semantic_tokens=tokens, **keywords)
     return FineTransformer(codebook_size=codes, num_coarse_quantizers=2, num_fine_quantizers=1, **keywords)
+
+
+def draw_items(count, equal):
+    """Items as `TokenCrops` gives them, with repeated semantic tokens, of one length or of several."""
+    items = []
+    for index in range(count):
+        n, t = (9, 5) if equal else (3 + 4 * index, 1 + 2 * index)
+        codes = dict(semantic=torch.randint(4, (n,)), codec=torch.randint(12, (t, 3)))
+        items.append(codes | dict(conditioning=torch.randint(6, (2,))))
+    return items
+
+
+def gradients_of_step(trainer, batches):
+    """The loss and the gradients of one step of a trainer over micro-batches of this process."""
+    trainer.model.zero_grad()
+    metrics = trainer.compute_gradients(batches)
+    named = trainer.model.named_parameters()
+    return metrics['loss'], {name: it.grad.clone() for name, it in named if it.grad is not None}

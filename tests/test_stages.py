@@ -2,12 +2,22 @@
 
 import json
 import math
+from functools import partial
+from itertools import islice
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
-from stage_parts import Clips, ClockCodec, ClockTokenizer, make_quantizer, make_transformer
+from stage_parts import (
+    Clips,
+    ClockCodec,
+    ClockTokenizer,
+    draw_items,
+    gradients_of_step,
+    make_quantizer,
+    make_transformer,
+)
 
 from musiclm_pytorch.audiolm import losses
 from musiclm_pytorch.audiolm.bridge import (
@@ -19,11 +29,12 @@ from musiclm_pytorch.audiolm.bridge import (
     SemanticTransformerWrapper,
     SoundStream,
 )
-from musiclm_pytorch.audiolm.crops import PAD, TokenCrops
+from musiclm_pytorch.audiolm.crops import PAD, TokenCrops, collate_tokens
 from musiclm_pytorch.audiolm.initial import scale_initial_weights
 from musiclm_pytorch.audiolm.losses import coarse_loss, fine_loss, forgetful_mask, semantic_loss, with_end
 from musiclm_pytorch.audiolm.tokens import compute_tokens
 from musiclm_pytorch.trainer import CoarseTrainer, FineTrainer, SemanticTrainer
+from musiclm_pytorch.trainer.batches import StandIn
 from musiclm_pytorch.trainer.stages import Stage, load_stage
 
 STAGES = dict(semantic=SemanticTrainer, coarse=CoarseTrainer, fine=FineTrainer)
@@ -114,15 +125,16 @@ def test_padding_does_not_count(stage):
     for row, (n, t) in enumerate(sizes):
         semantic[row, n:] = PAD
         codes[row, t:] = PAD
-    found = own(stage, transformer, semantic, codes, None, 0.0)
     parts, counts = [], []
     for row, (n, t) in enumerate(sizes):
         ids, frames = semantic[row : row + 1, :n], codes[row : row + 1, :t]
         parts.append(own(stage, transformer, ids, frames, None, 0.0))
         counts.append(dict(semantic=(n + 1,), coarse=(n + 1, 2 * t + 1), fine=(2 * t, t))[stage])
     weights = torch.tensor([float(sum(count)) for count in counts])
-    expected = (torch.stack(parts) * weights).sum() / weights.sum()
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    for rows in ([0, 1, 2], [0, 1], [1, 2]):
+        found = own(stage, transformer, semantic[rows], codes[rows], None, 0.0)
+        expected = (torch.stack(parts)[rows] * weights[rows]).sum() / weights[rows].sum()
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_the_end_token_stands_where_each_item_ends():
@@ -199,6 +211,47 @@ def test_a_tiny_batch_is_learned_by_heart(tmp_path, tokens, stage):
         assert torch.equal(other.state_dict()[name], tensor)
     for namespace, embeddings in quantizer.cond_embeddings.items():
         assert torch.equal(other_quantizer.cond_embeddings[namespace], embeddings)
+
+
+@pytest.mark.parametrize(
+    ('stage', 'prefix_loss_weight'),
+    [('semantic', 1.0), ('coarse', 0.3), ('coarse', 0.0), ('fine', 0.3), ('fine', 0.0)],
+)
+def test_micro_batches_have_the_gradient_of_one_batch(tmp_path, tokens, stage, prefix_loss_weight):
+    """The mean over all tokens of the step, whatever the lengths and however the items are dealt out."""
+    run = make_trainer(
+        tmp_path, tokens, stage, mask_prob=0.0, cond_drop_prob=0.0, prefix_loss_weight=prefix_loss_weight
+    )
+    for equal in (True, False):
+        for unique in (False, True):
+            items = draw_items(5, equal)
+            collate = partial(collate_tokens, unique_consecutive=unique)
+            loss, expected = gradients_of_step(run, [collate(items)])
+            assert max(it.abs().max() for it in expected.values()) > 1e-3
+            for sizes in ((3, 2), (2, 2, 1)):
+                batches = [collate(part) for part in batched(items, sizes)]
+                stand_in = StandIn(batches[0])  # adds nothing
+                found_loss, found = gradients_of_step(run, [*batches, stand_in])
+                assert found_loss == pytest.approx(loss, abs=1e-5)
+                torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+
+
+def batched(items, sizes):
+    items = iter(items)
+    return [list(islice(items, size)) for size in sizes]
+
+
+def test_the_loss_of_validation_is_that_of_all_tokens_at_once(tmp_path, tokens):
+    """In batches whose clips have other lengths: the mean of their means is another number."""
+    found = []
+    for batch_size in (1, 3):
+        run = make_trainer(tmp_path, tokens, 'coarse', seconds=2.0, valid_frac=0.5, batch_size=batch_size)
+        assert len({it['semantic'].shape for it in map(run.valid_tokens.__getitem__, range(4))}) > 1
+        found.append(run.validate()['loss'])
+    batch = run.collate_fn([run.valid_tokens[index] for index in range(4)])
+    with torch.no_grad():
+        expected = run.model.eval()(**batch).item()
+    assert found == pytest.approx([expected] * 2, abs=1e-5)
 
 
 @pytest.fixture

@@ -99,17 +99,24 @@ def fine_loss(
         conditioning, mask_prob: as in `semantic_loss`.
         coarse_loss_weight: of the coarse tokens; 0 leaves them out.
     """
-    coarse_labels, fine_labels = (rearrange(ids, 'b t q -> b (t q)') for ids in (coarse, fine))
-    ids = fine_labels[:, :-1].clamp(min=0)
-    mask = None
-    if mask_prob > 0:
-        shape = (len(ids), coarse_labels.shape[1] + ids.shape[1] + 2)
-        mask = forgetful_mask(shape, mask_prob, ids.device)
-    given, features = fine_features(transformer, coarse_labels, ids, seen=mask, conditioning=conditioning)
-    loss = summed_loss(features, of_levels(transformer.fine_logit_weights), fine_labels)
-    if prefix_counts(transformer, coarse_loss_weight):
-        loss = loss + summed_loss(given, of_levels(transformer.coarse_logit_weights), coarse_labels) * coarse_loss_weight
-    return loss / count_labels(transformer, coarse, fine, prefix_loss_weight=coarse_loss_weight)
+    losses = []
+    frames = (coarse != PAD).all(dim=-1).sum(dim=-1)
+    # the biases of positions depend on how many frames there are, padding among them: see `fine_bias`
+    for length in frames.unique().tolist():
+        chosen = frames == length
+        coarse_labels, labels = (rearrange(ids[chosen, :length], 'b t q -> b (t q)') for ids in (coarse, fine))
+        ids = labels[:, :-1].clamp(min=0)
+        mask = None
+        if mask_prob > 0:
+            shape = (len(ids), coarse_labels.shape[1] + ids.shape[1] + 2)
+            mask = forgetful_mask(shape, mask_prob, ids.device)
+        own = None if conditioning is None else conditioning[chosen]
+        given, features = fine_features(transformer, coarse_labels, ids, seen=mask, conditioning=own)
+        losses.append(summed_loss(features, of_levels(transformer.fine_logit_weights), labels))
+        if prefix_counts(transformer, coarse_loss_weight):
+            of_given = summed_loss(given, of_levels(transformer.coarse_logit_weights), coarse_labels)
+            losses.append(of_given * coarse_loss_weight)
+    return torch.stack(losses).sum() / count_labels(transformer, coarse, fine, prefix_loss_weight=coarse_loss_weight)
 
 
 def prefix_counts(transformer: CoarseTransformer | FineTransformer, prefix_loss_weight: float) -> bool:
