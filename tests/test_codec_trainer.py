@@ -11,6 +11,7 @@ from torch.utils.data import Dataset
 from musiclm_pytorch.audiolm.bridge import SoundStream
 from musiclm_pytorch.audiolm.saving import load_module
 from musiclm_pytorch.trainer import CodecTrainer
+from musiclm_pytorch.trainer.batches import StandIn
 from musiclm_pytorch.trainer.codec import WaveCrops, _CodecStep, discriminators_of, spectral_distance
 
 RATE = 2000
@@ -171,3 +172,19 @@ def test_codes_are_not_replaced_for_want_of_frames(tmp_path, batch_size, thresho
     make_trainer(tmp_path, codec, batch_size=batch_size)
     found = [it.threshold_ema_dead_code for it in codec.rq.modules() if hasattr(it, 'threshold_ema_dead_code')]
     assert found == pytest.approx([threshold] * 2)
+
+
+def test_micro_batches_have_the_gradient_of_one_batch(tmp_path):
+    """The mean over all waves of the step, also where some of a micro-batch could not be read."""
+    codec = make_codec()
+    run = make_trainer(tmp_path, codec, grad_penalty_every=None, max_grad_norm=None)
+    codec.eval()  # quantizer dropout draws otherwise, and codebooks move
+    waves = torch.randn(5, 400)
+    found = []
+    for batches in ([waves], [waves[:3], waves[3:]], [waves[:3], StandIn(waves[:1]), waves[3:4], waves[4:]]):
+        codec.zero_grad()
+        metrics = run.compute_gradients(batches)
+        found.append((metrics, {name: it.grad for name, it in codec.named_parameters() if it.grad is not None}))
+    for metrics, own in found[1:]:
+        assert metrics == pytest.approx(found[0][0], rel=1e-4)
+        torch.testing.assert_close(own, found[0][1], atol=1e-5, rtol=1e-4)

@@ -1,27 +1,46 @@
-"""Two processes train a stage as one does on the same crops, and stay equal."""
+"""Two processes train a stage as one does on the same crops of several lengths, and stay equal."""
 
 import os
+from functools import partial
 
 import pytest
 import torch
 import torch.multiprocessing as mp
-from stage_parts import Clips, ClockCodec, ClockTokenizer, make_quantizer
+from stage_parts import Clips, ClockCodec, ClockTokenizer, draw_items, gradients_of_step, make_quantizer
 from test_stages import make_trainer
 
-from musiclm_pytorch.audiolm.crops import TokenCrops
+from musiclm_pytorch.audiolm.crops import TokenCrops, collate_tokens
 from musiclm_pytorch.audiolm.tokens import compute_tokens
 
 STAGES = ('semantic', 'coarse', 'fine')
 
 
-def train(folder, tokens, stage, processes):
-    crops = TokenCrops(tokens, stage, seconds=0.2, training=False)
+def gradients(trainer, rank, processes):
+    """Of a step over 5 items of one length or several, repeated tokens left out or not: 1, 2 and 2, or all at once."""
+    torch.manual_seed(7)
+    found = {}
+    for equal in (True, False):
+        items = draw_items(5, equal)[rank::processes]
+        for unique in (False, True):
+            parts = [items] if processes == 1 else [items[:1], items[1:]]
+            batches = map(partial(collate_tokens, unique_consecutive=unique), parts)
+            loss, found[f'{equal} {unique}'] = gradients_of_step(trainer, list(batches))
+            found[f'{equal} {unique}']['loss'] = torch.tensor(loss)
+    return found
+
+
+def train(folder, tokens, stage, rank, processes):
+    # 9 items, so that one process has none of the last batch of an epoch
+    crops = TokenCrops(tokens, stage, seconds=0.8, training=False)
     trainer = make_trainer(
         f'{folder}/{stage}', crops, stage, seconds=None, batch_size=4 // processes, grad_accum_every=2,
-        mask_prob=0.0, cond_drop_prob=0.0, use_ema=True,
+        mask_prob=0.0, cond_drop_prob=0.0, use_ema=True, drop_last=False,
     )  # fmt: skip
+    assert len(trainer.batches.items.dataset) == 9
+    first = gradients(trainer, rank, processes)
+    trainer.optimizer.zero_grad()
     results = trainer.train(num_train_steps=4)
-    return trainer.model.state_dict(), {name: results[name] for name in ('loss', 'valid_loss')}
+    return trainer.model.state_dict(), {name: results[name] for name in ('loss', 'valid_loss')}, first
 
 
 def worker(rank, folder):
@@ -30,7 +49,7 @@ def worker(rank, folder):
     )
     torch.set_num_threads(1)
     for stage in STAGES:
-        torch.save(train(f'{folder}/two', f'{folder}/tokens', stage, 2), f'{folder}/{stage}.{rank}.pt')
+        torch.save(train(f'{folder}/two', f'{folder}/tokens', stage, rank, 2), f'{folder}/{stage}.{rank}.pt')
 
 
 @pytest.mark.slow
@@ -41,11 +60,12 @@ def test_two_processes_equal_one_and_each_other(tmp_path):
     )  # fmt: skip
     mp.start_processes(worker, args=(str(tmp_path),), nprocs=2, start_method='spawn')
     for stage in STAGES:
-        weights, results = train(tmp_path / 'one', tmp_path / 'tokens', stage, 1)
+        weights, results, expected = train(tmp_path / 'one', tmp_path / 'tokens', stage, 0, 1)
         found = [torch.load(tmp_path / f'{stage}.{rank}.pt', weights_only=True) for rank in range(2)]
         for name, tensor in weights.items():
             assert torch.equal(found[0][0][name], found[1][0][name]), name
             # Adam makes much of rounding where gradients are small; four steps move a weight by some 1e-3
             torch.testing.assert_close(found[0][0][name], tensor, atol=2e-4, rtol=1e-3, msg=name)
-        for _, own in found:
+        for _, own, first in found:
+            torch.testing.assert_close(first, expected, atol=1e-5, rtol=0)
             assert own == pytest.approx(results, abs=1e-4)
