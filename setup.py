@@ -127,6 +127,7 @@ setup(
         'torchvision>=0.26,<0.27',  # x-clip imports it
         'tqdm>=4.60',
         'vector-quantize-pytorch>=1.20',
+        'wandb>=0.19.10',  # audiolm-pytorch requires it; several runs in one process
         'x-clip>=0.14',
         fairseq_stand_in(),
     ],

@@ -61,7 +61,7 @@ class Trainer:
             where a run was stopped.
         collate_fn: makes a batch of a list of items.
         batch_size: items a micro-batch and process; by default 32, or what the data set has for each process.
-        grad_accum_every: micro-batches a step.
+        grad_accum_every: micro-batches a step, which has the gradient of one batch of all their items.
         lr, betas, weight_decay, optimizer: 'adam', 'adamw' or 'lion'; matrices alone are decayed, never gains,
             biases, embeddings or temperatures.
         max_grad_norm: largest norm of the gradients, None for no clipping.
@@ -78,8 +78,8 @@ class Trainer:
         checkpoint_every, max_checkpoints: steps between checkpoints, and how many are kept.
         validate_every: steps between validations; None is once an epoch, or as often as checkpoints where the data set
             does not tell how long an epoch is.
-        log_with: trackers by Accelerate's names, such as 'tensorboard' or 'wandb'. Each `train()` is a run of its own; to
-            log to one that you have open, pass `train(log_fn=run.log)`.
+        log_with: trackers by Accelerate's names, such as 'tensorboard' or 'wandb'. Each `train()` is a run of its own;
+            to log to one that you have open, pass `train(log_fn=run.log)`.
         log_every: steps between lines in `metrics.jsonl` and the trackers.
         num_workers, prefetch_factor: processes that read data, and batches each reads ahead.
         drop_last: leave out the last, smaller batch of an epoch.
