@@ -18,7 +18,7 @@ def check_trackers(log_with: str | list[str] | None, folder: Path) -> None:
         ImportError: the package of one is not installed; Accelerate would leave it out. ValueError: a name that
         Accelerate does not know, or W&B without a login.
     """
-    names = [log_with] if isinstance(log_with, str) else log_with or []
+    names = log_with if isinstance(log_with, (list, tuple)) else [] if log_with is None else [log_with]
     found = [str(tracker) for tracker in filter_trackers(names, folder)]
     for name in map(str, names):
         if name not in found and name != 'all':
