@@ -24,8 +24,8 @@ def evaluate(subcommands) -> None:
     parser.add_argument(
         '--texts',
         metavar='FILE',
-        help='what each was made from: a .txt with a line a file, by name; a .json of file names and texts, as '
-        '`musiclm generate` writes; or a .csv with the columns file and text. Without it the fit to the text is left '
+        help='what each was made from: a .txt with a line a file, by name; a .json of file names, each with its text or '
+        'with an object that has it under "prompt", as `musiclm generate` writes; or a .csv with the columns file and text. Without it the fit to the text is left '
         'out',
     )
     parser.add_argument('--reference', metavar='FOLDER', help='sound files of real music to compare with')
@@ -159,8 +159,9 @@ def read_texts(path: str, files: list[Path]) -> list[str]:
         if rows and not {'file', 'text'} <= rows[0].keys():
             raise ValueError(f'{path} must have the columns file and text, got {", ".join(map(str, rows[0]))}')
         texts = {row['file']: row['text'] for row in rows}
-    if not isinstance(texts, dict) or not all(isinstance(it, str) for it in texts.values()):
-        raise ValueError(f'{path} must hold a text for each file name')
+    from musiclm_pytorch.evaluation.inputs import texts_by_file
+
+    texts = texts_by_file(texts, str(path))
     missing = [file.name for file in files if file.name not in texts]
     if missing:
         raise ValueError(f'{path} has no text for {missing[0]}, and for {len(missing)} of {len(files)} files in all')

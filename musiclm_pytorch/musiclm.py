@@ -47,15 +47,26 @@ SAMPLING = dict(temperature=(1.0, 0.95, 0.4), top_k=None, top_p=None, cond_scale
 RANKING_WINDOW = 10.0  # seconds that MuLaN hears at once (MusicLM, section 3.2)
 
 
-class Music(NamedTuple):
-    """What `MusicLM` gives with `return_scores`.
+class WavesAndScores(NamedTuple):
+    waves: Tensor
+    scores: Tensor
+
+
+class Music(WavesAndScores):
+    """What `MusicLM` gives with `return_scores`; it unpacks as `waves, scores`.
 
     waves: `(prompts, samples)`, the best of each prompt, or `(prompts, num_samples, samples)` with `return_all`
     scores: `(prompts, num_samples)`, cosine of each sample with its prompt in MuLaN's space
+    seeds: `(prompts, num_samples)` int64; a call with one of them as `seed`, and the same prompt and settings, makes
+        that sample again, alone
     """
 
-    waves: Tensor
-    scores: Tensor
+    seeds: Tensor | None
+
+    def __new__(cls, waves: Tensor, scores: Tensor, seeds: Tensor | None = None) -> Music:
+        music = super().__new__(cls, waves, scores)
+        music.seeds = seeds
+        return music
 
 
 class MusicLM(nn.Module):
@@ -195,7 +206,9 @@ class MusicLM(nn.Module):
             prime_wave, prime_wave_input_sample_hz: music to go on from, `(samples,)` or `(channels, samples)`, and its
                 rate in Hz; or
             prime_wave_path: the file that it is in.
-            seed: the same pieces again; also independent of `max_batch`.
+            seed: the same pieces again, also independent of `max_batch` and of grouping: the piece of number i, counted
+                through all prompts, is the one that `seed + i` makes alone. By default a draw from torch's global
+                generator, so that `torch.manual_seed` repeats it.
             max_batch: pieces made at a time, for less memory; all by default.
             return_all: all pieces of each prompt instead of the best.
             return_scores: the scores by which MuLaN chose, too.
@@ -225,9 +238,10 @@ class MusicLM(nn.Module):
             indices = self.mulan_embed_quantizer.indices(raw_texts=prompts)  # a row a prompt, or a part of the story
             pieces = 1 if story else len(prompts)
             total = pieces * num_samples
-            seed = torch.seed() if seed is None else seed
+            seed = int(torch.randint(2**32, ())) if seed is None else seed
             # one a piece, so that a piece does not depend on those made beside it
-            generators = [torch.Generator(self.device).manual_seed((seed + i) % 2**63) for i in range(total)]
+            seeds = [(seed + i) % 2**63 for i in range(total)]
+            generators = [torch.Generator(self.device).manual_seed(it) for it in seeds]
             waves = []
             for start in range(0, total, max_batch or total):
                 rows = range(start, min(start + (max_batch or total), total))
@@ -244,7 +258,7 @@ class MusicLM(nn.Module):
                 scores = self._score(waves, prompts, story)
         if not return_all:
             waves = waves[:, 0] if num_samples == 1 else waves[torch.arange(pieces), scores.argmax(dim=1)]
-        return Music(waves, scores) if return_scores else waves
+        return Music(waves, scores, torch.tensor(seeds).view(pieces, num_samples)) if return_scores else waves
 
     # generation
 

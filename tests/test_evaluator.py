@@ -402,6 +402,7 @@ def test_evaluate_and_compare(folders, pairs, capsys):
         (('t.txt', 'one\ntwo'), 'has 2 lines for 3 sound files'),
         (('t.json', '{"0.wav": "a"}'), 'has no text for 1.wav, and for 2 of 3 files'),
         (('t.json', '{'), 'is not JSON'),
+        (('t.json', '{"0.wav": {"seed": 1}}'), 'a text for 0.wav, or an object with the text under "prompt"'),
         (('t.csv', 'name,text\n0.wav,a'), 'must have the columns file and text'),
         (('t.doc', ''), 'must end in .txt, .json or .csv'),
     ],
@@ -420,7 +421,10 @@ def test_texts_as_lines_or_table(folders):
     files = sound_files(str(folders / 'generated'))
     (folders / 't.txt').write_text('a\nb\nc\n')
     (folders / 't.csv').write_text('text,file\nb,1.wav\nc,2.wav\na,0.wav\n')
-    for name in ('t.txt', 't.csv'):
+    # with what else made a piece, or without
+    made = {'0.wav': {'prompt': 'a', 'seed': 3, 'temperature': [1.0, 0.9, 0.4]}, '1.wav': 'b', '2.wav': {'prompt': 'c'}}
+    (folders / 't.json').write_text(json.dumps(made))
+    for name in ('t.txt', 't.csv', 't.json'):
         assert read_texts(str(folders / name), files) == ['a', 'b', 'c']
 
 

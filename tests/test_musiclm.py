@@ -124,6 +124,37 @@ def test_seeds_and_batches(musiclm):
     torch.testing.assert_close(musiclm(['a', 'b'], seed=5, max_batch=2, **keywords), first, atol=1e-5, rtol=0)
 
 
+def test_a_seed_makes_a_piece_again_alone(musiclm):
+    whole = musiclm(['a', 'b'], 2, seconds=0.4, seed=2**63 - 2, return_all=True, return_scores=True)
+    assert whole.seeds.tolist() == [[2**63 - 2, 2**63 - 1], [0, 1]]
+    waves, scores = whole
+    for row, prompt in enumerate(['a', 'b']):
+        for column, seed in enumerate(whole.seeds[row].tolist()):
+            alone = musiclm(prompt, seconds=0.4, seed=seed, return_scores=True)
+            torch.testing.assert_close(alone.waves[0], waves[row, column], atol=1e-5, rtol=0)
+            torch.testing.assert_close(alone.scores[0, 0], scores[row, column], atol=1e-5, rtol=0)
+
+
+def test_without_a_seed_the_global_generator_decides(musiclm):
+    def draw():
+        music = musiclm('a', 2, seconds=0.3, return_all=True, return_scores=True)
+        return music.waves, music.seeds, torch.rand(2)
+
+    torch.manual_seed(3)
+    first, other = draw(), draw()
+    torch.manual_seed(3)
+    assert all(map(torch.equal, draw(), first))
+    assert not torch.equal(first[0], other[0])
+    torch.manual_seed(3)
+    torch.randint(2**32, ())  # all that a call takes
+    assert torch.equal(torch.rand(2), first[2])
+    torch.manual_seed(3)
+    expected = torch.rand(2)
+    torch.manual_seed(3)
+    musiclm('a', seconds=0.2, seed=1)  # and with a seed, nothing
+    assert torch.equal(torch.rand(2), expected)
+
+
 def test_each_stage_gets_its_own_namespace(musiclm):
     codes = musiclm.mulan_embed_quantizer.indices(raw_texts=['a'])
     asked = {}

@@ -104,3 +104,26 @@ def check_texts(texts: Any, clips: int) -> list[str]:
         if not text.strip():
             raise ValueError(f'texts[{index}] is empty; every clip needs the text that it was made from')
     return list(texts)
+
+
+def texts_by_file(content: Any, source: str) -> dict[str, str]:
+    """The text of each file name in what a `prompts.json` holds.
+
+    Args:
+        content: for each file name its text; or an object that has it under `prompt`, beside what else made the piece,
+            such as `seed`, `model`, `seconds` and `temperature`.
+        source: what errors call it.
+
+    Raises:
+        ValueError: another form, naming the file it is wrong for.
+    """
+    if not isinstance(content, dict):
+        raise ValueError(f'{source} must hold a text for each file name, got {content!r:.80}')
+    texts = {name: it.get('prompt') if isinstance(it, dict) else it for name, it in content.items()}
+    for name, text in texts.items():
+        if not isinstance(text, str):
+            raise ValueError(
+                f'{source} must hold a text for {name}, or an object with the text under "prompt"; got '
+                f'{content[name]!r:.80}'
+            )
+    return texts

@@ -140,7 +140,7 @@ class ModelWorker:
 
     def _generate(self, job: Job, prompts: Sequence[str], keywords: dict[str, Any]) -> Music:
         music = self.musiclm(prompts, return_all=True, return_scores=True, progress=job.check, **keywords)
-        return Music(music.waves.cpu(), music.scores.cpu())
+        return Music(music.waves.cpu(), music.scores.cpu(), music.seeds)
 
 
 def _thread() -> ThreadPoolExecutor:
