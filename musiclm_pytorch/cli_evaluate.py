@@ -24,9 +24,9 @@ def evaluate(subcommands) -> None:
     parser.add_argument(
         '--texts',
         metavar='FILE',
-        help='what each was made from: a .txt with a line a file, by name; a .json of file names, each with its text or '
-        'with an object that has it under "prompt", as `musiclm generate` writes; or a .csv with the columns file and text. Without it the fit to the text is left '
-        'out',
+        help='what each was made from: a .txt with a line a file, by name; a .json of file names, each with its text '
+        'or with an object that has it under "prompt", as `musiclm generate` writes; or a .csv with the columns file '
+        'and text. Without it the fit to the text is left out',
     )
     parser.add_argument('--reference', metavar='FOLDER', help='sound files of real music to compare with')
     parser.add_argument(

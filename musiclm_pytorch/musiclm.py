@@ -187,7 +187,7 @@ class MusicLM(nn.Module):
         prime_wave: Tensor | None = None,
         prime_wave_input_sample_hz: int | None = None,
         prime_wave_path: str | Path | None = None,
-        seed: int | None = None,
+        seed: int | Sequence[int] | None = None,
         max_batch: int | None = None,
         return_all: bool = False,
         return_scores: bool = False,
@@ -207,8 +207,8 @@ class MusicLM(nn.Module):
                 rate in Hz; or
             prime_wave_path: the file that it is in.
             seed: the same pieces again, also independent of `max_batch` and of grouping: the piece of number i, counted
-                through all prompts, is the one that `seed + i` makes alone. By default a draw from torch's global
-                generator, so that `torch.manual_seed` repeats it.
+                through all prompts, is the one that `seed + i` makes alone. Or one seed a piece. By default a draw from
+                torch's global generator, so that `torch.manual_seed` repeats it.
             max_batch: pieces made at a time, for less memory; all by default.
             return_all: all pieces of each prompt instead of the best.
             return_scores: the scores by which MuLaN chose, too.
@@ -238,9 +238,8 @@ class MusicLM(nn.Module):
             indices = self.mulan_embed_quantizer.indices(raw_texts=prompts)  # a row a prompt, or a part of the story
             pieces = 1 if story else len(prompts)
             total = pieces * num_samples
-            seed = int(torch.randint(2**32, ())) if seed is None else seed
-            # one a piece, so that a piece does not depend on those made beside it
-            seeds = [(seed + i) % 2**63 for i in range(total)]
+            # one generator a piece, so that a piece does not depend on those made beside it
+            seeds = seeds_of(seed, total)
             generators = [torch.Generator(self.device).manual_seed(it) for it in seeds]
             waves = []
             for start in range(0, total, max_batch or total):
@@ -434,6 +433,17 @@ class MusicLM(nn.Module):
         )
         quantizer = MuLaNEmbedQuantizer.from_pretrained(folder / 'quantizer')
         return cls(audio_lm, quantizer, windows=tuple(settings['windows']), sampling=settings.get('sampling')).eval()
+
+
+def seeds_of(seed: int | Sequence[int] | None, pieces: int) -> list[int]:
+    """The seed of each piece in [0, 2⁶³); without any, consecutive ones from a draw of torch's global generator on."""
+    if seed is None:
+        seed = int(torch.randint(2**32, ()))
+    if isinstance(seed, int):
+        seed = range(seed, seed + pieces)
+    if len(seed) != pieces:
+        raise ValueError(f'got {len(seed)} seeds for {pieces} pieces; pass one, or one a piece')
+    return [it % 2**63 for it in seed]
 
 
 class Part(NamedTuple):

@@ -292,6 +292,24 @@ def test_music_is_made_together_and_is_that_of_musiclm(musiclm):
     assert wanted.std() > 1e-3
 
 
+def test_a_piece_depends_on_its_own_seed_alone(musiclm):
+    texts, shared = ['a slow organ', 'a fast flute'], dict(seconds=0.4, return_all=True)
+    whole = musiclm(texts, 2, seed=5, **shared)
+    for max_batch in (1, 3):
+        assert torch.allclose(musiclm(texts, 2, seed=5, max_batch=max_batch, **shared), whole, atol=1e-4)
+    chosen = musiclm(texts, seed=[6, 8], **shared)
+    assert torch.allclose(chosen, whole[:, 1:], atol=1e-4)
+    engine = BatchInferenceEngine(musiclm, config())
+    # the long one is made apart from the others, whose music stays the same
+    one, _, two = engine.process_text_to_audio_batch(
+        [texts[0], 'a bell', texts[1]], [(6400,), (16000,), (6400,)], seed=5
+    )
+    for wave, text, seed in ((one, texts[0], 5), (two, texts[1], 7)):
+        assert torch.allclose(wave, musiclm(text, seconds=0.4, seed=seed)[0], atol=1e-4)
+    with pytest.raises(ValueError, match='got 2 seeds for 4 pieces; pass one, or one a piece'):
+        musiclm(texts, 2, seed=[1, 2])
+
+
 def test_each_text_has_its_own_length(musiclm):
     calls = []
     hook = musiclm.register_forward_pre_hook(

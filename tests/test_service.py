@@ -211,7 +211,12 @@ def test_generate_gives_all_pieces_best_first(service, musiclm):
         order = music.scores[row].argsort(descending=True)
         for piece, place in zip(pieces[2 * row : 2 * row + 2], order):
             assert piece['score'] == pytest.approx(music.scores[row, place].item(), abs=1e-5)
+            assert piece['seed'] == 1 + 2 * row + place
             same_music(read_wav(base64.b64decode(piece['wav'])), music.waves[row, place])
+    for piece in pieces:  # one by one
+        alone = body | dict(prompt=piece['prompt'], num_samples=1, seed=piece['seed'])
+        answer = service.client.post('/generate', json=alone).json()
+        same_music(*(read_wav(base64.b64decode(it['wav'])) for it in (piece, *answer['pieces'])))
 
 
 def test_a_seed_that_is_drawn_is_told(service):

@@ -54,6 +54,13 @@ def test_waves_come_back_better_with_each_level(codec):
     assert torch.equal(codec(waves, return_codes_only=True), codes)
 
 
+def test_a_wave_depends_on_its_own_codes_alone(codec):
+    codes = codec(notes(3, seed=1), return_codes_only=True)
+    together = codec.decode_from_codebook_indices(codes)
+    alone = torch.cat([codec.decode_from_codebook_indices(row[None]) for row in codes])
+    torch.testing.assert_close(together, alone, atol=1e-5, rtol=0)
+
+
 def test_decoding_leaves_the_random_numbers_of_the_caller_alone(codec):
     torch.manual_seed(3)
     expected = torch.rand(2)

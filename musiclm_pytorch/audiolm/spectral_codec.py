@@ -10,7 +10,6 @@ from einops import einsum, rearrange
 from sklearn.cluster import MiniBatchKMeans
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchaudio.functional import griffinlim
 
 from musiclm_pytorch.audiolm.bridge import SoundStream
 from musiclm_pytorch.checks import check_audio, check_positive, check_sample_rate, records_config, typechecked
@@ -154,22 +153,27 @@ class SpectralCodec(SoundStream):
         spare = 1 + max(0, self.n_fft // self.hop - levels.shape[-1])
         levels = F.pad(levels, (0, spare), mode='replicate')
         loudness = einsum(self.synthesis, levels.clamp(min=0), 'f d, b d t -> b f t')
-        # the first phases are random, but the same at each call
-        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):  # a seed is one of all devices
-            torch.manual_seed(0)
-            waves = griffinlim(
-                loudness ** (1 / LOUDNESS),
-                window=self.fft_window,
-                n_fft=self.n_fft,
-                hop_length=self.hop,
-                win_length=self.n_fft,
-                power=1.0,
-                n_iter=self.iterations,
-                momentum=MOMENTUM,
-                length=(levels.shape[-1] - 1) * self.hop,
-                rand_init=True,
-            )
+        waves = self._waves(loudness ** (1 / LOUDNESS))
         return rearrange(waves[:, :length], 'b n -> b 1 n')
+
+    def _waves(self, magnitudes: Tensor) -> Tensor:
+        """Magnitudes `(b, f, t)` to waves `(b, (t - 1) * hop)`, by the fast method of Griffin and Lim.
+
+        The first phases are random, but the same at each call and for each wave of a batch, so that a wave depends on
+        its own codes alone. torchaudio's `griffinlim` draws them from the global generator, others for each wave.
+        """
+        window = dict(n_fft=self.n_fft, hop_length=self.hop, win_length=self.n_fft, window=self.fft_window)
+        length = (magnitudes.shape[-1] - 1) * self.hop
+        generator = torch.Generator().manual_seed(0)
+        phases = torch.rand(magnitudes.shape[1:], dtype=torch.complex64, generator=generator).to(magnitudes.device)
+        last = torch.zeros((), device=magnitudes.device)
+        for _ in range(self.iterations):
+            waves = torch.istft(magnitudes * phases, length=length, **window)
+            rebuilt = torch.stft(waves, return_complex=True, **window)
+            phases = rebuilt - MOMENTUM / (1 + MOMENTUM) * last
+            phases = phases / (phases.abs() + 1e-16)
+            last = rebuilt
+        return torch.istft(magnitudes * phases, length=length, **window)
 
     # codebooks
 

@@ -188,7 +188,8 @@ class BatchInferenceEngine:
         Args:
             texts: what it is to be like.
             audio_shapes: one a text, such as `(160000,)` or `(1, 160000)`.
-            seed: the same sounds for the same call.
+            seed: the same sounds for the same call. With a MusicLM, text number i has the seeds that
+                `MusicLM(texts, seed=seed)` gives it, from `seed + i * num_samples` on.
             num_samples: pieces made for each text, of which MuLaN chooses; with a MusicLM only.
             steps: of the gradient ascent; with a MuLaN only.
             progress: a bar, or a function of (steps, steps in all), for each batch anew with a MusicLM.
@@ -240,7 +241,7 @@ class BatchInferenceEngine:
                 [texts[row] for row in group],
                 num_samples=num_samples,
                 seconds=shapes[group[-1]][-1] / rate,
-                seed=seed + group[0] * num_samples,
+                seed=[seed + row * num_samples + sample for row in group for sample in range(num_samples)],
                 max_batch=self.batch_size,
                 progress=progress,
             )

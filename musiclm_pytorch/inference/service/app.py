@@ -178,9 +178,10 @@ async def generate(request: Request) -> Response:
         {
             'prompt': prompt,
             'score': scores[place].item(),
+            'seed': seeds[place].item(),
             'wav': base64.b64encode(wav_of(waves[place], rate)).decode(),
         }
-        for prompt, waves, scores in zip(body.prompts, music.waves, music.scores)
+        for prompt, waves, scores, seeds in zip(body.prompts, music.waves, music.scores, music.seeds)
         for place in scores.argsort(descending=True).tolist()
     ]
     return JSONResponse({'sample_rate': rate, 'seed': seed, 'pieces': pieces})

@@ -67,7 +67,8 @@ class Prompts(Body):
     prompt: what the music is like; several with format 'json'
     seconds: length of a piece
     num_samples: pieces made for each prompt, of which MuLaN chooses
-    seed: the same pieces again; by default drawn, and told in the answer
+    seed: the same pieces again, of which piece number i is the one that `seed + i` makes alone; by default drawn, and
+        told in the answer
     format: 'wav', the best piece alone, or 'json', all pieces with their scores
     """
 
