@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from einops import einsum, rearrange, repeat
 from torch import Tensor, nn
 
+from musiclm_pytorch.atomic import write_json
 from musiclm_pytorch.audiolm.bridge import AudioLM
 from musiclm_pytorch.audiolm.decoding import generate_coarse, generate_fine, generate_semantic
 from musiclm_pytorch.audiolm.requests import (
@@ -39,6 +40,7 @@ from musiclm_pytorch.mulan.layers import l2norm
 from musiclm_pytorch.mulan.model import evaluating
 from musiclm_pytorch.pretrained import find_pretrained
 from musiclm_pytorch.quantizer import MuLaNEmbedQuantizer
+from musiclm_pytorch.version import __version__
 
 # frames: the convolutions of a codec reflect what they are given, and need something to reflect
 SHORTEST_CODED = 32
@@ -411,7 +413,7 @@ class MusicLM(nn.Module):
             sampling=self.sampling,
         )
         # last, so that a folder with it is whole
-        (folder / CONFIG_FILE).write_text(json.dumps(dict(model='MusicLM', **settings), indent=2) + '\n')
+        write_json(folder / CONFIG_FILE, dict(model='MusicLM', version=__version__, **settings))
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> MusicLM:

@@ -237,7 +237,7 @@ def test_an_index_is_not_written_over_by_mistake(tmp_path):
     assert not (tmp_path / 'new').exists()
 
 
-@pytest.mark.parametrize('stage', ['save_file', 'replace'])
+@pytest.mark.parametrize('stage', ['write_tensors', 'replace'])
 def test_an_interrupted_save_leaves_what_was_there(tmp_path, monkeypatch, stage):
     first, second = build(torch.randn(3, 4)), build(torch.randn(5, 4))
     first.save(tmp_path / 'old')
@@ -246,8 +246,8 @@ def test_an_interrupted_save_leaves_what_was_there(tmp_path, monkeypatch, stage)
     def fail(*_):
         raise OSError('no space left')
 
-    if stage == 'save_file':
-        monkeypatch.setattr(module, 'save_file', fail)
+    if stage == 'write_tensors':
+        monkeypatch.setattr(module, 'write_tensors', fail)
     else:
         replace = module.Path.replace
         monkeypatch.setattr(

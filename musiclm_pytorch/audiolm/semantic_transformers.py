@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from musiclm_pytorch.atomic import open_modes
 from musiclm_pytorch.audiolm.bridge import HubertWithKmeans
 from musiclm_pytorch.audiolm.semantic import SemanticTokenizer
 from musiclm_pytorch.checks import check_sample_rate, typechecked
@@ -161,6 +162,7 @@ class TransformersSemanticTokenizer(SemanticTokenizer):
         self.encoder.save_pretrained(folder / ENCODER_FOLDER)
         if self.feature_extractor is not None:
             self.feature_extractor.save_pretrained(folder / ENCODER_FOLDER)
+        open_modes(folder / ENCODER_FOLDER)
         return dict(folder=ENCODER_FOLDER, feature_extractor=self.feature_extractor is not None)
 
     def _saved_weights(self) -> dict[str, Tensor]:

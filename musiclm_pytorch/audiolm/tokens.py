@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
@@ -23,10 +22,10 @@ from typing import Any
 import torch
 from einops import rearrange
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from musiclm_pytorch.atomic import write_json, write_tensors
 from musiclm_pytorch.audiolm.fingerprints import fingerprint, fingerprint_data
 from musiclm_pytorch.checks import check_positive, check_sample_rate, typechecked
 from musiclm_pytorch.data.audio import resample, windows
@@ -337,9 +336,7 @@ def _open_stream(folder: Path, stream: Stream, data: dict[str, Any], items: int,
         folder.rename(target)
         logger.warning('%s held tokens of something else (%s); they are now in %s', folder, '; '.join(changed), target)
     folder.mkdir(parents=True, exist_ok=True)
-    aside = path.with_suffix(f'.{os.getpid()}.tmp')
-    aside.write_text(json.dumps(own, indent=2) + '\n', encoding='utf-8')
-    aside.replace(path)
+    write_json(path, own)
 
 
 def _differences(saved: Any, own: Any, name: str = '') -> Iterator[str]:
@@ -383,12 +380,7 @@ def _write_shard(path: Path, rows: list[Tensor | None], facts: dict[str, Any]) -
         )
     kind = torch.int16 if facts['codebook_size'] <= 2**15 else torch.int32
     ends = torch.tensor([len(row) for row in rows]).cumsum(0)
-    aside = path.with_suffix(f'.{os.getpid()}.tmp')
-    try:
-        save_file(dict(values=values.to(kind).contiguous(), ends=ends), str(aside))
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
+    write_tensors(path, dict(values=values.to(kind).contiguous(), ends=ends))
 
 
 def _is_whole(path: Path) -> bool:

@@ -14,6 +14,7 @@ import soundfile
 import torch
 from torch import Tensor
 
+from musiclm_pytorch.atomic import write_text
 from musiclm_pytorch.checks import check_positive, typechecked
 from musiclm_pytorch.data.audio import AudioFile
 from musiclm_pytorch.data.clips import Clip, ClipTable, Listing
@@ -125,9 +126,7 @@ def begin(folder: Path, samples: Samples, shard_size: int) -> dict[str, Any]:
 
 
 def write_index(folder: Path, index: dict[str, Any]) -> None:
-    aside = folder / f'.{INDEX}.partial'
-    aside.write_text(json.dumps(index, ensure_ascii=False, indent=1), encoding='utf-8')
-    os.replace(aside, folder / INDEX)
+    write_text(folder / INDEX, json.dumps(index, ensure_ascii=False, indent=1))
 
 
 class Samples:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import os
 import re
 import typing
 from collections.abc import Callable
@@ -14,6 +13,7 @@ from typing import Any, Literal
 
 import torch
 
+from musiclm_pytorch.atomic import write_text
 from musiclm_pytorch.checks import check_device, check_positive
 from musiclm_pytorch.mulan.kernels import half_precision
 from musiclm_pytorch.trainer.sections import fitted, nearest
@@ -113,16 +113,10 @@ class InferenceConfig:
         return asdict(self)
 
     def to_json(self, path: str | Path | None = None) -> str:
-        """The config as JSON text, which is also written to `path` if that is given, aside and renamed."""
+        """The config as JSON text, which is also written to `path` if that is given."""
         text = json.dumps(self.to_dict(), indent=2) + '\n'
         if path is not None:
-            path = Path(path)
-            aside = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
-            try:
-                aside.write_text(text, encoding='utf-8')
-                aside.replace(path)
-            finally:
-                aside.unlink(missing_ok=True)
+            write_text(path, text)
         return text
 
     @classmethod

@@ -6,7 +6,6 @@ import contextlib
 import copy
 import json
 import logging
-import os
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from musiclm_pytorch.atomic import atomic_write
 from musiclm_pytorch.checks import typechecked
 from musiclm_pytorch.inference.config import InferenceConfig
 from musiclm_pytorch.mulan.model import MuLaN
@@ -89,13 +89,9 @@ class ONNXExporter:
         graph = _Graph(copy.deepcopy(mulan).to('cpu', torch.float32).eval().requires_grad_(False), towers)
 
         path.parent.mkdir(parents=True, exist_ok=True)
-        aside = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
-        try:
+        with atomic_write(path) as aside:
             self._write(graph, aside)
             check_file(graph, aside)
-            aside.replace(path)
-        finally:
-            aside.unlink(missing_ok=True)
         return path
 
     def _write(self, graph: _Graph, path: Path) -> None:

@@ -14,6 +14,7 @@ from string import Template
 
 import soundfile
 
+from musiclm_pytorch.atomic import write_text
 from musiclm_pytorch.checks import typechecked
 from musiclm_pytorch.data.synthetic import SyntheticMusic
 from musiclm_pytorch.inference.batches import window_and_hop
@@ -308,7 +309,3 @@ def readme(about: dict[str, dict], include_examples: bool) -> str:
     template = Template((FILES / 'README.md.txt').read_text(encoding='utf-8'))
     text = template.substitute(**parts, version=__version__, python=platform.python_version())
     return re.sub(r'\n{3,}', '\n\n', text).rstrip() + '\n'
-
-
-def write_text(path: Path, text: str) -> None:
-    path.write_text(text, encoding='utf-8')

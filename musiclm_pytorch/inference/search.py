@@ -5,16 +5,16 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
+from musiclm_pytorch.atomic import write_tensors, write_text
 from musiclm_pytorch.audiolm.fingerprints import fingerprint
 from musiclm_pytorch.checks import check_finite, check_positive, typechecked
 from musiclm_pytorch.evaluation.tagging import MUSIC_TAGS, TEMPLATES, ZeroShotTagger
@@ -276,16 +276,13 @@ class MuLaNIndex:
         before = vectors_files(folder)
         is_new = not folder.exists()
         folder.mkdir(parents=True, exist_ok=True)
-        aside = folder / f'.{content["vectors"]}.{os.getpid()}.tmp', folder / f'.{INDEX_FILE}.{os.getpid()}.tmp'
+        new = folder / content['vectors']
         try:
-            save_file(dict(vectors=vectors), str(aside[0]))
-            aside[1].write_text(text, encoding='utf-8', errors='surrogateescape')
-            aside[0].replace(folder / content['vectors'])
-            aside[1].replace(folder / INDEX_FILE)
+            write_tensors(new, dict(vectors=vectors))
+            write_text(folder / INDEX_FILE, text)
         except BaseException:
-            new = folder / content['vectors']
-            for path in (*aside, *([] if new in before else [new])):
-                path.unlink(missing_ok=True)
+            if new not in before:
+                new.unlink(missing_ok=True)
             if is_new:
                 folder.rmdir()
             raise

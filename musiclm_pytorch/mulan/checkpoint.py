@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from musiclm_pytorch.atomic import atomic_write, write_tensors
 from musiclm_pytorch.mulan.audio_transformer import AudioSpectrogramTransformer
 from musiclm_pytorch.mulan.text_transformer import TextTransformer
 from musiclm_pytorch.version import __version__
@@ -36,20 +36,14 @@ def save(mulan: nn.Module, folder: str | Path) -> None:
 
 
 def write_folder(folder: str | Path, config: dict[str, Any], weights: dict[str, Tensor]) -> None:
-    """Write `config.json` and `model.safetensors`; each is written aside and renamed, so none is ever half there."""
+    """Write `config.json` and `model.safetensors`, whole or not at all."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     # views of one storage, such as tied weights, are written as tensors of their own
     weights = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in weights.items()}
-    aside = {name: folder / f'.{name}.{os.getpid()}.tmp' for name in (WEIGHTS_FILE, CONFIG_FILE)}
-    try:
-        save_file(weights, str(aside[WEIGHTS_FILE]))
-        aside[CONFIG_FILE].write_text(json.dumps(config, indent=2) + '\n', encoding='utf-8')
-        for name, path in aside.items():
-            path.replace(folder / name)
-    finally:
-        for path in aside.values():
-            path.unlink(missing_ok=True)
+    with atomic_write(folder / CONFIG_FILE) as aside:
+        aside.write_text(json.dumps(config, indent=2) + '\n', encoding='utf-8')
+        write_tensors(folder / WEIGHTS_FILE, weights)
 
 
 def store_as(folder: str | Path, dtype: torch.dtype) -> None:
@@ -64,12 +58,7 @@ def store_as(folder: str | Path, dtype: torch.dtype) -> None:
                 weights[name] = tensor.to(dtype)
                 if not torch.equal(weights[name].isfinite(), tensor.isfinite()):
                     raise ValueError(f'{name} in {path} holds {tensor.abs().max():g}, too large for {dtype}')
-        aside = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
-        try:
-            save_file(weights, str(aside))
-            aside.replace(path)
-        finally:
-            aside.unlink(missing_ok=True)
+        write_tensors(path, weights)
 
 
 def config_of(mulan: nn.Module) -> dict[str, Any]:

@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
+
+from musiclm_pytorch.atomic import sync, write_json, write_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -34,10 +36,9 @@ def write(folder: Path, step: int, state: dict[str, Any]) -> Path:
         aside.mkdir()
         tensors: dict[str, Tensor] = {}
         tree = _flatten(state, '', tensors)
-        save_file(tensors, str(aside / TENSORS_FILE))
-        (aside / STATE_FILE).write_text(json.dumps(tree), encoding='utf-8')
-        for file in aside.iterdir():
-            _sync(file)
+        write_tensors(aside / TENSORS_FILE, tensors)
+        write_json(aside / STATE_FILE, tree)
+        sync(aside)
         if target.exists():
             # only a run that was resumed from before this step gets here: the new state replaces the old one
             retired = folder / f'.{target.name}.{os.getpid()}.old'
@@ -46,7 +47,7 @@ def write(folder: Path, step: int, state: dict[str, Any]) -> Path:
             shutil.rmtree(retired)
         else:
             aside.rename(target)
-        _sync(folder)
+        sync(folder)
     except OSError as error:
         raise OSError(
             error.errno, f'checkpoint {target} could not be written ({error}); the earlier ones are intact'
@@ -127,15 +128,6 @@ def _unflatten(tree: Any, tensors: dict[str, Tensor]) -> Any:
         return {key: _unflatten(item, tensors) for key, item in content}
     items = [_unflatten(item, tensors) for item in content]
     return tuple(items) if kind == 'tuple' else items
-
-
-def _sync(path: Path) -> None:
-    """Make sure that a file or folder survives a power cut before its name says that it is whole."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def random_states(cuda: bool = True) -> dict[str, Any]:

@@ -7,6 +7,8 @@ import math
 from pathlib import Path
 from typing import Any
 
+from musiclm_pytorch.atomic import atomic_write
+
 
 class Journal:
     """Appends metrics to `metrics.jsonl` in a folder, a line each, and draws `curves.png` of them."""
@@ -55,6 +57,5 @@ class Journal:
             axes.set(title=title, xlabel='step')
             if axes.lines:
                 axes.legend(fontsize=8)
-        aside = self.picture.with_suffix('.tmp.png')
-        figure.savefig(aside, dpi=110)
-        aside.replace(self.picture)
+        with atomic_write(self.picture) as aside:
+            figure.savefig(aside, dpi=110, format='png')

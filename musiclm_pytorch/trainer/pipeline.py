@@ -11,6 +11,7 @@ from typing import Any
 
 from torch.utils.data import Dataset
 
+from musiclm_pytorch.atomic import write_json
 from musiclm_pytorch.audiolm.saving import save_module
 from musiclm_pytorch.audiolm.semantic import SemanticTokenizer
 from musiclm_pytorch.audiolm.tokens import compute_tokens
@@ -81,7 +82,7 @@ def train_musiclm(
         check_source(output / SOURCE_FILE, source)
     prepare_results_folder(output, resume=resume, clear=False)
     recipe.save(output)
-    (output / SOURCE_FILE).write_text(json.dumps(source, indent=2) + '\n', encoding='utf-8')
+    write_json(output / SOURCE_FILE, source)
     parts = _Parts(source['data'], output, recipe, source['audio_folder'])
     for train_part in (parts.mulan, parts.quantizer, parts.tokenizer, parts.codec, parts.tokens):
         _timed(train_part.__name__, train_part, on_part)

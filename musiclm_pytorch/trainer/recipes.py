@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar
 
+from musiclm_pytorch.atomic import write_json
 from musiclm_pytorch.data.opening import open_pairs
 from musiclm_pytorch.mulan.audio_transformer import AudioSpectrogramTransformer
 from musiclm_pytorch.mulan.model import MuLaN
@@ -26,11 +26,9 @@ IS_CODE = 'it is an object of Python; build the trainer in Python to pass one'
 
 
 def write_recipe(content: Mapping[str, Any], folder: str | Path) -> Path:
-    """Write `recipe.json` into a folder, aside and renamed."""
+    """Write `recipe.json` into a folder."""
     path = Path(folder) / FILE
-    aside = path.with_suffix('.tmp')
-    aside.write_text(json.dumps(content, indent=2) + '\n', encoding='utf-8')
-    aside.replace(path)
+    write_json(path, content)
     return path
 
 

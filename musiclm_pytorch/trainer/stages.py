@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -11,10 +10,11 @@ from typing import Any, ClassVar
 import torch
 from accelerate.utils import send_to_device
 from einops import rearrange
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from musiclm_pytorch.atomic import write_tensors
 from musiclm_pytorch.audiolm.bridge import (
     CONFIG,
     CoarseTransformer,
@@ -285,9 +285,7 @@ class StageTrainer(Trainer):
         config = dict(model=self.kind.__name__, keywords=keywords, step=self.step, stage=self.model_config())
         checkpoint.write_folder(folder, config, stage.transformer.state_dict())
         if stage.embeddings is not None:
-            aside = folder / f'.{CONDITIONING_FILE}.{os.getpid()}.tmp'
-            save_file({self.namespace: stage.embeddings.detach().cpu().contiguous()}, str(aside))
-            aside.replace(folder / CONDITIONING_FILE)
+            write_tensors(folder / CONDITIONING_FILE, {self.namespace: stage.embeddings.detach().cpu().contiguous()})
 
     def model_config(self) -> dict[str, Any]:
         return dict(
