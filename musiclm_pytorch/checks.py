@@ -67,6 +67,10 @@ def check_device(device: str | torch.device) -> torch.device:
     if found.type == 'cuda' and (found.index or 0) >= torch.cuda.device_count():
         there = f'{torch.cuda.device_count()} CUDA devices' if torch.cuda.is_available() else 'no CUDA device'
         raise ValueError(f'device={str(device)!r}, but torch finds {there} here; pass another, or leave it out')
+    try:
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError) as error:  # by the kind of device
+        raise ValueError(f'device={str(device)!r} is not there, as far as torch knows; pass another') from error
     return found
 
 

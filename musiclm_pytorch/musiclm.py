@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import math
 import warnings
 from collections.abc import Sequence
@@ -35,7 +34,7 @@ from musiclm_pytorch.audiolm.semantic import SemanticTokenizer
 from musiclm_pytorch.audiolm.stages import conditioning_dim
 from musiclm_pytorch.checks import check_positive, typechecked
 from musiclm_pytorch.data.audio import resample
-from musiclm_pytorch.mulan.checkpoint import CONFIG_FILE, store_as
+from musiclm_pytorch.mulan.checkpoint import CONFIG_FILE, placing, read_config, store_as
 from musiclm_pytorch.mulan.layers import l2norm
 from musiclm_pytorch.mulan.model import evaluating
 from musiclm_pytorch.pretrained import find_pretrained
@@ -416,17 +415,19 @@ class MusicLM(nn.Module):
         write_json(folder / CONFIG_FILE, dict(model='MusicLM', version=__version__, **settings))
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path) -> MusicLM:
-        """Rebuild everything from a folder that `save_pretrained` wrote, in eval mode, on the CPU.
+    def from_pretrained(
+        cls, folder: str | Path, *, device: str | torch.device = 'cpu', dtype: torch.dtype | None = None
+    ) -> MusicLM:
+        """Rebuild everything from a folder that `save_pretrained` wrote, in eval mode.
 
-        `MusicLM.from_pretrained('tiny')` is the model that ships with the package.
+        `MusicLM.from_pretrained('tiny')` is the model that ships with the package. `device`, `dtype` and errors are as
+        in `MuLaN.from_pretrained`; waves are float32 whatever the `dtype`.
         """
+        place = placing(device, dtype)
         folder = find_pretrained(folder)
-        if not (folder / CONFIG_FILE).is_file():
-            raise FileNotFoundError(f'no {CONFIG_FILE} in {folder}; expected a folder written by save_pretrained')
-        settings = json.loads((folder / CONFIG_FILE).read_text())
-        if settings.get('model') != 'MusicLM':
-            raise ValueError(f'{folder / CONFIG_FILE} is not the config of a MusicLM')
+        settings = read_config(folder, 'MusicLM', ('windows', 'unique_consecutive'), optional=('sampling',))
+        sampling = settings.content.get('sampling') or {}
+        settings.check_known(sampling, SAMPLING, 'sampling')
         audio_lm = AudioLM(
             wav2vec=SemanticTokenizer.from_pretrained(folder / 'tokenizer'),
             codec=load_module(folder / 'codec'),
@@ -434,7 +435,7 @@ class MusicLM(nn.Module):
             unique_consecutive=settings['unique_consecutive'],
         )
         quantizer = MuLaNEmbedQuantizer.from_pretrained(folder / 'quantizer')
-        return cls(audio_lm, quantizer, windows=tuple(settings['windows']), sampling=settings.get('sampling')).eval()
+        return place(cls(audio_lm, quantizer, windows=tuple(settings['windows']), sampling=sampling).eval())
 
 
 def seeds_of(seed: int | Sequence[int] | None, pieces: int) -> list[int]:

@@ -317,14 +317,25 @@ class MuLaNEmbedQuantizer(AudioConditionerBase):
         checkpoint.write_folder(folder, dict(model='MuLaNEmbedQuantizer', quantizer=self.config), weights)
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, mulan: MuLaN | None = None) -> MuLaNEmbedQuantizer:
-        """Rebuild a quantizer from its folder, in eval mode; `mulan` is used instead of the saved one, if given."""
-        (config,), weights = checkpoint.read_folder(folder, 'MuLaNEmbedQuantizer', parts=('quantizer',))
+    def from_pretrained(
+        cls,
+        folder: str | Path,
+        mulan: MuLaN | None = None,
+        *,
+        device: str | torch.device = 'cpu',
+        dtype: torch.dtype | None = None,
+    ) -> MuLaNEmbedQuantizer:
+        """Rebuild a quantizer from its folder, in eval mode; `mulan` is used instead of the saved one, if given.
+
+        `device`, `dtype` and errors are as in `MuLaN.from_pretrained`.
+        """
+        place = checkpoint.placing(device, dtype)
+        config, weights = checkpoint.read_folder(folder, 'MuLaNEmbedQuantizer', parts=('quantizer',))
         mulan = MuLaN.from_pretrained(Path(folder) / MULAN_FOLDER) if mulan is None else mulan
-        quantizer = cls(mulan, **config)
+        quantizer = config.build(cls, 'quantizer', mulan)
         weights |= {f'mulan.{name}': tensor for name, tensor in mulan.state_dict().items()}
         checkpoint.load_strictly(quantizer, weights, source=folder)
-        return quantizer.eval()
+        return place(quantizer.eval())
 
 
 def _freeze_if_fitted(quantizer: MuLaNEmbedQuantizer, _) -> None:

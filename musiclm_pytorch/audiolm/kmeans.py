@@ -8,15 +8,16 @@ import numpy as np
 import torch
 from einops import einsum, reduce
 from sklearn.cluster import MiniBatchKMeans
-from torch import Tensor, nn
+from torch import Tensor
 
 from musiclm_pytorch.checks import check_positive
+from musiclm_pytorch.mulan.spectrogram import Float32Buffers
 
 # frames looked at in one step of the k-means
 BATCH = 4096
 
 
-class KMeansCodebook(nn.Module):
+class KMeansCodebook(Float32Buffers):
     """`codebook_size` centres among features that were normalised to mean 0 and deviation 1 (z-scores).
 
     Everything is in buffers, so that a state dict holds it: `mean (dim,)`, `std (dim,)`, `centers (codebook_size,

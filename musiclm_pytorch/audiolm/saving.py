@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from musiclm_pytorch.audiolm import bridge
@@ -33,14 +35,23 @@ def save_module(module: nn.Module, folder: str | Path) -> None:
     checkpoint.write_folder(folder, dict(model=kind, keywords=getattr(module, bridge.CONFIG)), module.state_dict())
 
 
-def load_module(folder: str | Path) -> nn.Module:
-    """Rebuild a module from its folder, in eval mode."""
-    (kind, keywords), weights = checkpoint.read_folder(folder, 'save_module', parts=('model', 'keywords'))
-    if kind not in KINDS:
-        raise ValueError(f'{folder} holds a {kind!r}, not one of {", ".join(KINDS)}')
-    module = _class_of(kind)(**{name: _tuples(value) for name, value in keywords.items()})
+def load_module(
+    folder: str | Path, *, device: str | torch.device = 'cpu', dtype: torch.dtype | None = None
+) -> nn.Module:
+    """Rebuild a module from its folder, or from that of its trainer, in eval mode.
+
+    `device`, `dtype` and errors are as in `MuLaN.from_pretrained`.
+    """
+    place = checkpoint.placing(device, dtype)
+    # trainers add what they know
+    config, weights = checkpoint.read_folder(folder, 'save_module', ('model', 'keywords'), optional=('step', 'stage'))
+    if config['model'] not in KINDS:
+        raise ValueError(f'{folder} holds a {config["model"]!r}, not one of {", ".join(KINDS)}')
+    kind = _class_of(config['model'])
+    config = replace(config, content={**config.content, 'keywords': _tuples(config['keywords'])})
+    module = config.build(kind, 'keywords')
     checkpoint.load_strictly(module, weights, source=folder)
-    return module.eval()
+    return place(module.eval())
 
 
 def kind_of(module: nn.Module) -> str:
@@ -57,4 +68,6 @@ def _class_of(kind: str) -> type[nn.Module]:
 
 def _tuples(value: Any) -> Any:
     """JSON has no tuples, and audiolm-pytorch no lists."""
+    if isinstance(value, dict):
+        return {name: _tuples(item) for name, item in value.items()}
     return tuple(_tuples(item) for item in value) if isinstance(value, list) else value

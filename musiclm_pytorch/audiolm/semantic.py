@@ -21,7 +21,6 @@ from musiclm_pytorch.checks import check_audio, check_finite, check_positive, ch
 from musiclm_pytorch.data.audio import resample, windows
 from musiclm_pytorch.data.collate import mono, split_item
 from musiclm_pytorch.mulan import checkpoint
-from musiclm_pytorch.version import __version__
 
 logger = logging.getLogger(__name__)
 
@@ -205,27 +204,33 @@ class SemanticTokenizer(HubertWithKmeans, ABC):
         folder = Path(folder)
         config = dict(
             model=type(self).__name__,
-            version=__version__,
             tokenizer=self._saved_keywords(),
             encoder=self._save_encoder(folder),
         )
         checkpoint.write_folder(folder, config, self._saved_weights())
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path) -> SemanticTokenizer:
-        """Rebuild a tokenizer of any kind from its folder, on the CPU."""
+    def from_pretrained(
+        cls, folder: str | Path, *, device: str | torch.device = 'cpu', dtype: torch.dtype | None = None
+    ) -> SemanticTokenizer:
+        """Rebuild a tokenizer of any kind from its folder.
+
+        `device`, `dtype` (of the encoder) and errors are as in `MuLaN.from_pretrained`.
+        """
+        place = checkpoint.placing(device, dtype)
         parts = ('model', 'tokenizer', 'encoder')
-        (name, keywords, encoder), weights = checkpoint.read_folder(folder, 'SemanticTokenizer', parts=parts)
+        config, weights = checkpoint.read_folder(folder, 'SemanticTokenizer', parts=parts)
+        name = config['model']
         if name not in KINDS:
             raise ValueError(f'{folder} holds a {name}, not one of {", ".join(KINDS)}')
         kind = getattr(import_module(KINDS[name]), name)
         if not issubclass(kind, cls):
             raise ValueError(f'{folder} holds a {name}, not a {cls.__name__}; load it with {name}.from_pretrained')
-        tokenizer = kind._rebuild(Path(folder), keywords, encoder)
+        tokenizer = kind._rebuild(config)
         expected = tokenizer.state_dict()
         unsaved = {key: it for key, it in expected.items() if key not in tokenizer._saved_weights()}
         checkpoint.load_strictly(tokenizer, {**unsaved, **weights}, source=folder)
-        return tokenizer
+        return place(tokenizer)
 
     # what a subclass gives
 
@@ -247,7 +252,7 @@ class SemanticTokenizer(HubertWithKmeans, ABC):
 
     @classmethod
     @abstractmethod
-    def _rebuild(cls, folder: Path, keywords: dict[str, Any], encoder: dict[str, Any]) -> SemanticTokenizer:
+    def _rebuild(cls, config: checkpoint.SavedConfig) -> SemanticTokenizer:
         """A tokenizer like the one that was saved; `from_pretrained` loads its weights afterwards."""
 
     # waves to features

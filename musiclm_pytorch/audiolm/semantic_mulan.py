@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from musiclm_pytorch.audiolm.semantic import SemanticTokenizer
 from musiclm_pytorch.checks import check_positive, records_config, typechecked
 from musiclm_pytorch.mulan.audio_transformer import AudioSpectrogramTransformer
+from musiclm_pytorch.mulan.checkpoint import SavedConfig
 from musiclm_pytorch.mulan.model import MuLaN
 
 COLUMNS = ('concat', 'mean')
@@ -141,5 +142,5 @@ class MuLaNSemanticTokenizer(SemanticTokenizer):
         return {**self.encoder.config, 'depth': self.layer or 1}
 
     @classmethod
-    def _rebuild(cls, folder: Path, keywords: dict[str, Any], encoder: dict[str, Any]) -> MuLaNSemanticTokenizer:
-        return cls(AudioSpectrogramTransformer(**encoder), **keywords)
+    def _rebuild(cls, config: SavedConfig) -> MuLaNSemanticTokenizer:
+        return config.build(cls, 'tokenizer', config.build(AudioSpectrogramTransformer, 'encoder'))

@@ -15,6 +15,7 @@ from musiclm_pytorch.atomic import open_modes
 from musiclm_pytorch.audiolm.bridge import HubertWithKmeans
 from musiclm_pytorch.audiolm.semantic import SemanticTokenizer
 from musiclm_pytorch.checks import check_sample_rate, typechecked
+from musiclm_pytorch.mulan.checkpoint import SavedConfig
 
 ENCODER_FOLDER = 'encoder'
 
@@ -169,8 +170,8 @@ class TransformersSemanticTokenizer(SemanticTokenizer):
         return {name: it for name, it in self.state_dict().items() if not name.startswith('encoder.')}
 
     @classmethod
-    def _rebuild(cls, folder: Path, keywords: dict[str, Any], encoder: dict[str, Any]) -> TransformersSemanticTokenizer:
-        return cls(folder / encoder['folder'], **keywords)
+    def _rebuild(cls, config: SavedConfig) -> TransformersSemanticTokenizer:
+        return config.build(cls, 'tokenizer', config.path.parent / config['encoder']['folder'])
 
 
 def _hubert_of(model: nn.Module) -> nn.Module:

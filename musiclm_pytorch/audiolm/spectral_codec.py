@@ -15,13 +15,14 @@ from musiclm_pytorch.audiolm.bridge import SoundStream
 from musiclm_pytorch.checks import check_audio, check_positive, check_sample_rate, records_config, typechecked
 from musiclm_pytorch.data.audio import resample
 from musiclm_pytorch.data.collate import mono, split_item
+from musiclm_pytorch.mulan.spectrogram import Float32Buffers
 
 LOUDNESS = 0.5  # power of a magnitude: near that of loudness (Stevens' 0.6), so that errors count as they are heard
 MOMENTUM = 0.99  # of fast Griffin-Lim (Perraudin et al., 2013)
 BATCH = 4096  # vectors looked at in one step of the k-means
 
 
-class SpectralCodec(SoundStream):
+class SpectralCodec(Float32Buffers, SoundStream):
     """Waves to residual codes and back, in place of a SoundStream where there is no GPU to train one.
 
     A code vector stands for `frames` neighbouring frames of a magnitude spectrogram, bin by bin up to `resolved_hz` and

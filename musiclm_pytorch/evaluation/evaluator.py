@@ -28,7 +28,7 @@ from musiclm_pytorch.mulan.checkpoint import CONFIG_FILE
 from musiclm_pytorch.mulan.layers import l2norm
 from musiclm_pytorch.mulan.model import MuLaN, evaluating
 from musiclm_pytorch.pretrained import find_pretrained
-from musiclm_pytorch.quantizer import MuLaNEmbedQuantizer
+from musiclm_pytorch.quantizer import MULAN_FOLDER
 from musiclm_pytorch.version import __version__
 
 logger = logging.getLogger(__name__)
@@ -381,13 +381,13 @@ def fingerprint_of(clips: Sequence[Tensor | Path]) -> str:
     return digest.hexdigest()[:16]
 
 
-def load_mulan(folder: str | Path) -> MuLaN:
+def load_mulan(folder: str | Path, *, device: str | torch.device = 'cpu', dtype: torch.dtype | None = None) -> MuLaN:
     """The MuLaN in a folder that a MuLaN or a MusicLM was saved to, or of a model that ships, by its name.
 
-    Raises FileNotFoundError for no such folder.
+    `device`, `dtype` and errors are as in `MuLaN.from_pretrained`.
     """
     folder = find_pretrained(folder)
     config = folder / CONFIG_FILE
     if config.is_file() and json.loads(config.read_text()).get('model') == 'MusicLM':
-        return MuLaNEmbedQuantizer.from_pretrained(folder / 'quantizer').mulan
-    return MuLaN.from_pretrained(folder)
+        folder = folder / 'quantizer' / MULAN_FOLDER
+    return MuLaN.from_pretrained(folder, device=device, dtype=dtype)

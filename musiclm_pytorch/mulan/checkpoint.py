@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -14,12 +17,15 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from musiclm_pytorch.atomic import atomic_write, write_tensors
+from musiclm_pytorch.checks import check_device
 from musiclm_pytorch.mulan.audio_transformer import AudioSpectrogramTransformer
 from musiclm_pytorch.mulan.text_transformer import TextTransformer
 from musiclm_pytorch.version import __version__
 
 CONFIG_FILE = 'config.json'
 WEIGHTS_FILE = 'model.safetensors'
+
+M = TypeVar('M', bound=nn.Module)
 
 
 def save(mulan: nn.Module, folder: str | Path) -> None:
@@ -36,8 +42,9 @@ def save(mulan: nn.Module, folder: str | Path) -> None:
 
 
 def write_folder(folder: str | Path, config: dict[str, Any], weights: dict[str, Tensor]) -> None:
-    """Write `config.json` and `model.safetensors`, whole or not at all."""
+    """Write `config.json`, with this version, and `model.safetensors`, whole or not at all."""
     folder = Path(folder)
+    config = {'model': config['model'], 'version': __version__, **config}
     folder.mkdir(parents=True, exist_ok=True)
     # views of one storage, such as tied weights, are written as tensors of their own
     weights = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in weights.items()}
@@ -72,35 +79,107 @@ def config_of(mulan: nn.Module) -> dict[str, Any]:
     }
 
 
-def load(cls: type, folder: str | Path) -> nn.Module:
+def load(
+    cls: type[M], folder: str | Path, *, device: str | torch.device = 'cpu', dtype: torch.dtype | None = None
+) -> M:
     """Rebuild a MuLaN of class `cls` from its folder.
 
     Raises FileNotFoundError for a missing file, ValueError for a config or weights that do not belong together.
     """
+    place = placing(device, dtype)
     config, weights = read_folder(folder, 'MuLaN', parts=('audio', 'text', 'mulan'))
-    mulan = _build(cls, *config)
+    audio, text = config.build(AudioSpectrogramTransformer, 'audio'), config.build(TextTransformer, 'text')
+    mulan = config.build(cls, 'mulan', audio, text)
     load_strictly(mulan, weights, source=folder)
-    return mulan.eval()
+    return place(mulan.eval())
 
 
-def read_folder(folder: str | Path, model: str, parts: tuple[str, ...]) -> tuple[list[Any], dict[str, Tensor]]:
-    """The `parts` of the config and the weights in a folder that `model.save_pretrained` wrote.
+def placing(device: str | torch.device, dtype: torch.dtype | None) -> Callable[[M], M]:
+    """What brings a model that was loaded to where `device` and `dtype` of every `from_pretrained` say.
 
-    Raises FileNotFoundError for a missing file, ValueError for a damaged one or one of another model.
+    `dtype` is that of the weights; spectrograms, codecs of ours and k-means stay float32.
+
+    Raises ValueError for a device that is not there, TypeError for what is no floating-point dtype.
     """
-    folder = Path(folder)
-    for name in (CONFIG_FILE, WEIGHTS_FILE):
-        if not (folder / name).is_file():
-            raise FileNotFoundError(f'no {name} in {folder}; expected a folder written by {model}.save_pretrained')
+    found = check_device(device)
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise TypeError(f'dtype must be a floating-point dtype such as torch.bfloat16, got {dtype!r}')
+    return lambda module: module.to(device=found, dtype=dtype)
+
+
+@dataclass(frozen=True)
+class SavedConfig:
+    """What a `config.json` holds, and how to build from it.
+
+    Errors name the file, and a key that this version does not know with the versions.
+    """
+
+    path: Path
+    content: dict[str, Any]
+
+    def __getitem__(self, part: str) -> Any:
+        return self.content[part]
+
+    def build(self, kind: Callable[..., M], part: str, *arguments: Any) -> M:
+        """`kind` with `arguments`, and the keywords that stand under `part`."""
+        keywords, parameters = self.content[part], inspect.signature(kind).parameters
+        if not isinstance(keywords, dict):
+            raise ValueError(f'{self.path} must hold keywords under {part!r}, got {keywords!r:.80}')
+        if not any(it.kind is it.VAR_KEYWORD for it in parameters.values()):
+            self.check_known(keywords, parameters, part)
+        try:
+            return kind(*arguments, **keywords)
+        except (TypeError, ValueError) as error:
+            name = getattr(kind, '__name__', 'model')
+            raise ValueError(
+                f'{self.path}: what stands under {part!r} builds no {name}: {error} ({self._versions()})'
+            ) from error
+
+    def check_known(self, keys: Sequence[str], known: Sequence[str], part: str | None = None) -> None:
+        if unknown := [key for key in keys if key not in known]:
+            place = '' if part is None else f' under {part!r}'
+            raise ValueError(
+                f'{self.path} has the unknown key {", ".join(map(repr, unknown))}{place}: {self._versions()}'
+            )
+
+    def _versions(self) -> str:
+        writer = self.content.get('version')
+        if writer == __version__:
+            return f'it was written by this version of musiclm-pytorch, {__version__}, and changed since'
+        wrote = 'the file does not say which wrote it' if writer is None else f'it was written by {writer}'
+        return f'this is version {__version__} of musiclm-pytorch, and {wrote}; load it with the version that wrote it'
+
+
+def read_config(folder: str | Path, model: str, parts: Sequence[str], optional: Sequence[str] = ()) -> SavedConfig:
+    """The config in a folder that `model.save_pretrained` wrote. It holds `parts`, and may hold what is `optional`.
+
+    Raises FileNotFoundError for a missing file, ValueError for a damaged one, one of another model, or unknown keys.
+    """
+    path = Path(folder) / CONFIG_FILE
+    if not path.is_file():
+        raise FileNotFoundError(f'no {CONFIG_FILE} in {folder}; expected a folder written by {model}.save_pretrained')
     try:
-        config = json.loads((folder / CONFIG_FILE).read_text(encoding='utf-8'))
-        found = [config[part] for part in parts]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f'{folder / CONFIG_FILE} is not the config of a {model}: {error!r}') from error
+        content = json.loads(path.read_text(encoding='utf-8'))
+        for part in parts:
+            content[part]
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f'{path} is not the config of a {model}: {error!r}') from error
+    config = SavedConfig(path, content)
+    config.check_known(content, ('model', 'version', *parts, *optional))
+    return config
+
+
+def read_folder(
+    folder: str | Path, model: str, parts: Sequence[str], optional: Sequence[str] = ()
+) -> tuple[SavedConfig, dict[str, Tensor]]:
+    """The config, as `read_config` reads it, and the weights beside it."""
+    config, path = read_config(folder, model, parts, optional), Path(folder) / WEIGHTS_FILE
+    if not path.is_file():
+        raise FileNotFoundError(f'no {WEIGHTS_FILE} in {folder}; expected a folder written by {model}.save_pretrained')
     try:
-        return found, load_file(str(folder / WEIGHTS_FILE))
+        return config, load_file(str(path))
     except SafetensorError as error:
-        raise ValueError(f'{folder / WEIGHTS_FILE} is damaged: {error}') from error
+        raise ValueError(f'{path} is damaged: {error}') from error
 
 
 class LoadUpstream:

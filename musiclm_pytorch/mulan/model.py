@@ -359,9 +359,21 @@ class MuLaN(nn.Module):
         checkpoint.save(self, folder)
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path) -> MuLaN:
-        """Rebuild a model from the folder that `save_pretrained` wrote; in eval mode, on the CPU."""
-        return checkpoint.load(cls, folder)
+    def from_pretrained(
+        cls, folder: str | Path, *, device: str | torch.device = 'cpu', dtype: torch.dtype | None = None
+    ) -> MuLaN:
+        """Rebuild a model from the folder that `save_pretrained` wrote; in eval mode.
+
+        Args:
+            folder: with `config.json` and `model.safetensors`.
+            device: where the model goes.
+            dtype: of the weights, float32 by default.
+
+        Raises:
+            FileNotFoundError: a missing file. ValueError: a damaged one, one of another model, a key of a newer
+            version, a device that is not there. TypeError: a `dtype` that is not floating-point.
+        """
+        return checkpoint.load(cls, folder, device=device, dtype=dtype)
 
     load_upstream = checkpoint.LoadUpstream()
 

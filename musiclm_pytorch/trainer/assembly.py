@@ -15,7 +15,7 @@ from musiclm_pytorch.audiolm.semantic import SemanticTokenizer
 from musiclm_pytorch.audiolm.semantic_mulan import MuLaNSemanticTokenizer
 from musiclm_pytorch.audiolm.spectral_codec import SpectralCodec
 from musiclm_pytorch.checks import typechecked
-from musiclm_pytorch.mulan.checkpoint import CONFIG_FILE, read_folder
+from musiclm_pytorch.mulan.checkpoint import CONFIG_FILE, read_config
 from musiclm_pytorch.mulan.model import MuLaN
 from musiclm_pytorch.musiclm import MusicLM
 from musiclm_pytorch.quantizer import MuLaNEmbedQuantizer
@@ -85,7 +85,8 @@ def assemble_musiclm(
     stages, told = {}, {}
     for name in STAGES:
         folder = model_in(parts / name)
-        (told[name],), _ = read_folder(folder, f'{name.capitalize()}Trainer', parts=('stage',))
+        config = read_config(folder, f'{name.capitalize()}Trainer', ('model', 'keywords', 'stage'), optional=('step',))
+        told[name] = config['stage']
         stages[name] = load_module(folder)
         load_stage(folder, stages[name], quantizer if stages[name].has_condition else None)
     unique = {name: told[name]['unique_consecutive'] for name in ('semantic', 'coarse')}

@@ -347,14 +347,16 @@ def load_stage(folder: str | Path, transformer: nn.Module, quantizer: MuLaNEmbed
     Raises FileNotFoundError for a missing file, ValueError for weights of another model.
     """
     folder = Path(folder)
-    (config,), weights = checkpoint.read_folder(folder, type(transformer).__name__, parts=('stage',))
+    parts = ('model', 'keywords', 'stage')
+    config, weights = checkpoint.read_folder(folder, type(transformer).__name__, parts, optional=('step',))
     checkpoint.load_strictly(transformer, weights, source=folder)
     if quantizer is None:
         return
     if not (folder / CONDITIONING_FILE).is_file():
         raise FileNotFoundError(f'no {CONDITIONING_FILE} in {folder}: this stage was trained without conditioning')
-    embeddings = load_file(str(folder / CONDITIONING_FILE))[config['namespace']]
-    own = embeddings_of(quantizer, config['namespace'])
+    namespace = config['stage']['namespace']
+    embeddings = load_file(str(folder / CONDITIONING_FILE))[namespace]
+    own = embeddings_of(quantizer, namespace)
     if own.shape != embeddings.shape:
         raise ValueError(
             f'the embeddings in {folder} have shape {tuple(embeddings.shape)}, but those of the quantizer '

@@ -1,0 +1,100 @@
+"""Folders of models: where and in what they are loaded, and what a newer version wrote."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from musiclm_pytorch import MuLaN, MuLaNEmbedQuantizer, MuLaNSemanticTokenizer, MusicLM
+from musiclm_pytorch.audiolm.saving import load_module
+from musiclm_pytorch.evaluation.evaluator import load_mulan
+from musiclm_pytorch.pretrained import find_pretrained
+from musiclm_pytorch.version import __version__
+
+# what reads each folder of a MusicLM, and where its config has keywords
+LOADERS = {
+    '': (MusicLM.from_pretrained, 'sampling'),
+    'quantizer': (MuLaNEmbedQuantizer.from_pretrained, 'quantizer'),
+    'quantizer/mulan': (MuLaN.from_pretrained, 'text'),
+    'tokenizer': (MuLaNSemanticTokenizer.from_pretrained, 'encoder'),
+    'codec': (load_module, 'keywords'),
+    'semantic': (load_module, 'keywords'),
+}
+
+
+@pytest.fixture(scope='module')
+def saved(tmp_path_factory):
+    """A copy of the model that ships; a test may write over a config, and puts it back."""
+    return shutil.copytree(find_pretrained('tiny'), tmp_path_factory.mktemp('saved') / 'tiny')
+
+
+@pytest.fixture(params=LOADERS)
+def config(saved, request):
+    """The path of each config in it, what loads its folder, and the name of a part."""
+    path = saved / request.param / 'config.json'
+    before = path.read_text()
+    yield path, *LOADERS[request.param]
+    path.write_text(before)
+
+
+@pytest.mark.parametrize('writer', ['9.1', None, __version__])
+def test_keys_of_another_version_are_named(config, writer):
+    path, load, part = config
+    content = json.loads(path.read_text()) | dict(version=writer)
+    for place in (content, content[part]):
+        place['novelty'] = 3
+        path.write_text(json.dumps(content))
+        with pytest.raises(ValueError, match='novelty') as caught:
+            load(path.parent)
+        del place['novelty']
+        said = str(caught.value)
+        assert str(path) in said
+        assert (f'under {part!r}' in said) == (place is content[part])
+        assert __version__ in said
+        assert (writer or 'does not say which wrote it') in said
+    path.write_text(json.dumps(content))
+    load(path.parent)
+
+
+def test_values_that_do_not_build_a_model_name_the_file(saved):
+    path = saved / 'quantizer' / 'mulan' / 'config.json'
+    before = path.read_text()
+    for value in ('wide', -3):
+        content = json.loads(before)
+        content['text']['max_seq_len'] = value
+        path.write_text(json.dumps(content))
+        with pytest.raises(
+            ValueError, match=rf"{path}: what stands under 'text' builds no TextTransformer: .*max_seq_len"
+        ):
+            MuLaN.from_pretrained(path.parent)
+    path.write_text(before)
+
+
+@pytest.mark.parametrize('folder', LOADERS)
+def test_every_loader_takes_device_and_dtype(saved, folder):
+    load = LOADERS[folder][0]
+    with pytest.raises(ValueError, match="device='cuda:99', but torch finds"):
+        load(saved / folder, device='cuda:99')
+    with pytest.raises(ValueError, match="'gpu' is no device"):
+        load(saved / folder, device='gpu')
+    with pytest.raises(TypeError, match='dtype must be a floating-point dtype such as torch.bfloat16, got torch.int8'):
+        load(saved / folder, dtype=torch.int8)
+    module = load(saved / folder, device=torch.device('cpu'), dtype=torch.bfloat16)
+    assert not module.training
+    weights = [it for it in module.parameters() if it.is_floating_point()]
+    assert all(it.dtype == torch.bfloat16 for it in weights)
+    assert weights or folder == 'codec'
+
+
+def test_a_musiclm_in_half_precision_makes_music(saved):
+    whole, half = (MusicLM.from_pretrained(saved, dtype=dtype) for dtype in (None, torch.bfloat16))
+    wave = half('a slow low organ', seconds=0.5, seed=1)
+    assert wave.dtype == torch.float32
+    assert wave.std() > 1e-3
+    # what is not weights is not rounded: the same codes mean the same sound
+    codes = torch.randint(half.codec.codebook_size, (1, 12, half.codec.num_quantizers))
+    assert torch.equal(*(it.codec.decode_from_codebook_indices(codes) for it in (whole, half)))
+    assert all(it.dtype == torch.float32 for it in half.tokenizer.kmeans.buffers() if it.is_floating_point())
+    latents = (load_mulan(saved, dtype=dtype).get_text_latents(raw_texts=['a flute']) for dtype in (None, torch.half))
+    torch.testing.assert_close(*latents, atol=2e-2, rtol=0)
