@@ -21,6 +21,7 @@ from vector_quantize_pytorch import ResidualVQ
 from musiclm_pytorch.audiolm.bridge import AudioConditionerBase
 from musiclm_pytorch.checks import check_positive, check_probability, records_config, typechecked
 from musiclm_pytorch.data.collate import collate_for
+from musiclm_pytorch.data.rates import rate_of
 from musiclm_pytorch.mulan import checkpoint
 from musiclm_pytorch.mulan.model import MuLaN, evaluating
 
@@ -216,7 +217,8 @@ class MuLaNEmbedQuantizer(AudioConditionerBase):
 
         Args:
             data: `(n, dim_latent)` latents, or a data set of pairs as `MuLaNTrainer` takes, of which both the audio and
-                the text of each pair are embedded.
+                the text of each pair are embedded. Waves are resampled from the data set's `sample_rate`, or else the
+                quantizer's.
             batch_size: pairs embedded at a time.
             max_items: pairs used of the data set; all by default.
             seed: of the k-means.
@@ -265,13 +267,16 @@ class MuLaNEmbedQuantizer(AudioConditionerBase):
             pad_id=self.mulan.text.pad_id,
             with_lengths=self.mulan.audio.support_variable_length,
         )
+        rate = self.sample_rate
+        if self.mulan.sample_rate is not None:
+            rate = rate_of(dataset) or rate
         latents: list[Tensor] = []
         items = 0
         with evaluating(self.mulan):
             for batch in DataLoader(dataset, batch_size=batch_size, collate_fn=collate):
                 if batch is None:
                     continue
-                pairs = self.mulan.pair_latents(**send_to_device(batch, self.device), sample_rate=self.sample_rate)
+                pairs = self.mulan.pair_latents(**send_to_device(batch, self.device), sample_rate=rate)
                 latents += [pairs.audio, pairs.text]
                 items += len(pairs.audio)
                 if max_items is not None and items >= max_items:

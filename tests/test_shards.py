@@ -177,7 +177,7 @@ def test_other_data_sets(tmp_path):
     items = list(opened(tmp_path / 'a', training=False))
     assert captions(items) == ['0', '1', '2']
     assert [float(item['wave'].mean()) for item in items] == pytest.approx([0, 0.1, 0.2], abs=1e-6)
-    with pytest.raises(ValueError, match='list is not made of files: pass sample_rate, in Hz'):
+    with pytest.raises(ValueError, match='a list does not tell its sample rate; pass sample_rate'):
         write_shards(pairs, tmp_path / 'b')
     with pytest.raises(TypeError, match='item 0 must be a wave and a string; token ids need the tokenizer'):
         write_shards([(torch.zeros(9), torch.tensor([1]))], tmp_path / 'c', sample_rate=RATE)

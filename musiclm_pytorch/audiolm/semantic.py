@@ -20,6 +20,7 @@ from musiclm_pytorch.audiolm.kmeans import KMeansCodebook
 from musiclm_pytorch.checks import check_audio, check_finite, check_positive, check_sample_rate, typechecked
 from musiclm_pytorch.data.audio import resample, windows
 from musiclm_pytorch.data.collate import mono, split_item
+from musiclm_pytorch.data.rates import agreed_rate
 from musiclm_pytorch.mulan import checkpoint
 
 logger = logging.getLogger(__name__)
@@ -187,9 +188,7 @@ class SemanticTokenizer(HubertWithKmeans, ABC):
             ValueError: fewer different frames than centres. TypeError: an item that is no wave.
         """
         check_positive(batch_size=batch_size, max_items=max_items)
-        rate = getattr(data, 'sample_rate', None) if sample_rate is None else sample_rate
-        rate = self.target_sample_hz if rate is None else rate
-        check_sample_rate(rate)
+        rate = agreed_rate(data, sample_rate, default=self.target_sample_hz)
         blocks = (
             rearrange(features, 'b t d -> (b t) d')
             for wavs in self._batches(data, rate, batch_size, max_items)

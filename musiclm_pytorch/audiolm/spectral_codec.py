@@ -15,6 +15,7 @@ from musiclm_pytorch.audiolm.bridge import SoundStream
 from musiclm_pytorch.checks import check_audio, check_positive, check_sample_rate, records_config, typechecked
 from musiclm_pytorch.data.audio import resample
 from musiclm_pytorch.data.collate import mono, split_item
+from musiclm_pytorch.data.rates import agreed_rate
 from musiclm_pytorch.mulan.spectrogram import Float32Buffers
 
 LOUDNESS = 0.5  # power of a magnitude: near that of loudness (Stevens' 0.6), so that errors count as they are heard
@@ -198,8 +199,7 @@ class SpectralCodec(Float32Buffers, SoundStream):
             ValueError: fewer vectors than codes.
         """
         check_positive(max_items=max_items, max_vectors=max_vectors)
-        rate = getattr(data, 'sample_rate', None) if sample_rate is None else sample_rate
-        rate = self.target_sample_hz if rate is None else rate
+        rate = agreed_rate(data, sample_rate, default=self.target_sample_hz)
         random = np.random.default_rng(seed)
         chosen = random.permutation(len(data))[:max_items]
         each = max(1, -(-max_vectors // len(chosen)))

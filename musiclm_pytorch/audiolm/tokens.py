@@ -27,9 +27,10 @@ from tqdm.auto import tqdm
 
 from musiclm_pytorch.atomic import write_json, write_tensors
 from musiclm_pytorch.audiolm.fingerprints import fingerprint, fingerprint_data
-from musiclm_pytorch.checks import check_positive, check_sample_rate, typechecked
+from musiclm_pytorch.checks import check_positive, typechecked
 from musiclm_pytorch.data.audio import resample, windows
 from musiclm_pytorch.data.collate import mono, split_item
+from musiclm_pytorch.data.rates import agreed_rate
 from musiclm_pytorch.mulan.model import evaluating
 
 logger = logging.getLogger(__name__)
@@ -114,10 +115,7 @@ def compute_tokens(
             f'this {type(dataset).__name__} draws crops at random; tokens are computed once: pass '
             'dataset.validation(), built with max_seconds=None for whole clips'
         )
-    rate = getattr(dataset, 'sample_rate', None) if sample_rate is None else sample_rate
-    if rate is None:
-        raise ValueError(f'a {type(dataset).__name__} does not tell its sample rate; pass sample_rate')
-    check_sample_rate(rate)
+    rate = agreed_rate(dataset, sample_rate)
     if len(dataset) == 0:
         raise ValueError('the data set is empty')
 

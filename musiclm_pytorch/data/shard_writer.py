@@ -20,6 +20,7 @@ from musiclm_pytorch.data.audio import AudioFile
 from musiclm_pytorch.data.clips import Clip, ClipTable, Listing
 from musiclm_pytorch.data.collate import mono, split_item
 from musiclm_pytorch.data.datasets import AudioTextDataset
+from musiclm_pytorch.data.rates import agreed_rate
 from musiclm_pytorch.data.reading import finite, logger
 from musiclm_pytorch.data.shards import INDEX, key_of, read_index, webdataset
 
@@ -53,7 +54,7 @@ def write_shards(
             and a string, as `collate_pairs` takes them.
         folder: where to; it may hold the beginning of the same shards, but no others.
         shard_size: clips a shard, at most.
-        sample_rate: of the waves in Hz, for a data set that is not made of files.
+        sample_rate: of the waves in Hz, for a data set that is not made of files and does not tell its `sample_rate`.
         on_shard: called after each shard with its number, from 1 on, and the number of shards.
 
     Returns:
@@ -147,9 +148,7 @@ class Samples:
                 raise TypeError(
                     f'{type(dataset).__name__} has no length; shards are written of data sets of fixed size'
                 )
-            if sample_rate is None:
-                raise ValueError(f'{type(dataset).__name__} is not made of files: pass sample_rate, in Hz')
-            check_positive(sample_rate=sample_rate)
+            self.rate = agreed_rate(dataset, sample_rate)
 
     def __len__(self) -> int:
         return len(self.items if self.clips is None else self.clips)

@@ -284,6 +284,10 @@ class ShardItems(Dataset):
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, '_opened': OrderedDict()}
 
+    @property
+    def sample_rate(self) -> int:
+        return self.shards.sample_rate
+
     def __len__(self) -> int:
         return self.shards.total
 

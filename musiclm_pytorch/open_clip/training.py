@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torch.utils.data.distributed import DistributedSampler
 
-from musiclm_pytorch.checks import check_positive, check_sample_rate, typechecked
+from musiclm_pytorch.checks import check_positive, typechecked
 from musiclm_pytorch.data.collate import collate_pairs
+from musiclm_pytorch.data.rates import agreed_rate, rate_of
 from musiclm_pytorch.open_clip.batch import AudioBatch
 from musiclm_pytorch.open_clip.model import MuLaNOpenCLIP
 
@@ -71,9 +72,7 @@ def create_open_clip_data(
             f'dataset must have a length and items by index, got {type(dataset).__name__}: open_clip counts the '
             'batches of an epoch beforehand'
         )
-    sample_rate = getattr(dataset, 'sample_rate', None) if sample_rate is None else sample_rate
-    if sample_rate is not None:
-        check_sample_rate(sample_rate)
+    sample_rate = rate_of(dataset) if sample_rate is None else agreed_rate(dataset, sample_rate)
     if tokenizer is None:
         simple = require_open_clip('the default tokenizer of create_open_clip_data').SimpleTokenizer
         # start and end token come on top, unless the tower reads them

@@ -14,10 +14,11 @@ from torch.utils.data import DataLoader, Dataset, random_split
 
 from musiclm_pytorch.audiolm.bridge import CONFIG, SoundStream
 from musiclm_pytorch.audiolm.spectral_codec import SpectralCodec
-from musiclm_pytorch.checks import check_positive, check_sample_rate, typechecked
+from musiclm_pytorch.checks import check_positive, typechecked
 from musiclm_pytorch.data.audio import resample
 from musiclm_pytorch.data.collate import mono, split_item
 from musiclm_pytorch.data.datasets import AudioTextDataset
+from musiclm_pytorch.data.rates import agreed_rate
 from musiclm_pytorch.distributed.collectives import mean_over_ranks, rank, world_size
 from musiclm_pytorch.mulan import checkpoint
 from musiclm_pytorch.mulan.model import evaluating
@@ -108,7 +109,7 @@ class CodecTrainer(Trainer):
         dataset: waves, or pairs with a wave, by index.
         sample_rate: of its waves in Hz; by default the data set's `sample_rate`. They are resampled.
         seconds: length of the crops.
-        valid_dataset: held-out waves; by default `valid_frac` of the data set.
+        valid_dataset: held-out waves, of a rate of their own if they tell one; by default `valid_frac` of the data set.
         max_valid_items: held-out waves that validation looks at, at most.
         max_grad_norm, discriminator_max_grad_norm: largest norms of the gradients of either side.
         grad_penalty_every: steps between gradient penalties of the discriminators; None for none.
@@ -147,29 +148,27 @@ class CodecTrainer(Trainer):
         )
         if not 0 <= valid_frac < 1:
             raise ValueError(f'valid_frac must lie in [0, 1), got {valid_frac}')
-        rate = getattr(dataset, 'sample_rate', None) if sample_rate is None else sample_rate
-        if rate is None:
-            raise ValueError(f'a {type(dataset).__name__} does not tell its sample rate; pass sample_rate')
-        check_sample_rate(rate)
+        rate = agreed_rate(dataset, sample_rate)
         multiple = codec.seq_len_multiple_of
         samples = round(seconds * codec.target_sample_hz) // multiple * multiple
         if samples == 0:
             raise ValueError(f'{seconds} s are less than one frame of the codec, {multiple / codec.target_sample_hz} s')
         if valid_dataset is None and valid_frac > 0 and len(dataset) > 1:
             dataset, valid_dataset = _split(dataset, valid_frac, random_split_seed)
-        crops = dict(sample_rate=rate, to_rate=codec.target_sample_hz, samples=samples)
+        crops = dict(to_rate=codec.target_sample_hz, samples=samples)
         self.codec = codec
         keep_rare_codes(codec, frames=batch_size * samples // multiple)
         self.valid_crops = None
         if valid_dataset is not None:
-            self.valid_crops = WaveCrops(valid_dataset, training=False, **crops)
+            valid_rate = agreed_rate(valid_dataset, None, default=rate)
+            self.valid_crops = WaveCrops(valid_dataset, sample_rate=valid_rate, training=False, **crops)
         self.max_valid_items = max_valid_items
         self.clipping = (max_grad_norm, discriminator_max_grad_norm)
         self.grad_penalty_every = grad_penalty_every
         super().__init__(
             codec,
             _CodecStep(codec),
-            WaveCrops(dataset, training=True, **crops),
+            WaveCrops(dataset, sample_rate=rate, training=True, **crops),
             collate_fn=collate_waves,
             batch_size=batch_size,
             lr=lr,

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, IterableDataset, random_split
 from musiclm_pytorch.checks import check_positive, typechecked
 from musiclm_pytorch.data.collate import collate_for
 from musiclm_pytorch.data.datasets import AudioTextDataset
+from musiclm_pytorch.data.rates import check_rate
 from musiclm_pytorch.data.shards import ShardedAudioText, ShardItems
 from musiclm_pytorch.distributed.collectives import alone, gather_batch, gather_sizes, rank, world_size
 from musiclm_pytorch.mulan import checkpoint
@@ -69,7 +70,8 @@ class MuLaNTrainer(Trainer):
 
     Args:
         mulan: the model; it is trained in place.
-        dataset: pairs: a map-style data set, a list, `ShardedAudioText`, or another `IterableDataset`.
+        dataset: pairs: a map-style data set, a list, `ShardedAudioText`, or another `IterableDataset`. If it has a
+            `sample_rate`, in Hz, that is the model's.
         batch_size: pairs a micro-batch and process; by default 32, or what the data set has for each process.
         data_max_length: longest wave in samples; longer ones are cut.
         valid_frac: share of the data set held out for validation, when there is no `valid_dataset`; what is iterable is
@@ -141,6 +143,8 @@ class MuLaNTrainer(Trainer):
             by_index = hasattr(data, '__len__') and hasattr(data, '__getitem__')
             if data is not None and (not by_index or isinstance(data, IterableDataset)):
                 raise TypeError(f'{name} must have a length and items by index, got {type(data).__name__}')
+        check_rate(dataset, mulan.sample_rate, 'dataset')
+        check_rate(valid_dataset, mulan.sample_rate, 'valid_dataset')
         items = None if streamed else len(dataset)
         if isinstance(dataset, ShardedAudioText):
             items = dataset.total
