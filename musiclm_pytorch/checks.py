@@ -5,15 +5,27 @@ from __future__ import annotations
 import functools
 import inspect
 import math
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from beartype import BeartypeConf, beartype
 from torch import Tensor
 
+
+class ArgumentTypeError(TypeError):
+    """Of what beartype finds, without the numbers of the tensors and arrays that it shows."""
+
+    NUMBERS = re.compile(r'"?\b(tensor|array)\([^()]*\)+"?')
+
+    def __init__(self, message: str):
+        super().__init__(self.NUMBERS.sub(r'<\1>', message))
+
+
 # beartype raises its own exception class by default; users catch TypeError
-typechecked = beartype(conf=BeartypeConf(violation_type=TypeError, is_pep484_tower=True))
+typechecked = beartype(conf=BeartypeConf(violation_type=ArgumentTypeError, is_pep484_tower=True))
 
 
 def records_config(init: Callable) -> Callable:
@@ -74,17 +86,43 @@ def check_device(device: str | torch.device) -> torch.device:
     return found
 
 
-def check_audio(audio: Any, *, ndim: int, shape: str, name: str = 'wavs') -> None:
-    """Check rank, dtype and size of a batch of waves or spectrograms.
+def as_tensor(audio: Any, device: torch.device | None = None) -> Any:
+    """A numpy array of numbers as a tensor on `device`, by default the CPU; anything else as it is, to be checked."""
+    if not isinstance(audio, np.ndarray) or audio.dtype.kind not in 'fiubc':
+        return audio
+    # a copy: torch takes neither negative strides nor a foreign byte order, and warns of what is read-only
+    return torch.from_numpy(np.array(audio, dtype=audio.dtype.newbyteorder('='), order='C')).to(device or 'cpu')
 
-    Raises TypeError for anything but a floating-point tensor, ValueError for a wrong rank or an empty batch.
+
+def described(value: Any) -> str:
+    """What an error says of a value: of numbers in bulk how many, not which."""
+    if isinstance(value, (Tensor, np.ndarray)):
+        return f'{type(value).__name__} of {value.dtype} and shape {tuple(value.shape)}'
+    return ArgumentTypeError.NUMBERS.sub(r'<\1>', repr(value))[:80]
+
+
+def check_channels(wave: Tensor | np.ndarray, name: str) -> None:
+    """Raise ValueError unless a wave is `(samples,)` or `(channels, samples)`, with fewer channels than samples."""
+    if wave.ndim in (1, 2) and (wave.ndim == 1 or wave.shape[0] <= wave.shape[1]):
+        return
+    hint = ''
+    if wave.ndim == 2:
+        hint = f', which has more channels than samples; soundfile gives (samples, channels): pass {name}.T'
+    raise ValueError(f'{name} must have shape (samples,) or (channels, samples), got {tuple(wave.shape)}{hint}')
+
+
+def check_audio(audio: Any, *, ndim: int, shape: str, name: str = 'wavs', device: torch.device | None = None) -> Tensor:
+    """Check rank, dtype and size of a batch of waves or spectrograms; a numpy array becomes a tensor on `device`.
+
+    Raises TypeError for anything but floating-point numbers, ValueError for a wrong rank or an empty batch.
     """
+    audio = as_tensor(audio, device)
     if not isinstance(audio, Tensor):
         raise TypeError(f'{name} must be a torch.Tensor of shape {shape}, got {type(audio).__name__}')
     if not audio.is_floating_point():
         hint = ''
         if name != 'spectrograms' and not audio.is_complex() and audio.dtype != torch.bool:
-            hint = f', integer PCM; convert it to [-1, 1] first, for 16 bits: {name}.float() / 32768'
+            hint = f', integer PCM; convert it to [-1, 1] first, for 16 bits: {name} / 32768'
         raise TypeError(f'{name} must be a floating-point tensor, got {audio.dtype}{hint}')
     if audio.ndim != ndim:
         hint = ''
@@ -95,6 +133,7 @@ def check_audio(audio: Any, *, ndim: int, shape: str, name: str = 'wavs') -> Non
         raise ValueError(f'{name} must have shape {shape}, got {tuple(audio.shape)}{hint}')
     if ndim > 1 and audio.shape[0] == 0:
         raise ValueError(f'{name} is an empty batch of shape {tuple(audio.shape)}; pass at least one item')
+    return audio
 
 
 def check_finite(values: Tensor, fault: str) -> None:
@@ -109,7 +148,7 @@ def check_finite(values: Tensor, fault: str) -> None:
 def check_sample_rate(sample_rate: Any) -> None:
     """Raise TypeError unless a sample rate is an int, ValueError unless it is above zero."""
     if not isinstance(sample_rate, int) or isinstance(sample_rate, bool):
-        raise TypeError(f'sample_rate must be an integer in Hz, got {sample_rate!r}')
+        raise TypeError(f'sample_rate must be an integer in Hz, got {described(sample_rate)}')
     check_positive(sample_rate=sample_rate)
 
 

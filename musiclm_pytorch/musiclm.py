@@ -10,6 +10,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import einsum, rearrange, repeat
@@ -185,7 +186,7 @@ class MusicLM(nn.Module):
         top_k: CountPerStage = None,
         top_p: PerStage | None = None,
         cond_scale: PerStage | None = None,
-        prime_wave: Tensor | None = None,
+        prime_wave: Tensor | np.ndarray | None = None,
         prime_wave_input_sample_hz: int | None = None,
         prime_wave_path: str | Path | None = None,
         seed: int | Sequence[int] | None = None,
@@ -204,8 +205,8 @@ class MusicLM(nn.Module):
             temperature, top_k, top_p, cond_scale: of all stages, or three for semantic, coarse and fine; see
                 `audiolm.sampling.Sampling`. By default as in `sampling`, or else MusicLM's temperatures (1.0, 0.95,
                 0.4) and a guidance of 3.
-            prime_wave, prime_wave_input_sample_hz: music to go on from, `(samples,)` or `(channels, samples)`, and its
-                rate in Hz; or
+            prime_wave, prime_wave_input_sample_hz: music to go on from, a floating-point tensor or numpy array
+                `(samples,)` or `(channels, samples)`, and its rate in Hz; or
             prime_wave_path: the file that it is in.
             seed: the same pieces again, also independent of `max_batch` and of grouping: the piece of number i, counted
                 through all prompts, is the one that `seed + i` makes alone. Or one seed a piece. By default a draw from

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from vector_quantize_pytorch import ResidualVQ
 
 from musiclm_pytorch.audiolm.bridge import AudioConditionerBase
-from musiclm_pytorch.checks import check_positive, check_probability, records_config, typechecked
+from musiclm_pytorch.checks import as_tensor, check_positive, check_probability, records_config, typechecked
 from musiclm_pytorch.data.collate import collate_for
 from musiclm_pytorch.data.rates import rate_of
 from musiclm_pytorch.mulan import checkpoint
@@ -198,6 +198,7 @@ class MuLaNEmbedQuantizer(AudioConditionerBase):
                 latents = self.mulan.get_audio_latents(wavs, audio_lengths=audio_lengths, sample_rate=rate)
             elif latents is None:
                 latents = self.mulan.get_text_latents(texts, raw_texts=raw_texts)
+        latents = as_tensor(latents, self.device)
         self._check_latents(latents)
         if not self.frozen:
             self._warn_or_refuse()
@@ -230,6 +231,7 @@ class MuLaNEmbedQuantizer(AudioConditionerBase):
             ValueError: fewer latents than codes, or latents of another width.
         """
         check_positive(batch_size=batch_size, max_items=max_items)
+        data = as_tensor(data)
         latents = data if isinstance(data, Tensor) else self._embed_data(data, batch_size, max_items)
         self._check_latents(latents)
         latents = latents.detach().float().cpu().numpy()

@@ -324,7 +324,7 @@ def test_float64_waves_work():
         (torch.zeros(2, 100), ValueError, 'has 100 samples, but one patch needs at least 180'),
         (torch.zeros(2000), ValueError, r'for one wave pass wavs\[None\]'),
         (torch.zeros(2, 1, 2000), ValueError, r'wavs.mean\(dim=1\)'),
-        (torch.zeros(2, 2000, dtype=torch.int16), TypeError, 'torch.int16, integer PCM; .* wavs.float'),
+        (torch.zeros(2, 2000, dtype=torch.int16), TypeError, 'torch.int16, integer PCM; .* wavs / 32768'),
         (torch.zeros(2, 2000, dtype=torch.complex64), TypeError, 'torch.complex64'),
         ([[0.0] * 2000], TypeError, 'torch.Tensor of shape .*, got list'),
         (torch.tensor([[0.0] * 2000, [0.0] * 1999 + [NAN]]), ValueError, r'wavs\[1\] holds NaN or infinite'),

@@ -236,7 +236,6 @@ def test_bad_long_audio(tmp_path):
         (lambda: mulan.embed_audio(torch.zeros(9000).short()), TypeError, 'integer PCM'),
         (lambda: mulan.embed_audio(torch.zeros(0)), ValueError, 'has 0 samples'),
         (lambda: mulan.embed_audio(torch.zeros(0, 9000)), ValueError, 'empty batch'),
-        (lambda: mulan.embed_audio(torch.zeros(9000).numpy()), TypeError, 'got ndarray; .* torch.from_numpy'),
         (lambda: short.embed_audio(torch.zeros(9000)), ValueError, 'longer than max_audio_length.*pass window=0.5'),
         (lambda: tiny_mulan().embed_audio(torch.zeros(9000)), ValueError, 'build the audio tower with audio_sample'),
     ]
@@ -303,7 +302,7 @@ def test_bad_folders(tmp_path):
         ('{', ValueError, 'config.json is not the config of a MuLaN'),
         ('[]', ValueError, 'config.json is not the config of a MuLaN'),
         (json.dumps({**config, 'audio': {**config['audio'], 'dim': 64}}), ValueError, 'do not fit this model'),
-        (json.dumps({**config, 'audio': {**config['audio'], 'dmi': 64}}), TypeError, 'dmi'),
+        (json.dumps({**config, 'audio': {**config['audio'], 'dmi': 64}}), ValueError, 'dmi'),
     ]:
         (tmp_path / 'config.json').write_text(broken)
         with pytest.raises(error, match=message):

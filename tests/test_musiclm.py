@@ -1,5 +1,6 @@
 """Text to music: lengths, seeds, choice by MuLaN, continuation, stories, and what goes wrong."""
 
+import numpy as np
 import pytest
 import soundfile
 import torch
@@ -275,7 +276,7 @@ def test_saved_and_rebuilt(musiclm, tmp_path):
         half.save_pretrained(tmp_path / 'huge', dtype=torch.float16)
     with pytest.raises(ValueError, match='the semantic tokenizer, a Tokenizer, cannot be saved'):
         musiclm.save_pretrained(tmp_path / 'other')
-    with pytest.raises(FileNotFoundError, match='expected a folder written by save_pretrained'):
+    with pytest.raises(FileNotFoundError, match='expected a folder written by MusicLM.save_pretrained'):
         MusicLM.from_pretrained(tmp_path)
     with pytest.raises(FileNotFoundError, match="there is no folder tinny, nor a model of that name .* has .*'tiny'"):
         MusicLM.from_pretrained('tinny')
@@ -307,8 +308,13 @@ def test_saved_and_rebuilt(musiclm, tmp_path):
          'the prime lasts 0.50 s and the music 0.5 s'),
         (dict(text='a', prime_wave=torch.full((800,), torch.nan), prime_wave_input_sample_hz=RATE), ValueError,
          'prime_wave holds NaN or infinity'),
-        (dict(text='a', prime_wave=torch.ones(8, dtype=torch.int16), prime_wave_input_sample_hz=RATE), ValueError,
-         'prime_wave must be floats of shape'),
+        (dict(text='a', prime_wave=torch.ones(8, dtype=torch.int16), prime_wave_input_sample_hz=RATE), TypeError,
+         'prime_wave must be a floating-point tensor, got torch.int16, integer PCM'),
+        (dict(text='a', prime_wave=np.ones(8, dtype='int16'), prime_wave_input_sample_hz=RATE), TypeError,
+         'prime_wave must be a floating-point tensor, got torch.int16, integer PCM; .* prime_wave / 32768'),
+        (dict(text='a', prime_wave=np.ones((800, 2)), prime_wave_input_sample_hz=RATE), ValueError,
+         r'got \(800, 2\), which has more channels than samples; soundfile gives .* pass prime_wave.T'),
+        (dict(text='a', prime_wave=torch.ones(800, 2), prime_wave_input_sample_hz=RATE), ValueError, 'prime_wave.T'),
         (dict(text='a', prime_wave_path='nowhere.wav'), FileNotFoundError, 'no audio file at nowhere.wav'),
     ],
 )  # fmt: skip

@@ -6,11 +6,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from einops import reduce
 from torch import Tensor
 
 from musiclm_pytorch.audiolm.sampling import Sampling
-from musiclm_pytorch.checks import check_finite, check_positive, check_sample_rate
+from musiclm_pytorch.checks import (
+    as_tensor,
+    check_audio,
+    check_channels,
+    check_finite,
+    check_positive,
+    check_sample_rate,
+)
 from musiclm_pytorch.data.audio import AudioFile
 
 STAGES = ('semantic', 'coarse', 'fine')
@@ -68,11 +76,12 @@ def read_sampling(*, conditioned: Sequence[bool], **given: Any) -> list[Sampling
 
 
 def read_prime(
-    wave: Tensor | None, rate: int | None, path: str | Path | None, *, seconds: float
+    wave: Tensor | np.ndarray | None, rate: int | None, path: str | Path | None, *, seconds: float
 ) -> tuple[Tensor, int] | None:
     """The prime as `(1, samples)` and its rate in Hz.
 
-    Raises ValueError for a prime without a rate, or no shorter than the music; FileNotFoundError for a missing file.
+    Raises ValueError for a prime without a rate, of another shape, or no shorter than the music, TypeError for
+    integers, FileNotFoundError for a missing file.
     """
     if wave is None and path is None:
         return None
@@ -85,11 +94,12 @@ def read_prime(
     if rate is None:
         raise ValueError('prime_wave needs its rate in Hz: pass prime_wave_input_sample_hz')
     check_sample_rate(rate)
-    if wave.ndim not in (1, 2) or not wave.is_floating_point() or wave.shape[-1] == 0:
-        raise ValueError(
-            f'prime_wave must be floats of shape (samples,) or (channels, samples), got {wave.dtype} of shape '
-            f'{tuple(wave.shape)}'
-        )
+    wave = as_tensor(wave)
+    check_channels(wave, 'prime_wave')
+    wave = check_audio(wave, ndim=wave.ndim, shape='(samples,) or (channels, samples)', name='prime_wave')
+    if wave.shape[-1] == 0:
+        raise ValueError(f'prime_wave of shape {tuple(wave.shape)} has no samples')
+    wave = wave.float()
     wave = wave[None] if wave.ndim == 1 else reduce(wave, 'c n -> 1 n', 'mean')
     check_finite(wave, 'prime_wave holds NaN or infinity')
     check_shorter(wave.shape[-1] / rate, seconds)

@@ -261,7 +261,7 @@ class SemanticTokenizer(HubertWithKmeans, ABC):
 
     def _features(self, wavs: Tensor, input_sample_hz: int | None) -> Iterator[Tensor]:
         """Window by window, each time step once: `(b, t, dim)` float32."""
-        check_audio(wavs, ndim=2, shape='(batch, samples)')
+        wavs = check_audio(wavs, ndim=2, shape='(batch, samples)', device=self.device)
         check_finite(wavs, 'wavs[{}] holds NaN or infinite samples; clean the data first')
         with torch.autocast(wavs.device.type, enabled=False):
             wavs = wavs.float()

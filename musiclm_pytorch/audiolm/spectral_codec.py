@@ -12,7 +12,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from musiclm_pytorch.audiolm.bridge import SoundStream
-from musiclm_pytorch.checks import check_audio, check_positive, check_sample_rate, records_config, typechecked
+from musiclm_pytorch.checks import (
+    as_tensor,
+    check_audio,
+    check_positive,
+    check_sample_rate,
+    records_config,
+    typechecked,
+)
 from musiclm_pytorch.data.audio import resample
 from musiclm_pytorch.data.collate import mono, split_item
 from musiclm_pytorch.data.rates import agreed_rate
@@ -134,8 +141,10 @@ class SpectralCodec(Float32Buffers, SoundStream):
         if not (return_encoded or return_codes_only or return_recons_only):
             raise ValueError('a SpectralCodec is not trained by a loss; call fit(dataset)')
         self._check_fitted()
-        x = rearrange(x, '... n -> (...) n').float()
-        check_audio(x, ndim=2, shape='(batch, samples)')
+        x = as_tensor(x, self.device)
+        if isinstance(x, Tensor):
+            x = rearrange(x, '... n -> (...) n')
+        x = check_audio(x, ndim=2, shape='(batch, samples)').float()
         if input_sample_hz is not None:
             x = resample(x, input_sample_hz, self.target_sample_hz)
         codes = self._quantize(self._vectors(x))

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from musiclm_pytorch.checks import check_channels
+
 logger = logging.getLogger(__name__)
 
 WAVE_KEYS = ('wavs', 'wave', 'audio')
@@ -126,7 +128,7 @@ def text_kind(text: str | Tensor) -> str:
 
 
 NAMES = {'wave': 'a floating-point wave', 'ids': 'integer token ids', 'string': 'a string'}
-PCM_HINT = '; integer PCM must be converted first, for 16 bits: wave.float() / 32768'
+PCM_HINT = '; integer PCM must be converted first, for 16 bits: wave / 32768'
 
 
 def classify(value: Any, name: str) -> tuple[str, Any]:
@@ -152,8 +154,7 @@ def classify(value: Any, name: str) -> tuple[str, Any]:
 
 def mono(wave: Tensor, name: str) -> Tensor:
     """`(samples,)`, `(1, samples)` or `(channels, samples)` of any floating-point type to `(samples,)` float32."""
-    if wave.ndim not in (1, 2) or (wave.ndim == 2 and wave.shape[0] > wave.shape[1]):
-        raise ValueError(f'{name}: a wave must have shape (samples,) or (channels, samples), got {tuple(wave.shape)}')
+    check_channels(wave, f'{name}: wave')
     if wave.numel() == 0:
         raise ValueError(f'{name}: the wave is empty, of shape {tuple(wave.shape)}; give None for what cannot be read')
     wave = wave.float()

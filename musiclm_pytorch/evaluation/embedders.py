@@ -16,7 +16,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from musiclm_pytorch.checks import check_audio, check_positive, typechecked
+from musiclm_pytorch.checks import check_audio, check_positive, described, typechecked
 from musiclm_pytorch.data.audio import windows
 from musiclm_pytorch.evaluation import vggish
 from musiclm_pytorch.mulan.model import MuLaN, evaluating
@@ -204,7 +204,7 @@ class CLAPEmbedder:
     def embed_texts(self, texts: Sequence[str]) -> Tensor:
         """Embed texts as `(n, dim)` float32 on the CPU, of length 1; a text is cut where the text tower ends."""
         if isinstance(texts, str) or not texts:
-            raise ValueError(f'texts must be one or more strings in a list, got {texts!r}')
+            raise ValueError(f'texts must be one or more strings in a list, got {described(texts)}')
         config = self.model.config.text_config
         # RoBERTa counts positions from behind its padding
         longest = config.max_position_embeddings - config.pad_token_id - 1

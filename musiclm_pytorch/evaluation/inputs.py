@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from musiclm_pytorch.checks import check_audio, check_lengths
+from musiclm_pytorch.checks import as_tensor, check_audio, check_channels, check_lengths, described
 from musiclm_pytorch.data.audio import AudioFile
 
 
@@ -20,7 +20,7 @@ def list_clips(
 
     Args:
         audio: `(b, samples)` or `(b, channels, samples)`; or a list of waves `(samples,)`, `(1, samples)` or
-            `(channels, samples)`, and of paths. Several channels are mixed down.
+            `(channels, samples)`, and of paths. Waves are tensors or numpy arrays. Several channels are mixed down.
         audio_lengths: `(b,)` true lengths in samples: what lies beyond is padding, and is cut off. Files have none.
         name, lengths: how errors call them.
 
@@ -28,6 +28,7 @@ def list_clips(
         TypeError: anything but floating-point waves and paths. ValueError: an empty list, an empty wave, another shape,
             NaN or infinity, a length of 0 or beyond the wave. FileNotFoundError: a path without a file.
     """
+    audio = as_tensor(audio)
     if isinstance(audio, Tensor):
         if audio.ndim not in (2, 3):
             hint = f'; for one wave pass {name}[None]' if audio.ndim == 1 else ''
@@ -40,7 +41,7 @@ def list_clips(
     if audio_lengths is None:
         return [check_clip(it, f'{name}[{index}]') for index, it in enumerate(audio)]
     if not isinstance(audio_lengths, Sequence | Tensor):
-        raise TypeError(f'{lengths} must be a list of lengths in samples, one a clip, got {audio_lengths!r}')
+        raise TypeError(f'{lengths} must be a list of lengths in samples, one a clip, got {described(audio_lengths)}')
     if len(audio_lengths) != len(audio):
         raise ValueError(f'got {len(audio_lengths)} {lengths} for {len(audio)} clips in {name}; pass one a clip')
     return [check_clip(it, f'{name}[{index}]', audio_lengths[index]) for index, it in enumerate(audio)]
@@ -54,11 +55,10 @@ def check_clip(clip: Any, name: str, length: Any = None) -> Tensor | Path:
         if not Path(clip).is_file():
             raise FileNotFoundError(f'{name}: no file at {clip}')
         return Path(clip)
+    clip = as_tensor(clip)
     if not isinstance(clip, Tensor):
-        hint = '; for a numpy array pass torch.from_numpy(wave)' if type(clip).__name__ == 'ndarray' else ''
-        raise TypeError(f'{name} must be a wave (samples,) or the path of a file, got {type(clip).__name__}{hint}')
-    if clip.ndim not in (1, 2) or (clip.ndim == 2 and clip.shape[0] > clip.shape[1]):
-        raise ValueError(f'{name} must have shape (samples,) or (channels, samples), got {tuple(clip.shape)}')
+        raise TypeError(f'{name} must be a wave (samples,) or the path of a file, got {type(clip).__name__}')
+    check_channels(clip, name)
     check_audio(clip, ndim=clip.ndim, shape='(samples,)', name=name)
     if clip.numel() == 0:
         raise ValueError(f'{name} has no samples')
@@ -97,7 +97,7 @@ def check_wave(wave: Tensor, name: str) -> None:
 def check_texts(texts: Any, clips: int) -> list[str]:
     """Texts as a list of `clips` strings that say something. Raises TypeError and ValueError."""
     if isinstance(texts, str) or not isinstance(texts, Sequence) or not all(isinstance(it, str) for it in texts):
-        raise TypeError(f'texts must be a list of strings, one a clip, got {texts!r:.80}')
+        raise TypeError(f'texts must be a list of strings, one a clip, got {described(texts)}')
     if len(texts) != clips:
         raise ValueError(f'got {len(texts)} texts for {clips} generated clips; pass one text a clip')
     for index, text in enumerate(texts):

@@ -14,7 +14,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from musiclm_pytorch.checks import check_audio, check_finite, check_positive, typechecked
+from musiclm_pytorch.checks import check_audio, check_finite, check_positive, described, typechecked
 from musiclm_pytorch.evaluation.figures import Figure, mean_figure
 from musiclm_pytorch.mulan.layers import l2norm
 from musiclm_pytorch.mulan.model import MuLaN, evaluating
@@ -86,7 +86,9 @@ class ZeroShotTagger:
         check_positive(window=window, batch_size=batch_size)
         check_tags(tags)
         if isinstance(templates, str) or not templates or any('{}' not in it for it in templates):
-            raise ValueError(f'templates must be a list of texts with {{}} in the place of the tag, got {templates!r}')
+            raise ValueError(
+                f'templates must be a list of texts with {{}} in the place of the tag, got {described(templates)}'
+            )
         self.mulan = mulan
         self.tags = tuple(tags)
         self.sample_rate = mulan.sample_rate
@@ -267,7 +269,7 @@ def divergences(p: np.ndarray, q: np.ndarray) -> np.ndarray:
 
 def check_tags(tags: Sequence[str]) -> None:
     if isinstance(tags, str) or not tags or len(set(tags)) != len(tags):
-        raise ValueError(f'tags must be one or more different names, got {tags!r:.80}')
+        raise ValueError(f'tags must be one or more different names, got {described(tags)}')
 
 
 def check_waves(waves: Sequence[Tensor], shortest: int) -> None:

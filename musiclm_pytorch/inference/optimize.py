@@ -15,7 +15,7 @@ import torch
 from einops import einsum
 from torch import Tensor, nn
 
-from musiclm_pytorch.checks import check_lengths, typechecked
+from musiclm_pytorch.checks import as_tensor, check_lengths, typechecked
 from musiclm_pytorch.inference.config import InferenceConfig
 from musiclm_pytorch.inference.fast_layers import FastLayers
 from musiclm_pytorch.inference.native_layers import NativeParts, compiler
@@ -97,6 +97,7 @@ class OptimizedMuLaN(nn.Module):
         sample_rate: int | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """As `MuLaN.get_audio_latents`; with `return_all_layers` the whole batch is computed at once."""
+        wavs = as_tensor(wavs, self.device)
         wavs = wavs.to(self.device) if isinstance(wavs, Tensor) else wavs
         if return_all_layers or not isinstance(wavs, Tensor) or wavs.ndim != 2:
             return self.mulan.get_audio_latents(wavs, return_all_layers, audio_lengths, sample_rate)

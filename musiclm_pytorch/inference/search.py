@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -191,7 +192,7 @@ class MuLaNIndex:
     @typechecked
     def search_audio(
         self,
-        audio: Tensor | str | Path,
+        audio: Tensor | np.ndarray | str | Path,
         k: int = 10,
         *,
         sample_rate: int | None = None,
@@ -204,7 +205,7 @@ class MuLaNIndex:
         Raises ValueError and FileNotFoundError as `MuLaN.embed_audio`, for an empty index, or one without a MuLaN.
         """
         mulan = self._model('search_audio')
-        if isinstance(audio, Tensor) and audio.ndim != 1:
+        if isinstance(audio, (Tensor, np.ndarray)) and audio.ndim != 1:
             raise ValueError(f'audio must be one wave (samples,), got shape {tuple(audio.shape)}')
         latents = mulan.embed_audio(audio, window, window if hop is None else hop, sample_rate)
         return self._matches(latents[None], k)

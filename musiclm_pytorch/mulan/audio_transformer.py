@@ -285,19 +285,22 @@ class AudioSpectrogramTransformer(nn.Module):
         """Check and cut a batch; lengths become a tensor on the device of the batch."""
         if self.accept_spec:
             shape = '(batch, frames, bins)' if self.accept_spec_time_first else '(batch, bins, frames)'
-            check_audio(x, ndim=3, shape=shape, name='spectrograms')
+            x = check_audio(x, ndim=3, shape=shape, name='spectrograms', device=self.device)
             x = rearrange(x, 'b t f -> b f t') if self.accept_spec_time_first else x
             if x.shape[1] < self.patch_size[0]:
                 raise ValueError(f'spectrograms have {x.shape[1]} bins, fewer than a patch ({self.patch_size[0]})')
             unit, shortest = 'frames', self.patch_size[1]
         else:
-            check_audio(x, ndim=2, shape='(batch, samples)')
+            x = check_audio(x, ndim=2, shape='(batch, samples)', device=self.device)
             unit, shortest = 'samples', self.spec.min_samples(self.patch_size[1])
 
         if x.shape[-1] < shortest:
+            hint = ''
+            if x.ndim == 2 and len(x) > x.shape[-1]:
+                hint = f'; the shape {tuple(x.shape)} looks like (samples, channels): pass wavs.mean(1)[None]'
             raise ValueError(
                 f'the audio has {x.shape[-1]} {unit}, but one patch needs at least {shortest}; pad it with zeros or '
-                'choose a smaller patch_size or hop'
+                f'choose a smaller patch_size or hop{hint}'
             )
         lengths = None
         if audio_lengths is not None:

@@ -14,6 +14,7 @@ from einops import einsum
 from torch import Tensor, nn
 
 from musiclm_pytorch.checks import (
+    as_tensor,
     check_audio,
     check_lengths,
     check_positive,
@@ -189,8 +190,8 @@ class MuLaN(nn.Module):
         window. The model computes in eval mode and is left in the mode it was in.
 
         Args:
-            audio: `(samples,)` or `(b, samples)` waves, or a sound file (mixed down to mono): its path, or one that is
-                open already, which is not closed.
+            audio: `(samples,)` or `(b, samples)` waves, as tensor or numpy array, or a sound file (mixed down to mono):
+                its path, or one that is open already, which is not closed.
             window, hop: length of a window and distance between two, in seconds.
             sample_rate: rate of a tensor in Hz, by default the model's own; a file tells its own.
             batch_size: windows embedded at a time.
@@ -212,10 +213,10 @@ class MuLaN(nn.Module):
                 f'a window of {window} s is longer than max_audio_length, {longest} samples at {self.sample_rate} Hz; '
                 f'pass window={longest / self.sample_rate:g} or less'
             )
+        audio = as_tensor(audio)
         if not isinstance(audio, (Tensor, str, Path, AudioFile)):
             raise TypeError(
-                f'audio must be a tensor, the path of a file or an AudioFile, got {type(audio).__name__}; '
-                'for a numpy array pass torch.from_numpy(audio)'
+                f'audio must be a tensor, an array, the path of a file or an AudioFile, got {type(audio).__name__}'
             )
         if isinstance(audio, Tensor):
             if audio.ndim == 2:
@@ -245,10 +246,13 @@ class MuLaN(nn.Module):
         return l2norm(mean / count)
 
     def to_own_rate(self, wavs: Tensor, audio_lengths, sample_rate: int | None) -> tuple[Tensor, Tensor | None]:
-        """Resample a batch to the model's rate; lengths follow."""
-        if sample_rate is None or sample_rate == self.sample_rate:
+        """Resample a batch to the model's rate; lengths follow. An array becomes a tensor."""
+        wavs = as_tensor(wavs, self.device)
+        if sample_rate is None:
             return wavs, audio_lengths
         check_sample_rate(sample_rate)
+        if sample_rate == self.sample_rate:
+            return wavs, audio_lengths
         if self.sample_rate is None:
             raise ValueError(
                 f'cannot resample from {sample_rate} Hz: this MuLaN does not know its own sample rate; build the '

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from einops import pack, repeat
 from torch import Tensor, nn
 
-from musiclm_pytorch.checks import check_positive, records_config, typechecked, values_can_be_checked
+from musiclm_pytorch.checks import check_positive, described, records_config, typechecked, values_can_be_checked
 from musiclm_pytorch.mulan.layers import Encoding, LayerNorm, Transformer
 
 VOCAB_SIZE = 49408  # of x_clip.tokenizer, CLIP's byte-pair encoding
@@ -145,7 +145,7 @@ class TextTransformer(nn.Module):
         from x_clip.tokenizer import tokenizer
 
         if isinstance(raw_texts, str) or not all(isinstance(text, str) for text in raw_texts):
-            raise TypeError(f'raw_texts must be a list of strings, got {raw_texts!r:.80}; put one text in a list')
+            raise TypeError(f'raw_texts must be a list of strings, got {described(raw_texts)}; put one text in a list')
         if len(raw_texts) == 0:
             raise ValueError('raw_texts is an empty list; pass at least one text')
 
