@@ -128,6 +128,12 @@ def train_mulan(models) -> None:
         help='start from the model in this folder, written by save_pretrained; then the sections audio, text and mulan '
         'of a recipe are not used',
     )
+    parser.add_argument(
+        '--init-matching-from',
+        metavar='FOLDER',
+        help='build the model of the recipe, and take over from the model in this folder what fits, such as one of '
+        'another vocabulary; what does not is named',
+    )
     parser.add_argument('--batch-size', type=int, metavar='N', help='pairs a micro-batch and process')
     parser.add_argument(
         '--grad-cache-chunk-size', type=int, metavar='N', help='pairs embedded at a time: less memory, the same step'
@@ -147,8 +153,12 @@ def run_train_mulan(options: argparse.Namespace) -> None:
     recipe = recipe.updated(training=overrides_of(options))
 
     seed_everything(recipe.seed)
+    if None not in (options.init_from, options.init_matching_from):
+        raise ValueError('--init-from takes a model as it is, --init-matching-from what fits of it; give one of them')
     if options.init_from is None:
         mulan = recipe.build_model()
+        if options.init_matching_from is not None:
+            mulan.load_matching(options.init_matching_from)
     else:
         mulan = MuLaN.from_pretrained(options.init_from)
         recipe = recipe.with_model_of(mulan)

@@ -36,6 +36,7 @@ from musiclm_pytorch.audiolm.stages import conditioning_dim
 from musiclm_pytorch.checks import check_positive, typechecked
 from musiclm_pytorch.data.audio import resample
 from musiclm_pytorch.mulan.checkpoint import CONFIG_FILE, placing, read_config, store_as
+from musiclm_pytorch.mulan.display import count_of, indented, size_of
 from musiclm_pytorch.mulan.layers import l2norm
 from musiclm_pytorch.mulan.model import evaluating
 from musiclm_pytorch.pretrained import find_pretrained
@@ -69,6 +70,10 @@ class Music(WavesAndScores):
         music = super().__new__(cls, waves, scores)
         music.seeds = seeds
         return music
+
+    def __repr__(self) -> str:
+        waves, scores = (f'{tuple(it.shape)} {it.dtype}' for it in self)
+        return f'Music(waves: {waves}, scores: {scores}, seeds: {None if self.seeds is None else self.seeds.tolist()})'
 
 
 class MusicLM(nn.Module):
@@ -137,6 +142,21 @@ class MusicLM(nn.Module):
                 f'the codec has {self.codec_codebook_size} codes a codebook, but the stages '
                 f'{self.stages["coarse"].codebook_size}'
             )
+
+    def __repr__(self) -> str:
+        """In short; `print(musiclm.audio_lm)` shows the layers."""
+        stages = ', '.join(
+            f'{name} {count_of(stage)} ({seconds:g} s)'
+            for (name, stage), seconds in zip(self.stages.items(), self.windows)
+        )
+        sampling = ', '.join(f'{name}={value}' for name, value in self.sampling.items() if value is not None)
+        mulan = self.mulan_embed_quantizer.mulan
+        return (
+            f'{type(self).__name__}({size_of(self)}, music of {self.sample_rate} Hz,\n'
+            f'  weights and windows: {stages},\n'
+            f'  sampling: {sampling},\n'
+            f'  {indented(mulan)})'
+        )
 
     @property
     def device(self) -> torch.device:

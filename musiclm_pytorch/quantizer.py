@@ -23,6 +23,7 @@ from musiclm_pytorch.checks import as_tensor, check_positive, check_probability,
 from musiclm_pytorch.data.collate import collate_for
 from musiclm_pytorch.data.rates import rate_of
 from musiclm_pytorch.mulan import checkpoint
+from musiclm_pytorch.mulan.display import indented
 from musiclm_pytorch.mulan.model import MuLaN, evaluating
 
 logger = logging.getLogger(__name__)
@@ -135,6 +136,15 @@ class MuLaNEmbedQuantizer(AudioConditionerBase):
     def is_fitted(self) -> bool:
         """Whether every level has codebooks."""
         return all(bool(codebook.initted) for codebook in self._codebooks())
+
+    def __repr__(self) -> str:
+        spaces = ', '.join(f'{name} {dim}' for name, dim in zip(self.namespaces, self.conditioning_dims))
+        fitted = 'fitted' if self.is_fitted else 'not fitted'
+        return (
+            f'{type(self).__name__}({fitted}, {self.num_codebooks} levels of {self.codebook_size} codes,\n'
+            f'  conditioning: {spaces},\n'
+            f'  of {indented(self.mulan)})'
+        )
 
     def set_default_namespace(self, namespace: str) -> None:
         """Choose the namespace of calls that do not name one. Raises ValueError for an unknown one."""

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from conftest import tiny_mulan
 
 from musiclm_pytorch import MuLaN, MuLaNEmbedQuantizer, MuLaNSemanticTokenizer, MusicLM
 from musiclm_pytorch.audiolm.saving import load_module
@@ -85,6 +86,58 @@ def test_every_loader_takes_device_and_dtype(saved, folder):
     weights = [it for it in module.parameters() if it.is_floating_point()]
     assert all(it.dtype == torch.bfloat16 for it in weights)
     assert weights or folder == 'codec'
+
+
+def test_another_vocabulary_takes_over_its_own_tokens(tmp_path):
+    def build(known, **text):
+        mulan = tiny_mulan(dict(depth=1), dict(depth=1, known_tokens=known, **text), hierarchical_contrastive_loss=True)
+        for _, weight in mulan.named_parameters():
+            torch.nn.init.normal_(weight)
+        return mulan
+
+    def row(mulan, token):
+        rows = mulan.text.rows
+        return mulan.text.token_emb.weight[token if rows is None else rows[token]]
+
+    old = build([5, 3, 9])
+    old.save_pretrained(tmp_path)
+    new = build([3, 8, 5], max_seq_len=20)
+    before = {name: weight.clone() for name, weight in new.named_parameters()}
+    says = (
+        f'9[0-9]% of the weights come from {tmp_path}; not 1 of the 4 rows of text.token_emb.weight; 8 of the 20 rows'
+    )
+    with pytest.warns(UserWarning, match=says) as told:
+        left = new.load_matching(tmp_path)
+    assert [it.filename for it in told] == [__file__]
+    assert len(left) == 2
+    for token in (3, 5, 0):  # 0 is known to neither
+        assert torch.equal(row(new, token), row(old, token))
+    assert torch.equal(row(new, 8), before['text.token_emb.weight'][1])
+    assert torch.equal(new.text.pos_emb.weight[:12], old.text.pos_emb.weight)
+    assert torch.equal(new.text.pos_emb.weight[12:], before['text.pos_emb.weight'][12:])
+    own, others = new.state_dict(), old.state_dict()
+    changed = {
+        name for name in own if own[name].shape != others[name].shape or not torch.equal(own[name], others[name])
+    }
+    assert changed == {'text.token_emb.weight', 'text.pos_emb.weight'}
+
+    whole = build(None)  # a vocabulary of which all is known
+    with pytest.warns(UserWarning, match='97 of the 100 rows of text.token_emb.weight'):
+        whole.load_matching(tmp_path)
+    assert torch.equal(row(whole, 9), row(old, 9))
+    with pytest.warns(UserWarning, match='81 of the 81 rows of text.token_emb.weight'):
+        build(None, num_tokens=81).load_matching(tmp_path)  # another tokenizer: its ids mean other words
+    assert build([5, 3, 9]).load_matching(tmp_path) == []
+
+
+def test_what_does_not_fit_is_named(tmp_path):
+    tiny_mulan(dict(depth=2), dict(depth=1, dim=16)).save_pretrained(tmp_path)
+    mulan = tiny_mulan(dict(depth=1), dict(depth=1), sigmoid_contrastive_loss=True)
+    with pytest.warns(UserWarning, match=r'contrast.bias, which is not there|and \d+ more'):
+        left = mulan.load_matching(tmp_path)
+    assert 'contrast.bias, which is not there' in ' '.join(left)
+    assert 'text.token_emb.weight (100, 24), which is (100, 16) there' in left
+    assert any(it.startswith('audio.transformer.layers.1.0.') and 'no place here' in it for it in left)
 
 
 def test_a_musiclm_in_half_precision_makes_music(saved):

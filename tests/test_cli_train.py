@@ -121,6 +121,8 @@ def test_overrides(config, tmp_path, monkeypatch):
         ),
         (['--config', '{here}/type.yaml'], r"type.yaml: training.lr must be float, got 'fast' \(str\)"),
         (['--init-from', '{here}'], 'no config.json in'),
+        (['--init-matching-from', '{here}'], 'no config.json in'),
+        (['--init-from', '{here}', '--init-matching-from', '{here}'], 'give one of them'),
         (['--batch-size', '100'], 'the data set has 12 items, fewer than one batch of 100'),
         (['--lr', '-1'], "section 'training': lr must be greater than 0, got -1"),
         (['--lr', '1e30', '--steps', '4'], 'the loss is (nan|inf)'),

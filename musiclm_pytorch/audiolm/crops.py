@@ -111,6 +111,12 @@ class TokenCrops(Dataset):
         """Frames of a stream that a crop holds."""
         return math.floor(Fraction(str(self.seconds)) * self.streams[name].rate)
 
+    def __repr__(self) -> str:
+        streams = ', '.join(self.streams)
+        return (
+            f'{type(self).__name__}({len(self)} items of {self.folder}, {self.stage}: {self.seconds:g} s of {streams})'
+        )
+
     def __len__(self) -> int:
         return len(self.items)
 

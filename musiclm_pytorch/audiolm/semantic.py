@@ -22,6 +22,7 @@ from musiclm_pytorch.data.audio import resample, windows
 from musiclm_pytorch.data.collate import mono, split_item
 from musiclm_pytorch.data.rates import agreed_rate
 from musiclm_pytorch.mulan import checkpoint
+from musiclm_pytorch.mulan.display import size_of
 
 logger = logging.getLogger(__name__)
 
@@ -132,6 +133,13 @@ class SemanticTokenizer(HubertWithKmeans, ABC):
     @property
     def device(self) -> torch.device:
         return self.kmeans.centers.device
+
+    def __repr__(self) -> str:
+        return (
+            f'{type(self).__name__}({"fitted" if self.is_fitted else "not fitted"}, {self.codebook_size} tokens, '
+            f'{self.tokens_per_second:g} a second at {self.target_sample_hz} Hz,\n'
+            f'  {type(self.encoder).__name__}: {size_of(self.encoder)})'
+        )
 
     def num_tokens(self, samples: int) -> int:
         """Tokens of a wave of that many samples at `target_sample_hz`: one a `downsample_factor`, as long as the

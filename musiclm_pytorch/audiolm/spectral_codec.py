@@ -122,6 +122,13 @@ class SpectralCodec(Float32Buffers, SoundStream):
     def device(self) -> torch.device:
         return self.mean.device
 
+    def __repr__(self) -> str:
+        return (
+            f'{type(self).__name__}({"fitted" if self.is_fitted else "not fitted"}, {self.num_quantizers} levels of '
+            f'{self.codebook_size} codes, {self.target_sample_hz / self.downsample_factor:g} frames a second at '
+            f'{self.target_sample_hz} Hz)'
+        )
+
     # what audiolm-pytorch and MusicLM call
 
     @torch.no_grad()

@@ -79,6 +79,9 @@ class AudioTextDataset(ClipReader, Dataset):
             logger.warning('%s: %d clips, %d skipped', self.source, len(self.clips), len(self._skipped))
         self._share(len(self.clips))
 
+    def __repr__(self) -> str:
+        return f'{type(self).__name__}({len(self.clips)} clips of {self.source}, {self.settings})'
+
     @classmethod
     def from_folder(cls, folder: str | Path, **keywords: Any) -> AudioTextDataset:
         """Audio files under `folder` with a .txt (a caption a line) or .json of the same name; see `list_folder`."""

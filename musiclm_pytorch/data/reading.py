@@ -50,6 +50,12 @@ class ClipReader:
         self._faults: dict[int, tuple[str, str]] = {}
 
     @property
+    def settings(self) -> str:
+        """What is read of each clip, for `repr`."""
+        seconds = 'whole' if self.max_seconds is None else f'{self.max_seconds:g} s of each'
+        return f'{seconds} at {self.sample_rate} Hz, {"at random" if self.training else "from the middle"}'
+
+    @property
     def epoch(self) -> int:
         """What `set_epoch` was last told, 0 at first."""
         return int(self._state[0])

@@ -103,6 +103,9 @@ class ShardedAudioText(ClipReader, IterableDataset):
             logger.warning('skipped %s: %s', name, reason)
         self._share(self.total)
 
+    def __repr__(self) -> str:
+        return f'{type(self).__name__}({self.total} samples in {len(self._shards)} shards, {self.settings})'
+
     # what there is
 
     def _find(self, shards: str | Path | Sequence[str | Path]) -> list[tuple[Path, Sequence[str]]]:

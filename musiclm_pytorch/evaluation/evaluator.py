@@ -25,6 +25,7 @@ from musiclm_pytorch.evaluation.structure import summarise_structure
 from musiclm_pytorch.evaluation.structure_scores import compare_structure
 from musiclm_pytorch.evaluation.tagging import Tagger, ZeroShotTagger, kl_figures
 from musiclm_pytorch.mulan.checkpoint import CONFIG_FILE
+from musiclm_pytorch.mulan.display import indented
 from musiclm_pytorch.mulan.layers import l2norm
 from musiclm_pytorch.mulan.model import MuLaN, evaluating
 from musiclm_pytorch.pretrained import find_pretrained
@@ -91,6 +92,11 @@ class MusicLMEvaluator:
             raise ValueError(f'embedders need names of their own, got {", ".join(names)}')
         self.mulan, self.embedders, self.tagger = mulan, list(embedders), tagger
         self.batch_size, self.seed, self.name, self.progress = batch_size, seed, name, progress
+
+    def __repr__(self) -> str:
+        others = [it.name for it in self.embedders] + ([] if self.tagger is None else [type(self.tagger).__name__])
+        with_others = f', with {", ".join(others)}' if others else ''
+        return f'{type(self).__name__}(seed={self.seed}{with_others},\n  {self.name}: {indented(self.mulan)})'
 
     def comprehensive_evaluation(
         self,

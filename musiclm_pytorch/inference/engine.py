@@ -27,6 +27,7 @@ from musiclm_pytorch.inference.config import InferenceConfig
 from musiclm_pytorch.inference.optimize import OptimizedMuLaN
 from musiclm_pytorch.inference.synthesis import synthesise
 from musiclm_pytorch.inference.workers import count_workers, workers
+from musiclm_pytorch.mulan.display import indented
 from musiclm_pytorch.mulan.layers import l2norm
 from musiclm_pytorch.mulan.model import MuLaN, evaluating
 from musiclm_pytorch.musiclm import MusicLM
@@ -68,6 +69,10 @@ class BatchInferenceEngine:
             config = model.config
         self.config, self.batch_size = config, BATCH_SIZE if config is None else config.batch_size
         self._told = False
+
+    def __repr__(self) -> str:
+        model = self.mulan if self.musiclm is None else self.musiclm
+        return f'{type(self).__name__}({self.batch_size} items a batch,\n  {indented(model)})'
 
     @cached_property
     def embeds(self) -> MuLaN | OptimizedMuLaN:

@@ -20,6 +20,7 @@ from musiclm_pytorch.inference.config import InferenceConfig
 from musiclm_pytorch.inference.fast_layers import FastLayers
 from musiclm_pytorch.inference.native_layers import NativeParts, compiler
 from musiclm_pytorch.inference.workers import count_workers, workers
+from musiclm_pytorch.mulan.display import indented
 from musiclm_pytorch.mulan.kernels import computes_in_bf16
 from musiclm_pytorch.mulan.model import MuLaN, PairLatents
 
@@ -68,6 +69,12 @@ class OptimizedMuLaN(nn.Module):
         half = self.dtype != torch.float32
         self.side_by_side = half and not self.compiled and not self.config.memory_efficient
         super().train(False)
+
+    def __repr__(self) -> str:
+        kind = 'int8' if self.quantized else str(self.dtype).removeprefix('torch.')
+        compiled = f'compiled: {self.compiled}'
+        how = f'{kind}, {compiled}, {self.items_at_a_time} items at a time'
+        return f'{type(self).__name__}({how},\n  {indented(self.mulan)})'
 
     @property
     def device(self) -> torch.device:

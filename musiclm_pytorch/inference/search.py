@@ -85,6 +85,10 @@ class MuLaNIndex:
         self.fingerprint = None if mulan is None else fingerprint(mulan)['weights']
         self._blocks: list[Tensor] = []
 
+    def __repr__(self) -> str:
+        model = 'without a MuLaN' if self.mulan is None else 'with its MuLaN'
+        return f'{type(self).__name__}({len(self)} clips, latents of {self.dim}, {self.backend}, {model})'
+
     def __len__(self) -> int:
         """Number of clips."""
         return len(self.names)

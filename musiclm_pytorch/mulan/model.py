@@ -30,8 +30,10 @@ from musiclm_pytorch.mulan.contrastive import (
     SigmoidContrastiveLearning,
     SoftmaxContrastiveLearning,
 )
+from musiclm_pytorch.mulan.display import size_of
 from musiclm_pytorch.mulan.layers import l2norm
 from musiclm_pytorch.mulan.text_transformer import TextTransformer
+from musiclm_pytorch.mulan.transfer import load_matching
 from musiclm_pytorch.mulan.words import WordPrediction
 
 
@@ -132,6 +134,18 @@ class MuLaN(nn.Module):
     def sample_rate(self) -> int | None:
         """Sample rate in Hz of the waves this model expects, None when it was not told."""
         return self.audio.sample_rate
+
+    def __repr__(self) -> str:
+        """In short; `print(mulan.audio)` and `print(mulan.text)` show the layers."""
+        towers = ', '.join(f'{name} {it.dim} × {it.depth}' for name, it in (('audio', self.audio), ('text', self.text)))
+        rate = 'an unknown rate' if self.sample_rate is None else f'{self.sample_rate} Hz'
+        known = self.text.config['known_tokens']
+        words = f'{self.text.num_tokens} tokens' + ('' if known is None else f', {len(known)} of them known')
+        return (
+            f'{type(self).__name__}({size_of(self)},\n'
+            f'  width × depth: {towers}; latents of {self.dim_latent},\n'
+            f'  hears {rate}, reads {words}, at most {self.text.max_seq_len} a text)'
+        )
 
     # embedding
 
@@ -378,6 +392,27 @@ class MuLaN(nn.Module):
             version, a device that is not there. TypeError: a `dtype` that is not floating-point.
         """
         return checkpoint.load(cls, folder, device=device, dtype=dtype)
+
+    def load_matching(self, folder: str | Path) -> list[str]:
+        """Begin with the weights of another MuLaN, of another vocabulary or other sizes, as far as they fit.
+
+        Weights are taken over by name where shapes agree; token embeddings by token, where both towers have as many
+        `num_tokens`, whichever of these are their `known_tokens`; positions from the first on. A warning names what
+        stays as it was, and tells the share of the weights that does not.
+
+            mulan = MuLaN(audio_transformer, TextTransformer(dim = 512, depth = 6, known_tokens = more_tokens))
+            mulan.load_matching('results/mulan/best')
+
+        Args:
+            folder: written by `save_pretrained`.
+
+        Returns:
+            what was not taken over, a text each.
+
+        Raises:
+            FileNotFoundError, ValueError: as `from_pretrained`.
+        """
+        return load_matching(self, folder)
 
     load_upstream = checkpoint.LoadUpstream()
 

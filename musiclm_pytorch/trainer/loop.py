@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 
 from musiclm_pytorch.checks import check_positive
 from musiclm_pytorch.distributed.collectives import gather_sizes, mean_over_ranks
+from musiclm_pytorch.mulan.display import size_of
 from musiclm_pytorch.mulan.kernels import computes_in_bf16, half_precision
 from musiclm_pytorch.trainer import checkpoints
 from musiclm_pytorch.trainer.batches import StandIn
@@ -324,6 +325,12 @@ class Trainer:
         return self.model if self.ema is None else self.ema.ema_model
 
     # training
+
+    def __repr__(self) -> str:
+        return (
+            f'{type(self).__name__}(step {self.step}, batches of {self.batches.batch_size} × {self.grad_accum_every}, '
+            f'{self.mixed_precision}, in {self.results_folder},\n  {size_of(self.model)})'
+        )
 
     def train(
         self,
