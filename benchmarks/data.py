@@ -23,8 +23,8 @@ import soundfile
 import torch
 
 from musiclm_pytorch.data.audio import resample
-from musiclm_pytorch.data.datasets import AudioTextDataset
 from musiclm_pytorch.data.clips import Clip
+from musiclm_pytorch.data.datasets import AudioTextDataset
 
 ROOT = Path(__file__).resolve().parent.parent
 FILE_RATE, MODEL_RATE = 44100, 16000

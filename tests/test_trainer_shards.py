@@ -17,8 +17,8 @@ from test_trainer import assert_same, weights
 from torch.utils.data import IterableDataset
 
 from musiclm_pytorch import MuLaNTrainer, ShardedAudioText, write_shards
-from musiclm_pytorch.data.shards import ShardItems
 from musiclm_pytorch.data.clips import Clip
+from musiclm_pytorch.data.shards import ShardItems
 from musiclm_pytorch.data.sources import list_folder
 from musiclm_pytorch.trainer.streams import open_batches
 
