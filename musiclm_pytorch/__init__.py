@@ -43,6 +43,7 @@ _HOMES = {
     'trainer.pipeline': ['train_musiclm'],
     'trainer.pipeline_recipe': ['MusicLMRecipe'],
     'trainer.stages': ['CoarseTrainer', 'FineTrainer', 'SemanticTrainer'],
+    'waves': ['Music', 'Waves'],
     'mulan.recipes': [
         'create_optimized_audiospectrogram_transformer',
         'get_optimal_spectrogram_params',

@@ -42,38 +42,13 @@ from musiclm_pytorch.mulan.model import evaluating
 from musiclm_pytorch.pretrained import find_pretrained
 from musiclm_pytorch.quantizer import MuLaNEmbedQuantizer
 from musiclm_pytorch.version import __version__
+from musiclm_pytorch.waves import Music, Waves
 
 # frames: the convolutions of a codec reflect what they are given, and need something to reflect
 SHORTEST_CODED = 32
 # how to sample where a model does not say: the temperatures of MusicLM (section 5.1)
 SAMPLING = dict(temperature=(1.0, 0.95, 0.4), top_k=None, top_p=None, cond_scale=3.0)
 RANKING_WINDOW = 10.0  # seconds that MuLaN hears at once (MusicLM, section 3.2)
-
-
-class WavesAndScores(NamedTuple):
-    waves: Tensor
-    scores: Tensor
-
-
-class Music(WavesAndScores):
-    """What `MusicLM` gives with `return_scores`; it unpacks as `waves, scores`.
-
-    waves: `(prompts, samples)`, the best of each prompt, or `(prompts, num_samples, samples)` with `return_all`
-    scores: `(prompts, num_samples)`, cosine of each sample with its prompt in MuLaN's space
-    seeds: `(prompts, num_samples)` int64; a call with one of them as `seed`, and the same prompt and settings, makes
-        that sample again, alone
-    """
-
-    seeds: Tensor | None
-
-    def __new__(cls, waves: Tensor, scores: Tensor, seeds: Tensor | None = None) -> Music:
-        music = super().__new__(cls, waves, scores)
-        music.seeds = seeds
-        return music
-
-    def __repr__(self) -> str:
-        waves, scores = (f'{tuple(it.shape)} {it.dtype}' for it in self)
-        return f'Music(waves: {waves}, scores: {scores}, seeds: {None if self.seeds is None else self.seeds.tolist()})'
 
 
 class MusicLM(nn.Module):
@@ -237,8 +212,9 @@ class MusicLM(nn.Module):
             progress: a bar a stage, or a function of (steps, steps in all).
 
         Returns:
-            `(prompts, samples)` float32 at `sample_rate`, the piece of each prompt that MuLaN finds nearest to it; with
-            `return_all`, `(prompts, num_samples, samples)`; with `return_scores`, a `Music`.
+            `(prompts, samples)` float32 at `sample_rate`, the piece of each prompt that MuLaN finds nearest to it, as
+            `Waves`: a tensor that saves itself and plays in a notebook. With `return_all`, `(prompts, num_samples,
+            samples)`; with `return_scores`, a `Music`.
 
         Raises:
             ValueError: an empty prompt, a length that is not positive or no longer than the prime, an unfitted
@@ -279,6 +255,7 @@ class MusicLM(nn.Module):
                 scores = self._score(waves, prompts, story)
         if not return_all:
             waves = waves[:, 0] if num_samples == 1 else waves[torch.arange(pieces), scores.argmax(dim=1)]
+        waves = Waves.of(waves, self.sample_rate)
         return Music(waves, scores, torch.tensor(seeds).view(pieces, num_samples)) if return_scores else waves
 
     # generation

@@ -40,6 +40,7 @@ ROOMS = [
     'data',
     'audiolm',
     'quantizer',
+    'waves',
     'musiclm',
     'trainer',
     'distributed',

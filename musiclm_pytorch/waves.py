@@ -1,0 +1,132 @@
+"""Music as it is given back: a tensor that knows its sample rate, saves itself, and plays in a notebook."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import soundfile
+from torch import Tensor
+
+from musiclm_pytorch.atomic import atomic_write
+
+
+class Waves(Tensor):
+    """A tensor `(…, samples)` float32 of music in [-1, 1], with its sample rate.
+
+        music = musiclm('a calm piano', seconds=5)  # Waves of shape (1, 80000)
+        music.save('piano.wav')
+        music  # in a notebook: a player
+
+    It is a tensor in every other way; what is computed of it (a slice, a sum) is a plain one.
+
+    Attributes:
+        sample_rate: in Hz.
+    """
+
+    sample_rate: int
+
+    @classmethod
+    def of(cls, waves: Tensor, sample_rate: int) -> Waves:
+        """The same samples, in the same memory, with their rate."""
+        waves = waves.as_subclass(cls)
+        waves.sample_rate = sample_rate
+        return waves
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable, types: Sequence[type], args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        return Tensor.__torch_function__(func, (Tensor,), args, kwargs or {})
+
+    def __reduce_ex__(self, protocol: int):
+        # as a plain tensor, which `torch.load` reads without knowing this class
+        return self.as_subclass(Tensor).__reduce_ex__(protocol)
+
+    def __deepcopy__(self, memo: dict) -> Waves:
+        return Waves.of(self.as_subclass(Tensor).clone(), self.sample_rate)
+
+    def __repr__(self, **_) -> str:
+        return f'Waves of shape {tuple(self.shape)}: {self.shape[-1] / self.sample_rate:.4g} s at {self.sample_rate} Hz'
+
+    @property
+    def pieces(self) -> list[Tensor]:
+        """Each wave `(samples,)`, in order."""
+        return list(self.as_subclass(Tensor).reshape(-1, self.shape[-1]))
+
+    def save(self, path: str | Path) -> list[Path]:
+        """Write a file a piece, in the format of the ending: .wav (16 bit), .flac, .ogg or .mp3.
+
+        One piece is written to `path`, several to `name-1.wav`, `name-2.wav`, … beside it; what lies beyond [-1, 1] is
+        clipped. Returns the paths. Raises ValueError for an ending that is none of these.
+        """
+        path = Path(path)
+        pieces = self.pieces
+        paths = [path if len(pieces) == 1 else path.with_stem(f'{path.stem}-{n}') for n in range(1, len(pieces) + 1)]
+        for target, wave in zip(paths, pieces):
+            with atomic_write(target) as aside:
+                aside.write_bytes(encoded(wave, self.sample_rate, path.suffix))
+        return paths
+
+    def _repr_html_(self) -> str:
+        return players(self.pieces, self.sample_rate)
+
+
+def encoded(wave: Tensor, sample_rate: int, suffix: str = '.wav') -> bytes:
+    """The bytes of a sound file with `(samples,)`; what lies beyond [-1, 1] is clipped."""
+    formats = soundfile.available_formats()
+    name = suffix.removeprefix('.').upper()
+    if name not in ('WAV', 'FLAC', 'OGG', 'MP3') or name not in formats:
+        raise ValueError(f'music can be written as .wav, .flac, .ogg or .mp3, not as {suffix!r}')
+    file = io.BytesIO()
+    soundfile.write(file, wave.detach().cpu().float().clamp(-1, 1).numpy(), sample_rate, format=name)
+    return file.getvalue()
+
+
+def players(pieces: Iterable[Tensor], sample_rate: int, notes: Sequence[str] = ()) -> str:
+    """HTML with a player for each `(samples,)`, which holds its sound, and perhaps a note beside it."""
+    rows = []
+    for number, wave in enumerate(pieces):
+        sound = base64.b64encode(encoded(wave, sample_rate)).decode()
+        note = f' {html.escape(notes[number])}' if notes else ''
+        rows.append(f'<div><audio controls src="data:audio/wav;base64,{sound}"></audio>{note}</div>')
+    return '\n'.join(rows)
+
+
+class WavesAndScores(NamedTuple):
+    waves: Tensor
+    scores: Tensor
+
+
+class Music(WavesAndScores):
+    """What `MusicLM` gives with `return_scores`; it unpacks as `waves, scores`.
+
+    waves: `(prompts, samples)`, the best of each prompt, or `(prompts, num_samples, samples)` with `return_all`
+    scores: `(prompts, num_samples)`, cosine of each sample with its prompt in MuLaN's space
+    seeds: `(prompts, num_samples)` int64; a call with one of them as `seed`, and the same prompt and settings, makes
+        that sample again, alone
+    """
+
+    seeds: Tensor | None
+
+    def __new__(cls, waves: Tensor, scores: Tensor, seeds: Tensor | None = None) -> Music:
+        music = super().__new__(cls, waves, scores)
+        music.seeds = seeds
+        return music
+
+    def __repr__(self) -> str:
+        waves, scores = (f'{tuple(it.shape)} {it.dtype}' for it in self)
+        return f'Music(waves: {waves}, scores: {scores}, seeds: {None if self.seeds is None else self.seeds.tolist()})'
+
+    def _repr_html_(self) -> str:
+        """Players, in each prompt's samples the one of the highest score first."""
+        waves, scores = self
+        if waves.ndim == 2:  # the best of each prompt
+            return players(waves, waves.sample_rate, [f'{it:.3f}' for it in scores.amax(dim=1).tolist()])
+        order = scores.argsort(dim=1, descending=True)
+        ranked = [(waves[p, s], f'{scores[p, s]:.3f}') for p, row in enumerate(order.tolist()) for s in row]
+        return players([wave for wave, _ in ranked], waves.sample_rate, [note for _, note in ranked])

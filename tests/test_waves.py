@@ -1,0 +1,88 @@
+"""Music that is given back: a tensor like any other, which saves itself and plays in a notebook."""
+
+import base64
+import copy
+import io
+import re
+
+import pytest
+import soundfile
+import torch
+
+from musiclm_pytorch.waves import Music, Waves
+
+RATE = 8000
+
+
+def waves(*shape):
+    return Waves.of(torch.rand(*shape, generator=torch.Generator().manual_seed(0)) - 0.5, RATE)
+
+
+def test_it_is_a_tensor_and_what_is_computed_of_it_is_a_plain_one():
+    music = waves(2, 80)
+    plain = music.as_subclass(torch.Tensor)
+    assert isinstance(music, torch.Tensor)
+    assert music.shape == (2, 80)
+    assert music.sample_rate == RATE
+    for made in (music[0], music * 2, music.sum(dim=1), music.cpu().numpy(), torch.cat([music, plain])):
+        assert type(made) in (torch.Tensor, type(plain.numpy()))
+    assert torch.equal(music + 1, plain + 1)
+    assert music.data_ptr() == plain.data_ptr()
+    assert copy.deepcopy(music).sample_rate == RATE
+
+
+def test_torch_reads_what_it_saved(tmp_path):
+    music = waves(1, 80)
+    torch.save(music, tmp_path / 'music.pt')
+    loaded = torch.load(tmp_path / 'music.pt', weights_only=True)
+    assert type(loaded) is torch.Tensor
+    assert torch.equal(loaded, music)
+
+
+@pytest.mark.parametrize('suffix', ['.wav', '.flac', '.ogg', '.mp3'])
+def test_one_piece_goes_into_one_file(tmp_path, suffix):
+    path = tmp_path / f'piece{suffix}'
+    music = waves(1, 4000)
+    assert music.save(path) == [path]
+    samples, rate = soundfile.read(path)
+    assert rate == RATE
+    if suffix in ('.wav', '.flac'):
+        assert abs(torch.from_numpy(samples).float() - music[0]).max() < 1e-4
+
+
+def test_several_pieces_go_into_a_file_each(tmp_path):
+    music = waves(2, 2, 80)
+    paths = music.save(tmp_path / 'piece.wav')
+    assert [path.name for path in paths] == [f'piece-{number}.wav' for number in (1, 2, 3, 4)]
+    assert abs(torch.from_numpy(soundfile.read(paths[2])[0]).float() - music[1, 0]).max() < 1e-4
+
+
+def test_another_ending_is_refused_by_name(tmp_path):
+    with pytest.raises(ValueError, match=r"not as '\.m4a'"):
+        waves(1, 80).save(tmp_path / 'piece.m4a')
+
+
+def test_a_notebook_gets_a_player_for_each_piece():
+    music = waves(2, 80)
+    sounds = re.findall(r'<audio controls src="data:audio/wav;base64,([^"]*)">', music._repr_html_())
+    assert len(sounds) == 2
+    samples, rate = soundfile.read(io.BytesIO(base64.b64decode(sounds[1])))
+    assert rate == RATE
+    assert abs(torch.from_numpy(samples).float() - music[1]).max() < 1e-4
+
+
+def test_its_repr_is_a_line():
+    assert repr(waves(1, 4000)) == 'Waves of shape (1, 4000): 0.5 s at 8000 Hz'
+
+
+def test_music_shows_its_best_samples_first():
+    music = Music(waves(1, 2, 80), torch.tensor([[0.25, 0.5]]))
+    page = music._repr_html_()
+    assert page.index('0.500') < page.index('0.250')
+    sounds = re.findall(r'base64,([^"]*)"', page)
+    best = soundfile.read(io.BytesIO(base64.b64decode(sounds[0])))[0]
+    assert abs(torch.from_numpy(best).float() - music.waves[0, 1]).max() < 1e-4
+    chosen = Music(waves(2, 80), torch.tensor([[0.25, 0.5], [0.75, 0.1]]))._repr_html_()
+    assert chosen.count('<audio') == 2
+    assert '0.500' in chosen
+    assert '0.750' in chosen
