@@ -41,8 +41,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except user_errors() as error:
         print(f'{options.prog}: error: {" ".join(str(error).split())}', file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print(f'{options.prog}: interrupted', file=sys.stderr)
+    except KeyboardInterrupt as error:
+        print(f'{options.prog}: {str(error) or "interrupted"}', file=sys.stderr)
         return 130
     return 0
 

@@ -8,6 +8,7 @@ import os
 import signal
 import tempfile
 import threading
+import warnings
 
 from musiclm_pytorch.cli_generate import add_model_option
 
@@ -42,9 +43,13 @@ def app(subcommands) -> None:
 
 
 def run_app(options: argparse.Namespace) -> None:
+    from musiclm_pytorch.checks import check_device
     from musiclm_pytorch.inference.app import create_app, launch_app
+    from musiclm_pytorch.mulan.vocabulary import PromptWarning
     from musiclm_pytorch.musiclm import MusicLM
 
+    check_device(options.device)
+    warnings.simplefilter('ignore', PromptWarning)  # the page tells it
     musiclm = MusicLM.from_pretrained(options.model).to(options.device)
     with tempfile.TemporaryDirectory(prefix='musiclm-app-') as folder:
         os.environ.setdefault('GRADIO_TEMP_DIR', folder)  # so that what was made goes with the page

@@ -4,8 +4,16 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
+import warnings
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from musiclm_pytorch.version import __version__
+
+if TYPE_CHECKING:
+    from musiclm_pytorch.gallery import Clip
 
 
 def generate(subcommands) -> None:
@@ -14,10 +22,11 @@ def generate(subcommands) -> None:
         'generate',
         help='make music that fits the words',
         description='Make music for one prompt or more: WAV files, a page with players, spectrograms and the scores '
-        'by which MuLaN ranks the samples of a prompt, and prompts.json. The first sample of a prompt is that of the '
-        'highest score.',
+        'by which MuLaN ranks the samples of a prompt, and prompts.json, which holds what makes each piece again. The first '
+        'sample of a prompt is that of the highest score. What is made is written prompt by prompt, so that Ctrl-C '
+        'leaves what is done.',
     )
-    parser.add_argument('prompts', metavar='PROMPT', nargs='+', help='what the music is like')
+    parser.add_argument('prompts', metavar='PROMPT', nargs='+', help='what the music is like, in quotes')
     parser.add_argument('-o', '--output', metavar='FOLDER', required=True, help='where WAVs and page go')
     add_model_option(parser)
     parser.add_argument(
@@ -37,7 +46,13 @@ def generate(subcommands) -> None:
             f'--{name}', metavar='X', type=kind, nargs='+', help=f'{what}: one number, or one for each of three stages'
         )
     parser.add_argument('--prime', metavar='FILE', help='a sound file to go on from')
-    parser.add_argument('--max-batch', metavar='N', type=int, help='pieces made at a time, for less memory')
+    parser.add_argument(
+        '--max-batch',
+        metavar='N',
+        type=int,
+        help='pieces made at a time: fewer need less memory, more take less time, and prompts are then written together '
+        '(default: those of a prompt)',
+    )
     parser.add_argument('--device', default='cpu', help='such as cuda (default: %(default)s)')
     parser.add_argument('--overwrite', action='store_true', help='write over a page that is in the folder already')
     parser.set_defaults(run=run_generate, prog=parser.prog)
@@ -53,37 +68,87 @@ def add_model_option(parser: argparse.ArgumentParser) -> None:
 
 
 def run_generate(options: argparse.Namespace) -> None:
-    page = Path(options.output) / 'index.html'
-    if page.exists() and not options.overwrite:
-        raise FileExistsError(f'{page} is there already; give another folder, or --overwrite')
+    from musiclm_pytorch.checks import check_device
+    from musiclm_pytorch.gallery import check_no_page
 
-    from musiclm_pytorch.gallery import file_name, ranked_clips, write_gallery
+    folder, prompts = Path(options.output), options.prompts
+    check_no_page(folder, options.overwrite)
+    check_device(options.device)
+    if len(prompts) > 1 and all(len(prompt.split()) == 1 for prompt in prompts):
+        tell(f'these are {len(prompts)} prompts, each with music of its own; for one, quote it: "{" ".join(prompts)}"')
+
+    from musiclm_pytorch.gallery import Clip, file_name, ranked_clips, write_clip
+    from musiclm_pytorch.mulan.vocabulary import PromptWarning
     from musiclm_pytorch.musiclm import MusicLM
 
     musiclm = MusicLM.from_pretrained(options.model).to(options.device)
-    given = {name: getattr(options, name) for name in ('temperature', 'top_k', 'top_p', 'cond_scale')}
-    given = {name: it[0] if len(it) == 1 else tuple(it) for name, it in given.items() if it is not None}
-    start = time.perf_counter()
-    music = musiclm(
-        options.prompts,
-        num_samples=options.num_samples,
-        seconds=options.seconds,
-        seed=options.seed,
-        prime_wave_path=options.prime,
-        max_batch=options.max_batch,
-        return_all=True,
-        return_scores=True,
-        **given,
-    )
-    seconds = time.perf_counter() - start
+    sampling = {name: it for name in musiclm.sampling if (it := getattr(options, name)) is not None}
+    sampling = musiclm.sampling | {name: it[0] if len(it) == 1 else tuple(it) for name, it in sampling.items()}
+    how = dict(model=options.model, version=__version__, seconds=options.seconds, prime=options.prime, **sampling)
+    remarks = musiclm.prompt_warnings(prompts)
+    for prompt, remark in zip(prompts, remarks):
+        if remark:
+            tell(f'"{prompt}": {remark}')
 
-    clips = []
-    for number, (prompt, waves, scores) in enumerate(zip(options.prompts, music.waves, music.scores), 1):
-        clips += ranked_clips(prompt, waves, scores, name=f'{number:02d}-{file_name(prompt)}')
-    page = write_gallery(options.output, clips, musiclm.sample_rate, title='Music', overwrite=options.overwrite)
-    prompts = {f'{clip.name}.wav': clip.section for clip in clips}  # what `musiclm evaluate` reads
-    (Path(options.output) / 'prompts.json').write_text(json.dumps(prompts, indent=2) + '\n', encoding='utf-8')
-    for clip in clips:
-        print(f'{clip.note}  {Path(options.output) / clip.name}.wav')
-    made = len(clips) * options.seconds
-    print(f'{made:g} s of music in {seconds:.1f} s; the page is {page}')
+    made: list[Clip] = []
+    done, start = 0, time.perf_counter()
+    at_once = max(1, (options.max_batch or 1) // max(1, options.num_samples))  # prompts
+    try:
+        while done < len(prompts):
+            some = prompts[done : done + at_once]
+            if sys.stderr.isatty():
+                tell(f'prompt {done + 1} of {len(prompts)}: {some[0]}')
+            with warnings.catch_warnings():
+                warnings.simplefilter('ignore', PromptWarning)  # they are told in lines
+                music = musiclm(
+                    some,
+                    num_samples=options.num_samples,
+                    seconds=options.seconds,
+                    seed=options.seed + done * options.num_samples,
+                    prime_wave_path=options.prime,
+                    max_batch=options.max_batch,
+                    return_all=True,
+                    return_scores=True,
+                    progress=sys.stderr.isatty(),
+                    **sampling,
+                )
+            folder.mkdir(parents=True, exist_ok=True)
+            for prompt, remark, *ranked in zip(
+                some, musiclm.prompt_warnings(some, music.scores), music.waves, music.scores, music.seeds
+            ):
+                done += 1
+                if remark and remark not in remarks:
+                    tell(f'"{prompt}": {remark}')
+                clips = ranked_clips(prompt, *ranked, name=f'{done:02d}-{file_name(prompt)}', remark=remark)
+                for clip in clips:
+                    write_clip(folder, clip, musiclm.sample_rate)
+                    made.append(clip)
+                    print(f'{clip.note}  {folder / clip.name}.wav', flush=True)
+            write_lists(folder, made, how)
+    except KeyboardInterrupt:
+        if not made:
+            raise
+        write_lists(folder, made, how)
+        whole = len(prompts) * options.num_samples
+        raise KeyboardInterrupt(
+            f'interrupted; {len(made)} of {whole} pieces are done, on the page in {folder}'
+        ) from None
+    took = time.perf_counter() - start
+    print(f'{len(made) * options.seconds:g} s of music in {took:.1f} s; the page is {folder / "index.html"}')
+
+
+def write_lists(folder: Path, clips: list[Clip], how: dict[str, Any]) -> None:
+    """`prompts.json`, what makes each piece again and `musiclm evaluate` reads, and the page, of clips that are there."""
+    from musiclm_pytorch.gallery import write_page, write_whole
+
+    pieces = {
+        f'{clip.name}.wav': dict(prompt=clip.section, seed=clip.seed, **how, score=round(clip.score, 4))
+        for clip in clips
+    }
+    write_whole(folder / 'prompts.json', (json.dumps(pieces, indent=2, ensure_ascii=False) + '\n').encode())
+    settings = [f'{name.replace("_", " ")} {it}' for name, it in how.items() if it is not None]
+    write_page(folder, clips, title='Music', intro=', '.join(settings))
+
+
+def tell(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

@@ -105,9 +105,10 @@ def run_search(options: argparse.Namespace) -> None:
     if model is None:
         raise ValueError(f'the index in {options.index} does not say which model it was made with; give --model')
 
+    from musiclm_pytorch.checks import check_device
     from musiclm_pytorch.evaluation.evaluator import load_mulan
 
-    mulan = load_mulan(model).to(options.device)
+    mulan = load_mulan(model).to(check_device(options.device))
     found = MuLaNIndex.load(options.index, mulan, backend=options.backend)
     if options.text is not None:
         matches = found.search_text(options.text, options.k)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import warnings
 
 # the fields of ServiceConfig, which is not loaded for `--help`; a test compares the defaults
 LIMITS = {
@@ -24,7 +25,7 @@ def serve(subcommands) -> None:
     parser = subcommands.add_parser(
         'serve',
         help='embed, rank and make music over HTTP',
-        description='Serve a model over HTTP: POST /embed, /rank and /generate, GET /health. A MuLaN alone makes no '
+        description='Serve a model over HTTP: POST /embed, /rank and /generate, GET / and /health. A MuLaN alone makes no '
         'music. There are no users and no encryption: beyond this machine, put a proxy in front.',
     )
     parser.add_argument(
@@ -48,12 +49,17 @@ def run_serve(options: argparse.Namespace) -> None:
     if not 0 <= options.port < 2**16:
         raise ValueError(f'--port must lie between 0 and 65535, got {options.port}')
 
+    from musiclm_pytorch.checks import check_device
     from musiclm_pytorch.inference.service.config import ServiceConfig, create_service, require
+
+    from musiclm_pytorch.mulan.vocabulary import PromptWarning
 
     require('fastapi', 'python_multipart', 'uvicorn')
     names = [name.replace('-', '_') for name in LIMITS]
     config = ServiceConfig(**{name: getattr(options, name) for name in names})
+    check_device(options.device)
     app = create_service(load_model(options.model).to(options.device), config)
+    warnings.simplefilter('ignore', PromptWarning)  # who asked is told in the answer
 
     import uvicorn
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import html
+import io
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,7 +29,7 @@ PAGE = """<!doctype html>
   figure {{ margin: 0 0 2rem }} img, audio {{ display: block; width: 100% }} small {{ color: #666 }}
 </style>
 <h1>{title}</h1>
-{body}
+{intro}{body}
 </html>
 """
 FIGURE = """<figure>
@@ -45,6 +47,8 @@ class Clip:
     wave: `(samples,)` in [-1, 1]; what is beyond is clipped
     caption, note: text beside it
     section: clips of one section stand together under it, as a heading
+    remark: what there is to say of the section, below its heading
+    score, seed: of a sample, MuLaN's cosine with the prompt, and what makes it again
     """
 
     name: str
@@ -52,17 +56,30 @@ class Clip:
     caption: str
     note: str = ''
     section: str = ''
+    remark: str = ''
+    score: float | None = None
+    seed: int | None = None
 
 
-def ranked_clips(prompt: str, waves: Tensor, scores: Tensor, *, name: str) -> list[Clip]:
+def ranked_clips(
+    prompt: str, waves: Tensor, scores: Tensor, seeds: Tensor, *, name: str, remark: str = ''
+) -> list[Clip]:
     """The samples `(num_samples, samples)` made for a prompt, the one of the highest score first.
 
     `name` is that of the files, to which a sample's place is added.
     """
-    order = scores.argsort(descending=True).tolist()
     return [
-        Clip(f'{name}-{place}', waves[index], f'sample {place}', f'MuLaN: {scores[index]:.3f}', prompt)
-        for place, index in enumerate(order, 1)
+        Clip(
+            name=f'{name}-{place}',
+            wave=waves[index],
+            caption=f'sample {place}',
+            note=f'MuLaN: {scores[index]:.3f} · seed {seeds[index]}',
+            section=prompt,
+            remark=remark,
+            score=scores[index].item(),
+            seed=seeds[index].item(),
+        )
+        for place, index in enumerate(scores.argsort(descending=True).tolist(), 1)
     ]
 
 
@@ -71,10 +88,34 @@ def file_name(prompt: str) -> str:
     return '-'.join(re.findall(r'\w+', prompt.lower())[:6])[:48] or 'music'
 
 
+def wav_of(wave: Tensor, sample_rate: int) -> bytes:
+    """A WAV of 16 bits of `(samples,)`; what lies beyond [-1, 1] is clipped."""
+    file = io.BytesIO()
+    soundfile.write(file, wave.clamp(-1, 1).cpu().numpy(), sample_rate, format='WAV', subtype='PCM_16')
+    return file.getvalue()
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file aside and rename it, so that it is there whole or not at all. Raises OSError that names it."""
+    aside = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
+    try:
+        aside.write_bytes(content)
+        aside.replace(path)
+    except OSError as error:
+        reason = error.strerror or error
+        raise OSError(
+            error.errno, f'{path} could not be written ({reason}); what was written before is whole'
+        ) from error
+    finally:
+        aside.unlink(missing_ok=True)
+
+
 def write_clip(folder: Path, clip: Clip, sample_rate: int) -> None:
     """Write `name.wav` (16 bit) and `name.png`."""
-    soundfile.write(folder / f'{clip.name}.wav', clip.wave.clamp(-1, 1).cpu().numpy(), sample_rate)
-    picture(clip.wave, sample_rate).savefig(folder / f'{clip.name}.png', dpi=80)
+    write_whole(folder / f'{clip.name}.wav', wav_of(clip.wave, sample_rate))
+    image = io.BytesIO()
+    picture(clip.wave, sample_rate).savefig(image, dpi=80, format='png')
+    write_whole(folder / f'{clip.name}.png', image.getvalue())
 
 
 def write_gallery(
@@ -85,19 +126,33 @@ def write_gallery(
     Raises FileExistsError if the folder has a page already, unless it may be overwritten.
     """
     folder = Path(folder)
-    page = folder / 'index.html'
-    if page.exists() and not overwrite:
-        raise FileExistsError(f'{page} is there already; give another folder, or say that it may be overwritten')
+    check_no_page(folder, overwrite)
     folder.mkdir(parents=True, exist_ok=True)
-    body, section = [], ''
     for clip in clips:
         write_clip(folder, clip, sample_rate)
+    return write_page(folder, clips, title=title)
+
+
+def check_no_page(folder: Path, overwrite: bool) -> None:
+    """Raise FileExistsError if a folder has a page, unless it may be overwritten."""
+    page = folder / 'index.html'
+    if page.exists() and not overwrite:
+        raise FileExistsError(f'{page} is there already; give another folder, or --overwrite')
+
+
+def write_page(folder: Path, clips: Sequence[Clip], *, title: str, intro: str = '') -> Path:
+    """Write `index.html` of clips whose files are there, with a line of text in front; returns its path."""
+    body, section = [], ''
+    for clip in clips:
+        texts = {name: html.escape(getattr(clip, name)) for name in ('name', 'caption', 'note', 'section', 'remark')}
         if clip.section != section:
             section = clip.section
-            body.append(f'<h2>{html.escape(section)}</h2>')
-        texts = {name: html.escape(getattr(clip, name)) for name in ('name', 'caption', 'note')}
+            body.append(f'<h2>{texts["section"]}</h2>')
+            body += [f'<p><strong>{texts["remark"]}</strong></p>'] if clip.remark else []
         body.append(FIGURE.format(**texts))
-    page.write_text(PAGE.format(title=html.escape(title), body='\n'.join(body)), encoding='utf-8')
+    intro = f'<p>{html.escape(intro)}</p>\n' if intro else ''
+    page = folder / 'index.html'
+    write_whole(page, PAGE.format(title=html.escape(title), intro=intro, body='\n'.join(body)).encode())
     return page
 
 

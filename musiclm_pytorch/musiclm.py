@@ -29,7 +29,7 @@ from musiclm_pytorch.audiolm.requests import (
     read_sampling,
     read_seconds,
 )
-from musiclm_pytorch.audiolm.sampling import Progress, Sampling
+from musiclm_pytorch.audiolm.sampling import Progress, Sampling, counted_steps
 from musiclm_pytorch.audiolm.saving import load_module, save_module
 from musiclm_pytorch.audiolm.semantic import SemanticTokenizer
 from musiclm_pytorch.audiolm.stages import conditioning_dim
@@ -39,6 +39,7 @@ from musiclm_pytorch.mulan.checkpoint import CONFIG_FILE, placing, read_config, 
 from musiclm_pytorch.mulan.display import count_of, indented, size_of
 from musiclm_pytorch.mulan.layers import l2norm
 from musiclm_pytorch.mulan.model import evaluating
+from musiclm_pytorch.mulan.vocabulary import low_score_line, unknown_words_line, warn_of
 from musiclm_pytorch.pretrained import find_pretrained
 from musiclm_pytorch.quantizer import MuLaNEmbedQuantizer
 from musiclm_pytorch.version import __version__
@@ -64,6 +65,8 @@ class MusicLM(nn.Module):
             with half a window of overlap; the fine stage's windows are independent.
         sampling: what suits the model best, where a call does not say: some of `temperature`, `top_k`, `top_p` and
             `cond_scale`, as `forward` takes them. It is saved with the model.
+        knows: what the model knows, in a line, for those whose prompt it does not understand; saved with the model.
+        usual_score: what the best sample of most held-out prompts reaches; music below it is warned of. Saved, too.
 
     Raises:
         ValueError: parts that do not fit each other.
@@ -76,6 +79,8 @@ class MusicLM(nn.Module):
         mulan_embed_quantizer: MuLaNEmbedQuantizer,
         windows: tuple[float, float, float] = (30.0, 10.0, 3.0),
         sampling: dict[str, Any] | None = None,
+        knows: str | None = None,
+        usual_score: float | None = None,
     ):
         super().__init__()
         check_positive(**{f'the window of the {name} stage': it for name, it in zip(STAGES, windows)})
@@ -86,6 +91,8 @@ class MusicLM(nn.Module):
         self.audio_lm = audio_lm
         self.mulan_embed_quantizer = mulan_embed_quantizer
         self.windows = windows
+        self.knows = knows
+        self.usual_score = usual_score
         if unknown := (sampling or {}).keys() - SAMPLING.keys():
             raise ValueError(f'sampling may hold {", ".join(SAMPLING)}, got {sorted(unknown)[0]!r}')
         self.sampling = {**SAMPLING, **(sampling or {})}
@@ -209,7 +216,8 @@ class MusicLM(nn.Module):
             max_batch: pieces made at a time, for less memory; all by default.
             return_all: all pieces of each prompt instead of the best.
             return_scores: the scores by which MuLaN chose, too.
-            progress: a bar a stage, or a function of (steps, steps in all).
+            progress: a bar a stage, and for decoding and ranking; or a function of (steps, steps in all), which all of
+                them call in turn.
 
         Returns:
             `(prompts, samples)` float32 at `sample_rate`, the piece of each prompt that MuLaN finds nearest to it, as
@@ -219,6 +227,9 @@ class MusicLM(nn.Module):
         Raises:
             ValueError: an empty prompt, a length that is not positive or no longer than the prime, an unfitted
                 quantizer, a prime without a rate.
+
+        Warns (`PromptWarning`) of words that the model does not know, and of music that does not come near its prompt;
+        see `prompt_warnings`.
         """
         check_positive(num_samples=num_samples, seconds=seconds, max_length=max_length, max_batch=max_batch)
         if not self.mulan_embed_quantizer.is_fitted:
@@ -231,6 +242,7 @@ class MusicLM(nn.Module):
             conditioned=[self.stages[name].has_condition for name in STAGES],
         )
         prime = read_prime(prime_wave, prime_wave_input_sample_hz, prime_wave_path, seconds=seconds)
+        warn_of(self.prompt_warnings(prompts))
 
         with evaluating(self):
             indices = self.mulan_embed_quantizer.indices(raw_texts=prompts)  # a row a prompt, or a part of the story
@@ -248,15 +260,35 @@ class MusicLM(nn.Module):
                 else:
                     parts = [Part(seconds, indices[[row // num_samples for row in rows]])]
                 codes = self._generate(parts, samplings, prime, [generators[row] for row in rows], progress)
-                waves.append(self._decode(codes, seconds))
+                with counted_steps(progress, 'waves', len(codes)) as advance:
+                    for row in codes.split(1):
+                        waves.append(self._decode(row, seconds))
+                        advance(1)
             waves = rearrange(torch.cat(waves), '(p s) n -> p s n', s=num_samples)
             scores = None
             if return_scores or (num_samples > 1 and not return_all):
-                scores = self._score(waves, prompts, story)
+                scores = self._score(waves, prompts, story, progress)
+                if not story:
+                    warn_of([low_score_line(best, self.usual_score) for best in scores.amax(dim=1).tolist()])
         if not return_all:
             waves = waves[:, 0] if num_samples == 1 else waves[torch.arange(pieces), scores.argmax(dim=1)]
         waves = Waves.of(waves, self.sample_rate)
         return Music(waves, scores, torch.tensor(seeds).view(pieces, num_samples)) if return_scores else waves
+
+    # warnings
+
+    def prompt_warnings(self, prompts: Sequence[str], scores: Tensor | None = None) -> list[str]:
+        """What someone should know who asks for these prompts: for each a line, empty where there is nothing to say.
+
+        A line names the words that the text tower does not know and what the model knows; and, given `scores`
+        `(prompts, num_samples)`, it tells where the best of them lies below `usual_score`.
+        """
+        text = self.mulan_embed_quantizer.mulan.text
+        lines = [unknown_words_line(text.unknown_words(prompt), self.knows) for prompt in prompts]
+        if scores is not None:
+            lows = [low_score_line(best, self.usual_score) for best in scores.amax(dim=1).tolist()]
+            lines = [' – '.join(filter(None, pair)) for pair in zip(lines, lows)]
+        return lines
 
     # generation
 
@@ -359,7 +391,7 @@ class MusicLM(nn.Module):
         waves = rearrange(self.codec.decode_from_codebook_indices(codes), 'b 1 n -> b n').float()
         return waves[:, : round(seconds * self.sample_rate)]
 
-    def _score(self, waves: Tensor, prompts: list[str], story: Story | None) -> Tensor:
+    def _score(self, waves: Tensor, prompts: list[str], story: Story | None, progress: Progress = False) -> Tensor:
         """Cosine of each wave of `(p, s, n)` with its prompt, or with the mean of a story's, `(p, s)`."""
         mulan = self.mulan_embed_quantizer.mulan
         text = mulan.get_text_latents(raw_texts=prompts)
@@ -373,12 +405,17 @@ class MusicLM(nn.Module):
                 'tower with audio_sample_rate',
                 stacklevel=3,
             )
-            audio = mulan.get_audio_latents(flat)
-        elif flat.shape[-1] > RANKING_WINDOW * self.sample_rate:
-            audio = mulan.embed_audio(flat, window=RANKING_WINDOW, sample_rate=self.sample_rate)
-        else:
-            audio = mulan.get_audio_latents(flat, sample_rate=self.sample_rate)
-        audio = rearrange(audio, '(p s) d -> p s d', s=waves.shape[1])
+        rate = self.sample_rate if mulan.sample_rate is not None else None
+        is_long = rate is not None and flat.shape[-1] > RANKING_WINDOW * rate
+        audio = []
+        with counted_steps(progress, 'scores', len(flat)) as advance:
+            for wave in flat.split(1):
+                if is_long:
+                    audio.append(mulan.embed_audio(wave, window=RANKING_WINDOW, sample_rate=rate))
+                else:
+                    audio.append(mulan.get_audio_latents(wave, sample_rate=rate))
+                advance(1)
+        audio = rearrange(torch.cat(audio), '(p s) d -> p s d', s=waves.shape[1])
         return einsum(audio, text, 'p s d, p d -> p s')
 
     # saving
@@ -408,6 +445,8 @@ class MusicLM(nn.Module):
             windows=self.windows,
             unique_consecutive=self.audio_lm.semantic.unique_consecutive,
             sampling=self.sampling,
+            knows=self.knows,
+            usual_score=self.usual_score,
         )
         # last, so that a folder with it is whole
         write_json(folder / CONFIG_FILE, dict(model='MusicLM', version=__version__, **settings))
@@ -423,7 +462,7 @@ class MusicLM(nn.Module):
         """
         place = placing(device, dtype)
         folder = find_pretrained(folder)
-        settings = read_config(folder, 'MusicLM', ('windows', 'unique_consecutive'), optional=('sampling',))
+        settings = read_config(folder, 'MusicLM', ('windows', 'unique_consecutive'), optional=('sampling', 'knows', 'usual_score'))
         sampling = settings.content.get('sampling') or {}
         settings.check_known(sampling, SAMPLING, 'sampling')
         audio_lm = AudioLM(
@@ -433,7 +472,8 @@ class MusicLM(nn.Module):
             unique_consecutive=settings['unique_consecutive'],
         )
         quantizer = MuLaNEmbedQuantizer.from_pretrained(folder / 'quantizer')
-        return place(cls(audio_lm, quantizer, windows=tuple(settings['windows']), sampling=sampling).eval())
+        told = {name: settings.content.get(name) for name in ('knows', 'usual_score')}
+        return place(cls(audio_lm, quantizer, windows=tuple(settings['windows']), sampling=sampling, **told).eval())
 
 
 def seeds_of(seed: int | Sequence[int] | None, pieces: int) -> list[int]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from musiclm_pytorch.checks import check_positive, described, records_config, typechecked, values_can_be_checked
 from musiclm_pytorch.mulan.layers import Encoding, LayerNorm, Transformer
+from musiclm_pytorch.mulan.vocabulary import find_unknown_words
 
 VOCAB_SIZE = 49408  # of x_clip.tokenizer, CLIP's byte-pair encoding
 
@@ -138,6 +139,18 @@ class TextTransformer(nn.Module):
         weights['token_emb.weight'] = F.pad(weights['token_emb.weight'][list(known_tokens)], (0, 0, 0, 1))
         copy.load_state_dict(weights)
         return copy.train(self.training)
+
+    def unknown_words(self, text: str) -> list[str]:
+        """The words of a text that say something, of whose tokens one at least is none of `known_tokens`.
+
+        Without `known_tokens` every token has an embedding, learned or not, and the list is empty.
+        """
+        if self.rows is None:
+            return []
+        from x_clip.tokenizer import tokenizer
+
+        known = set(self.config['known_tokens'])
+        return find_unknown_words(text, lambda part: known.issuperset(tokenizer.encode(part)))
 
     def tokenize(self, raw_texts: Sequence[str]) -> Tensor:
         """Strings to token ids `(b, n)`, cut at `max_seq_len` and padded to the longest."""

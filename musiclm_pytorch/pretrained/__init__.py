@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 HOME = Path(__file__).resolve().parent
@@ -15,10 +16,12 @@ def pretrained_names() -> list[str]:
 def find_pretrained(folder: str | Path) -> Path:
     """The folder of a model: one on disk, or else the one of that name that ships with the package.
 
-    Raises FileNotFoundError if there is neither.
+    Raises FileNotFoundError if there is neither, or if the folder is not a model's but has one inside, which is named.
     """
     path = Path(folder)
     if path.exists():
+        if not (path / 'config.json').exists() and (inside := models_inside(path)):
+            raise FileNotFoundError(f'{folder} has no config.json; the model in it is {inside[0]}, so pass that')
         return path
     if str(folder) in pretrained_names():
         return HOME / str(folder)
@@ -26,3 +29,14 @@ def find_pretrained(folder: str | Path) -> Path:
     raise FileNotFoundError(
         f'there is no folder {folder}, nor a model of that name in the package, which has {shipped}'
     )
+
+
+def models_inside(folder: Path) -> list[Path]:
+    """The folders of a MusicLM, and then those of a MuLaN, one or two levels below a folder."""
+    found = []
+    for path in (*sorted(folder.glob('*/config.json')), *sorted(folder.glob('*/*/config.json'))):
+        try:
+            found.append((json.loads(path.read_text(encoding='utf-8'))['model'], path.parent))
+        except (ValueError, KeyError, TypeError):  # the config of something else
+            continue
+    return [inner for kind in ('MusicLM', 'MuLaN') for model, inner in found if model == kind]

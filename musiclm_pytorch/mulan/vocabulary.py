@@ -1,0 +1,79 @@
+"""Which words of a prompt a text tower never learned, and which of them would have mattered."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Callable
+
+# Words with what joins them: "hi-hats", "mid-range", "rock'n'roll"; neither punctuation nor underscores.
+WORD = re.compile(r"[^\W_]+(?:['’-][^\W_]+)*")
+PART = re.compile(r'[^\W_]+')
+
+# Articles, pronouns, prepositions, conjunctions and auxiliary verbs: what a sentence needs and a melody does not.
+# Degrees ("very") and negations ("without") are none of them: they change what the music should be like.
+FUNCTION_WORDS = frozenset(
+    WORD.findall(
+        'a an the this that these those some any i me my we us our you your he him his she her it its they them their '
+        'one and or but so as if than then when while where which who what at by for from in into of off on onto over '
+        'through to up upon with within is am are was were be been being do does did has have had can could will would '
+        'shall should may might must there here'
+    )
+)
+# What says that there is music, and not what it is like.
+MUSIC_WORDS = frozenset(
+    WORD.findall(
+        'music piece track clip recording sound sounds sounding play plays played playing perform performs performed '
+        'performing hear hears heard hearing listen listens listening make makes made making give want like please'
+    )
+)
+
+
+class PromptWarning(UserWarning):
+    """A prompt that a model does not understand, or music that does not come near its prompt."""
+
+
+def says_something(word: str) -> bool:
+    """Of the music. `word` is in lower case."""
+    return word not in FUNCTION_WORDS | MUSIC_WORDS
+
+
+def find_unknown_words(text: str, is_known: Callable[[str], bool]) -> list[str]:
+    """The words of a text that say something and of which a part is not known, each once, as the text spells them.
+
+    Joined by a hyphen, known words are known: "mid-range".
+    """
+    words = {word.lower(): word for word in reversed(WORD.findall(text))}
+    return [
+        word
+        for lower, word in reversed(words.items())
+        if says_something(lower) and not all(map(is_known, PART.findall(lower)))
+    ]
+
+
+def unknown_words_line(words: list[str], knows: str | None) -> str:
+    """What to tell who asked with words that the model does not know; nothing if it knows all."""
+    if not words:
+        return ''
+    return f'the model does not know {listed(words)}{f"; it knows {knows}" if knows else ""}'
+
+
+def low_score_line(best: float, usual: float | None) -> str:
+    """What to tell of music whose best score lies below the usual."""
+    if usual is None or best >= usual:
+        return ''
+    return (
+        f'the music may not be what the prompt asks for: MuLaN gives it {best:.2f}, and most music for prompts that it '
+        f'understands {usual:.2f} or more'
+    )
+
+
+def warn_of(lines: list[str]) -> None:
+    """Warn the caller of a module's forward of each line that says something."""
+    for line in dict.fromkeys(filter(None, lines)):
+        warnings.warn(line, PromptWarning, stacklevel=7)  # past forward, what decorates it and a module's call
+
+
+def listed(words: list[str], most: int = 20) -> str:
+    """Words in a row, the first ones of many."""
+    return ', '.join(words[:most]) + (f' and {len(words) - most} words more' if len(words) > most else '')
