@@ -22,8 +22,8 @@ def generate(subcommands) -> None:
         'generate',
         help='make music that fits the words',
         description='Make music for one prompt or more: WAV files, a page with players, spectrograms and the scores '
-        'by which MuLaN ranks the samples of a prompt, and prompts.json, which holds what makes each piece again. The first '
-        'sample of a prompt is that of the highest score. What is made is written prompt by prompt, so that Ctrl-C '
+        'by which MuLaN ranks the samples of a prompt, and prompts.json, which holds what makes each piece again. The '
+        'first sample of a prompt is that of the highest score. What is made is written prompt by prompt: Ctrl-C '
         'leaves what is done.',
     )
     parser.add_argument('prompts', metavar='PROMPT', nargs='+', help='what the music is like, in quotes')
@@ -50,8 +50,8 @@ def generate(subcommands) -> None:
         '--max-batch',
         metavar='N',
         type=int,
-        help='pieces made at a time: fewer need less memory, more take less time, and prompts are then written together '
-        '(default: those of a prompt)',
+        help='pieces made at a time: fewer need less memory, more take less time, and prompts are then written '
+        'together (default: those of a prompt)',
     )
     parser.add_argument('--device', default='cpu', help='such as cuda (default: %(default)s)')
     parser.add_argument('--overwrite', action='store_true', help='write over a page that is in the folder already')
@@ -77,7 +77,7 @@ def run_generate(options: argparse.Namespace) -> None:
     if len(prompts) > 1 and all(len(prompt.split()) == 1 for prompt in prompts):
         tell(f'these are {len(prompts)} prompts, each with music of its own; for one, quote it: "{" ".join(prompts)}"')
 
-    from musiclm_pytorch.gallery import Clip, file_name, ranked_clips, write_clip
+    from musiclm_pytorch.gallery import file_name, ranked_clips, write_clip
     from musiclm_pytorch.mulan.vocabulary import PromptWarning
     from musiclm_pytorch.musiclm import MusicLM
 
@@ -114,11 +114,11 @@ def run_generate(options: argparse.Namespace) -> None:
                 )
             folder.mkdir(parents=True, exist_ok=True)
             for prompt, remark, *ranked in zip(
-                some, musiclm.prompt_warnings(some, music.scores), music.waves, music.scores, music.seeds
+                some, musiclm.prompt_warnings(some, music), music.waves, music.scores, music.seeds
             ):
+                if told := remark.removeprefix(remarks[done]).removeprefix('; '):
+                    tell(f'"{prompt}": {told}')
                 done += 1
-                if remark and remark not in remarks:
-                    tell(f'"{prompt}": {remark}')
                 clips = ranked_clips(prompt, *ranked, name=f'{done:02d}-{file_name(prompt)}', remark=remark)
                 for clip in clips:
                     write_clip(folder, clip, musiclm.sample_rate)
@@ -138,7 +138,7 @@ def run_generate(options: argparse.Namespace) -> None:
 
 
 def write_lists(folder: Path, clips: list[Clip], how: dict[str, Any]) -> None:
-    """`prompts.json`, what makes each piece again and `musiclm evaluate` reads, and the page, of clips that are there."""
+    """The page of clips that are there, and `prompts.json`: what makes each again, which `musiclm evaluate` reads."""
     from musiclm_pytorch.gallery import write_page, write_whole
 
     pieces = {

@@ -25,8 +25,8 @@ def serve(subcommands) -> None:
     parser = subcommands.add_parser(
         'serve',
         help='embed, rank and make music over HTTP',
-        description='Serve a model over HTTP: POST /embed, /rank and /generate, GET / and /health. A MuLaN alone makes no '
-        'music. There are no users and no encryption: beyond this machine, put a proxy in front.',
+        description='Serve a model over HTTP: POST /embed, /rank and /generate, GET / and /health. A MuLaN alone makes '
+        'no music. There are no users and no encryption: beyond this machine, put a proxy in front.',
     )
     parser.add_argument(
         '--model',
@@ -51,7 +51,6 @@ def run_serve(options: argparse.Namespace) -> None:
 
     from musiclm_pytorch.checks import check_device
     from musiclm_pytorch.inference.service.config import ServiceConfig, create_service, require
-
     from musiclm_pytorch.mulan.vocabulary import PromptWarning
 
     require('fastapi', 'python_multipart', 'uvicorn')

@@ -66,7 +66,8 @@ class MusicLM(nn.Module):
         sampling: what suits the model best, where a call does not say: some of `temperature`, `top_k`, `top_p` and
             `cond_scale`, as `forward` takes them. It is saved with the model.
         knows: what the model knows, in a line, for those whose prompt it does not understand; saved with the model.
-        usual_score: what the best sample of most held-out prompts reaches; music below it is warned of. Saved, too.
+        usual_score: what most single samples for held-out prompts reach, as long as the first window; music below it is
+            warned of. Saved, too.
 
     Raises:
         ValueError: parts that do not fit each other.
@@ -269,7 +270,7 @@ class MusicLM(nn.Module):
             if return_scores or (num_samples > 1 and not return_all):
                 scores = self._score(waves, prompts, story, progress)
                 if not story:
-                    warn_of([low_score_line(best, self.usual_score) for best in scores.amax(dim=1).tolist()])
+                    warn_of(self._score_warnings(Music(waves, scores)))
         if not return_all:
             waves = waves[:, 0] if num_samples == 1 else waves[torch.arange(pieces), scores.argmax(dim=1)]
         waves = Waves.of(waves, self.sample_rate)
@@ -277,18 +278,23 @@ class MusicLM(nn.Module):
 
     # warnings
 
-    def prompt_warnings(self, prompts: Sequence[str], scores: Tensor | None = None) -> list[str]:
+    def prompt_warnings(self, prompts: Sequence[str], music: Music | None = None) -> list[str]:
         """What someone should know who asks for these prompts: for each a line, empty where there is nothing to say.
 
-        A line names the words that the text tower does not know and what the model knows; and, given `scores`
-        `(prompts, num_samples)`, it tells where the best of them lies below `usual_score`.
+        A line names the words that the text tower does not know and what the model knows; and, given the `music` made
+        for the prompts, it tells where the best score lies below `usual_score`. Music shorter than the semantic stage's
+        window, in which MuLaN hears less, is not judged.
         """
         text = self.mulan_embed_quantizer.mulan.text
         lines = [unknown_words_line(text.unknown_words(prompt), self.knows) for prompt in prompts]
-        if scores is not None:
-            lows = [low_score_line(best, self.usual_score) for best in scores.amax(dim=1).tolist()]
-            lines = [' – '.join(filter(None, pair)) for pair in zip(lines, lows)]
+        if music is not None:
+            lines = ['; '.join(filter(None, pair)) for pair in zip(lines, self._score_warnings(music))]
         return lines
+
+    def _score_warnings(self, music: Music) -> list[str]:
+        is_short = music.waves.shape[-1] < self.windows[0] * self.sample_rate
+        usual = None if is_short else self.usual_score
+        return [low_score_line(best, usual) for best in music.scores.amax(dim=1).tolist()]
 
     # generation
 

@@ -20,8 +20,15 @@ import torch
 
 from musiclm_pytorch import MusicLM
 from musiclm_pytorch.cli import main
-from musiclm_pytorch.inference.app import create_app, launch_app
-from musiclm_pytorch.inference.music_maker import MusicMaker, highest, in_proportion, read_story, stage_progress
+from musiclm_pytorch.inference.app import create_app, launch_app, without_folders
+from musiclm_pytorch.inference.music_maker import (
+    MusicMaker,
+    Stopped,
+    highest,
+    in_proportion,
+    read_story,
+    stage_progress,
+)
 
 ROOT = Path(__file__).parents[1]
 RATE = 16000
@@ -61,9 +68,10 @@ def test_a_prompt_gives_what_the_model_gives_in_the_order_of_scores(tiny, maker)
     clips = maker.from_prompt(PROMPT, 1.0, num_samples=3, seed=4)
     waves, scores = tiny(PROMPT, 3, seconds=1.0, seed=4, return_all=True, return_scores=True)
     order = scores[0].argsort(descending=True)
-    assert [clip.note for clip in clips] == [f'MuLaN: {scores[0, index]:.3f}' for index in order]
+    assert [clip.note for clip in clips] == [f'MuLaN: {scores[0, index]:.3f} · seed {4 + index}' for index in order]
     for clip, index in zip(clips, order):
-        assert torch.equal(clip.wave, waves[0, index])
+        torch.testing.assert_close(clip.wave, waves[0, index])  # made in other company
+        assert (clip.seed, clip.score) == (4 + index, pytest.approx(scores[0, index].item(), abs=1e-4))
     assert [clip.name for clip in clips] == [f'a-slow-low-organ-{place}' for place in (1, 2, 3)]
 
     # where the sliders stand at first, nothing is changed
@@ -84,7 +92,11 @@ def test_a_story_and_a_prime_go_to_the_model(tiny, maker, tmp_path):
     assert all(one <= other for (one, _), (other, _) in itertools.pairwise(shares))
     assert shares[-1][0] == pytest.approx(1)
     assert [what for what, _ in itertools.groupby(what for _, what in shares)] == [
-        f'{stage} tokens' for stage in ('semantic', 'coarse', 'fine')
+        'semantic tokens',
+        'coarse tokens',
+        'fine tokens',
+        'waves',
+        'scores',
     ]
 
     soundfile.write(tmp_path / 'prime.wav', clips[0].wave[:8000].numpy(), RATE)
@@ -147,10 +159,40 @@ def test_settings_keep_their_proportion():
 def test_progress_counts_stages_of_one_step():
     told = []
     advance = stage_progress(lambda *it: told.append(it), parts=1)
-    for done, total in ((1, 1), (1, 1), (1, 2), (2, 2)):
+    for done, total in ((1, 1), (1, 1), (1, 2), (2, 2), (1, 1), (1, 1)):
         advance(done, total)
-    assert [share for share, _ in told] == pytest.approx([1 / 3, 2 / 3, 5 / 6, 1])
-    assert [what.split()[0] for _, what in told] == ['semantic', 'coarse', 'fine', 'fine']
+    assert [share for share, _ in told] == pytest.approx([0.2, 0.4, 0.5, 0.6, 0.8, 1])
+    assert [what.split()[0] for _, what in told] == ['semantic', 'coarse', 'fine', 'fine', 'waves', 'scores']
+
+
+@pytest.mark.filterwarnings('ignore::musiclm_pytorch.PromptWarning')
+def test_work_that_is_stopped_gives_back_what_is_done(tiny, maker):
+    told = []
+
+    def report(share, what):
+        told.append(what)
+        if share > 0.6:  # in the second round of two
+            raise Stopped
+
+    clips = maker.from_prompt('a lofi organ', 0.5, num_samples=3, seed=4, report=report)
+    assert sorted(clip.seed for clip in clips) == [4, 5]
+    assert clips[0].score >= clips[1].score
+    assert told[-1] == 'coarse tokens, round 2 of 2'
+    assert clips[0].remark.startswith('the model does not know lofi; it knows')
+    whole = maker.from_prompt('a lofi organ', 0.5, num_samples=2, seed=4)
+    assert all(torch.equal(clip.wave, other.wave) for clip, other in zip(clips, whole))
+    assert maker.from_story([[0.5, PROMPT]], num_samples=3, seed=4, report=stop_at_once) == []
+
+
+def stop_at_once(*_):
+    raise Stopped
+
+
+def test_messages_tell_names_and_no_folders():
+    assert without_folders("/tmp/gradio/1a/organ.mp3: not a sound file; '/srv/x/y.wav'") == (
+        "organ.mp3: not a sound file; 'y.wav'"
+    )
+    assert without_folders('1/2 of 3/4, at https://x.org/a/b, and/or') == '1/2 of 3/4, at https://x.org/a/b, and/or'
 
 
 # the command
@@ -299,7 +341,7 @@ def shown(page, count):
         arg=count,
     )
     samples = page.locator('.sample:visible')
-    scores = [float(it.split('MuLaN:')[1]) for it in samples.locator('.block.score').all_inner_texts()]
+    scores = [float(it.split('MuLaN:')[1].split('·')[0]) for it in samples.locator('.block.score').all_inner_texts()]
     sources = samples.locator('audio').evaluate_all('all => all.map(it => it.src)')
     widths = samples.locator('img').evaluate_all('all => all.map(it => it.naturalWidth)')
     waves = []
@@ -333,7 +375,7 @@ def test_from_the_click_to_the_sound(tiny, served, page):
     for wave, index in zip(waves, order):
         assert abs(wave.astype(int) - as_written(music.waves[0, index])).max() <= 1
     assert all(width > 300 for width in widths)
-    assert 'seed 7' in page.inner_text('#note')
+    assert {int(it) for it in re.findall(r'seed (\d+)', page.inner_text('body'))} == {7, 8, 9}
 
     # it plays, and is downloaded under a name that tells what it is
     player = page.locator('.sample audio').first

@@ -1,13 +1,18 @@
 """`musiclm generate` with the model that ships, and that model itself."""
 
+import copy
 import json
+import re
+import warnings
 
 import pytest
 import soundfile
 import torch
 
-from musiclm_pytorch import MusicLM
+from musiclm_pytorch import MusicLM, PromptWarning, SyntheticMusic
 from musiclm_pytorch.cli import main
+from musiclm_pytorch.cli_evaluate import read_texts
+from musiclm_pytorch.musiclm import Music
 from musiclm_pytorch.pretrained import HOME, find_pretrained, pretrained_names
 
 
@@ -45,13 +50,23 @@ def test_generate_writes_waves_and_a_page(tmp_path, capsys):
     scores = [float(line.split()[1]) for line in printed.splitlines()[:4]]
     assert scores[0] >= scores[1]
     assert scores[2] >= scores[3]
-    assert json.loads((out / 'prompts.json').read_text()) == {
-        f'{name}.wav': 'a slow low organ' if name.startswith('01') else 'Fast flute!' for name in names
-    }
+    pieces = json.loads((out / 'prompts.json').read_text())
+    assert list(pieces) == [f'{name}.wav' for name in names]
+    assert read_texts(str(out / 'prompts.json'), [out / f'{name}.wav' for name in names]) == [
+        'a slow low organ' if name.startswith('01') else 'Fast flute!' for name in names
+    ]
     for name in names:
         wave, rate = soundfile.read(out / f'{name}.wav')
         assert (rate, len(wave)) == (16000, 24000)
         assert 0.01 < wave.std() < 0.5
+
+    # what stands in prompts.json makes a piece again, alone
+    piece = pieces['02-fast-flute-1.wav']
+    given = {name: piece[name] for name in ('seed', 'seconds', 'temperature', 'top_k', 'top_p', 'cond_scale')}
+    again = MusicLM.from_pretrained(piece['model'])(piece['prompt'], **given)
+    heard = torch.from_numpy(soundfile.read(out / '02-fast-flute-1.wav', dtype='float32')[0])
+    torch.testing.assert_close(heard, again[0], atol=1e-3, rtol=0)
+    assert f'seed {piece["seed"]}' in (out / 'index.html').read_text()
 
     assert main(command) == 2
     assert 'is there already; give another folder, or --overwrite' in capsys.readouterr().err
@@ -70,6 +85,8 @@ def test_generate_writes_waves_and_a_page(tmp_path, capsys):
         (['--num-samples', '0'], 'num_samples must be greater than 0'),
         (['--temperature', '1', '2'], 'temperature must be one number or three'),
         (['--prime', 'nowhere.wav'], 'nowhere.wav'),
+        (['--device', 'cuda:99'], 'pass another, or leave it out'),
+        (['--model', str(HOME)], f'the model in it is {HOME / "tiny"}, so pass that'),
     ],
 )
 def test_bad_options_are_told_in_a_line(tmp_path, capsys, arguments, message):
@@ -78,6 +95,119 @@ def test_bad_options_are_told_in_a_line(tmp_path, capsys, arguments, message):
     assert message in error
     assert error.count('\n') == 1
     assert not (tmp_path / 'out').exists()
+
+
+def test_what_is_done_is_left_when_interrupted(tiny, tmp_path, capsys, monkeypatch):
+    prompts, calls = ['a slow low organ', 'a fast flute', 'a high piano'], []
+    forward = MusicLM.forward
+
+    def interrupted(self, *arguments, **keywords):
+        calls.append(arguments)
+        if len(calls) == 3:
+            raise KeyboardInterrupt  # as Ctrl-C does between any two steps
+        return forward(self, *arguments, **keywords)
+
+    monkeypatch.setattr(MusicLM, 'forward', interrupted)
+    assert main(['generate', *prompts, '--seconds', '0.5', '-o', str(tmp_path)]) == 130
+    error = capsys.readouterr().err
+    assert error == f'musiclm generate: interrupted; 2 of 3 pieces are done, on the page in {tmp_path}\n'
+    names = ['01-a-slow-low-organ-1', '02-a-fast-flute-1']
+    assert list(json.loads((tmp_path / 'prompts.json').read_text())) == [f'{name}.wav' for name in names]
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
+        ['index.html', 'prompts.json', *(f'{name}.{kind}' for name in names for kind in ('wav', 'png'))]
+    )
+    page = (tmp_path / 'index.html').read_text()
+    assert [f'src="{name}.wav"' in page for name in [*names, '03']] == [True, True, False]
+
+
+def test_prompts_are_taken_together_as_far_as_a_batch_goes(tmp_path, capsys, monkeypatch):
+    calls, forward = [], MusicLM.forward
+    monkeypatch.setattr(
+        MusicLM, 'forward', lambda self, text, **given: calls.append(text) or forward(self, text, **given)
+    )
+    options = ['--seconds', '0.3', '--num-samples', '2', '--max-batch', '5', '-o', str(tmp_path)]
+    assert main(['generate', 'organ', 'flute', 'piano', *options]) == 0
+    assert calls == [['organ', 'flute'], ['piano']]
+    assert capsys.readouterr().err == (
+        'these are 3 prompts, each with music of its own; for one, quote it: "organ flute piano"\n'
+    )
+    seeds = [it['seed'] for it in json.loads((tmp_path / 'prompts.json').read_text()).values()]
+    assert sorted(seeds) == [0, 1, 2, 3, 4, 5]
+
+
+# honest prompts
+
+ORDINARY = {
+    'lofi hip hop with warm Rhodes and vinyl crackle': 'lofi hip hop warm Rhodes vinyl crackle',
+    'baroque harpsichord': 'baroque harpsichord',
+    'a sad violin solo': 'violin solo',
+    'heavy metal guitar riff with double kick drums': 'heavy metal riff double kick',
+    'jazz trio with walking bass and brushed snare': 'jazz trio brushed snare',
+    'ambient drone with field recordings': 'ambient drone field recordings',
+    'acid techno with a squelchy bassline': 'acid techno squelchy bassline',
+    'reggae groove with offbeat guitar': 'reggae groove offbeat',
+    'bossa nova with nylon guitar': 'bossa nova nylon',
+    'a choir singing Gregorian chant': 'choir singing Gregorian chant',
+    'dubstep with wobbly sub-bass': 'dubstep wobbly sub-bass',
+    'bluegrass banjo and fiddle': 'bluegrass banjo fiddle',
+    '80s synthwave with gated drums': '80s synthwave gated',
+    'a lullaby on a music box': 'lullaby box',
+    'an epic film score with taiko drums': 'epic film score taiko',
+    'saxophone ballad in a smoky bar': 'saxophone ballad smoky bar',
+    'trap beat with 808s and hi-hats': 'trap 808s hi-hats',
+    'Indian sitar and tabla raga': 'Indian sitar tabla raga',
+    'a country song with pedal steel': 'country song pedal steel',
+    'an orchestral waltz from Vienna': 'orchestral waltz Vienna',
+    'funky slap bass and clavinet': 'funky slap clavinet',
+    'a sea shanty sung by sailors': 'sea shanty sung sailors',
+    'спокойная флейта': 'спокойная флейта',
+    'a VERY calm piano, very calm; nothing but calm!': 'VERY calm nothing',
+}
+
+
+def test_words_that_the_model_does_not_know_are_told(tiny):
+    assert len(ORDINARY) == 24
+    lines = tiny.prompt_warnings(list(ORDINARY))
+    for line, words in zip(lines, ORDINARY.values()):
+        assert line.startswith(f'the model does not know {", ".join(words.split())}; it knows piano, guitar,')
+    captions = SyntheticMusic(1, split='valid')
+    held_out = [captions.caption(captions.draw_labels(seed), seed) for seed in range(100)]
+    assert tiny.prompt_warnings(held_out) == [''] * 100
+
+    with pytest.warns(PromptWarning, match='the model does not know baroque, harpsichord; it knows') as told:
+        waves = tiny('baroque harpsichord', seconds=0.3)
+    assert waves.shape == (1, 4800)
+    assert told[0].filename == __file__  # where the music was asked for
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        tiny('a clip of an organ, please', seconds=0.3)
+
+
+def test_music_that_does_not_come_near_its_prompt_is_told(tiny):
+    prompts = ['a flute', 'a lofi organ']
+    assert tiny.usual_score is not None
+    scores = torch.tensor([[-1.0, tiny.usual_score + 1e-4], [-1.0, tiny.usual_score - 0.01]])
+    waves = torch.zeros(2, 2, 5 * 16000)
+    near, far = tiny.prompt_warnings(prompts, Music(waves, scores))
+    assert near == ''
+    assert re.fullmatch(r'the model does not know lofi; .*; the music may not be what the prompt asks for: .*', far)
+    # in a moment of music MuLaN hears little
+    assert tiny.prompt_warnings(prompts, Music(waves[..., :16000], scores)) == tiny.prompt_warnings(prompts)
+
+    strict = copy.copy(tiny)
+    strict.usual_score, strict.windows = 0.999, (0.3, 0.32, 0.96)
+    with pytest.warns(PromptWarning, match='may not be what the prompt asks for') as told:
+        strict('a flute', 2, seconds=0.3)
+    assert told[0].filename == __file__
+
+
+def test_the_command_tells_what_was_not_understood(tmp_path, capsys):
+    assert main(['generate', 'lofi flute', 'a flute', '--seconds', '0.3', '-o', str(tmp_path)]) == 0
+    error = capsys.readouterr().err
+    assert error.startswith('"lofi flute": the model does not know lofi; it knows piano')
+    assert error.count('does not know') == 1
+    page = (tmp_path / 'index.html').read_text()
+    assert page.index('lofi flute') < page.index('the model does not know lofi') < page.index('02-a-flute')
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """The page: what is on it is what was given, and what is there is kept."""
 
 import html.parser
+import resource
 
 import numpy as np
 import pytest
@@ -31,14 +32,14 @@ def test_a_page_shows_and_plays_its_clips(tmp_path):
     waves = 0.3 * torch.randn(2, RATE)
     waves[1, 5] = 3.0
     clips = [
-        Clip('a', waves[0], 'slow <flute>', 'score 0.5', section='first & last'),
+        Clip('a', waves[0], 'slow <flute>', 'score 0.5', section='first & last', remark='not <lofi>'),
         Clip('b', waves[1], 'fast', section='first & last'),
     ]
     path = write_gallery(tmp_path / 'new' / 'page', clips, RATE, title='Music')
     page = Page(path.read_text())
     assert page.files == ['a.png', 'a.wav', 'b.png', 'b.wav']
     assert all((path.parent / name).stat().st_size > 1000 for name in page.files)
-    for text in ('slow <flute>', 'score 0.5', 'Music'):
+    for text in ('slow <flute>', 'score 0.5', 'Music', 'not <lofi>'):
         assert text in page.text
     assert page.text.count('first & last') == 1
     for name, wave in zip('ab', waves):
@@ -75,11 +76,34 @@ def test_silence_and_very_short_clips_have_a_picture(wave):
 
 def test_samples_stand_in_the_order_of_their_scores():
     waves = torch.arange(3.0)[:, None].repeat(1, 4)
-    clips = ranked_clips('slow <flute>', waves, torch.tensor([0.1, 0.7, -0.25]), name='flute')
+    scores, seeds = torch.tensor([0.1, 0.7, -0.25]), torch.tensor([5, 6, 7])
+    clips = ranked_clips('slow <flute>', waves, scores, seeds, name='flute', remark='no <lofi>')
     assert [clip.wave[0].item() for clip in clips] == [1, 0, 2]
     assert [clip.name for clip in clips] == ['flute-1', 'flute-2', 'flute-3']
-    assert [clip.note for clip in clips] == ['MuLaN: 0.700', 'MuLaN: 0.100', 'MuLaN: -0.250']
-    assert {clip.section for clip in clips} == {'slow <flute>'}
+    assert [clip.note for clip in clips] == [
+        'MuLaN: 0.700 · seed 6',
+        'MuLaN: 0.100 · seed 5',
+        'MuLaN: -0.250 · seed 7',
+    ]
+    assert [clip.seed for clip in clips] == [6, 5, 7]
+    assert {(clip.section, clip.remark) for clip in clips} == {('slow <flute>', 'no <lofi>')}
+
+
+def test_a_file_is_there_whole_or_not_at_all(tmp_path):
+    """On a disk that is full: here, no file may be longer than 20 kB."""
+    clip = Clip('a', torch.zeros(20 * RATE), 'silence')
+    write_gallery(tmp_path, [Clip('a', torch.zeros(100), 'silence')], RATE, title='First')
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    try:
+        with pytest.raises(
+            OSError, match=r'a\.wav could not be written \(File too large\); what was written before is'
+        ):
+            write_gallery(tmp_path, [clip], RATE, title='Second', overwrite=True)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 def test_file_names_are_safe():

@@ -261,6 +261,9 @@ def test_saved_and_rebuilt(musiclm, tmp_path):
     with pytest.raises(ValueError, match="sampling may hold temperature, .* got 'heat'"):
         MusicLM(build_audio_lm(), build_quantizer(), sampling=dict(heat=1.0))
 
+    with pytest.raises(FileNotFoundError, match=r'has no config.json; the model in it is .*music, so pass that'):
+        MusicLM.from_pretrained(tmp_path)
+
     size = sum(path.stat().st_size for path in (tmp_path / 'music').rglob('*.safetensors'))
     saved.save_pretrained(tmp_path / 'half', dtype=torch.float16)
     assert sum(path.stat().st_size for path in (tmp_path / 'half').rglob('*.safetensors')) < 0.75 * size
@@ -276,8 +279,9 @@ def test_saved_and_rebuilt(musiclm, tmp_path):
         half.save_pretrained(tmp_path / 'huge', dtype=torch.float16)
     with pytest.raises(ValueError, match='the semantic tokenizer, a Tokenizer, cannot be saved'):
         musiclm.save_pretrained(tmp_path / 'other')
+    (tmp_path / 'empty').mkdir()
     with pytest.raises(FileNotFoundError, match='expected a folder written by MusicLM.save_pretrained'):
-        MusicLM.from_pretrained(tmp_path)
+        MusicLM.from_pretrained(tmp_path / 'empty')
     with pytest.raises(FileNotFoundError, match="there is no folder tinny, nor a model of that name .* has .*'tiny'"):
         MusicLM.from_pretrained('tinny')
     with pytest.raises(ValueError, match='not the config of a MusicLM'):

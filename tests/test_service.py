@@ -16,6 +16,7 @@ import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from urllib.parse import unquote
 
 import httpx
 import numpy as np
@@ -130,7 +131,9 @@ def test_health(service):
     assert answer['requests'] == 0
     assert answer['limits'] == ServiceConfig(**answer['limits']).to_dict()
     paths = service.client.get('/openapi.json').json()['paths']
-    assert paths.keys() == {'/health', '/embed', '/rank', '/generate'}
+    assert paths.keys() == {'/', '/health', '/embed', '/rank', '/generate'}
+    assert 'MusicLM' in service.client.get('/').json()['service']
+    assert 'POST /generate' in service.client.get('/').json()['calls']
     assert set(paths['/embed']['post']['requestBody']['content']) == {'application/json', 'multipart/form-data'}
 
 
@@ -556,8 +559,11 @@ def test_sound_that_cannot_be_read_is_named(service, content, says):
 
 
 def test_elsewhere_and_otherwise(service):
-    check_error(service.client.get('/nowhere'), 404, 'not_found')
-    check_error(service.client.get('/embed'), 405, 'method_not_allowed')
+    check_error(
+        service.client.get('/nowhere'), 404, 'not_found', r'no GET /nowhere; call GET / or .* or POST /generate$'
+    )
+    check_error(service.client.get('/embed'), 405, 'method_not_allowed', r'^there is no GET /embed; call POST /embed$')
+    check_error(service.client.post('/'), 405, 'method_not_allowed', r'call GET /$')
     check_error(service.client.delete('/embed'), 405, 'method_not_allowed')
 
 
@@ -699,6 +705,16 @@ def test_the_readmes_requests_are_answered(musiclm, tmp_path):
             assert done.returncode == 0, f'{command}: {done.stderr}'
             assert '-o' in command or json.loads(done.stdout)
     assert len(read_wav((tmp_path / 'flute.wav').read_bytes())) == 5 * 2 * RATE
+
+
+def test_words_that_the_model_does_not_know_are_told():
+    with served(MusicLM.from_pretrained('tiny')) as service:
+        body = dict(prompt='lofi флейта', seconds=0.2)
+        line = unquote(service.client.post('/generate', json=body).headers['x-warning'])
+        assert line.startswith('the model does not know lofi, флейта; it knows piano, guitar')
+        assert 'x-warning' not in service.client.post('/generate', json=body | dict(prompt='a flute')).headers
+        several = body | dict(prompt=['lofi флейта', 'a flute'], format='json')
+        assert service.client.post('/generate', json=several).json()['warnings'] == {'lofi флейта': line}
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import os
+import re
 import secrets
 import time
 from collections.abc import Callable
@@ -12,7 +13,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from musiclm_pytorch.gallery import Clip, write_clip
-from musiclm_pytorch.inference.music_maker import MusicMaker, highest
+from musiclm_pytorch.inference.music_maker import MusicMaker, Stopped, highest
 from musiclm_pytorch.musiclm import MusicLM
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ EXAMPLES = (
 STORY = [[3, 'a slow low organ'], [3, 'a fast high flute with drums'], [None, ''], [None, '']]
 SHOWN_AT_FIRST = 4  # samples
 MAX_WAITING = 16  # requests in line; who comes after them is told so
+MAKING = 0.95  # of the bar; the rest is drawing
 KEEP_FILES = 24 * 3600  # seconds for which what was made can be played and downloaded
 MAX_UPLOAD = '50mb'
 # on a narrow screen the music stands below what was clicked
@@ -59,39 +61,73 @@ def create_app(
     followed = gr.Progress()  # Gradio finds it by being a default, and gives each call its own
     maker = MusicMaker(musiclm, max_seconds=max_seconds, max_samples=max_samples)
 
-    def generate(prompt, seconds, prime, *settings, progress=followed):
-        return show(lambda **how: maker.from_prompt(prompt, seconds, prime, **how), settings, progress)
+    stopping: set[str] = set()  # sessions that wait no more for what is being made for them
 
-    def tell(rows, *settings, progress=followed):
-        return show(lambda **how: maker.from_story(rows, **how), settings, progress)
+    def generate(prompt, seconds, prime, *settings, request, progress=followed):
+        return show(lambda **how: maker.from_prompt(prompt, seconds, prime, **how), settings, request, progress)
 
-    def show(make: Callable[..., list[Clip]], settings: tuple, progress: gradio.Progress) -> list[Any]:
+    def tell(rows, *settings, request, progress=followed):
+        return show(lambda **how: maker.from_story(rows, **how), settings, request, progress)
+
+    def show(
+        make: Callable[..., list[Clip]], settings: tuple, request: gradio.Request, progress: gradio.Progress
+    ) -> list[Any]:
         """What becomes of all outputs. The files lie where Gradio serves and, in time, deletes them."""
+
+        def report(share: float, what: str) -> None:
+            if request.session_hash in stopping:
+                raise Stopped
+            progress(MAKING * share, desc=what)
+
         begin = time.perf_counter()
         names = ('num_samples', 'cond_scale', 'temperature', 'seed')
-        try:
-            clips = make(report=lambda share, what: progress(share, desc=what), **dict(zip(names, settings)))
-        except (ValueError, TypeError, OSError) as error:
-            raise gr.Error(html.escape(str(error)), duration=None, print_exception=False) from error
-        took = time.perf_counter() - begin
         folder = Path(players[0].GRADIO_CACHE) / secrets.token_hex(16)
-        folder.mkdir(parents=True)
         shown = []
-        for clip in clips:
-            write_clip(folder, clip, musiclm.sample_rate)
-            path = folder / clip.name
-            shown += [
-                gr.Column(visible=True),
-                f'**{clip.caption.capitalize()}** · {clip.note}',
-                f'{path}.wav',
-                gr.Image(f'{path}.png', alt_text=f'spectrogram of {clip.caption}: {clip.section}'),
-            ]
-        hidden = [gr.Column(visible=False), None, None, None] * (max_samples - len(clips))
+        try:
+            clips = make(report=report, **dict(zip(names, settings)))
+            folder.mkdir(parents=True)
+            for place, clip in enumerate(clips):
+                progress(MAKING + (1 - MAKING) * place / len(clips), desc='drawing')
+                write_clip(folder, clip, musiclm.sample_rate)
+                path = folder / clip.name
+                shown += [
+                    gr.Column(visible=True),
+                    f'**{clip.caption.capitalize()}** · {clip.note}',
+                    f'{path}.wav',
+                    gr.Image(f'{path}.png', alt_text=f'spectrogram of {clip.caption}: {clip.section}'),
+                ]
+        except (ValueError, TypeError, OSError) as error:
+            told = html.escape(without_folders(str(error)))
+            raise gr.Error(told, duration=None, print_exception=False) from error
+        finally:
+            stopping.discard(request.session_hash)
+        took = time.perf_counter() - begin
+        return [noted(clips, int(settings[0]), took), *shown, *[*hidden] * (max_samples - len(clips))]
+
+    def noted(clips: list[Clip], wanted: int, took: float) -> str:
+        if not clips:
+            return 'Stopped before a piece was done.'
         length = len(clips[0].wave) / musiclm.sample_rate
-        note = (
-            f'{len(clips)} × {length:g} s, made in {took:.1f} s with seed {settings[-1]}. MuLaN likes the first best.'
-        )
-        return [note, *shown, *hidden]
+        stopped = f'Stopped, with {len(clips)} of {wanted} done: ' if len(clips) < wanted else ''
+        note = f'{stopped}{len(clips)} × {length:g} s, made in {took:.1f} s. MuLaN likes the first best.'
+        return f'{note}\n\n**{html.escape(clips[0].remark)}**' if clips[0].remark else note
+
+    def begin(request):
+        """Nothing of the last prompt stays under the new one."""
+        stopping.discard(request.session_hash)
+        idle = [gr.Button(interactive=False)] * 2
+        return ['', *[*hidden] * max_samples, gr.Button('Stop', visible=True, interactive=True), *idle]
+
+    def stop(request):
+        stopping.add(request.session_hash)
+        return gr.Button('Stopping …', interactive=False)
+
+    def end():
+        return [gr.Button(visible=False), *[gr.Button(interactive=True)] * 2]
+
+    for function in (generate, tell, begin, stop):
+        function.__annotations__['request'] = gr.Request  # by which Gradio finds it
+    hidden = gr.Column(visible=False), None, None, None
 
     plain = gr.WaveformOptions(show_recording_waveform=False)  # the browser's own player
     with gr.Blocks(title=title, analytics_enabled=False, delete_cache=(3600, KEEP_FILES)) as page:
@@ -147,6 +183,7 @@ def create_app(
                     )
             with gr.Column(scale=3, min_width=320):
                 note = gr.Markdown('The music appears here.', elem_id='note')
+                halt = gr.Button('Stop', variant='stop', size='sm', visible=False, elem_id='stop')
                 players, outputs = [], [note]
                 for _ in range(max_samples):
                     with gr.Column(visible=False, elem_classes='sample') as column:
@@ -165,16 +202,21 @@ def create_app(
                     outputs += [column, score, player, picture]
 
         settings = [num_samples, cond_scale, temperature, seed]
-        shared = dict(outputs=outputs, concurrency_id='music', concurrency_limit=1, show_progress_on=note)
-        gr.on(
-            [go.click, prompt.submit],
-            generate,
-            [prompt, seconds, prime, *settings],
-            api_name='generate',
-            js=SCROLL,
-            **shared,
-        )
-        go_on.click(tell, [rows, *settings], api_name='story', js=SCROLL, **shared)
+        buttons, aside = [halt, go, go_on], dict(queue=False, show_progress='hidden', api_visibility='private')
+        for triggers, make, inputs, name in (
+            ([go.click, prompt.submit], generate, [prompt, seconds, prime], 'generate'),
+            ([go_on.click], tell, [rows], 'story'),
+        ):
+            gr.on(triggers, begin, outputs=[*outputs, *buttons], js=SCROLL, **aside).then(
+                make,
+                [*inputs, *settings],
+                outputs,
+                api_name=name,
+                concurrency_id='music',
+                concurrency_limit=1,
+                show_progress_on=note,
+            ).then(end, outputs=buttons, **aside)
+        halt.click(stop, outputs=halt, **aside)
         another.click(lambda: secrets.randbelow(2**31), outputs=seed, queue=False, api_visibility='private')
     return page.queue(max_size=MAX_WAITING, api_open=False)
 
@@ -202,7 +244,7 @@ def launch_app(page: gradio.Blocks, *, host: str = '127.0.0.1', port: int = 7860
             share=share,
             prevent_thread_lock=True,
             quiet=True,
-            show_error=True,
+            show_error=False,  # what is not foreseen may tell of this machine
             inbrowser=False,
             ssr_mode=False,
             mcp_server=False,
@@ -214,6 +256,11 @@ def launch_app(page: gradio.Blocks, *, host: str = '127.0.0.1', port: int = 7860
     except OSError as error:
         raise OSError(f'cannot serve at {host}, port {port}, where something else may be; give another') from error
     return public or address
+
+
+def without_folders(text: str) -> str:
+    """A message in which files are called by their names alone: where they lie concerns no visitor."""
+    return re.sub(r'(?<![\w.:/])(?:/[^\s/\'",:;]+)+/(?=[^\s/\'",:;])', '', text)
 
 
 def import_gradio() -> ModuleType:

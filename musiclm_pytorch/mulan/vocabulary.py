@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 # Words with what joins them: "hi-hats", "mid-range", "rock'n'roll"; neither punctuation nor underscores.
 WORD = re.compile(r"[^\W_]+(?:['’-][^\W_]+)*")
+LONGEST = 40  # letters of a word that are shown
 PART = re.compile(r'[^\W_]+')
 
 # Articles, pronouns, prepositions, conjunctions and auxiliary verbs: what a sentence needs and a melody does not.
@@ -43,11 +44,11 @@ def find_unknown_words(text: str, is_known: Callable[[str], bool]) -> list[str]:
 
     Joined by a hyphen, known words are known: "mid-range".
     """
-    words = {word.lower(): word for word in reversed(WORD.findall(text))}
+    words: dict[str, str] = {}
+    for word in WORD.findall(text):
+        words.setdefault(word.lower(), word)
     return [
-        word
-        for lower, word in reversed(words.items())
-        if says_something(lower) and not all(map(is_known, PART.findall(lower)))
+        word for lower, word in words.items() if says_something(lower) and not all(map(is_known, PART.findall(lower)))
     ]
 
 
@@ -75,5 +76,7 @@ def warn_of(lines: list[str]) -> None:
 
 
 def listed(words: list[str], most: int = 20) -> str:
-    """Words in a row, the first ones of many."""
-    return ', '.join(words[:most]) + (f' and {len(words) - most} words more' if len(words) > most else '')
+    """Words in a row, the first ones of many, and the beginning of what is no word."""
+    return ', '.join(word[:LONGEST] for word in words[:most]) + (
+        f' and {len(words) - most} words more' if len(words) > most else ''
+    )

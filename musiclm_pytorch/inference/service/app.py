@@ -5,12 +5,11 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
-import io
 import secrets
 from collections.abc import AsyncIterator
 from typing import Any
+from urllib.parse import quote
 
-import soundfile
 from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from starlette.concurrency import run_in_threadpool
@@ -19,6 +18,7 @@ from starlette.requests import ClientDisconnect
 from torch import Tensor
 
 from musiclm_pytorch.checks import typechecked
+from musiclm_pytorch.gallery import wav_of
 from musiclm_pytorch.inference.optimize import OptimizedMuLaN
 from musiclm_pytorch.inference.service.config import ServiceConfig
 from musiclm_pytorch.inference.service.limits import Limits, Load
@@ -47,6 +47,15 @@ from musiclm_pytorch.version import __version__
 
 router = APIRouter()
 
+CALLS = {
+    'GET /': 'what the service is',
+    'GET /health': 'what is served, how busy the service is, and its limits',
+    'GET /openapi.json': 'what the calls take and give',
+    'POST /embed': 'latents of texts, as JSON, or of texts and sound files, as a form',
+    'POST /rank': 'how well sound files fit texts, as a form',
+    'POST /generate': 'music for a prompt, as JSON',
+}
+
 
 @typechecked
 def build(model: MuLaN | OptimizedMuLaN | MusicLM, config: ServiceConfig) -> FastAPI:
@@ -71,9 +80,15 @@ def build(model: MuLaN | OptimizedMuLaN | MusicLM, config: ServiceConfig) -> Fas
     return app
 
 
-async def answer_with_error(_: Request, error: HTTPException) -> JSONResponse:
+async def answer_with_error(request: Request, error: HTTPException) -> JSONResponse:
     code = error.code if isinstance(error, ServiceError) else code_of(error.status_code)
-    return error_response(error.status_code, code, str(error.detail), error.headers)
+    message = str(error.detail)
+    if not isinstance(error, ServiceError) and error.status_code in (404, 405):
+        # the service's own paths, and how they are called
+        path = request.url.path.rstrip('/') or '/'
+        wanted = [call for call in CALLS if call.split()[1] == path]
+        message = f'there is no {request.method} {request.url.path:.80}; call {" or ".join(wanted or CALLS)}'
+    return error_response(error.status_code, code, message, error.headers)
 
 
 async def answer_no_one(_: Request, error: ClientDisconnect) -> JSONResponse:
@@ -109,6 +124,14 @@ async def finished(job: Job, request: Request) -> Any:
 async def disconnection(request: Request) -> None:
     while (await request.receive())['type'] != 'http.disconnect':
         pass
+
+
+@router.get('/')
+async def about(request: Request) -> dict[str, Any]:
+    """What the service is."""
+    worker = request.app.state.worker
+    name = 'MuLaN' if worker.musiclm is None else 'MusicLM'
+    return {'service': f'musiclm-pytorch {__version__}, which serves a {name}', 'calls': CALLS}
 
 
 @router.get('/health')
@@ -170,9 +193,12 @@ async def generate(request: Request) -> Response:
     seed = secrets.randbelow(2**31) if body.seed is None else body.seed
     job = worker.generate(body.prompts, num_samples=body.num_samples, seconds=body.seconds, seed=seed, **body.sampling)
     music, rate = await finished(job, request), worker.musiclm.sample_rate
+    warnings = worker.musiclm.prompt_warnings(body.prompts, music)
     if body.format == 'wav':
         best = music.scores[0].argmax()
         headers = {'X-Seed': str(seed), 'X-Score': f'{music.scores[0, best]:.6f}'}
+        if warnings[0]:
+            headers['X-Warning'] = header_of(warnings[0])
         return Response(wav_of(music.waves[0, best], rate), media_type='audio/wav', headers=headers)
     pieces = [
         {
@@ -184,7 +210,8 @@ async def generate(request: Request) -> Response:
         for prompt, waves, scores, seeds in zip(body.prompts, music.waves, music.scores, music.seeds)
         for place in scores.argsort(descending=True).tolist()
     ]
-    return JSONResponse({'sample_rate': rate, 'seed': seed, 'pieces': pieces})
+    told = {prompt: line for prompt, line in zip(body.prompts, warnings) if line}
+    return JSONResponse({'sample_rate': rate, 'seed': seed, 'pieces': pieces, 'warnings': told})
 
 
 async def embed_form(request: Request, needs_both: bool = False) -> tuple[Tensor, Tensor, list[str]]:
@@ -203,8 +230,6 @@ def best_first(rows: Tensor) -> list[list[int]]:
     return rows.argsort(dim=1, descending=True, stable=True).tolist()
 
 
-def wav_of(wave: Tensor, sample_rate: int) -> bytes:
-    """A WAV of 16 bits; what lies beyond [-1, 1] is clipped."""
-    file = io.BytesIO()
-    soundfile.write(file, wave.clamp(-1, 1).numpy(), sample_rate, format='WAV', subtype='PCM_16')
-    return file.getvalue()
+def header_of(text: str) -> str:
+    """A text as the value of a header, which holds ASCII alone: the rest is percent-encoded, as in addresses."""
+    return quote(text, safe=''.join(map(chr, range(32, 127))).replace('%', ''))
