@@ -8,7 +8,7 @@ the ratios of neighbours. Memory is the largest resident set while the combinati
     python benchmarks/inference.py --only bf16 auto --seconds 10
 
 What is timed is the embedding of `--batch` waves; the cosine is the smallest of all waves and texts. Needs
-`pip install "musiclm-pytorch[inference]"`.
+`pip install '.[inference]'`.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ clips (LiT, arXiv 2111.07991). The latents of audio stay as they were, so the qu
 valid: with the new MuLaN in its place, MusicLM reads German prompts, and ranks what it makes by them. The MuLaN of
 before, which reads English alone, tells which instrument it hears in the music. No downloads; some minutes on one core.
 
-    pip install "musiclm-pytorch[openclip]"
+    pip install '.[openclip]'
     python examples/train_with_open_clip.py
 """
 

@@ -11,6 +11,7 @@ import threading
 import warnings
 
 from musiclm_pytorch.cli_generate import add_model_option
+from musiclm_pytorch.lazy import how_to_install
 
 
 def app(subcommands) -> None:
@@ -19,7 +20,7 @@ def app(subcommands) -> None:
         'app',
         help='serve a web page that makes music',
         description='Serve a web page: prompts and stories to players, spectrograms, scores and downloads. It needs no '
-        "network, and one request at a time makes music. Needs pip install 'musiclm-pytorch[app]'.",
+        f'network, and one request at a time makes music. Needs {how_to_install("app")}.',
     )
     add_model_option(parser)
     parser.add_argument(

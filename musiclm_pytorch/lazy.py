@@ -1,4 +1,4 @@
-"""Names that a package has, imported on first use. Imports nothing from the package."""
+"""Names that a package has, imported on first use, and how to install an extra. Imports nothing from the package."""
 
 from __future__ import annotations
 
@@ -6,6 +6,11 @@ import sys
 from collections.abc import Callable, Mapping
 from importlib import import_module
 from typing import Any
+
+
+def how_to_install(extra: str) -> str:
+    """The command that adds an extra. By the project's name, pip would take an older release from an index."""
+    return f"pip install '.[{extra}]' in the source folder of musiclm-pytorch"
 
 
 def lazy_names(

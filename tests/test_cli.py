@@ -61,7 +61,7 @@ def test_errors_are_one_line_and_exit_code_2(music, tmp_path, capsys, arguments,
 def test_missing_extra_is_one_line(music, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, 'webdataset', None)
     assert cli.main(['shard', str(music), '-o', str(tmp_path / 'out')]) == 2
-    assert "pip install 'musiclm-pytorch[shards]'" in capsys.readouterr().err
+    assert "pip install '.[shards]'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize('arguments', [[], ['paint'], ['shard'], ['shard', 'x', '-o', 'y', '--shard-size', 'many']])

@@ -398,7 +398,7 @@ def test_weights_that_do_not_fit_are_named(vggish_weights, tmp_path):
 @pytest.mark.parametrize(('package', 'embedder'), [('transformers', CLAPEmbedder), ('encodec', EnCodecEmbedder)])
 def test_missing_package_is_named_with_its_extra(monkeypatch, package, embedder):
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(ImportError, match=rf'needs the package {package}: pip install "musiclm-pytorch\[eval\]"'):
+    with pytest.raises(ImportError, match=rf"needs the package {package}: pip install '\.\[eval\]'"):
         embedder('anywhere')
 
 

@@ -152,7 +152,7 @@ def test_passt_tells_its_shortest_wave():
 def test_passt_without_its_package_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, 'hear21passt', None)
     monkeypatch.setitem(sys.modules, 'hear21passt.models.passt', None)
-    with pytest.raises(ImportError, match=r'hear21passt.*pip install "musiclm-pytorch\[eval\]"'):
+    with pytest.raises(ImportError, match=r"hear21passt.*pip install '\.\[eval\]'"):
         PaSSTTagger('weights.pt')
 
 

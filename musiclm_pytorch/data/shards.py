@@ -25,6 +25,7 @@ from musiclm_pytorch.checks import check_positive, typechecked
 from musiclm_pytorch.data.reading import ClipReader, logger
 from musiclm_pytorch.data.shard_reader import Shard
 from musiclm_pytorch.distributed import collectives
+from musiclm_pytorch.lazy import how_to_install
 
 INDEX = 'index.json'
 
@@ -34,7 +35,7 @@ def webdataset() -> ModuleType:
     try:
         import webdataset
     except ImportError as error:
-        raise ImportError("shards need webdataset: pip install 'musiclm-pytorch[shards]'") from error
+        raise ImportError(f'shards need webdataset: {how_to_install("shards")}') from error
     return webdataset
 
 

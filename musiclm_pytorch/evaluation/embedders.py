@@ -19,6 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 from musiclm_pytorch.checks import check_audio, check_positive, described, typechecked
 from musiclm_pytorch.data.audio import windows
 from musiclm_pytorch.evaluation import vggish
+from musiclm_pytorch.lazy import how_to_install
 from musiclm_pytorch.mulan.model import MuLaN, evaluating
 
 
@@ -345,7 +346,7 @@ def pooled(output: Any) -> Tensor:
 
 
 def missing_package(package: str, user: str) -> ImportError:
-    return ImportError(f'{user} needs the package {package}: pip install "musiclm-pytorch[eval]"')
+    return ImportError(f'{user} needs the package {package}: {how_to_install("eval")}')
 
 
 def read_weights(path: str | Path, module: nn.Module, what: str) -> dict[str, Tensor]:

@@ -11,6 +11,7 @@ from musiclm_pytorch.checks import check_positive, typechecked
 from musiclm_pytorch.evaluation.figures import Figure, mean_figure, undefined
 from musiclm_pytorch.evaluation.structure import FIGURES, StructureResult, key_name
 from musiclm_pytorch.evaluation.tonality import PROFILES
+from musiclm_pytorch.lazy import how_to_install
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ def score_structure(
     try:
         import mir_eval  # noqa: F401
     except ImportError as error:
-        raise ImportError('scores need mir_eval: pip install "musiclm-pytorch[eval]"') from error
+        raise ImportError(f'scores need mir_eval: {how_to_install("eval")}') from error
     scores = {}
     for name, (about, score) in SCORES.items():
         values = [score(one, true) for one, true in zip(found, truth) if getattr(true, about) is not None]

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from musiclm_pytorch.checks import check_audio, check_finite, check_positive, described, typechecked
 from musiclm_pytorch.evaluation.figures import Figure, mean_figure
+from musiclm_pytorch.lazy import how_to_install
 from musiclm_pytorch.mulan.layers import l2norm
 from musiclm_pytorch.mulan.model import MuLaN, evaluating
 
@@ -170,9 +171,7 @@ class PaSSTTagger:
             from hear21passt.models.preprocess import AugmentMelSTFT
             from hear21passt.wrapper import PasstBasicWrapper
         except ImportError as error:
-            raise ImportError(
-                f'PaSST needs the package hear21passt ({error}); install it with `pip install "musiclm-pytorch[eval]"`'
-            ) from error
+            raise ImportError(f'PaSST needs the package hear21passt ({error}): {how_to_install("eval")}') from error
         if not Path(weights).is_file():
             raise FileNotFoundError(f'no file of weights of PaSST at {weights}; give one that you have downloaded')
         with quiet():

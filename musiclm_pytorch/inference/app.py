@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from musiclm_pytorch.gallery import Clip, write_clip
 from musiclm_pytorch.inference.music_maker import MusicMaker, Stopped, highest
+from musiclm_pytorch.lazy import how_to_install
 from musiclm_pytorch.musiclm import MusicLM
 
 if TYPE_CHECKING:
@@ -269,5 +270,5 @@ def import_gradio() -> ModuleType:
     try:
         import gradio
     except ImportError as error:
-        raise ImportError("the web page needs gradio: pip install 'musiclm-pytorch[app]'") from error
+        raise ImportError(f'the web page needs gradio: {how_to_install("app")}') from error
     return gradio

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from musiclm_pytorch.checks import is_traced
 from musiclm_pytorch.inference.half_attention import KeptBias, attend_in_half
 from musiclm_pytorch.inference.native_layers import NativeParts
+from musiclm_pytorch.lazy import how_to_install
 from musiclm_pytorch.mulan.attention import PositionBias, attend
 from musiclm_pytorch.mulan.layers import Transformer, l2norm
 from musiclm_pytorch.mulan.linear import Linear
@@ -235,7 +236,5 @@ def _torchao() -> tuple[Callable, Any]:
     try:
         from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
     except ImportError as error:
-        raise ImportError(
-            f'use_quantization needs torchao ({error}); install it with `pip install "musiclm-pytorch[inference]"`'
-        ) from error
+        raise ImportError(f'use_quantization needs torchao ({error}): {how_to_install("inference")}') from error
     return quantize_, Int8DynamicActivationInt8WeightConfig()

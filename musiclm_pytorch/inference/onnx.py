@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from musiclm_pytorch.atomic import atomic_write
 from musiclm_pytorch.checks import typechecked
 from musiclm_pytorch.inference.config import InferenceConfig
+from musiclm_pytorch.lazy import how_to_install
 from musiclm_pytorch.mulan.model import MuLaN
 from musiclm_pytorch.version import __version__
 
@@ -49,8 +50,7 @@ class ONNXExporter:
             import onnxscript  # noqa: F401
         except ImportError as error:
             raise ImportError(
-                f'ONNXExporter needs onnx, onnxscript and onnxruntime ({error}); install them with '
-                '`pip install "musiclm-pytorch[inference]"`'
+                f'ONNXExporter needs onnx, onnxscript and onnxruntime ({error}): {how_to_install("inference")}'
             ) from error
 
     @typechecked

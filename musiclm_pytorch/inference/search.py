@@ -19,6 +19,7 @@ from musiclm_pytorch.atomic import write_tensors, write_text
 from musiclm_pytorch.audiolm.fingerprints import fingerprint
 from musiclm_pytorch.checks import check_finite, check_positive, typechecked
 from musiclm_pytorch.evaluation.tagging import MUSIC_TAGS, TEMPLATES, ZeroShotTagger
+from musiclm_pytorch.lazy import how_to_install
 from musiclm_pytorch.mulan.checkpoint import CONFIG_FILE
 from musiclm_pytorch.mulan.layers import l2norm
 from musiclm_pytorch.mulan.model import MuLaN, evaluating
@@ -75,7 +76,7 @@ class MuLaNIndex:
             raise ValueError(f'the index is {dim} wide, but the latents of this MuLaN {mulan.dim_latent}')
         has_faiss = importlib.util.find_spec('faiss') is not None
         if backend == 'faiss' and not has_faiss:
-            raise ImportError('backend="faiss" needs the package faiss-cpu: pip install "musiclm-pytorch[search]"')
+            raise ImportError(f'backend="faiss" needs the package faiss-cpu: {how_to_install("search")}')
         self.mulan = mulan
         self.dim = dim if mulan is None else mulan.dim_latent
         self.backend = ('faiss' if has_faiss else 'torch') if backend == 'auto' else backend

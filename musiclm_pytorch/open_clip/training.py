@@ -17,6 +17,7 @@ from torch.utils.data.distributed import DistributedSampler
 from musiclm_pytorch.checks import check_positive, typechecked
 from musiclm_pytorch.data.collate import collate_pairs
 from musiclm_pytorch.data.rates import agreed_rate, rate_of
+from musiclm_pytorch.lazy import how_to_install
 from musiclm_pytorch.open_clip.batch import AudioBatch
 from musiclm_pytorch.open_clip.model import MuLaNOpenCLIP
 
@@ -185,6 +186,6 @@ def require_open_clip(what: str) -> ModuleType:
         import open_clip.loss
     except ImportError as error:
         raise ImportError(
-            f'{what} needs the package open_clip_torch ({error}): pip install "musiclm-pytorch[openclip]"'
+            f'{what} needs the package open_clip_torch ({error}): {how_to_install("openclip")}'
         ) from error
     return open_clip

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from musiclm_pytorch.checks import check_positive
 from musiclm_pytorch.inference.config import naming_the_nearest
 from musiclm_pytorch.inference.optimize import OptimizedMuLaN
+from musiclm_pytorch.lazy import how_to_install
 from musiclm_pytorch.mulan.model import MuLaN
 from musiclm_pytorch.musiclm import MusicLM
 from musiclm_pytorch.trainer.sections import fitted
@@ -84,5 +85,5 @@ def require(*packages: str) -> None:
             import_module(package)
         except ImportError as error:
             raise ImportError(
-                f"the HTTP service needs {package}, which is not installed: pip install 'musiclm-pytorch[serve]'"
+                f'the HTTP service needs {package}, which is not installed: {how_to_install("serve")}'
             ) from error
