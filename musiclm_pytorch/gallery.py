@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import html
 import io
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import soundfile
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from musiclm_pytorch.atomic import atomic_write
 from musiclm_pytorch.mulan.spectrogram import mel_filters
+from musiclm_pytorch.waves import encoded
 
 BANDS, RANGE = 128, 80.0  # of the pictures: mel bands, and dB from the loudest to black
 
@@ -88,31 +88,21 @@ def file_name(prompt: str) -> str:
     return '-'.join(re.findall(r'\w+', prompt.lower())[:6])[:48] or 'music'
 
 
-def wav_of(wave: Tensor, sample_rate: int) -> bytes:
-    """A WAV of 16 bits of `(samples,)`; what lies beyond [-1, 1] is clipped."""
-    file = io.BytesIO()
-    soundfile.write(file, wave.clamp(-1, 1).cpu().numpy(), sample_rate, format='WAV', subtype='PCM_16')
-    return file.getvalue()
-
-
 def write_whole(path: Path, content: bytes) -> None:
-    """Write a file aside and rename it, so that it is there whole or not at all. Raises OSError that names it."""
-    aside = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
+    """Write a file that appears whole or not at all. Raises OSError that names it."""
     try:
-        aside.write_bytes(content)
-        aside.replace(path)
+        with atomic_write(path) as aside:
+            aside.write_bytes(content)
     except OSError as error:
         reason = error.strerror or error
         raise OSError(
             error.errno, f'{path} could not be written ({reason}); what was written before is whole'
         ) from error
-    finally:
-        aside.unlink(missing_ok=True)
 
 
 def write_clip(folder: Path, clip: Clip, sample_rate: int) -> None:
     """Write `name.wav` (16 bit) and `name.png`."""
-    write_whole(folder / f'{clip.name}.wav', wav_of(clip.wave, sample_rate))
+    write_whole(folder / f'{clip.name}.wav', encoded(clip.wave, sample_rate))
     image = io.BytesIO()
     picture(clip.wave, sample_rate).savefig(image, dpi=80, format='png')
     write_whole(folder / f'{clip.name}.png', image.getvalue())

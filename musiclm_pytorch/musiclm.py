@@ -468,7 +468,9 @@ class MusicLM(nn.Module):
         """
         place = placing(device, dtype)
         folder = find_pretrained(folder)
-        settings = read_config(folder, 'MusicLM', ('windows', 'unique_consecutive'), optional=('sampling', 'knows', 'usual_score'))
+        settings = read_config(
+            folder, 'MusicLM', ('windows', 'unique_consecutive'), optional=('sampling', 'knows', 'usual_score')
+        )
         sampling = settings.content.get('sampling') or {}
         settings.check_known(sampling, SAMPLING, 'sampling')
         audio_lm = AudioLM(

@@ -433,6 +433,44 @@ def test_errors_are_shown_in_words(page):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings('ignore::musiclm_pytorch.PromptWarning')
+def test_stop_ends_the_work_and_shows_what_is_done(page, monkeypatch):
+    fill(page, 'seconds', 1)
+    fill(page, 'samples', 1)
+    page.click('#generate')
+    shown(page, 1)
+    made, calls = MusicLM.forward, []
+
+    def slow_from_the_second_round_on(self, *arguments, **given):
+        calls.append(given['seed'])
+        for step in range(300 if len(calls) > 1 else 0):
+            given['progress'](step + 1, 300)
+            time.sleep(0.1)
+        return made(self, *arguments, **given)
+
+    monkeypatch.setattr(MusicLM, 'forward', slow_from_the_second_round_on)
+    page.fill('#prompt textarea', 'baroque harpsichord <i>')
+    fill(page, 'samples', 4)
+    fill(page, 'seed', 20)
+    page.click('#generate')
+    page.wait_for_selector('text=round 2 of 2')
+    assert page.locator('.sample:visible').count() == 0  # those of the last prompt are gone
+    assert page.locator('#generate').is_disabled()
+    if folder := os.environ.get('SHOTS'):
+        page.screenshot(path=f'{folder}/working.png')
+    page.click('#stop')
+    shown(page, 2)
+    assert calls == [20, 22]
+    note = page.inner_text('#note')
+    assert 'Stopped, with 2 of 4 done' in note
+    assert 'the model does not know baroque, harpsichord; it knows piano, guitar' in note
+    page.wait_for_selector('#generate:not([disabled])')
+    assert not page.locator('#stop').is_visible()
+    if folder := os.environ.get('SHOTS'):
+        page.screenshot(path=f'{folder}/stopped.png')
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize('width', [360, 1280])
 def test_the_page_fits_the_screen(page, width):
     page.set_viewport_size(dict(width=width, height=800))

@@ -12,8 +12,8 @@ import torch
 from musiclm_pytorch import MusicLM, PromptWarning, SyntheticMusic
 from musiclm_pytorch.cli import main
 from musiclm_pytorch.cli_evaluate import read_texts
-from musiclm_pytorch.musiclm import Music
 from musiclm_pytorch.pretrained import HOME, find_pretrained, pretrained_names
+from musiclm_pytorch.waves import Music
 
 
 @pytest.fixture(scope='module')

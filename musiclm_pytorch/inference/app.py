@@ -37,6 +37,7 @@ CSS = """
 .gradio-container { width: 100%; max-width: 1180px !important; margin: auto !important }
 .sample { gap: var(--spacing-sm) !important; margin-bottom: var(--spacing-xl) }
 .sample audio { width: calc(100% - 36px) }
+#note { min-height: 6rem }
 #note .pending { opacity: 0 }
 footer { display: none !important }
 """
@@ -64,10 +65,10 @@ def create_app(
 
     stopping: set[str] = set()  # sessions that wait no more for what is being made for them
 
-    def generate(prompt, seconds, prime, *settings, request, progress=followed):
+    def generate(request, prompt, seconds, prime, *settings, progress=followed):
         return show(lambda **how: maker.from_prompt(prompt, seconds, prime, **how), settings, request, progress)
 
-    def tell(rows, *settings, request, progress=followed):
+    def tell(request, rows, *settings, progress=followed):
         return show(lambda **how: maker.from_story(rows, **how), settings, request, progress)
 
     def show(
@@ -111,13 +112,14 @@ def create_app(
         length = len(clips[0].wave) / musiclm.sample_rate
         stopped = f'Stopped, with {len(clips)} of {wanted} done: ' if len(clips) < wanted else ''
         note = f'{stopped}{len(clips)} × {length:g} s, made in {took:.1f} s. MuLaN likes the first best.'
-        return f'{note}\n\n**{html.escape(clips[0].remark)}**' if clips[0].remark else note
+        remark = html.escape(clips[0].remark)
+        return f'{note}\n\n**{remark[0].upper()}{remark[1:]}.**' if remark else note
 
     def begin(request):
         """Nothing of the last prompt stays under the new one."""
         stopping.discard(request.session_hash)
         idle = [gr.Button(interactive=False)] * 2
-        return ['', *[*hidden] * max_samples, gr.Button('Stop', visible=True, interactive=True), *idle]
+        return ['Making music …', *[*hidden] * max_samples, gr.Button('Stop', visible=True, interactive=True), *idle]
 
     def stop(request):
         stopping.add(request.session_hash)
@@ -208,7 +210,7 @@ def create_app(
             ([go.click, prompt.submit], generate, [prompt, seconds, prime], 'generate'),
             ([go_on.click], tell, [rows], 'story'),
         ):
-            gr.on(triggers, begin, outputs=[*outputs, *buttons], js=SCROLL, **aside).then(
+            made = gr.on(triggers, begin, outputs=[*outputs, *buttons], js=SCROLL, **aside).then(
                 make,
                 [*inputs, *settings],
                 outputs,
@@ -216,7 +218,9 @@ def create_app(
                 concurrency_id='music',
                 concurrency_limit=1,
                 show_progress_on=note,
-            ).then(end, outputs=buttons, **aside)
+            )
+            for ended in (made.success, made.failure):
+                ended(end, outputs=buttons, **aside)
         halt.click(stop, outputs=halt, **aside)
         another.click(lambda: secrets.randbelow(2**31), outputs=seed, queue=False, api_visibility='private')
     return page.queue(max_size=MAX_WAITING, api_open=False)

@@ -13,7 +13,8 @@ from musiclm_pytorch.audiolm.requests import STAGES
 from musiclm_pytorch.audiolm.sampling import Progress
 from musiclm_pytorch.checks import check_positive, typechecked
 from musiclm_pytorch.gallery import Clip, file_name, ranked_clips
-from musiclm_pytorch.musiclm import Music, MusicLM
+from musiclm_pytorch.musiclm import MusicLM
+from musiclm_pytorch.waves import Music
 
 AT_ONCE = 2  # pieces: more are little faster (a sixth, four at once), and fewer are lost when the work is stopped
 
