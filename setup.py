@@ -52,6 +52,7 @@ EXTRAS = {
     'eval': ['encodec>=0.1.1', 'hear21passt>=0.0.26', 'mir-eval>=0.8', 'transformers>=4.40'],
     'inference': ['onnx>=1.18', 'onnxruntime>=1.20', 'onnxscript>=0.5', 'torchao>=0.15'],
     'openclip': ['open-clip-torch>=3.3,<4'],
+    'scores': ['mido>=1.3', 'pyfluidsynth>=1.4'],  # and FluidSynth itself, which pip cannot install
     'search': ['faiss-cpu>=1.8'],
     'serve': ['fastapi>=0.115.12', 'pydantic>=2.6', 'python-multipart>=0.0.18', 'starlette>=0.46', 'uvicorn>=0.30'],
     'shards': ['webdataset>=0.2.100'],
@@ -63,6 +64,7 @@ EXTRAS = {
         'fastapi>=0.115.12',
         'gradio>=6',
         'httpx>=0.27',
+        'mido>=1.3',
         'mir-eval>=0.8',
         'onnx>=1.18',
         'onnxruntime>=1.20',
@@ -70,6 +72,7 @@ EXTRAS = {
         'open-clip-torch>=3.3,<4',
         'playwright>=1.49',
         'pydantic>=2.6',
+        'pyfluidsynth>=1.4',
         'python-multipart>=0.0.18',
         'ruff>=0.12',
         'starlette>=0.46',
@@ -92,6 +95,7 @@ setup(
     package_data={
         'musiclm_pytorch': [
             'py.typed',
+            'data/scores/*.yaml',
             'inference/*.cpp',
             'inference/package_files/*',
             'trainer/shipped_recipes/*.yaml',

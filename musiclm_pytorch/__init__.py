@@ -18,6 +18,8 @@ _HOMES = {
     'data.datasets': ['AudioTextDataset'],
     'data.shard_writer': ['write_shards'],
     'data.shards': ['ShardedAudioText'],
+    'data.scores.dataset': ['ScoreMusic'],
+    'data.scores.labels': ['ScoreLabels'],
     'data.synthetic': ['SyntheticMusic'],
     'distributed.config': ['DistributedConfig', 'create_distributed_config'],
     'distributed.trainer': ['DistributedMuLaNTrainer', 'run_distributed_training'],

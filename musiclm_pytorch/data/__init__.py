@@ -8,6 +8,8 @@ __getattr__, __dir__, __all__ = lazy_names(
         'AudioTextDataset': 'datasets',
         'Clip': 'clips',
         'MusicLabels': 'attributes',
+        'ScoreLabels': 'scores.labels',
+        'ScoreMusic': 'scores.dataset',
         'ShardItems': 'shards',
         'ShardedAudioText': 'shards',
         'SyntheticMusic': 'synthetic',
