@@ -8,10 +8,13 @@ from torch.utils.data import Dataset
 
 from musiclm_pytorch.checks import typechecked
 from musiclm_pytorch.data.datasets import AudioTextDataset
+from musiclm_pytorch.data.scores.dataset import ScoreMusic
 from musiclm_pytorch.data.shards import ShardedAudioText, ShardItems
 from musiclm_pytorch.data.synthetic import SyntheticMusic
 
 SYNTHETIC = 'synthetic'
+#: sources that are made when they are asked for
+GENERATED = {SYNTHETIC: SyntheticMusic, 'scores': ScoreMusic}
 
 
 @typechecked
@@ -29,28 +32,30 @@ def open_pairs(
     synthetic_length: int = 20_000,
     synthetic_valid_length: int = 256,
 ) -> Dataset:
-    """The data set at `source`: a folder, a manifest, MusicCaps' CSV (with `audio_folder`), shards, or 'synthetic'.
+    """The data set at `source`: a folder, a manifest, MusicCaps' CSV (with `audio_folder`), shards, 'synthetic', which
+    is `SyntheticMusic`, or 'scores', which is `ScoreMusic` with the sound font that it finds.
 
-    A folder with .tar files in it is one of shards. A folder named synthetic is reached as './synthetic'.
+    A folder with .tar files in it is one of shards. A folder named synthetic or scores is reached as './synthetic'.
 
     Args:
         sample_rate: of the waves given, in Hz.
         audio_folder: where the audio of a manifest lies, by default beside it.
-        training: random crops and captions; otherwise fixed ones, and the held-out split of 'synthetic'.
-        max_seconds, min_seconds, seed: as in `AudioTextDataset`; a synthetic wave is `max_seconds` long.
-        check_headers: as in `AudioTextDataset`; shards and synthesis have nothing to check.
+        training: random crops and captions; otherwise fixed ones, and the held-out split of what is generated.
+        max_seconds, min_seconds, seed: as in `AudioTextDataset`; a generated wave is `max_seconds` long.
+        check_headers: as in `AudioTextDataset`; shards and generated music have nothing to check.
         mixed_shards: as in `ShardedAudioText`.
-        synthetic_length, synthetic_valid_length: items of 'synthetic', in training and outside of it.
+        synthetic_length, synthetic_valid_length: items of what is generated, in training and outside of it.
 
     Raises:
         FileNotFoundError, ValueError: nothing is there, or nothing usable.
     """
     crops = dict(sample_rate=sample_rate, max_seconds=max_seconds, min_seconds=min_seconds, seed=seed)
-    if str(source) == SYNTHETIC:
+    if str(source) in GENERATED:
         if max_seconds is None:
-            raise ValueError('synthetic music has no length of its own; give max_seconds')
+            raise ValueError(f'{source} music has no length of its own; give max_seconds')
         length, split = (synthetic_length, 'train') if training else (synthetic_valid_length, 'valid')
-        return SyntheticMusic(length, seed=seed, seconds=max_seconds, sample_rate=sample_rate, split=split)
+        make = GENERATED[str(source)]
+        return make(length, seed=seed, seconds=max_seconds, sample_rate=sample_rate, split=split)
     path = Path(source)
     if audio_folder is None and (path.suffix == '.tar' or (path.is_dir() and any(path.glob('*.tar')))):
         return ShardedAudioText(source, **crops, training=training, mixed_shards=mixed_shards)
@@ -71,16 +76,16 @@ def open_whole_clips(
     """The same for what is computed once: items by index, alike at each visit, clips from beginning to end.
 
     Args:
-        synthetic_length, synthetic_seconds: clips of 'synthetic', of its split 'train', and how long each is.
+        synthetic_length, synthetic_seconds: clips of what is generated, of its split 'train', and how long each is.
         others: as in `open_pairs`.
     """
-    synthetic = str(source) == SYNTHETIC
+    generated = str(source) in GENERATED
     dataset = open_pairs(
         source,
         sample_rate=sample_rate,
         audio_folder=audio_folder,
-        training=synthetic,
-        max_seconds=synthetic_seconds if synthetic else None,
+        training=generated,
+        max_seconds=synthetic_seconds if generated else None,
         synthetic_length=synthetic_length,
     )
     return ShardItems(dataset) if isinstance(dataset, ShardedAudioText) else dataset
