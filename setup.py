@@ -133,6 +133,7 @@ setup(
         'vector-quantize-pytorch>=1.20',
         'wandb>=0.19.10',  # audiolm-pytorch requires it; several runs in one process
         'x-clip>=0.14',
+        'xxhash>=3',
         fairseq_stand_in(),
     ],
     extras_require={**EXTRAS, 'all': sorted({need for needs in EXTRAS.values() for need in needs})},

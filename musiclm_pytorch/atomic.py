@@ -1,4 +1,7 @@
-"""Files that appear whole under their name, or not at all. Imports nothing from the package."""
+"""Files that appear whole under their name, or not at all, and tell when they are not what was written.
+
+Imports nothing from the package.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +12,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+import xxhash
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+CHECKSUM = 'checksum'
 
 
 @contextmanager
@@ -43,10 +51,75 @@ def write_json(path: str | Path, content: Any) -> None:
     write_text(path, json.dumps(content, indent=2) + '\n')
 
 
+def write_checked_json(path: str | Path, content: dict[str, Any], indent: int | None = 2) -> None:
+    """Write an object of JSON with the checksum of its content as its last key; `read_checked_json` looks at it."""
+    write_text(path, checked_json(content, indent))
+
+
+def checked_json(content: dict[str, Any], indent: int | None = 2) -> str:
+    return json.dumps({**content, CHECKSUM: _checksum_of_json(content)}, indent=indent, ensure_ascii=False) + '\n'
+
+
+def read_checked_json(path: str | Path, verify: bool = True) -> Any:
+    """What `write_checked_json` wrote, without its checksum; a file that has none is read as it is.
+
+    Raises OSError, and ValueError for what is no JSON, or not what was written, unless `verify` is off.
+    """
+    try:
+        content = json.loads(Path(path).read_bytes().decode('utf-8', errors='surrogateescape'))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f'{path} is damaged, it is no JSON: {error}') from error
+    if not isinstance(content, dict) or (told := content.pop(CHECKSUM, None)) is None:
+        return content
+    if verify and told != _checksum_of_json(content):
+        raise ValueError(
+            f'{path} is not what was written: its checksum is that of another content. If it was changed by hand, take '
+            f'its key {CHECKSUM!r} out; else it is damaged, and has to come from a copy'
+        )
+    return content
+
+
+def _checksum_of_json(content: dict[str, Any]) -> str:
+    # as it comes back from a file: keys are strings, tuples are lists
+    plain = json.dumps(json.loads(json.dumps(content)), sort_keys=True)
+    return xxhash.xxh3_64_hexdigest(plain.encode())
+
+
 def write_tensors(path: str | Path, tensors: dict[str, Tensor]) -> None:
-    """Write contiguous tensors that share no memory, as safetensors."""
+    """Write contiguous tensors that share no memory, as safetensors, with their checksum in its metadata."""
     with atomic_write(path) as aside:
-        save_file(tensors, str(aside))
+        save_file(tensors, str(aside), metadata={CHECKSUM: _checksum_of(tensors)})
+
+
+def read_tensors(path: str | Path, verify: bool = True) -> dict[str, Tensor]:
+    """The tensors of a file of safetensors.
+
+    Raises FileNotFoundError, and ValueError for a damaged file: also, unless `verify` is off, for one that
+    `write_tensors` wrote with other content. A file without a checksum is read as it is.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f'no file at {path}')
+    try:
+        with safe_open(str(path), 'pt') as file:
+            told = (file.metadata() or {}).get(CHECKSUM)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no dict
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f'{path} is damaged: {error}') from error
+    if verify and told is not None and told != _checksum_of(tensors):
+        raise ValueError(
+            f'{path} is damaged: it is not what was written, by its checksum; it has to come from a copy (verify=False '
+            'reads it all the same)'
+        )
+    return tensors
+
+
+def _checksum_of(tensors: dict[str, Tensor]) -> str:
+    digest = xxhash.xxh3_64()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(f'{name} {tensor.dtype} {tuple(tensor.shape)}\n'.encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def open_modes(folder: str | Path) -> None:

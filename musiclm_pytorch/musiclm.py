@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from einops import einsum, rearrange, repeat
 from torch import Tensor, nn
 
-from musiclm_pytorch.atomic import write_json
+from musiclm_pytorch.atomic import write_checked_json
 from musiclm_pytorch.audiolm.bridge import AudioLM
 from musiclm_pytorch.audiolm.decoding import generate_coarse, generate_fine, generate_semantic
 from musiclm_pytorch.audiolm.requests import (
@@ -455,31 +455,35 @@ class MusicLM(nn.Module):
             usual_score=self.usual_score,
         )
         # last, so that a folder with it is whole
-        write_json(folder / CONFIG_FILE, dict(model='MusicLM', version=__version__, **settings))
+        write_checked_json(folder / CONFIG_FILE, dict(model='MusicLM', version=__version__, **settings))
 
     @classmethod
     def from_pretrained(
-        cls, folder: str | Path, *, device: str | torch.device = 'cpu', dtype: torch.dtype | None = None
+        cls,
+        folder: str | Path,
+        *,
+        device: str | torch.device = 'cpu',
+        dtype: torch.dtype | None = None,
+        verify: bool = True,
     ) -> MusicLM:
         """Rebuild everything from a folder that `save_pretrained` wrote, in eval mode.
 
-        `MusicLM.from_pretrained('tiny')` is the model that ships with the package. `device`, `dtype` and errors are as
-        in `MuLaN.from_pretrained`; waves are float32 whatever the `dtype`.
+        `MusicLM.from_pretrained('tiny')` is the model that ships with the package. `device`, `dtype`, `verify` and
+        errors are as in `MuLaN.from_pretrained`; waves are float32 whatever the `dtype`.
         """
         place = placing(device, dtype)
         folder = find_pretrained(folder)
-        settings = read_config(
-            folder, 'MusicLM', ('windows', 'unique_consecutive'), optional=('sampling', 'knows', 'usual_score')
-        )
+        parts, optional = ('windows', 'unique_consecutive'), ('sampling', 'knows', 'usual_score')
+        settings = read_config(folder, 'MusicLM', parts, optional, verify)
         sampling = settings.content.get('sampling') or {}
         settings.check_known(sampling, SAMPLING, 'sampling')
         audio_lm = AudioLM(
-            wav2vec=SemanticTokenizer.from_pretrained(folder / 'tokenizer'),
-            codec=load_module(folder / 'codec'),
-            **{f'{name}_transformer': load_module(folder / name) for name in STAGES},
+            wav2vec=SemanticTokenizer.from_pretrained(folder / 'tokenizer', verify=verify),
+            codec=load_module(folder / 'codec', verify=verify),
+            **{f'{name}_transformer': load_module(folder / name, verify=verify) for name in STAGES},
             unique_consecutive=settings['unique_consecutive'],
         )
-        quantizer = MuLaNEmbedQuantizer.from_pretrained(folder / 'quantizer')
+        quantizer = MuLaNEmbedQuantizer.from_pretrained(folder / 'quantizer', verify=verify)
         told = {name: settings.content.get(name) for name in ('knows', 'usual_score')}
         return place(cls(audio_lm, quantizer, windows=tuple(settings['windows']), sampling=sampling, **told).eval())
 

@@ -341,14 +341,15 @@ class MuLaNEmbedQuantizer(AudioConditionerBase):
         *,
         device: str | torch.device = 'cpu',
         dtype: torch.dtype | None = None,
+        verify: bool = True,
     ) -> MuLaNEmbedQuantizer:
         """Rebuild a quantizer from its folder, in eval mode; `mulan` is used instead of the saved one, if given.
 
-        `device`, `dtype` and errors are as in `MuLaN.from_pretrained`.
+        `device`, `dtype`, `verify` and errors are as in `MuLaN.from_pretrained`.
         """
         place = checkpoint.placing(device, dtype)
-        config, weights = checkpoint.read_folder(folder, 'MuLaNEmbedQuantizer', parts=('quantizer',))
-        mulan = MuLaN.from_pretrained(Path(folder) / MULAN_FOLDER) if mulan is None else mulan
+        config, weights = checkpoint.read_folder(folder, 'MuLaNEmbedQuantizer', parts=('quantizer',), verify=verify)
+        mulan = MuLaN.from_pretrained(Path(folder) / MULAN_FOLDER, verify=verify) if mulan is None else mulan
         quantizer = config.build(cls, 'quantizer', mulan)
         weights |= {f'mulan.{name}': tensor for name, tensor in mulan.state_dict().items()}
         checkpoint.load_strictly(quantizer, weights, source=folder)

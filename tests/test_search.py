@@ -12,6 +12,7 @@ import torch
 from conftest import tiny_mulan
 from safetensors.torch import save_file
 
+from musiclm_pytorch.atomic import read_checked_json
 from musiclm_pytorch.cli_search import index as declare_index
 from musiclm_pytorch.cli_search import search as declare_search
 from musiclm_pytorch.data.synthetic import SyntheticMusic
@@ -266,7 +267,7 @@ def test_damaged_files_are_told(tmp_path):
     index = build(torch.randn(3, 4))
     index.save(tmp_path)
     path = tmp_path / 'index.json'
-    content = json.loads(path.read_text())
+    content = read_checked_json(path)
     (vectors,) = tmp_path.glob('*.safetensors')
 
     def refuse(says, error=ValueError, **changes):
@@ -282,9 +283,10 @@ def test_damaged_files_are_told(tmp_path):
     refuse('of version 2', version=2)
     refuse('does not lie beside it', vectors='../x.safetensors')
     refuse('no x.safetensors', FileNotFoundError, vectors='x.safetensors')
-    path.write_text('[1')
-    with pytest.raises(ValueError, match='is not the index.json of an index'):
-        MuLaNIndex.load(tmp_path)
+    for text, says in (('[1', 'index.json is damaged, it is no JSON'), ('[1]', 'is not the index.json of an index')):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=says):
+            MuLaNIndex.load(tmp_path)
     path.write_text(json.dumps(content))
     save_file(dict(vectors=torch.full((3, 4), math.nan)), str(vectors))
     refuse('holds NaN')

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
+from musiclm_pytorch.atomic import read_tensors
 from musiclm_pytorch.audiolm.embedding import PAD
 from musiclm_pytorch.audiolm.losses import without_repetitions
 from musiclm_pytorch.audiolm.tokens import SHARD, read_stream
@@ -192,10 +193,18 @@ class _Stream:
         except SafetensorError as error:
             raise ValueError(f'{self._path(number)} is damaged: {error}; go on with compute_tokens') from error
 
+    def _check(self, number: int) -> None:
+        """Raise ValueError for a shard that is not what was written."""
+        try:
+            read_tensors(self._path(number))
+        except ValueError as error:
+            raise ValueError(f'{error}; remove it, and go on with compute_tokens') from error
+
     def read(self, item: int, start: int, stop: int) -> Tensor:
         """`(frames, q)` int64, of the frames that there are."""
         number = item // self.about['shard_size']
         if number not in self._open:
+            self._check(number)
             self._open[number] = safe_open(str(self._path(number)), 'pt').get_slice('values')
         first, length = int(self.starts[item]), int(self.lengths[item])
         return self._open[number][first + min(start, length) : first + min(stop, length)].long()

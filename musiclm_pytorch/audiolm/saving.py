@@ -36,15 +36,20 @@ def save_module(module: nn.Module, folder: str | Path) -> None:
 
 
 def load_module(
-    folder: str | Path, *, device: str | torch.device = 'cpu', dtype: torch.dtype | None = None
+    folder: str | Path,
+    *,
+    device: str | torch.device = 'cpu',
+    dtype: torch.dtype | None = None,
+    verify: bool = True,
 ) -> nn.Module:
     """Rebuild a module from its folder, or from that of its trainer, in eval mode.
 
-    `device`, `dtype` and errors are as in `MuLaN.from_pretrained`.
+    `device`, `dtype`, `verify` and errors are as in `MuLaN.from_pretrained`.
     """
     place = checkpoint.placing(device, dtype)
     # trainers add what they know
-    config, weights = checkpoint.read_folder(folder, 'save_module', ('model', 'keywords'), optional=('step', 'stage'))
+    parts, optional = ('model', 'keywords'), ('step', 'stage')
+    config, weights = checkpoint.read_folder(folder, 'save_module', parts, optional, verify)
     if config['model'] not in KINDS:
         raise ValueError(f'{folder} holds a {config["model"]!r}, not one of {", ".join(KINDS)}')
     kind = _class_of(config['model'])

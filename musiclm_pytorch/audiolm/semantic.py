@@ -218,15 +218,20 @@ class SemanticTokenizer(HubertWithKmeans, ABC):
 
     @classmethod
     def from_pretrained(
-        cls, folder: str | Path, *, device: str | torch.device = 'cpu', dtype: torch.dtype | None = None
+        cls,
+        folder: str | Path,
+        *,
+        device: str | torch.device = 'cpu',
+        dtype: torch.dtype | None = None,
+        verify: bool = True,
     ) -> SemanticTokenizer:
         """Rebuild a tokenizer of any kind from its folder.
 
-        `device`, `dtype` (of the encoder) and errors are as in `MuLaN.from_pretrained`.
+        `device`, `dtype` (of the encoder), `verify` and errors are as in `MuLaN.from_pretrained`.
         """
         place = checkpoint.placing(device, dtype)
         parts = ('model', 'tokenizer', 'encoder')
-        config, weights = checkpoint.read_folder(folder, 'SemanticTokenizer', parts=parts)
+        config, weights = checkpoint.read_folder(folder, 'SemanticTokenizer', parts=parts, verify=verify)
         name = config['model']
         if name not in KINDS:
             raise ValueError(f'{folder} holds a {name}, not one of {", ".join(KINDS)}')

@@ -11,7 +11,6 @@ So another codec, for instance, leaves the semantic ids as they are.
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from musiclm_pytorch.atomic import write_json, write_tensors
+from musiclm_pytorch.atomic import read_checked_json, write_checked_json, write_tensors
 from musiclm_pytorch.audiolm.fingerprints import fingerprint, fingerprint_data
 from musiclm_pytorch.checks import check_positive, typechecked
 from musiclm_pytorch.data.audio import resample, windows
@@ -334,7 +333,7 @@ def _open_stream(folder: Path, stream: Stream, data: dict[str, Any], items: int,
         folder.rename(target)
         logger.warning('%s held tokens of something else (%s); they are now in %s', folder, '; '.join(changed), target)
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(path, own)
+    write_checked_json(path, own)
 
 
 def _differences(saved: Any, own: Any, name: str = '') -> Iterator[str]:
@@ -358,9 +357,9 @@ def read_stream(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f'no {folder.name} tokens in {folder.parent}; compute them with compute_tokens')
     try:
-        return json.loads(path.read_text(encoding='utf-8'))
-    except json.JSONDecodeError as error:
-        raise ValueError(f'{path} is damaged: {error}; remove {folder} and compute its tokens again') from error
+        return read_checked_json(path)
+    except ValueError as error:
+        raise ValueError(f'{error}; remove {folder} and compute its tokens again') from error
 
 
 def _write_shard(path: Path, rows: list[Tensor | None], facts: dict[str, Any]) -> None:

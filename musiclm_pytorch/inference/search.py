@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
-from musiclm_pytorch.atomic import write_tensors, write_text
+from musiclm_pytorch.atomic import checked_json, read_checked_json, read_tensors, write_tensors, write_text
 from musiclm_pytorch.audiolm.fingerprints import fingerprint
 from musiclm_pytorch.checks import check_finite, check_positive, typechecked
 from musiclm_pytorch.evaluation.tagging import MUSIC_TAGS, TEMPLATES, ZeroShotTagger
@@ -278,7 +275,7 @@ class MuLaNIndex:
             about=self.about,
             names=self.names,
         )
-        text = json.dumps(content, ensure_ascii=False, indent=1) + '\n'
+        text = checked_json(content, indent=1)
         before = vectors_files(folder)
         is_new = not folder.exists()
         folder.mkdir(parents=True, exist_ok=True)
@@ -304,13 +301,16 @@ class MuLaNIndex:
         mulan: MuLaN | None = None,
         *,
         backend: Literal['auto', 'faiss', 'torch'] = 'auto',
+        verify: bool = True,
     ) -> MuLaNIndex:
         """An index that `save` wrote. Nothing in the files is run.
+
+        `verify` refuses files whose content is not what was written, by the checksum in them.
 
         Raises:
             FileNotFoundError: no index there. ValueError: damaged files, or the latents of another MuLaN.
         """
-        content = read_index(folder)
+        content = read_index(folder, verify)
         index = cls(mulan, dim=content['dim'], backend=backend, about=content['about'])
         if mulan is not None and content['fingerprint'] not in (None, index.fingerprint):
             raise ValueError(f'the index in {folder} was made with another MuLaN; load the one it was made with')
@@ -319,9 +319,9 @@ class MuLaNIndex:
         if not path.is_file():
             raise FileNotFoundError(f'no {path.name} in {folder}, which its {INDEX_FILE} names')
         try:
-            vectors = load_file(str(path))['vectors']
-        except (SafetensorError, KeyError) as error:
-            raise ValueError(f'{path} is damaged: {error}') from error
+            vectors = read_tensors(path, verify)['vectors']
+        except KeyError as error:
+            raise ValueError(f'{path} is damaged: it holds no {error}') from error
         try:
             index.add(content['names'], vectors)
         except (TypeError, ValueError) as error:
@@ -360,16 +360,16 @@ def vectors_files(folder: Path) -> list[Path]:
     return list(folder.glob('vectors-*.safetensors'))
 
 
-def read_index(folder: str | Path) -> dict[str, Any]:
+def read_index(folder: str | Path, verify: bool = True) -> dict[str, Any]:
     """What `index.json` in a folder holds. Raises FileNotFoundError, ValueError for a damaged one."""
     path = Path(folder) / INDEX_FILE
     if not path.is_file():
         raise FileNotFoundError(f'no {INDEX_FILE} in {folder}; expected a folder written by MuLaNIndex.save')
     kinds = dict(version=int, dim=int, vectors=str, fingerprint=(str, type(None)), about=dict, names=list)
+    content = read_checked_json(path, verify)
     try:
-        content = json.loads(path.read_bytes().decode('utf-8', errors='surrogateescape'))
         wrong = [name for name, kind in kinds.items() if not isinstance(content[name], kind)]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+    except (KeyError, TypeError) as error:
         raise ValueError(f'{path} is not the {INDEX_FILE} of an index: {error!r}') from error
     if wrong or content['dim'] < 1 or not all(isinstance(name, str) for name in content['names']):
         raise ValueError(f'{path} is not the {INDEX_FILE} of an index: {(wrong or ["names or dim"])[0]} is wrong')

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,11 +11,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from musiclm_pytorch.atomic import atomic_write, write_tensors
+from musiclm_pytorch.atomic import atomic_write, checked_json, read_checked_json, read_tensors, write_tensors
 from musiclm_pytorch.checks import check_device
 from musiclm_pytorch.mulan.audio_transformer import AudioSpectrogramTransformer
 from musiclm_pytorch.mulan.text_transformer import TextTransformer
@@ -49,7 +46,7 @@ def write_folder(folder: str | Path, config: dict[str, Any], weights: dict[str, 
     # views of one storage, such as tied weights, are written as tensors of their own
     weights = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in weights.items()}
     with atomic_write(folder / CONFIG_FILE) as aside:
-        aside.write_text(json.dumps(config, indent=2) + '\n', encoding='utf-8')
+        aside.write_text(checked_json(config), encoding='utf-8')
         write_tensors(folder / WEIGHTS_FILE, weights)
 
 
@@ -59,7 +56,7 @@ def store_as(folder: str | Path, dtype: torch.dtype) -> None:
     Raises ValueError for a weight that is too large for `dtype`.
     """
     for path in sorted(Path(folder).rglob(WEIGHTS_FILE)):
-        weights = load_file(str(path))
+        weights = read_tensors(path)
         for name, tensor in weights.items():
             if tensor.is_floating_point():
                 weights[name] = tensor.to(dtype)
@@ -80,14 +77,19 @@ def config_of(mulan: nn.Module) -> dict[str, Any]:
 
 
 def load(
-    cls: type[M], folder: str | Path, *, device: str | torch.device = 'cpu', dtype: torch.dtype | None = None
+    cls: type[M],
+    folder: str | Path,
+    *,
+    device: str | torch.device = 'cpu',
+    dtype: torch.dtype | None = None,
+    verify: bool = True,
 ) -> M:
     """Rebuild a MuLaN of class `cls` from its folder.
 
     Raises FileNotFoundError for a missing file, ValueError for a config or weights that do not belong together.
     """
     place = placing(device, dtype)
-    config, weights = read_folder(folder, 'MuLaN', parts=('audio', 'text', 'mulan'))
+    config, weights = read_folder(folder, 'MuLaN', parts=('audio', 'text', 'mulan'), verify=verify)
     audio, text = config.build(AudioSpectrogramTransformer, 'audio'), config.build(TextTransformer, 'text')
     mulan = config.build(cls, 'mulan', audio, text)
     load_strictly(mulan, weights, source=folder)
@@ -150,7 +152,9 @@ class SavedConfig:
         return f'this is version {__version__} of musiclm-pytorch, and {wrote}; load it with the version that wrote it'
 
 
-def read_config(folder: str | Path, model: str, parts: Sequence[str], optional: Sequence[str] = ()) -> SavedConfig:
+def read_config(
+    folder: str | Path, model: str, parts: Sequence[str], optional: Sequence[str] = (), verify: bool = True
+) -> SavedConfig:
     """The config in a folder that `model.save_pretrained` wrote. It holds `parts`, and may hold what is `optional`.
 
     Raises FileNotFoundError for a missing file, ValueError for a damaged one, one of another model, or unknown keys.
@@ -158,11 +162,11 @@ def read_config(folder: str | Path, model: str, parts: Sequence[str], optional: 
     path = Path(folder) / CONFIG_FILE
     if not path.is_file():
         raise FileNotFoundError(f'no {CONFIG_FILE} in {folder}; expected a folder written by {model}.save_pretrained')
+    content = read_checked_json(path, verify)
     try:
-        content = json.loads(path.read_text(encoding='utf-8'))
         for part in parts:
             content[part]
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+    except (KeyError, TypeError) as error:
         raise ValueError(f'{path} is not the config of a {model}: {error!r}') from error
     config = SavedConfig(path, content)
     config.check_known(content, ('model', 'version', *parts, *optional))
@@ -170,16 +174,13 @@ def read_config(folder: str | Path, model: str, parts: Sequence[str], optional: 
 
 
 def read_folder(
-    folder: str | Path, model: str, parts: Sequence[str], optional: Sequence[str] = ()
+    folder: str | Path, model: str, parts: Sequence[str], optional: Sequence[str] = (), verify: bool = True
 ) -> tuple[SavedConfig, dict[str, Tensor]]:
     """The config, as `read_config` reads it, and the weights beside it."""
-    config, path = read_config(folder, model, parts, optional), Path(folder) / WEIGHTS_FILE
+    config, path = read_config(folder, model, parts, optional, verify), Path(folder) / WEIGHTS_FILE
     if not path.is_file():
         raise FileNotFoundError(f'no {WEIGHTS_FILE} in {folder}; expected a folder written by {model}.save_pretrained')
-    try:
-        return config, load_file(str(path))
-    except SafetensorError as error:
-        raise ValueError(f'{path} is damaged: {error}') from error
+    return config, read_tensors(path, verify)
 
 
 class LoadUpstream:

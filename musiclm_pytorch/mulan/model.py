@@ -378,7 +378,12 @@ class MuLaN(nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls, folder: str | Path, *, device: str | torch.device = 'cpu', dtype: torch.dtype | None = None
+        cls,
+        folder: str | Path,
+        *,
+        device: str | torch.device = 'cpu',
+        dtype: torch.dtype | None = None,
+        verify: bool = True,
     ) -> MuLaN:
         """Rebuild a model from the folder that `save_pretrained` wrote; in eval mode.
 
@@ -386,12 +391,13 @@ class MuLaN(nn.Module):
             folder: with `config.json` and `model.safetensors`.
             device: where the model goes.
             dtype: of the weights, float32 by default.
+            verify: refuse files whose content is not what was written, by the checksum in them.
 
         Raises:
             FileNotFoundError: a missing file. ValueError: a damaged one, one of another model, a key of a newer
             version, a device that is not there. TypeError: a `dtype` that is not floating-point.
         """
-        return checkpoint.load(cls, folder, device=device, dtype=dtype)
+        return checkpoint.load(cls, folder, device=device, dtype=dtype, verify=verify)
 
     def load_matching(self, folder: str | Path) -> list[str]:
         """Begin with the weights of another MuLaN, of another vocabulary or other sizes, as far as they fit.
