@@ -193,7 +193,7 @@ def test_a_font_or_a_library_that_is_missing_is_named(monkeypatch, tmp_path):
         find_sound_font()
     monkeypatch.setitem(__import__('sys').modules, 'fluidsynth', None)
     rendering._library.cache_clear()
-    with pytest.raises(ImportError, match=r"pip install 'musiclm-pytorch\[scores\]'"):
+    with pytest.raises(ImportError, match=r"pip install '\.\[scores\]'"):
         SoundFont(tmp_path / 'FluidR3_GM.sf2')
     rendering._library.cache_clear()
 

@@ -41,9 +41,8 @@ class ScoreMusic(Dataset):
     """Pairs of a wave and a caption: compositions in 22 styles, or excerpts of MIDI files, played with a sound font.
 
     An item depends on its index, the seed, the split, the settings and the sound font alone: it is the same in any
-    order and any process. Nothing is stored, so that `length` may be as large as the training is long. Needs
-    `pip install 'musiclm-pytorch[scores]'`, FluidSynth and a sound font (Debian: `apt-get install libfluidsynth3
-    fluid-soundfont-gm`).
+    order and any process. Nothing is stored, so that `length` may be as large as the training is long. Needs the
+    extra `scores`, FluidSynth and a sound font (Debian: `apt-get install libfluidsynth3 fluid-soundfont-gm`).
 
         music = ScoreMusic(seconds=5.0, sample_rate=24000)
         wave, caption = music[0]  # (120000,) float32 in [-1, 1], 'a wistful bossa nova led by a flute, over piano'

@@ -16,6 +16,7 @@ from musiclm_pytorch.data.attributes import choose
 from musiclm_pytorch.data.scores.composer import DRUM_CHANNEL, Note, Part
 from musiclm_pytorch.data.scores.instruments import BY_PROGRAM, INSTRUMENTS, REGISTERS
 from musiclm_pytorch.data.scores.labels import ScoreLabels
+from musiclm_pytorch.lazy import how_to_install
 
 SUFFIXES = {'.mid', '.midi', '.kar', '.rmi'}
 HELD_OUT = 8  # one file of so many belongs to 'valid'
@@ -84,7 +85,7 @@ def read_score(path: Path) -> Score:
     try:
         import mido
     except ImportError as error:
-        raise ImportError("MIDI files need mido: pip install 'musiclm-pytorch[scores]'") from error
+        raise ImportError(f'MIDI files need mido: {how_to_install("scores")}') from error
     try:
         messages = list(mido.MidiFile(path, clip=True))
     except (OSError, EOFError, ValueError, TypeError, KeyError, IndexError) as error:

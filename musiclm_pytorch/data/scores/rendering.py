@@ -15,6 +15,7 @@ import numpy as np
 from scipy.signal import resample_poly
 
 from musiclm_pytorch.data.scores.composer import DRUM_CHANNEL, Part
+from musiclm_pytorch.lazy import how_to_install
 
 # where Debian, Fedora, Arch, Homebrew and MacPorts put fonts; the larger and better ones first
 FOLDERS = (
@@ -68,7 +69,7 @@ def _library() -> tuple[ModuleType, SimpleNamespace]:
         import fluidsynth
     except ImportError as error:
         if isinstance(error, ModuleNotFoundError):
-            raise ImportError("ScoreMusic needs pyfluidsynth: pip install 'musiclm-pytorch[scores]'") from error
+            raise ImportError(f'ScoreMusic needs pyfluidsynth: {how_to_install("scores")}') from error
         raise ImportError(
             'pyfluidsynth finds no FluidSynth on this machine; install it (Debian: apt-get install libfluidsynth3, '
             'Fedora: dnf install fluidsynth-libs, macOS: brew install fluid-synth)'
