@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -87,8 +88,16 @@ def _checksum_of_json(content: dict[str, Any]) -> str:
 
 def write_tensors(path: str | Path, tensors: dict[str, Tensor]) -> None:
     """Write contiguous tensors that share no memory, as safetensors, with their checksum in its metadata."""
+    metadata = {CHECKSUM: _checksum_of(tensors)}
     with atomic_write(path) as aside:
-        save_file(tensors, str(aside), metadata={CHECKSUM: _checksum_of(tensors)})
+        try:
+            save_file(tensors, str(aside), metadata=metadata)
+        except SafetensorError as error:
+            # what the file system refuses, as a full disk does, is an error of it whoever writes
+            if (told := re.search(r'os error (\d+)', str(error))) is None:
+                raise
+            number = int(told[1])
+            raise OSError(number, os.strerror(number), str(path)) from error
 
 
 def read_tensors(path: str | Path, verify: bool = True) -> dict[str, Tensor]:

@@ -81,7 +81,7 @@ def check_device(device: str | torch.device) -> torch.device:
         raise ValueError(f'device={str(device)!r}, but torch finds {there} here; pass another, or leave it out')
     try:
         torch.empty(0, device=found)
-    except (RuntimeError, AssertionError) as error:  # by the kind of device
+    except (RuntimeError, AssertionError, ImportError) as error:  # by the kind of device
         raise ValueError(f'device={str(device)!r} is not there, as far as torch knows; pass another') from error
     return found
 

@@ -17,6 +17,7 @@ from musiclm_pytorch.cli_serve import serve
 from musiclm_pytorch.cli_training import (
     add_training_options,
     overrides_of,
+    tell_best,
     tokens,
     train_all,
     train_codec,
@@ -171,10 +172,8 @@ def run_train_mulan(options: argparse.Namespace) -> None:
     trainer = recipe.build_trainer(
         mulan, dataset, valid_dataset=valid_dataset, results_folder=output, resume=options.resume
     )
-    if trainer.is_main:
-        recipe.save(output)
-        if trainer.step > 0:
-            print(f'going on from step {trainer.step}', flush=True)
+    if trainer.is_main and trainer.step > 0:
+        print(f'going on from step {trainer.step}', flush=True)
     trainer.train(**recipe.train_keywords)
     if trainer.is_main:
         report(trainer)
@@ -183,12 +182,10 @@ def run_train_mulan(options: argparse.Namespace) -> None:
 def report(trainer) -> None:
     """What came out of a training of MuLaN, in a few lines."""
     print(f'{trainer.step} steps done; checkpoints and metrics.jsonl are in {trainer.results_folder}')
-    validations = trainer.journal.read('valid')
-    if not validations:
+    best = tell_best(trainer)
+    if best is None:
         print('no held-out pairs, hence no best model; give --valid-data')
         return
-    best, folder = max(validations, key=lambda it: it['score']), trainer.results_folder / 'best'
-    print(f'the best model, of step {best["step"]}, is in {folder}; its retrieval of held-out pairs:')
     for way in ('audio_to_text', 'text_to_audio'):
         numbers = ', '.join(f'{label} {best[f"{way}_{name}"]:.3g}' for name, label in METRICS.items())
         print(f'{way.replace("_", " ")}: {numbers}')

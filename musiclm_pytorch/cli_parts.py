@@ -99,22 +99,26 @@ def run_recipes(options: argparse.Namespace) -> None:
 
 def run_train_quantizer(options: argparse.Namespace) -> None:
     from musiclm_pytorch.trainer.assembly import fit_quantizer
+    from musiclm_pytorch.trainer.folders import new_results
 
     names = dict(quantizers='rq_num_quantizers', codebook_size='codebook_size', max_items='max_items', seed='seed')
     recipe, mulan, clips = _open_fitting('quantizer', names, options)
     quantizer, missing = fit_quantizer(recipe.fitted, mulan, clips, options.dims or recipe.conditioning_dims)
-    quantizer.save_pretrained(options.output)
+    with new_results(Path(options.output), resume=False, clear=False):
+        quantizer.save_pretrained(options.output)
     print(f'{len(missing)} levels of {quantizer.codebook_size} codes, in {options.output}')
     print(f'{missing[-1]:.1%} of the squared length of the latents are missing after the last level')
 
 
 def run_train_tokenizer(options: argparse.Namespace) -> None:
     from musiclm_pytorch.trainer.assembly import fit_tokenizer
+    from musiclm_pytorch.trainer.folders import new_results
 
     names = dict(codebook_size='codebook_size', layer='layer', max_items='max_items', seed='seed')
     recipe, mulan, clips = _open_fitting('tokenizer', names, options)
     tokenizer, missing = fit_tokenizer(recipe.fitted, mulan, clips)
-    tokenizer.save_pretrained(options.output)
+    with new_results(Path(options.output), resume=False, clear=False):
+        tokenizer.save_pretrained(options.output)
     rate = tokenizer.target_sample_hz / tokenizer.downsample_factor
     print(f'{tokenizer.codebook_size} semantic tokens, {rate:.3g} a second, in {options.output}')
     print(f'{missing:.1%} of the variance of the features is missing')

@@ -19,7 +19,7 @@ def add_training_options(parser: argparse.ArgumentParser) -> None:
         '--resume',
         action='store_true',
         help='go on from the newest checkpoint under --output, if there is one, by the recipe there if there is no '
-        '--config; otherwise what is under --output is moved aside',
+        '--config; without --resume, what is under --output is moved aside',
     )
     length = parser.add_mutually_exclusive_group()
     length.add_argument('--steps', type=int, metavar='N', help='steps of the whole run')
@@ -30,6 +30,9 @@ def add_training_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--workers', type=int, metavar='N', help='processes that read data')
     parser.add_argument('--validate-every', type=int, metavar='N', help='steps between validations (default: an epoch)')
     parser.add_argument('--checkpoint-every', type=int, metavar='N', help='steps between checkpoints')
+    parser.add_argument(
+        '--checkpoint-minutes', type=float, metavar='N', help='minutes between checkpoints, if these are over sooner'
+    )
     parser.add_argument(
         '--log-with', metavar='NAME', help="a tracker by Accelerate's name, such as tensorboard or wandb"
     )
@@ -47,6 +50,7 @@ OVERRIDES = dict(
     grad_cache_chunk_size='grad_cache_chunk_size',
     validate_every='validate_every',
     checkpoint_every='checkpoint_every',
+    checkpoint_minutes='checkpoint_minutes',
     log_with='log_with',
 )
 
@@ -194,6 +198,7 @@ def run_fit_spectral_codec(options: argparse.Namespace) -> None:
     from musiclm_pytorch.audiolm.saving import save_module
     from musiclm_pytorch.data.opening import open_whole_clips
     from musiclm_pytorch.trainer.assembly import build_spectral_codec, fit_spectral_codec
+    from musiclm_pytorch.trainer.folders import new_results
     from musiclm_pytorch.trainer.pipeline_recipe import MusicLMRecipe
 
     if unused := sorted(overrides_of(options).keys() - {'seed'}):
@@ -206,7 +211,8 @@ def run_fit_spectral_codec(options: argparse.Namespace) -> None:
     missing = fit_spectral_codec(
         fitted, codec, open_whole_clips(options.data, sample_rate=codec.target_sample_hz, **recipe.synthetic)
     )
-    save_module(codec, options.output)
+    with new_results(Path(options.output), resume=False, clear=False):
+        save_module(codec, options.output)
     print(f'{len(missing)} levels of {codec.codebook_size} codes, in {options.output}')
     print(f'{missing[-1]:.1%} of the variance of the spectra is missing after the last level')
 
@@ -222,15 +228,29 @@ def read_recipe(kind, options: argparse.Namespace):
 
 
 def run_trainer(recipe, trainer) -> None:
-    if trainer.is_main:
-        recipe.save(trainer.results_folder)
-        if trainer.step > 0:
-            print(f'going on from step {trainer.step}', flush=True)
+    if trainer.is_main and trainer.step > 0:
+        print(f'going on from step {trainer.step}', flush=True)
     results = trainer.train(**recipe.train_keywords)
     if trainer.is_main:
         print(f'{trainer.step} steps done; checkpoints, metrics.jsonl and the model are in {trainer.results_folder}')
-        found = {name: results[name] for name in ('loss', 'valid_loss') if name in results}
-        print(', '.join(f'{name.replace("_", " ")} {value:.4g}' for name, value in found.items()))
+        if results:
+            found = {name: results[name] for name in ('loss', 'valid_loss') if name in results}
+            print(', '.join(f'{name.replace("_", " ")} {value:.4g}' for name, value in found.items()))
+        if trainer.held_out:
+            tell_best(trainer)
+
+
+def tell_best(trainer) -> dict | None:
+    """Print which model is in the folder `best`, and give what was found when it was chosen."""
+    from musiclm_pytorch.trainer import best
+
+    found = best.read(trainer.best_folder)
+    if found is not None:
+        print(
+            f'the best model, of step {found["step"]}, chosen on {found["held_out"]} held-out items, is in '
+            f'{trainer.best_folder}'
+        )
+    return found
 
 
 def run_tokens(options: argparse.Namespace) -> None:

@@ -64,6 +64,14 @@ def test_missing_extra_is_one_line(music, tmp_path, capsys, monkeypatch):
     assert "pip install '.[shards]'" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize('device', ['tpu', 'cuda:99', 'xpu'])
+def test_a_device_that_is_not_there_is_one_line(device, tmp_path, capsys):
+    assert cli.main(['generate', 'a slow melody', '--device', device, '-o', str(tmp_path / 'out')]) == 2
+    (error,) = capsys.readouterr().err.splitlines()
+    assert re.match(f"musiclm generate: error: .*'{device}'.*pass (one|another)", error)
+    assert not (tmp_path / 'out').exists()
+
+
 @pytest.mark.parametrize('arguments', [[], ['paint'], ['shard'], ['shard', 'x', '-o', 'y', '--shard-size', 'many']])
 def test_wrong_usage_exits_with_2(arguments, capsys):
     with pytest.raises(SystemExit) as stopped:

@@ -44,8 +44,10 @@ def test_from_nothing_to_trained_stages(tmp_path, music, capsys):
     assert load_module(tmp_path / 'codec' / 'last').codebook_size == 8
 
     command = ('train', 'tokenizer', '--mulan', tmp_path / 'mulan', '--data', music, '--output', tmp_path / 'tokenizer')
-    run(*command, '--codebook-size', 4)
+    for codes in (3, 4):  # the earlier one is kept
+        run(*command, '--codebook-size', codes)
     assert 'semantic tokens, ' in capsys.readouterr().out
+    assert (tmp_path / 'tokenizer.1' / 'config.json').is_file()
     tokens = tmp_path / 'tokens'
     folders = [f'--{name}' for name in ('tokenizer', 'quantizer')]
     command = ['tokens', '--data', music, '--output', tokens, '--codec', tmp_path / 'codec' / 'last']

@@ -1,10 +1,16 @@
 """`musiclm train`: real, tiny trainings through the command."""
 
 import json
+import os
 import re
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
 from safetensors.torch import load_file
+from test_resume import largest_file
 from test_training_recipes import TINY, written
 
 from musiclm_pytorch import MuLaN, cli, cli_training
@@ -44,7 +50,7 @@ def test_synthetic(config, tmp_path, capsys):
     )
     out = capsys.readouterr().out
     assert f'4 steps done; checkpoints and metrics.jsonl are in {output}' in out
-    assert re.search(rf'the best model, of step [24], is in {re.escape(str(output))}/best', out)
+    assert re.search(rf'the best model, of step [24], chosen on 6 held-out items, is in {output}/best', out)
     assert re.search(r'audio to text: R@1 .*R@5 .*R@10 .*median rank .*mAP@10', out)
     assert 'text to audio: R@1' in out
     assert MuLaN.from_pretrained(output / 'best').sample_rate == 8000
@@ -101,7 +107,7 @@ def test_overrides(config, tmp_path, monkeypatch):
     options = dict(
         steps=9, batch_size=6, lr=0.5, seed=8, precision='bf16', workers=1, grad_cache_chunk_size=3, validate_every=7
     )
-    options |= dict(checkpoint_every=5, log_with='tensorboard')
+    options |= dict(checkpoint_every=5, checkpoint_minutes=2.5, log_with='tensorboard')
     given = [word for name, value in options.items() for word in (f'--{name.replace("_", "-")}', value)]
     with pytest.raises(Taken):
         run('--data', 'synthetic', '--config', config, '--output', tmp_path / 'out', *given)
@@ -138,6 +144,64 @@ def test_errors_are_one_line_and_exit_code_2(config, tmp_path, capsys, arguments
     assert len(errors) == 1
     assert errors[0].startswith('musiclm train mulan: error: ')
     assert re.search(says, errors[0])
+
+
+def test_a_command_that_fails_leaves_everything_where_it_was(config, tmp_path, capsys, caplog):
+    """An argument, and a disk that is full at the first better model; then resuming goes on from the checkpoint."""
+    output = tmp_path / 'out'
+    common = ['--data', 'synthetic', '--config', config, '--output', output]
+    assert run(*common, '--steps', 2) == 0
+    capsys.readouterr()
+    left = {path: path.read_bytes() for path in output.rglob('*') if path.is_file()}
+    assert run(*common, '--batch-size', 100) == 2
+    assert {path: path.read_bytes() for path in output.rglob('*') if path.is_file()} == left
+    (output / 'best' / 'validation.json').write_text('{"step": 2, "held_out": 6, "score": -1.0}')
+    capsys.readouterr()
+    with largest_file(20_000):
+        assert run(*common, '--resume', '--steps', 4, '--validate-every', 4) == 2
+    (error,) = capsys.readouterr().err.splitlines()
+    assert re.match('musiclm train mulan: error: .*[Ff]ile too large', error)
+    for name in ('best/model.safetensors', 'last/model.safetensors', 'checkpoints/step-000000002/state.safetensors'):
+        assert (output / name).read_bytes() == left[output / name]
+    assert not list(output.rglob('*.tmp'))
+    assert run(*common, '--resume', '--steps', 4) == 0
+    assert 'going on from step 2\n' in capsys.readouterr().out
+    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ['out']
+
+
+@pytest.mark.slow
+def test_ctrl_c_and_sigterm_end_the_command(config, tmp_path):
+    """Real processes, stopped by a signal to all of their group, as a terminal does: a line, a checkpoint, the code."""
+    command = [sys.executable, '-m', 'musiclm_pytorch.cli', 'train', 'mulan', '--data', 'synthetic', '--workers', '1']
+    command += ['--config', str(config), '--steps', '100000']
+    for name in ('--validate-every', '--checkpoint-every'):
+        command += [name, '100000']
+    running = {}
+    for number in (signal.SIGINT, signal.SIGTERM):
+        running[number] = subprocess.Popen(
+            [*command, '--output', str(tmp_path / str(number))],
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, 'OMP_NUM_THREADS': '1'},
+            start_new_session=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        )
+    for number, process in running.items():
+        while not (tmp_path / str(number) / 'metrics.jsonl').exists():
+            assert process.poll() is None
+            time.sleep(0.05)
+        os.killpg(process.pid, number)
+    for number, process in running.items():
+        _, told = process.communicate()
+        assert process.returncode == dict(SIGINT=130, SIGTERM=143)[signal.Signals(number).name]
+        stopped = [line for line in told.splitlines() if 'stopped by' in line]
+        assert re.search(
+            rf'stopped by {signal.Signals(number).name} at step \d+ of 100000, with a checkpoint', stopped[0]
+        )
+        assert len(stopped) == 1
+        assert 'Traceback' not in told
+        (path,) = (tmp_path / str(number) / 'checkpoints').iterdir()
+        assert f'at step {int(path.name[5:])} of' in stopped[0]
 
 
 def test_a_run_is_not_resumed_with_another_model(config, tmp_path, capsys):

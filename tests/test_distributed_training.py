@@ -116,7 +116,7 @@ def run_world(folder, world, function, *arguments):
 
 
 def train_runs(folder, world):
-    found = {'small': train_small_world(folder, world)}
+    found = {'small': train_small_world(folder, world), 'stopped': stop_by_one_signal(folder, world)}
     for name in NAMES[world]:
         batch_size, first, keywords, second = RUNS[name]
         mulan = still_mulan(hierarchical_contrastive_loss=True)
@@ -153,10 +153,27 @@ def train_small_world(folder, world):
     return dict(batch_size=trainer.trainer.batches.batch_size, valid_loss=results['valid_loss'])
 
 
+def stop_by_one_signal(folder, world):
+    """A signal that reaches the last process alone."""
+    trainer = DistributedMuLaNTrainer(
+        still_mulan(), StillTones(), DistributedConfig(backend='gloo'), results_folder=f'{folder}/stopped', **COMMON
+    )
+
+    def log(metrics):
+        if trainer.step == 2 and int(os.environ['RANK']) == world - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(SystemExit) as stopped:
+        trainer.train(num_train_steps=5, log_fn=log)
+    (path,) = checkpoints.steps(Path(folder) / 'stopped' / 'checkpoints')
+    return dict(step=trainer.step, written=path.name, code=stopped.value.code)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize('world', [2, 4])
 def test_several_processes_equal_one(tmp_path, world):
     of_rank = run_world(tmp_path, world, train_runs)
+    assert [found['stopped'] for found in of_rank] == [dict(step=2, written='step-000000002', code=143)] * world
     alone = {}
     assert [found['small']['batch_size'] for found in of_rank] == [20 // world] * world
     assert len({found['small']['valid_loss'] for found in of_rank}) == 1

@@ -124,6 +124,28 @@ def test_part_by_part_it_is_the_same(tmp_path, music, config):
     assert all(torch.equal(it, weights[name]) for name, it in one.state_dict().items())
 
 
+def test_nothing_to_resume_is_told_and_faults_move_nothing(tmp_path, music, config, caplog, monkeypatch):
+    out, recipe = tmp_path / 'out', MusicLMRecipe.load(config)
+    (tmp_path / 'out.2').mkdir()
+    recipe.save(tmp_path / 'out.2')
+
+    def interrupted(self):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pipeline._Parts, 'quantizer', interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train_musiclm(music, out, recipe, resume=True)
+    said = (
+        f'nothing to resume in {out}: every part is trained from its beginning; an earlier run is in {tmp_path}/out.2'
+    )
+    assert said in caplog.text
+    assert 'no checkpoint' not in caplog.text
+    left = sorted(out.rglob('*'))
+    with pytest.raises(FileNotFoundError):
+        train_musiclm(tmp_path / 'nowhere', out, recipe)
+    assert sorted(out.rglob('*')) == left
+
+
 def test_other_data_are_not_mixed_in(tmp_path, music, config, monkeypatch):
     def interrupted(self):
         raise KeyboardInterrupt

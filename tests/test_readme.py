@@ -23,7 +23,7 @@ def test_code_and_shapes(monkeypatch, tmp_path):
                 assert tuple(names[name].shape) == ast.literal_eval(shape), name
                 checked += 1
     assert checked >= 6
-    assert (tmp_path / 'results' / 'mulan' / 'model.safetensors').is_file()
+    assert (tmp_path / 'my-mulan' / 'model.safetensors').is_file()
 
 
 def test_links_lead_somewhere():

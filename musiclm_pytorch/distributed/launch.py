@@ -118,7 +118,7 @@ def _run_workers(folder: Path, config: DistributedConfig) -> None:
     except SignalException as stopped:
         if stopped.sigval == signal.SIGINT:
             raise KeyboardInterrupt from stopped
-        raise
+        raise SystemExit(128 + stopped.sigval) from stopped
 
 
 def _on_cpu(mulan: MuLaN) -> MuLaN:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import inspect
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +28,11 @@ from musiclm_pytorch.distributed.config import (
 )
 from musiclm_pytorch.mulan.model import MuLaN, PairLatents
 from musiclm_pytorch.trainer.batches import mixed_seed, seed_everything
-from musiclm_pytorch.trainer.folders import prepare_results_folder
 from musiclm_pytorch.trainer.loop import Trainer
 from musiclm_pytorch.trainer.mulan import MuLaNTrainer
 from musiclm_pytorch.trainer.trackers import check_trackers
+
+MARKER = '.launcher'  # in a results folder: who has started the processes that write there
 
 # keywords of MuLaNTrainer that a field of DistributedConfig decides here
 DECIDED = {
@@ -84,12 +86,12 @@ class WorldTrainer(MuLaNTrainer):
         process_seed = mixed_seed(seed, int(os.environ.get('RANK', 0)))
         torch.manual_seed(process_seed)
         seed_everything(process_seed)
-        self.marker = Path(results_folder) / '.launcher'
+        self.marker = Path(results_folder) / MARKER
         super().__init__(
             model,
             dataset,
-            # a launcher that starts its processes again wants them to go on; all but the first look at what is there
-            resume=resume or _is_restart(self.marker) or int(os.environ.get('RANK', 0)) > 0,
+            # a launcher that starts its processes again wants them to go on
+            resume=resume or _is_restart(self.marker),
             results_folder=results_folder,
             accelerate_kwargs=_accelerate_keywords(config, accelerate_kwargs),
             seed=seed,
@@ -153,9 +155,14 @@ class WorldTrainer(MuLaNTrainer):
         self.refresh_whole_model()
         return super().run_validation()
 
-    def train(self, *arguments: Any, **keywords: Any) -> dict[str, Any]:
+    @contextlib.contextmanager
+    def opening_results(self) -> Iterator[None]:
+        with super().opening_results():
+            yield
         if self.is_main:
             self.marker.write_text(_launcher(), encoding='utf-8')
+
+    def train(self, *arguments: Any, **keywords: Any) -> dict[str, Any]:
         results = super().train(*arguments, **keywords)
         self.refresh_whole_model()
         # gloo's threads let go of the last tensors under Python's lock; a program that ends right here would take its
@@ -236,6 +243,7 @@ class DistributedMuLaNTrainer:
         self.clear = bool(force_clear_prev_results)
         self.keywords = dict(lr=lr, weight_decay=weight_decay, results_folder=self.results_folder, **keywords)
         self.finished_steps = 0
+        self.launched = False
         self.trainer: WorldTrainer | None = None
         if is_launched() or dist.is_initialized():
             self.trainer = WorldTrainer(
@@ -266,12 +274,13 @@ class DistributedMuLaNTrainer:
 
         from musiclm_pytorch.distributed.launch import launch
 
-        # here, once, before any process starts or starts again: then going on is right for all of them
         if self.config.node_rank == 0:
             check_trackers(self.keywords.get('log_with'), self.results_folder)
-            prepare_results_folder(self.results_folder, resume=self.resume, clear=self.clear)
-        self.resume, self.clear = True, False
-        job = dict(mulan=self.mulan, dataset=self.dataset, config=self.config, keywords=self.keywords, train=lengths)
+        # called again, this goes on, if the first call came so far that the results folder was its own
+        resume = self.resume or (self.launched and _is_own(self.results_folder / MARKER))
+        self.launched = True
+        keywords = self.keywords | dict(resume=resume, force_clear_prev_results=self.clear)
+        job = dict(mulan=self.mulan, dataset=self.dataset, config=self.config, keywords=keywords, train=lengths)
         outcome = launch(job, self.config, log_fn)
         self.mulan.load_state_dict(outcome['weights'])
         self.finished_steps = outcome['step']
@@ -383,3 +392,8 @@ def _is_restart(marker: Path) -> bool:
     """Whether the launcher has started these processes again, after they had made this results folder theirs."""
     restarts = int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0))
     return restarts > 0 and marker.is_file() and marker.read_text(encoding='utf-8') == _launcher()
+
+
+def _is_own(marker: Path) -> bool:
+    """Whether it was this process that started those which made a results folder theirs."""
+    return marker.is_file() and marker.read_text(encoding='utf-8').split()[-1] == str(os.getpid())

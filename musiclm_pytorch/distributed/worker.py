@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
 import threading
@@ -11,12 +12,13 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+logger = logging.getLogger(__name__)
+
 
 def run(folder: str) -> None:
     """Train the job in `folder`: its `mulan`, `dataset`, `config`, trainer `keywords` and arguments of `train`.
 
-    What was in the results folder has been dealt with before the first process started, so each start, the first and
-    any after a worker died, goes on from the newest checkpoint there.
+    Started again after a worker died, it goes on from the newest checkpoint in the results folder.
     """
     from musiclm_pytorch.distributed import launch
 
@@ -30,6 +32,12 @@ def run(folder: str) -> None:
     code = 0
     try:
         record(_train)(path)
+    except KeyboardInterrupt as stopped:
+        if os.environ['RANK'] == '0':
+            logger.warning('%s', stopped)
+        code = 130
+    except SystemExit as stopped:
+        code = stopped.code
     except Exception:
         traceback.print_exc()
         code = 1
@@ -55,7 +63,7 @@ def _train(path: Path) -> None:
     lasting = (ValueError, TypeError, LookupError, AttributeError, ImportError, FileNotFoundError, TrainingError)
     try:
         job = launch.read_job(path)
-        trainer = WorldTrainer(job['mulan'], job['dataset'], job['config'], resume=True, **job['keywords'])
+        trainer = WorldTrainer(job['mulan'], job['dataset'], job['config'], **job['keywords'])
         log = None
         if job['wants_log'] and rank() == 0:
             log = (path / launch.LOG_FILE).open('a', encoding='utf-8', buffering=1)  # a line at a time

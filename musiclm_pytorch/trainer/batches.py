@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 from musiclm_pytorch.distributed.collectives import rank, world_size
 from musiclm_pytorch.trainer.checkpoints import random_states, restore_random_states
 from musiclm_pytorch.trainer.grouping import Grouping
+from musiclm_pytorch.trainer.interrupts import outlive_signals
 
 
 class StandIn(NamedTuple):
@@ -92,7 +93,11 @@ class Batches:
         self.drop_last = drop_last
         self.grouping = grouping
         self.loader_keywords = dict(
-            collate_fn=collate_fn, num_workers=num_workers, prefetch_factor=prefetch_factor, pin_memory=pin_memory
+            collate_fn=collate_fn,
+            num_workers=num_workers,
+            prefetch_factor=prefetch_factor,
+            pin_memory=pin_memory,
+            worker_init_fn=outlive_signals,
         )
         together = batch_size * world_size()
         self.batches_an_epoch = self.size // together if drop_last else -(-self.size // together)

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from musiclm_pytorch.atomic import sync, write_json, write_tensors
+from musiclm_pytorch.trainer.folders import free_name
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +51,8 @@ def write(folder: Path, step: int, state: dict[str, Any]) -> Path:
         sync(folder)
     except OSError as error:
         raise OSError(
-            error.errno, f'checkpoint {target} could not be written ({error}); the earlier ones are intact'
+            error.errno,
+            f'checkpoint {target} could not be written ({error}); the earlier ones are intact',
         ) from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
@@ -83,6 +85,19 @@ def read_newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
         except ValueError as error:
             logger.warning('%s; going back to the one before', error)
     return None
+
+
+def set_aside_after(folder: Path, step: int) -> None:
+    """Move checkpoints of later steps to a folder beside `folder`: damaged ones, or those of a run that goes on from
+    an earlier step now. Among its own, they would be taken for the newest."""
+    later = [path for path in steps(folder) if int(PATTERN.fullmatch(path.name)[1]) > step]
+    if not later:
+        return
+    target = free_name(folder)
+    target.mkdir()
+    for path in later:
+        path.rename(target / path.name)
+    logger.warning('the checkpoints of later steps than %d are now in %s', step, target)
 
 
 def prune(folder: Path, keep: int) -> None:

@@ -153,8 +153,10 @@ class CodecTrainer(Trainer):
         samples = round(seconds * codec.target_sample_hz) // multiple * multiple
         if samples == 0:
             raise ValueError(f'{seconds} s are less than one frame of the codec, {multiple / codec.target_sample_hz} s')
-        if valid_dataset is None and valid_frac > 0 and len(dataset) > 1:
-            dataset, valid_dataset = _split(dataset, valid_frac, random_split_seed)
+        if valid_dataset is None and valid_frac > 0:
+            self.held_out_by = dict(valid_frac=valid_frac, random_split_seed=random_split_seed)
+            if len(dataset) > 1:
+                dataset, valid_dataset = _split(dataset, valid_frac, random_split_seed)
         crops = dict(to_rate=codec.target_sample_hz, samples=samples)
         self.codec = codec
         keep_rare_codes(codec, frames=batch_size * samples // multiple)
@@ -187,12 +189,17 @@ class CodecTrainer(Trainer):
                 metrics[name] = float(nn.utils.clip_grad_norm_(parameters, limit))
         return metrics
 
+    @property
+    def held_out(self) -> int | None:
+        if self.valid_crops is None:
+            return None if self.held_out_by is None else 0
+        return min(len(self.valid_crops), self.max_valid_items)
+
     @torch.no_grad()
     def validate(self) -> dict[str, Any] | None:
-        if self.valid_crops is None:
+        if not self.held_out:
             return None
-        total = min(len(self.valid_crops), self.max_valid_items)
-        keys = [(0, index) for index in range(rank(), total, world_size())]
+        keys = [(0, index) for index in range(rank(), self.held_out, world_size())]
         items = SeededItems(self.valid_crops, self.seed)
         loader = DataLoader(items, sampler=keys, batch_size=self.batches.batch_size, collate_fn=collate_waves)
         sums = torch.zeros(2, device=self.device)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,16 @@ class Journal:
         self.picture = folder / 'curves.png'
 
     def write(self, part: str, step: int, metrics: dict[str, Any]) -> None:
-        with self.path.open('a', encoding='utf-8') as file:
-            file.write(json.dumps(dict(part=part, step=step, **metrics)) + '\n')
+        line = json.dumps(dict(part=part, step=step, **metrics)) + '\n'
+        with self.path.open('ab+') as file:
+            if file.tell() > 0:
+                file.seek(-1, os.SEEK_END)
+                if file.read(1) != b'\n':  # the last line was cut short when the process was killed
+                    line = '\n' + line
+            file.write(line.encode())
 
     def read(self, part: str) -> list[dict[str, Any]]:
-        """The lines of a part, by step; where a resumed run wrote a step again, the later line counts."""
+        """The lines of a part, by step; where a run went on from an earlier step, without what came after that."""
         if not self.path.is_file():
             return []
         lines = {}
@@ -32,8 +38,9 @@ class Journal:
             except json.JSONDecodeError:  # cut short when the process was killed
                 continue
             if entry.get('part') == part:
+                lines = {step: line for step, line in lines.items() if step < entry['step']}
                 lines[entry['step']] = entry
-        return [lines[step] for step in sorted(lines)]
+        return list(lines.values())
 
     def draw(self) -> None:
         """Draw the loss and the recalls over steps."""

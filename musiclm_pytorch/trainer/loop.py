@@ -6,6 +6,7 @@ import contextlib
 import logging
 import math
 import os
+import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object, send_to_device
+from accelerate.utils import send_to_device
 from ema_pytorch import EMA
 from torch import Tensor, nn
 from torch.utils.data import Dataset
@@ -23,13 +24,14 @@ from musiclm_pytorch.checks import check_positive
 from musiclm_pytorch.distributed.collectives import gather_sizes, mean_over_ranks
 from musiclm_pytorch.mulan.display import size_of
 from musiclm_pytorch.mulan.kernels import computes_in_bf16, half_precision
-from musiclm_pytorch.trainer import checkpoints
+from musiclm_pytorch.trainer import best, checkpoints
 from musiclm_pytorch.trainer.batches import StandIn
-from musiclm_pytorch.trainer.folders import prepare_results_folder
 from musiclm_pytorch.trainer.grouping import Grouping
+from musiclm_pytorch.trainer.interrupts import end_by, stop_requests
 from musiclm_pytorch.trainer.journal import Journal
 from musiclm_pytorch.trainer.optimizers import build_optimizer, check_optimizer
 from musiclm_pytorch.trainer.schedules import check_schedule, learning_rate
+from musiclm_pytorch.trainer.state import Resumable
 from musiclm_pytorch.trainer.streams import default_batch_size, open_batches
 from musiclm_pytorch.trainer.trackers import check_trackers, tracking
 
@@ -48,12 +50,19 @@ class TrainingError(RuntimeError):
     """Training cannot go on: the loss is not a number, or the model has collapsed."""
 
 
-class Trainer:
+class Trainer(Resumable):
     """Trains a model on batches: optimizer, schedule, precision, averages, checkpoints, logs, several processes.
 
     A subclass gives `compute_gradients` (the loss of the micro-batches of a step, its gradients accumulated) and may
     give `validate`. Everything random is a function of `seed` and the step, so a run that was resumed equals one that
     was never stopped.
+
+    A trainer may be told anything else when it resumes. Learning rate, schedule, betas, decay, clipping, length,
+    precision, averaging, accumulation and all that is about files and logs hold from there on; 'adam' and 'adamw' go on
+    from each other, an average that is new starts from the loaded weights. With another batch size or number of
+    processes the data go on at the same item of the epoch; with other data, seed, or groups a new pass over them
+    begins, which is logged. Refused by name are another model, 'lion' after 'adam' and the other way round, other
+    frozen weights, and another split, which would hold out what was trained on.
 
     Args:
         model: what is trained.
@@ -71,12 +80,15 @@ class Trainer:
             what is fast, see `fast_precision`.
         use_ema, ema_beta, ema_update_every: exponential moving average of the weights, used for validation and the
             best model.
-        results_folder: where checkpoints, logs and curves go.
-        resume: go on from the newest checkpoint in the results folder, if there is one. Otherwise what is in the
-            folder is moved aside, to a folder beside it.
+        results_folder: where checkpoints, logs and curves go. Nothing in it changes before `train`.
+        resume: go on from the newest checkpoint in the results folder; without one, begin at step 0 and say so. A best
+            model that is there is replaced by a better one only. Without `resume`, what is in the folder is moved
+            aside, to a folder beside it.
         force_clear_prev_results: True deletes what is in the results folder instead.
         num_train_steps: steps of `train()` when it is not told otherwise; one epoch if this is None too.
-        checkpoint_every, max_checkpoints: steps between checkpoints, and how many are kept.
+        checkpoint_every, checkpoint_minutes: steps and minutes after which a checkpoint is written, whichever is over
+            first; None for no clock.
+        max_checkpoints: how many are kept.
         validate_every: steps between validations; None is once an epoch, or as often as checkpoints where the data set
             does not tell how long an epoch is.
         log_with: trackers by Accelerate's names, such as 'tensorboard' or 'wandb'. Each `train()` is a run of its own;
@@ -116,6 +128,7 @@ class Trainer:
         force_clear_prev_results: bool | None = None,
         num_train_steps: int | None = None,
         checkpoint_every: int = 1000,
+        checkpoint_minutes: float | None = 10.0,
         max_checkpoints: int = 5,
         validate_every: int | None = None,
         log_with: str | list[str] | None = None,
@@ -134,6 +147,7 @@ class Trainer:
             lr=lr,
             max_grad_norm=max_grad_norm,
             checkpoint_every=checkpoint_every,
+            checkpoint_minutes=checkpoint_minutes,
             max_checkpoints=max_checkpoints,
             validate_every=validate_every,
             log_every=log_every,
@@ -174,13 +188,16 @@ class Trainer:
         self.grad_accum_every = grad_accum_every
         self.max_grad_norm = max_grad_norm
         self.checkpoint_every = checkpoint_every
+        self.checkpoint_minutes = checkpoint_minutes
         self.max_checkpoints = max_checkpoints
         self.log_every = log_every
         self.progress = progress
         self.num_train_steps = num_train_steps
         self.step = 0
         self.position = 0  # in the data, in batches of this process
-        self.best: float | None = None
+        self.best: float | None = None  # score of the best model so far
+        self.validated: int | None = None  # step of the last validation
+        self.results_opened = False
 
         handler = self.accelerator.scaler_handler
         scaling = {} if handler is None else handler.to_kwargs()
@@ -188,8 +205,9 @@ class Trainer:
 
         if self.is_main:
             check_trackers(log_with, self.results_folder)
-            prepare_results_folder(self.results_folder, resume=resume, clear=bool(force_clear_prev_results))
-        self.accelerator.wait_for_everyone()
+        # the first process alone may know that a launcher has started all of them again
+        self.resume = bool(gather_sizes(int(resume), self.device)[0])
+        self.clear = bool(force_clear_prev_results)
 
         batch_size = default_batch_size(dataset) if batch_size is None else batch_size
         self.batches = open_batches(
@@ -215,13 +233,12 @@ class Trainer:
                 model, beta=ema_beta, update_every=ema_update_every, update_after_step=0, include_online_model=False
             )
         self.step_module = self.distribute(step_module)
+        self.optimizer_name = optimizer
         self.optimizer = build_optimizer(optimizer, model, lr, betas, weight_decay)
         self.journal = Journal(self.results_folder) if self.is_main else None
 
-        if resume and (found := checkpoints.read_newest(self.checkpoint_folder)) is not None:
-            path, state = found
-            self.load_state(state)
-            logger.info('resuming from %s', path)
+        if self.resume:
+            self.go_on()
 
     # what a subclass gives
 
@@ -232,6 +249,14 @@ class Trainer:
     def validate(self) -> dict[str, Any] | None:
         """Metrics on held-out data, `score` among them (higher is better); None if there is no such data."""
         return None
+
+    @property
+    def held_out(self) -> int | None:
+        """The number of items that validation looks at; None where no validation is wanted."""
+        return None
+
+    held_out_by: dict[str, Any] | None = None  # how the held-out items were chosen from the data set, if they were
+    least_held_out = 1  # items that validation takes
 
     def save_model(self, folder: Path) -> None:
         """Write the model (its average, where there is one) for use."""
@@ -316,10 +341,6 @@ class Trainer:
         return self.accelerator.is_main_process
 
     @property
-    def checkpoint_folder(self) -> Path:
-        return self.results_folder / 'checkpoints'
-
-    @property
     def evaluated_model(self) -> nn.Module:
         """The model that validation judges: the average of the weights, where there is one."""
         return self.model if self.ema is None else self.ema.ema_model
@@ -364,29 +385,55 @@ class Trainer:
         bar = tqdm(
             total=total, initial=min(self.step, total), disable=not (self.progress and self.is_main), unit='step'
         )
-        saved = validated = self.step
-        with self.tracking(total), bar:
-            while self.step < total:
+        if with_validation and self.is_main:
+            best.warn_of_few(self.held_out, self.least_held_out)
+        with contextlib.ExitStack() as stack:
+            with self.opening_results():
+                stack.enter_context(self.tracking(total))
+            stack.enter_context(bar)
+            stop = stack.enter_context(stop_requests())
+            stopped, saved, saved_at = 0, self.step, time.monotonic()
+            while self.step < total and not stopped:
                 results |= self.train_step(data, total)
                 bar.update()
                 bar.set_postfix(loss=f'{results["loss"]:.3f}', lr=f'{results["lr"]:.1e}')
                 if log_fn is not None:
                     log_fn(results)
-                if with_validation and self.step % self.validate_every == 0:
+                # before the checkpoint: a run that goes on from it has this behind it
+                if with_validation and (self.step % self.validate_every == 0 or self.step == total):
                     results |= self.run_validation()
-                    validated = self.step
-                if self.step % self.checkpoint_every == 0:
+                stopped, due = self.agree(stop.number, time.monotonic() - saved_at)
+                if due or stopped or self.step % self.checkpoint_every == 0:
                     self.save()
-                    saved = self.step
-            if with_validation and validated != self.step:
-                results |= self.run_validation()
-            if saved != self.step:
-                self.save()
-        if self.journal is not None:
-            self.journal.draw()
-        if self.saves_last and self.is_main:
-            self.save_model(self.results_folder / 'last')
+                    saved, saved_at = self.step, time.monotonic()
+            if self.step >= total:
+                # resumed at its end, a run may have this to do still
+                if with_validation and self.validated != self.step:
+                    results |= self.run_validation()
+                    saved = None
+                if saved != self.step:
+                    self.save()
+                if self.saves_last and self.is_main:
+                    self.save_model(self.results_folder / 'last')
+            if self.journal is not None:
+                self.journal.draw()
+            stopped, _ = self.agree(stop.number, 0.0)
+        if stopped:
+            where = 'the end of training' if self.step >= total else f'step {self.step} of {total}'
+            end_by(
+                stopped,
+                f'stopped by {signal.Signals(stopped).name} at {where}, with a checkpoint in {self.checkpoint_folder}; '
+                'to go on from there, resume',
+                tell=self.is_main,
+            )
         return results
+
+    def agree(self, stop: int, seconds: float) -> tuple[int, bool]:
+        """What all processes do after a step: the signal that ends training, whichever of them it has reached, and
+        whether a checkpoint is due by the clock of the first, `seconds` after the last one."""
+        due = self.checkpoint_minutes is not None and seconds >= 60 * self.checkpoint_minutes
+        told = gather_sizes(2 * stop + due, self.device)
+        return max(it // 2 for it in told), bool(told[0] % 2)
 
     def train_step(self, data: Iterator[Any], total: int) -> dict[str, float]:
         """One step of the optimizer."""
@@ -439,13 +486,15 @@ class Trainer:
         metrics = self.validate()
         # looking at the model must not change what training draws next
         checkpoints.restore_random_states(states)
+        self.validated = self.step
         if metrics is None:
             return {}
         self.log(metrics, 'valid')
-        if self.best is None or metrics['score'] > self.best:
-            self.best = metrics['score']
+        if math.isfinite(metrics['score']) and (self.best is None or metrics['score'] > self.best):
             if self.is_main:
-                self.save_model(self.results_folder / 'best')
+                found = dict(step=self.step, held_out=self.held_out) | metrics
+                best.write(self.best_folder, self.save_model, replace=self.best is not None, found=found)
+            self.best = metrics['score']
         return {f'valid_{name}': value for name, value in metrics.items()}
 
     # logs
@@ -459,76 +508,6 @@ class Trainer:
             self.journal.write(part, self.step, metrics)
         numbers = {f'{part}/{name}': value for name, value in metrics.items() if isinstance(value, (int, float))}
         self.accelerator.log(numbers, step=self.step)
-
-    # states
-
-    def state(self) -> dict[str, Any]:
-        """Everything that the rest of the run depends on. Every process has to call it."""
-        return dict(
-            step=self.step,
-            best=self.best,
-            data=self.batches.identity,
-            model=self.model.state_dict(),
-            optimizer=self.optimizer.state_dict(),
-            scaler=None if self.scaler is None else self.scaler.state_dict(),
-            ema=None if self.ema is None else self.ema.state_dict(),
-            processes=gather_object([dict(random=checkpoints.random_states(), position=self.position)]),
-            config=self.model_config(),
-        )
-
-    def model_config(self) -> dict[str, Any]:
-        """What the model was built with, for the checkpoint."""
-        return {}
-
-    def load_state(self, state: dict[str, Any]) -> None:
-        data = self.batches.identity
-        if state['data'] != data:
-            logger.warning(
-                'the checkpoint was made with data %s, now it is %s: the order of the data changes from here on',
-                state['data'],
-                data,
-            )
-        if len(state['processes']) != self.accelerator.num_processes:
-            logger.warning('the number of processes changed: random states start afresh')
-            self.position = max(process['position'] for process in state['processes'])
-        else:
-            own = state['processes'][self.accelerator.process_index]
-            checkpoints.restore_random_states(own['random'])
-            self.position = own['position']
-        self.step = state['step']
-        self.best = state['best']
-        try:
-            self.model.load_state_dict(state['model'])
-        except RuntimeError as error:
-            changed = checkpoints.differences(state['config'], self.model_config())
-            raise ValueError(
-                f'the checkpoint in {self.results_folder} is of another model: {"; ".join(changed) or error}'
-            ) from error
-        self.optimizer.load_state_dict(state['optimizer'])
-        if self.ema is not None and state['ema'] is not None:
-            self.ema.load_state_dict(state['ema'])
-        if self.scaler is not None and state['scaler'] is not None:
-            self.scaler.load_state_dict(state['scaler'])
-
-    def save(self) -> None:
-        """Write a checkpoint and prune old ones. Every process has to call it."""
-        state = self.state()
-        if self.is_main:
-            checkpoints.write(self.checkpoint_folder, self.step, state)
-            checkpoints.prune(self.checkpoint_folder, self.max_checkpoints)
-        self.accelerator.wait_for_everyone()
-
-    def load(self, path: str | Path) -> None:
-        """Go on from a checkpoint: the folder of one, or a folder of several, of which the newest is taken."""
-        path = Path(path)
-        if checkpoints.PATTERN.fullmatch(path.name):
-            self.load_state(checkpoints.read(path))
-            return
-        for folder in (path, path / 'checkpoints'):
-            if (found := checkpoints.read_newest(folder)) is not None:
-                self.load_state(found[1])
-                return
-        raise FileNotFoundError(f'no checkpoint in {path}')
 
 
 def detached(loss: Tensor) -> float:

@@ -153,15 +153,16 @@ class MuLaNTrainer(Trainer):
         if batch_size is not None and batch_size < 2:
             raise ValueError(f'batch_size must be at least 2 for a contrast, got {batch_size}')
 
+        splits = valid_dataset is None and valid_frac > 0 and not streamed
         if groups is not None:
-            groups = check_groups(groups, dataset, splits=valid_dataset is None and valid_frac > 0)
+            groups = check_groups(groups, dataset, splits=splits)
 
         if valid_dataset is None and streamed:
             logger.warning('%s is not split: without a valid_dataset there is no validation', type(dataset).__name__)
-        elif valid_dataset is None and valid_frac > 0 and isinstance(dataset, AudioTextDataset):
+        elif splits and isinstance(dataset, AudioTextDataset):
             # by recording, and with fixed crops
             dataset, valid_dataset = dataset.split(valid_frac, seed=random_split_seed)
-        elif valid_dataset is None and valid_frac > 0:
+        elif splits:
             held_out = int(len(dataset) * valid_frac)
             generator = torch.Generator().manual_seed(random_split_seed)
             dataset, valid_dataset = random_split(dataset, [len(dataset) - held_out, held_out], generator=generator)
@@ -172,6 +173,8 @@ class MuLaNTrainer(Trainer):
             keywords['optimizer'] = 'lion'
 
         self.mulan = mulan
+        if splits:
+            self.held_out_by = dict(valid_frac=valid_frac, random_split_seed=random_split_seed)
         self.valid_dataset = valid_dataset
         self.max_valid_items = max_valid_items
         self.collapse_after = collapse_after
@@ -204,8 +207,12 @@ class MuLaNTrainer(Trainer):
             mulan.audio.compile()
             mulan.text.compile()
 
-    smallest_batch = 2
+    smallest_batch = least_held_out = 2
     saves_last = True
+
+    @property
+    def held_out(self) -> int | None:
+        return None if self.valid_dataset is None else min(len(self.valid_dataset), self.max_valid_items)
 
     def count_items(self, batch: dict[str, Any] | None) -> int | None:
         if batch is None:
@@ -252,7 +259,7 @@ class MuLaNTrainer(Trainer):
 
     @torch.no_grad()
     def validate(self) -> dict[str, Any] | None:
-        if self.valid_dataset is None or len(self.valid_dataset) < 2:
+        if self.held_out is None or self.held_out < self.least_held_out:
             return None
         latents = self.embed_held_out()
         if len(latents.audio) < 2:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import time
 from collections.abc import Callable
@@ -31,10 +32,11 @@ from musiclm_pytorch.trainer.assembly import (
     model_in,
 )
 from musiclm_pytorch.trainer.batches import seed_everything
-from musiclm_pytorch.trainer.folders import prepare_results_folder
-from musiclm_pytorch.trainer.loop import Trainer
+from musiclm_pytorch.trainer.folders import holds_something, moved_aside, new_results
 from musiclm_pytorch.trainer.pipeline_recipe import STAGES, MusicLMRecipe
 from musiclm_pytorch.trainer.recipes import FILE
+
+logger = logging.getLogger(__name__)
 
 SOURCE_FILE = 'data.json'
 
@@ -80,10 +82,16 @@ def train_musiclm(
     source = dict(data=str(data), audio_folder=None if audio_folder is None else str(audio_folder))
     if resume:
         check_source(output / SOURCE_FILE, source)
-    prepare_results_folder(output, resume=resume, clear=False)
-    recipe.save(output)
-    write_json(output / SOURCE_FILE, source)
+        if not holds_something(output):
+            known = moved_aside(output, FILE)
+            hint = '' if known is None else f'; an earlier run is in {known}'
+            logger.warning('nothing to resume in %s: every part is trained from its beginning%s', output, hint)
     parts = _Parts(source['data'], output, recipe, source['audio_folder'])
+    # what is wrong with the data or the recipe shows here, while everything is where it was
+    parts.open_mulan(resume)
+    with new_results(output, resume=resume, clear=False):
+        recipe.save(output)
+        write_json(output / SOURCE_FILE, source)
     for train_part in (parts.mulan, parts.quantizer, parts.tokenizer, parts.codec, parts.tokens):
         _timed(train_part.__name__, train_part, on_part)
     for stage in STAGES:
@@ -122,9 +130,12 @@ class _Parts:
     def __init__(self, data: str, output: Path, recipe: MusicLMRecipe, audio_folder: str | None):
         self.data, self.output, self.recipe, self.audio_folder = data, output, recipe, audio_folder
 
-    def mulan(self) -> None:
+    def open_mulan(self, resume: bool) -> None:
+        """Build the trainer of the first part, unless that is finished."""
         recipe, folder = self.recipe.mulan, self.output / 'mulan'
-        if is_whole(folder / 'last'):
+        resume = resume and holds_something(folder)
+        self.mulan_trainer = None
+        if resume and is_whole(folder / 'last'):
             return
         seed_everything(recipe.seed)
         mulan = recipe.build_model()
@@ -132,7 +143,13 @@ class _Parts:
         if self.data == SYNTHETIC:
             held_out = recipe.open_data(self.data, mulan, training=False)
         dataset = recipe.open_data(self.data, mulan, audio_folder=self.audio_folder)
-        finish(recipe, recipe.build_trainer(mulan, dataset, valid_dataset=held_out, results_folder=folder, resume=True))
+        self.mulan_trainer = recipe.build_trainer(
+            mulan, dataset, valid_dataset=held_out, results_folder=folder, resume=resume
+        )
+
+    def mulan(self) -> None:
+        if self.mulan_trainer is not None:
+            self.mulan_trainer.train(**self.recipe.mulan.train_keywords)
 
     def quantizer(self) -> None:
         folder = self.output / 'quantizer'
@@ -164,7 +181,9 @@ class _Parts:
             codec = recipe.build_model()
             dataset = recipe.open_data(self.data, codec, audio_folder=self.audio_folder)
             rate = codec.target_sample_hz
-            finish(recipe, recipe.build_trainer(codec, dataset, sample_rate=rate, results_folder=folder, resume=True))
+            resume = holds_something(folder)
+            trainer = recipe.build_trainer(codec, dataset, sample_rate=rate, results_folder=folder, resume=resume)
+            trainer.train(**recipe.train_keywords)
 
     def tokens(self) -> None:
         modules = dict(tokenizer=self.load_tokenizer(), codec=load_codec(self.output), quantizer=self.load_quantizer())
@@ -184,9 +203,10 @@ class _Parts:
         quantizer, tokens = self.load_quantizer(), self.output / 'tokens'
         seed_everything(recipe.seed)
         transformer = recipe.build_model(tokens, quantizer)
-        finish(
-            recipe, recipe.build_trainer(transformer, tokens, quantizer=quantizer, results_folder=folder, resume=True)
+        trainer = recipe.build_trainer(
+            transformer, tokens, quantizer=quantizer, results_folder=folder, resume=holds_something(folder)
         )
+        trainer.train(**recipe.train_keywords)
 
     def musiclm(self) -> MusicLM:
         with self.recipe.fitted.section('musiclm') as keywords:
@@ -205,12 +225,6 @@ class _Parts:
 
     def load_tokenizer(self) -> SemanticTokenizer:
         return SemanticTokenizer.from_pretrained(self.output / 'tokenizer')
-
-
-def finish(recipe: Any, trainer: Trainer) -> None:
-    """Train to the end of the recipe, from wherever the trainer stands."""
-    recipe.save(trainer.results_folder)
-    trainer.train(**recipe.train_keywords)
 
 
 def _timed(name: str, function: Callable[[], Any], on_part: Callable[[str, float], None] | None) -> Any:

@@ -216,7 +216,9 @@ class MuLaNRecipe(Recipe):
         """A trainer; `keywords` are those that do not stand in a recipe. Its length is `train_keywords`."""
         with self.section('training') as training:
             training.pop('num_epochs', None)
-            return MuLaNTrainer(mulan, dataset, **training, **keywords)
+            trainer = MuLaNTrainer(mulan, dataset, **training, **keywords)
+        trainer.recipe = self
+        return trainer
 
     @property
     def train_keywords(self) -> dict[str, int]:

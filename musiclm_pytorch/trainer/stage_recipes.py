@@ -97,7 +97,9 @@ class ModelRecipe(Recipe):
         """A trainer; `keywords` are those that do not stand in a recipe."""
         with self.section('training') as training:
             training.pop('num_epochs', None)
-            return self.trainer(model, data, **training, **keywords)
+            trainer = self.trainer(model, data, **training, **keywords)
+        trainer.recipe = self
+        return trainer
 
 
 @dataclass(frozen=True)

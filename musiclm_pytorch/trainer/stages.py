@@ -191,8 +191,10 @@ class StageTrainer(Trainer):
         for given in (tokens, valid_tokens):
             if given is not None:
                 self._check_tokens(given, transformer, quantizer, embeddings)
-        if valid_tokens is None and valid_frac > 0 and len(tokens) > 1:
-            tokens, valid_tokens = tokens.split(valid_frac, seed=random_split_seed)
+        if valid_tokens is None and valid_frac > 0:
+            self.held_out_by = dict(valid_frac=valid_frac, random_split_seed=random_split_seed)
+            if len(tokens) > 1:
+                tokens, valid_tokens = tokens.split(valid_frac, seed=random_split_seed)
 
         self.transformer = transformer
         self.valid_tokens = valid_tokens
@@ -257,14 +259,19 @@ class StageTrainer(Trainer):
 
         return self.accumulate(batches, compute, lambda batch: self.model.count_labels(**batch))
 
+    @property
+    def held_out(self) -> int | None:
+        if self.valid_tokens is None:
+            return None if self.held_out_by is None else 0
+        return min(len(self.valid_tokens), self.max_valid_items)
+
     @torch.no_grad()
     def validate(self) -> dict[str, Any] | None:
         """The mean loss over all held-out tokens, the same crops each time, each process a share."""
-        if self.valid_tokens is None:
+        if not self.held_out:
             return None
         items = SeededItems(self.valid_tokens, self.seed)
-        total = min(len(items.dataset), self.max_valid_items)
-        keys = [(0, index) for index in range(rank(), total, world_size())]
+        keys = [(0, index) for index in range(rank(), self.held_out, world_size())]
         loader = DataLoader(items, sampler=keys, batch_size=self.batches.batch_size, collate_fn=self.collate_fn)
         sums = torch.zeros(2, device=self.device)
         model = self.evaluated_model

@@ -15,6 +15,7 @@ from musiclm_pytorch.data.shards import ShardedAudioText
 from musiclm_pytorch.distributed.collectives import rank, world_size
 from musiclm_pytorch.trainer.batches import Batches, mixed_seed
 from musiclm_pytorch.trainer.grouping import Grouping
+from musiclm_pytorch.trainer.interrupts import outlive_signals
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +54,11 @@ class ShardBatches:
         self.seed = seed
         self.drop_last = drop_last
         self.loader_keywords = dict(
-            collate_fn=collate_fn, num_workers=num_workers, prefetch_factor=prefetch_factor, pin_memory=pin_memory
+            collate_fn=collate_fn,
+            num_workers=num_workers,
+            prefetch_factor=prefetch_factor,
+            pin_memory=pin_memory,
+            worker_init_fn=outlive_signals,
         )
         share = self.size // world_size()
         self.batches_an_epoch = share // batch_size if drop_last else -(-share // batch_size)
@@ -125,6 +130,7 @@ class StreamBatches:
             num_workers=num_workers,
             prefetch_factor=prefetch_factor,
             pin_memory=pin_memory,
+            worker_init_fn=outlive_signals,
         )
         self.position = 0
         self.running = self._endless(first=0)

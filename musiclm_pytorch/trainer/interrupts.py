@@ -1,0 +1,68 @@
+"""Signals that end training: the first one asks for an end after the step, a second one acts at once."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+logger = logging.getLogger(__name__)
+
+SIGNALS = [getattr(signal, name) for name in ('SIGINT', 'SIGTERM', 'SIGHUP') if hasattr(signal, name)]
+
+OUTLIVED = 60  # seconds
+
+
+@dataclass
+class StopRequest:
+    """The number of the signal that has come; 0 if none has."""
+
+    number: int = 0
+
+
+@contextmanager
+def stop_requests() -> Iterator[StopRequest]:
+    """Note the first of SIGINT, SIGTERM and SIGHUP in place of acting on it; the next one acts as ever.
+
+    A signal that is ignored, as SIGHUP is under nohup, stays so. Python lets none but the main thread take signals:
+    in another one, nothing is noted.
+    """
+    request, before = StopRequest(), {}
+
+    def restore() -> None:
+        while before:
+            signal.signal(*before.popitem())
+
+    def note(number: int, frame) -> None:
+        request.number = number
+        restore()
+
+    if threading.current_thread() is threading.main_thread():
+        for number in SIGNALS:
+            handler = signal.getsignal(number)
+            if handler not in (signal.SIG_IGN, None):
+                before[number] = handler
+                signal.signal(number, note)
+    try:
+        yield request
+    finally:
+        restore()
+
+
+def end_by(number: int, message: str, *, tell: bool) -> None:
+    """Raise what a signal ends a program with: KeyboardInterrupt, or SystemExit with the shell's code (143, 129)."""
+    if number == signal.SIGINT:
+        raise KeyboardInterrupt(message)
+    if tell:  # nobody prints what a SystemExit says
+        logger.warning('%s', message)
+    raise SystemExit(128 + number)
+
+
+def outlive_signals(worker: int) -> None:
+    """For processes that read data: a terminal sends Ctrl-C to them too, while the step still needs them."""
+    for number in SIGNALS:
+        # should nobody end them the usual way, they do not stay
+        signal.signal(number, lambda *_: signal.alarm(OUTLIVED))

@@ -1,0 +1,435 @@
+"""What a resumed run takes over, what it is told anew, what it refuses; and that nothing good is lost on the way."""
+
+import json
+import logging
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_trainer import Tones, assert_same, build, scrambled, trainer, weights
+
+from musiclm_pytorch.trainer import MuLaNTrainer, best, checkpoints
+from musiclm_pytorch.trainer.folders import clear_leftovers
+from musiclm_pytorch.trainer.journal import Journal
+
+TESTS = Path(__file__).parent
+QUIET = dict(with_validation=False)
+
+
+def trained(folder, steps=2, **keywords):
+    run = trainer(folder, checkpoint_every=100, **keywords)
+    run.train(num_train_steps=steps, **QUIET)
+    return run
+
+
+def resumed(folder, **keywords):
+    return trainer(folder, scrambled(build()), resume=True, checkpoint_every=100, **keywords)
+
+
+# ---- settings ----
+
+
+@pytest.mark.parametrize('optimizer', ['adamw', 'lion'])
+def test_settings_of_a_resumed_run_are_its_own(tmp_path, optimizer):
+    """Resumed with other settings, it goes on as the run would have gone on if they had changed in the middle."""
+    run = trained(tmp_path / 'run', optimizer=optimizer, weight_decay=0.1)
+    shutil.copytree(tmp_path / 'run', tmp_path / 'again')
+    told = dict(lr=3e-3, weight_decay=0.5, betas=(0.5, 0.6), lr_scheduler_type='linear', max_grad_norm=0.1)
+    run.lr, run.max_grad_norm, run.schedule['schedule'] = 3e-3, 0.1, 'linear'
+    for group in run.optimizer.param_groups:
+        group.update(betas=told['betas'], weight_decay=told['weight_decay'] if group['weight_decay'] else 0.0)
+    run.train(num_train_steps=4, **QUIET)
+    again = resumed(tmp_path / 'again', optimizer=optimizer, **told)
+    again.train(num_train_steps=4, **QUIET)
+    assert again.optimizer.param_groups[0]['betas'] == (0.5, 0.6)
+    assert_same(weights(again.mulan), weights(run.mulan))
+
+
+def test_adam_goes_on_as_adamw(tmp_path):
+    trained(tmp_path, optimizer='adam')
+    again = resumed(tmp_path, optimizer='adamw', weight_decay=0.1)
+    assert type(again.optimizer) is torch.optim.AdamW
+    again.train(num_train_steps=3, **QUIET)
+
+
+@pytest.mark.parametrize(
+    ('before', 'after', 'message'),
+    [
+        (
+            dict(optimizer='lion'),
+            dict(),
+            "was written with optimizer='lion', and optimizer='adam' keeps other statistic",
+        ),
+        (dict(), dict(use_lion=True), "was written with optimizer='adam' or 'adamw', and optimizer='lion' keeps other"),
+        (dict(), dict(frozen=True), 'audio_to_latents.weight and 0 more are not in both; let the same ones require'),
+        (
+            dict(),
+            dict(random_split_seed=7),
+            'random_split_seed=42, now it is .*random_split_seed=7: what was trained on',
+        ),
+        (dict(valid_frac=0.0), dict(), 'in which nothing was held out, now it is valid_frac=0.25'),
+        (dict(), dict(dim_latent=8), 'is of another model: mulan.dim_latent was 16 and is 8 now'),
+    ],
+)
+def test_what_cannot_be_honoured_is_refused_by_name(tmp_path, before, after, message):
+    trained(tmp_path, **before)
+    left = sorted(tmp_path.rglob('*'))
+    after = dict(after)
+    mulan = build(dim_latent=after.pop('dim_latent', 16))
+    if after.pop('frozen', False):
+        mulan.audio_to_latents.weight.requires_grad_(False)
+    start = weights(mulan)
+    with pytest.raises(ValueError, match=message):
+        trainer(tmp_path, mulan, resume=True, **after)
+    assert_same(weights(mulan), start)
+    assert sorted(tmp_path.rglob('*')) == left
+
+
+def test_an_average_that_is_new_starts_from_the_loaded_weights(tmp_path, caplog):
+    run = trained(tmp_path)
+    again = resumed(tmp_path, use_ema=True, ema_beta=0.5)
+    assert_same(weights(again.evaluated_model), weights(run.mulan))
+    # at its end already: what is written was trained
+    again.train(num_train_steps=2)
+    assert_same(load_file(str(tmp_path / 'last' / 'model.safetensors')), weights(run.mulan))
+    again.train(num_train_steps=4, **QUIET)
+    assert resumed(tmp_path, use_ema=True, ema_beta=0.9).ema.beta == 0.9
+    assert 'leaves out' not in caplog.text
+    resumed(tmp_path)
+    assert 'has an average of the weights, which this run leaves out' in caplog.text
+
+
+def test_the_scale_of_fp16_goes_on_with_the_settings_of_now(tmp_path):
+    run = trained(tmp_path)
+    run.scaler = torch.amp.GradScaler('cpu', init_scale=8.0, growth_interval=3)
+    state = run.state()
+    run.scaler = torch.amp.GradScaler('cpu', growth_interval=5)
+    run.load_state(state)
+    assert (run.scaler.get_scale(), run.scaler.get_growth_interval()) == (8.0, 5)
+    run.scaler = None
+    run.load_state(state)
+    before = run.state()
+    run.scaler = torch.amp.GradScaler('cpu', init_scale=2.0)
+    run.load_state(before)
+    assert run.scaler.get_scale() == 2.0
+
+
+@pytest.mark.parametrize(
+    ('told', 'next_item', 'says'),
+    [
+        # 18 items: after 3 batches of 4, the 12th of the first epoch
+        (dict(batch_size=6), (0, 12), 'a batch has 6 items now, not 4'),
+        (dict(batch_size=5), (0, 10), 'a batch has 5 items now, not 4'),
+        (dict(drop_last=False), (0, 12), ''),
+        (dict(grad_accum_every=2), (0, 12), ''),
+        (dict(seed=5), (1, 0), 'the order of the data changes, and a new pass begins'),
+        (dict(groups=[0, 1] * 12, group_size=2), (1, 0), 'the order of the data changes, and a new pass begins'),
+    ],
+)
+def test_the_data_go_on_where_they_were(tmp_path, caplog, told, next_item, says):
+    trained(tmp_path, steps=3)
+    again = resumed(tmp_path, **told)
+    epoch, batch = divmod(again.position, again.batches.batches_an_epoch)
+    assert (epoch, batch * again.batches.batch_size) == next_item
+    assert says in caplog.text
+    again.train(num_train_steps=4, **QUIET)
+
+
+def test_a_model_that_was_built_otherwise_is_told(tmp_path, caplog):
+    trained(tmp_path)
+    trainer(tmp_path, build(decoupled_contrastive_learning=False), resume=True)
+    assert (
+        'the model was built otherwise, which holds from here on: mulan.decoupled_contrastive_learning' in caplog.text
+    )
+
+
+# ---- what is there stays ----
+
+
+def test_a_better_model_outlives_a_run_without_its_checkpoint(tmp_path, caplog):
+    folder = tmp_path / 'best'
+
+    def begin_again(**record):
+        shutil.rmtree(tmp_path / 'checkpoints')
+        if record:
+            found = json.loads((folder / best.FILE).read_text())
+            (folder / best.FILE).write_text(json.dumps(found | record))
+        before = (folder / 'model.safetensors').read_bytes()
+        caplog.clear()
+        run = trainer(tmp_path, scrambled(build()), resume=True)
+        assert run.step == 0
+        assert f'no checkpoint in {tmp_path}: training begins at step 0' in caplog.text
+        run.train(num_train_steps=2)
+        return (folder / 'model.safetensors').read_bytes() == before
+
+    trainer(tmp_path).train(num_train_steps=5)
+    assert best.read(folder).items() >= dict(step=5, held_out=6).items()
+    assert begin_again(score=2.0, step=77)
+    assert f'{folder} is kept until a model is better' in caplog.text
+    assert best.read(folder)['step'] == 77
+    assert not begin_again(score=-2.0)
+    assert best.read(folder)['step'] == 2
+    # what cannot be compared is not lost either
+    kept = (folder / 'model.safetensors').read_bytes()
+    begin_again(held_out=7)
+    assert (tmp_path / 'best.1' / 'model.safetensors').read_bytes() == kept
+    (folder / best.FILE).unlink()
+    begin_again()
+    assert (tmp_path / 'best.2').is_dir()
+
+
+def test_checkpoints_of_a_later_step_are_not_taken_for_the_newest(tmp_path, caplog):
+    trainer(tmp_path, checkpoint_every=2).train(num_train_steps=6, **QUIET)
+    newest = tmp_path / 'checkpoints' / 'step-000000006' / 'state.safetensors'
+    newest.write_bytes(newest.read_bytes()[:1000])
+    again = trainer(tmp_path, resume=True, max_checkpoints=1)
+    assert again.step == 4
+    again.train(num_train_steps=5, **QUIET)
+    assert [path.name for path in (tmp_path / 'checkpoints').iterdir()] == ['step-000000005']
+    assert [path.name for path in (tmp_path / 'checkpoints.1').iterdir()] == ['step-000000006']
+    assert 'the checkpoints of later steps than 4 are now in' in caplog.text
+
+
+def test_results_are_moved_when_nothing_can_fail_any_more(tmp_path, caplog, monkeypatch):
+    folder = tmp_path / 'results'
+    trained(folder)
+    left = sorted(folder.rglob('*'))
+    for keywords in (dict(batch_size=100), dict(optimizer='sgd'), dict(log_with='none')):
+        with pytest.raises(ValueError, match=r'fewer than one batch|unknown optimizer|Unsupported'):
+            trainer(folder, **keywords)
+    for clear in (False, True):
+        run = trainer(folder, force_clear_prev_results=clear)
+        with pytest.raises(ValueError, match='got both'):
+            run.train(num_epochs=1, num_train_steps=1)
+
+        @contextmanager
+        def no_log(total):
+            raise ConnectionError('no tracker there')
+            yield
+
+        monkeypatch.setattr(run, 'tracking', no_log)
+        with pytest.raises(ConnectionError):
+            run.train(num_train_steps=1)
+        assert sorted(folder.rglob('*')) == left
+    assert [path.name for path in tmp_path.iterdir()] == ['results']
+
+    folder.rename(tmp_path / 'results.3')
+    (tmp_path / 'results.4').mkdir()
+    trainer(folder, resume=True)
+    assert f'training begins at step 0; earlier checkpoints are in {tmp_path / "results.3"}' in caplog.text
+    assert not folder.exists()
+
+
+def test_what_dead_processes_were_writing_is_cleared(tmp_path):
+    dead = subprocess.Popen([sys.executable, '-c', ''])
+    dead.wait()
+    alive = f'.model.safetensors.{os.getppid()}.tmp'
+    for name in ('best', 'checkpoints'):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / f'.model.safetensors.{dead.pid}.tmp').touch()
+    (tmp_path / 'checkpoints' / f'.step-000000004.{dead.pid}.old').mkdir()
+    others = ['best/model.safetensors', f'best/{alive}', f'.notes.{dead.pid}', f'{dead.pid}.tmp']
+    for name in others:
+        (tmp_path / name).touch()
+    clear_leftovers(tmp_path)
+    found = [str(path.relative_to(tmp_path)) for path in tmp_path.rglob('*') if path.is_file()]
+    assert sorted(found) == sorted(others)
+    assert not any((tmp_path / 'checkpoints').iterdir())
+
+
+def test_the_journal_forgets_what_a_run_went_back_behind(tmp_path):
+    journal = Journal(tmp_path)
+    for step in (10, 20, 30):
+        journal.write('valid', step, dict(score=step))
+    journal.path.write_bytes(journal.path.read_bytes()[:-9])  # killed while writing
+    journal.write('train', 30, dict(loss=1.0))
+    journal.write('valid', 15, dict(score=0))
+    assert [line['step'] for line in journal.read('valid')] == [10, 15]
+    assert [line['step'] for line in journal.read('train')] == [30]
+
+
+@contextmanager
+def largest_file(size):
+    """No file of this process grows beyond `size`: as on a full disk, writing fails in the middle."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_a_checkpoint_that_does_not_fit_leaves_what_was_there(tmp_path):
+    run = trained(tmp_path)
+    with (
+        largest_file(20_000),
+        pytest.raises(OSError, match=r'step-000000003 could not be written .*too large.* earlier ones are intact'),
+    ):
+        run.train(num_train_steps=3, **QUIET)
+    assert [path.name for path in run.checkpoint_folder.iterdir()] == ['step-000000002']
+    assert resumed(tmp_path).step == 2
+
+
+# ---- when it is stopped ----
+
+
+def signalling(run, step, *numbers):
+    def log(metrics):
+        if run.step == step:
+            for number in numbers:
+                os.kill(os.getpid(), number)
+
+    return log
+
+
+@pytest.mark.parametrize(
+    ('number', 'code'), [(signal.SIGINT, None), (signal.SIGTERM, 143), (signal.SIGHUP, 129)], ids=['INT', 'TERM', 'HUP']
+)
+def test_a_signal_ends_training_with_a_checkpoint(tmp_path, number, code, caplog):
+    handlers = {it: signal.getsignal(it) for it in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    run = trainer(tmp_path / 'parts', validate_every=3)
+    with pytest.raises(KeyboardInterrupt if code is None else SystemExit) as stopped:
+        run.train(num_train_steps=6, log_fn=signalling(run, 3, number))
+    told = str(stopped.value) if code is None else caplog.messages[-1]
+    assert told.startswith(f'stopped by {signal.Signals(number).name} at step 3 of 6, with a checkpoint in ')
+    assert getattr(stopped.value, 'code', None) == code
+    assert {it: signal.getsignal(it) for it in handlers} == handlers
+    assert [path.name for path in checkpoints.steps(run.checkpoint_folder)] == ['step-000000003']
+    if code is None:
+        again = resumed(tmp_path / 'parts', validate_every=3)
+        again.train(num_train_steps=6)
+        straight = trainer(tmp_path / 'straight', validate_every=3)
+        straight.train(num_train_steps=6)
+        assert_same(weights(again.mulan), weights(straight.mulan))
+        found, expected = (load_file(str(tmp_path / it / 'best/model.safetensors')) for it in ('parts', 'straight'))
+        assert_same(found, expected)
+
+
+def test_a_second_signal_acts_at_once(tmp_path):
+    run = trainer(tmp_path)
+    with pytest.raises(KeyboardInterrupt) as stopped:
+        run.train(num_train_steps=6, log_fn=signalling(run, 3, signal.SIGTERM, signal.SIGINT))
+    assert not str(stopped.value)
+    assert checkpoints.steps(run.checkpoint_folder) == []
+
+
+def test_a_signal_in_the_last_step_ends_the_program_behind_finished_work(tmp_path):
+    run = trainer(tmp_path)
+    with pytest.raises(KeyboardInterrupt, match='stopped by SIGINT at the end of training'):
+        run.train(num_train_steps=3, log_fn=signalling(run, 3, signal.SIGINT))
+    assert (tmp_path / 'last' / 'model.safetensors').is_file()
+    assert resumed(tmp_path).validated == 3
+
+
+def test_ignored_signals_stay_ignored(tmp_path):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    try:
+        run = trainer(tmp_path)
+        run.train(num_train_steps=3, log_fn=signalling(run, 2, signal.SIGHUP), **QUIET)
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_checkpoints_by_the_clock(tmp_path):
+    for name, minutes, expected in (('often', 1e-9, [1, 2, 3]), ('never', None, [3]), ('seldom', 10.0, [3])):
+        run = trainer(tmp_path / name, checkpoint_minutes=minutes)
+        run.train(num_train_steps=3, **QUIET)
+        assert [int(path.name[5:]) for path in checkpoints.steps(run.checkpoint_folder)] == expected
+
+
+CRASHES = """
+import hashlib, os, signal, sys
+sys.path.insert(0, {tests!r})
+import torch
+from test_trainer import trainer
+from musiclm_pytorch.trainer.journal import Journal
+
+torch.set_num_threads(1)
+Journal.draw = lambda self: None  # takes long, and has no part in it
+SETTINGS = dict(checkpoint_every=2, validate_every=2)
+
+def train(folder, stop_at=None, resume=False):
+    '''In a process of its own, which ends right before the file that is counted is renamed or opened.'''
+    if (child := os.fork()) == 0:
+        code = 1
+        try:
+            run = trainer(folder, resume=resume, **SETTINGS)
+            count = 0
+
+            def watch(event, arguments):
+                nonlocal count
+                # from the validation of the last step on
+                journal = event == 'open' and str(arguments[0]).endswith('metrics.jsonl')
+                if run.step == 4 and (event == 'os.rename' or journal):
+                    count += 1
+                    if count == stop_at:
+                        os._exit(9)
+
+            sys.addaudithook(watch)
+            run.train(num_train_steps=4)
+            code = 0
+        finally:
+            os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+def digest(folder):
+    return hashlib.sha256(open(folder + '/best/model.safetensors', 'rb').read()).hexdigest()
+
+root = sys.argv[1]
+assert train(root + '/straight') == 0
+point, wrong = 0, []
+while True:
+    point += 1
+    folder = f'{{root}}/{{point}}'
+    code = train(folder, point)
+    if code == 0:
+        break
+    assert code == 9, code
+    assert train(folder, resume=True) == 0
+    left = [name for _, folders, files in os.walk(folder) for name in folders + files if name.endswith(('tmp', 'old'))]
+    if digest(folder) != digest(root + '/straight') or left:
+        wrong.append((point, left))
+print(point - 1, 'points')
+assert not wrong, wrong
+"""
+
+
+@pytest.mark.slow
+def test_a_run_that_was_cut_off_anywhere_ends_with_the_same_best_model(tmp_path):
+    script = CRASHES.format(tests=str(TESTS))
+    environment = {**os.environ, 'OMP_NUM_THREADS': '1'}
+    done = subprocess.run(
+        [sys.executable, '-c', script, str(tmp_path)], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout.split()[0]) >= 7
+
+
+# ---- held-out items ----
+
+
+@pytest.mark.parametrize(
+    ('size', 'valid_frac', 'says'),
+    [
+        (24, 0.25, 'the best model is chosen on 6 held-out items; below 30, much of that is chance'),
+        (24, 0.05, 'no validation and no best model: 1 items are held out, and it takes at least 2'),
+        (24, 0.0, ''),
+        (90, 0.4, ''),
+    ],
+)
+def test_few_held_out_items_are_told(tmp_path, caplog, size, valid_frac, says):
+    settings = dict(batch_size=4, results_folder=tmp_path, accelerate_kwargs=dict(cpu=True), progress=False)
+    run = MuLaNTrainer(build(), Tones(size), valid_frac=valid_frac, **settings)
+    with caplog.at_level(logging.WARNING):
+        run.train(num_train_steps=1)
+    assert says in caplog.text
+    assert bool(says) == ('held' in caplog.text)
