@@ -456,18 +456,14 @@ def test_stop_ends_the_work_and_shows_what_is_done(page, monkeypatch):
     page.wait_for_selector('text=round 2 of 2')
     assert page.locator('.sample:visible').count() == 0  # those of the last prompt are gone
     assert page.locator('#generate').is_disabled()
-    if folder := os.environ.get('SHOTS'):
-        page.screenshot(path=f'{folder}/working.png')
     page.click('#stop')
     shown(page, 2)
     assert calls == [20, 22]
     note = page.inner_text('#note')
     assert 'Stopped, with 2 of 4 done' in note
-    assert 'the model does not know baroque, harpsichord; it knows piano, guitar' in note
+    assert 'The model does not know baroque, harpsichord; it knows piano, guitar' in note
     page.wait_for_selector('#generate:not([disabled])')
     assert not page.locator('#stop').is_visible()
-    if folder := os.environ.get('SHOTS'):
-        page.screenshot(path=f'{folder}/stopped.png')
 
 
 @pytest.mark.slow
