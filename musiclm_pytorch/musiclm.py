@@ -50,6 +50,9 @@ SHORTEST_CODED = 32
 # how to sample where a model does not say: the temperatures of MusicLM (section 5.1)
 SAMPLING = dict(temperature=(1.0, 0.95, 0.4), top_k=None, top_p=None, cond_scale=3.0)
 RANKING_WINDOW = 10.0  # seconds that MuLaN hears at once (MusicLM, section 3.2)
+# seconds of the part before that the first windows of a story's next part see: more carries the old prompt on,
+# without any the music breaks off
+CHANGE = 0.2
 
 
 class MusicLM(nn.Module):
@@ -308,13 +311,14 @@ class MusicLM(nn.Module):
     ) -> Tensor:
         """Codes of all levels, `(b, t, q)`. Each part goes on from what there is, under a conditioning of its own."""
         semantic, coarse, fine = self._encode_prime(prime, len(generators))
-        fine_known = fine.shape[1]
+        semantic_known, coarse_known, fine_known = semantic.shape[1], coarse.shape[1], fine.shape[1]
         unique_consecutive = self.audio_lm.semantic.unique_consecutive
         shared = dict(generator=generators, progress=progress)
 
         for end, indices in parts:
             length, window = math.ceil(end * self.semantic_rate), round(self.windows[0] * self.semantic_rate)
             if length > semantic.shape[1]:
+                changes = semantic.shape[1] > semantic_known  # an earlier part has made what this one goes on from
                 semantic = generate_semantic(
                     self.stages['semantic'],
                     max_length=length,
@@ -324,6 +328,7 @@ class MusicLM(nn.Module):
                     sampling=samplings[0],
                     window=window if length > window else None,
                     overlap=window // 2,
+                    prime_overlap=min(round(CHANGE * self.semantic_rate), window // 2) if changes else None,
                     **shared,
                 ).tokens
 
@@ -333,6 +338,7 @@ class MusicLM(nn.Module):
             has_windows = length > window and not unique_consecutive
             seen = semantic if unique_consecutive else semantic[:, : math.ceil(end * self.semantic_rate)]
             if length > coarse.shape[1]:
+                changes = coarse.shape[1] > coarse_known and not unique_consecutive
                 coarse = generate_coarse(
                     self.stages['coarse'],
                     seen,
@@ -344,6 +350,7 @@ class MusicLM(nn.Module):
                     unique_consecutive=unique_consecutive,
                     window=window if has_windows else None,
                     overlap=window // 2,
+                    prime_overlap=min(round(CHANGE * self.frame_rate), window // 2) if changes else None,
                     semantic_per_frame=self.semantic_rate / self.frame_rate,
                     **shared,
                 ).tokens

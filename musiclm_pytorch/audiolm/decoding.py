@@ -48,6 +48,7 @@ def generate_semantic(
     min_length: int = 1,
     window: int | None = None,
     overlap: int = 0,
+    prime_overlap: int | None = None,
     generator: Generators = None,
     progress: Progress = False,
 ) -> TokenSequences:
@@ -60,6 +61,8 @@ def generate_semantic(
     prime: (b, n) int64 tokens that the result begins with, padded with −1 behind shorter ones
     window, overlap: at most `window` tokens are seen at once, each window continues the last `overlap` of the one
         before; None sees everything
+    prime_overlap: how many tokens of the prime the first window sees, at most; None for all of them where they are
+        fewer than a window, else for `overlap`. What a new text shall not be held by is better left out
     generator: one, or one a sample, which makes samples independent of the batch they are in
     progress: True for a bar, or a function of steps done and steps in all
 
@@ -79,8 +82,8 @@ def generate_semantic(
     if known > max_length:
         raise ValueError(f'prime has {known} tokens, more than max_length = {max_length}')
 
-    if window is not None and int(lengths.min()) < known:
-        raise ValueError(f'with a window, all primes must have the same length, got {lengths.tolist()}')
+    if (window is not None or prime_overlap is not None) and int(lengths.min()) < known:
+        raise ValueError(f'with a window or prime_overlap, all primes must have the same length, got {lengths.tolist()}')
 
     # the primes end at the same place, so that all samples go on from it; the shift goes away in the end
     shift = (known - lengths).tolist()
@@ -88,7 +91,7 @@ def generate_semantic(
     tokens = _empty(batch, end).to(decoder.device)
     for row, (own, first) in enumerate(zip(prime, shift)):
         tokens[row, first:known] = own[: known - first]
-    windows = continued_windows(end, window, overlap, known)
+    windows = continued_windows(end, window, overlap, known, prime_overlap)
     noise, stops = Noise(generator, batch), [first + max_length for first in shift]
     active = list(range(batch))
     with counted_steps(progress, 'semantic', sum(w.stop - w.known for w in windows)) as advance:
@@ -135,6 +138,7 @@ def generate_coarse(
     unique_consecutive: bool = False,
     window: int | None = None,
     overlap: int = 0,
+    prime_overlap: int | None = None,
     semantic_per_frame: float | Fraction | None = None,
     generator: Generators = None,
     progress: Progress = False,
@@ -145,8 +149,9 @@ def generate_coarse(
     max_length: frames, the prime included; or one number a sample
     prime: (b, frames, q) int64 codes that the result begins with
     unique_consecutive: whether the stage was trained on semantic tokens without repetitions, which are then dropped
-    window, overlap: in frames, as in `generate_semantic`. A window sees the semantic tokens of its own time, hence
-        `semantic_per_frame`, the tokens' rate over the frames'; they must hold repetitions
+    window, overlap, prime_overlap: in frames, as in `generate_semantic`. With a window or a `prime_overlap`, what is
+        seen of the semantic tokens is those of the same time, hence `semantic_per_frame`, the tokens' rate over the
+        frames'; they must hold repetitions
     transformer, text_embeds, sampling, min_length, generator, progress: as in `generate_semantic`
 
     Returns codes (b, t, q) and lengths (b,) in frames.
@@ -166,9 +171,10 @@ def generate_coarse(
     known, end = prime.shape[1], max(limits)
     if known > min(limits):
         raise ValueError(f'prime has {known} frames, more than max_length = {min(limits)}')
-    windows = continued_windows(end, window, overlap, known)
-    if window is not None and (semantic_per_frame is None or semantic_per_frame <= 0):
-        raise ValueError(f'with a window, semantic_per_frame must be a number above 0, got {semantic_per_frame}')
+    windows = continued_windows(end, window, overlap, known, prime_overlap)
+    has_spans = window is not None or prime_overlap is not None
+    if has_spans and (semantic_per_frame is None or semantic_per_frame <= 0):
+        raise ValueError(f'with a window or prime_overlap, semantic_per_frame must be a number above 0, got {semantic_per_frame}')
 
     semantic_ids = semantic_ids.to(decoder.device)
     codes = _empty(batch, end, q).to(decoder.device)
@@ -181,7 +187,7 @@ def generate_coarse(
                 break
             embeds = decoder.check_condition(_at(text_embeds, number), batch, sampling.cond_scale)
             seen = semantic_ids[rows]
-            if window is not None:
+            if has_spans:
                 seen = seen[:, _semantic_span(start, stop, semantic_per_frame)]
             session = decoder.begin(
                 _without_repetitions(seen) if unique_consecutive else seen,
