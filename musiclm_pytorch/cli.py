@@ -107,7 +107,7 @@ def train_mulan(models) -> None:
         help='MuLaN, the joint embedding of music and text',
         description='Train MuLaN. Works as it is under `torchrun` and `accelerate launch` too.',
     )
-    data = 'a folder, a .csv or .jsonl manifest, a folder of tar shards, the CSV of MusicCaps, or "synthetic"'
+    data = 'a folder, a .csv or .jsonl manifest, a folder of tar shards, the CSV of MusicCaps, "synthetic" or "scores"'
     parser.add_argument('--data', metavar='SOURCE', required=True, help=f'pairs of audio and text: {data}')
     parser.add_argument(
         '--audio-folder',
@@ -143,6 +143,7 @@ def train_mulan(models) -> None:
 
 
 def run_train_mulan(options: argparse.Namespace) -> None:
+    from musiclm_pytorch.data.opening import GENERATED
     from musiclm_pytorch.mulan.model import MuLaN
     from musiclm_pytorch.trainer.batches import seed_everything
     from musiclm_pytorch.trainer.recipes import FILE, MuLaNRecipe
@@ -165,7 +166,7 @@ def run_train_mulan(options: argparse.Namespace) -> None:
         recipe = recipe.with_model_of(mulan)
     dataset = recipe.open_data(options.data, mulan, audio_folder=options.audio_folder)
     valid_dataset = None
-    if options.valid_data is not None or options.data == 'synthetic':
+    if options.valid_data is not None or options.data in GENERATED:
         valid_dataset = recipe.open_data(
             options.valid_data or options.data, mulan, audio_folder=options.valid_audio_folder, training=False
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import time
 from pathlib import Path
 
 
@@ -295,6 +296,7 @@ def run_train_all(options: argparse.Namespace) -> None:
     recipe = None if options.config is None else MusicLMRecipe.load(options.config)
     if options.seed is not None:
         recipe = (recipe or MusicLMRecipe()).with_seed(options.seed)
+    start = time.perf_counter()
     train_musiclm(
         options.data,
         options.output,
@@ -302,6 +304,8 @@ def run_train_all(options: argparse.Namespace) -> None:
         audio_folder=options.audio_folder,
         resume=options.resume,
         on_part=lambda name, seconds: print(f'{name}: {seconds:.0f} s', flush=True),
+        on_begin=lambda name, number, parts: print(f'part {number} of {parts}, {name}', flush=True),
     )
+    print(f'all of it: {time.perf_counter() - start:.0f} s')
     folder = Path(options.output) / 'musiclm'
     print(f'the model is in {folder}; hear it with: musiclm generate "a slow piano melody" --model {folder} -o out')

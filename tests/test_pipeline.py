@@ -41,13 +41,17 @@ def config(tmp_path):
     return path
 
 
-def test_from_pairs_to_music(tmp_path, music, config, capsys):
+def test_from_pairs_to_music(tmp_path, music, config, capsys, caplog):
     out = tmp_path / 'out'
     command = ['train', 'all', '--data', str(music), '--output', str(out)]
     assert main([*command, '--config', str(config), '--seed', '3']) == 0
     printed = capsys.readouterr().out.splitlines()
-    assert [line.split(':')[0] for line in printed[: len(PARTS)]] == PARTS
+    lines = [line for n, part in enumerate(PARTS, 1) for line in (f'part {n} of {len(PARTS)}, {part}', part)]
+    assert [line.split(':')[0] for line in printed[: len(lines)]] == lines
     assert f'the model is in {out / "musiclm"}' in printed[-1]
+
+    # every part opens the data, and what is left out of them is told once
+    assert sum('mute.wav' in line for line in caplog.messages) == 1
 
     musiclm = MusicLM.from_pretrained(out / 'musiclm')
     assert musiclm.windows == (0.5, 0.2, 0.2)

@@ -1,6 +1,5 @@
 """What a resumed run takes over, what it is told anew, what it refuses; and that nothing good is lost on the way."""
 
-import json
 import logging
 import os
 import resource
@@ -16,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 from test_trainer import Tones, assert_same, build, scrambled, trainer, weights
 
+from musiclm_pytorch.atomic import write_checked_json
 from musiclm_pytorch.trainer import MuLaNTrainer, best, checkpoints
 from musiclm_pytorch.trainer.folders import clear_leftovers
 from musiclm_pytorch.trainer.journal import Journal
@@ -160,8 +160,7 @@ def test_a_better_model_outlives_a_run_without_its_checkpoint(tmp_path, caplog):
     def begin_again(**record):
         shutil.rmtree(tmp_path / 'checkpoints')
         if record:
-            found = json.loads((folder / best.FILE).read_text())
-            (folder / best.FILE).write_text(json.dumps(found | record))
+            write_checked_json(folder / best.FILE, best.read(folder) | record)
         before = (folder / 'model.safetensors').read_bytes()
         caplog.clear()
         run = trainer(tmp_path, scrambled(build()), resume=True)

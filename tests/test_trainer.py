@@ -301,7 +301,7 @@ def test_checkpoints_are_pruned_and_written_whole(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, 'No space left on device')
 
-    monkeypatch.setattr(checkpoints, 'save_file', full)
+    monkeypatch.setattr(checkpoints, 'write_tensors', full)
     with pytest.raises(OSError, match='step-000000005 could not be written .*No space left.* earlier ones are intact'):
         run.train(num_train_steps=5, with_validation=False)
     assert sorted(path.name for path in run.checkpoint_folder.iterdir()) == ['step-000000003', 'step-000000004']

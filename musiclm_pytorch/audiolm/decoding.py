@@ -83,7 +83,9 @@ def generate_semantic(
         raise ValueError(f'prime has {known} tokens, more than max_length = {max_length}')
 
     if (window is not None or prime_overlap is not None) and int(lengths.min()) < known:
-        raise ValueError(f'with a window or prime_overlap, all primes must have the same length, got {lengths.tolist()}')
+        raise ValueError(
+            f'with a window or prime_overlap, all primes must have the same length, got {lengths.tolist()}'
+        )
 
     # the primes end at the same place, so that all samples go on from it; the shift goes away in the end
     shift = (known - lengths).tolist()
@@ -174,7 +176,9 @@ def generate_coarse(
     windows = continued_windows(end, window, overlap, known, prime_overlap)
     has_spans = window is not None or prime_overlap is not None
     if has_spans and (semantic_per_frame is None or semantic_per_frame <= 0):
-        raise ValueError(f'with a window or prime_overlap, semantic_per_frame must be a number above 0, got {semantic_per_frame}')
+        raise ValueError(
+            f'with a window or prime_overlap, semantic_per_frame must be a number above 0, got {semantic_per_frame}'
+        )
 
     semantic_ids = semantic_ids.to(decoder.device)
     codes = _empty(batch, end, q).to(decoder.device)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 from torch.utils.data import Dataset
+from tqdm.auto import tqdm
 
 from musiclm_pytorch.audiolm.bridge import AudioLM
 from musiclm_pytorch.audiolm.saving import load_module
@@ -32,7 +35,8 @@ def fit_quantizer(
         built, fitted = split_keywords(keywords, MuLaNEmbedQuantizer)
         seed_everything(fitted.get('seed', 0))
         quantizer = MuLaNEmbedQuantizer(mulan, conditioning_dims=conditioning_dims, **built)
-        return quantizer, quantizer.fit(clips, **fitted)
+        with counted(clips, 'quantizer', fitted.get('max_items')) as clips:
+            return quantizer, quantizer.fit(clips, **fitted)
 
 
 def fit_tokenizer(recipe: FittedRecipe, mulan: MuLaN, clips: Dataset) -> tuple[MuLaNSemanticTokenizer, float]:
@@ -40,7 +44,8 @@ def fit_tokenizer(recipe: FittedRecipe, mulan: MuLaN, clips: Dataset) -> tuple[M
     with recipe.section('tokenizer') as keywords:
         built, fitted = split_keywords(keywords, MuLaNSemanticTokenizer)
         tokenizer = MuLaNSemanticTokenizer(mulan, **built)
-        return tokenizer, tokenizer.fit(clips, **fitted)
+        with counted(clips, 'tokenizer', fitted.get('max_items')) as clips:
+            return tokenizer, tokenizer.fit(clips, **fitted)
 
 
 def build_spectral_codec(recipe: FittedRecipe) -> SpectralCodec:
@@ -52,7 +57,37 @@ def build_spectral_codec(recipe: FittedRecipe) -> SpectralCodec:
 def fit_spectral_codec(recipe: FittedRecipe, codec: SpectralCodec, clips: Dataset) -> list[float]:
     """Fit a codec by that section; gives what `SpectralCodec.fit` tells."""
     with recipe.section('spectral_codec') as keywords:
-        return codec.fit(clips, **split_keywords(keywords, SpectralCodec)[1])
+        fitted = split_keywords(keywords, SpectralCodec)[1]
+        with counted(clips, 'codec', fitted.get('max_items')) as clips:
+            return codec.fit(clips, **fitted)
+
+
+class CountedClips(Dataset):
+    """Clips by index that move a bar when they are read."""
+
+    def __init__(self, clips: Dataset, bar: tqdm):
+        self.clips, self.bar = clips, bar
+
+    def __len__(self) -> int:
+        return len(self.clips)
+
+    def __getitem__(self, index: int) -> Any:
+        item = self.clips[index]
+        self.bar.update()
+        return item
+
+    def __getattr__(self, name: str) -> Any:
+        if name == 'clips':  # not there yet
+            raise AttributeError(name)
+        return getattr(self.clips, name)
+
+
+@contextmanager
+def counted(clips: Dataset, name: str, max_items: int | None) -> Iterator[CountedClips]:
+    """Clips with a bar of those that were read, in a terminal."""
+    total = min(len(clips), max_items or len(clips))
+    with tqdm(total=total, desc=name, unit='clip', disable=None) as bar:
+        yield CountedClips(clips, bar)
 
 
 def split_keywords(keywords: dict[str, Any], kind: type) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from musiclm_pytorch.atomic import write_json
+from musiclm_pytorch.atomic import read_checked_json, write_checked_json
 from musiclm_pytorch.trainer.folders import holds_something, move_aside
 
 logger = logging.getLogger(__name__)
@@ -21,11 +20,11 @@ FEW = 30  # held-out items, below which chance has a large part in which model i
 def read(folder: Path) -> dict[str, Any] | None:
     """What was found of the weights in `folder`, `step`, `score` and `held_out` among it; None if it is not known."""
     try:
-        found = json.loads((folder / FILE).read_text(encoding='utf-8'))
+        found = read_checked_json(folder / FILE)
         return found if math.isfinite(found['score']) and {'step', 'held_out'} <= found.keys() else None
     except FileNotFoundError:
         return None
-    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         logger.warning('%s is damaged (%r): what the model beside it has reached is not known', folder / FILE, error)
         return None
 
@@ -45,7 +44,7 @@ def write(folder: Path, save_model: Callable[[Path], None], *, replace: bool, fo
     (folder / FILE).unlink(missing_ok=True)
     save_model(folder)
     numbers = {name: value for name, value in found.items() if isinstance(value, (int, float))}
-    write_json(folder / FILE, numbers)
+    write_checked_json(folder / FILE, numbers)
 
 
 def known_score(folder: Path, score: float | None, held_out: int | None) -> float | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import re
@@ -11,10 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
-from musiclm_pytorch.atomic import sync, write_json, write_tensors
+from musiclm_pytorch.atomic import read_checked_json, read_tensors, sync, write_checked_json, write_tensors
 from musiclm_pytorch.trainer.folders import free_name
 
 logger = logging.getLogger(__name__)
@@ -38,7 +36,7 @@ def write(folder: Path, step: int, state: dict[str, Any]) -> Path:
         tensors: dict[str, Tensor] = {}
         tree = _flatten(state, '', tensors)
         write_tensors(aside / TENSORS_FILE, tensors)
-        write_json(aside / STATE_FILE, tree)
+        write_checked_json(aside / STATE_FILE, tree, indent=None)
         sync(aside)
         if target.exists():
             # only a run that was resumed from before this step gets here: the new state replaces the old one
@@ -64,8 +62,7 @@ def read(path: Path) -> dict[str, Any]:
     if not path.is_dir():
         raise FileNotFoundError(f'no checkpoint at {path}')
     try:
-        tensors = load_file(str(path / TENSORS_FILE))
-        return _unflatten(json.loads((path / STATE_FILE).read_text(encoding='utf-8')), tensors)
+        return _unflatten(read_checked_json(path / STATE_FILE), read_tensors(path / TENSORS_FILE))
     except Exception as error:  # of safetensors, json and the file system, by what is damaged
         raise ValueError(f'checkpoint {path} is damaged: {error!r}') from error
 

@@ -6,9 +6,9 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from torch.utils.data import Dataset
 
@@ -17,7 +17,7 @@ from musiclm_pytorch.audiolm.saving import save_module
 from musiclm_pytorch.audiolm.semantic import SemanticTokenizer
 from musiclm_pytorch.audiolm.tokens import compute_tokens
 from musiclm_pytorch.checks import typechecked
-from musiclm_pytorch.data.opening import SYNTHETIC, open_whole_clips
+from musiclm_pytorch.data.opening import GENERATED, open_whole_clips
 from musiclm_pytorch.mulan.model import MuLaN
 from musiclm_pytorch.musiclm import MusicLM
 from musiclm_pytorch.quantizer import MuLaNEmbedQuantizer
@@ -50,6 +50,7 @@ def train_musiclm(
     audio_folder: str | Path | None = None,
     resume: bool = False,
     on_part: Callable[[str, float], None] | None = None,
+    on_begin: Callable[[str, int, int], None] | None = None,
 ) -> MusicLM:
     """Train a MusicLM from nothing: MuLaN, quantizer, semantic tokenizer, codec, tokens, and the three stages.
 
@@ -64,6 +65,7 @@ def train_musiclm(
         audio_folder: where the audio of a manifest lies, if not beside it; MusicCaps needs it.
         resume: go on from what is in `output`; otherwise that is moved aside.
         on_part: called with each part's name and the seconds that it took.
+        on_begin: called before each part with its name, its number from 1 on, and how many there are.
 
     Returns:
         the model, in eval mode.
@@ -87,16 +89,39 @@ def train_musiclm(
             hint = '' if known is None else f'; an earlier run is in {known}'
             logger.warning('nothing to resume in %s: every part is trained from its beginning%s', output, hint)
     parts = _Parts(source['data'], output, recipe, source['audio_folder'])
-    # what is wrong with the data or the recipe shows here, while everything is where it was
-    parts.open_mulan(resume)
-    with new_results(output, resume=resume, clear=False):
-        recipe.save(output)
-        write_json(output / SOURCE_FILE, source)
-    for train_part in (parts.mulan, parts.quantizer, parts.tokenizer, parts.codec, parts.tokens):
-        _timed(train_part.__name__, train_part, on_part)
-    for stage in STAGES:
-        _timed(stage, lambda: parts.stage(stage), on_part)  # noqa: B023 - called at once
-    return _timed('musiclm', parts.musiclm, on_part)
+    names = ('mulan', 'quantizer', 'tokenizer', 'codec', 'tokens', *STAGES, 'musiclm')
+    with said_once('musiclm_pytorch.data.datasets', 'musiclm_pytorch.data.reading'):  # of files that are left out
+        # what is wrong with the data or the recipe shows here, while everything is where it was
+        parts.open_mulan(resume)
+        with new_results(output, resume=resume, clear=False):
+            recipe.save(output)
+            write_json(output / SOURCE_FILE, source)
+        for number, name in enumerate(names, 1):
+            if on_begin is not None:
+                on_begin(name, number, len(names))
+            start = time.perf_counter()
+            made = parts.stage(name) if name in STAGES else getattr(parts, name)()
+            if on_part is not None:
+                on_part(name, time.perf_counter() - start)
+    return made
+
+
+@contextmanager
+def said_once(*loggers: str) -> Iterator[None]:
+    """Let loggers say each thing once: every part opens the same data."""
+    said = set()
+
+    def is_new(record: logging.LogRecord) -> bool:
+        message = record.getMessage()
+        return not (message in said or said.add(message))
+
+    for name in loggers:
+        logging.getLogger(name).addFilter(is_new)
+    try:
+        yield
+    finally:
+        for name in loggers:
+            logging.getLogger(name).removeFilter(is_new)
 
 
 def agreed_recipe(recipe: MusicLMRecipe | None, output: Path, resume: bool) -> MusicLMRecipe:
@@ -140,7 +165,7 @@ class _Parts:
         seed_everything(recipe.seed)
         mulan = recipe.build_model()
         held_out = None
-        if self.data == SYNTHETIC:
+        if self.data in GENERATED:
             held_out = recipe.open_data(self.data, mulan, training=False)
         dataset = recipe.open_data(self.data, mulan, audio_folder=self.audio_folder)
         self.mulan_trainer = recipe.build_trainer(
@@ -225,11 +250,3 @@ class _Parts:
 
     def load_tokenizer(self) -> SemanticTokenizer:
         return SemanticTokenizer.from_pretrained(self.output / 'tokenizer')
-
-
-def _timed(name: str, function: Callable[[], Any], on_part: Callable[[str, float], None] | None) -> Any:
-    start = time.perf_counter()
-    result = function()
-    if on_part is not None:
-        on_part(name, time.perf_counter() - start)
-    return result

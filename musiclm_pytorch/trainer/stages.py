@@ -10,11 +10,10 @@ from typing import Any, ClassVar
 import torch
 from accelerate.utils import send_to_device
 from einops import rearrange
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from musiclm_pytorch.atomic import write_tensors
+from musiclm_pytorch.atomic import read_tensors, write_tensors
 from musiclm_pytorch.audiolm.bridge import (
     CONFIG,
     CoarseTransformer,
@@ -362,7 +361,7 @@ def load_stage(folder: str | Path, transformer: nn.Module, quantizer: MuLaNEmbed
     if not (folder / CONDITIONING_FILE).is_file():
         raise FileNotFoundError(f'no {CONDITIONING_FILE} in {folder}: this stage was trained without conditioning')
     namespace = config['stage']['namespace']
-    embeddings = load_file(str(folder / CONDITIONING_FILE))[namespace]
+    embeddings = read_tensors(folder / CONDITIONING_FILE)[namespace]
     own = embeddings_of(quantizer, namespace)
     if own.shape != embeddings.shape:
         raise ValueError(
