@@ -107,6 +107,7 @@ setup(
     install_requires=[
         'accelerate>=1.0',
         'audiolm-pytorch>=2.4.0,<3',
+        'av>=16',
         'beartype>=0.18',
         'cloudpickle>=3',
         'einops>=0.8',

@@ -6,10 +6,11 @@ import argparse
 import csv
 import io
 import json
+import logging
 import re
 from pathlib import Path
 
-SUFFIXES = ('.wav', '.flac', '.ogg', '.mp3')
+logger = logging.getLogger(__name__)
 
 
 def evaluate(subcommands) -> None:
@@ -18,7 +19,8 @@ def evaluate(subcommands) -> None:
         'evaluate',
         help='measure generated music',
         description='Measure quality, fit to the text and structure of generated music: report.json, figures.csv, '
-        'clips.csv, and report.html with plots and players, which needs no other file.',
+        'clips.csv, and report.html with plots and players, which needs no other file. Files that cannot be read are '
+        'told and left out.',
     )
     parser.add_argument('--generated', metavar='FOLDER', required=True, help='sound files, taken by their names')
     parser.add_argument(
@@ -73,6 +75,9 @@ def run_evaluate(options: argparse.Namespace) -> None:
     reference = None if options.reference is None else sound_files(options.reference)
     if options.paired:
         reference = paired_with(generated, reference or [])
+    before = len(generated) + len(reference or [])
+    generated, reference, texts = readable(generated, reference, texts, options.paired)
+    skipped = before - len(generated) - len(reference or [])
     if options.players < 0:
         raise ValueError(f'--players must be 0 or more, got {options.players}')
 
@@ -96,7 +101,7 @@ def run_evaluate(options: argparse.Namespace) -> None:
     groups = [group for group in GROUPS if texts is not None or group != 'text_audio_alignment']
     results = evaluator.evaluate(generated, reference, texts=texts, paired=options.paired, groups=groups)
     page = write_report(results, options.output, generated, players=options.players, overwrite=options.overwrite)
-    print(f'{len(generated)} clips; the page is {page}')
+    print(f'{len(generated)} clips; {skipped} files skipped; the page is {page}')
 
 
 def run_compare(options: argparse.Namespace) -> None:
@@ -114,12 +119,51 @@ def run_compare(options: argparse.Namespace) -> None:
 
 def sound_files(folder: str) -> list[Path]:
     """The sound files of a folder by name, numbers in it by their size. Raises FileNotFoundError if there are none."""
+    from musiclm_pytorch.data.sources import AUDIO_SUFFIXES, is_shown, split_name
+
     if not Path(folder).is_dir():
         raise FileNotFoundError(f'no folder at {folder}')
-    files = [path for path in Path(folder).iterdir() if path.suffix.lower() in SUFFIXES]
+    files = [
+        path for path in Path(folder).iterdir() if is_shown(path.name) and split_name(path.name)[1] in AUDIO_SUFFIXES
+    ]
     if not files:
-        raise FileNotFoundError(f'no sound files in {folder}; known are {", ".join(SUFFIXES)}')
+        raise FileNotFoundError(f'no sound files in {folder}; known are {", ".join(sorted(AUDIO_SUFFIXES))}')
     return sorted(files, key=lambda path: [int(it) if it.isdigit() else it for it in re.split(r'(\d+)', path.name)])
+
+
+def readable(
+    generated: list[Path], reference: list[Path] | None, texts: list[str] | None, paired: bool
+) -> tuple[list[Path], list[Path] | None, list[str] | None]:
+    """The files that decode, with their texts; of pairs those of which both do. The others are named in the log.
+
+    Raises ValueError if there are none.
+    """
+    faults = {path: reason for path in [*generated, *(reference or [])] if (reason := fault_of(path))}
+    for path, reason in faults.items():
+        logger.warning('skipped %s: %s', path, reason)
+    pairs = zip(generated, reference) if paired else [(path,) for path in generated]
+    keep = [not any(path in faults for path in pair) for pair in pairs]
+    found = [path for path, kept in zip(generated, keep) if kept]
+    if paired:
+        others = [path for path, kept in zip(reference, keep) if kept]
+    else:
+        others = None if reference is None else [path for path in reference if path not in faults]
+    for files, left in ((generated, found), (reference, others)):
+        if files and not left:
+            path = next((it for it in files if it in faults), next(iter(faults)))
+            raise ValueError(f'none of the {len(files)} sound files in {files[0].parent} can be used; {faults[path]}')
+    return found, others, None if texts is None else [text for text, kept in zip(texts, keep) if kept]
+
+
+def fault_of(path: Path) -> str | None:
+    """Why a sound file cannot be measured."""
+    from musiclm_pytorch.evaluation.inputs import read_clip
+
+    try:
+        read_clip(path, 0)
+    except (OSError, ValueError) as error:
+        return str(error)
+    return None
 
 
 def paired_with(generated: list[Path], reference: list[Path]) -> list[Path]:

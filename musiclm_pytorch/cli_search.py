@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 from pathlib import Path
 
-SUFFIXES = ('.wav', '.flac', '.ogg', '.mp3')
+logger = logging.getLogger(__name__)
 
 
 def index(subcommands) -> None:
@@ -126,9 +127,14 @@ def run_search(options: argparse.Namespace) -> None:
 
 def sound_files(folder: Path) -> list[Path]:
     """The sound files under a folder, by their paths. Raises FileNotFoundError if there are none."""
+    from musiclm_pytorch.data.sources import AUDIO_SUFFIXES, audio_files
+
     if not folder.is_dir():
         raise FileNotFoundError(f'no folder at {folder}')
-    files = sorted(path for path in folder.rglob('*') if path.suffix.lower() in SUFFIXES and path.is_file())
+    skipped: dict[str, str] = {}
+    files = sorted(path for path in audio_files(folder, skipped) if path.is_file())
+    for path, reason in skipped.items():
+        logger.warning('skipped %s: %s', path, reason)
     if not files:
-        raise FileNotFoundError(f'no sound files under {folder}; known are {", ".join(SUFFIXES)}')
+        raise FileNotFoundError(f'no sound files under {folder}; known are {", ".join(sorted(AUDIO_SUFFIXES))}')
     return files

@@ -1,7 +1,6 @@
 """Data sets of files: what is read and how much of it, what is drawn, and what becomes of files that are no use."""
 
 import csv
-import io
 import json
 import logging
 import pickle
@@ -61,20 +60,7 @@ def test_piece_is_that_of_the_whole_file(tmp_path, suffix, rate):
             file.read_at(0, total + 1, rate)
 
 
-@pytest.mark.parametrize('in_memory', [False, True])
-def test_seeking_in_ogg_is_exact(tmp_path, in_memory):
-    # libsndfile by itself gets many of these wrong: it seeks falsely within the last page and after having read
-    time = np.arange(658119) / 22050
-    path = write(tmp_path / 'a.ogg', 0.3 * np.sin(2 * np.pi * 220 * time) * (np.sin(3 * time) > 0), 22050)
-    whole = torch.from_numpy(soundfile.read(path, dtype='float32')[0])
-    starts = torch.randint(len(whole) - 2000, (20,)).tolist() + list(range(len(whole) - 60000, len(whole), 1900))
-    with AudioFile(io.BytesIO(path.read_bytes()) if in_memory else path) as file:
-        for start in starts:
-            stop = min(len(whole), start + 2000)
-            torch.testing.assert_close(file.read(start, stop), whole[start:stop], atol=1e-5, rtol=0)
-
-
-@pytest.mark.parametrize('suffix', FORMATS)
+@pytest.mark.parametrize('suffix', ['wav', 'flac'])  # others in test_audio_files.py
 def test_crop_of_a_long_file_reads_the_crop_only(tmp_path, suffix, monkeypatch):
     write(tmp_path / f'a.{suffix}', noise(120, 16000), 16000)
     read, original = [], soundfile.SoundFile.read
@@ -82,8 +68,7 @@ def test_crop_of_a_long_file_reads_the_crop_only(tmp_path, suffix, monkeypatch):
     dataset = opened(tmp_path, max_seconds=5.0)
     assert read == []  # opening looks at headers
     assert dataset[0]['wave'].shape == (5 * RATE,)
-    run_up = 2**15 if suffix == 'ogg' else 0
-    assert 5 * 16000 <= sum(read) <= 5.1 * 16000 + run_up
+    assert 5 * 16000 <= sum(read) <= 5.1 * 16000
 
 
 @pytest.mark.parametrize('rate', [8000, 11025, 44100])

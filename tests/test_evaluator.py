@@ -396,6 +396,21 @@ def test_evaluate_and_compare(folders, pairs, capsys):
     assert (folders / 'both' / 'comparison.html').is_file()
 
 
+def test_files_that_cannot_be_read_are_left_out_and_named(folders, pairs, capsys, caplog):
+    (folders / 'reference' / '1.wav').write_bytes(b'no sound')
+    texts = ['--texts', str(folders / 'generated' / 'prompts.json'), '--reference', str(folders / 'reference')]
+    command = ['evaluate', '--generated', str(folders / 'generated'), *texts, '--paired', '-o', str(folders / 'out')]
+    assert main(command) == 0
+    assert '2 clips; 2 files skipped' in capsys.readouterr().out
+    assert f'skipped {folders / "reference" / "1.wav"}: ' in caplog.text
+    found = json.loads((folders / 'out' / 'report.json').read_text())
+    assert [row['text'] for row in found['clips']] == [pairs[1][0], pairs[1][2]]
+    for index in range(3):
+        (folders / 'generated' / f'{index}.wav').write_bytes(b'')
+    assert main([*command[:-1], str(folders / 'none')]) == 2
+    assert re.search('none of the 3 sound files in .*0.wav cannot be read as audio', capsys.readouterr().err)
+
+
 @pytest.mark.parametrize(
     ('texts', 'message'),
     [

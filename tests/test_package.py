@@ -138,7 +138,8 @@ def wrong_imports(folder: Path) -> Iterator[str]:
                 continue
             other = rank(name)
             other = rank('__init__') if other is None else other  # a name of the package itself
-            if own == 0 and not f'{name}.'.startswith(f'{module}.'):
+            leaf = next((it for it in LEAVES if f'{module}.'.startswith(f'{it}.')), module)
+            if own == 0 and not f'{name}.'.startswith(f'{leaf}.'):
                 yield f'{path}:{line} imports {name}: a leaf imports nothing from the package'
             elif other > own:
                 yield f'{path}:{line} imports {name} from a room below its own'

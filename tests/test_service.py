@@ -147,7 +147,7 @@ def test_files_get_the_models_own_latents(service, mulan, tmp_path):
     contents = [
         sound(0.5),
         sound(25.3, 1600, 'FLAC', channels=2),  # more than two windows
-        sound(3.0, 22050, 'OGG', seed=1),
+        sound(3.0, 15991, 'OGG', seed=1),  # a rate without a common divisor
         sound(2.0, 44100, 'MP3', channels=2, seed=2),
     ]
     wanted = []
@@ -548,7 +548,6 @@ def not_a_number():
         (sound(0.02), 'samples'),  # shorter than the model's first window
         (sound(kind='FLAC', rate=8000, seconds=20.0)[:-20000], 'damaged|ends at sample'),
         (sound(channels=9), 'has 9 channels, but at most 8'),
-        (sound(rate=15991), 'rate of 15991 Hz'),
         (not_a_number(), 'NaN or inf'),
     ],
 )

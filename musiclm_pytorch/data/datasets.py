@@ -27,7 +27,7 @@ class AudioTextDataset(ClipReader, Dataset):
     """Clips with captions, as items `dict(wave=(samples,) float32 in [-1, 1], caption=str)` at `sample_rate`, mono.
 
     Built by `from_folder`, `from_manifest`, `from_musiccaps`, or `from_path`, which tells them apart. Of a long file
-    only the crop is read. WAV, FLAC, OGG, MP3 and whatever else libsndfile reads, of any rate and channel count.
+    only the crop is read. WAV, FLAC, OGG, MP3, M4A and whatever else `AudioFile` reads, of any rate and channel count.
 
     What cannot be used is left out, named in the log (at level WARNING) and kept with its reason in `skipped`. A
     missing caption, and whatever a file's header tells (missing, empty, not audio, too short), is found here; damage

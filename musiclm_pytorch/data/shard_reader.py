@@ -73,7 +73,10 @@ class Shard:
             names = ' and '.join(members[text].name for text in texts)
             raise ValueError(f'no caption: {names} is empty, or has none under caption, text or captions')
         member = members[suffix]
-        return AudioFile(self._tar.extractfile(member), f'{self.path}: {member.name}'), tuple(dict.fromkeys(captions))
+        status = os.fstat(self._file.fileno())
+        content = (os.path.abspath(self.path), status.st_size, status.st_mtime_ns, member.offset_data)
+        audio = AudioFile(self._tar.extractfile(member), f'{self.path}: {member.name}', content)
+        return audio, tuple(dict.fromkeys(captions))
 
 
 def parts(members: Iterable[str]) -> tuple[list[str], list[str]]:

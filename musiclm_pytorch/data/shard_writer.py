@@ -25,10 +25,10 @@ from musiclm_pytorch.data.reading import finite, logger
 from musiclm_pytorch.data.shards import INDEX, key_of, read_index, webdataset
 
 BLOCK = 2**20  # samples decoded at a time to see whether a file is sound
-# how many bits of a file count; of lossy formats, as many as they are usually decoded to
-INT16 = {'PCM_S8', 'PCM_U8', 'PCM_16', 'ULAW', 'ALAW', 'IMA_ADPCM', 'MS_ADPCM'}
+# how many bits of a file count; lossy formats are decoded to 16 as usual
+INT16 = {'PCM_S8', 'PCM_U8', 'PCM_16', 'ULAW', 'ALAW'}
 INT32 = {'PCM_24', 'PCM_32'}
-LOSSY = {'VORBIS', 'OPUS', 'MPEG_LAYER_I', 'MPEG_LAYER_II', 'MPEG_LAYER_III'}
+FLOATS = {'FLOAT', 'DOUBLE'}
 
 
 @typechecked
@@ -201,7 +201,7 @@ def stored(clip: Clip) -> tuple[str, bytes]:
                 finite(file.read_channels(*piece), file.name)
             return clip.path.suffix.lower().removeprefix('.'), clip.path.read_bytes()
         samples = finite(file.read_channels(start, stop, dtype), file.name)
-        return encoded(samples, file.sample_rate, 'PCM_16' if file.subtype in INT16 | LOSSY else 'PCM_24')
+        return encoded(samples, file.sample_rate, 'PCM_24' if file.subtype in INT32 | FLOATS else 'PCM_16')
 
 
 def blocks(start: int, stop: int) -> Iterator[tuple[int, int]]:

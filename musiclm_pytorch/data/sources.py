@@ -15,9 +15,11 @@ from musiclm_pytorch.data.clips import ClipTable, Listing, Recordings
 from musiclm_pytorch.data.manifests import Columns, add_rows, list_manifest
 from musiclm_pytorch.data.tables import names_in, rows
 
-# what libsndfile reads, and what people have beside it: the latter is listed, so that it can be skipped by name
-AUDIO_SUFFIXES = {'.wav', '.flac', '.ogg', '.oga', '.opus', '.mp3', '.aif', '.aiff', '.aifc', '.au', '.caf', '.w64'}
-FOREIGN_SUFFIXES = {'.m4a', '.aac', '.mp4', '.wma', '.webm', '.ape', '.wv'}
+# what `AudioFile` reads; files that end otherwise are left out without a word
+AUDIO_SUFFIXES = {
+    *('.wav', '.flac', '.ogg', '.oga', '.opus', '.mp3', '.mp2', '.aif', '.aiff', '.aifc', '.au', '.caf', '.w64'),
+    *('.m4a', '.m4b', '.aac', '.mp4', '.wma', '.webm', '.mka', '.ape', '.wv', '.tta'),
+}
 
 METADATA = {'metadata.csv', 'metadata.jsonl'}  # of Hugging Face's audio folders
 
@@ -82,7 +84,7 @@ def list_folder(folder: str | Path) -> Listing:
         texts = {split_name(name): name for name in names}
         for name in names:
             stem, suffix = split_name(name)
-            if suffix not in AUDIO_SUFFIXES | FOREIGN_SUFFIXES:
+            if suffix not in AUDIO_SUFFIXES:
                 continue
             path = os.path.join(root, name)
             found = [Path(root, texts[stem, it]) for it in ('.json', '.txt') if (stem, it) in texts]
@@ -179,6 +181,12 @@ def folders(folder: Path, skipped: dict[str, str]) -> Iterator[tuple[str, list[s
         yield root, sorted(filter(is_shown, names))
 
 
+def audio_files(folder: Path, skipped: dict[str, str]) -> Iterator[Path]:
+    """Sound files under `folder`, in an order that is the same everywhere; `skipped` as in `folders`."""
+    for root, names in folders(folder, skipped):
+        yield from (Path(root, name) for name in names if split_name(name)[1] in AUDIO_SUFFIXES)
+
+
 def is_shown(name: str) -> bool:
     """False for hidden files, as macOS leaves them beside others, and for those it packs into archives."""
     return not name.startswith('.') and name != '__MACOSX'
@@ -193,15 +201,14 @@ def split_name(name: str) -> tuple[str, str]:
 def musiccaps_files(folder: Path, skipped: dict[str, str]) -> dict[tuple[str, float | None], Path]:
     """Files by their ytid and, if their name says so, by the second that they start at."""
     files = {}
-    for root, names in folders(folder, skipped):
-        for path in (Path(root, name) for name in names if split_name(name)[1] in AUDIO_SUFFIXES | FOREIGN_SUFFIXES):
-            for stem in (path.stem, path.stem.removeprefix('Y')):
-                named = YTID_AND_SECONDS.fullmatch(stem) or TITLE_AND_YTID.fullmatch(stem)
-                if named:
-                    start = named.groupdict().get('start')
-                    files.setdefault((named['ytid'], None if start is None else float(start)), path)
-                    if start is not None and float(start) >= 1000:
-                        files.setdefault((named['ytid'], float(start) / 1000), path)
+    for path in audio_files(folder, skipped):
+        for stem in (path.stem, path.stem.removeprefix('Y')):
+            named = YTID_AND_SECONDS.fullmatch(stem) or TITLE_AND_YTID.fullmatch(stem)
+            if named:
+                start = named.groupdict().get('start')
+                files.setdefault((named['ytid'], None if start is None else float(start)), path)
+                if start is not None and float(start) >= 1000:
+                    files.setdefault((named['ytid'], float(start) / 1000), path)
     return files
 
 

@@ -221,7 +221,7 @@ async def embed_form(request: Request, needs_both: bool = False) -> tuple[Tensor
     if needs_both and not (texts and uploads):
         raise invalid(f"the form must hold files 'audio' and 'texts', got {len(uploads)} and {len(texts)}")
     check_texts(texts, state.config)
-    files = await run_in_threadpool(open_audio, uploads, state.config, state.worker.sample_rate)
+    files = await run_in_threadpool(open_audio, uploads, state.config)
     audio, text = await finished(state.worker.embed(files, texts), request)
     return audio, text, [upload.filename for upload in uploads]
 

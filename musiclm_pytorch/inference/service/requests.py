@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import math
 from http import HTTPStatus
 from typing import Any, Literal, TypeVar
 
@@ -21,9 +20,7 @@ from musiclm_pytorch.musiclm import SAMPLING
 from musiclm_pytorch.trainer.sections import nearest
 
 JSON, FORM = 'application/json', 'multipart/form-data'
-# a small file may unpack to many channels, and ask for filters of gigabytes between odd rates (data.audio.resample)
-MOST_CHANNELS = 8
-MOST_FILTER_TAPS = 10**7
+MOST_CHANNELS = 8  # a small file may unpack to many
 SHOWN = 3  # faults told at once
 
 
@@ -184,7 +181,7 @@ def check_prompts(body: Prompts, config: ServiceConfig, shortest: float) -> None
         raise invalid(str(error)) from error
 
 
-def open_audio(uploads: list[UploadFile], config: ServiceConfig, sample_rate: int) -> list[AudioFile]:
+def open_audio(uploads: list[UploadFile], config: ServiceConfig) -> list[AudioFile]:
     """Sound files whose headers are in order; what they hold is not read yet."""
     files, seconds = [], 0.0
     for index, upload in enumerate(uploads):
@@ -195,11 +192,8 @@ def open_audio(uploads: list[UploadFile], config: ServiceConfig, sample_rate: in
             file = AudioFile(content, name)
         except ValueError as error:
             raise ServiceError(400, 'unreadable_audio', str(error)) from error
-        common = math.gcd(file.sample_rate, sample_rate)
         if file.channels > MOST_CHANNELS:
             fault = f'{name} has {file.channels} channels, but at most {MOST_CHANNELS} are read; mix it down'
-        elif file.sample_rate * sample_rate // common**2 > MOST_FILTER_TAPS:
-            fault = f'{name} has a rate of {file.sample_rate} Hz, far from any in use; convert it, say to 44100 Hz'
         elif len(file) == 0:
             fault = f'{name} has no samples'
         else:
