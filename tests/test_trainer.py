@@ -293,19 +293,10 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path, caplog):
     assert 'step-000000004 is damaged' in caplog.text
 
 
-def test_checkpoints_are_pruned_and_written_whole(tmp_path, monkeypatch):
+def test_checkpoints_are_pruned(tmp_path):
     run = trainer(tmp_path, checkpoint_every=1, max_checkpoints=2)
     run.train(num_train_steps=4, with_validation=False)
     assert [path.name for path in checkpoints.steps(run.checkpoint_folder)] == ['step-000000003', 'step-000000004']
-
-    def full(*_):
-        raise OSError(28, 'No space left on device')
-
-    monkeypatch.setattr(checkpoints, 'write_tensors', full)
-    with pytest.raises(OSError, match='step-000000005 could not be written .*No space left.* earlier ones are intact'):
-        run.train(num_train_steps=5, with_validation=False)
-    assert sorted(path.name for path in run.checkpoint_folder.iterdir()) == ['step-000000003', 'step-000000004']
-    assert checkpoints.read(run.checkpoint_folder / 'step-000000004')['step'] == 4
 
 
 def test_pruning_that_is_cut_off_leaves_whole_checkpoints(tmp_path, monkeypatch):
