@@ -2,6 +2,7 @@
 
     python benchmarks/obedience.py                  # the tables of the model card, ten minutes on two cores
     python benchmarks/obedience.py --prompts 40     # the same on fewer prompts
+    python benchmarks/obedience.py --parts stories primes  # where a story's prompt changes, and a prime ends
 
 The judge was trained on real audio of SyntheticMusic alone, with noise added: a small network for each attribute, for
 the instrument on the mel spectrogram, for the others on its statistics and on the autocorrelation of the onset
@@ -19,13 +20,16 @@ import argparse
 import datetime
 import json
 import time
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from itertools import pairwise
 from multiprocessing import get_context
 from pathlib import Path
 
 import librosa
 import numpy as np
+import seams  # beside this file
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -44,6 +48,7 @@ ROOT = Path(__file__).resolve().parent.parent
 ASKED = ('instrument', 'tempo', 'register', 'drums')
 TOLD = (*ASKED, 'mode', 'texture')
 RATE, SECONDS = 16000, 5.0
+PARTS = ('music', 'memory', 'stories', 'primes')
 TARGETS = dict(instrument=0.85, tempo=0.75, register=0.85, drums=0.90)
 # lags of the autocorrelation: from 0.1 s, faster than any beat, to 2.1 s, two slow ones
 LAGS = np.geomspace(0.1, 2.1, 96)  # seconds
@@ -184,6 +189,22 @@ class Judge:
             found[name] = (model.predict(heard) == wanted).mean()
         return {name: float(share) for name, share in found.items()}
 
+    def nearer(
+        self, heard: np.ndarray, seen: np.ndarray, own: list[MusicLabels], other: list[MusicLabels]
+    ) -> np.ndarray:
+        """Which waves are likelier, all attributes together, to have their own labels than the other ones."""
+        with torch.no_grad():
+            parts = torch.cat([self.ear(part.float()) for part in torch.from_numpy(seen).split(100)])
+        likely = dict(instrument=(INSTRUMENTS, parts.log_softmax(dim=1).double().numpy()))
+        for name, model in self.models.items():
+            likely[name] = (tuple(model.classes_), np.log(model.predict_proba(heard) + 1e-9))
+        for name, (values, table) in likely.items():
+            picked = [
+                table[range(len(table)), [values.index(str(getattr(it, name))) for it in side]] for side in (own, other)
+            ]
+            likely[name] = picked[0] - picked[1]
+        return sum(likely.values()) > 0
+
 
 def train_judge(clips: int, tested: int, pool: ProcessPoolExecutor, folder: Path) -> tuple[Judge, dict[str, float]]:
     """The judge, and its accuracy on real held-out audio. What was heard once is kept in `folder`."""
@@ -279,43 +300,73 @@ def memorised(musiclm: MusicLM, clips: int, prompts: tuple[int, ...]) -> dict[in
 def main(args: argparse.Namespace) -> None:
     start = time.perf_counter()
     musiclm = MusicLM.from_pretrained(args.model)
-    prompts, labels = ask(args.prompts)
-    music = SyntheticMusic(1, seconds=SECONDS, sample_rate=RATE)
-    report = dict(date=datetime.date.today().isoformat(), prompts=args.prompts, samples=args.samples)
-    rows: dict[str, dict[str, float]] = {}
+    report = dict(date=datetime.date.today().isoformat(), parts=args.parts)
     with ProcessPoolExecutor(args.processes, mp_context=get_context('spawn')) as pool:
-        judge, accuracy = train_judge(args.clips, args.tested, pool, args.data)
-        show(rows, 'real held-out audio: the judge itself', accuracy)
-
-        def judged(name: str, waves: torch.Tensor) -> None:
-            waves = list(waves.numpy())
-            heard, seen = (np.stack(list(pool.map(it, waves, chunksize=10))) for it in (hear, see))
-            show(rows, name, judge.right(heard, seen, labels))
-
-        given = dict(temperature=args.temperature, cond_scale=args.cond_scale)
-        keywords = {name: tuple(value or musiclm.sampling[name]) for name, value in given.items()}
-        waves, scores = sing(musiclm, prompts, args.samples, args.batch, **keywords)
-        place = torch.arange(len(prompts))
-        judged(f'the best of {args.samples} by MuLaN', waves[place, scores.argmax(dim=1)])
-        judged('without ranking', waves[:, 0])
-        plain, _ = sing(musiclm, prompts, 1, args.batch, **{**keywords, 'cond_scale': 1.0})
-        judged('without ranking and guidance', plain[:, 0])
-        real = torch.stack([music.render(it, seed) for seed, it in enumerate(labels)])
-        judged('real audio of the same labels', real)
-        samplings = [Sampling(temperature=t, cond_scale=c) for t, c in zip(*keywords.values())]
-        for name, made in from_real(musiclm, prompts, real, samplings, args.batch).items():
-            what = dict(
-                codec='real audio through the codec: the ceiling',
-                fine='real coarse codes, the fine stage',
-                coarse='real semantic tokens, the coarse and fine stages',
-            )
-            judged(what[name], made)
-    report |= dict(rows=rows, memorised=memorised(musiclm, args.memorised, (0, 12, 31)))
-    for prompt, found in report['memorised'].items():
-        print(f'{prompt} tokens of a training clip given:', json.dumps(found))
+        perceive = partial(perceived, pool)
+        if {'music', 'stories'} & set(args.parts):
+            judge, accuracy = train_judge(args.clips, args.tested, pool, args.data)
+        if 'music' in args.parts:
+            rows = judge_music(musiclm, args, judge, accuracy, perceive)
+            report |= dict(prompts=args.prompts, samples=args.samples, rows=rows)
+        if 'stories' in args.parts:
+            valid = SyntheticMusic(1, seconds=SECONDS, sample_rate=RATE, split='valid')
+            pairs = seams.contrasting(valid, args.stories, apart=ASKED, told=TOLD)
+            report['stories'] = seams.stories(musiclm, pairs, args.seeds, partial(nearer, judge, perceive))
+            seams.show(report['stories'])
+    if 'primes' in args.parts:
+        report['primes'] = seams.primes(musiclm, args.primes)
+        seams.show(report['primes'])
+    if 'memory' in args.parts:
+        report['memorised'] = memorised(musiclm, args.memorised, (0, 12, 31))
+        for prompt, found in report['memorised'].items():
+            print(f'{prompt} tokens of a training clip given:', json.dumps(found))
     report['seconds'] = time.perf_counter() - start
     args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / 'obedience.json').write_text(json.dumps(report, indent=2) + '\n')
+    name = 'obedience' if args.parts == list(PARTS[:2]) else 'obedience-' + '-'.join(args.parts)
+    (args.out / f'{name}.json').write_text(json.dumps(report, indent=2) + '\n')
+
+
+def perceived(pool: ProcessPoolExecutor, waves: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """What is heard and seen of `(b, samples)`."""
+    waves = list(waves.numpy())
+    return tuple(np.stack(list(pool.map(it, waves, chunksize=10))) for it in (hear, see))
+
+
+def nearer(judge: Judge, perceive: Callable, waves: torch.Tensor, *labels: list[MusicLabels]) -> np.ndarray:
+    return judge.nearer(*perceive(waves), *labels)
+
+
+def judge_music(
+    musiclm: MusicLM, args: argparse.Namespace, judge: Judge, accuracy: dict[str, float], perceive: Callable
+) -> dict[str, dict[str, float]]:
+    """Music of the whole model, and what each stage loses."""
+    prompts, labels = ask(args.prompts)
+    music = SyntheticMusic(1, seconds=SECONDS, sample_rate=RATE)
+    rows: dict[str, dict[str, float]] = {}
+    show(rows, 'real held-out audio: the judge itself', accuracy)
+
+    def judged(name: str, waves: torch.Tensor) -> None:
+        show(rows, name, judge.right(*perceive(waves), labels))
+
+    given = dict(temperature=args.temperature, cond_scale=args.cond_scale)
+    keywords = {name: tuple(value or musiclm.sampling[name]) for name, value in given.items()}
+    waves, scores = sing(musiclm, prompts, args.samples, args.batch, **keywords)
+    place = torch.arange(len(prompts))
+    judged(f'the best of {args.samples} by MuLaN', waves[place, scores.argmax(dim=1)])
+    judged('without ranking', waves[:, 0])
+    plain, _ = sing(musiclm, prompts, 1, args.batch, **{**keywords, 'cond_scale': 1.0})
+    judged('without ranking and guidance', plain[:, 0])
+    real = torch.stack([music.render(it, seed) for seed, it in enumerate(labels)])
+    judged('real audio of the same labels', real)
+    samplings = [Sampling(temperature=t, cond_scale=c) for t, c in zip(*keywords.values())]
+    for name, made in from_real(musiclm, prompts, real, samplings, args.batch).items():
+        what = dict(
+            codec='real audio through the codec: the ceiling',
+            fine='real coarse codes, the fine stage',
+            coarse='real semantic tokens, the coarse and fine stages',
+        )
+        judged(what[name], made)
+    return rows
 
 
 def show(rows: dict, name: str, shares: dict[str, float]) -> None:
@@ -328,6 +379,7 @@ def show(rows: dict, name: str, shares: dict[str, float]) -> None:
 if __name__ == '__main__':
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--model', default='tiny', help='name or folder of the model (default: tiny)')
+    parser.add_argument('--parts', nargs='+', choices=PARTS, default=list(PARTS[:2]), help='(default: %(default)s)')
     parser.add_argument('--prompts', type=int, default=200)
     parser.add_argument('--samples', type=int, default=4, help='pieces that MuLaN chooses from (default 4)')
     parser.add_argument('--temperature', type=float, nargs=3, help='instead of those of the model')
@@ -336,6 +388,9 @@ if __name__ == '__main__':
     parser.add_argument('--clips', type=int, default=5000, help='real clips that the judge learns from')
     parser.add_argument('--tested', type=int, default=500, help='real held-out clips that the judge is tested on')
     parser.add_argument('--memorised', type=int, default=200, help='training clips of the test of memory')
+    parser.add_argument('--stories', type=int, default=6, help='stories of two contrasting parts')
+    parser.add_argument('--seeds', type=int, default=8, help='pieces for each story')
+    parser.add_argument('--primes', type=int, default=20, help='held-out clips to go on from')
     parser.add_argument('--processes', type=int, default=2)
     parser.add_argument('--data', type=Path, default=ROOT / 'build' / 'obedience', help='where to keep what was heard')
     parser.add_argument('--out', type=Path, default=ROOT / 'build' / 'benchmarks')

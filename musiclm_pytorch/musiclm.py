@@ -31,6 +31,7 @@ from musiclm_pytorch.audiolm.requests import (
 )
 from musiclm_pytorch.audiolm.sampling import Progress, Sampling, counted_steps
 from musiclm_pytorch.audiolm.saving import load_module, save_module
+from musiclm_pytorch.audiolm.seam import join
 from musiclm_pytorch.audiolm.semantic import SemanticTokenizer
 from musiclm_pytorch.audiolm.stages import conditioning_dim
 from musiclm_pytorch.checks import check_positive, typechecked
@@ -53,6 +54,8 @@ RANKING_WINDOW = 10.0  # seconds that MuLaN hears at once (MusicLM, section 3.2)
 # seconds of the part before that the first windows of a story's next part see: more carries the old prompt on,
 # without any the music breaks off
 CHANGE = 0.2
+# seconds at the end of a prime that are made again: tokens and codes there look beyond it, and tell of an end
+REMADE = 0.1
 
 
 class MusicLM(nn.Module):
@@ -213,7 +216,8 @@ class MusicLM(nn.Module):
                 0.4) and a guidance of 3.
             prime_wave, prime_wave_input_sample_hz: music to go on from, a floating-point tensor or numpy array
                 `(samples,)` or `(channels, samples)`, and its rate in Hz; or
-            prime_wave_path: the file that it is in.
+            prime_wave_path: the file that it is in. The music begins with these samples (the mean of the channels, at
+                `sample_rate`); their last 40 ms are crossfaded into what follows, which comes as loud within 6 dB.
             seed: the same pieces again, also independent of `max_batch` and of grouping: the piece of number i, counted
                 through all prompts, is the one that `seed + i` makes alone. Or one seed a piece. By default a draw from
                 torch's global generator, so that `torch.manual_seed` repeats it.
@@ -268,7 +272,11 @@ class MusicLM(nn.Module):
                     for row in codes.split(1):
                         waves.append(self._decode(row, seconds))
                         advance(1)
-            waves = rearrange(torch.cat(waves), '(p s) n -> p s n', s=num_samples)
+            waves = torch.cat(waves)
+            if prime is not None:
+                given = resample(prime[0].to(waves.device), prime[1], self.sample_rate)[0]
+                waves = join(given, waves, self.sample_rate)
+            waves = rearrange(waves, '(p s) n -> p s n', s=num_samples)
             scores = None
             if return_scores or (num_samples > 1 and not return_all):
                 scores = self._score(waves, prompts, story, progress)
@@ -328,7 +336,7 @@ class MusicLM(nn.Module):
                     sampling=samplings[0],
                     window=window if length > window else None,
                     overlap=window // 2,
-                    prime_overlap=min(round(CHANGE * self.semantic_rate), window // 2) if changes else None,
+                    prime_overlap=min(steps_in(CHANGE, self.semantic_rate), window // 2) if changes else None,
                     **shared,
                 ).tokens
 
@@ -350,7 +358,7 @@ class MusicLM(nn.Module):
                     unique_consecutive=unique_consecutive,
                     window=window if has_windows else None,
                     overlap=window // 2,
-                    prime_overlap=min(round(CHANGE * self.frame_rate), window // 2) if changes else None,
+                    prime_overlap=min(steps_in(CHANGE, self.frame_rate), window // 2) if changes else None,
                     semantic_per_frame=self.semantic_rate / self.frame_rate,
                     **shared,
                 ).tokens
@@ -377,7 +385,8 @@ class MusicLM(nn.Module):
         return self.mulan_embed_quantizer.embed(indices, name) if self.stages[name].has_condition else None
 
     def _encode_prime(self, prime: tuple[Tensor, int] | None, batch: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Semantic tokens `(b, n)`, coarse and fine codes `(b, t, q)` of a wave `(1, samples)` and its rate."""
+        """Semantic tokens `(b, n)`, coarse and fine codes `(b, t, q)` of a wave `(1, samples)` and its rate, up to
+        `REMADE` seconds before its end."""
         coarse_levels = self.stages['coarse'].num_coarse_quantizers
         levels = coarse_levels + self.stages['fine'].num_fine_quantizers
         semantic = torch.zeros(1, 0, dtype=torch.long, device=self.device)
@@ -387,13 +396,14 @@ class MusicLM(nn.Module):
             own = resample(wave, rate, self.tokenizer.target_sample_hz)
             if own.shape[-1] >= self.tokenizer.downsample_factor:
                 semantic = rearrange(self.tokenizer(own, flatten=False), 'b ... -> b (...)')
+                semantic = semantic[:, : max(0, semantic.shape[1] - steps_in(REMADE, self.semantic_rate))]
             if self.audio_lm.semantic.unique_consecutive:
                 semantic = torch.unique_consecutive(semantic, dim=1)
             wave = resample(wave, rate, self.sample_rate)
             if frames := wave.shape[-1] // self.codec.downsample_factor:
                 missing = SHORTEST_CODED * self.codec.downsample_factor - wave.shape[-1]
                 _, codes, _ = self.codec(F.pad(wave, (0, max(0, missing))), return_encoded=True)
-                codes = codes[:, :frames]
+                codes = codes[:, : max(0, frames - steps_in(REMADE, self.frame_rate))]
         semantic, codes = repeat(semantic, '1 n -> b n', b=batch), repeat(codes, '1 t q -> b t q', b=batch)
         return semantic.clone(), codes[..., :coarse_levels].clone(), codes[..., coarse_levels:].clone()
 
@@ -511,3 +521,8 @@ class Part(NamedTuple):
 
     end: float
     indices: Tensor
+
+
+def steps_in(seconds: float, rate: Fraction) -> int:
+    """Tokens or frames in so short a time, one at least."""
+    return max(1, round(seconds * rate))

@@ -233,8 +233,8 @@ def test_a_sample_does_not_depend_on_its_batch(options):
 # Windows
 
 
-@pytest.mark.parametrize('known', [0, 3, 7])
-def test_semantic_windows_continue_the_end_of_the_one_before(known):
+@pytest.mark.parametrize(('known', 'prime_overlap'), [(0, None), (3, None), (7, None), (3, 1), (7, 3), (7, 0)])
+def test_semantic_windows_continue_the_end_of_the_one_before(known, prime_overlap):
     stage, prime = semantic_stage(**CROSS), codes(1, known, num=SEMANTIC)
     stories = [embeds(1, 3, 32, seed=1), embeds(1, 3, 32, seed=2)]
     found = generate_semantic(
@@ -243,6 +243,7 @@ def test_semantic_windows_continue_the_end_of_the_one_before(known):
         min_length=12,
         window=5,
         overlap=2,
+        prime_overlap=prime_overlap,
         prime=prime,
         text_embeds=stories,
         sampling=SAMPLING,
@@ -251,10 +252,34 @@ def test_semantic_windows_continue_the_end_of_the_one_before(known):
     generator, tokens, number = torch.Generator().manual_seed(3), prime[0].tolist(), 0
     while len(tokens) < 12:
         given = tokens if len(tokens) < 5 and number == 0 else tokens[-2:]
+        if number == 0 and prime_overlap is not None:
+            given = tokens[len(tokens) - prime_overlap :]
         noise = torch.rand(min(5 - len(given), 12 - len(tokens)), generator=generator)
         tokens = tokens + plain_semantic(stage, noise, text_embeds=stories[min(number, 1)], given=given, min_length=99)
         number += 1
     assert_same(found, [tokens])
+
+
+@pytest.mark.parametrize('window', [4, None])
+def test_coarse_codes_go_on_from_the_end_of_a_prime(window):
+    stage, semantic_ids, prime = coarse_stage(), codes(1, 6, num=3), codes(1, 5, COARSE)
+    found = generate_coarse(
+        stage,
+        semantic_ids,
+        max_length=8,
+        min_length=8,
+        window=window,
+        prime=prime,
+        prime_overlap=1,
+        semantic_per_frame=Fraction(2, 3),
+        sampling=SAMPLING,
+        generator=generators(3),
+    )
+    noise = torch.rand(3 * COARSE, generator=torch.Generator().manual_seed(3))
+    # frames [4, 8), in semantic tokens [2.7, 5.3)
+    given = prime.flatten().tolist()
+    new = plain_coarse(stage, semantic_ids[:, 2:6], noise, given=given[-COARSE:], min_frames=99)
+    assert_same(found, [given + new])
 
 
 @pytest.mark.parametrize('unique_consecutive', [False, True])

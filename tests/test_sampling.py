@@ -120,6 +120,10 @@ def test_continued_windows():
     assert continued_windows(9, 4, 3, prime=6) == [Window(3, 6, 7), Window(4, 7, 8), Window(5, 8, 9)]
     assert continued_windows(5, 4, 0, prime=4) == [Window(4, 4, 5)]
     assert continued_windows(4, 4, 0, prime=4) == []
+    assert continued_windows(9, 4, 2, prime=3, prime_overlap=1) == [Window(2, 3, 6), Window(4, 6, 8), Window(6, 8, 9)]
+    assert continued_windows(9, 4, 2, prime=6, prime_overlap=0) == [Window(6, 6, 9)]
+    assert continued_windows(9, None, prime=6, prime_overlap=2) == [Window(4, 6, 9)]
+    assert continued_windows(9, 4, 2, prime=1, prime_overlap=3) == continued_windows(9, 4, 2, prime=1)
 
 
 def test_separate_windows():
@@ -138,7 +142,11 @@ def test_separate_windows():
 def test_windows_make_each_position_once(length, window, prime):
     for windows in [
         separate_windows(length, window, prime),
-        *(continued_windows(length, window, overlap, prime) for overlap in range(window)),
+        *(
+            continued_windows(length, window, overlap, prime, prime_overlap)
+            for overlap in range(window)
+            for prime_overlap in (None, *range(window))
+        ),
     ]:
         made = [position for _, known, stop in windows for position in range(known, stop)]
         assert made == list(range(prime, length))
@@ -149,3 +157,6 @@ def test_windows_make_each_position_once(length, window, prime):
 def test_impossible_windows(window, overlap):
     with pytest.raises(ValueError, match='must'):
         continued_windows(10, window, overlap)
+    if window == 4:
+        with pytest.raises(ValueError, match=f'prime_overlap must .* got {overlap}'):
+            continued_windows(10, window, 0, 5, prime_overlap=overlap)

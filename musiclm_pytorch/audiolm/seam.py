@@ -1,0 +1,40 @@
+"""Where music that was given goes over into music that was made."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+FADE = 0.04  # seconds in which the one goes and the other comes
+LEVEL = 1.0  # seconds on either side whose loudness is compared
+MOST_GAIN = 6.0  # dB, so that what follows a fade-out is heard
+SILENT = 1e-4  # root mean square, -80 dB of full scale: too soft to tell a level
+
+
+def join(given: Tensor, made: Tensor, sample_rate: int) -> Tensor:
+    """The given samples, and from their end on those that were made.
+
+    given: (n,) samples; made: (..., m) samples, of which the first n stand for the given ones, n ≤ m as a rule.
+    The last 40 ms of the given samples are crossfaded, at equal power, for the phases of a codec are not those of its
+    input; all before is as it was given. What was made comes as loud as the given samples end, within 6 dB.
+
+    Returns (..., m).
+    """
+    given = given[: made.shape[-1]]
+    known, rest = len(given), made.shape[-1] - len(given)
+    if rest == 0:
+        return given.expand_as(made).clone()
+    span = min(round(LEVEL * sample_rate), known, rest)
+    ours, theirs = (it.square().mean(dim=-1).sqrt() for it in (given[known - span :], made[..., known : known + span]))
+    ratio = torch.where((ours > SILENT) & (theirs > SILENT), ours / theirs.clamp(min=SILENT), 1.0)
+    most = 10 ** (MOST_GAIN / 20)
+    room = 1 / made[..., known:].abs().amax(dim=-1).clamp(min=SILENT, max=1)  # up to full scale
+    made = made * torch.minimum(ratio.clamp(1 / most, most), room)[..., None]
+
+    fade = min(round(FADE * sample_rate), known)
+    angle = torch.linspace(0, math.pi / 2, fade, device=made.device)
+    crossed = given[known - fade :] * angle.cos() + made[..., known - fade : known] * angle.sin()
+    before = given[: known - fade].expand(*made.shape[:-1], -1)
+    return torch.cat((before, crossed, made[..., known:]), dim=-1)

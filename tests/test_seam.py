@@ -1,0 +1,51 @@
+"""Given samples stay as they are, and what was made goes on from them as loud."""
+
+import math
+
+import pytest
+import torch
+
+from musiclm_pytorch.audiolm.seam import join
+
+RATE, KNOWN, FADE = 1000, 2000, 40
+
+
+def decibels(wave):
+    return 10 * wave.square().mean(dim=-1).log10()
+
+
+def noise(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize(('gain', 'step'), [(1.0, 0.0), (0.6, 0.0), (1.8, 0.0), (0.2, -13.98 + 6), (5.0, 13.98 - 6)])
+def test_goes_on_as_loud_within_six_decibels(gain, step):
+    given, made = 0.1 * noise(KNOWN), 0.1 * gain * noise(2, 3, 5000, seed=1)
+    joined = join(given, made, RATE)
+    assert joined.shape == made.shape
+    assert torch.equal(joined[..., : KNOWN - FADE], given[: KNOWN - FADE].expand(2, 3, -1))
+    # one gain for all that was made
+    ratio = joined[..., KNOWN:] / made[..., KNOWN:]
+    torch.testing.assert_close(ratio, ratio[..., :1].expand_as(ratio))
+    found = decibels(joined[..., KNOWN : KNOWN + RATE]) - decibels(given[KNOWN - RATE :])
+    torch.testing.assert_close(found, torch.full((2, 3), step), atol=0.8, rtol=0)
+    # the powers add up, without a dip
+    middle = decibels(joined[..., KNOWN - FADE : KNOWN].flatten()) - decibels(given[KNOWN - RATE :])
+    assert float(middle) == pytest.approx(10 * math.log10((1 + 10 ** (step / 10)) / 2), abs=1.5)
+
+
+def test_silence_and_full_scale_set_no_level():
+    given, made = 0.1 * noise(KNOWN), 0.1 * noise(5000, seed=1)
+    for first, second in ((torch.zeros(KNOWN), made), (given, torch.zeros(5000))):
+        assert torch.equal(join(first, second, RATE)[KNOWN:], second[KNOWN:])
+    loud = noise(5000).sign() * 0.8
+    assert join(noise(KNOWN, seed=2).sign(), loud, RATE)[KNOWN:].abs().max() <= 1 + 1e-6
+
+
+@pytest.mark.parametrize(('known', 'length'), [(10, 5000), (KNOWN, KNOWN), (KNOWN + 1, KNOWN), (KNOWN - 1, KNOWN)])
+def test_short_ones_and_ends(known, length):
+    given, made = 0.1 * noise(known), 0.1 * noise(2, length, seed=1)
+    joined = join(given, made, RATE)
+    assert joined.shape == made.shape
+    exact = length if known >= length else max(0, known - FADE)
+    assert torch.equal(joined[:, :exact], given[:exact].expand(2, -1))
