@@ -10,6 +10,7 @@ import io
 import os
 from collections import deque
 from collections.abc import Hashable, Iterator
+from fractions import Fraction
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -33,6 +34,7 @@ FORMATS = (
     'aac,ac3,aiff,amr,ape,asf,au,caf,dsf,eac3,flac,gsm,matroska,mov,mp3,mpc,mpc8,ogg,rm,spx,tak,tta,voc,w64,wav,wv'
 )
 PROBED = 8  # packets at either end that are decoded to see whether they give what the file says
+NEAR = 64  # packets to either side of one about which FFmpeg is wrong
 HEAD = 16  # bytes of a packet that are looked for in the file
 
 
@@ -148,7 +150,7 @@ class PacketStream:
                     skips = np.frombuffer(bytes(packet.get_sidedata('skip_samples'))[:8], '<u4')
                     trims[len(sizes)] = (int(skips[0]), int(skips[1]))
                 content = memoryview(packet)
-                times[1:] = [packet.pts]
+                times.append(packet.pts)
                 if len(first) < PROBED:
                     first.append(bytes(content))
                 last.append(packet)
@@ -219,8 +221,8 @@ class PacketStream:
         return self._payloads(0, len(first)) == first and self._payloads(count - len(last), count) == last
 
     def _counted(self, ticks: list[int], times: list[int | None], heads: list[bytes]) -> tuple[np.ndarray, int, int]:
-        """Samples of each packet, and rate and channels: by what the file says of packets (`ticks`) and of the first
-        and last one's `times`, if that is exact, agrees with itself and with what is decoded at either end."""
+        """Samples of each packet, and rate and channels: by what the file says of how long packets last (`ticks`) and
+        when they begin, if that is exact, agrees with itself and with what is decoded at either end."""
         count, decoded = len(ticks), self._decoded
         head = list(decoded(0, min(count, 2 * PROBED)))
         sounding = next((frames for frames in head if frames), None)
@@ -233,9 +235,9 @@ class PacketStream:
         per_tick = rate * self._stream.time_base
         told = np.array(ticks, np.int64) * per_tick.numerator
         exact = (told % per_tick.denominator == 0).all() and (per_tick <= 1 or len(set(ticks[:-1])) == 1)
-        # FFmpeg is wrong about packets of Vorbis that hold silence, but not about the time after them
-        exact &= per_tick > 1 or (None not in times and times[-1] - times[0] == sum(ticks[:-1]))
         told //= per_tick.denominator
+        if exact and per_tick <= 1:
+            exact = None not in times and self._mended(told, np.array(times), np.array(ticks), per_tick)
         # the last few may be told by where the sound ends; they are as decoded
         begin, sure = count - PROBED, PROBED // 2
         tail = [sum(it.shape[1] for it in frames) for frames in decoded(self._before(begin), count)][-PROBED:]
@@ -253,6 +255,18 @@ class PacketStream:
                 *_, frames = decoded(self._before(int(odd)), int(odd) + 1)
                 told[odd] = sum(it.shape[1] for it in frames)
         return told, rate, channels
+
+    def _mended(self, told: np.ndarray, times: np.ndarray, ticks: np.ndarray, per_tick: Fraction) -> bool:
+        """Whether packets give, in all, the time that passes: FFmpeg is wrong about some of Vorbis, but not about the
+        time after them. Around such a place they are counted by decoding, in `told`."""
+        odd = np.flatnonzero(np.diff(times) != ticks[:-1])
+        if len(odd) * 4 * NEAR > len(told):
+            return False
+        for place in odd.tolist():
+            first, last = max(0, place - NEAR), min(len(told), place + NEAR)
+            counts = [sum(it.shape[1] for it in frames) for frames in self._decoded(self._before(first), last)]
+            told[first:last] = counts[first - last :]
+        return int(told[:-1].sum()) == (times[-1] - times[0]) * per_tick
 
     # ---- reading ----
 
