@@ -8,6 +8,7 @@ from conftest import GOLDEN, build_golden, state_of, tiny_audio, tiny_mulan, tin
 from torchaudio import functional
 
 from musiclm_pytorch import MuLaN, TextTransformer
+from musiclm_pytorch.atomic import read_checked_json
 from musiclm_pytorch.data.audio import AudioFile, resample, windows
 
 KNOWS_RATE = dict(audio_sample_rate=8000, support_variable_length=True)
@@ -297,9 +298,9 @@ def test_bad_folders(tmp_path):
     with pytest.raises(FileNotFoundError, match='no config.json in'):
         MuLaN.from_pretrained(tmp_path)
     tiny_mulan().save_pretrained(tmp_path)
-    config = json.loads((tmp_path / 'config.json').read_text())
+    config = read_checked_json(tmp_path / 'config.json')
     for broken, error, message in [
-        ('{', ValueError, 'config.json is not the config of a MuLaN'),
+        ('{', ValueError, 'config.json is damaged, it is no JSON'),
         ('[]', ValueError, 'config.json is not the config of a MuLaN'),
         (json.dumps({**config, 'audio': {**config['audio'], 'dim': 64}}), ValueError, 'do not fit this model'),
         (json.dumps({**config, 'audio': {**config['audio'], 'dmi': 64}}), ValueError, 'dmi'),

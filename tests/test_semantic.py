@@ -1,5 +1,7 @@
 """Semantic tokenizers: what audiolm-pytorch needs of them, for each kind of encoder, and what goes wrong."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -16,6 +18,7 @@ from transformers import (
 )
 
 from musiclm_pytorch import MuLaNSemanticTokenizer, SemanticTokenizer, SyntheticMusic, TransformersSemanticTokenizer
+from musiclm_pytorch.atomic import read_checked_json
 from musiclm_pytorch.audiolm.bridge import (
     CoarseTransformer,
     CoarseTransformerWrapper,
@@ -588,7 +591,8 @@ def test_folders_that_hold_something_else(mulan_tokenizer, tmp_path):
     tiny_mulan().save_pretrained(tmp_path / 'mulan')
     with pytest.raises(ValueError, match='is not the config of a SemanticTokenizer'):
         SemanticTokenizer.from_pretrained(tmp_path / 'mulan')
-    config = (tmp_path / 'tokenizer' / 'config.json').read_text()
+    # changed by hand, hence without its checksum
+    config = json.dumps(read_checked_json(tmp_path / 'tokenizer' / 'config.json'))
     (tmp_path / 'tokenizer' / 'config.json').write_text(config.replace('"codebook_size": 6', '"codebook_size": 7'))
     with pytest.raises(ValueError, match='do not fit'):
         SemanticTokenizer.from_pretrained(tmp_path / 'tokenizer')
