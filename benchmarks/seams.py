@@ -78,7 +78,7 @@ def primes(musiclm: MusicLM, clips: int) -> dict[str, dict[str, float]]:
             inside = known - round(0.04 * rate)  # all but the crossfade
             rows[what + name] = dict(
                 seam(waves, PART, rate),
-                cosine_of_halves=float((halves[0] * halves[1]).sum(dim=1).mean()),
+                cosine_of_halves=float((halves[0] * halves[1]).sum(dim=1).mean().detach()),
                 difference_from_given=float((waves - real * gain)[:, :inside].abs().max() / gain),
             )
     return rows

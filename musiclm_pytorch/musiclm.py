@@ -54,6 +54,7 @@ RANKING_WINDOW = 10.0  # seconds that MuLaN hears at once (MusicLM, section 3.2)
 # seconds of the part before that the first windows of a story's next part see: more carries the old prompt on,
 # without any the music breaks off
 CHANGE = 0.2
+CHANGE_GUIDANCE = 2.0  # times as much guidance of the semantic stage there
 # seconds at the end of a prime that are made again: tokens and codes there look beyond it, and tell of an end
 REMADE = 0.1
 
@@ -217,7 +218,7 @@ class MusicLM(nn.Module):
             prime_wave, prime_wave_input_sample_hz: music to go on from, a floating-point tensor or numpy array
                 `(samples,)` or `(channels, samples)`, and its rate in Hz; or
             prime_wave_path: the file that it is in. The music begins with these samples (the mean of the channels, at
-                `sample_rate`); their last 40 ms are crossfaded into what follows, which comes as loud within 6 dB.
+                `sample_rate`); their last 40 ms are crossfaded into what follows, which comes as loud.
             seed: the same pieces again, also independent of `max_batch` and of grouping: the piece of number i, counted
                 through all prompts, is the one that `seed + i` makes alone. Or one seed a piece. By default a draw from
                 torch's global generator, so that `torch.manual_seed` repeats it.
@@ -325,20 +326,25 @@ class MusicLM(nn.Module):
 
         for end, indices in parts:
             length, window = math.ceil(end * self.semantic_rate), round(self.windows[0] * self.semantic_rate)
-            if length > semantic.shape[1]:
-                changes = semantic.shape[1] > semantic_known  # an earlier part has made what this one goes on from
-                semantic = generate_semantic(
-                    self.stages['semantic'],
-                    max_length=length,
-                    min_length=length,
-                    text_embeds=self._conditioning('semantic', indices),
-                    prime=semantic,
-                    sampling=samplings[0],
-                    window=window if length > window else None,
-                    overlap=window // 2,
-                    prime_overlap=min(steps_in(CHANGE, self.semantic_rate), window // 2) if changes else None,
-                    **shared,
-                ).tokens
+            steps = [(length, samplings[0], None)]
+            if semantic.shape[1] > semantic_known:  # an earlier part has made what this one goes on from
+                seen = min(steps_in(CHANGE, self.semantic_rate), window // 2)
+                first = min(semantic.shape[1] - seen + window, length)
+                steps.insert(0, (first, samplings[0].guided(CHANGE_GUIDANCE), seen))
+            for stop, sampling, seen in steps:
+                if stop > semantic.shape[1]:
+                    semantic = generate_semantic(
+                        self.stages['semantic'],
+                        max_length=stop,
+                        min_length=stop,
+                        text_embeds=self._conditioning('semantic', indices),
+                        prime=semantic,
+                        sampling=sampling,
+                        window=window if stop > window else None,
+                        overlap=window // 2,
+                        prime_overlap=seen,
+                        **shared,
+                    ).tokens
 
         for end, indices in parts:
             length, window = math.ceil(end * self.frame_rate), round(self.windows[1] * self.frame_rate)

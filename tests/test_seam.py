@@ -18,9 +18,14 @@ def noise(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize(('gain', 'step'), [(1.0, 0.0), (0.6, 0.0), (1.8, 0.0), (0.2, -13.98 + 6), (5.0, 13.98 - 6)])
-def test_goes_on_as_loud_within_six_decibels(gain, step):
-    given, made = 0.1 * noise(KNOWN), 0.1 * gain * noise(2, 3, 5000, seed=1)
+@pytest.mark.parametrize(
+    # how soft the given samples are, how loud what was made is, how soft the given samples end; and the step in dB
+    ('soft', 'gain', 'end', 'step'),
+    [(1, 1, 1, 0.0), (1, 0.6, 1, 0.0), (0.1, 1, 1, 0.0), (1, 0.2, 1, 0.0), (1, 1, 0.5, 0.0), (1, 1, 0.01, 31.0)],
+)
+def test_goes_on_as_loud(soft, gain, end, step):
+    given, made = 0.1 * soft * noise(KNOWN), 0.1 * gain * noise(2, 3, 5000, seed=1)
+    given[KNOWN - RATE :] *= end
     joined = join(given, made, RATE)
     assert joined.shape == made.shape
     assert torch.equal(joined[..., : KNOWN - FADE], given[: KNOWN - FADE].expand(2, 3, -1))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -58,6 +58,12 @@ class Sampling:
                 f'cond_scale must lie between -{MOST_GUIDANCE} and {MOST_GUIDANCE}, got {self.cond_scale:g}; 1 to 5 is '
                 'usual'
             )
+
+    def guided(self, more: float) -> Sampling:
+        """The same with so many times the guidance, where there is any: at 1 there is none to increase."""
+        if self.cond_scale <= 1:
+            return self
+        return replace(self, cond_scale=min(more * self.cond_scale, MOST_GUIDANCE))
 
     def draw(self, logits: Tensor, noise: Tensor) -> Tensor:
         """Tokens (b,) for logits (b, c), by the inverse of the distribution function at `noise` (b,) in [0, 1).

@@ -9,7 +9,7 @@ from torch import Tensor
 
 FADE = 0.04  # seconds in which the one goes and the other comes
 LEVEL = 1.0  # seconds on either side whose loudness is compared
-MOST_GAIN = 6.0  # dB, so that what follows a fade-out is heard
+MOST_GAIN = 6.0  # dB above or below that of all the given samples, so that what follows a fade-out is heard
 SILENT = 1e-4  # root mean square, -80 dB of full scale: too soft to tell a level
 
 
@@ -18,7 +18,8 @@ def join(given: Tensor, made: Tensor, sample_rate: int) -> Tensor:
 
     given: (n,) samples; made: (..., m) samples, of which the first n stand for the given ones, n ≤ m as a rule.
     The last 40 ms of the given samples are crossfaded, at equal power, for the phases of a codec are not those of its
-    input; all before is as it was given. What was made comes as loud as the given samples end, within 6 dB.
+    input; all before is as it was given. What was made comes as loud as the last second of the given samples, within
+    6 dB of what would make it as loud as all of them, and not above full scale.
 
     Returns (..., m).
     """
@@ -26,15 +27,21 @@ def join(given: Tensor, made: Tensor, sample_rate: int) -> Tensor:
     known, rest = len(given), made.shape[-1] - len(given)
     if rest == 0:
         return given.expand_as(made).clone()
+    whole = gain_to(given, made[..., known:])
     span = min(round(LEVEL * sample_rate), known, rest)
-    ours, theirs = (it.square().mean(dim=-1).sqrt() for it in (given[known - span :], made[..., known : known + span]))
-    ratio = torch.where((ours > SILENT) & (theirs > SILENT), ours / theirs.clamp(min=SILENT), 1.0)
     most = 10 ** (MOST_GAIN / 20)
+    gain = gain_to(given[known - span :], made[..., known : known + span]).clamp(whole / most, whole * most)
     room = 1 / made[..., known:].abs().amax(dim=-1).clamp(min=SILENT, max=1)  # up to full scale
-    made = made * torch.minimum(ratio.clamp(1 / most, most), room)[..., None]
+    made = made * torch.minimum(gain, room)[..., None]
 
     fade = min(round(FADE * sample_rate), known)
     angle = torch.linspace(0, math.pi / 2, fade, device=made.device)
     crossed = given[known - fade :] * angle.cos() + made[..., known - fade : known] * angle.sin()
     before = given[: known - fade].expand(*made.shape[:-1], -1)
     return torch.cat((before, crossed, made[..., known:]), dim=-1)
+
+
+def gain_to(given: Tensor, made: Tensor) -> Tensor:
+    """What makes (..., m) as loud as (n,), (...,); 1 where either is silent."""
+    ours, theirs = (it.square().mean(dim=-1).sqrt() for it in (given, made))
+    return torch.where((ours > SILENT) & (theirs > SILENT), ours / theirs.clamp(min=SILENT), 1.0)
