@@ -142,6 +142,14 @@ def open_modes(folder: str | Path) -> None:
                 probe.unlink(missing_ok=True)
 
 
+def free_name(folder: Path) -> Path:
+    """The first of `name.1`, `name.2`, … beside a folder that is not there: where it can be moved aside to."""
+    number = 1
+    while (target := folder.with_name(f'{folder.name}.{number}')).exists():
+        number += 1
+    return target
+
+
 def sync(path: str | Path) -> None:
     """Make sure that a file or folder survives a power cut."""
     descriptor = os.open(path, os.O_RDONLY)

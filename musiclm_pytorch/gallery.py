@@ -15,7 +15,7 @@ from torch import Tensor
 
 from musiclm_pytorch.atomic import atomic_write
 from musiclm_pytorch.mulan.spectrogram import mel_filters
-from musiclm_pytorch.waves import encoded
+from musiclm_pytorch.waves import sound_bytes
 
 BANDS, RANGE = 128, 80.0  # of the pictures: mel bands, and dB from the loudest to black
 
@@ -102,7 +102,7 @@ def write_whole(path: Path, content: bytes) -> None:
 
 def write_clip(folder: Path, clip: Clip, sample_rate: int) -> None:
     """Write `name.wav` (16 bit) and `name.png`."""
-    write_whole(folder / f'{clip.name}.wav', encoded(clip.wave, sample_rate))
+    write_whole(folder / f'{clip.name}.wav', sound_bytes(clip.wave, sample_rate))
     image = io.BytesIO()
     picture(clip.wave, sample_rate).savefig(image, dpi=80, format='png')
     write_whole(folder / f'{clip.name}.png', image.getvalue())

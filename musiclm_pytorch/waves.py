@@ -69,14 +69,14 @@ class Waves(Tensor):
         paths = [path if len(pieces) == 1 else path.with_stem(f'{path.stem}-{n}') for n in range(1, len(pieces) + 1)]
         for target, wave in zip(paths, pieces):
             with atomic_write(target) as aside:
-                aside.write_bytes(encoded(wave, self.sample_rate, path.suffix))
+                aside.write_bytes(sound_bytes(wave, self.sample_rate, path.suffix))
         return paths
 
     def _repr_html_(self) -> str:
         return players(self.pieces, self.sample_rate)
 
 
-def encoded(wave: Tensor, sample_rate: int, suffix: str = '.wav') -> bytes:
+def sound_bytes(wave: Tensor, sample_rate: int, suffix: str = '.wav') -> bytes:
     """The bytes of a sound file with `(samples,)`; what lies beyond [-1, 1] is clipped."""
     formats = soundfile.available_formats()
     name = suffix.removeprefix('.').upper()
@@ -91,7 +91,7 @@ def players(pieces: Iterable[Tensor], sample_rate: int, notes: Sequence[str] = (
     """HTML with a player for each `(samples,)`, which holds its sound, and perhaps a note beside it."""
     rows = []
     for number, wave in enumerate(pieces):
-        sound = base64.b64encode(encoded(wave, sample_rate)).decode()
+        sound = base64.b64encode(sound_bytes(wave, sample_rate)).decode()
         note = f' {html.escape(notes[number])}' if notes else ''
         rows.append(f'<div><audio controls src="data:audio/wav;base64,{sound}"></audio>{note}</div>')
     return '\n'.join(rows)

@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from musiclm_pytorch.atomic import read_checked_json, write_checked_json, write_tensors
+from musiclm_pytorch.atomic import free_name, read_checked_json, write_checked_json, write_tensors
 from musiclm_pytorch.audiolm.fingerprints import fingerprint, fingerprint_data
 from musiclm_pytorch.checks import check_positive, typechecked
 from musiclm_pytorch.data.audio import resample, windows
@@ -329,7 +329,7 @@ def _open_stream(folder: Path, stream: Stream, data: dict[str, Any], items: int,
                 f'{folder} holds tokens of something else: {"; ".join(changed)}. Give another folder, or '
                 "on_change='aside'"
             )
-        target = _free_name(folder)
+        target = free_name(folder)
         folder.rename(target)
         logger.warning('%s held tokens of something else (%s); they are now in %s', folder, '; '.join(changed), target)
     folder.mkdir(parents=True, exist_ok=True)
@@ -342,13 +342,6 @@ def _differences(saved: Any, own: Any, name: str = '') -> Iterator[str]:
             yield from _differences(saved.get(key), own.get(key), f'{name}.{key}'.lstrip('.'))
     elif saved != own:
         yield f'{name} was {saved!r:.60} and is {own!r:.60} now'
-
-
-def _free_name(folder: Path) -> Path:
-    number = 1
-    while (target := folder.with_name(f'{folder.name}.{number}')).exists():
-        number += 1
-    return target
 
 
 def read_stream(folder: Path) -> dict[str, Any]:

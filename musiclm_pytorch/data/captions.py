@@ -9,7 +9,7 @@ Nothing untrue is said. Mood words stand for a mode and a tempo together: 'sad' 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -208,16 +208,20 @@ def check_shares(shares: Mapping[str, float]) -> dict[str, float]:
 
     Raises ValueError for unknown attributes, shares outside of 0 to 1, and where two attributes can never be told.
     """
-    usual = {**MENTIONS, **MORE}
+    usual = with_usual(shares, {**MENTIONS, **MORE})
+    if sum(usual[name] > 0 for name in MENTIONS) < 2:
+        raise ValueError(f'a caption tells two attributes at least; raise some of mentions, which is {dict(shares)}')
+    return usual
+
+
+def with_usual(shares: Mapping[str, float], usual: Mapping[str, float]) -> dict[str, float]:
+    """The shares given, and the usual ones of the rest. Raises ValueError for unknown names and impossible shares."""
     if unknown := shares.keys() - usual.keys():
         raise ValueError(f'captions can tell {", ".join(usual)}, but mentions names {sorted(unknown)[0]!r}')
     for name, share in shares.items():
         if not 0 <= share <= 1:
             raise ValueError(f'mentions[{name!r}] must lie in 0 to 1, got {share}')
-    usual |= shares
-    if sum(usual[name] > 0 for name in MENTIONS) < 2:
-        raise ValueError(f'a caption tells two attributes at least; raise some of mentions, which is {dict(shares)}')
-    return usual
+    return {**usual, **shares}
 
 
 def draw_mentions(random: np.random.Generator, shares: Mapping[str, float]) -> tuple[str, ...]:
@@ -234,13 +238,16 @@ def draw_mentions(random: np.random.Generator, shares: Mapping[str, float]) -> t
 
 def check_mentions(mentions: Collection[str]) -> tuple[str, ...]:
     """`mentions` in order, with the tempo for 'bpm' and the mode for 'key'; ValueError for none or unknown ones."""
-    known = (*MENTIONS, *MORE)
+    return with_implied(mentions, (*MENTIONS, *MORE), {'bpm': 'tempo', 'key': 'mode'})
+
+
+def with_implied(mentions: Collection[str], known: Sequence[str], implied: Mapping[str, str]) -> tuple[str, ...]:
+    """`mentions`, and what they imply, in the order of `known`; ValueError for none or unknown ones."""
     if isinstance(mentions, str):
         raise TypeError(f'mention must be a collection of attributes, such as ({mentions!r},), got {mentions!r}')
     wrong = [name for name in mentions if name not in known]
     if wrong or not mentions:
         raise ValueError(f'mention must name some of {", ".join(known)}, got {wrong[0] if wrong else mentions!r}')
-    implied = {'bpm': 'tempo', 'key': 'mode'}
     told = {*mentions, *(implied[name] for name in mentions if name in implied)}
     return tuple(name for name in known if name in told)
 

@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from musiclm_pytorch.checks import typechecked
 from musiclm_pytorch.data import attributes
-from musiclm_pytorch.data.attributes import MusicLabels, check_seed, check_split, generator
+from musiclm_pytorch.data.attributes import MusicLabels, check_seed, generator
 from musiclm_pytorch.data.captions import check_mentions, check_shares, draw_mentions, write_caption
 from musiclm_pytorch.data.composition import compose
+from musiclm_pytorch.data.generated import GeneratedMusic
 from musiclm_pytorch.data.synthesis import render_notes
 
 # what a generator of random numbers is for; part of its key, so that no two uses share their numbers
 _LABELS, _CAPTION, _WAVE, _ITEM = range(4)
 
 
-class SyntheticMusic(Dataset):
+class SyntheticMusic(GeneratedMusic):
     """Pairs of a wave and a caption, composed and synthesised when asked for.
 
     An item depends on its index, the seed, the split and the settings alone: it is the same in any order and any
@@ -49,6 +48,8 @@ class SyntheticMusic(Dataset):
         ValueError: an argument out of its range.
     """
 
+    _ITEM = _ITEM
+
     #: the values of each attribute
     ATTRIBUTES = attributes.ATTRIBUTES
 
@@ -63,27 +64,10 @@ class SyntheticMusic(Dataset):
         split: str = 'train',
         mentions: Mapping[str, float] | None = None,
     ):
-        if length < 1:
-            raise ValueError(f'length must be 1 at least, got {length}')
-        if not 1 <= seconds <= 600:
-            raise ValueError(f'seconds must lie in 1 to 600, got {seconds}')
         if sample_rate < 8000:
             raise ValueError(f'sample_rate must be at least 8000 Hz, got {sample_rate}; resample the waves instead')
-        self.length = length
-        self.seed = check_seed(seed)
-        self.seconds = float(seconds)
-        self.sample_rate = sample_rate
-        self.split = split
-        self._split = check_split(split)
+        super().__init__(length, seed=seed, seconds=seconds, sample_rate=sample_rate, split=split)
         self.mentions = check_shares(mentions or {})
-
-    @property
-    def samples(self) -> int:
-        """Samples of each wave."""
-        return round(self.seconds * self.sample_rate)
-
-    def __len__(self) -> int:
-        return self.length
 
     def __getitem__(self, index: int) -> tuple[Tensor, str]:
         """The wave, `(samples,)` float32, and the caption of an item. Raises IndexError beyond the length."""
@@ -146,18 +130,5 @@ class SyntheticMusic(Dataset):
         )
         return torch.from_numpy(wave)
 
-    def _key(self, use: int, index: int) -> tuple[int, ...]:
-        return (_ITEM, use, self.seed, self._split, index)
-
-    def _index(self, index: int) -> int:
-        index = operator.index(index)
-        place = index + self.length if index < 0 else index
-        if not 0 <= place < self.length:
-            raise IndexError(f'item {index} of a data set of {self.length}; give a larger length to have more')
-        return place
-
     def __repr__(self) -> str:
-        return (
-            f'SyntheticMusic({self.length}, seed={self.seed}, seconds={self.seconds:g}, '
-            f'sample_rate={self.sample_rate}, split={self.split!r})'
-        )
+        return f'SyntheticMusic({self._shown()})'

@@ -85,6 +85,11 @@ class MusicMaker:
         if seed is None:
             raise ValueError('give a seed, any whole number; the same one makes the same music')
         num_samples, own = int(num_samples), self.musiclm.sampling
+        sampling = {}
+        if cond_scale is not None:
+            sampling['cond_scale'] = in_proportion(own['cond_scale'], cond_scale, neutral=1.0)
+        if temperature is not None:
+            sampling['temperature'] = in_proportion(own['temperature'], temperature, neutral=0.0)
         firsts = range(0, num_samples, AT_ONCE)
         progress = stage_progress(report, parts=len(prompts), rounds=len(firsts)) if report else False
         made = []
@@ -94,15 +99,10 @@ class MusicMaker:
                     text,
                     num_samples=min(AT_ONCE, num_samples - first),
                     seed=int(seed) + first,
-                    cond_scale=None
-                    if cond_scale is None
-                    else in_proportion(own['cond_scale'], cond_scale, neutral=1.0),
-                    temperature=None
-                    if temperature is None
-                    else in_proportion(own['temperature'], temperature, neutral=0.0),
                     return_all=True,
                     return_scores=True,
                     progress=progress,
+                    **sampling,
                     **keywords,
                 )
                 made.append((music.waves[0], music.scores[0], music.seeds[0]))

@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from musiclm_pytorch.atomic import read_checked_json, read_tensors, sync, write_checked_json, write_tensors
-from musiclm_pytorch.trainer.folders import free_name
+from musiclm_pytorch.atomic import free_name, read_checked_json, read_tensors, sync, write_checked_json, write_tensors
 
 logger = logging.getLogger(__name__)
 

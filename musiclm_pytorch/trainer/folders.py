@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from musiclm_pytorch.atomic import free_name
+
 logger = logging.getLogger(__name__)
 
 ASIDE = re.compile(r'\..+\.(\d+)\.(?:tmp|old)')  # names of what a process writes or removes, with its number
@@ -45,13 +47,6 @@ def move_aside(folder: Path) -> Path | None:
         return None
     target = free_name(folder)
     folder.rename(target)
-    return target
-
-
-def free_name(folder: Path) -> Path:
-    number = 1
-    while (target := folder.with_name(f'{folder.name}.{number}')).exists():
-        number += 1
     return target
 
 

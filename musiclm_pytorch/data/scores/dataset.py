@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 import os
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
@@ -11,10 +10,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from musiclm_pytorch.checks import typechecked
-from musiclm_pytorch.data.attributes import check_seed, check_split, choose, generator
+from musiclm_pytorch.data.attributes import check_seed, choose, generator
+from musiclm_pytorch.data.generated import GeneratedMusic
 from musiclm_pytorch.data.scores import labels as vocabulary
 from musiclm_pytorch.data.scores.composer import Part, compose
 from musiclm_pytorch.data.scores.labels import ScoreLabels
@@ -37,7 +36,7 @@ LOUDNESS = {'soft': 0.06, 'moderate': 0.1, 'loud': 0.14, None: 0.1}
 SAME_CAPTION = 20  # drawings after which a caption may be one that the clip has already
 
 
-class ScoreMusic(Dataset):
+class ScoreMusic(GeneratedMusic):
     """Pairs of a wave and a caption: compositions in 22 styles, or excerpts of MIDI files, played with a sound font.
 
     An item depends on its index, the seed, the split, the settings and the sound font alone: it is the same in any
@@ -74,6 +73,8 @@ class ScoreMusic(Dataset):
         ImportError: pyfluidsynth or FluidSynth is missing (when the first wave is rendered).
     """
 
+    _ITEM = _ITEM
+
     #: the values of each attribute
     ATTRIBUTES = vocabulary.ATTRIBUTES
 
@@ -92,22 +93,13 @@ class ScoreMusic(Dataset):
         captions_per_clip: int = 4,
         mentions: Mapping[str, float] | None = None,
     ):
-        if length < 1:
-            raise ValueError(f'length must be 1 at least, got {length}')
-        if not 1 <= seconds <= 600:
-            raise ValueError(f'seconds must lie in 1 to 600, got {seconds}')
         if not 8000 <= sample_rate <= 96000:
             raise ValueError(f'sample_rate must lie in 8000 to 96000 Hz, got {sample_rate}; resample the waves instead')
         if captions_per_clip < 1:
             raise ValueError(f'captions_per_clip must be 1 at least, got {captions_per_clip}')
         if not 0 <= source_share <= 1:
             raise ValueError(f'source_share must lie in 0 to 1, got {source_share}')
-        self.length = length
-        self.seed = check_seed(seed)
-        self.seconds = float(seconds)
-        self.sample_rate = sample_rate
-        self.split = split
-        self._split = check_split(split)
+        super().__init__(length, seed=seed, seconds=seconds, sample_rate=sample_rate, split=split)
         several = isinstance(sound_font, Sequence) and not isinstance(sound_font, str)
         if several and not sound_font:
             raise ValueError('sound_font is an empty list; leave it out to look for one')
@@ -118,14 +110,6 @@ class ScoreMusic(Dataset):
         self.source_share = source_share if sources else 0.0
         self.captions_per_clip = captions_per_clip
         self.mentions = check_shares(mentions or {})
-
-    @property
-    def samples(self) -> int:
-        """Samples of each wave."""
-        return round(self.seconds * self.sample_rate)
-
-    def __len__(self) -> int:
-        return self.length
 
     def __getitem__(self, index: int) -> tuple[Tensor, str]:
         """The wave, `(samples,)` float32, and the first caption of an item. Raises IndexError beyond the length."""
@@ -237,19 +221,6 @@ class ScoreMusic(Dataset):
         gain = min(LOUDNESS[labels.dynamics] / power, CEILING / float(np.abs(wave).max()))
         return torch.from_numpy((wave * np.float32(gain)).astype(np.float32))
 
-    def _key(self, use: int, index: int) -> tuple[int, ...]:
-        return (_ITEM, use, self.seed, self._split, index)
-
-    def _index(self, index: int) -> int:
-        index = operator.index(index)
-        place = index + self.length if index < 0 else index
-        if not 0 <= place < self.length:
-            raise IndexError(f'item {index} of a data set of {self.length}; give a larger length to have more')
-        return place
-
     def __repr__(self) -> str:
         fonts = ', '.join(it.name for it in self.sound_fonts)
-        return (
-            f'ScoreMusic({self.length}, seed={self.seed}, seconds={self.seconds:g}, sample_rate={self.sample_rate}, '
-            f'split={self.split!r}, sound_font={fonts!r})'
-        )
+        return f'ScoreMusic({self._shown()}, sound_font={fonts!r})'

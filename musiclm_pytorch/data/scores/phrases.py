@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from musiclm_pytorch.data.attributes import choose
+from musiclm_pytorch.data.captions import with_implied, with_usual
 from musiclm_pytorch.data.scores.labels import ScoreLabels
 from musiclm_pytorch.data.scores.styles import read_table
 
@@ -241,15 +242,10 @@ def check_shares(shares: Mapping[str, float]) -> dict[str, float]:
 
     Raises ValueError for unknown attributes and shares outside of 0 to 1.
     """
-    usual = {**MENTIONS, **MORE}
-    if unknown := shares.keys() - usual.keys():
-        raise ValueError(f'captions can tell {", ".join(usual)}, but mentions names {sorted(unknown)[0]!r}')
-    for name, share in shares.items():
-        if not 0 <= share <= 1:
-            raise ValueError(f'mentions[{name!r}] must lie in 0 to 1, got {share}')
-    if not any((usual | shares)[name] > 0 for name in ('style', 'lead')):
+    usual = with_usual(shares, {**MENTIONS, **MORE})
+    if not any(usual[name] > 0 for name in ('style', 'lead')):
         raise ValueError(f'every caption tells the style or the lead; raise one of them in mentions, {dict(shares)}')
-    return usual | shares
+    return usual
 
 
 def draw_mentions(labels: ScoreLabels, shares: Mapping[str, float], random: np.random.Generator) -> tuple[str, ...]:
@@ -271,16 +267,10 @@ def draw_mentions(labels: ScoreLabels, shares: Mapping[str, float], random: np.r
 
 def check_mentions(labels: ScoreLabels, mentions: Collection[str]) -> tuple[str, ...]:
     """`mentions` in order, with what they imply; ValueError for none, for unknown ones and for what cannot be told."""
-    if isinstance(mentions, str):
-        raise TypeError(f'mention must be a collection of attributes, such as ({mentions!r},), got {mentions!r}')
-    known = (*MENTIONS, *MORE)
-    wrong = [name for name in mentions if name not in known]
-    if wrong or not mentions:
-        raise ValueError(f'mention must name some of {", ".join(known)}, got {wrong[0] if wrong else mentions!r}')
-    told = {*mentions, *(IMPLIED[name] for name in mentions if name in IMPLIED)}
+    told = with_implied(mentions, (*MENTIONS, *MORE), IMPLIED)
     if silent := [name for name in told if name in MENTIONS and name not in known_of(labels)]:
         raise ValueError(f'these labels have no {sorted(silent)[0]} that a caption could tell')
-    return tuple(name for name in known if name in told)
+    return told
 
 
 def write_caption(labels: ScoreLabels, told: Collection[str], split: str, random: np.random.Generator) -> str:

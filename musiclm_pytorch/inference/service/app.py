@@ -43,7 +43,7 @@ from musiclm_pytorch.inference.service.worker import Job, ModelWorker, Unreadabl
 from musiclm_pytorch.mulan.model import MuLaN
 from musiclm_pytorch.musiclm import MusicLM
 from musiclm_pytorch.version import __version__
-from musiclm_pytorch.waves import encoded
+from musiclm_pytorch.waves import sound_bytes
 
 router = APIRouter()
 
@@ -199,13 +199,13 @@ async def generate(request: Request) -> Response:
         headers = {'X-Seed': str(seed), 'X-Score': f'{music.scores[0, best]:.6f}'}
         if warnings[0]:
             headers['X-Warning'] = header_of(warnings[0])
-        return Response(encoded(music.waves[0, best], rate), media_type='audio/wav', headers=headers)
+        return Response(sound_bytes(music.waves[0, best], rate), media_type='audio/wav', headers=headers)
     pieces = [
         {
             'prompt': prompt,
             'score': scores[place].item(),
             'seed': seeds[place].item(),
-            'wav': base64.b64encode(encoded(waves[place], rate)).decode(),
+            'wav': base64.b64encode(sound_bytes(waves[place], rate)).decode(),
         }
         for prompt, waves, scores, seeds in zip(body.prompts, music.waves, music.scores, music.seeds)
         for place in scores.argsort(descending=True).tolist()
