@@ -193,7 +193,7 @@ def test_ctrl_c_and_sigterm_end_the_command(config, tmp_path):
         os.killpg(process.pid, number)
     for number, process in running.items():
         _, told = process.communicate()
-        assert process.returncode == dict(SIGINT=130, SIGTERM=143)[signal.Signals(number).name]
+        assert process.returncode == dict(SIGINT=130, SIGTERM=143)[signal.Signals(number).name], told
         stopped = [line for line in told.splitlines() if 'stopped by' in line]
         assert re.search(
             rf'stopped by {signal.Signals(number).name} at step \d+ of 100000, with a checkpoint', stopped[0]

@@ -338,6 +338,22 @@ def test_ignored_signals_stay_ignored(tmp_path):
         signal.signal(signal.SIGHUP, before)
 
 
+BORN = """
+import os, signal, sys, torch
+from musiclm_pytorch.trainer.interrupts import loaded
+
+signal.signal(signal.SIGHUP, signal.SIG_IGN)
+os.register_at_fork(after_in_child=lambda: [os.kill(os.getpid(), it) for it in map(int, sys.argv[1:])])
+print(*(it.item() for it in loaded(torch.arange(4), num_workers=2)))
+"""
+
+
+def test_processes_that_read_data_outlive_signals_from_birth():
+    numbers = [str(int(it)) for it in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
+    done = subprocess.run([sys.executable, '-c', BORN, *numbers], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, '0 1 2 3\n', '')
+
+
 def test_checkpoints_by_the_clock(tmp_path):
     for name, minutes, expected in (('often', 1e-9, [1, 2, 3]), ('never', None, [3]), ('seldom', 10.0, [3])):
         run = trainer(tmp_path / name, checkpoint_minutes=minutes)

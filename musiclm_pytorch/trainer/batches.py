@@ -8,12 +8,12 @@ from typing import Any, NamedTuple
 
 import numpy
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from musiclm_pytorch.distributed.collectives import rank, world_size
 from musiclm_pytorch.trainer.checkpoints import random_states, restore_random_states
 from musiclm_pytorch.trainer.grouping import Grouping
-from musiclm_pytorch.trainer.interrupts import outlive_signals
+from musiclm_pytorch.trainer.interrupts import loaded
 
 
 class StandIn(NamedTuple):
@@ -97,7 +97,6 @@ class Batches:
             num_workers=num_workers,
             prefetch_factor=prefetch_factor,
             pin_memory=pin_memory,
-            worker_init_fn=outlive_signals,
         )
         together = batch_size * world_size()
         self.batches_an_epoch = self.size // together if drop_last else -(-self.size // together)
@@ -144,8 +143,8 @@ class Batches:
             keys = self.keys(epoch)[offset:]
             # an own generator: the loader would draw a seed from the global one whenever it starts
             generator = torch.Generator().manual_seed(mixed_seed(self.seed, epoch, offset))
-            loader = DataLoader(self.items, batch_sampler=_BatchKeys(keys), generator=generator, **self.loader_keywords)
-            yield from loader
+            batches = _BatchKeys(keys)
+            yield from loaded(self.items, batch_sampler=batches, generator=generator, **self.loader_keywords)
             position += len(keys)
 
 

@@ -8,6 +8,9 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
+
+from torch.utils.data import DataLoader, Dataset
 
 logger = logging.getLogger(__name__)
 
@@ -61,8 +64,29 @@ def end_by(number: int, message: str, *, tell: bool) -> None:
     raise SystemExit(128 + number)
 
 
-def outlive_signals(worker: int) -> None:
-    """For processes that read data: a terminal sends Ctrl-C to them too, while the step still needs them."""
+def loaded(dataset: Dataset, **keywords: Any) -> Iterator[Any]:
+    """The batches of a `DataLoader`, whose processes outlive the signals that ask for an end after the step.
+
+    A terminal or a scheduler sends them to all processes of the run, while the step still needs those that read data.
+
+    Args:
+        dataset, **keywords: as of `torch.utils.data.DataLoader`, but for `worker_init_fn`.
+    """
+    loader = DataLoader(dataset, worker_init_fn=_outlive_signals, **keywords)
+    if not hasattr(signal, 'pthread_sigmask'):
+        return iter(loader)
+    # a process is at the mercy of a signal until it has handlers of its own: until then, signals wait
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        return iter(loader)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _outlive_signals(worker: int) -> None:
     for number in SIGNALS:
-        # should nobody end them the usual way, they do not stay
-        signal.signal(number, lambda *_: signal.alarm(OUTLIVED))
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            # should nobody end them the usual way, they do not stay
+            signal.signal(number, lambda *_: signal.alarm(OUTLIVED))
+    if hasattr(signal, 'pthread_sigmask'):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)

@@ -9,13 +9,13 @@ from itertools import islice
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import IterableDataset
 
 from musiclm_pytorch.data.shards import ShardedAudioText
 from musiclm_pytorch.distributed.collectives import rank, world_size
 from musiclm_pytorch.trainer.batches import Batches, mixed_seed
 from musiclm_pytorch.trainer.grouping import Grouping
-from musiclm_pytorch.trainer.interrupts import outlive_signals
+from musiclm_pytorch.trainer.interrupts import loaded
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +58,6 @@ class ShardBatches:
             num_workers=num_workers,
             prefetch_factor=prefetch_factor,
             pin_memory=pin_memory,
-            worker_init_fn=outlive_signals,
         )
         share = self.size // world_size()
         self.batches_an_epoch = share // batch_size if drop_last else -(-share // batch_size)
@@ -84,7 +83,7 @@ class ShardBatches:
             epoch, offset = divmod(position, self.batches_an_epoch)
             self.dataset.set_epoch(epoch, offset * self.batch_size)
             generator = torch.Generator().manual_seed(mixed_seed(self.seed, epoch, offset))
-            loader = DataLoader(
+            loader = loaded(
                 self.dataset,
                 batch_size=self.batch_size,
                 drop_last=self.drop_last,
@@ -130,7 +129,6 @@ class StreamBatches:
             num_workers=num_workers,
             prefetch_factor=prefetch_factor,
             pin_memory=pin_memory,
-            worker_init_fn=outlive_signals,
         )
         self.position = 0
         self.running = self._endless(first=0)
@@ -172,7 +170,7 @@ class StreamBatches:
                 self.dataset.set_epoch(epoch)
             generator = torch.Generator().manual_seed(mixed_seed(self.seed, epoch, first))
             count = 0
-            for batch in DataLoader(self.dataset, generator=generator, **self.loader_keywords):
+            for batch in loaded(self.dataset, generator=generator, **self.loader_keywords):
                 count += 1
                 yield batch
             if count == 0:
