@@ -342,16 +342,22 @@ BORN = """
 import os, signal, sys, torch
 from musiclm_pytorch.trainer.interrupts import loaded
 
-signal.signal(signal.SIGHUP, signal.SIG_IGN)
+class Ignored(torch.utils.data.Dataset):
+    __len__ = lambda self: 4
+    __getitem__ = lambda self, index: (index, signal.getsignal(signal.SIGHUP) is signal.SIG_IGN)
+
+signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
 os.register_at_fork(after_in_child=lambda: [os.kill(os.getpid(), it) for it in map(int, sys.argv[1:])])
-print(*(it.item() for it in loaded(torch.arange(4), num_workers=2)))
+for index, ignored in loaded(Ignored(), num_workers=2):
+    print(index.item(), ignored.item())
 """
 
 
 def test_processes_that_read_data_outlive_signals_from_birth():
     numbers = [str(int(it)) for it in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
     done = subprocess.run([sys.executable, '-c', BORN, *numbers], capture_output=True, text=True)
-    assert (done.returncode, done.stdout, done.stderr) == (0, '0 1 2 3\n', '')
+    expected = ''.join(f'{index} True\n' for index in range(4))
+    assert (done.returncode, done.stdout, done.stderr) == (0, expected, '')
 
 
 def test_checkpoints_by_the_clock(tmp_path):
