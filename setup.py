@@ -125,10 +125,10 @@ setup(
         'scipy>=1.11',
         'soundfile>=0.12',
         'tensorboard>=2.15',
-        # One release of torch: torchaudio 2.11, its last, does not load beside an older torch and refuses a
-        # newer one, yet names neither, so nothing but these bounds keeps pip from mixing them.
+        # One release of torch: torchaudio 2.11.0 does not load beside an older torch and refuses a newer one, 2.11.1
+        # does not load beside torch 2.11, and neither says so: nothing but these bounds keeps pip from mixing them.
         'torch>=2.11,<2.12',
-        'torchaudio>=2.11,<2.12',
+        'torchaudio>=2.11,<2.11.1',
         'torchvision>=0.26,<0.27',  # x-clip imports it
         'tqdm>=4.60',
         'vector-quantize-pytorch>=1.20',

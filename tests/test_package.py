@@ -392,6 +392,14 @@ def test_installed_versions_fit_the_requirements():
     assert '+' in importlib.metadata.version('fairseq'), 'the genuine fairseq is installed, not the stand-in'
 
 
+def test_no_torchaudio_is_taken_that_does_not_load_beside_torch():
+    (torch,) = [need for need in always_needed() if need.name == 'torch']
+    (torchaudio,) = [need for need in always_needed() if need.name == 'torchaudio']
+    assert '2.11.0' in torch.specifier
+    assert '2.11.0' in torchaudio.specifier
+    assert '2.11.1' not in torchaudio.specifier
+
+
 def test_all_is_the_union_of_the_extras():
     extras = importlib.metadata.metadata('musiclm-pytorch').get_all('Provides-Extra')
     of = {extra: set() for extra in extras}
