@@ -66,6 +66,7 @@ EXTRAS = {
         'httpx>=0.27',
         'mido>=1.3',
         'mir-eval>=0.8',
+        'mypy>=1.15',
         'onnx>=1.18',
         'onnxruntime>=1.20',
         'onnxscript>=0.5',
@@ -95,6 +96,7 @@ setup(
     package_data={
         'musiclm_pytorch': [
             'py.typed',
+            '**/*.pyi',
             'data/scores/*.yaml',
             'inference/*.cpp',
             'inference/package_files/*',
@@ -113,6 +115,7 @@ setup(
         'einops>=0.8',
         'ema-pytorch>=0.7',
         'hyper-connections>=0.4.11,<0.5',
+        'lazy-loader>=0.6',
         'librosa>=0.11',
         'lion-pytorch>=0.2',
         'matplotlib>=3.8',

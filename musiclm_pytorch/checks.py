@@ -7,12 +7,14 @@ import inspect
 import math
 import re
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ParamSpec
 
 import numpy as np
 import torch
 from beartype import BeartypeConf, beartype
 from torch import Tensor
+
+P = ParamSpec('P')
 
 
 class ArgumentTypeError(TypeError):
@@ -28,7 +30,7 @@ class ArgumentTypeError(TypeError):
 typechecked = beartype(conf=BeartypeConf(violation_type=ArgumentTypeError, is_pep484_tower=True))
 
 
-def records_config(init: Callable) -> Callable:
+def records_config(init: Callable[P, None]) -> Callable[P, None]:
     """Decorate `__init__`, so that the plain keywords a module was built with stand in `module.config`.
 
     Submodules among the arguments are left out: they carry a config of their own.
@@ -36,12 +38,12 @@ def records_config(init: Callable) -> Callable:
     signature = inspect.signature(init)
 
     @functools.wraps(init)
-    def wrapper(self: torch.nn.Module, *args: Any, **kwargs: Any) -> None:
-        init(self, *args, **kwargs)
-        bound = signature.bind(self, *args, **kwargs)
+    def wrapper(*args: P.args, **kwargs: P.kwargs) -> None:
+        init(*args, **kwargs)
+        bound = signature.bind(*args, **kwargs)
         bound.apply_defaults()
-        arguments = list(bound.arguments.items())[1:]
-        self.config = {name: value for name, value in arguments if not isinstance(value, torch.nn.Module)}
+        (_, module), *arguments = bound.arguments.items()
+        module.config = {name: value for name, value in arguments if not isinstance(value, torch.nn.Module)}
 
     return wrapper
 

@@ -11,7 +11,7 @@ import threading
 import warnings
 
 from musiclm_pytorch.cli_generate import add_model_option
-from musiclm_pytorch.lazy import how_to_install
+from musiclm_pytorch.extras import how_to_install
 
 
 def app(subcommands) -> None:

@@ -57,6 +57,14 @@ def worker(rank, sizes, folder):
     gathered = collectives.gather_rows(rows, collectives.gather_sizes(sizes[rank], rows.device))
     (gathered * (rank + 1)).sum().backward()
     results['gather'] = (gathered.detach(), rows.grad)
+
+    for summed in (False, True):
+        columns = rows.detach().T.clone().requires_grad_()
+        joined, lengths = collectives.AllGather(1, all_reduce_grads=summed)(columns)
+        assert torch.equal(joined.T, gathered)
+        assert lengths.tolist() == list(sizes)
+        (joined * (rank + 1)).sum().backward()
+        assert (columns.grad == (sum(range(1, len(sizes) + 1)) if summed else rank + 1)).all()
     torch.save(results, f'{folder}/{rank}.pt')
     dist.destroy_process_group()
 

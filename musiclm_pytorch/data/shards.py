@@ -25,7 +25,7 @@ from musiclm_pytorch.checks import check_positive, typechecked
 from musiclm_pytorch.data.reading import ClipReader, logger
 from musiclm_pytorch.data.shard_reader import Shard
 from musiclm_pytorch.distributed import collectives
-from musiclm_pytorch.lazy import how_to_install
+from musiclm_pytorch.extras import how_to_install
 
 INDEX = 'index.json'
 

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 _alone = False
 
@@ -61,7 +61,7 @@ def gather_rows(rows: Tensor, sizes: list[int]) -> Tensor:
         rows: this rank's rows.
         sizes: the number of rows of every rank, from `gather_sizes`.
     """
-    return rows if len(sizes) == 1 else _GatherRows.apply(rows, sizes)
+    return rows if len(sizes) == 1 else _GatherRows.apply(rows, sizes, True)
 
 
 def gather_batch(latents: Tensor, sizes: list[int]) -> Tensor:
@@ -84,8 +84,8 @@ def mean_over_ranks(value: Tensor) -> Tensor:
 
 class _GatherRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, rows, sizes):
-        ctx.sizes = sizes
+    def forward(ctx, rows, sizes, sum_gradients):
+        ctx.sizes, ctx.sum_gradients = sizes, sum_gradients
         # collectives want equal shapes: pad to the largest, and cut the padding off again
         padded = rows.new_zeros(max(sizes), *rows.shape[1:])
         padded[: len(rows)] = rows
@@ -95,6 +95,30 @@ class _GatherRows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        grad = grad.contiguous().clone()
-        dist.all_reduce(grad)
-        return grad.split(ctx.sizes)[rank()], None
+        if ctx.sum_gradients:
+            grad = grad.contiguous().clone()
+            dist.all_reduce(grad)
+        return grad.split(ctx.sizes)[rank()], None, None
+
+
+class AllGather(nn.Module):
+    """Upstream's module of this name: concatenate a tensor over all ranks along `dim`.
+
+    Args:
+        dim: the axis, whose length may differ between ranks.
+        all_reduce_grads: the gradient is the sum of what every rank's loss sends, in place of this rank's alone.
+    """
+
+    def __init__(self, dim: int, *, all_reduce_grads: bool = False):
+        super().__init__()
+        self.dim = dim
+        self.all_reduce_grads = all_reduce_grads
+
+    def forward(self, x: Tensor, sizes: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """The joined tensor and the length of each rank's part, `(ranks,)` int64, which may be given; `(x, None)`
+        without a process group."""
+        if world_size() == 1:
+            return x, None
+        counts = gather_sizes(x.shape[self.dim], x.device) if sizes is None else sizes.tolist()
+        rows = _GatherRows.apply(x.movedim(self.dim, 0), counts, self.all_reduce_grads)
+        return rows.movedim(0, self.dim), torch.tensor(counts, device=x.device)

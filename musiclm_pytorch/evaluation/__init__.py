@@ -1,40 +1,5 @@
 """Measuring generated music: quality, fit to the text, structure, memorisation. Names are imported on first use."""
 
-from musiclm_pytorch.lazy import lazy_names
+import lazy_loader
 
-__getattr__, __dir__, __all__ = lazy_names(
-    __name__,
-    {
-        'CLAPEmbedder': 'embedders',
-        'EnCodecEmbedder': 'embedders',
-        'Figure': 'figures',
-        'FrameReservoir': 'kernel',
-        'GaussianStatistics': 'frechet',
-        'MuLaNEmbedder': 'embedders',
-        'MusicLMEvaluator': 'evaluator',
-        'PaSSTTagger': 'tagging',
-        'StructureTruth': 'structure_scores',
-        'ThinnedStatistics': 'frechet',
-        'VGGishEmbedder': 'embedders',
-        'ZeroShotTagger': 'tagging',
-        'alignment_figures': 'alignment',
-        'compare_reports': 'compare',
-        'compare_structure': 'structure_scores',
-        'embed_clips': 'embedding',
-        'frechet_audio_distance': 'frechet',
-        'frechet_distance': 'frechet',
-        'frechet_infinity': 'frechet',
-        'kernel_audio_distance': 'kernel',
-        'kl_figures': 'tagging',
-        'load_mulan': 'evaluator',
-        'memorisation': 'memory',
-        'read_magnatagatune': 'magnatagatune',
-        'score_structure': 'structure_scores',
-        'signal_quality': 'quality',
-        'structure_of': 'structure',
-        'tagging_figures': 'areas',
-        'tagging_of_files': 'areas',
-        'training_clips': 'memory',
-        'write_report': 'report',
-    },
-)
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -19,7 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 from musiclm_pytorch.checks import check_audio, check_positive, described, typechecked
 from musiclm_pytorch.data.audio import windows
 from musiclm_pytorch.evaluation import vggish
-from musiclm_pytorch.lazy import how_to_install
+from musiclm_pytorch.extras import how_to_install
 from musiclm_pytorch.mulan.model import MuLaN, evaluating
 
 

@@ -11,7 +11,7 @@ from musiclm_pytorch.checks import check_positive, typechecked
 from musiclm_pytorch.evaluation.figures import Figure, mean_figure, undefined
 from musiclm_pytorch.evaluation.structure import FIGURES, StructureResult, key_name
 from musiclm_pytorch.evaluation.tonality import PROFILES
-from musiclm_pytorch.lazy import how_to_install
+from musiclm_pytorch.extras import how_to_install
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from musiclm_pytorch.checks import check_audio, check_finite, check_positive, described, typechecked
 from musiclm_pytorch.evaluation.figures import Figure, mean_figure
-from musiclm_pytorch.lazy import how_to_install
+from musiclm_pytorch.extras import how_to_install
 from musiclm_pytorch.mulan.layers import l2norm
 from musiclm_pytorch.mulan.model import MuLaN, evaluating
 

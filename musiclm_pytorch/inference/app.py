@@ -12,9 +12,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from musiclm_pytorch.extras import how_to_install
 from musiclm_pytorch.gallery import Clip, write_clip
 from musiclm_pytorch.inference.music_maker import MusicMaker, Stopped, highest
-from musiclm_pytorch.lazy import how_to_install
 from musiclm_pytorch.musiclm import MusicLM
 
 if TYPE_CHECKING:

@@ -16,9 +16,9 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from musiclm_pytorch.checks import is_traced
+from musiclm_pytorch.extras import how_to_install
 from musiclm_pytorch.inference.half_attention import KeptBias, attend_in_half
 from musiclm_pytorch.inference.native_layers import NativeParts
-from musiclm_pytorch.lazy import how_to_install
 from musiclm_pytorch.mulan.attention import PositionBias, attend
 from musiclm_pytorch.mulan.layers import Transformer, l2norm
 from musiclm_pytorch.mulan.linear import Linear

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from musiclm_pytorch.atomic import atomic_write
 from musiclm_pytorch.checks import typechecked
+from musiclm_pytorch.extras import how_to_install
 from musiclm_pytorch.inference.config import InferenceConfig
-from musiclm_pytorch.lazy import how_to_install
 from musiclm_pytorch.mulan.model import MuLaN
 from musiclm_pytorch.version import __version__
 

@@ -16,7 +16,7 @@ from musiclm_pytorch.atomic import checked_json, read_checked_json, read_tensors
 from musiclm_pytorch.audiolm.fingerprints import fingerprint
 from musiclm_pytorch.checks import check_finite, check_positive, typechecked
 from musiclm_pytorch.evaluation.tagging import MUSIC_TAGS, TEMPLATES, ZeroShotTagger
-from musiclm_pytorch.lazy import how_to_install
+from musiclm_pytorch.extras import how_to_install
 from musiclm_pytorch.mulan.checkpoint import CONFIG_FILE
 from musiclm_pytorch.mulan.layers import l2norm
 from musiclm_pytorch.mulan.model import MuLaN, evaluating

@@ -209,7 +209,7 @@ def _build_upstream(
     text: dict[str, Any] | None = None,
     **keywords: Any,
 ) -> nn.Module:
-    state = _read_upstream(path)
+    state, _ = read_upstream(path)
     known_audio, known_text, known_mulan = _infer_config(state, known=audio or {}, source=path)
     mulan = _build(cls, {**known_audio, **(audio or {})}, {**known_text, **(text or {})}, {**known_mulan, **keywords})
     load_strictly(mulan, state, source=path)
@@ -217,12 +217,12 @@ def _build_upstream(
 
 
 def _load_upstream_into(mulan: nn.Module, path: str | Path) -> nn.Module:
-    load_strictly(mulan, _read_upstream(path), source=path)
+    load_strictly(mulan, read_upstream(path)[0], source=path)
     return mulan
 
 
-def _read_upstream(path: str | Path) -> dict[str, Tensor]:
-    """The state dict in a file of upstream's trainer, without the prefix that DDP adds."""
+def read_upstream(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
+    """State dicts of model and optimizer (None without one) in a file of upstream's trainer, without DDP's prefix."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f'no checkpoint at {path}')
@@ -236,7 +236,8 @@ def _read_upstream(path: str | Path) -> dict[str, Tensor]:
     state = {name.removeprefix('module.'): tensor for name, tensor in state.items()}
     if 'audio_to_latents.weight' not in state:
         raise ValueError(f'{path} is not a MuLaN: it has no audio_to_latents.weight, but {sorted(state)[:3]} …')
-    return state
+    optimizer = package.get('optim') if 'model' in package else None
+    return state, optimizer
 
 
 def _infer_config(state: dict[str, Tensor], *, known: dict, source: str | Path) -> tuple[dict, dict, dict]:

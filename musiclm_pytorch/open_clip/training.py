@@ -17,7 +17,7 @@ from torch.utils.data.distributed import DistributedSampler
 from musiclm_pytorch.checks import check_positive, typechecked
 from musiclm_pytorch.data.collate import collate_pairs
 from musiclm_pytorch.data.rates import agreed_rate, rate_of
-from musiclm_pytorch.lazy import how_to_install
+from musiclm_pytorch.extras import how_to_install
 from musiclm_pytorch.open_clip.batch import AudioBatch
 from musiclm_pytorch.open_clip.model import MuLaNOpenCLIP
 

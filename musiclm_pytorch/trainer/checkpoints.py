@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import re
@@ -56,8 +57,21 @@ def write(folder: Path, step: int, state: dict[str, Any]) -> Path:
     return target
 
 
+def write_file(path: Path, state: dict[str, Any]) -> None:
+    """Write a checkpoint as a file of its own, of safetensors; it appears whole or not at all."""
+    tensors: dict[str, Tensor] = {}
+    tree = json.dumps(_flatten(state, '', tensors)).encode()
+    # among the tensors, their checksum is of it too
+    write_tensors(path, tensors | {STATE_FILE: torch.frombuffer(bytearray(tree), dtype=torch.uint8)})
+
+
 def read(path: Path) -> dict[str, Any]:
-    """Read a checkpoint. Raises FileNotFoundError if there is none, ValueError if it is damaged."""
+    """Read a checkpoint, a folder or a file. Raises FileNotFoundError if there is none, ValueError if it is damaged."""
+    if path.is_file():
+        tensors = read_tensors(path)
+        if STATE_FILE not in tensors:
+            raise ValueError(f'{path} is no checkpoint of a trainer: it holds no {STATE_FILE}')
+        return _unflatten(json.loads(tensors.pop(STATE_FILE).numpy().tobytes()), tensors)
     if not path.is_dir():
         raise FileNotFoundError(f'no checkpoint at {path}')
     try:

@@ -195,6 +195,7 @@ class Trainer(Resumable):
         self.num_train_steps = num_train_steps
         self.step = 0
         self.position = 0  # in the data, in batches of this process
+        self.own_data: tuple[int, Iterator[Any]] | None = None  # of `train_step`, and where it stands
         self.best: float | None = None  # score of the best model so far
         self.validated: int | None = None  # step of the last validation
         self.results_opened = False
@@ -394,7 +395,7 @@ class Trainer(Resumable):
             stop = stack.enter_context(stop_requests())
             stopped, saved, saved_at = 0, self.step, time.monotonic()
             while self.step < total and not stopped:
-                results |= self.train_step(data, total)
+                results |= self.optimize(data, total)
                 bar.update()
                 bar.set_postfix(loss=f'{results["loss"]:.3f}', lr=f'{results["lr"]:.1e}')
                 if log_fn is not None:
@@ -435,7 +436,24 @@ class Trainer(Resumable):
         told = gather_sizes(2 * stop + due, self.device)
         return max(it // 2 for it in told), bool(told[0] % 2)
 
-    def train_step(self, data: Iterator[Any], total: int) -> dict[str, float]:
+    def train_step(self) -> dict[str, float]:
+        """One step, with a checkpoint where one is due by steps: for a loop of your own, in place of `train`.
+
+        Returns the metrics of the step, `loss` among them. The schedule is that of `num_train_steps`, or of one epoch.
+        """
+        total = self.num_train_steps or self.steps_an_epoch
+        if total is None:
+            raise ValueError('the data set does not tell how long an epoch is; build the trainer with num_train_steps')
+        with self.opening_results():
+            if self.own_data is None or self.own_data[0] != self.position:
+                self.own_data = (self.position, self.batches.iterate(self.position))
+            metrics = self.optimize(self.own_data[1], total)
+        self.own_data = (self.position, self.own_data[1])
+        if self.step % self.checkpoint_every == 0:
+            self.save()
+        return metrics
+
+    def optimize(self, data: Iterator[Any], total: int) -> dict[str, float]:
         """One step of the optimizer."""
         start = time.perf_counter()
         rate = learning_rate(self.step, lr=self.lr, total_steps=total, **self.schedule)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import zipfile
 from collections.abc import Callable, Hashable, Sequence
 from functools import partial
 from pathlib import Path
@@ -26,6 +27,7 @@ from musiclm_pytorch.trainer.grad_cache import grad_cache_backward, join_latents
 from musiclm_pytorch.trainer.grouping import Grouping
 from musiclm_pytorch.trainer.loop import Trainer, TrainingError, detached
 from musiclm_pytorch.trainer.retrieval import mean_cosine, retrieval_metrics, similarity_histogram
+from musiclm_pytorch.trainer.upstream import UpstreamNames, moments_by_name, set_moments
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +60,7 @@ class _PairStep(nn.Module):
         return [parameter for loss in losses for parameter in loss.parameters()]
 
 
-class MuLaNTrainer(Trainer):
+class MuLaNTrainer(UpstreamNames, Trainer):
     """Trains a MuLaN on a data set of pairs.
 
     The data set gives pairs of a wave and a text (string or token ids), in either order; see
@@ -173,6 +175,7 @@ class MuLaNTrainer(Trainer):
             keywords['optimizer'] = 'lion'
 
         self.mulan = mulan
+        self.dataset = dataset
         if splits:
             self.held_out_by = dict(valid_frac=valid_frac, random_split_seed=random_split_seed)
         self.valid_dataset = valid_dataset
@@ -306,6 +309,30 @@ class MuLaNTrainer(Trainer):
                 f'{metrics["audio_mean_cosine"]:.3f} for audio and {metrics["text_mean_cosine"]:.3f} for text; lower '
                 f'the learning rate ({self.lr:.1e}), lengthen the warm-up, or raise the batch size'
             )
+
+    def load(self, path: str | Path) -> None:
+        """Go on from a checkpoint: a file or folder of one, or a folder of several, of which the newest is taken.
+
+        A file that musiclm-pytorch 0.2.8 saved gives weights and optimizer; it tells no step.
+        """
+        if not zipfile.is_zipfile(path):
+            super().load(path)
+            return
+        weights, optimizer = checkpoint.read_upstream(path)
+        own = dict(self.mulan.named_parameters())
+        moments = None
+        if optimizer is not None:
+            moments = moments_by_name(optimizer, [name for name in weights if name in own], source=path)
+        if moments and any('exp_avg_sq' in it for it in moments.values()) == (self.optimizer_name == 'lion'):
+            raise ValueError(
+                f'{path} was saved with another optimizer than {self.optimizer_name!r}, which keeps other statistics; '
+                'use_lion=True or False as then, or MuLaN.load_upstream for the weights alone'
+            )
+        checkpoint.load_strictly(self.mulan, weights, source=path)
+        if self.ema is not None:
+            self.ema.copy_params_from_model_to_ema()
+        if moments:
+            set_moments(self.optimizer, self.mulan, moments)
 
     def save_model(self, folder: Path) -> None:
         self.evaluated_model.save_pretrained(folder)

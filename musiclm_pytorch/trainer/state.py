@@ -72,19 +72,21 @@ class Resumable:
         """Go on from what `state` gave; see `Trainer` for what a resumed run takes over."""
         _restore(self, state)
 
-    def save(self) -> None:
-        """Write a checkpoint and prune old ones. Every process has to call it."""
-        with self.opening_results():
+    def save(self, path: str | Path | None = None) -> None:
+        """Write a checkpoint and prune old ones, or write one to a file that is yours. Every process has to call it."""
+        with self.opening_results() if path is None else contextlib.nullcontext():
             state = self.state()
-        if self.is_main:
+        if self.is_main and path is not None:
+            checkpoints.write_file(Path(path), state)
+        elif self.is_main:
             checkpoints.write(self.checkpoint_folder, self.step, state)
             checkpoints.prune(self.checkpoint_folder, self.max_checkpoints)
         self.accelerator.wait_for_everyone()
 
     def load(self, path: str | Path) -> None:
-        """Go on from a checkpoint: the folder of one, or a folder of several, of which the newest is taken."""
+        """Go on from a checkpoint: a file or folder of one, or a folder of several, of which the newest is taken."""
         path = Path(path)
-        if checkpoints.PATTERN.fullmatch(path.name):
+        if path.is_file() or checkpoints.PATTERN.fullmatch(path.name):
             self.load_state(checkpoints.read(path))
             return
         for folder in (path, path / 'checkpoints'):

@@ -16,7 +16,7 @@ from musiclm_pytorch.data.attributes import choose
 from musiclm_pytorch.data.scores.composer import DRUM_CHANNEL, Note, Part
 from musiclm_pytorch.data.scores.instruments import BY_PROGRAM, INSTRUMENTS, REGISTERS
 from musiclm_pytorch.data.scores.labels import ScoreLabels
-from musiclm_pytorch.lazy import how_to_install
+from musiclm_pytorch.extras import how_to_install
 
 SUFFIXES = {'.mid', '.midi', '.kar', '.rmi'}
 HELD_OUT = 8  # one file of so many belongs to 'valid'

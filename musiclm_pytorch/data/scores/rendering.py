@@ -15,7 +15,7 @@ import numpy as np
 from scipy.signal import resample_poly
 
 from musiclm_pytorch.data.scores.composer import DRUM_CHANNEL, Part
-from musiclm_pytorch.lazy import how_to_install
+from musiclm_pytorch.extras import how_to_install
 
 # where Debian, Fedora, Arch, Homebrew and MacPorts put fonts; the larger and better ones first
 FOLDERS = (

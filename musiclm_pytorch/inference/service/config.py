@@ -8,9 +8,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from musiclm_pytorch.checks import check_positive
+from musiclm_pytorch.extras import how_to_install
 from musiclm_pytorch.inference.config import naming_the_nearest
 from musiclm_pytorch.inference.optimize import OptimizedMuLaN
-from musiclm_pytorch.lazy import how_to_install
 from musiclm_pytorch.mulan.model import MuLaN
 from musiclm_pytorch.musiclm import MusicLM
 from musiclm_pytorch.trainer.sections import fitted

@@ -1,0 +1,11 @@
+from .attributes import MusicLabels as MusicLabels
+from .clips import Clip as Clip
+from .collate import collate_pairs as collate_pairs
+from .datasets import AudioTextDataset as AudioTextDataset
+from .opening import open_pairs as open_pairs
+from .scores.dataset import ScoreMusic as ScoreMusic
+from .scores.labels import ScoreLabels as ScoreLabels
+from .shard_writer import write_shards as write_shards
+from .shards import ShardedAudioText as ShardedAudioText
+from .shards import ShardItems as ShardItems
+from .synthetic import SyntheticMusic as SyntheticMusic

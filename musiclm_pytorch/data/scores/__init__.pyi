@@ -1,0 +1,3 @@
+from .dataset import ScoreMusic as ScoreMusic
+from .labels import ScoreLabels as ScoreLabels
+from .rendering import find_sound_font as find_sound_font

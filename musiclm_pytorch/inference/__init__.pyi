@@ -1,0 +1,14 @@
+from .app import create_app as create_app
+from .app import launch_app as launch_app
+from .benchmark import benchmark_inference_speed as benchmark_inference_speed
+from .config import InferenceConfig as InferenceConfig
+from .engine import BatchInferenceEngine as BatchInferenceEngine
+from .engine import EmbeddedFiles as EmbeddedFiles
+from .onnx import ONNXExporter as ONNXExporter
+from .optimize import OptimizedMuLaN as OptimizedMuLaN
+from .packaging import DeploymentPackager as DeploymentPackager
+from .search import Match as Match
+from .search import MuLaNIndex as MuLaNIndex
+from .service.config import ServiceConfig as ServiceConfig
+from .service.config import create_service as create_service
+from .synthesis import synthesise as synthesise
