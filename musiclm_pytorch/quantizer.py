@@ -352,7 +352,9 @@ class MuLaNEmbedQuantizer(AudioConditionerBase):
         mulan = MuLaN.from_pretrained(Path(folder) / MULAN_FOLDER, verify=verify) if mulan is None else mulan
         quantizer = config.build(cls, 'quantizer', mulan)
         weights |= {f'mulan.{name}': tensor for name, tensor in mulan.state_dict().items()}
+        trained = mulan.text.trained_tokens
         checkpoint.load_strictly(quantizer, weights, source=folder)
+        mulan.text.trained_tokens = trained  # its weights are its own
         return place(quantizer.eval())
 
 

@@ -82,6 +82,15 @@ def mean_over_ranks(value: Tensor) -> Tensor:
     return value + (mean / world_size() - value.detach())
 
 
+def any_over_ranks(flags: Tensor, device: torch.device) -> Tensor:
+    """Where a bool tensor is true on any rank, which send it by way of `device`."""
+    if world_size() == 1:
+        return flags
+    found = flags.to(device, torch.uint8, copy=True)
+    dist.all_reduce(found, op=dist.ReduceOp.MAX)
+    return found.to(flags.device, torch.bool)
+
+
 class _GatherRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx, rows, sizes, sum_gradients):

@@ -42,7 +42,7 @@ def launch(
     """Run `job` (see `worker.run`) on the processes of a config under torch's elastic launcher.
 
     Returns:
-        what worker 0 wrote: `weights`, `results` and `step`.
+        what worker 0 wrote: `weights`, `trained_tokens`, `results` and `step`.
 
     Raises:
         what a worker raised, where starting again would not help; RuntimeError when the restarts are used up.

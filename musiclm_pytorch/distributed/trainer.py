@@ -150,6 +150,7 @@ class WorldTrainer(MuLaNTrainer):
         """Give the model that is not sharded the weights of the one that is. Every process has to call it."""
         if self.sharded:
             self.whole_model.to(self.device).load_state_dict(sharding.gathered(self.model.state_dict()))
+            self.whole_model.text.trained_tokens = self.model.text.trained_tokens
 
     def run_validation(self) -> dict[str, Any]:
         self.refresh_whole_model()
@@ -283,6 +284,7 @@ class DistributedMuLaNTrainer:
         job = dict(mulan=self.mulan, dataset=self.dataset, config=self.config, keywords=keywords, train=lengths)
         outcome = launch(job, self.config, log_fn)
         self.mulan.load_state_dict(outcome['weights'])
+        self.mulan.text.trained_tokens = outcome['trained_tokens']
         self.finished_steps = outcome['step']
         return outcome['results']
 

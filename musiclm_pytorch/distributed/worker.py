@@ -77,7 +77,9 @@ def _train(path: Path) -> None:
         raise
     if int(os.environ['LOCAL_RANK']) == 0:
         weights = {name: tensor.cpu() for name, tensor in trainer.whole_model.state_dict().items()}
-        torch.save(dict(weights=weights, results=results, step=trainer.step), path / launch.OUTCOME_FILE)
+        trained_tokens = trainer.whole_model.text.trained_tokens
+        outcome = dict(weights=weights, trained_tokens=trained_tokens, results=results, step=trainer.step)
+        torch.save(outcome, path / launch.OUTCOME_FILE)
 
 
 def _end_with(parent: int) -> None:

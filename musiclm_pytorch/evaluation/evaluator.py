@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Collection, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from musiclm_pytorch.mulan.checkpoint import CONFIG_FILE
 from musiclm_pytorch.mulan.display import indented
 from musiclm_pytorch.mulan.layers import l2norm
 from musiclm_pytorch.mulan.model import MuLaN, evaluating
+from musiclm_pytorch.mulan.vocabulary import unknown_words_line
 from musiclm_pytorch.pretrained import find_pretrained
 from musiclm_pytorch.quantizer import MULAN_FOLDER
 from musiclm_pytorch.version import __version__
@@ -297,8 +299,13 @@ class MusicLMEvaluator:
 
     @torch.no_grad()
     def embed_texts(self, texts: list[str]) -> Tensor:
-        """MuLaN's latents of texts, `(n, dim_latent)`; a text gives the same wherever it stands."""
+        """MuLaN's latents of texts, `(n, dim_latent)`; a text gives the same wherever it stands. Words that MuLaN does
+        not know are told in the log: what it says of these texts means little."""
         different = list(dict.fromkeys(texts))
+        unknown = [words for text in different if (words := self.mulan.text.unknown_words(text))]
+        if unknown:
+            line = unknown_words_line(list(dict.fromkeys(chain.from_iterable(unknown))), None)
+            logger.warning('%s, in %d of %d different texts', line, len(unknown), len(different))
         batches = [different[i : i + TEXTS_AT_ONCE] for i in range(0, len(different), TEXTS_AT_ONCE)]
         with evaluating(self.mulan):
             latents = torch.cat([self.mulan.get_text_latents(raw_texts=batch).cpu() for batch in batches])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -20,6 +21,9 @@ from musiclm_pytorch.extras import how_to_install
 from musiclm_pytorch.mulan.checkpoint import CONFIG_FILE
 from musiclm_pytorch.mulan.layers import l2norm
 from musiclm_pytorch.mulan.model import MuLaN, evaluating
+from musiclm_pytorch.mulan.vocabulary import unknown_words_line
+
+logger = logging.getLogger(__name__)
 
 INDEX_FILE = 'index.json'
 VERSION = 1  # of the files
@@ -183,10 +187,15 @@ class MuLaNIndex:
 
     @typechecked
     def search_text(self, text: str, k: int = 10) -> list[Match]:
-        """The `k` clips that fit a text best. Raises ValueError for an empty text or index, or one without a MuLaN."""
+        """The `k` clips that fit a text best. Words that MuLaN does not know are told in the log.
+
+        Raises ValueError for an empty text or index, or one without a MuLaN.
+        """
         mulan = self._model('search_text')
         if not text.strip():
             raise ValueError('the text is empty; say what the music is like')
+        if unknown := mulan.text.unknown_words(text):
+            logger.warning('%s', unknown_words_line(unknown, None))
         with torch.no_grad(), evaluating(mulan):
             latents = mulan.get_text_latents(raw_texts=[text])
         return self._matches(latents, k)

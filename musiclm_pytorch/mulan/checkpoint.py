@@ -17,10 +17,12 @@ from musiclm_pytorch.atomic import atomic_write, checked_json, read_checked_json
 from musiclm_pytorch.checks import check_device
 from musiclm_pytorch.mulan.audio_transformer import AudioSpectrogramTransformer
 from musiclm_pytorch.mulan.text_transformer import TextTransformer
+from musiclm_pytorch.mulan.vocabulary import packed, unpacked
 from musiclm_pytorch.version import __version__
 
 CONFIG_FILE = 'config.json'
 WEIGHTS_FILE = 'model.safetensors'
+PARTS, TRAINED = ('audio', 'text', 'mulan'), 'trained_tokens'  # of a MuLaN's config
 
 M = TypeVar('M', bound=nn.Module)
 
@@ -35,7 +37,8 @@ def save(mulan: nn.Module, folder: str | Path) -> None:
             )
     # torch.compile wraps a tower under this name
     weights = {name.replace('_orig_mod.', ''): tensor for name, tensor in mulan.state_dict().items()}
-    write_folder(folder, config_of(mulan), weights)
+    trained = mulan.text.trained_tokens
+    write_folder(folder, config_of(mulan) | ({} if trained is None else {TRAINED: packed(trained)}), weights)
 
 
 def write_folder(folder: str | Path, config: dict[str, Any], weights: dict[str, Tensor]) -> None:
@@ -89,11 +92,27 @@ def load(
     Raises FileNotFoundError for a missing file, ValueError for a config or weights that do not belong together.
     """
     place = placing(device, dtype)
-    config, weights = read_folder(folder, 'MuLaN', parts=('audio', 'text', 'mulan'), verify=verify)
+    config, weights = read_mulan(folder, verify)
     audio, text = config.build(AudioSpectrogramTransformer, 'audio'), config.build(TextTransformer, 'text')
     mulan = config.build(cls, 'mulan', audio, text)
     load_strictly(mulan, weights, source=folder)
+    mulan.text.trained_tokens = trained_tokens(config)
     return place(mulan.eval())
+
+
+def read_mulan(folder: str | Path, verify: bool = True) -> tuple[SavedConfig, dict[str, Tensor]]:
+    """Config and weights of a MuLaN."""
+    return read_folder(folder, 'MuLaN', PARTS, optional=(TRAINED,), verify=verify)
+
+
+def trained_tokens(config: SavedConfig) -> Tensor | None:
+    """The token ids that a MuLaN was trained on, `(num_tokens,)` bool; None where its config does not tell."""
+    if (told := config.content.get(TRAINED)) is None:
+        return None
+    try:
+        return unpacked(told, config['text']['num_tokens'])
+    except ValueError as error:
+        raise ValueError(f'{config.path}: what stands under {TRAINED!r} are no tokens: {error}') from error
 
 
 def placing(device: str | torch.device, dtype: torch.dtype | None) -> Callable[[M], M]:

@@ -139,8 +139,8 @@ class MuLaN(nn.Module):
         """In short; `print(mulan.audio)` and `print(mulan.text)` show the layers."""
         towers = ', '.join(f'{name} {it.dim} × {it.depth}' for name, it in (('audio', self.audio), ('text', self.text)))
         rate = 'an unknown rate' if self.sample_rate is None else f'{self.sample_rate} Hz'
-        known = self.text.config['known_tokens']
-        words = f'{self.text.num_tokens} tokens' + ('' if known is None else f', {len(known)} of them known')
+        known = self.text.known_ids()
+        words = f'{self.text.num_tokens} tokens' + ('' if known is None else f', {int(known.sum())} of them known')
         return (
             f'{type(self).__name__}({size_of(self)},\n'
             f'  width × depth: {towers}; latents of {self.dim_latent},\n'
@@ -184,9 +184,12 @@ class MuLaN(nn.Module):
         Returns:
             `(b, dim_latent)` float32, of length 1, and with `return_all_layers` also `(depth - 1, b, 1 + n, dim)`.
         """
+        if texts is None and raw_texts is not None:
+            texts, raw_texts = self.text.tokenize(raw_texts), None
         embeds = self.text(texts, raw_texts=raw_texts, return_all_layers=return_all_layers)
         embeds, *layers = embeds if return_all_layers else (embeds,)
         latents = l2norm(self.text_to_latents(embeds).float())
+        self.text.note_trained(texts, latents)
         return (latents, *layers) if return_all_layers else latents
 
     @torch.no_grad()
@@ -340,13 +343,13 @@ class MuLaN(nn.Module):
         """Both towers' latents of a batch, as the loss needs them; arguments as in `forward`."""
         wavs, audio_lengths = self.to_own_rate(wavs, audio_lengths, sample_rate)
         audio = self.audio(wavs, audio_lengths=audio_lengths, return_encoding=True)
-        predicts_words = self.words is not None and self.training
-        if predicts_words and raw_texts is not None:
+        if texts is None and raw_texts is not None:
             texts, raw_texts = self.text.tokenize(raw_texts), None
         text = self.text(texts, raw_texts=raw_texts, return_encoding=True)
         audio_latents = l2norm(self.audio_to_latents(audio.embeds).float())
         text_latents = l2norm(self.text_to_latents(text.embeds).float())
-        tokens = self.padded(texts) if predicts_words else None
+        self.text.note_trained(texts, text_latents)
+        tokens = self.padded(texts) if self.words is not None and self.training else None
         if self.multi_layer_contrastive_learning is None:
             return PairLatents(audio_latents, text_latents, tokens=tokens)
         layers = self.multi_layer_contrastive_learning.latents(
@@ -373,7 +376,8 @@ class MuLaN(nn.Module):
     # saving
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write `config.json` and `model.safetensors`, from which `from_pretrained` rebuilds the model."""
+        """Write `config.json`, with the token ids that it was trained on, and `model.safetensors`, from which
+        `from_pretrained` rebuilds the model."""
         checkpoint.save(self, folder)
 
     @classmethod
@@ -403,8 +407,9 @@ class MuLaN(nn.Module):
         """Begin with the weights of another MuLaN, of another vocabulary or other sizes, as far as they fit.
 
         Weights are taken over by name where shapes agree; token embeddings by token, where both towers have as many
-        `num_tokens`, whichever of these are their `known_tokens`; positions from the first on. A warning names what
-        stays as it was, and tells the share of the weights that does not.
+        `num_tokens`, whichever of these are their `known_tokens`, and with them the record of which were trained;
+        positions from the first on. A warning names what stays as it was, and tells the share of the weights that
+        does not.
 
             mulan = MuLaN(audio_transformer, TextTransformer(dim = 512, depth = 6, known_tokens = more_tokens))
             mulan.load_matching('results/mulan/best')

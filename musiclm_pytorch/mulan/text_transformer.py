@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from musiclm_pytorch.checks import check_positive, described, records_config, typechecked, values_can_be_checked
 from musiclm_pytorch.mulan.layers import Encoding, LayerNorm, Transformer
-from musiclm_pytorch.mulan.vocabulary import find_unknown_words
+from musiclm_pytorch.mulan.vocabulary import find_unknown_words, known_ids
 
 VOCAB_SIZE = 49408  # of x_clip.tokenizer, CLIP's byte-pair encoding
 
@@ -30,6 +30,12 @@ class TextTransformer(nn.Module):
             that a text begins as what its words are. It was 1 for all three in 0.2.8; a step of Adam hardly moves that.
         known_tokens: the token ids that have an embedding of their own, for a small model of few words; all others
             share one, which begins at zero. By default every id has its own.
+
+    Attributes:
+        trained_tokens: the ids that it was trained on, `(num_tokens,)` bool on the CPU: those of all texts whose
+            latents in a `MuLaN` a gradient has come back to. `save_pretrained` of MuLaN writes it beside the weights.
+            None where nobody knows: after `load_state_dict`, and of folders without it. Set it to None for weights
+            that you have brought in otherwise.
     """
 
     @records_config
@@ -57,6 +63,9 @@ class TextTransformer(nn.Module):
         self.max_seq_len = max_seq_len
         self.pad_id = pad_id
         self._warned_of_cut = False
+        # neither a weight nor a buffer: upstream's modules have none of this name, and DDP would overwrite it
+        self.trained_tokens: Tensor | None = torch.zeros(num_tokens, dtype=torch.bool)
+        self.register_load_state_dict_post_hook(_forget_trained)
 
         rows = None if known_tokens is None else _rows_of(known_tokens, num_tokens)
         self.register_buffer('rows', rows, persistent=False)
@@ -138,19 +147,44 @@ class TextTransformer(nn.Module):
         weights = self.state_dict()
         weights['token_emb.weight'] = F.pad(weights['token_emb.weight'][list(known_tokens)], (0, 0, 0, 1))
         copy.load_state_dict(weights)
+        copy.trained_tokens = None if self.trained_tokens is None else self.trained_tokens.clone()
         return copy.train(self.training)
 
-    def unknown_words(self, text: str) -> list[str]:
-        """The words of a text that say something, of whose tokens one at least is none of `known_tokens`.
+    def note_trained(self, ids: Tensor, latents: Tensor) -> None:
+        """Add ids `(b, n)` to `trained_tokens` as soon as a gradient comes back to the latents that were made of them.
 
-        Without `known_tokens` every token has an embedding, learned or not, and the list is empty.
+        If all that made them is frozen, an audio tower is trained towards them: in training mode they count at once.
         """
-        if self.rows is None:
+        if self.trained_tokens is None or not (torch.is_grad_enabled() and values_can_be_checked()):
+            return
+        ids = ids[:, : self.max_seq_len].long().cpu()
+
+        def note(_: Tensor | None = None) -> None:
+            if self.trained_tokens is not None:
+                self.trained_tokens[ids] = True
+                self.trained_tokens[self.pad_id] = False
+
+        if latents.requires_grad:
+            latents.register_hook(note)
+        elif self.training:
+            note()
+
+    def known_ids(self) -> Tensor | None:
+        """The token ids that it knows, `(num_tokens,)` bool: of `known_tokens`, if it was built with any, and of
+        `trained_tokens`, if there are any; None where neither tells."""
+        return known_ids(self.num_tokens, self.config['known_tokens'], self.trained_tokens)
+
+    def unknown_words(self, text: str) -> list[str]:
+        """The words of a text that say something, of whose tokens one at least is none of `known_ids`.
+
+        Without these every token may have been learned, and the list is empty.
+        """
+        known = self.known_ids()
+        if known is None or self.num_tokens < VOCAB_SIZE:  # which takes no words
             return []
         from x_clip.tokenizer import tokenizer
 
-        known = set(self.config['known_tokens'])
-        return find_unknown_words(text, lambda part: known.issuperset(tokenizer.encode(part)))
+        return find_unknown_words(text, lambda part: bool(known[tokenizer.encode(part)].all()))
 
     def tokenize(self, raw_texts: Sequence[str]) -> Tensor:
         """Strings to token ids `(b, n)`, cut at `max_seq_len` and padded to the longest."""
@@ -205,6 +239,11 @@ class TextTransformer(nn.Module):
             'raise max_seq_len to read all of it',
             stacklevel=6,  # past check_input, forward and the two frames of a module's call
         )
+
+
+def _forget_trained(tower: TextTransformer, _) -> None:
+    """Weights tell nothing of what they were trained on."""
+    tower.trained_tokens = None
 
 
 def _rows_of(known_tokens: Sequence[int], num_tokens: int) -> Tensor:

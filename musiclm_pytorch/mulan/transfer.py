@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from musiclm_pytorch.mulan import checkpoint
+from musiclm_pytorch.mulan.text_transformer import TextTransformer
+from musiclm_pytorch.mulan.vocabulary import known_ids
 
 TOKENS, POSITIONS = 'text.token_emb.weight', 'text.pos_emb.weight'
 MOST_NAMED = 8
@@ -20,7 +22,7 @@ MOST_NAMED = 8
 @torch.no_grad()
 def load_matching(mulan: nn.Module, folder: str | Path) -> list[str]:
     """Take over what fits of the MuLaN in `folder`; see `MuLaN.load_matching`."""
-    config, weights = checkpoint.read_folder(folder, 'MuLaN', parts=('audio', 'text', 'mulan'))
+    config, weights = checkpoint.read_mulan(folder)
     rows = {
         TOKENS: partial(rows_of_tokens, mulan.text.config, config['text']),
         POSITIONS: lambda own, found: (torch.arange(min(len(own), len(found))),) * 2,
@@ -40,6 +42,8 @@ def load_matching(mulan: nn.Module, folder: str | Path) -> list[str]:
         else:
             here, there = rows[name](own, found)
             own[here] = found[there].to(own)
+            if name == TOKENS and len(here):
+                unite_records(mulan.text, config)
             taken += own[here].numel()
             if missing := len(own) - len(here):
                 left.append(f'{missing} of the {len(own)} rows of {name}')
@@ -53,6 +57,14 @@ def load_matching(mulan: nn.Module, folder: str | Path) -> list[str]:
             stacklevel=4,  # past this function, no_grad, and the method
         )
     return left
+
+
+def unite_records(text: TextTransformer, config: checkpoint.SavedConfig) -> None:
+    """What was trained there is trained here, too; if nobody knows what that was, nobody knows it here."""
+    theirs = config['text']
+    theirs = known_ids(theirs['num_tokens'], theirs['known_tokens'], checkpoint.trained_tokens(config))
+    known = text.trained_tokens is not None and theirs is not None
+    text.trained_tokens = text.trained_tokens | theirs if known else None
 
 
 def rows_of_tokens(here: dict[str, Any], there: dict[str, Any], *_: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import base64
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
 
 # Words with what joins them: "hi-hats", "mid-range", "rock'n'roll"; neither punctuation nor underscores.
 WORD = re.compile(r"[^\W_]+(?:['’-][^\W_]+)*")
 LONGEST = 40  # letters of a word that are shown
-PART = re.compile(r'[^\W_]+')
+# What a word is joined of, but for the endings of "singer's" and "don't", which tell nothing of the music.
+PART = re.compile(r"(?<![^\W_])(?!(?<=['’])(?:s|t|m|d|re|ve|ll)\b)[^\W_]+")
 
 # Articles, pronouns, prepositions, conjunctions and auxiliary verbs: what a sentence needs and a melody does not.
 # Degrees ("very") and negations ("without") are none of them: they change what the music should be like.
@@ -50,6 +56,41 @@ def find_unknown_words(text: str, is_known: Callable[[str], bool]) -> list[str]:
     return [
         word for lower, word in words.items() if says_something(lower) and not all(map(is_known, PART.findall(lower)))
     ]
+
+
+def known_ids(num_tokens: int, known_tokens: Sequence[int] | None, trained_tokens: Tensor | None) -> Tensor | None:
+    """The token ids that a text tower knows, `(num_tokens,)` bool; None where nothing tells.
+
+    Args:
+        num_tokens, known_tokens: of its config: ids beside `known_tokens` have no embedding of their own.
+        trained_tokens: `(num_tokens,)` bool, its record of what it was trained on. An empty one tells nothing: either
+            it was never trained, or in a way that leaves no record.
+    """
+    known = None if trained_tokens is None or not trained_tokens.any() else trained_tokens
+    if known_tokens is None:
+        return known
+    own = torch.zeros(num_tokens, dtype=torch.bool)
+    own[list(known_tokens)] = True
+    return own if known is None else own & known
+
+
+def packed(flags: Tensor) -> str:
+    """A bool tensor as text: its bits up to the last that is set, in base64."""
+    return base64.b64encode(np.packbits(flags.numpy()).tobytes().rstrip(b'\0')).decode()
+
+
+def unpacked(text: str, size: int) -> Tensor:
+    """The `(size,)` bool tensor that `packed` wrote. Raises ValueError for any other text."""
+    try:
+        content = base64.b64decode(text, validate=True)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f'{text!r:.40} is no base64') from error
+    bits = np.unpackbits(np.frombuffer(content, np.uint8))
+    if bits[size:].any():
+        raise ValueError(f'there are {len(bits)} bits for {size} tokens')
+    flags = torch.zeros(size, dtype=torch.bool)
+    flags[: len(bits)] = torch.from_numpy(bits[:size].astype(bool))
+    return flags
 
 
 def unknown_words_line(words: list[str], knows: str | None) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import zipfile
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from musiclm_pytorch.data.collate import collate_for
 from musiclm_pytorch.data.datasets import AudioTextDataset
 from musiclm_pytorch.data.rates import check_rate
 from musiclm_pytorch.data.shards import ShardedAudioText, ShardItems
-from musiclm_pytorch.distributed.collectives import alone, gather_batch, gather_sizes, rank, world_size
+from musiclm_pytorch.distributed.collectives import alone, any_over_ranks, gather_batch, gather_sizes, rank, world_size
 from musiclm_pytorch.mulan import checkpoint
 from musiclm_pytorch.mulan.model import MuLaN, PairLatents, evaluating
 from musiclm_pytorch.trainer.batches import SeededItems
@@ -225,6 +225,12 @@ class MuLaNTrainer(UpstreamNames, Trainer):
     def as_stand_in(self, batch: dict[str, Any]) -> dict[str, Any]:
         return batch | dict(stand_in=[True] * len(batch['wavs']))
 
+    def train_step(self, data: Iterator[Any], total: int) -> dict[str, float]:
+        metrics, text = super().train_step(data, total), self.mulan.text
+        if text.trained_tokens is not None:
+            text.trained_tokens = any_over_ranks(text.trained_tokens, self.device)
+        return metrics
+
     def compute_gradients(self, batches: list[dict[str, Any]]) -> dict[str, float]:
         chunks = self.split(batches)
         # all processes in the same way, since each waits for the others in the same order
@@ -335,7 +341,17 @@ class MuLaNTrainer(UpstreamNames, Trainer):
             set_moments(self.optimizer, self.mulan, moments)
 
     def save_model(self, folder: Path) -> None:
+        # an average of the weights is not what was given the texts
+        self.evaluated_model.text.trained_tokens = self.mulan.text.trained_tokens
         self.evaluated_model.save_pretrained(folder)
+
+    def state(self) -> dict[str, Any]:
+        return super().state() | dict(trained_tokens=self.mulan.text.trained_tokens)
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        super().load_state(state)
+        # a checkpoint without it has been trained on nobody knows what
+        self.mulan.text.trained_tokens = state.get('trained_tokens')
 
     def model_config(self) -> dict[str, Any]:
         return checkpoint.config_of(self.mulan)
