@@ -73,6 +73,7 @@ class MusicLM(nn.Module):
         sampling: what suits the model best, where a call does not say: some of `temperature`, `top_k`, `top_p` and
             `cond_scale`, as `forward` takes them. It is saved with the model.
         knows: what the model knows, in a line, for those whose prompt it does not understand; saved with the model.
+            Which words it does not know, its MuLaN tells, whether or not there is such a line.
         usual_score: what most single samples for held-out prompts reach, as long as the first window; music below it is
             warned of. Saved, too.
 

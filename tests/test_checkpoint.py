@@ -113,6 +113,8 @@ def test_another_vocabulary_takes_over_its_own_tokens(tmp_path):
     for token in (3, 5, 0):  # 0 is known to neither
         assert torch.equal(row(new, token), row(old, token))
     assert torch.equal(row(new, 8), before['text.token_emb.weight'][1])
+    # and what is known of them: that 8 was never trained
+    assert new.text.known_ids().nonzero()[:, 0].tolist() == [3, 5]
     assert torch.equal(new.text.pos_emb.weight[:12], old.text.pos_emb.weight)
     assert torch.equal(new.text.pos_emb.weight[12:], before['text.pos_emb.weight'][12:])
     own, others = new.state_dict(), old.state_dict()
@@ -125,9 +127,31 @@ def test_another_vocabulary_takes_over_its_own_tokens(tmp_path):
     with pytest.warns(UserWarning, match='97 of the 100 rows of text.token_emb.weight'):
         whole.load_matching(tmp_path)
     assert torch.equal(row(whole, 9), row(old, 9))
+    assert whole.text.known_ids().nonzero()[:, 0].tolist() == [3, 5, 9]
+    other = build(None, num_tokens=81)
     with pytest.warns(UserWarning, match='81 of the 81 rows of text.token_emb.weight'):
-        build(None, num_tokens=81).load_matching(tmp_path)  # another tokenizer: its ids mean other words
+        other.load_matching(tmp_path)  # another tokenizer: its ids mean other words
+    assert not other.text.trained_tokens.any()
     assert build([5, 3, 9]).load_matching(tmp_path) == []
+
+    whole.text.trained_tokens = None  # as of weights from elsewhere
+    whole.save_pretrained(tmp_path)
+    again = build(None)
+    assert again.load_matching(tmp_path) == []
+    assert again.text.trained_tokens is None
+
+
+def test_a_record_of_trained_tokens_that_is_none_names_its_file(tmp_path):
+    mulan = tiny_mulan(dict(depth=1), dict(depth=1))
+    mulan.text.trained_tokens[[7, 98]] = True
+    mulan.save_pretrained(tmp_path)
+    assert MuLaN.from_pretrained(tmp_path).text.trained_tokens.nonzero()[:, 0].tolist() == [7, 98]
+    path = tmp_path / 'config.json'
+    content = json.loads(path.read_text())
+    for told, says in (('AAAAAAAAAAAAAAAAAAE=', 'there are 112 bits for 100 tokens'), ('é', 'base64'), (3, 'base64')):
+        path.write_text(json.dumps(content | dict(trained_tokens=told)))
+        with pytest.raises(ValueError, match=f"{path}: what stands under 'trained_tokens' are no tokens: .*{says}"):
+            MuLaN.from_pretrained(tmp_path, verify=False)
 
 
 def test_what_does_not_fit_is_named(tmp_path):

@@ -183,6 +183,17 @@ def test_words_that_the_model_does_not_know_are_told(tiny):
         tiny('a clip of an organ, please', seconds=0.3)
 
 
+def test_what_the_mulan_was_trained_on_is_saved_with_the_whole(tmp_path):
+    musiclm = MusicLM.from_pretrained('tiny')
+    text = musiclm.mulan_embed_quantizer.mulan.text
+    text.trained_tokens = text.known_ids()
+    text.trained_tokens[text.tokenize(['piano'])] = False
+    musiclm.save_pretrained(tmp_path)
+    piano, flute = MusicLM.from_pretrained(tmp_path).prompt_warnings(['a piano', 'a flute'])
+    assert piano.startswith('the model does not know piano; it knows piano, guitar')  # `knows` is what its maker says
+    assert flute == ''
+
+
 def test_music_that_does_not_come_near_its_prompt_is_told(tiny):
     prompts = ['a flute', 'a lofi organ']
     assert tiny.usual_score is not None

@@ -150,7 +150,8 @@ def train_small_world(folder, world):
     results = trainer.train(num_train_steps=1)
     with pytest.raises(ValueError, match=f'world_size={world + 1}, but {world} processes were started'):
         DistributedMuLaNTrainer(still_mulan(), StillTones(), DistributedConfig(world_size=world + 1, backend='gloo'))
-    return dict(batch_size=trainer.trainer.batches.batch_size, valid_loss=results['valid_loss'])
+    trained = trainer.mulan.text.trained_tokens.nonzero()[:, 0].tolist()
+    return dict(batch_size=trainer.trainer.batches.batch_size, valid_loss=results['valid_loss'], trained_tokens=trained)
 
 
 def stop_by_one_signal(folder, world):
@@ -177,6 +178,8 @@ def test_several_processes_equal_one(tmp_path, world):
     alone = {}
     assert [found['small']['batch_size'] for found in of_rank] == [20 // world] * world
     assert len({found['small']['valid_loss'] for found in of_rank}) == 1
+    # each has read a part of the texts of the step, and knows of all
+    assert [found['small']['trained_tokens'] for found in of_rank] == [[*range(1, 21), 50]] * world
     assert math.isfinite(of_rank[0]['small']['valid_loss'])
     for name in NAMES[world]:
         batch_size, config, keywords, _ = RUNS[name]
@@ -220,6 +223,11 @@ def test_several_processes_equal_one(tmp_path, world):
             **COMMON,
         )
         assert again.step == STEPS
+        trained = MuLaN.from_pretrained(folder / 'last').text.trained_tokens
+        assert torch.equal(again.mulan.text.trained_tokens, trained)
+        assert torch.equal(MuLaN.from_pretrained(folder / 'best').text.trained_tokens, trained)
+        alone_folder = tmp_path / f'alone {accumulate} {use_ema}'
+        assert torch.equal(MuLaN.from_pretrained(alone_folder / 'last').text.trained_tokens, trained)
         assert largest_difference(weights(again.mulan), of_rank[0][name][0]) == 0
 
 
@@ -284,6 +292,8 @@ def test_a_killed_process_costs_nothing_but_time(tmp_path):
     assert again['valid_score'] == results['valid_score']
     for name, tensor in weights(killed).items():
         assert torch.equal(tensor, mulan.state_dict()[name]), name
+    assert mulan.text.trained_tokens.any()
+    assert torch.equal(killed.text.trained_tokens, mulan.text.trained_tokens)
 
     with pytest.raises(IndexError, match='item 3 is not there'):
         DistributedMuLaNTrainer(killed, Faulty(), config, results_folder=tmp_path / 'faulty', **LIVELY).train(1)

@@ -195,6 +195,14 @@ def test_further_embedders_and_taggers(tiny, pairs):
         MusicLMEvaluator(mulan=tiny, embedders=[MuLaNEmbedder(tiny)])
 
 
+def test_words_that_the_mulan_does_not_know_are_told(tiny, caplog):
+    evaluator = MusicLMEvaluator(mulan=tiny)
+    evaluator.embed_texts(['a flute', 'a slow organ'])
+    assert 'does not know' not in caplog.text
+    evaluator.embed_texts(['a lofi flute', 'a flute', 'a flute', 'lofi with a kazoo'])
+    assert 'the model does not know lofi, kazoo, in 2 of 3 different texts' in caplog.text
+
+
 def test_a_mulan_that_knows_no_rate(caplog):
     mulan = tiny_mulan({}, dict(num_tokens=49408))
     assert mulan.sample_rate is None

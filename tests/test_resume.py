@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 from test_trainer import Tones, assert_same, build, scrambled, trainer, weights
 
+from musiclm_pytorch import MuLaN
 from musiclm_pytorch.atomic import write_checked_json
 from musiclm_pytorch.trainer import MuLaNTrainer, best, checkpoints
 from musiclm_pytorch.trainer.folders import clear_leftovers
@@ -51,6 +52,24 @@ def test_settings_of_a_resumed_run_are_its_own(tmp_path, optimizer):
     again.train(num_train_steps=4, **QUIET)
     assert again.optimizer.param_groups[0]['betas'] == (0.5, 0.6)
     assert_same(weights(again.mulan), weights(run.mulan))
+
+
+def test_the_record_of_trained_tokens_goes_on(tmp_path):
+    whole, half = trained(tmp_path / 'whole', steps=3), trained(tmp_path / 'run', steps=1)
+    again = resumed(tmp_path / 'run')
+    assert torch.equal(again.mulan.text.trained_tokens, half.mulan.text.trained_tokens)
+    again.train(num_train_steps=3, **QUIET)
+    assert torch.equal(again.mulan.text.trained_tokens, whole.mulan.text.trained_tokens)
+    assert whole.mulan.text.trained_tokens.sum() > half.mulan.text.trained_tokens.sum()
+
+    # a checkpoint of before there was one: what was trained is not known, and does not become known
+    state = again.state()
+    del state['trained_tokens']
+    again.load_state(state)
+    again.train(num_train_steps=4, **QUIET)
+    assert again.mulan.text.trained_tokens is None
+    assert resumed(tmp_path / 'run').mulan.text.trained_tokens is None
+    assert MuLaN.from_pretrained(tmp_path / 'run' / 'last').text.trained_tokens is None
 
 
 def test_adam_goes_on_as_adamw(tmp_path):

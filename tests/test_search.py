@@ -364,6 +364,9 @@ def test_a_folder_is_searched_by_words_and_by_sound(folder, tmp_path, capsys, ca
     ranks = [[match.name for match in index.search_text(it, 8)].index(p.relative_to(music).as_posix())
              for p, it in texts.items()]  # fmt: skip
     assert sum(ranks) / 8 < 2  # 3.5 by chance
+    assert 'does not know' not in caplog.text
+    index.search_text('a lofi flute')
+    assert 'the model does not know lofi' in caplog.text
     run('search', out, '--audio', path, '-k', 2)
     first = capsys.readouterr().out.splitlines()[0]
     assert first == f'1.000  {path}'

@@ -1,8 +1,10 @@
+import copy
+
 import pytest
 import torch
-from conftest import tiny_text
+from conftest import tiny_mulan, tiny_text
 
-from musiclm_pytorch import TextTransformer
+from musiclm_pytorch import MuLaN, TextTransformer
 from musiclm_pytorch.mulan.text_transformer import VOCAB_SIZE
 
 
@@ -122,6 +124,38 @@ def test_a_small_vocabulary_reads_its_words_as_the_large_one(words):
     assert torch.equal(TextTransformer(dim=8, depth=1, known_tokens=[3, 1]).token_emb.weight[-1], torch.zeros(8))
     with pytest.raises(ValueError, match='was built with known_tokens already'):
         small.with_known_tokens([1])
+
+
+def test_words_that_were_never_trained_are_not_known(tmp_path):
+    def train(mulan, *texts):
+        mulan(torch.randn(len(texts), 1500), raw_texts=list(texts)).backward()
+
+    mulan = tiny_mulan(dict(depth=1), dict(depth=1, num_tokens=VOCAB_SIZE))
+    prompt = "a calm piano, the singer's hi-hats don't rush: xqzvw флейта"
+    mulan(torch.randn(2, 1500), raw_texts=['calm', 'rush'])  # without a gradient nothing is learned
+    mulan.get_text_latents(raw_texts=['calm'])
+    assert mulan.text.unknown_words(prompt) == []  # nothing was learned, or in a way that nobody knows of
+    train(mulan, 'a slow piano', 'hi, hats: a singer! do')
+    assert mulan.text.unknown_words(prompt) == ['calm', "don't", 'rush', 'xqzvw', 'флейта']
+    assert mulan.text.unknown_words('A slow SINGER, please') == []
+    assert 'reads 49408 tokens, 10 of them known' in repr(mulan)
+
+    # it is saved beside the weights, and training goes on with it
+    mulan.save_pretrained(tmp_path)
+    again = MuLaN.from_pretrained(tmp_path)
+    assert again.text.unknown_words(prompt) == mulan.text.unknown_words(prompt)
+    again.get_text_latents(raw_texts=['calm', 'slow флейта']).sum().backward()
+    assert again.text.unknown_words(prompt) == ["don't", 'rush', 'xqzvw']
+    assert copy.deepcopy(again).text.unknown_words(prompt) == ["don't", 'rush', 'xqzvw']
+    ids = again.text.tokenize(['slow calm rush']).unique().tolist()
+    assert again.text.with_known_tokens(ids).unknown_words('calm slow piano, rush') == ['piano', 'rush']
+
+    # of weights from elsewhere nobody knows, whatever they are trained on afterwards
+    mulan.load_state_dict(again.state_dict())
+    train(mulan, 'a flute', 'an organ')
+    assert mulan.text.unknown_words(prompt) == []
+    mulan.save_pretrained(tmp_path)
+    assert MuLaN.from_pretrained(tmp_path).text.trained_tokens is None
 
 
 @pytest.mark.parametrize('known', [[], [1, 1], [-1], [VOCAB_SIZE]])

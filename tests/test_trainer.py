@@ -82,6 +82,26 @@ def test_it_learns(tmp_path):
     assert [path.name for path in checkpoints.steps(tmp_path / 'checkpoints')] == ['step-000000120']
 
 
+@pytest.mark.parametrize(
+    'keywords', [dict(), dict(grad_accum_every=2, use_ema=True), dict(grad_cache_chunk_size=3), dict(frozen=True)]
+)
+def test_the_tokens_that_were_trained_are_recorded(tmp_path, keywords):
+    mulan, keywords = build(), dict(keywords)
+    frozen = keywords.pop('frozen', False)
+    mulan.text.requires_grad_(not frozen)
+    before = mulan.text.token_emb.weight.clone()
+    run = trainer(tmp_path, mulan, **keywords)
+    run.train(num_train_steps=2)
+    moved = (mulan.text.token_emb.weight != before).any(dim=1)
+    if frozen:  # the audio tower learned what these words sound like all the same
+        assert 2 <= mulan.text.trained_tokens.sum() <= 9
+    else:
+        assert torch.equal(mulan.text.trained_tokens, moved)
+    assert 2 <= moved.sum() < 19 or frozen  # there is more to read than two steps do
+    for folder in ('best', 'last'):
+        assert torch.equal(MuLaN.from_pretrained(tmp_path / folder).text.trained_tokens, mulan.text.trained_tokens)
+
+
 @pytest.mark.parametrize('optimizer', ['adam', 'adamw', 'lion'])
 def test_optimizers_decay_matrices_only(tmp_path, optimizer):
     mulan = build()
