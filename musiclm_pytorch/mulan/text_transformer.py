@@ -158,11 +158,11 @@ class TextTransformer(nn.Module):
         if self.trained_tokens is None or not (torch.is_grad_enabled() and values_can_be_checked()):
             return
         ids = ids[:, : self.max_seq_len].long().cpu()
+        ids = ids[ids != self.pad_id]
 
         def note(_: Tensor | None = None) -> None:
             if self.trained_tokens is not None:
                 self.trained_tokens[ids] = True
-                self.trained_tokens[self.pad_id] = False
 
         if latents.requires_grad:
             latents.register_hook(note)
