@@ -37,21 +37,31 @@ def batch(total):
     return wavs, torch.randint(1, 100, (total, 6), generator=generator)
 
 
-def worker(rank, sizes, folder):
+WORLD = 3
+SIZES = {'equal': (3, 3, 3), 'unequal': (2, 4, 3), 'single': (1, 1, 1)}
+
+
+def worker(rank, folder):
     os.environ.update(MASTER_ADDR='127.0.0.1', HF_HUB_OFFLINE='1')
     torch.set_num_threads(1)
     # built before the process group: the world is looked up when the loss is called
-    models = {kind: model(kind) for kind in KINDS}
-    dist.init_process_group('gloo', init_method=f'file://{folder}/rendezvous', rank=rank, world_size=len(sizes))
+    models = {(name, kind): model(kind) for name in SIZES for kind in KINDS}
+    dist.init_process_group('gloo', init_method=f'file://{folder}/rendezvous', rank=rank, world_size=WORLD)
+    torch.save({name: of_sizes(rank, name, models) for name in SIZES}, f'{folder}/{rank}.pt')
+    torch.save(largest_kept(24), f'{folder}/{rank} kept.pt')
+    dist.destroy_process_group()
+
+
+def of_sizes(rank, name, models):
+    sizes = SIZES[name]
     own = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
     wavs, texts = batch(sum(sizes))
-
     results = {}
-    for kind, mulan in models.items():
-        ddp = nn.parallel.DistributedDataParallel(mulan)
+    for kind in KINDS:
+        ddp = nn.parallel.DistributedDataParallel(models[name, kind])
         loss = ddp(wavs[own], texts[own])
         loss.backward()
-        results[kind] = (loss.detach(), {name: p.grad for name, p in mulan.named_parameters()})
+        results[kind] = (loss.detach(), {name: p.grad for name, p in ddp.module.named_parameters()})
 
     rows = torch.arange(sizes[rank] * 2.0).view(-1, 2).requires_grad_()
     gathered = collectives.gather_rows(rows, collectives.gather_sizes(sizes[rank], rows.device))
@@ -65,16 +75,38 @@ def worker(rank, sizes, folder):
         assert lengths.tolist() == list(sizes)
         (joined * (rank + 1)).sum().backward()
         assert (columns.grad == (sum(range(1, len(sizes) + 1)) if summed else rank + 1)).all()
-    torch.save(results, f'{folder}/{rank}.pt')
-    dist.destroy_process_group()
+    return results
+
+
+def largest_kept(size):
+    """Numbers in the largest tensor that each loss keeps for its backward pass."""
+    largest = {}
+    for name, loss in {
+        'softmax': SoftmaxContrastiveLearning(),
+        'sigmoid': SigmoidContrastiveLearning(),
+        'layers': MultiLayerContrastiveLoss(audio_dim=4, text_dim=4, dim_latent=4, layers=1).contrast,
+    }.items():
+        latents = nn.functional.normalize(torch.randn(2, size, 4), dim=-1).requires_grad_()
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, sizes=sizes: sizes.append(t.numel()) or t, lambda t: t):
+            loss(latents[0], latents[1]).backward()
+        largest[name] = max(sizes)
+    return largest
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('sizes', [(3, 3), (2, 4, 3), (1, 1)], ids=str)
-def test_processes_equal_one(sizes, tmp_path):
-    mp.start_processes(worker, args=(sizes, str(tmp_path)), nprocs=len(sizes), start_method='spawn')
-    results = [torch.load(tmp_path / f'{rank}.pt', weights_only=True) for rank in range(len(sizes))]
+def test_processes_equal_one(tmp_path):
+    mp.start_processes(worker, args=(str(tmp_path),), nprocs=WORLD, start_method='spawn')
+    results = [torch.load(tmp_path / f'{rank}.pt', weights_only=True) for rank in range(WORLD)]
+    for name, sizes in SIZES.items():
+        assert_equal_one(sizes, [result[name] for result in results])
+    # a rank holds the logits of its own rows only, not (3 * 24) ** 2
+    for rank in range(WORLD):
+        kept = torch.load(tmp_path / f'{rank} kept.pt', weights_only=True)
+        assert set(kept.values()) == {24 * WORLD * 24}
 
+
+def assert_equal_one(sizes, results):
     for kind in KINDS:
         mulan = model(kind)
         loss = mulan(*batch(sum(sizes)))
@@ -91,33 +123,6 @@ def test_processes_equal_one(sizes, tmp_path):
     for gathered, gradient in (result['gather'] for result in results):
         torch.testing.assert_close(gathered, everything)
         assert (gradient == weights).all()
-
-
-def count_worker(rank, size, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group('gloo', init_method=f'file://{folder}/rendezvous', rank=rank, world_size=2)
-    largest = {}
-    for name, loss in {
-        'softmax': SoftmaxContrastiveLearning(),
-        'sigmoid': SigmoidContrastiveLearning(),
-        'layers': MultiLayerContrastiveLoss(audio_dim=4, text_dim=4, dim_latent=4, layers=1).contrast,
-    }.items():
-        latents = nn.functional.normalize(torch.randn(2, size, 4), dim=-1).requires_grad_()
-        sizes = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda t, sizes=sizes: sizes.append(t.numel()) or t, lambda t: t):
-            loss(latents[0], latents[1]).backward()
-        largest[name] = max(sizes)
-    torch.save(largest, f'{folder}/{rank}.pt')
-    dist.destroy_process_group()
-
-
-@pytest.mark.slow
-def test_a_rank_holds_the_logits_of_its_own_rows_only(tmp_path):
-    size = 24
-    mp.start_processes(count_worker, args=(size, str(tmp_path)), nprocs=2, start_method='spawn')
-    for rank in range(2):
-        for largest in torch.load(tmp_path / f'{rank}.pt', weights_only=True).values():
-            assert largest == size * 2 * size  # not (2 * size) ** 2
 
 
 def test_one_process_needs_no_process_group():
