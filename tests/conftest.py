@@ -9,6 +9,7 @@ import torch
 from safetensors import safe_open
 
 from musiclm_pytorch import AudioSpectrogramTransformer, MuLaN, TextTransformer
+from musiclm_pytorch.trainer.journal import Journal
 
 GOLDEN = Path(__file__).parent / 'golden'
 
@@ -20,6 +21,18 @@ os.environ['OMP_NUM_THREADS'] = '1'  # of the processes that tests start
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def curves():
+    """For tests that look at the picture of the curves, which is not drawn elsewhere."""
+
+
+@pytest.fixture(autouse=True)
+def undrawn(request, monkeypatch):
+    """To draw the picture at the end of each run takes longer than to train a tiny model does."""
+    if 'curves' not in request.fixturenames:
+        monkeypatch.setattr(Journal, 'draw', lambda self: None)
 
 
 @pytest.fixture

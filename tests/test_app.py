@@ -352,6 +352,12 @@ def shown(page, count):
     return scores, waves, widths
 
 
+def fits(page, width):
+    """What was made is on a screen of this width, and the page has scrolled to it."""
+    assert page.evaluate('document.documentElement.scrollWidth') <= width
+    page.wait_for_function("document.querySelector('#note').getBoundingClientRect().top < innerHeight")
+
+
 def as_written(wave):
     """What a wave is in a file of 16 bits."""
     file = io.BytesIO()
@@ -367,6 +373,7 @@ def test_from_the_click_to_the_sound(tiny, served, page):
     fill(page, 'seed', 7)
     page.click('#generate')
     scores, waves, widths = shown(page, 3)
+    fits(page, 1280)
 
     music = tiny(PROMPT, 3, seconds=1.5, seed=7, return_all=True, return_scores=True)
     order = music.scores[0].argsort(descending=True)
@@ -435,10 +442,12 @@ def test_errors_are_shown_in_words(page):
 @pytest.mark.slow
 @pytest.mark.filterwarnings('ignore::musiclm_pytorch.PromptWarning')
 def test_stop_ends_the_work_and_shows_what_is_done(page, monkeypatch):
+    page.set_viewport_size(dict(width=360, height=800))
     fill(page, 'seconds', 1)
     fill(page, 'samples', 1)
     page.click('#generate')
     shown(page, 1)
+    fits(page, 360)
     made, calls = MusicLM.forward, []
 
     def slow_from_the_second_round_on(self, *arguments, **given):
@@ -464,18 +473,6 @@ def test_stop_ends_the_work_and_shows_what_is_done(page, monkeypatch):
     assert 'The model does not know baroque, harpsichord; it knows piano, guitar' in note
     page.wait_for_selector('#generate:not([disabled])')
     assert not page.locator('#stop').is_visible()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize('width', [360, 1280])
-def test_the_page_fits_the_screen(page, width):
-    page.set_viewport_size(dict(width=width, height=800))
-    fill(page, 'seconds', 1)
-    fill(page, 'samples', 1)
-    page.click('#generate')
-    shown(page, 1)
-    assert page.evaluate('document.documentElement.scrollWidth') <= width
-    page.wait_for_function("document.querySelector('#note').getBoundingClientRect().top < innerHeight")
 
 
 @pytest.mark.slow

@@ -134,13 +134,13 @@ def test_a_piece_is_that_of_what_plays(tmp_path, coding):
         whole = torch.from_numpy(played(content))
         total = whole.shape[1]
         (tmp_path / name).write_bytes(content)
-        spans = [(start, min(total, start + draw.choice([1, 500, 9000]))) for start in draw.choices(range(total), k=9)]
+        spans = [(start, min(total, start + draw.choice([1, 500, 9000]))) for start in draw.choices(range(total), k=5)]
         spans += [(0, 1), (total - 1, total), (1151, 1153), (total - 3000, total), (0, total), (40, 40)]
         draw.shuffle(spans)
-        for source in (tmp_path / name, io.BytesIO(content)):
+        for source, pieces in ((tmp_path / name, spans[:3]), (io.BytesIO(content), spans)):
             with AudioFile(source) as file:
                 assert (file.channels, len(file)) == tuple(whole.shape), name
-                for start, stop in spans if isinstance(source, io.BytesIO) else spans[:5]:
+                for start, stop in pieces:
                     piece = file.read_channels(start, stop)
                     assert piece.shape == (file.channels, stop - start)
                     torch.testing.assert_close(piece, whole[:, start:stop], atol=1e-4, rtol=0, msg=f'{name} {start}')
@@ -250,11 +250,11 @@ class Counting(io.BytesIO):
 
 @pytest.mark.parametrize('coding', ['mp3_vbr', 'mp3_cbr', 'vorbis', 'opus', 'opus_in_webm', 'm4a_without_noise'])
 def test_a_piece_reads_about_itself(coding):
-    content = CODINGS[coding](np.tile(signals()['chord'], (40, 1)))  # a minute
-    with AudioFile(Counting(content), key=('a minute of', coding)) as file:
+    content = CODINGS[coding](np.tile(signals()['chord'], (30, 1)))  # 45 seconds
+    with AudioFile(Counting(content), key=('long', coding)) as file:
         total = len(file)
     source = Counting(content)
-    with AudioFile(source, key=('a minute of', coding)) as file:
+    with AudioFile(source, key=('long', coding)) as file:
         assert len(file) == total
         file.read(total // 2, total // 2 + 2 * file.sample_rate)
     # two seconds, of which AAC is read twice, a run-up of one, and what FFmpeg looks at to open a file

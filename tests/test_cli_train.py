@@ -43,7 +43,7 @@ def newest(output):
     return weights(sorted((output / 'checkpoints').iterdir())[-1])
 
 
-def test_synthetic(config, tmp_path, capsys):
+def test_synthetic(config, tmp_path, capsys, curves):
     output = tmp_path / 'out'
     assert (
         run('--data', 'synthetic', '--config', config, '--output', output, '--lr', '1e-3', '--validate-every', 2) == 0
@@ -53,6 +53,7 @@ def test_synthetic(config, tmp_path, capsys):
     assert re.search(rf'the best model, of step [24], chosen on 6 held-out items, is in {output}/best', out)
     assert re.search(r'audio to text: R@1 .*R@5 .*R@10 .*median rank .*mAP@10', out)
     assert 'text to audio: R@1' in out
+    assert (output / 'curves.png').is_file()
     assert MuLaN.from_pretrained(output / 'best').sample_rate == 8000
     recipe = json.loads((output / 'recipe.json').read_text())
     assert recipe['training']['lr'] == 1e-3

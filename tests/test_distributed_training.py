@@ -25,6 +25,7 @@ from musiclm_pytorch.distributed import (
 )
 from musiclm_pytorch.distributed.trainer import WorldTrainer
 from musiclm_pytorch.trainer import MuLaNTrainer, checkpoints
+from musiclm_pytorch.trainer.journal import Journal
 
 TESTS = Path(__file__).parent
 # a constant in a softmax has no gradient but rounding, which Adam blows up to full steps
@@ -60,8 +61,9 @@ def largest_difference(found, expected):
     return max((found[name] - tensor).abs().max() for name, tensor in expected.items() if ROUNDING_ALONE not in name)
 
 
-COMMON = dict(lr=1e-4, valid_frac=0.25, checkpoint_every=20, progress=False, drop_last=False)
-STEPS = 20
+STEPS = 8
+EVERY = dict(checkpoint_every=STEPS, log_every=STEPS // 2)
+COMMON = dict(lr=1e-4, valid_frac=0.25, progress=False, drop_last=False, **EVERY)
 
 
 def train_alone(folder, *, data=None, mulan=None, steps=STEPS, **keywords):
@@ -102,6 +104,7 @@ def in_world(rank, world, folder, function, *arguments):
     """Run a function in a process of a world, as a launcher would start it."""
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world))
     torch.set_num_threads(1)
+    Journal.draw = lambda self: None  # takes long, and has no part in it
     torch.distributed.init_process_group('gloo', init_method=f'file://{folder}/meet', rank=rank, world_size=world)
     result = function(folder, world, *arguments)
     torch.save(result, f'{folder}/{rank}.pt')
@@ -194,7 +197,7 @@ def test_several_processes_equal_one(tmp_path, world):
                 validate_every=STEPS // 2,
             )
         start, expected_results, expected = alone[kind]
-        assert largest_difference(expected, start) > 1e-3  # it moved
+        assert largest_difference(expected, start) > 4e-4  # it moved
         for found in of_rank:
             found_weights, average, results = found[name]
             assert largest_difference(found_weights, expected) <= 1e-5, name
@@ -324,7 +327,7 @@ class Own(torch.utils.data.Dataset):
 mulan = still_mulan(hierarchical_contrastive_loss=True)
 config = create_distributed_config(world_size=2, backend='gloo')
 trainer = DistributedMuLaNTrainer(mulan, Own(), config, batch_size=4, results_folder=sys.argv[1], **COMMON)
-trainer.train(num_train_steps=20)
+trainer.train(num_train_steps=4)
 mulan.save_pretrained(sys.argv[2] + os.environ.get('RANK', ''))
 """
 
@@ -346,7 +349,7 @@ def test_one_program_under_every_launcher(tmp_path, launcher):
     }[launcher]
     arguments = [str(tmp_path / 'results'), str(tmp_path / 'trained')]
     subprocess.run([sys.executable, *begin, *arguments], cwd=tmp_path, check=True)
-    _, _, expected = train_alone(tmp_path / 'alone', batch_size=8)
+    _, _, expected = train_alone(tmp_path / 'alone', steps=4, batch_size=8)
     trained = sorted(tmp_path.glob('trained*'))
     assert len(trained) == (1 if launcher in ('script', 'interactive') else 2)
     for folder in trained:

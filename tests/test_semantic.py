@@ -66,6 +66,7 @@ def audiolm_tokenizer(folder, layer=2):
 
 
 def build(kind, folder, **keywords):
+    torch.manual_seed(0)
     if kind == 'audiolm':
         return TransformersSemanticTokenizer.from_audiolm(audiolm_tokenizer(folder))
     keywords = dict(codebook_size=CODES) | keywords
@@ -103,9 +104,9 @@ def sounds(rate, seconds=0.5):
 KINDS = ('mulan', 'mulan spectrum', 'mulan patches', 'mulan grid', 'hubert', 'audiolm', 'wavlm', 'w2v-bert')
 
 
-@pytest.fixture(params=KINDS)
-def tokenizer(request, tmp_path):
-    return build(request.param, tmp_path)
+@pytest.fixture(scope='module', params=KINDS)
+def tokenizer(request, tmp_path_factory):
+    return build(request.param, tmp_path_factory.mktemp('tokenizer'))
 
 
 @pytest.fixture

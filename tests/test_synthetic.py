@@ -196,8 +196,8 @@ SAYS = {
 
 @pytest.mark.parametrize('split', ['train', 'valid'])
 def test_captions_say_what_is_mentioned_and_nothing_untrue(split):
-    data = music(length=3000, split=split)
-    for i in range(3000):
+    data = music(length=1000, split=split)
+    for i in range(1000):
         labels, text = data.labels(i), data.text(i)
         for name, patterns in SAYS.items():
             said = {value for value, pattern in patterns.items() if re.search(pattern, text, re.I)}
@@ -220,15 +220,17 @@ def test_each_value_has_four_phrases_of_its_own():
 
 
 def test_captions_are_many_and_grammatical_at_the_joints():
-    data = music(length=5000)
-    texts = [data.text(i) for i in range(5000)]
-    assert len(set(texts)) > 4800
+    data = music(length=2000)
+    texts = [data.text(i) for i in range(2000)]
+    assert len(set(texts)) > 1940
     for text in texts:
         assert not re.search(r'  | ,|,,|\ba [aeiou]|\ban [^aeiou]|[{}]', text), text
 
 
 def test_splits_share_words_but_no_caption():
-    train, valid = ([music(length=6000, split=split).text(i) for i in range(6000)] for split in ('train', 'valid'))
+    train, valid = (
+        [music(length=n, split=it).text(i) for i in range(n)] for it, n in (('train', 6000), ('valid', 2000))
+    )
 
     def plain(texts):
         return {text.lower().rstrip('.') for text in texts}

@@ -1,12 +1,9 @@
 import json
 import logging
 import math
-import os
 import random
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy
@@ -66,7 +63,7 @@ def assert_same(found, expected):
 # ---- learning ----
 
 
-def test_it_learns(tmp_path):
+def test_it_learns(tmp_path, curves):
     mulan = build(decoupled_contrastive_learning=False)
     run = trainer(tmp_path, mulan, batch_size=18, lr=3e-3, validate_every=40, log_every=20)
     losses = []
@@ -352,38 +349,42 @@ def test_states_come_back_as_they_were(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ['step-000000007']
 
 
-SCRIPT = """
-import sys
+KILLS = """
+import os, random, signal, sys, time
+from pathlib import Path
 sys.path.insert(0, {tests!r})
-from test_trainer import trainer
-run = trainer(sys.argv[1], checkpoint_every=1, max_checkpoints=2, resume=True)
-run.train(num_train_steps=100000, with_validation=False)
+import torch
+from test_trainer import checkpoints, trainer
+
+torch.set_num_threads(1)
+folder, draw, reached = Path(sys.argv[1]) / 'checkpoints', random.Random(0), 0
+for _ in range(4):
+    if (child := os.fork()) == 0:
+        try:
+            run = trainer(sys.argv[1], checkpoint_every=1, max_checkpoints=2, resume=True)
+            run.train(num_train_steps=100000, with_validation=False)
+        finally:
+            os._exit(1)
+    try:
+        while not (found := checkpoints.steps(folder)) or int(found[-1].name[5:]) < reached + 3:
+            assert not os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            time.sleep(0.02)
+        time.sleep(draw.random() * 0.3)
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    path, state = checkpoints.read_newest(folder)
+    assert path == checkpoints.steps(folder)[-1]
+    assert state['step'] >= reached + 3
+    reached = state['step']
 """
 
 
 @pytest.mark.slow
 def test_sigkill_at_random_moments_loses_no_state(tmp_path):
     """Killed again and again, each run goes on from a checkpoint that loads."""
-    draw = random.Random(0)
-    script = SCRIPT.format(tests=str(Path(__file__).parent))
-    reached = 0
-    for _ in range(4):
-        process = subprocess.Popen(
-            [sys.executable, '-c', script, str(tmp_path)], env={**os.environ, 'OMP_NUM_THREADS': '1'}
-        )
-        deadline = time.monotonic() + 120
-        while time.monotonic() < deadline:
-            found = checkpoints.steps(tmp_path / 'checkpoints')
-            if found and int(found[-1].name[5:]) >= reached + 3:
-                break
-            time.sleep(0.05)
-        time.sleep(draw.random() * 0.5)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        path, state = checkpoints.read_newest(tmp_path / 'checkpoints')
-        assert path == checkpoints.steps(tmp_path / 'checkpoints')[-1]
-        assert state['step'] >= reached + 3
-        reached = state['step']
+    script = KILLS.format(tests=str(Path(__file__).parent))
+    subprocess.run([sys.executable, '-c', script, str(tmp_path)], check=True)
 
 
 # ---- folders ----
