@@ -137,10 +137,7 @@ def test_ambiguous_items_are_named(item, says):
     ('wave', 'says'),
     [
         (torch.zeros(0), 'item 0: the wave is empty'),
-        (
-            torch.zeros(50, 2),
-            r'item 0: wave must have shape .*channels, samples\), got \(50, 2\), .*wave.T',
-        ),
+        (torch.zeros(50, 2), r'item 0: wave must have shape .*channels, samples\), got \(50, 2\), .*wave.T'),
         (torch.zeros(1, 1, 50), 'item 0: wave must have shape'),
         (torch.tensor(0.5), 'item 0: wave must have shape'),
     ],

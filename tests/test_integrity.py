@@ -8,13 +8,7 @@ from conftest import tiny_mulan
 from stage_parts import make_quantizer
 
 from musiclm_pytorch import MuLaN, MuLaNEmbedQuantizer, MuLaNIndex
-from musiclm_pytorch.atomic import (
-    CHECKSUM,
-    read_checked_json,
-    read_tensors,
-    write_checked_json,
-    write_tensors,
-)
+from musiclm_pytorch.atomic import CHECKSUM, read_checked_json, read_tensors, write_checked_json, write_tensors
 
 
 def flip(path, place):

@@ -66,10 +66,7 @@ WHOLE = [('a.wav', 'one, two', 0.0, None), ('b.wav', 'three', 0.0, None)]
         ('m.csv', 'audio,caption,end_note,timestamp\na.wav,"one, two",C,2020-01-01T00:00\nb.wav,three,,\n'),
         ('m.tsv', '\ufeffaudio\tcaption\r\na.wav\tone, two\r\n\r\nb.wav\t"three"\r\n'),
         ('m.tsv', 'audio;caption\na.wav;one, two\nb.wav;three\n'),
-        (
-            'm.jsonl',
-            '\ufeff{"Audio": "a.wav", "Text": "one, two"}\r\n\n\ufeff{"audio": "b.wav", "text": "three"}\r\n',
-        ),
+        ('m.jsonl', '\ufeff{"Audio": "a.wav", "Text": "one, two"}\r\n\n\ufeff{"audio": "b.wav", "text": "three"}\r\n'),
         (
             'm.jsonl',
             '{"audio": {"path": "a.wav", "bytes": null}, "text": "one, two"}\n'
@@ -226,18 +223,10 @@ def test_table_of_clips_holds_what_was_put_in(tmp_path):
             '{"path": "a.wav", "caption": 3}\n',
             r'line 1: caption must be a string or a list of strings, got 3',
         ),
-        (
-            'm.csv',
-            'sound,caption\na.wav,x\n',
-            r"no column or key audio, path or file_name: there are 'sound',",
-        ),
+        ('m.csv', 'sound,caption\na.wav,x\n', r"no column or key audio, path or file_name: there are 'sound',"),
         ('m.csv', 'a.wav,a caption\nb.wav,x\n', r"line 2: no column or key audio.*there are 'a.wav', 'a caption'"),
         ('m.csv', 'audio,tags\na.wav,rock\n', r"no column caption or text: there are 'audio', 'tags'"),
-        (
-            'm.csv',
-            'audio,description,prompt\na.wav,x,y\n',
-            r"'description' and 'prompt' may all be the caption",
-        ),
+        ('m.csv', 'audio,description,prompt\na.wav,x,y\n', r"'description' and 'prompt' may all be the caption"),
         ('m.csv', 'file,wav,caption\na.wav,b.wav,x\n', r"'file' and 'wav' may mean the same; rename"),
         ('m.csv', 'audio,audio,caption\na.wav,b.wav,x\n', r"'audio' and 'audio' may mean the same; rename"),
         ('m.csv', 'audio,caption\n,x\n', r'line 2: no file name under audio'),
@@ -245,41 +234,21 @@ def test_table_of_clips_holds_what_was_put_in(tmp_path):
         ('m.jsonl', '{"audio": "a.wav", "text": "x", "text": "y"}', r"line 1: twice the key 'text' in one object"),
         # times
         ('m.csv', 'audio,caption,start,start_s\na.wav,x,1,2\n', r"'start' and 'start_s' may mean the same; rename"),
-        (
-            'm.csv',
-            'audio,caption,start_frame\na.wav,x,\nb.wav,x,90\n',
-            r"line 3: start_frame '90' reads as a time",
-        ),
+        ('m.csv', 'audio,caption,start_frame\na.wav,x,\nb.wav,x,90\n', r"line 3: start_frame '90' reads as a time"),
         ('m.csv', 'audio,caption,start,length\na.wav,x,1,2\n', r"line 2: length '2' reads as a time"),
         ('m.csv', 'audio,caption,offset\na.wav,x,5\n', r"offset '5' reads as a time, .* rename the columns to start"),
         ('m.csv', 'audio,caption,segmentStart\na.wav,x,5\n', r"segmentStart '5' reads as a time"),
-        (
-            'm.jsonl',
-            '{"audio": "a.wav", "text": "x", "timestamp": "0:30"}',
-            r"timestamp '0:30' reads as a time",
-        ),
+        ('m.jsonl', '{"audio": "a.wav", "text": "x", "timestamp": "0:30"}', r"timestamp '0:30' reads as a time"),
         ('m.csv', 'audio,caption,start\na.wav,x,1:75\n', r"line 2: start must be a number of seconds, got '1:75'"),
         ('m.csv', 'audio,caption,start_ms\na.wav,x,1:15\n', r"start_ms must be a number of milliseconds, got '1:15'"),
         ('m.csv', 'audio;caption;end\na.wav;x;1,5\n', r"line 2: end must be a number of seconds, got '1,5'"),
         # paths
-        (
-            'm.csv',
-            'audio,caption\nhttps://x.org/a.wav,x\n',
-            r"line 2: 'https://x.org/a.wav' is an address; .* local",
-        ),
+        ('m.csv', 'audio,caption\nhttps://x.org/a.wav,x\n', r"line 2: 'https://x.org/a.wav' is an address; .* local"),
         ('m.csv', 'audio,caption\nfile:///a.wav,x\n', r"'file:///a.wav' is an address"),
         ('m.csv', 'audio,caption\nC:\\music\\a.wav,x\n', r'is a path of Windows; write it relative to the manifest'),
         # quotes, cells, encodings
-        (
-            'm.csv',
-            'audio,caption\na.wav,x\nb.wav,"lo-fi\nc.wav,y\n',
-            r'line 3: the quote that opens here is never',
-        ),
-        (
-            'm.csv',
-            'audio,caption\na.wav,"lo-fi\nb.wav,"x"\n',
-            r'line 2: text follows the closing quote .* or the',
-        ),
+        ('m.csv', 'audio,caption\na.wav,x\nb.wav,"lo-fi\nc.wav,y\n', r'line 3: the quote that opens here is never'),
+        ('m.csv', 'audio,caption\na.wav,"lo-fi\nb.wav,"x"\n', r'line 2: text follows the closing quote .* or the'),
         ('m.csv', 'audio,text,caption\na.wav,"one\ntwo","x\ny\n', r'line 3: the quote that opens here is never'),
         ('m.csv', 'audio,caption\na.wav,"' + 'x\n' * 70000, r'line 2: the quote that opens here is never closed'),
         ('m.csv', "audio,captions\na.wav,['a' 'b']\n", r'line 2: captions is not a JSON list'),
@@ -287,11 +256,7 @@ def test_table_of_clips_holds_what_was_put_in(tmp_path):
         ('m.csv', 'audio,caption\na.wav,x\n'.encode('utf-16'), r'is not UTF-8 but UTF-16; save it as UTF-8'),
         ('m.jsonl', '{"audio": "a.wav", "text": "x"}'.encode('utf-16'), r'is not UTF-8 but UTF-16; save it as UTF-8'),
         ('m.csv', 'audio,caption\na.wav,x\n'.encode('utf-16-le'), r'holds zero bytes; save it as UTF-8, not UTF-16'),
-        (
-            'm.csv',
-            'audio,caption\na.wav,x\nb.wav,café\n'.encode('latin-1'),
-            r'invalid .* at byte 31, in line 3; save',
-        ),
+        ('m.csv', 'audio,caption\na.wav,x\nb.wav,café\n'.encode('latin-1'), r'invalid .* at byte 31, in line 3; save'),
         ('m.txt', '', r'neither a folder nor a manifest; a manifest ends in .csv, .tsv, .jsonl'),
     ],
 )

@@ -46,10 +46,7 @@ def test_both_towers_at_sizes_of_all_kinds(tmp_path):
         for it in [*written.graph.input, *written.graph.output]
     }
     assert shapes == dict(
-        wavs=['waves', 'samples'],
-        texts=['texts', 'tokens'],
-        audio_latents=['waves', 16],
-        text_latents=['texts', 16],
+        wavs=['waves', 'samples'], texts=['texts', 'tokens'], audio_latents=['waves', 16], text_latents=['texts', 16]
     )
     shortest = mulan.audio.spec.min_samples(16)
     for waves, samples, texts, tokens in ((1, shortest, 4, 1), (7, 5011, 1, 12), (2, 777, 2, 5)):

@@ -36,11 +36,7 @@ FRONT_END = dict(
 
 def tiny_wav2vec2_bert():
     config = Wav2Vec2BertConfig(
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=24,
-        conv_depthwise_kernel_size=3,
+        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24, conv_depthwise_kernel_size=3
     )
     return Wav2Vec2BertModel(config)
 

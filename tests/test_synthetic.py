@@ -27,14 +27,7 @@ def music(**settings) -> SyntheticMusic:
 
 
 LABELS = MusicLabels(
-    instrument='flute',
-    tempo='fast',
-    mode='minor',
-    register='high',
-    texture='melody',
-    drums=False,
-    tonic=1,
-    bpm=150.4,
+    instrument='flute', tempo='fast', mode='minor', register='high', texture='melody', drums=False, tonic=1, bpm=150.4
 )
 
 # ---- items ----

@@ -14,13 +14,7 @@ from musiclm_pytorch.evaluation import areas, tagging
 from musiclm_pytorch.evaluation.areas import tagging_figures, tagging_of_files
 from musiclm_pytorch.evaluation.embedders import MuLaNEmbedder
 from musiclm_pytorch.evaluation.magnatagatune import TOP_TAGS, read_magnatagatune
-from musiclm_pytorch.evaluation.tagging import (
-    MUSIC_TAGS,
-    PaSSTTagger,
-    Tagger,
-    ZeroShotTagger,
-    kl_figures,
-)
+from musiclm_pytorch.evaluation.tagging import MUSIC_TAGS, PaSSTTagger, Tagger, ZeroShotTagger, kl_figures
 from musiclm_pytorch.mulan.layers import l2norm
 
 RATE = 800
