@@ -333,14 +333,14 @@ mulan.save_pretrained(sys.argv[2] + os.environ.get('RANK', ''))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('launcher', ['script', 'interactive', 'torchrun', 'accelerate'])
+@pytest.mark.parametrize('launcher', ['script', 'torchrun', 'accelerate'])
 def test_one_program_under_every_launcher(tmp_path, launcher):
-    """The data set is a class of the program itself, which nothing guards against being run again."""
+    """The data set is a class of the program itself, which nothing guards against being run again. `test_contract.py`
+    does the same as one does interactively."""
     program = tmp_path / 'program.py'
     program.write_text(PROGRAM.format(tests=str(TESTS)), encoding='utf-8')
     begin = {
         'script': ['program.py'],
-        'interactive': ['-c', program.read_text(encoding='utf-8')],
         'torchrun': ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', 'program.py'],
         'accelerate': [
             *('-m', 'accelerate.commands.launch', '--multi_gpu', '--num_processes=2', '--main_process_port=0'),
@@ -351,7 +351,7 @@ def test_one_program_under_every_launcher(tmp_path, launcher):
     subprocess.run([sys.executable, *begin, *arguments], cwd=tmp_path, check=True)
     _, _, expected = train_alone(tmp_path / 'alone', steps=4, batch_size=8)
     trained = sorted(tmp_path.glob('trained*'))
-    assert len(trained) == (1 if launcher in ('script', 'interactive') else 2)
+    assert len(trained) == (1 if launcher == 'script' else 2)
     for folder in trained:
         assert largest_difference(weights(MuLaN.from_pretrained(folder)), expected) <= 1e-5
 
