@@ -114,6 +114,7 @@ setup(
         'cloudpickle>=3',
         'einops>=0.8',
         'ema-pytorch>=0.7',
+        'filelock>=4',
         'hyper-connections>=0.4.11,<0.5',
         'lazy-loader>=0.6',
         'librosa>=0.11',

@@ -5,11 +5,12 @@ Imports nothing from the package.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,29 @@ from torch import Tensor
 
 CHECKSUM = 'checksum'
 
+# what a file system answers that cannot take more, or does not want to
+REFUSED = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM}
+
+
+@contextmanager
+def naming(path: str | Path, aside: str | Path | None = None) -> Iterator[None]:
+    """Name the file in errors of the file system that come of writing it, as of a full disk, whoever writes.
+
+    Python names none in them, safetensors tells them in a text of its own, and a file `aside` is none that anyone
+    knows.
+    """
+    try:
+        yield
+    except SafetensorError as error:
+        if (told := re.search(r'os error (\d+)', str(error))) is None:
+            raise
+        raise OSError(int(told[1]), os.strerror(int(told[1])), str(path)) from error
+    except OSError as error:
+        is_own = error.errno in REFUSED if error.filename is None else str(error.filename) == str(aside)
+        if not is_own:
+            raise
+        raise OSError(error.errno, os.strerror(error.errno), str(path)) from error
+
 
 @contextmanager
 def atomic_write(path: str | Path) -> Iterator[Path]:
@@ -31,21 +55,30 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     """
     path = Path(path)
     aside = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
-    aside.unlink(missing_ok=True)  # of a process of the same number that was killed
-    mode = _mode_of_new(aside)
-    try:
-        yield aside
-        aside.chmod(mode)
-        sync(aside)
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
+    with naming(path, aside):
+        aside.unlink(missing_ok=True)  # of a process of the same number that was killed
+        mode = _mode_of_new(aside)
+        try:
+            yield aside
+            aside.chmod(mode)
+            sync(aside)
+            aside.replace(path)
+        finally:
+            aside.unlink(missing_ok=True)
+
+
+def write_together(files: Mapping[Path, str | bytes]) -> None:
+    """Write files that belong together: the disk holds all of them before the first gets its name, and the first of
+    the mapping gets it last."""
+    with ExitStack() as stack:
+        for path, content in files.items():
+            content = content.encode('utf-8', errors='surrogateescape') if isinstance(content, str) else content
+            stack.enter_context(atomic_write(path)).write_bytes(content)
 
 
 def write_text(path: str | Path, text: str) -> None:
     """Write UTF-8; names of files that are none come back as the bytes that they were."""
-    with atomic_write(path) as aside:
-        aside.write_text(text, encoding='utf-8', errors='surrogateescape')
+    write_together({Path(path): text})
 
 
 def write_json(path: str | Path, content: Any) -> None:
@@ -90,14 +123,7 @@ def write_tensors(path: str | Path, tensors: dict[str, Tensor]) -> None:
     """Write contiguous tensors that share no memory, as safetensors, with their checksum in its metadata."""
     metadata = {CHECKSUM: _checksum_of(tensors)}
     with atomic_write(path) as aside:
-        try:
-            save_file(tensors, str(aside), metadata=metadata)
-        except SafetensorError as error:
-            # what the file system refuses, as a full disk does, is an error of it whoever writes
-            if (told := re.search(r'os error (\d+)', str(error))) is None:
-                raise
-            number = int(told[1])
-            raise OSError(number, os.strerror(number), str(path)) from error
+        save_file(tensors, str(aside), metadata=metadata)
 
 
 def read_tensors(path: str | Path, verify: bool = True) -> dict[str, Tensor]:

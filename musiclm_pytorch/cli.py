@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import errno
 import logging
+import os
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from musiclm_pytorch.cli_app import app
@@ -27,7 +32,12 @@ from musiclm_pytorch.version import __version__
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit code: 0, or 2 after an error of the user's, told in a line on stderr."""
+    """Run the command; returns the exit code.
+
+    0: done. 2: something is wrong with what was given. 1: the file system refuses (a full disk, no permission), or
+    another process writes into the same folder. 130, 143, 129: SIGINT, SIGTERM or SIGHUP. Each error is told in a line
+    on stderr.
+    """
     parser = argparse.ArgumentParser(
         prog='musiclm', description='Music and text: data, training, generation, evaluation, search.'
     )
@@ -37,15 +47,83 @@ def main(arguments: Sequence[str] | None = None) -> int:
         declare(subcommands)
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.WARNING, format='%(message)s')
-    try:
-        options.run(options)
-    except user_errors() as error:
-        print(f'{options.prog}: error: {" ".join(str(error).split())}', file=sys.stderr)
-        return 2
-    except KeyboardInterrupt as error:
-        print(f'{options.prog}: {str(error) or "interrupted"}', file=sys.stderr)
-        return 130
+    with ended_by_signals() as signals:
+        try:
+            with alone_in_output(options):
+                options.run(options)
+            flush_output()
+        except user_errors() as error:
+            print(f'{options.prog}: error: {" ".join(str(error).split())}', file=sys.stderr)
+            return code_of(error)
+        except KeyboardInterrupt as error:
+            print(f'{options.prog}: {str(error) or "interrupted"}', file=sys.stderr)
+            return 128 + (signals[0] if signals else signal.SIGINT)
     return 0
+
+
+@contextlib.contextmanager
+def ended_by_signals() -> Iterator[list[int]]:
+    """Let SIGTERM and SIGHUP end the block as Ctrl-C does, by KeyboardInterrupt; gives their numbers as they come.
+
+    Whatever a command does when it is interrupted, it does then too. A signal that is ignored, as SIGHUP is under
+    nohup, stays so. Only the main thread takes signals.
+    """
+    numbers, own = [], os.getpid()
+
+    def end(number: int, frame) -> None:
+        if os.getpid() != own:  # a process that was forked ends as any other
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        numbers.append(number)
+        if number == signal.SIGHUP:
+            signal.signal(number, signal.SIG_IGN)  # shell and terminal both send it
+            if callable(served := signal.getsignal(signal.SIGTERM)) and served is not end:
+                served(signal.SIGTERM, frame)  # a server has its own way to end
+                return
+        raise KeyboardInterrupt
+
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            if (handler := signal.getsignal(number)) is not signal.SIG_IGN:
+                before[number] = handler
+                signal.signal(number, end)
+    try:
+        yield numbers
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def alone_in_output(options: argparse.Namespace) -> Iterator[None]:
+    """Keep other writers out of the folder of --output; of the processes of one training, the first does."""
+    with contextlib.ExitStack() as stack:
+        if 'output' in options and 'shares_output' not in options and int(os.environ.get('RANK', 0)) == 0:
+            from musiclm_pytorch.locking import only_writer
+
+            stack.enter_context(only_writer(options.output))
+        yield
+
+
+def flush_output() -> None:
+    """Print what waits to be printed, while a failure can still be told."""
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        # or the interpreter tries once more at its end, and fails in its own words
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise OSError(error.errno, os.strerror(error.errno), '/dev/stdout') from error
+
+
+def code_of(error: Exception) -> int:
+    """1 for what does not lie in the command, 2 for what does."""
+    if not isinstance(error, OSError):
+        return 2
+    from musiclm_pytorch.atomic import REFUSED
+    from musiclm_pytorch.locking import FolderInUseError
+
+    return 1 if error.errno in REFUSED | {errno.EPIPE} or isinstance(error, FolderInUseError) else 2
 
 
 def user_errors() -> tuple[type[Exception], ...]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
-import signal
 import tempfile
 import threading
 import warnings
@@ -55,7 +54,6 @@ def run_app(options: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory(prefix='musiclm-app-') as folder:
         os.environ.setdefault('GRADIO_TEMP_DIR', folder)  # so that what was made goes with the page
         page = create_app(musiclm, max_seconds=options.max_seconds, max_samples=options.max_samples)
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
         with contextlib.suppress(KeyboardInterrupt):
             address = launch_app(page, host=options.host, port=options.port, share=options.share)
             print(f'the page is at {address} until Ctrl-C', flush=True)

@@ -139,13 +139,14 @@ def run_generate(options: argparse.Namespace) -> None:
 
 def write_lists(folder: Path, clips: list[Clip], how: dict[str, Any]) -> None:
     """The page of clips that are there, and `prompts.json`: what makes each again, which `musiclm evaluate` reads."""
-    from musiclm_pytorch.gallery import write_page, write_whole
+    from musiclm_pytorch.atomic import write_text
+    from musiclm_pytorch.gallery import write_page
 
     pieces = {
         f'{clip.name}.wav': dict(prompt=clip.section, seed=clip.seed, **how, score=round(clip.score, 4))
         for clip in clips
     }
-    write_whole(folder / 'prompts.json', (json.dumps(pieces, indent=2, ensure_ascii=False) + '\n').encode())
+    write_text(folder / 'prompts.json', json.dumps(pieces, indent=2, ensure_ascii=False) + '\n')
     settings = [f'{name.replace("_", " ")} {it}' for name, it in how.items() if it is not None]
     write_page(folder, clips, title='Music', intro=', '.join(settings))
 

@@ -145,10 +145,13 @@ def _open_fitting(part: str, names: dict[str, str], options: argparse.Namespace)
 
 def run_assemble(options: argparse.Namespace) -> None:
     from musiclm_pytorch.trainer.assembly import assemble_musiclm
+    from musiclm_pytorch.trainer.folders import new_results
     from musiclm_pytorch.trainer.pipeline_recipe import MusicLMRecipe
 
     settings = {} if options.config is None else MusicLMRecipe.load(options.config).fitted.musiclm
-    assemble_musiclm(options.parts, **settings).save_pretrained(options.output)
+    musiclm = assemble_musiclm(options.parts, **settings)
+    with new_results(Path(options.output), resume=False, clear=False):
+        musiclm.save_pretrained(options.output)
     print(
         f'the model is in {options.output}; hear it with: '
         f'musiclm generate "a slow piano melody" --model {options.output} -o out'

@@ -143,7 +143,8 @@ def tokens(subcommands) -> None:
     parser.add_argument(
         '--aside', action='store_true', help='tokens of something else under --output are moved aside, not an error'
     )
-    parser.set_defaults(run=run_tokens, prog=parser.prog)
+    # each kind of tokens lets one writer in: another process may compute another kind
+    parser.set_defaults(run=run_tokens, prog=parser.prog, shares_output=True)
 
 
 def run_train_stage(options: argparse.Namespace) -> None:

@@ -13,7 +13,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from musiclm_pytorch.atomic import atomic_write
+from musiclm_pytorch.atomic import write_text, write_together
 from musiclm_pytorch.mulan.spectrogram import mel_filters
 from musiclm_pytorch.waves import sound_bytes
 
@@ -88,24 +88,12 @@ def file_name(prompt: str) -> str:
     return '-'.join(re.findall(r'\w+', prompt.lower())[:6])[:48] or 'music'
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file that appears whole or not at all. Raises OSError that names it."""
-    try:
-        with atomic_write(path) as aside:
-            aside.write_bytes(content)
-    except OSError as error:
-        reason = error.strerror or error
-        raise OSError(
-            error.errno, f'{path} could not be written ({reason}); what was written before is whole'
-        ) from error
-
-
 def write_clip(folder: Path, clip: Clip, sample_rate: int) -> None:
     """Write `name.wav` (16 bit) and `name.png`."""
-    write_whole(folder / f'{clip.name}.wav', sound_bytes(clip.wave, sample_rate))
     image = io.BytesIO()
     picture(clip.wave, sample_rate).savefig(image, dpi=80, format='png')
-    write_whole(folder / f'{clip.name}.png', image.getvalue())
+    path = folder / clip.name
+    write_together({Path(f'{path}.wav'): sound_bytes(clip.wave, sample_rate), Path(f'{path}.png'): image.getvalue()})
 
 
 def write_gallery(
@@ -142,7 +130,7 @@ def write_page(folder: Path, clips: Sequence[Clip], *, title: str, intro: str = 
         body.append(FIGURE.format(**texts))
     intro = f'<p>{html.escape(intro)}</p>\n' if intro else ''
     page = folder / 'index.html'
-    write_whole(page, PAGE.format(title=html.escape(title), intro=intro, body='\n'.join(body)).encode())
+    write_text(page, PAGE.format(title=html.escape(title), intro=intro, body='\n'.join(body)))
     return page
 
 

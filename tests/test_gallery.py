@@ -97,9 +97,7 @@ def test_a_file_is_there_whole_or_not_at_all(tmp_path):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
     try:
-        with pytest.raises(
-            OSError, match=r'a\.wav could not be written \(File too large\); what was written before is'
-        ):
+        with pytest.raises(OSError, match=r'File too large: .*a\.wav'):
             write_gallery(tmp_path, [clip], RATE, title='Second', overwrite=True)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from musiclm_pytorch.atomic import open_modes
+from musiclm_pytorch.atomic import naming, open_modes
 from musiclm_pytorch.audiolm.bridge import HubertWithKmeans
 from musiclm_pytorch.audiolm.semantic import SemanticTokenizer
 from musiclm_pytorch.checks import check_sample_rate, typechecked
@@ -160,9 +160,10 @@ class TransformersSemanticTokenizer(SemanticTokenizer):
         )
 
     def _save_encoder(self, folder: Path) -> dict[str, Any]:
-        self.encoder.save_pretrained(folder / ENCODER_FOLDER)
-        if self.feature_extractor is not None:
-            self.feature_extractor.save_pretrained(folder / ENCODER_FOLDER)
+        with naming(folder / ENCODER_FOLDER):
+            self.encoder.save_pretrained(folder / ENCODER_FOLDER)
+            if self.feature_extractor is not None:
+                self.feature_extractor.save_pretrained(folder / ENCODER_FOLDER)
         open_modes(folder / ENCODER_FOLDER)
         return dict(folder=ENCODER_FOLDER, feature_extractor=self.feature_extractor is not None)
 

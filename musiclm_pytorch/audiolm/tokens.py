@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -30,6 +31,7 @@ from musiclm_pytorch.checks import check_positive, typechecked
 from musiclm_pytorch.data.audio import resample, windows
 from musiclm_pytorch.data.collate import mono, split_item
 from musiclm_pytorch.data.rates import agreed_rate
+from musiclm_pytorch.locking import only_writer
 from musiclm_pytorch.mulan.model import evaluating
 
 logger = logging.getLogger(__name__)
@@ -80,7 +82,8 @@ def compute_tokens(
 
     Args:
         dataset: items by index as `collate_pairs` takes them, the same at each visit: whole clips, not random crops.
-        folder: the cache; several calls may fill its streams, with the same data set.
+        folder: the cache; several calls may fill its streams, with the same data set, at the same time too if each
+            fills streams of its own.
         tokenizer: gives semantic ids `(b, n)` of waves, as `HubertWithKmeans`: it has `target_sample_hz`,
             `downsample_factor` and `codebook_size`.
         codec: `SoundStream` or `EncodecWrapper`.
@@ -99,6 +102,7 @@ def compute_tokens(
 
     Raises:
         ValueError: nothing to compute, settings that do not fit, or a stream that differs, naming what changed.
+        FolderInUseError: another call fills one of the streams.
     """
     check_positive(
         batch_size=batch_size,
@@ -132,23 +136,28 @@ def compute_tokens(
 
     folder = Path(folder)
     data = fingerprint_data(dataset) | dict(sample_rate=rate)
-    for stream in streams:
-        _open_stream(folder / stream.name, stream, data, len(dataset), shard_size, on_change)
-
-    starts = range(0, len(dataset), shard_size)
-    for number, start in enumerate(tqdm(starts, disable=not progress, unit='shard', desc='tokens')):
-        missing = [stream for stream in streams if not _is_whole(folder / stream.name / SHARD.format(number))]
-        if not missing:
-            continue
-        indices = range(start, min(start + shard_size, len(dataset)))
-        items = [_read_item(dataset, index) for index in indices]
-        readable = [item for item in items if item is not None]
-        for stream in missing:
-            with torch.no_grad():
-                computed = iter(stream.compute(readable))
-            rows = [None if item is None else next(computed) for item in items]
-            _write_shard(folder / stream.name / SHARD.format(number), rows, stream.facts)
+    with ExitStack() as stack:
+        for stream in streams:
+            stack.enter_context(only_writer(folder / stream.name))
+        for stream in streams:
+            _open_stream(folder / stream.name, stream, data, len(dataset), shard_size, on_change)
+        starts = range(0, len(dataset), shard_size)
+        for number, start in enumerate(tqdm(starts, disable=not progress, unit='shard', desc='tokens')):
+            _compute_shard(dataset, range(start, min(start + shard_size, len(dataset))), folder, number, streams)
     return folder
+
+
+def _compute_shard(dataset: Any, indices: range, folder: Path, number: int, streams: list[Stream]) -> None:
+    missing = [stream for stream in streams if not _is_whole(folder / stream.name / SHARD.format(number))]
+    if not missing:
+        return
+    items = [_read_item(dataset, index) for index in indices]
+    readable = [item for item in items if item is not None]
+    for stream in missing:
+        with torch.no_grad():
+            computed = iter(stream.compute(readable))
+        rows = [None if item is None else next(computed) for item in items]
+        _write_shard(folder / stream.name / SHARD.format(number), rows, stream.facts)
 
 
 # ---- what each stream computes ----

@@ -14,7 +14,7 @@ import soundfile
 import torch
 from torch import Tensor
 
-from musiclm_pytorch.atomic import write_text
+from musiclm_pytorch.atomic import naming, write_text
 from musiclm_pytorch.checks import check_positive, typechecked
 from musiclm_pytorch.data.audio import AudioFile
 from musiclm_pytorch.data.clips import Clip, ClipTable, Listing
@@ -23,6 +23,7 @@ from musiclm_pytorch.data.datasets import AudioTextDataset
 from musiclm_pytorch.data.rates import agreed_rate
 from musiclm_pytorch.data.reading import finite, logger
 from musiclm_pytorch.data.shards import INDEX, key_of, read_index, webdataset
+from musiclm_pytorch.locking import only_writer
 
 BLOCK = 2**20  # samples decoded at a time to see whether a file is sound
 # how many bits of a file count; lossy formats are decoded to 16 as usual
@@ -62,13 +63,24 @@ def write_shards(
 
     Raises:
         ImportError: webdataset is not installed. ValueError: the folder holds shards of something else; no clip can
-        be read.
+        be read. FolderInUseError: another call writes there.
     """
     check_positive(shard_size=shard_size)
     TarWriter = webdataset().TarWriter
     samples = Samples(dataset, sample_rate)
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    with only_writer(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        return _write(samples, folder, shard_size, TarWriter, on_shard)
+
+
+def _write(
+    samples: Samples,
+    folder: Path,
+    shard_size: int,
+    TarWriter: Callable[..., Any],
+    on_shard: Callable[[int, int], None] | None,
+) -> dict[str, Any]:
     index = begin(folder, samples, shard_size)
     count = -(-len(samples) // shard_size)
 
@@ -76,7 +88,7 @@ def write_shards(
         path = folder / f'shard-{number:06d}.tar'
         aside, written, skipped = folder / f'.{path.name}.partial', 0, {}
         try:
-            with open(aside, 'wb') as stream:
+            with naming(path, aside), open(aside, 'wb') as stream:
                 with TarWriter(stream, encoder=False, mtime=0) as tar:
                     for place in range(number * shard_size, min((number + 1) * shard_size, len(samples))):
                         name, sample = samples.read(place)
@@ -88,8 +100,8 @@ def write_shards(
                         written += 1
                 stream.flush()
                 os.fsync(stream.fileno())
-            if written:
-                os.replace(aside, path)
+                if written:
+                    os.replace(aside, path)
         finally:
             aside.unlink(missing_ok=True)
         index['shards'].append(dict(name=path.name, samples=written))

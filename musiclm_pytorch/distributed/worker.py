@@ -54,6 +54,7 @@ def _train(path: Path) -> None:
     from musiclm_pytorch.distributed import launch
     from musiclm_pytorch.distributed.collectives import rank
     from musiclm_pytorch.distributed.trainer import WorldTrainer
+    from musiclm_pytorch.locking import FolderInUseError
     from musiclm_pytorch.trainer.loop import TrainingError
 
     # the processes of a machine share its cores
@@ -61,6 +62,7 @@ def _train(path: Path) -> None:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ['LOCAL_WORLD_SIZE'])))
     # faults of the input and of training itself come again; a lost process or connection does not
     lasting = (ValueError, TypeError, LookupError, AttributeError, ImportError, FileNotFoundError, TrainingError)
+    lasting += (FolderInUseError,)
     try:
         job = launch.read_job(path)
         trainer = WorldTrainer(job['mulan'], job['dataset'], job['config'], **job['keywords'])

@@ -10,6 +10,7 @@ from typing import Any
 
 from matplotlib.figure import Figure as Plot
 
+from musiclm_pytorch.atomic import write_together
 from musiclm_pytorch.checks import typechecked
 from musiclm_pytorch.evaluation.report import (
     COLOURS,
@@ -59,9 +60,13 @@ def compare_reports(
     folder.mkdir(parents=True, exist_ok=True)
     names = list(runs)
     body = [image(plot_intervals(rows, names), 'figures with their intervals'), comparison_table(rows, names)]
-    (folder / TABLE).write_text(table_csv([flat(row) for row in rows]), encoding='utf-8')
-    (folder / PAGE_FILE).write_text(page(title, body), encoding='utf-8')
-    (folder / COMPARISON).write_text(json.dumps(rows, indent=2) + '\n', encoding='utf-8')
+    write_together(
+        {
+            folder / COMPARISON: json.dumps(rows, indent=2) + '\n',  # a folder with it is whole
+            folder / TABLE: table_csv([flat(row) for row in rows]),
+            folder / PAGE_FILE: page(title, body),
+        }
+    )
     return folder / PAGE_FILE
 
 

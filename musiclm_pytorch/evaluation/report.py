@@ -14,6 +14,7 @@ from typing import Any
 import soundfile
 from matplotlib.figure import Figure as Plot
 
+from musiclm_pytorch.atomic import write_together
 from musiclm_pytorch.checks import typechecked
 from musiclm_pytorch.evaluation.inputs import list_clips, read_clip
 from musiclm_pytorch.gallery import draw
@@ -103,11 +104,14 @@ def write_report(
         body.append('<h2>Clips</h2>')
         body += [player(clip, rate, row) for clip, row in zip(clips[:players], results['clips'])]
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / FIGURES).write_text(table_csv(figure_rows(results)), encoding='utf-8')
-    (folder / CLIPS).write_text(table_csv(results['clips']), encoding='utf-8')
-    (folder / PAGE_FILE).write_text(page(title, body), encoding='utf-8')
-    # last, so that a folder with it is whole
-    (folder / RESULTS).write_text(json.dumps(results, indent=2, allow_nan=False) + '\n', encoding='utf-8')
+    write_together(
+        {
+            folder / RESULTS: json.dumps(results, indent=2, allow_nan=False) + '\n',  # a folder with it is whole
+            folder / FIGURES: table_csv(figure_rows(results)),
+            folder / CLIPS: table_csv(results['clips']),
+            folder / PAGE_FILE: page(title, body),
+        }
+    )
     return folder / PAGE_FILE
 
 

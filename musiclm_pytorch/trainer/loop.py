@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 
 from musiclm_pytorch.checks import check_positive
 from musiclm_pytorch.distributed.collectives import gather_sizes, mean_over_ranks
+from musiclm_pytorch.locking import only_writer
 from musiclm_pytorch.mulan.display import size_of
 from musiclm_pytorch.mulan.kernels import computes_in_bf16, half_precision
 from musiclm_pytorch.trainer import best, checkpoints
@@ -371,6 +372,9 @@ class Trainer(Resumable):
 
         Returns:
             the last metrics, of training and validation.
+
+        Raises:
+            FolderInUseError: another training writes into the results folder. TrainingError: it cannot go on.
         """
         if num_epochs is not None and num_train_steps is not None:
             raise ValueError(f'pass num_epochs or num_train_steps, got both: {num_epochs} and {num_train_steps}')
@@ -389,6 +393,8 @@ class Trainer(Resumable):
         if with_validation and self.is_main:
             best.warn_of_few(self.held_out, self.least_held_out)
         with contextlib.ExitStack() as stack:
+            if self.is_main:
+                stack.enter_context(only_writer(self.results_folder))
             with self.opening_results():
                 stack.enter_context(self.tracking(total))
             stack.enter_context(bar)

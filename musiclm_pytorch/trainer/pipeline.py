@@ -18,6 +18,7 @@ from musiclm_pytorch.audiolm.semantic import SemanticTokenizer
 from musiclm_pytorch.audiolm.tokens import compute_tokens
 from musiclm_pytorch.checks import typechecked
 from musiclm_pytorch.data.opening import GENERATED, open_whole_clips
+from musiclm_pytorch.locking import only_writer
 from musiclm_pytorch.mulan.model import MuLaN
 from musiclm_pytorch.musiclm import MusicLM
 from musiclm_pytorch.quantizer import MuLaNEmbedQuantizer
@@ -72,14 +73,26 @@ def train_musiclm(
 
     Raises:
         ValueError: several processes, a recipe or data that are not those of the run to resume, data without enough
-            clips.
+            clips. FolderInUseError: another run writes into `output`.
     """
     if int(os.environ.get('WORLD_SIZE', '1')) > 1:
         raise ValueError(
             'all parts in one run is for one process; with several, run musiclm train mulan, quantizer, codec, then '
             'musiclm tokens, then musiclm train semantic, coarse, fine'
         )
-    output = Path(output)
+    with only_writer(output):
+        return _train(data, Path(output), recipe, audio_folder, resume, on_part, on_begin)
+
+
+def _train(
+    data: str | Path,
+    output: Path,
+    recipe: MusicLMRecipe | None,
+    audio_folder: str | Path | None,
+    resume: bool,
+    on_part: Callable[[str, float], None] | None,
+    on_begin: Callable[[str, int, int], None] | None,
+) -> MusicLM:
     recipe = agreed_recipe(recipe, output, resume)
     source = dict(data=str(data), audio_folder=None if audio_folder is None else str(audio_folder))
     if resume:
