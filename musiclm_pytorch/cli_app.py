@@ -44,7 +44,7 @@ def app(subcommands) -> None:
 
 def run_app(options: argparse.Namespace) -> None:
     from musiclm_pytorch.checks import check_device
-    from musiclm_pytorch.inference.app import create_app, launch_app
+    from musiclm_pytorch.inference.app import close_app, create_app, launch_app
     from musiclm_pytorch.mulan.vocabulary import PromptWarning
     from musiclm_pytorch.musiclm import MusicLM
 
@@ -58,4 +58,4 @@ def run_app(options: argparse.Namespace) -> None:
             address = launch_app(page, host=options.host, port=options.port, share=options.share)
             print(f'the page is at {address} until Ctrl-C', flush=True)
             threading.Event().wait()
-        page.close(verbose=False)
+        close_app(page)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import warnings
 
@@ -60,9 +61,10 @@ def run_serve(options: argparse.Namespace) -> None:
     app = create_service(load_model(options.model).to(options.device), config)
     warnings.simplefilter('ignore', PromptWarning)  # who asked is told in the answer
 
-    import uvicorn
+    from musiclm_pytorch.inference.service.server import Server
 
-    uvicorn.run(app, host=options.host, port=options.port)
+    with contextlib.suppress(KeyboardInterrupt):  # the signals that it has ended by, once more
+        Server(app, host=options.host, port=options.port).run()
 
 
 def load_model(folder: str):

@@ -6,6 +6,7 @@ import html
 import os
 import re
 import secrets
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -28,6 +29,7 @@ EXAMPLES = (
 STORY = [[3, 'a slow low organ'], [3, 'a fast high flute with drums'], [None, ''], [None, '']]
 SHOWN_AT_FIRST = 4  # samples
 MAX_WAITING = 16  # requests in line; who comes after them is told so
+ANSWERING = 0.5  # seconds for answers to go out, and for those in line to have their turn
 MAKING = 0.95  # of the bar; the rest is drawing
 KEEP_FILES = 24 * 3600  # seconds for which what was made can be played and downloaded
 MAX_UPLOAD = '50mb'
@@ -64,6 +66,7 @@ def create_app(
     maker = MusicMaker(musiclm, max_seconds=max_seconds, max_samples=max_samples)
 
     stopping: set[str] = set()  # sessions that wait no more for what is being made for them
+    at_work, closing = threading.Lock(), threading.Event()
 
     def generate(request, prompt, seconds, prime, *settings, progress=followed):
         return show(lambda **how: maker.from_prompt(prompt, seconds, prime, **how), settings, request, progress)
@@ -77,7 +80,7 @@ def create_app(
         """What becomes of all outputs. The files lie where Gradio serves and, in time, deletes them."""
 
         def report(share: float, what: str) -> None:
-            if request.session_hash in stopping:
+            if closing.is_set() or request.session_hash in stopping:
                 raise Stopped
             progress(MAKING * share, desc=what)
 
@@ -85,6 +88,9 @@ def create_app(
         names = ('num_samples', 'cond_scale', 'temperature', 'seed')
         folder = Path(players[0].GRADIO_CACHE) / secrets.token_hex(16)
         shown = []
+        if closing.is_set():
+            raise gr.Error('The page is being closed.', duration=None, print_exception=False)
+        at_work.acquire()  # one at a time as it is: for `close_app`
         try:
             clips = make(report=report, **dict(zip(names, settings)))
             folder.mkdir(parents=True)
@@ -102,6 +108,7 @@ def create_app(
             told = html.escape(without_folders(str(error)))
             raise gr.Error(told, duration=None, print_exception=False) from error
         finally:
+            at_work.release()
             stopping.discard(request.session_hash)
         took = time.perf_counter() - begin
         return [noted(clips, int(settings[0]), took), *shown, *[*hidden] * (max_samples - len(clips))]
@@ -223,11 +230,12 @@ def create_app(
                 ended(end, outputs=buttons, **aside)
         halt.click(stop, outputs=halt, **aside)
         another.click(lambda: secrets.randbelow(2**31), outputs=seed, queue=False, api_visibility='private')
+    page.at_work, page.closing = at_work, closing
     return page.queue(max_size=MAX_WAITING, api_open=False)
 
 
 def launch_app(page: gradio.Blocks, *, host: str = '127.0.0.1', port: int = 7860, share: bool = False) -> str:
-    """Serve the page from threads of its own; returns its address. `page.close()` ends it.
+    """Serve the page from threads of its own; returns its address. `close_app` ends it.
 
     Args:
         page: from `create_app`.
@@ -261,6 +269,16 @@ def launch_app(page: gradio.Blocks, *, host: str = '127.0.0.1', port: int = 7860
     except OSError as error:
         raise OSError(f'cannot serve at {host}, port {port}, where something else may be; give another') from error
     return public or address
+
+
+def close_app(page: gradio.Blocks) -> None:
+    """End what `launch_app` began: the music that is being made ends at its next step and shows what is done, and those
+    who wait are told. A thread at work would not outlive the end of the program."""
+    page.closing.set()
+    for _ in range(2):
+        with page.at_work:
+            time.sleep(ANSWERING)
+    page.close(verbose=False)
 
 
 def without_folders(text: str) -> str:

@@ -20,7 +20,7 @@ from torch import Tensor
 from musiclm_pytorch.checks import typechecked
 from musiclm_pytorch.inference.optimize import OptimizedMuLaN
 from musiclm_pytorch.inference.service.config import ServiceConfig
-from musiclm_pytorch.inference.service.limits import Limits, Load
+from musiclm_pytorch.inference.service.limits import RETRY_AFTER, Limits, Load
 from musiclm_pytorch.inference.service.requests import (
     FORM,
     JSON,
@@ -39,7 +39,7 @@ from musiclm_pytorch.inference.service.requests import (
     read_json,
     schema,
 )
-from musiclm_pytorch.inference.service.worker import Job, ModelWorker, Unreadable
+from musiclm_pytorch.inference.service.worker import Abandoned, Job, ModelWorker, Unreadable
 from musiclm_pytorch.mulan.model import MuLaN
 from musiclm_pytorch.musiclm import MusicLM
 from musiclm_pytorch.version import __version__
@@ -111,7 +111,12 @@ async def finished(job: Job, request: Request) -> Any:
         if not result.done():
             told = 'the client has gone' if gone.done() else f'no answer within {config.timeout:g} s'
             raise ServiceError(504, 'timeout', f'{told}; ask for less, or again later')
+        if result.cancelled():
+            raise Abandoned
         return result.result()
+    except Abandoned:  # not by this request, which still waits
+        message = 'the service is ending; ask again when it is back'
+        raise ServiceError(503, 'stopping', message, {'Retry-After': str(RETRY_AFTER)}) from None
     except Unreadable as error:
         raise ServiceError(400, 'unreadable_audio', str(error)) from error
     finally:

@@ -71,6 +71,8 @@ class ModelWorker:
         if self.musiclm is not None and not self.musiclm.mulan_embed_quantizer.is_fitted:
             raise ValueError('the quantizer has no codebooks yet; call mulan_embed_quantizer.fit(dataset) first')
         self._texts: deque[tuple[Job, Sequence[str]]] = deque()
+        self._jobs: set[Job] = set()  # without a result
+        self._is_stopping = False
         self._thread = _thread()
 
     @property
@@ -85,21 +87,37 @@ class ModelWorker:
 
     def submit(self, work: Callable[..., Any], *arguments: Any) -> Job:
         """A job whose result is `work(job, *arguments)`."""
-        job = Job()
+        job = self._new_job()
         self._thread.submit(_finish, [job], lambda: [work(job, *arguments)])
         return job
+
+    def _new_job(self) -> Job:
+        job = Job()
+        if self._is_stopping:
+            job.abandon()
+        self._jobs.add(job)
+        job.future.add_done_callback(lambda _: self._jobs.discard(job))
+        return job
+
+    def stop(self, now: bool = False) -> None:
+        """Begin no job any more: those that wait, and new ones, are cancelled. With `now` the one that runs is too, at
+        its next `check`."""
+        self._is_stopping = True
+        for job in list(self._jobs):
+            if now or not job.future.running():
+                job.abandon()
 
     def close(self) -> None:
         """Wait for the job that runs, and drop the others. The next one begins anew."""
         self._texts.clear()
         self._thread.shutdown(cancel_futures=True)
-        self._thread = _thread()
+        self._thread, self._is_stopping = _thread(), False
 
     # what is done
 
     def embed_texts(self, texts: Sequence[str]) -> Job:
         """A job whose result is `(n, dim_latent)`."""
-        job = Job()
+        job = self._new_job()
         self._texts.append((job, texts))
         self._thread.submit(self._embed_waiting_texts)
         return job
