@@ -21,7 +21,7 @@ from filelock import FileLock, Timeout
 
 logger = logging.getLogger(__name__)
 
-LOCK = '.{}.lock'  # by the name of the folder
+BESIDE, WITHIN = '.{}.lock', '.lock'  # names of the file, the first by that of the folder
 NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP}  # what a file system answers that has none
 NOT_HERE = {errno.EACCES, errno.EPERM, errno.EROFS}
 PATIENCE = 0.3  # seconds for which a lock that is being let go is waited for
@@ -53,9 +53,9 @@ def only_writer(folder: str | Path) -> Iterator[None]:
         return
     with ExitStack() as stack:
         stack.enter_context(_parents_of(folder))
-        places = [folder.with_name(LOCK.format(folder.name))]
+        places = [folder.with_name(BESIDE.format(folder.name))]
         if folder.is_dir():
-            places.insert(0 if folder.is_mount() else 1, folder / LOCK.format(''))
+            places.insert(0 if folder.is_mount() else 1, folder / WITHIN)
         for place in places:
             try:
                 stack.enter_context(_locked(place, folder))

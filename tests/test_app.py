@@ -222,8 +222,11 @@ def test_bad_options_are_told_in_a_line(tmp_path, capsys, monkeypatch, arguments
 
 
 @pytest.mark.slow
-def test_the_command_serves_until_it_is_told_to_stop(tiny, tmp_path):
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
+def test_the_command_serves_until_it_is_told_to_stop(tiny, tmp_path, number):
     from gradio_client import Client
+    from gradio_client.exceptions import AppError
+    from gradio_client.utils import Status
 
     port = free_port()
     environment = {**os.environ, 'TMPDIR': str(tmp_path), 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1'}
@@ -245,8 +248,20 @@ def test_the_command_serves_until_it_is_told_to_stop(tiny, tmp_path):
         assert others == [None] * 3  # the slot that is not needed
         kept = list(tmp_path.glob('musiclm-app-*/*/*.wav'))
         assert len(kept) == 1
+        jobs = [client.submit(PROMPT, 20, None, 2, *sliders, 5, api_name='/generate') for _ in range(2)]
+        while not any(job.status().code is Status.PROGRESS for job in jobs):
+            time.sleep(0.1)
+        server.send_signal(number)
+        notes, errors = [], []
+        for job in jobs:
+            try:
+                notes.append(job.result(60))
+            except AppError as error:
+                errors.append(str(error))
+        assert errors == ['The page is being closed.']  # whoever was in line
+        assert notes[0][2] is None  # no piece was done
     finally:
-        server.send_signal(signal.SIGTERM)
+        server.send_signal(number)
         code = server.wait(60)
         server.stdout.close()
     assert code == 0

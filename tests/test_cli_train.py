@@ -159,7 +159,7 @@ def test_a_command_that_fails_leaves_everything_where_it_was(config, tmp_path, c
     (output / 'best' / 'validation.json').write_text('{"step": 2, "held_out": 6, "score": -1.0}')
     capsys.readouterr()
     with largest_file(20_000):
-        assert run(*common, '--resume', '--steps', 4, '--validate-every', 4) == 2
+        assert run(*common, '--resume', '--steps', 4, '--validate-every', 4) == 1
     (error,) = capsys.readouterr().err.splitlines()
     assert re.match('musiclm train mulan: error: .*[Ff]ile too large', error)
     for name in ('best/model.safetensors', 'last/model.safetensors', 'checkpoints/step-000000002/state.safetensors'):

@@ -14,6 +14,7 @@ import sys
 import tempfile
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from urllib.parse import unquote
@@ -718,7 +719,8 @@ def test_words_that_the_model_does_not_know_are_told():
 
 
 @pytest.mark.slow
-def test_the_command_serves_what_ships():
+@pytest.mark.parametrize('number_of', [signal.SIGINT, signal.SIGTERM])
+def test_the_command_serves_what_ships(number_of):
     command = [sys.executable, '-m', 'musiclm_pytorch.cli', 'serve', '--port', '0', '--max-texts', '2']
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         lines = []
@@ -735,9 +737,33 @@ def test_the_command_serves_what_ships():
                 content = client.post('/generate', json=body).content
                 torch.testing.assert_close(wave_of(content), music.clamp(-1, 1), atol=1e-3, rtol=0)
                 check_error(client.post('/embed', json={'texts': ['a'] * 3}), 422, 'invalid_request', 'at most 2')
+                with ThreadPoolExecutor() as pool:
+                    answers = []
+                    for number in range(4):  # one is at work, the others wait
+                        answers.append(pool.submit(client.post, '/generate', json=body | dict(seconds=4)))
+                        wait_for(lambda: client.get('/health').json()['requests'] > number)  # noqa: B023 - now
+                    process.send_signal(number_of)
+                    first, *others = (it.result() for it in answers)
+                assert len(wave_of(first.content)) == 4 * len(music)
+                for answer in others:
+                    check_error(answer, 503, 'stopping', 'the service is ending')
+                    assert int(answer.headers['retry-after']) > 0
+                with pytest.raises(httpx.ConnectError):
+                    client.get('/health')
         finally:
-            process.send_signal(signal.SIGINT)
+            process.terminate()
             rest = process.stderr.read()
         assert process.wait(WAITS) == 0
     assert 'Finished server process' in rest
     assert 'Traceback' not in rest
+
+
+def test_who_waits_for_a_job_that_is_given_up_is_told(musiclm):
+    """As the second signal gives it up; what is asked from then on is not begun."""
+    with served(musiclm, max_seconds=60.0) as service, ThreadPoolExecutor() as pool:
+        body = dict(prompt='a', seconds=60, seed=0)
+        answer = pool.submit(service.client.post, '/generate', json=body)
+        wait_for(lambda: any(job.future.running() for job in service.worker._jobs))
+        service.worker.stop(now=True)
+        check_error(answer.result(WAITS), 503, 'stopping')
+        check_error(service.client.post('/embed', json={'texts': ['a']}), 503, 'stopping')

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from musiclm_pytorch.atomic import free_name
+from musiclm_pytorch.locking import WITHIN
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +52,7 @@ def move_aside(folder: Path) -> Path | None:
 
 
 def holds_something(folder: Path) -> bool:
-    return folder.is_dir() and any(folder.iterdir())
+    return folder.is_dir() and any(path.name != WITHIN for path in folder.iterdir())
 
 
 def moved_aside(folder: Path, holding: str) -> Path | None:
