@@ -50,7 +50,7 @@ def write(folder: Path, step: int, state: dict[str, Any]) -> Path:
     except OSError as error:
         raise OSError(
             error.errno,
-            f'checkpoint {target} could not be written ({error.strerror}); the earlier ones are intact',
+            f'checkpoint {target} could not be written ({error.strerror or error}); the earlier ones are intact',
         ) from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
