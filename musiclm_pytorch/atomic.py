@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -91,7 +92,7 @@ def write_checked_json(path: str | Path, content: dict[str, Any], indent: int | 
 
 
 def checked_json(content: dict[str, Any], indent: int | None = 2) -> str:
-    return json.dumps({**content, CHECKSUM: _checksum_of_json(content)}, indent=indent, ensure_ascii=False) + '\n'
+    return json.dumps({**content, CHECKSUM: checksum_of_json(content)}, indent=indent, ensure_ascii=False) + '\n'
 
 
 def read_checked_json(path: str | Path, verify: bool = True) -> Any:
@@ -105,7 +106,7 @@ def read_checked_json(path: str | Path, verify: bool = True) -> Any:
         raise ValueError(f'{path} is damaged, it is no JSON: {error}') from error
     if not isinstance(content, dict) or (told := content.pop(CHECKSUM, None)) is None:
         return content
-    if verify and told != _checksum_of_json(content):
+    if verify and told != checksum_of_json(content):
         raise ValueError(
             f'{path} is not what was written: its checksum is that of another content. If it was changed by hand, take '
             f'its key {CHECKSUM!r} out; else it is damaged, and has to come from a copy'
@@ -113,43 +114,94 @@ def read_checked_json(path: str | Path, verify: bool = True) -> Any:
     return content
 
 
-def _checksum_of_json(content: dict[str, Any]) -> str:
+def checksum_of_json(content: dict[str, Any]) -> str:
     # as it comes back from a file: keys are strings, tuples are lists
     plain = json.dumps(json.loads(json.dumps(content)), sort_keys=True)
     return xxhash.xxh3_64_hexdigest(plain.encode())
 
 
-def write_tensors(path: str | Path, tensors: dict[str, Tensor]) -> None:
-    """Write contiguous tensors that share no memory, as safetensors, with their checksum in its metadata."""
-    metadata = {CHECKSUM: _checksum_of(tensors)}
+def write_tensors(path: str | Path, tensors: dict[str, Tensor], part_of: str | None = None) -> str:
+    """Write contiguous tensors that share no memory, as safetensors, with their checksum in its metadata.
+
+    `part_of` is kept with them: what they are of, such as the checksum of a config and a number, so that the file of
+    another one does not pass for this.
+
+    Returns:
+        the checksum, for `read_tensors`.
+    """
+    checksum = checksum_of(tensors, part_of)
+    # one key: safetensors writes several in another order each time
+    metadata = {CHECKSUM: checksum if part_of is None else f'{checksum} {part_of}'}
     with atomic_write(path) as aside:
         save_file(tensors, str(aside), metadata=metadata)
+    return checksum
 
 
-def read_tensors(path: str | Path, verify: bool = True) -> dict[str, Tensor]:
+def read_tensors(
+    path: str | Path,
+    verify: bool = True,
+    part_of: str | None = None,
+    checksums: Sequence[str] | None = None,
+) -> dict[str, Tensor]:
     """The tensors of a file of safetensors.
 
     Raises FileNotFoundError, and ValueError for a damaged file: also, unless `verify` is off, for one that
-    `write_tensors` wrote with other content. A file without a checksum is read as it is.
+    `write_tensors` wrote with other content, as part of something else, or with another checksum than those given. A
+    file without a checksum is read as it is.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f'no file at {path}')
     try:
         with safe_open(str(path), 'pt') as file:
-            told = (file.metadata() or {}).get(CHECKSUM)
+            metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no dict
-    except (SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f'{path} is damaged: {error}') from error
-    if verify and told is not None and told != _checksum_of(tensors):
+    except Exception as error:  # one of many, by what is damaged
+        raise ValueError(f'{path} is damaged, it cannot be read as safetensors: {error}') from error
+    told, _, whole = metadata.get(CHECKSUM, '').partition(' ')
+    if not verify or not told:
+        if verify and checksums is not None:
+            raise ValueError(f'{path} is not what was written: it has no checksum any more (verify=False reads it)')
+        return tensors
+    if told != checksum_of(tensors, whole or None):
         raise ValueError(
             f'{path} is damaged: it is not what was written, by its checksum; it has to come from a copy (verify=False '
             'reads it all the same)'
         )
+    if (checksums is not None and told not in checksums) or (part_of is not None and whole not in ('', part_of)):
+        raise ValueError(
+            f'{path} is whole, but belongs to something else than the files beside it; all have to come from one copy '
+            '(verify=False reads it all the same)'
+        )
     return tensors
 
 
-def _checksum_of(tensors: dict[str, Tensor]) -> str:
-    digest = xxhash.xxh3_64()
+def tensor_sizes(folder: str | Path) -> list[int]:
+    """Elements of each tensor in the files of safetensors in a folder, and in those right within, by their headers."""
+    sizes, folder = [], Path(folder)
+    for path in (*folder.glob('*.safetensors'), *folder.glob('*/*.safetensors')):
+        try:
+            with safe_open(str(path), 'pt') as file:
+                sizes += [math.prod(file.get_slice(name).get_shape()) for name in file.keys()]  # noqa: SIM118
+        except SafetensorError as error:
+            raise ValueError(f'{path} is damaged, it cannot be read as safetensors: {error}') from error
+    return sizes
+
+
+def checksum_of_bytes(content: bytes) -> str:
+    return xxhash.xxh3_64_hexdigest(content)
+
+
+def checksum_of_file(path: str | Path) -> str:
+    """The checksum of the bytes of a file that another library wrote."""
+    with open(path, 'rb') as file:
+        digest = xxhash.xxh3_64()
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def checksum_of(tensors: dict[str, Tensor], part_of: str | None = None) -> str:
+    digest = xxhash.xxh3_64() if part_of is None else xxhash.xxh3_64(part_of.encode())
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
         digest.update(f'{name} {tensor.dtype} {tuple(tensor.shape)}\n'.encode())

@@ -6,12 +6,14 @@ import functools
 import inspect
 import math
 import re
+import typing
 from collections.abc import Callable, Sequence
 from typing import Any, ParamSpec
 
 import numpy as np
 import torch
 from beartype import BeartypeConf, beartype
+from beartype.door import is_bearable
 from torch import Tensor
 
 P = ParamSpec('P')
@@ -28,6 +30,40 @@ class ArgumentTypeError(TypeError):
 
 # beartype raises its own exception class by default; users catch TypeError
 typechecked = beartype(conf=BeartypeConf(violation_type=ArgumentTypeError, is_pep484_tower=True))
+
+
+# YAML 1.1 takes 5e-4 for a string: it wants a dot before the exponent
+NUMBER = re.compile(r'[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+')
+CONF = BeartypeConf(is_pep484_tower=True)  # an int where a float is asked for
+
+
+def keywords_of(target: Callable) -> dict[str, Any]:
+    """Names and types of what a function or class can be called with, `*args` and `**keywords` left out."""
+    function = target.__init__ if inspect.isclass(target) else target
+    hints = typing.get_type_hints(function)
+    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    parameters = inspect.signature(function).parameters.values()
+    return {it.name: hints.get(it.name, Any) for it in parameters if it.kind in named and it.name != 'self'}
+
+
+def fitted(value: Any, hint: Any, where: str) -> Any:
+    """A value as a type hint wants it. Raises TypeError that starts with `where`."""
+    candidates = [value]
+    if isinstance(value, list):
+        candidates.append(tuple(value))
+    if isinstance(value, str) and NUMBER.fullmatch(value):
+        candidates.append(float(value))
+    if isinstance(value, bool) and hint is not Any and bool not in (hint, *typing.get_args(hint)):
+        candidates = []  # Python takes yes for the number 1
+    for candidate in candidates:
+        if is_bearable(candidate, hint, conf=CONF):
+            return candidate
+    expected = hint.__name__ if inspect.isclass(hint) and not typing.get_args(hint) else str(hint)
+    raise TypeError(f'{where} must be {expected.replace("pathlib.", "")}, got {shown(value)}')
+
+
+def shown(value: Any) -> str:
+    return f'{value!r:.60} ({type(value).__name__})'
 
 
 def records_config(init: Callable[P, None]) -> Callable[P, None]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import warnings
 
 # the fields of ServiceConfig, which is not loaded for `--help`; a test compares the defaults
@@ -69,11 +68,10 @@ def run_serve(options: argparse.Namespace) -> None:
 
 def load_model(folder: str):
     """The MusicLM or the MuLaN in a folder, or the model of that name that ships."""
-    from musiclm_pytorch.mulan.checkpoint import CONFIG_FILE
+    from musiclm_pytorch.mulan.checkpoint import saved_kind
     from musiclm_pytorch.mulan.model import MuLaN
     from musiclm_pytorch.musiclm import MusicLM
     from musiclm_pytorch.pretrained import find_pretrained
 
-    config = find_pretrained(folder) / CONFIG_FILE
-    is_musiclm = config.is_file() and json.loads(config.read_text(encoding='utf-8')).get('model') == 'MusicLM'
-    return (MusicLM if is_musiclm else MuLaN).from_pretrained(config.parent)
+    folder = find_pretrained(folder)
+    return (MusicLM if saved_kind(folder) == 'MusicLM' else MuLaN).from_pretrained(folder)

@@ -34,7 +34,7 @@ from musiclm_pytorch.audiolm.saving import load_module, save_module
 from musiclm_pytorch.audiolm.seam import join
 from musiclm_pytorch.audiolm.semantic import SemanticTokenizer
 from musiclm_pytorch.audiolm.stages import conditioning_dim
-from musiclm_pytorch.checks import check_positive, typechecked
+from musiclm_pytorch.checks import check_positive, fitted, keywords_of, typechecked
 from musiclm_pytorch.data.audio import resample
 from musiclm_pytorch.mulan.checkpoint import CONFIG_FILE, placing, read_config, store_as
 from musiclm_pytorch.mulan.display import count_of, indented, size_of
@@ -497,19 +497,25 @@ class MusicLM(nn.Module):
         """
         place = placing(device, dtype)
         folder = find_pretrained(folder)
-        parts, optional = ('windows', 'unique_consecutive'), ('sampling', 'knows', 'usual_score')
-        settings = read_config(folder, 'MusicLM', parts, optional, verify)
-        sampling = settings.content.get('sampling') or {}
+        needed, optional = ('windows', 'unique_consecutive'), ('sampling', 'knows', 'usual_score')
+        settings = read_config(folder, 'MusicLM', needed, optional, verify)
+        with settings.refused("'sampling' must hold keywords", settings.content.get('sampling')):
+            sampling = dict(settings.content.get('sampling') or {})
         settings.check_known(sampling, SAMPLING, 'sampling')
-        audio_lm = AudioLM(
+        parts = dict(
             wav2vec=SemanticTokenizer.from_pretrained(folder / 'tokenizer', verify=verify),
             codec=load_module(folder / 'codec', verify=verify),
             **{f'{name}_transformer': load_module(folder / name, verify=verify) for name in STAGES},
-            unique_consecutive=settings['unique_consecutive'],
         )
         quantizer = MuLaNEmbedQuantizer.from_pretrained(folder / 'quantizer', verify=verify)
         told = {name: settings.content.get(name) for name in ('knows', 'usual_score')}
-        return place(cls(audio_lm, quantizer, windows=tuple(settings['windows']), sampling=sampling, **told).eval())
+        values = dict(windows=settings['windows'], unique_consecutive=settings['unique_consecutive'], **told)
+        with settings.refused('what stands there builds no MusicLM', values):
+            hints = keywords_of(cls) | keywords_of(AudioLM)
+            values = {key: fitted(it, hints[key], key) for key, it in values.items()}
+            audio_lm = AudioLM(unique_consecutive=values.pop('unique_consecutive'), **parts)
+            musiclm = cls(audio_lm, quantizer, sampling=sampling, **values)
+        return place(musiclm.eval())
 
 
 def seeds_of(seed: int | Sequence[int] | None, pieces: int) -> list[int]:

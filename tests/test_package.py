@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = 'musiclm_pytorch'
 
 # Shared by rooms above and below the folders they lie in, hence leaves: they import nothing from the package.
-LEAVES = ['version', 'checks', 'atomic', 'locking', 'extras', 'distributed.collectives', 'data.audio']
+LEAVES = ['version', 'checks', 'atomic', 'allocation', 'locking', 'extras', 'distributed.collectives', 'data.audio']
 # A job goes from a process to its own children in a private folder, pickled as multiprocessing does; it is no file that
 # people keep or exchange. Nothing else may unpickle.
 HANDS_OVER_BY_PICKLE = {'distributed/launch.py': {'pickle', 'cloudpickle'}}

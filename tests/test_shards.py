@@ -347,7 +347,7 @@ def test_damaged_members_are_skipped_and_named(tmp_path, clips, caplog):
     assert [index for index, item in enumerate(items) if item is None] == [2, 4, 6, 9, 10]
     assert captions(items)[5] == 'clip 5'
     reasons = {name.split('-')[-1]: reason for name, reason in dataset.skipped.items()}
-    assert 'cannot be read as audio' in reasons['000002']
+    assert 'is damaged: it is not what was written' in reasons['000002']
     assert 'is not JSON' in reasons['000004']
     assert 'needs one audio file and a .json or .txt, but has .json' in reasons['000006']
     assert 'ends within shard-000000-000009.flac' in reasons['000009']

@@ -20,7 +20,7 @@ from torch.utils.data import Dataset
 from musiclm_pytorch.atomic import read_tensors
 from musiclm_pytorch.audiolm.embedding import PAD
 from musiclm_pytorch.audiolm.losses import without_repetitions
-from musiclm_pytorch.audiolm.tokens import SHARD, read_stream
+from musiclm_pytorch.audiolm.tokens import SHARD, STREAM_FILE, read_stream, shard_identity
 from musiclm_pytorch.checks import check_positive, typechecked
 
 # length of the crops that each stage is trained on (MusicLM, arXiv 2301.11325, section 4.1), in seconds
@@ -172,13 +172,14 @@ class _Stream:
         # 50 or 625/8, exactly; MuLaN's codes have no rate
         self.rate = Fraction(self.about['facts'].get('rate', 0))
         shards = -(-self.about['items'] // self.about['shard_size'])
-        missing = [number for number in range(shards) if not self._path(number).is_file()]
-        if missing:
+        there = {path.name for path in folder.glob('*.safetensors')}
+        first = next((number for number in range(shards) if SHARD.format(number) not in there), None)
+        if first is not None:
             raise ValueError(
-                f'{folder} lacks {len(missing)} of {shards} shards, the first {self._path(missing[0]).name}; call '
-                'compute_tokens again, which goes on where it was'
+                f'{folder} lacks {max(1, shards - len(there))} of {shards} shards, the first {SHARD.format(first)}; '
+                'call compute_tokens again, which goes on where it was'
             )
-        ends = [self._get(number, 'ends') for number in range(shards)]
+        ends = [self._ends(number) for number in range(shards)]
         self.lengths = np.concatenate([np.diff(own, prepend=0) for own in ends])
         self.starts = np.concatenate([own - np.diff(own, prepend=0) for own in ends])
         self._open: dict[int, Any] = {}
@@ -186,17 +187,30 @@ class _Stream:
     def _path(self, number: int) -> Path:
         return self.folder / SHARD.format(number)
 
-    def _get(self, number: int, name: str) -> np.ndarray:
+    def _ends(self, number: int) -> np.ndarray:
+        """Where each item of a shard ends, as far as can be told without reading the tokens."""
+        path, size, items = self._path(number), self.about['shard_size'], self.about['items']
         try:
-            with safe_open(str(self._path(number)), 'np') as file:
-                return file.get_tensor(name)
-        except SafetensorError as error:
-            raise ValueError(f'{self._path(number)} is damaged: {error}; go on with compute_tokens') from error
+            with safe_open(str(path), 'np') as file:
+                ends, shape = file.get_tensor('ends'), file.get_slice('values').get_shape()
+        except (SafetensorError, OSError, TypeError, ValueError) as error:
+            raise ValueError(f'{path} is damaged: {error}; remove it, and go on with compute_tokens') from error
+        whole = ends.shape == (min(size, items - number * size),) and ends.dtype.kind == 'i' and len(shape) == 2
+        whole = whole and shape == [int(ends[-1]), self.about['facts']['quantizers']]
+        if not whole or (np.diff(ends, prepend=0) < 0).any():
+            raise ValueError(
+                f'{path} is damaged: it holds tokens of shape {shape} for {ends.shape} items, which is not what '
+                f'{STREAM_FILE} says; remove it, and go on with compute_tokens'
+            )
+        return ends
 
     def _check(self, number: int) -> None:
         """Raise ValueError for a shard that is not what was written."""
         try:
-            read_tensors(self._path(number))
+            values = read_tensors(self._path(number), part_of=shard_identity(self.about, number))['values']
+            size = self.about['facts']['codebook_size']
+            if values.numel() and not 0 <= int(values.min()) <= int(values.max()) < size:
+                raise ValueError(f'{self._path(number)} is damaged: it holds other tokens than the {size} there are')
         except ValueError as error:
             raise ValueError(f'{error}; remove it, and go on with compute_tokens') from error
 

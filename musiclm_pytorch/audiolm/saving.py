@@ -50,7 +50,7 @@ def load_module(
     # trainers add what they know
     parts, optional = ('model', 'keywords'), ('step', 'stage')
     config, weights = checkpoint.read_folder(folder, 'save_module', parts, optional, verify)
-    if config['model'] not in KINDS:
+    if config['model'] not in [*KINDS]:
         raise ValueError(f'{folder} holds a {config["model"]!r}, not one of {", ".join(KINDS)}')
     kind = _class_of(config['model'])
     config = replace(config, content={**config.content, 'keywords': _tuples(config['keywords'])})

@@ -233,12 +233,12 @@ class SemanticTokenizer(HubertWithKmeans, ABC):
         parts = ('model', 'tokenizer', 'encoder')
         config, weights = checkpoint.read_folder(folder, 'SemanticTokenizer', parts=parts, verify=verify)
         name = config['model']
-        if name not in KINDS:
+        if name not in [*KINDS]:
             raise ValueError(f'{folder} holds a {name}, not one of {", ".join(KINDS)}')
         kind = getattr(import_module(KINDS[name]), name)
         if not issubclass(kind, cls):
             raise ValueError(f'{folder} holds a {name}, not a {cls.__name__}; load it with {name}.from_pretrained')
-        tokenizer = kind._rebuild(config)
+        tokenizer = kind._rebuild(config, verify)
         expected = tokenizer.state_dict()
         unsaved = {key: it for key, it in expected.items() if key not in tokenizer._saved_weights()}
         checkpoint.load_strictly(tokenizer, {**unsaved, **weights}, source=folder)
@@ -264,8 +264,9 @@ class SemanticTokenizer(HubertWithKmeans, ABC):
 
     @classmethod
     @abstractmethod
-    def _rebuild(cls, config: checkpoint.SavedConfig) -> SemanticTokenizer:
-        """A tokenizer like the one that was saved; `from_pretrained` loads its weights afterwards."""
+    def _rebuild(cls, config: checkpoint.SavedConfig, verify: bool) -> SemanticTokenizer:
+        """A tokenizer like the one that was saved; `from_pretrained` loads its weights afterwards. With `verify`,
+        further files must be what was written."""
 
     # waves to features
 

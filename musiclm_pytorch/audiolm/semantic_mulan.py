@@ -142,5 +142,5 @@ class MuLaNSemanticTokenizer(SemanticTokenizer):
         return {**self.encoder.config, 'depth': self.layer or 1}
 
     @classmethod
-    def _rebuild(cls, config: SavedConfig) -> MuLaNSemanticTokenizer:
+    def _rebuild(cls, config: SavedConfig, verify: bool) -> MuLaNSemanticTokenizer:
         return config.build(cls, 'tokenizer', config.build(AudioSpectrogramTransformer, 'encoder'))

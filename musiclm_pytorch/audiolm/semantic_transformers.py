@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from musiclm_pytorch.atomic import naming, open_modes
+from musiclm_pytorch.atomic import checksum_of_file, naming, open_modes
 from musiclm_pytorch.audiolm.bridge import HubertWithKmeans
 from musiclm_pytorch.audiolm.semantic import SemanticTokenizer
 from musiclm_pytorch.checks import check_sample_rate, typechecked
@@ -165,14 +165,26 @@ class TransformersSemanticTokenizer(SemanticTokenizer):
             if self.feature_extractor is not None:
                 self.feature_extractor.save_pretrained(folder / ENCODER_FOLDER)
         open_modes(folder / ENCODER_FOLDER)
-        return dict(folder=ENCODER_FOLDER, feature_extractor=self.feature_extractor is not None)
+        checksums = {it.name: checksum_of_file(it) for it in sorted((folder / ENCODER_FOLDER).iterdir())}
+        return dict(folder=ENCODER_FOLDER, feature_extractor=self.feature_extractor is not None, checksums=checksums)
 
     def _saved_weights(self) -> dict[str, Tensor]:
         return {name: it for name, it in self.state_dict().items() if not name.startswith('encoder.')}
 
     @classmethod
-    def _rebuild(cls, config: SavedConfig) -> TransformersSemanticTokenizer:
-        return config.build(cls, 'tokenizer', config.path.parent / config['encoder']['folder'])
+    def _rebuild(cls, config: SavedConfig, verify: bool) -> TransformersSemanticTokenizer:
+        with config.refused("'encoder' must name a folder beside it", config['encoder']):
+            folder = config.path.parent / config['encoder']['folder']
+            checksums = dict(config['encoder'].get('checksums', {})) if verify else {}
+        for name, told in checksums.items():
+            if not (folder / name).is_file():
+                raise FileNotFoundError(f'no {name} in {folder}, which {config.path} names')
+            if checksum_of_file(folder / name) != told:
+                raise ValueError(
+                    f'{folder / name} is damaged: it is not what was written, by its checksum; it has to come from a '
+                    'copy (verify=False reads it all the same)'
+                )
+        return config.build(cls, 'tokenizer', folder)
 
 
 def _hubert_of(model: nn.Module) -> nn.Module:

@@ -27,6 +27,7 @@ from musiclm_pytorch.mulan.spectrogram import Float32Buffers
 
 LOUDNESS = 0.5  # power of a magnitude: near that of loudness (Stevens' 0.6), so that errors count as they are heard
 MOMENTUM = 0.99  # of fast Griffin-Lim (Perraudin et al., 2013)
+MOST_FILTERS = 2**22  # numbers, 32 MB while they are made; those of 48 kHz are a quarter of that
 BATCH = 4096  # vectors looked at in one step of the k-means
 
 
@@ -94,6 +95,12 @@ class SpectralCodec(Float32Buffers, SoundStream):
             raise ValueError(f'hop must lie between a sample and half of the window, got {hop} s of {window} s')
         if resolved_hz >= sample_rate / 2:
             raise ValueError(f'resolved_hz must lie below half of the sample rate, got {resolved_hz}')
+        filters = (self.n_fft // 2 + 1) * (int(resolved_hz * self.n_fft / sample_rate) + bands)
+        if filters > MOST_FILTERS:
+            raise ValueError(
+                f'window={window}, resolved_hz={resolved_hz} and bands={bands} at {sample_rate} Hz are filters of '
+                f'{filters} numbers, of which {MOST_FILTERS} are the most; choose smaller ones'
+            )
         self.target_sample_hz = sample_rate
         self.codebook_size, self.num_quantizers, self.rq_groups = codebook_size, num_quantizers, 1
         self.frames, self.iterations = frames, iterations

@@ -11,6 +11,8 @@ So another codec, for instance, leaves the semantic ids as they are.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -27,7 +29,7 @@ from tqdm.auto import tqdm
 
 from musiclm_pytorch.atomic import free_name, read_checked_json, write_checked_json, write_tensors
 from musiclm_pytorch.audiolm.fingerprints import fingerprint, fingerprint_data
-from musiclm_pytorch.checks import check_positive, typechecked
+from musiclm_pytorch.checks import check_positive, fitted, typechecked
 from musiclm_pytorch.data.audio import resample, windows
 from musiclm_pytorch.data.collate import mono, split_item
 from musiclm_pytorch.data.rates import agreed_rate
@@ -39,6 +41,8 @@ logger = logging.getLogger(__name__)
 STREAM_FILE = 'stream.json'
 SHARD = '{:05d}.safetensors'
 CONTEXT_SECONDS = 1.0  # on both sides of a window of long audio, so that its edges are tokenized as its middle is
+SIZES = ('quantizers', 'codebook_size')
+FACTS = dict(semantic=(*SIZES, 'rate'), codec=(*SIZES, 'rate'), audio=(*SIZES, 'seconds', 'hop'), text=SIZES)
 ON_CHANGE = ('error', 'aside')
 
 
@@ -157,7 +161,8 @@ def _compute_shard(dataset: Any, indices: range, folder: Path, number: int, stre
         with torch.no_grad():
             computed = iter(stream.compute(readable))
         rows = [None if item is None else next(computed) for item in items]
-        _write_shard(folder / stream.name / SHARD.format(number), rows, stream.facts)
+        path = folder / stream.name / SHARD.format(number)
+        _write_shard(path, rows, stream.facts, shard_identity(read_stream(path.parent), number))
 
 
 # ---- what each stream computes ----
@@ -358,13 +363,36 @@ def read_stream(folder: Path) -> dict[str, Any]:
     path = folder / STREAM_FILE
     if not path.is_file():
         raise FileNotFoundError(f'no {folder.name} tokens in {folder.parent}; compute them with compute_tokens')
+    remedy = f'remove {folder} and compute its tokens again'
     try:
-        return read_checked_json(path)
+        about = read_checked_json(path)
     except ValueError as error:
-        raise ValueError(f'{error}; remove {folder} and compute its tokens again') from error
+        raise ValueError(f'{error}; {remedy}') from error
+    try:
+        kinds = dict(stream=str, facts=dict, module=dict, data=dict, items=int, shard_size=int)
+        about = {**about, **{key: fitted(about[key], kind, key) for key, kind in kinds.items()}}
+        facts = about['facts']
+        kinds = dict(quantizers=int, codebook_size=int, rate=str, seconds=float, hop=float)
+        if missing := [key for key in FACTS.get(folder.name, ()) if key not in facts]:
+            raise KeyError(f'facts.{missing[0]}')
+        numbers = {key: fitted(facts[key], kind, f'facts.{key}') for key, kind in kinds.items() if key in facts}
+        numbers |= dict(items=about['items'], shard_size=about['shard_size'])
+        if 'rate' in numbers:
+            numbers['rate'] = float(Fraction(numbers['rate']))
+        check_positive(**numbers)
+    except KeyError as error:
+        raise ValueError(f'{path} has no {error}; {remedy}') from error
+    except (TypeError, ValueError, ZeroDivisionError, OverflowError) as error:
+        raise ValueError(f'{path} holds what no stream has: {error}; {remedy}') from error
+    return about
 
 
-def _write_shard(path: Path, rows: list[Tensor | None], facts: dict[str, Any]) -> None:
+def shard_identity(about: dict[str, Any], number: int) -> str:
+    """What a shard is part of, so that none passes for another one."""
+    return f'{hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]} {number}'
+
+
+def _write_shard(path: Path, rows: list[Tensor | None], facts: dict[str, Any], part_of: str) -> None:
     """An item that could not be read has no frames."""
     quantizers = facts['quantizers']
     empty = torch.empty(0, quantizers, dtype=torch.int64)
@@ -379,7 +407,7 @@ def _write_shard(path: Path, rows: list[Tensor | None], facts: dict[str, Any]) -
         )
     kind = torch.int16 if facts['codebook_size'] <= 2**15 else torch.int32
     ends = torch.tensor([len(row) for row in rows]).cumsum(0)
-    write_tensors(path, dict(values=values.to(kind).contiguous(), ends=ends))
+    write_tensors(path, dict(values=values.to(kind).contiguous(), ends=ends), part_of)
 
 
 def _is_whole(path: Path) -> bool:

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import os
 import posixpath
 import tarfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
+from musiclm_pytorch.atomic import checksum_of_bytes, checksum_of_json
 from musiclm_pytorch.data.audio import AudioFile
 from musiclm_pytorch.data.cells import captions_in_file
 from musiclm_pytorch.data.sources import AUDIO_SUFFIXES, is_shown, split_name
+
+# what `write_shards` adds to a note; what others wrote has neither
+NOTE_CHECKSUM, AUDIO_CHECKSUM = 'xxh3', 'audio_xxh3'
+SMALL = 2**22  # bytes of audio that are read whole to see that they are what was written; of more, only the crop is
 
 
 class Shard:
@@ -49,6 +56,18 @@ class Shard:
             yield key, rest
         yield from ((key + stem, members) for stem, members in titles.items())
 
+    def first_note(self) -> str | None:
+        """The checksum of the note of the first sample, if it is whole: which shard this is."""
+        members = next(iter(self.samples.values()), {})
+        if '.json' not in members:
+            return None
+        try:
+            note = note_in(self._tar.extractfile(members['.json']).read())
+        except (OSError, ValueError, tarfile.TarError):
+            return None
+        told = note.get(NOTE_CHECKSUM)
+        return told if told == checksum_of_note(note) else None
+
     def close(self) -> None:
         self._file.close()
 
@@ -64,11 +83,18 @@ class Shard:
             raise ValueError(fault)
         members = self.samples[key]
         (suffix,), texts = parts(members)
-        captions = [
-            caption
-            for text in texts
-            for caption in captions_in_file(self._tar.extractfile(members[text]).read(), text, members[text].name)
-        ]
+        captions = []
+        for text in texts:
+            name, content = members[text].name, self._tar.extractfile(members[text]).read()
+            captions += captions_in_file(content, text, name)
+            note = note_in(content) if text == '.json' else {}
+            if NOTE_CHECKSUM in note and note[NOTE_CHECKSUM] != checksum_of_note(note):
+                raise ValueError(f'{name} is damaged: it is not what was written, by its checksum')
+            told, member = note.get(AUDIO_CHECKSUM), members[suffix]
+            if told is None or member.size > SMALL:
+                continue
+            if told != checksum_of_bytes(self._tar.extractfile(member).read()):
+                raise ValueError(f'{member.name} is damaged: it is not what was written, by its checksum')
         if not captions:
             names = ' and '.join(members[text].name for text in texts)
             raise ValueError(f'no caption: {names} is empty, or has none under caption, text or captions')
@@ -77,6 +103,17 @@ class Shard:
         content = (os.path.abspath(self.path), status.st_size, status.st_mtime_ns, member.offset_data)
         audio = AudioFile(self._tar.extractfile(member), f'{self.path}: {member.name}', content)
         return audio, tuple(dict.fromkeys(captions))
+
+
+def note_in(content: bytes) -> dict[str, Any]:
+    """What a .json beside a clip holds, if it is an object."""
+    note = json.loads(content.decode('utf-8-sig')) if content.strip() else None
+    return note if isinstance(note, dict) else {}
+
+
+def checksum_of_note(note: dict[str, Any]) -> str:
+    """The checksum of a note, but for the one that stands in it."""
+    return checksum_of_json({key: it for key, it in note.items() if key != NOTE_CHECKSUM})
 
 
 def parts(members: Iterable[str]) -> tuple[list[str], list[str]]:

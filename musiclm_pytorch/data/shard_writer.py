@@ -14,7 +14,7 @@ import soundfile
 import torch
 from torch import Tensor
 
-from musiclm_pytorch.atomic import naming, write_text
+from musiclm_pytorch.atomic import checksum_of_bytes, naming, write_checked_json
 from musiclm_pytorch.checks import check_positive, typechecked
 from musiclm_pytorch.data.audio import AudioFile
 from musiclm_pytorch.data.clips import Clip, ClipTable, Listing
@@ -22,6 +22,7 @@ from musiclm_pytorch.data.collate import mono, split_item
 from musiclm_pytorch.data.datasets import AudioTextDataset
 from musiclm_pytorch.data.rates import agreed_rate
 from musiclm_pytorch.data.reading import finite, logger
+from musiclm_pytorch.data.shard_reader import AUDIO_CHECKSUM, NOTE_CHECKSUM, checksum_of_note
 from musiclm_pytorch.data.shards import INDEX, key_of, read_index, webdataset
 from musiclm_pytorch.locking import only_writer
 
@@ -86,7 +87,7 @@ def _write(
 
     for number in range(len(index['shards']), count):
         path = folder / f'shard-{number:06d}.tar'
-        aside, written, skipped = folder / f'.{path.name}.partial', 0, {}
+        aside, written, skipped, first = folder / f'.{path.name}.partial', 0, {}, None
         try:
             with naming(path, aside), open(aside, 'wb') as stream:
                 with TarWriter(stream, encoder=False, mtime=0) as tar:
@@ -96,6 +97,7 @@ def _write(
                             logger.warning('skipped %s: %s', name, sample)
                             skipped[name] = sample
                             continue
+                        first = first or json.loads(sample['json'])[NOTE_CHECKSUM]
                         tar.write({'__key__': key_of(path, written), **sample})
                         written += 1
                 stream.flush()
@@ -104,7 +106,7 @@ def _write(
                     os.replace(aside, path)
         finally:
             aside.unlink(missing_ok=True)
-        index['shards'].append(dict(name=path.name, samples=written))
+        index['shards'].append(dict(name=path.name, samples=written, first=first))
         index['skipped'] |= skipped
         write_index(folder, index)
         if on_shard is not None:
@@ -139,7 +141,7 @@ def begin(folder: Path, samples: Samples, shard_size: int) -> dict[str, Any]:
 
 
 def write_index(folder: Path, index: dict[str, Any]) -> None:
-    write_text(folder / INDEX, json.dumps(index, ensure_ascii=False, indent=1))
+    write_checked_json(folder / INDEX, index, indent=1)
 
 
 class Samples:
@@ -184,7 +186,7 @@ class Samples:
         except (OSError, ValueError) as error:
             return clip.name, str(error)
         note = dict(captions=clip.captions, source=clip.recording or clip.path.name, start=clip.start, end=clip.end)
-        return clip.name, {suffix: audio, 'json': as_json(note)}
+        return clip.name, {suffix: audio, 'json': as_json(note, audio)}
 
     def _from_item(self, place: int) -> dict[str, bytes] | str:
         item = self.items[place]
@@ -197,7 +199,7 @@ class Samples:
             suffix, audio = encoded(finite(mono(wave, f'item {place}'), f'item {place}')[None], self.rate, 'PCM_24')
         except ValueError as error:
             return str(error)
-        return {suffix: audio, 'json': as_json(dict(captions=[text]))}
+        return {suffix: audio, 'json': as_json(dict(captions=[text]), audio)}
 
 
 def stored(clip: Clip) -> tuple[str, bytes]:
@@ -231,5 +233,7 @@ def encoded(samples: Tensor, rate: int, subtype: str) -> tuple[str, bytes]:
     return suffix, buffer.getvalue()
 
 
-def as_json(note: dict[str, Any]) -> bytes:
-    return json.dumps(note, ensure_ascii=False).encode()
+def as_json(note: dict[str, Any], audio: bytes) -> bytes:
+    """A note with the checksums of the audio beside it and of itself."""
+    note = {**note, AUDIO_CHECKSUM: checksum_of_bytes(audio)}
+    return json.dumps({**note, NOTE_CHECKSUM: checksum_of_note(note)}, ensure_ascii=False).encode()

@@ -21,7 +21,8 @@ from typing import Any
 
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
-from musiclm_pytorch.checks import check_positive, typechecked
+from musiclm_pytorch.atomic import read_checked_json
+from musiclm_pytorch.checks import check_positive, fitted, typechecked
 from musiclm_pytorch.data.reading import ClipReader, logger
 from musiclm_pytorch.data.shard_reader import Shard
 from musiclm_pytorch.distributed import collectives
@@ -93,6 +94,7 @@ class ShardedAudioText(ClipReader, IterableDataset):
         self.mixed_shards = mixed_shards
         self._given_place = None if rank is None else (rank, world_size)
         self._base_plus_ext = webdataset().tariterators.base_plus_ext
+        self._first: dict[Path, str | None] = {}  # of each shard, what the note of its first sample should be
         self._shards = self._find(shards)
         if not self._shards:
             raise ValueError(f'{shards} holds no samples; a sample is an audio file and a .json or .txt with captions')
@@ -144,6 +146,7 @@ class ShardedAudioText(ClipReader, IterableDataset):
             if shard['samples'] and not path.is_file():
                 raise FileNotFoundError(f'no shard at {path}, though {folder / INDEX} names it')
             if shard['samples']:
+                self._first[path] = shard.get('first')
                 found.append((path, NumberedKeys(path, shard['samples'])))
         return found
 
@@ -257,7 +260,7 @@ class ShardedAudioText(ClipReader, IterableDataset):
             if number not in opened:
                 if len(opened) >= self.mixed_shards:
                     opened.popitem(last=False)[1].close()
-                opened[number] = Shard(path, self._base_plus_ext)
+                opened[number] = self._open(path)
             opened.move_to_end(number)
             audio, captions = opened[number].read(keys[place])
             with audio:
@@ -265,6 +268,14 @@ class ShardedAudioText(ClipReader, IterableDataset):
         except (OSError, ValueError, tarfile.TarError) as error:
             self._found_unreadable(index, str(error))
             return None
+
+    def _open(self, path: Path) -> Shard:
+        shard = Shard(path, self._base_plus_ext)
+        told = self._first.get(path)
+        if told is not None and shard.first_note() not in (None, told):
+            shard.close()
+            raise ValueError(f'it is whole, but not the shard of that name that {INDEX} tells of')
+        return shard
 
     def _name(self, index: int) -> str:
         number, place = self._locate(index)
@@ -326,9 +337,20 @@ def read_index(folder: Path) -> dict[str, Any]:
     """What `write_shards` notes about a folder. Raises ValueError for a file that is not such a note."""
     path = folder / INDEX
     try:
-        index = json.loads(path.read_text(encoding='utf-8'))
-        assert all({'name', 'samples'} <= set(shard) for shard in index['shards'])
-        assert {'fingerprint', 'shard_size', 'complete', 'skipped'} <= set(index)
-    except (ValueError, KeyError, TypeError, AssertionError) as error:
-        raise ValueError(f'{path} is damaged or was not written by write_shards; remove it or the folder') from error
+        index = read_checked_json(path)
+        kinds = dict(fingerprint=str, shard_size=int, complete=bool, skipped=dict, shards=list)
+        index |= {key: fitted(index[key], kind, key) for key, kind in kinds.items()}
+        for shard in index['shards']:
+            fitted(shard['name'], str, 'name')
+            if not 0 <= fitted(shard['samples'], int, 'samples') <= index['shard_size']:
+                raise ValueError(f'{shard["name"]} has {shard["samples"]} samples')
+            if Path(shard['name']).name != shard['name']:
+                raise ValueError(f'{shard["name"]!r} does not lie beside it')
+            # a sample takes a block of the tar at least, and its header another
+            if (size := folder / shard['name']).is_file() and shard['samples'] * 1024 > size.stat().st_size:
+                raise ValueError(f'{shard["name"]} is too small for {shard["samples"]} samples')
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f'{path} is damaged or was not written by write_shards: {error}; remove it or the folder'
+        ) from error
     return index

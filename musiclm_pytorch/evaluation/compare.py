@@ -10,7 +10,7 @@ from typing import Any
 
 from matplotlib.figure import Figure as Plot
 
-from musiclm_pytorch.atomic import write_together
+from musiclm_pytorch.atomic import read_checked_json, write_together
 from musiclm_pytorch.checks import typechecked
 from musiclm_pytorch.evaluation.report import (
     COLOURS,
@@ -75,7 +75,7 @@ def read_report(folder: str | Path) -> dict[str, Any]:
     path = Path(folder) / RESULTS
     if not path.is_file():
         raise FileNotFoundError(f'no {RESULTS} in {folder}; expected a folder written by `musiclm evaluate`')
-    results = json.loads(path.read_text(encoding='utf-8'))
+    results = read_checked_json(path)
     if not isinstance(results, dict) or not isinstance(results.get('about'), dict):
         raise ValueError(f'{path} is not a report of this package')
     return results

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 from collections.abc import Collection, Sequence
 from itertools import chain
@@ -25,7 +24,7 @@ from musiclm_pytorch.evaluation.quality import summarise_quality
 from musiclm_pytorch.evaluation.structure import summarise_structure
 from musiclm_pytorch.evaluation.structure_scores import compare_structure
 from musiclm_pytorch.evaluation.tagging import Tagger, ZeroShotTagger, kl_figures
-from musiclm_pytorch.mulan.checkpoint import CONFIG_FILE
+from musiclm_pytorch.mulan.checkpoint import saved_kind
 from musiclm_pytorch.mulan.display import indented
 from musiclm_pytorch.mulan.layers import l2norm
 from musiclm_pytorch.mulan.model import MuLaN, evaluating
@@ -400,7 +399,6 @@ def load_mulan(folder: str | Path, *, device: str | torch.device = 'cpu', dtype:
     `device`, `dtype` and errors are as in `MuLaN.from_pretrained`.
     """
     folder = find_pretrained(folder)
-    config = folder / CONFIG_FILE
-    if config.is_file() and json.loads(config.read_text()).get('model') == 'MusicLM':
+    if saved_kind(folder) == 'MusicLM':
         folder = folder / 'quantizer' / MULAN_FOLDER
     return MuLaN.from_pretrained(folder, device=device, dtype=dtype)

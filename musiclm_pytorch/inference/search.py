@@ -13,12 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from musiclm_pytorch.atomic import checked_json, read_checked_json, read_tensors, write_tensors, write_text
+from musiclm_pytorch.atomic import checked_json, checksum_of, read_checked_json, read_tensors, write_tensors, write_text
 from musiclm_pytorch.audiolm.fingerprints import fingerprint
 from musiclm_pytorch.checks import check_finite, check_positive, typechecked
 from musiclm_pytorch.evaluation.tagging import MUSIC_TAGS, TEMPLATES, ZeroShotTagger
 from musiclm_pytorch.extras import how_to_install
-from musiclm_pytorch.mulan.checkpoint import CONFIG_FILE
+from musiclm_pytorch.mulan.checkpoint import CONFIG_FILE, WEIGHTS
 from musiclm_pytorch.mulan.layers import l2norm
 from musiclm_pytorch.mulan.model import MuLaN, evaluating
 from musiclm_pytorch.mulan.vocabulary import unknown_words_line
@@ -280,6 +280,7 @@ class MuLaNIndex:
             version=VERSION,
             dim=self.dim,
             vectors=f'vectors-{digest}.safetensors',
+            weights=[checksum_of(dict(vectors=vectors))],
             fingerprint=self.fingerprint,
             about=self.about,
             names=self.names,
@@ -328,7 +329,7 @@ class MuLaNIndex:
         if not path.is_file():
             raise FileNotFoundError(f'no {path.name} in {folder}, which its {INDEX_FILE} names')
         try:
-            vectors = read_tensors(path, verify)['vectors']
+            vectors = read_tensors(path, verify, checksums=content.get(WEIGHTS))['vectors']
         except KeyError as error:
             raise ValueError(f'{path} is damaged: it holds no {error}') from error
         try:
@@ -380,6 +381,7 @@ def read_index(folder: str | Path, verify: bool = True) -> dict[str, Any]:
         wrong = [name for name, kind in kinds.items() if not isinstance(content[name], kind)]
     except (KeyError, TypeError) as error:
         raise ValueError(f'{path} is not the {INDEX_FILE} of an index: {error!r}') from error
+    wrong += [WEIGHTS] * (not isinstance(content.get(WEIGHTS, []), list))
     if wrong or content['dim'] < 1 or not all(isinstance(name, str) for name in content['names']):
         raise ValueError(f'{path} is not the {INDEX_FILE} of an index: {(wrong or ["names or dim"])[0]} is wrong')
     if content['version'] > VERSION:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import inspect
+import json
 import math
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,9 +15,20 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
-from musiclm_pytorch.atomic import atomic_write, checked_json, read_checked_json, read_tensors, write_tensors
-from musiclm_pytorch.checks import check_device
+from musiclm_pytorch.allocation import AllocationLimit
+from musiclm_pytorch.atomic import (
+    atomic_write,
+    checked_json,
+    checksum_of,
+    read_checked_json,
+    read_tensors,
+    tensor_sizes,
+    write_checked_json,
+    write_tensors,
+)
+from musiclm_pytorch.checks import check_device, fitted, keywords_of
 from musiclm_pytorch.mulan.audio_transformer import AudioSpectrogramTransformer
 from musiclm_pytorch.mulan.text_transformer import TextTransformer
 from musiclm_pytorch.mulan.vocabulary import packed, unpacked
@@ -23,6 +37,9 @@ from musiclm_pytorch.version import __version__
 CONFIG_FILE = 'config.json'
 WEIGHTS_FILE = 'model.safetensors'
 PARTS, TRAINED = ('audio', 'text', 'mulan'), 'trained_tokens'  # of a MuLaN's config
+WEIGHTS = 'weights'  # where a config has the checksum of the weights beside it
+MOST = 2**22  # sizes and rates in Hz are lower
+VIOLATION = re.compile(r'parameter (\w+)=.* violates type hint (.+?), as ', re.DOTALL)
 
 M = TypeVar('M', bound=nn.Module)
 
@@ -41,16 +58,37 @@ def save(mulan: nn.Module, folder: str | Path) -> None:
     write_folder(folder, config_of(mulan) | ({} if trained is None else {TRAINED: packed(trained)}), weights)
 
 
-def write_folder(folder: str | Path, config: dict[str, Any], weights: dict[str, Tensor]) -> None:
-    """Write `config.json`, with this version, and `model.safetensors`, whole or not at all."""
+def write_folder(folder: str | Path, config: dict[str, Any], weights: dict[str, Tensor]) -> str:
+    """Write `config.json`, with this version and the checksum of the weights, and `model.safetensors`.
+
+    Each is whole or not at all; interrupted between the two, the folder holds the model from before or the new one.
+
+    Returns:
+        the checksum of the weights.
+    """
     folder = Path(folder)
     config = {'model': config['model'], 'version': __version__, **config}
     folder.mkdir(parents=True, exist_ok=True)
     # views of one storage, such as tied weights, are written as tensors of their own
     weights = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in weights.items()}
+    checksum = checksum_of(weights)
+    _announce(folder / CONFIG_FILE, config, checksum)
     with atomic_write(folder / CONFIG_FILE) as aside:
-        aside.write_text(checked_json(config), encoding='utf-8')
+        aside.write_text(checked_json({**config, WEIGHTS: [checksum]}), encoding='utf-8')
         write_tensors(folder / WEIGHTS_FILE, weights)
+    return checksum
+
+
+def _announce(path: Path, config: dict[str, Any], checksum: str) -> None:
+    """Let the config of the same model that is to be written over know of the new weights beside the old ones."""
+    try:
+        before = read_checked_json(path)
+        fresh = json.loads(json.dumps(config))
+        if any(before.get(key) != it for key, it in fresh.items() if key not in ('step', 'version', TRAINED)):
+            return
+        write_checked_json(path, {**before, WEIGHTS: [*before[WEIGHTS], checksum]})
+    except (FileNotFoundError, ValueError, KeyError, AttributeError):  # no config of today's is there
+        return
 
 
 def store_as(folder: str | Path, dtype: torch.dtype) -> None:
@@ -59,13 +97,16 @@ def store_as(folder: str | Path, dtype: torch.dtype) -> None:
     Raises ValueError for a weight that is too large for `dtype`.
     """
     for path in sorted(Path(folder).rglob(WEIGHTS_FILE)):
+        config = read_checked_json(path.with_name(CONFIG_FILE))
+        if WEIGHTS not in config:  # an encoder that another library wrote, and reads
+            continue
         weights = read_tensors(path)
         for name, tensor in weights.items():
             if tensor.is_floating_point():
                 weights[name] = tensor.to(dtype)
                 if not torch.equal(weights[name].isfinite(), tensor.isfinite()):
                     raise ValueError(f'{name} in {path} holds {tensor.abs().max():g}, too large for {dtype}')
-        write_tensors(path, weights)
+        write_checked_json(path.with_name(CONFIG_FILE), {**config, WEIGHTS: [write_tensors(path, weights)]})
 
 
 def config_of(mulan: nn.Module) -> dict[str, Any]:
@@ -109,10 +150,8 @@ def trained_tokens(config: SavedConfig) -> Tensor | None:
     """The token ids that a MuLaN was trained on, `(num_tokens,)` bool; None where its config does not tell."""
     if (told := config.content.get(TRAINED)) is None:
         return None
-    try:
+    with config.refused(f'what stands under {TRAINED!r} are no tokens', told):
         return unpacked(told, config['text']['num_tokens'])
-    except ValueError as error:
-        raise ValueError(f'{config.path}: what stands under {TRAINED!r} are no tokens: {error}') from error
 
 
 def placing(device: str | torch.device, dtype: torch.dtype | None) -> Callable[[M], M]:
@@ -132,7 +171,8 @@ def placing(device: str | torch.device, dtype: torch.dtype | None) -> Callable[[
 class SavedConfig:
     """What a `config.json` holds, and how to build from it.
 
-    Errors name the file, and a key that this version does not know with the versions.
+    Errors name the file, what stands there, and the versions. Whatever is built is no larger than the weights in the
+    folder need: sizes that do not go with them are refused before anything is allocated.
     """
 
     path: Path
@@ -148,13 +188,33 @@ class SavedConfig:
             raise ValueError(f'{self.path} must hold keywords under {part!r}, got {keywords!r:.80}')
         if not any(it.kind is it.VAR_KEYWORD for it in parameters.values()):
             self.check_known(keywords, parameters, part)
+        with self.refused(f'what stands under {part!r} builds no {getattr(kind, "__name__", "model")}', keywords):
+            hints = keywords_of(kind)
+            keywords = {
+                key: it if key not in hints or it == parameters[key].default else fitted(it, hints[key], key)
+                for key, it in keywords.items()
+            }
+            sizes = tensor_sizes(self.path.parent)
+            check_counts(keywords, max(sizes, default=0))
+            with AllocationLimit(sizes):
+                return kind(*arguments, **keywords)
+
+    @contextmanager
+    def refused(self, fault: str, values: Any) -> Iterator[None]:
+        """Raise ValueError that begins with the file and `fault` for whatever goes wrong with `values` in the block."""
         try:
-            return kind(*arguments, **keywords)
-        except (TypeError, ValueError) as error:
-            name = getattr(kind, '__name__', 'model')
-            raise ValueError(
-                f'{self.path}: what stands under {part!r} builds no {name}: {error} ({self._versions()})'
-            ) from error
+            yield
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # by constructors of several libraries, of which not all check what they are given
+            if violation := VIOLATION.search(str(error)):  # beartype's
+                reason = f'{violation[1]} must be {violation[2]}, got something else ({self._versions()})'
+            elif isinstance(error, (TypeError, ValueError)):
+                reason = f'{error} ({self._versions()})'
+            else:
+                text = ' '.join(str(error).split()) or 'no reason given'
+                reason = f'{values!r:.300} ({type(error).__name__}: {text:.200}; {self._versions()})'
+            raise ValueError(f'{self.path}: {fault}: {reason}') from error
 
     def check_known(self, keys: Sequence[str], known: Sequence[str], part: str | None = None) -> None:
         if unknown := [key for key in keys if key not in known]:
@@ -169,6 +229,15 @@ class SavedConfig:
             return f'it was written by this version of musiclm-pytorch, {__version__}, and changed since'
         wrote = 'the file does not say which wrote it' if writer is None else f'it was written by {writer}'
         return f'this is version {__version__} of musiclm-pytorch, and {wrote}; load it with the version that wrote it'
+
+
+def check_counts(keywords: dict[str, Any], largest: int) -> None:
+    """Raise ValueError for an integer that no size, rate or count can be beside weights of at most `largest` numbers:
+    constructors make lists of so many."""
+    for key, value in keywords.items():
+        for it in tree_leaves(value):
+            if isinstance(it, int) and it > max(MOST, largest):
+                raise ValueError(f'{key} is {it}, but none of the weights beside it has more than {largest} numbers')
 
 
 def read_config(
@@ -186,10 +255,17 @@ def read_config(
         for part in parts:
             content[part]
     except (KeyError, TypeError) as error:
-        raise ValueError(f'{path} is not the config of a {model}: {error!r}') from error
+        raise ValueError(f'{path} is not the config of a {model}: it has no {error}, or is no object') from error
     config = SavedConfig(path, content)
-    config.check_known(content, ('model', 'version', *parts, *optional))
+    config.check_known(content, ('model', 'version', WEIGHTS, *parts, *optional))
     return config
+
+
+def saved_kind(folder: str | Path) -> Any:
+    """What the config in a folder says that it is of, such as 'MusicLM'; None if there is no config."""
+    path = Path(folder) / CONFIG_FILE
+    content = read_checked_json(path, verify=False) if path.is_file() else None
+    return content.get('model') if isinstance(content, dict) else None
 
 
 def read_folder(
@@ -199,7 +275,10 @@ def read_folder(
     config, path = read_config(folder, model, parts, optional, verify), Path(folder) / WEIGHTS_FILE
     if not path.is_file():
         raise FileNotFoundError(f'no {WEIGHTS_FILE} in {folder}; expected a folder written by {model}.save_pretrained')
-    return config, read_tensors(path, verify)
+    checksums = config.content.get(WEIGHTS)
+    if checksums is not None and not isinstance(checksums, list):
+        raise ValueError(f'{config.path} must hold a list of checksums under {WEIGHTS!r}, got {checksums!r:.80}')
+    return config, read_tensors(path, verify, checksums=checksums)
 
 
 class LoadUpstream:
@@ -309,8 +388,28 @@ def _build(cls: type, audio: dict, text: dict, mulan: dict) -> nn.Module:
 
 
 def load_strictly(model: nn.Module, state: dict[str, Tensor], *, source: str | Path) -> None:
-    """Load all weights of a model. Raises ValueError where names or shapes differ."""
+    """Load all weights of a model. Raises ValueError where names, shapes or kinds of numbers differ."""
+    own = model.state_dict()
     try:
+        differ = [
+            name
+            for name in own.keys() & state.keys()
+            if own[name].is_floating_point() != state[name].is_floating_point()
+        ]
+        if differ:
+            raise RuntimeError
         model.load_state_dict(state, strict=True)
     except RuntimeError as error:
-        raise ValueError(f'the weights in {source} do not fit this model: {error}') from error
+        faults = [f'{name} is missing' for name in own if name not in state]
+        faults += [f'{name} has no place in it' for name in state if name not in own]
+        faults += [
+            f'{name} is {tuple(it.shape)} of {it.dtype}, and ought to be {tuple(own[name].shape)} of {own[name].dtype}'
+            for name, it in state.items()
+            if name in own and (it.shape != own[name].shape or name in differ)
+        ]
+        more = f', and {len(faults) - 4} more' if len(faults) > 4 else ''
+        told = '; '.join(faults[:4]) or ' '.join(str(error).split())
+        raise ValueError(
+            f'the weights in {source} do not fit this model: {told}{more}; weights and config must be of one model, '
+            'as save_pretrained wrote them'
+        ) from error

@@ -40,10 +40,11 @@ def load_matching(mulan: nn.Module, folder: str | Path) -> list[str]:
         elif name not in rows or own.shape[1:] != found.shape[1:]:
             left.append(f'{name} {tuple(own.shape)}, which is {tuple(found.shape)} there')
         else:
-            here, there = rows[name](own, found)
+            with config.refused("'text' must hold the keywords of a TextTransformer", config['text']):
+                here, there = rows[name](own, found)
+                if name == TOKENS and len(here):
+                    unite_records(mulan.text, config)
             own[here] = found[there].to(own)
-            if name == TOKENS and len(here):
-                unite_records(mulan.text, config)
             taken += own[here].numel()
             if missing := len(own) - len(here):
                 left.append(f'{missing} of the {len(own)} rows of {name}')

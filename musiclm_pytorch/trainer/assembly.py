@@ -17,7 +17,7 @@ from musiclm_pytorch.audiolm.saving import load_module
 from musiclm_pytorch.audiolm.semantic import SemanticTokenizer
 from musiclm_pytorch.audiolm.semantic_mulan import MuLaNSemanticTokenizer
 from musiclm_pytorch.audiolm.spectral_codec import SpectralCodec
-from musiclm_pytorch.checks import typechecked
+from musiclm_pytorch.checks import fitted, typechecked
 from musiclm_pytorch.mulan.checkpoint import CONFIG_FILE, read_config
 from musiclm_pytorch.mulan.model import MuLaN
 from musiclm_pytorch.musiclm import MusicLM
@@ -121,7 +121,9 @@ def assemble_musiclm(
     for name in STAGES:
         folder = model_in(parts / name)
         config = read_config(folder, f'{name.capitalize()}Trainer', ('model', 'keywords', 'stage'), optional=('step',))
-        told[name] = config['stage']
+        with config.refused("'stage' must hold seconds and unique_consecutive", config['stage']):
+            seconds = fitted(config['stage']['seconds'], float, 'seconds')
+            told[name] = dict(seconds=seconds, unique_consecutive=config['stage'].get('unique_consecutive'))
         stages[name] = load_module(folder)
         load_stage(folder, stages[name], quantizer if stages[name].has_condition else None)
     unique = {name: told[name]['unique_consecutive'] for name in ('semantic', 'coarse')}

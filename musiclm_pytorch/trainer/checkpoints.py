@@ -7,6 +7,8 @@ import logging
 import os
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from torch import Tensor
 
 from musiclm_pytorch.atomic import free_name, read_checked_json, read_tensors, sync, write_checked_json, write_tensors
 
+WEIGHTS = 'weights'  # the checksum of the tensors beside the state
 logger = logging.getLogger(__name__)
 
 NAME = 'step-{:09d}'
@@ -35,7 +38,7 @@ def write(folder: Path, step: int, state: dict[str, Any]) -> Path:
         aside.mkdir()
         tensors: dict[str, Tensor] = {}
         tree = _flatten(state, '', tensors)
-        write_tensors(aside / TENSORS_FILE, tensors)
+        tree[WEIGHTS] = [write_tensors(aside / TENSORS_FILE, tensors)]
         write_checked_json(aside / STATE_FILE, tree, indent=None)
         sync(aside)
         if target.exists():
@@ -67,17 +70,35 @@ def write_file(path: Path, state: dict[str, Any]) -> None:
 
 def read(path: Path) -> dict[str, Any]:
     """Read a checkpoint, a folder or a file. Raises FileNotFoundError if there is none, ValueError if it is damaged."""
-    if path.is_file():
-        tensors = read_tensors(path)
-        if STATE_FILE not in tensors:
-            raise ValueError(f'{path} is no checkpoint of a trainer: it holds no {STATE_FILE}')
-        return _unflatten(json.loads(tensors.pop(STATE_FILE).numpy().tobytes()), tensors)
-    if not path.is_dir():
+    if not path.exists():
         raise FileNotFoundError(f'no checkpoint at {path}')
     try:
-        return _unflatten(read_checked_json(path / STATE_FILE), read_tensors(path / TENSORS_FILE))
+        if path.is_file():
+            tensors = read_tensors(path)
+            if STATE_FILE not in tensors:
+                raise ValueError(f'it is no checkpoint of a trainer, without a {STATE_FILE}')
+            return _unflatten(json.loads(tensors.pop(STATE_FILE).numpy().tobytes()), tensors)
+        tree = read_checked_json(path / STATE_FILE)
+        checksums = tree.pop(WEIGHTS, None)
+        return _unflatten(tree, read_tensors(path / TENSORS_FILE, checksums=checksums))
     except Exception as error:  # of safetensors, json and the file system, by what is damaged
         raise ValueError(f'checkpoint {path} is damaged: {error!r}') from error
+
+
+@contextmanager
+def restoring(path: Path) -> Iterator[None]:
+    """Name the checkpoint whose state is refused in the block, or is not one that a run writes."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except ValueError as error:
+        raise ValueError(f'checkpoint {path}: {error}') from error
+    except (KeyError, TypeError, AttributeError, IndexError, ArithmeticError, RuntimeError) as error:
+        raise ValueError(
+            f'checkpoint {path} holds no state that a run wrote ({type(error).__name__}: {error}); remove it to go on '
+            'from the one before'
+        ) from error
 
 
 def steps(folder: Path) -> list[Path]:

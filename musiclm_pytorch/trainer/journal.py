@@ -32,12 +32,12 @@ class Journal:
         if not self.path.is_file():
             return []
         lines = {}
-        for line in self.path.read_text(encoding='utf-8').splitlines():
+        for line in self.path.read_text(encoding='utf-8', errors='replace').splitlines():
             try:
                 entry = json.loads(line)
             except json.JSONDecodeError:  # cut short when the process was killed
                 continue
-            if entry.get('part') == part:
+            if isinstance(entry, dict) and entry.get('part') == part and isinstance(entry.get('step'), int):
                 lines = {step: line for step, line in lines.items() if step < entry['step']}
                 lines[entry['step']] = entry
         return list(lines.values())

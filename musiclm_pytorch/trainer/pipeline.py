@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import time
@@ -12,7 +11,7 @@ from pathlib import Path
 
 from torch.utils.data import Dataset
 
-from musiclm_pytorch.atomic import write_json
+from musiclm_pytorch.atomic import read_checked_json, write_json
 from musiclm_pytorch.audiolm.saving import save_module
 from musiclm_pytorch.audiolm.semantic import SemanticTokenizer
 from musiclm_pytorch.audiolm.tokens import compute_tokens
@@ -154,7 +153,9 @@ def agreed_recipe(recipe: MusicLMRecipe | None, output: Path, resume: bool) -> M
 
 def check_source(path: Path, source: dict[str, str | None]) -> None:
     """Raise ValueError if the run to resume was begun on other data."""
-    earlier = json.loads(path.read_text(encoding='utf-8')) if path.is_file() else source
+    earlier = read_checked_json(path) if path.is_file() else source
+    if not isinstance(earlier, dict) or 'data' not in earlier:
+        raise ValueError(f'{path} does not tell what data the run was begun with; give another folder')
     if earlier != source:
         raise ValueError(
             f'the run in {path.parent} was begun with {earlier["data"]!r}, now the data are {source["data"]!r}: its '

@@ -132,7 +132,11 @@ class MusicLMRecipe:
             if content.get(name) is not None
         }
         fitted = {name: content[name] for name in FittedRecipe.SECTIONS if content.get(name) is not None}
-        return cls(**parts, fitted=FittedRecipe.from_content(fitted, source))
+        parts['fitted'] = FittedRecipe.from_content(fitted, source)
+        try:
+            return cls(**parts)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f'{source}: {error}') from error
 
     def to_dict(self) -> dict[str, Any]:
         parts = {name: getattr(self, name).to_dict() for name in RECIPES if getattr(self, name) is not None}

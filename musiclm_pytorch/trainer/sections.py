@@ -3,22 +3,16 @@
 from __future__ import annotations
 
 import difflib
-import inspect
 import json
-import re
-import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
-from beartype import BeartypeConf
-from beartype.door import is_bearable
 
-# YAML 1.1 takes 5e-4 for a string: it wants a dot before the exponent
-NUMBER = re.compile(r'[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+')
-CONF = BeartypeConf(is_pep484_tower=True)  # an int where a float is asked for
+from musiclm_pytorch.checks import fitted, keywords_of, shown
+
 SHIPPED = Path(__file__).resolve().parent / 'shipped_recipes'
 
 
@@ -50,15 +44,6 @@ class Section:
     def alternatives(self, key: str) -> set[str]:
         """Other keys that say the same thing."""
         return {other for group in self.groups if key in group for other in group} - {key}
-
-
-def keywords_of(target: Callable) -> dict[str, Any]:
-    """Names and types of what a function or class can be called with, `*args` and `**keywords` left out."""
-    function = target.__init__ if inspect.isclass(target) else target
-    hints = typing.get_type_hints(function)
-    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    parameters = inspect.signature(function).parameters.values()
-    return {it.name: hints.get(it.name, Any) for it in parameters if it.kind in named and it.name != 'self'}
 
 
 def check_sections(content: Any, sections: Mapping[str, Section], source: str) -> dict[str, dict[str, Any]]:
@@ -105,29 +90,9 @@ def says_something(value: Any) -> bool:
     return value is not None and value is not False
 
 
-def fitted(value: Any, hint: Any, where: str) -> Any:
-    """A value as a type hint wants it. Raises TypeError that starts with `where`."""
-    candidates = [value]
-    if isinstance(value, list):
-        candidates.append(tuple(value))
-    if isinstance(value, str) and NUMBER.fullmatch(value):
-        candidates.append(float(value))
-    if isinstance(value, bool) and hint is not Any and bool not in (hint, *typing.get_args(hint)):
-        candidates = []  # Python takes yes for the number 1
-    for candidate in candidates:
-        if is_bearable(candidate, hint, conf=CONF):
-            return candidate
-    expected = hint.__name__ if inspect.isclass(hint) and not typing.get_args(hint) else str(hint)
-    raise TypeError(f'{where} must be {expected.replace("pathlib.", "")}, got {shown(value)}')
-
-
 def nearest(name: Any, known: Mapping[str, Any]) -> str:
     close = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
     return f'did you mean {close[0]!r}?' if close else f'known are {", ".join(sorted(known))}'
-
-
-def shown(value: Any) -> str:
-    return f'{value!r:.60} ({type(value).__name__})'
 
 
 def shipped_recipes() -> dict[str, Path]:

@@ -289,9 +289,10 @@ class StageTrainer(Trainer):
         # `saving.load_module` rebuilds the transformer from this folder
         keywords = getattr(stage.transformer, CONFIG, None)
         config = dict(model=self.kind.__name__, keywords=keywords, step=self.step, stage=self.model_config())
-        checkpoint.write_folder(folder, config, stage.transformer.state_dict())
+        written = checkpoint.write_folder(folder, config, stage.transformer.state_dict())
         if stage.embeddings is not None:
-            write_tensors(folder / CONDITIONING_FILE, {self.namespace: stage.embeddings.detach().cpu().contiguous()})
+            embeddings = {self.namespace: stage.embeddings.detach().cpu().contiguous()}
+            write_tensors(folder / CONDITIONING_FILE, embeddings, part_of=written)
 
     def model_config(self) -> dict[str, Any]:
         return dict(
@@ -358,10 +359,13 @@ def load_stage(folder: str | Path, transformer: nn.Module, quantizer: MuLaNEmbed
     checkpoint.load_strictly(transformer, weights, source=folder)
     if quantizer is None:
         return
-    if not (folder / CONDITIONING_FILE).is_file():
+    path = folder / CONDITIONING_FILE
+    if not path.is_file():
         raise FileNotFoundError(f'no {CONDITIONING_FILE} in {folder}: this stage was trained without conditioning')
-    namespace = config['stage']['namespace']
-    embeddings = read_tensors(folder / CONDITIONING_FILE)[namespace]
+    found = read_tensors(path, part_of=config.content.get(checkpoint.WEIGHTS, [None])[-1])
+    with config.refused(f"'stage' must have the namespace of the embeddings in {CONDITIONING_FILE}", config['stage']):
+        namespace = config['stage']['namespace']
+        embeddings = found[namespace]
     own = embeddings_of(quantizer, namespace)
     if own.shape != embeddings.shape:
         raise ValueError(

@@ -50,7 +50,8 @@ class Resumable:
         found = checkpoints.read_newest(self.checkpoint_folder)
         if found is not None:
             path, state = found
-            self.load_state(state)
+            with checkpoints.restoring(path):
+                self.load_state(state)
             logger.info('resuming from %s', path)
             return
         self.best = best.known_score(self.best_folder, None, self.held_out)
@@ -87,11 +88,14 @@ class Resumable:
         """Go on from a checkpoint: a file or folder of one, or a folder of several, of which the newest is taken."""
         path = Path(path)
         if path.is_file() or checkpoints.PATTERN.fullmatch(path.name):
-            self.load_state(checkpoints.read(path))
+            state = checkpoints.read(path)
+            with checkpoints.restoring(path):
+                self.load_state(state)
             return
         for folder in (path, path / 'checkpoints'):
             if (found := checkpoints.read_newest(folder)) is not None:
-                self.load_state(found[1])
+                with checkpoints.restoring(found[0]):
+                    self.load_state(found[1])
                 return
         raise FileNotFoundError(f'no checkpoint in {path}')
 

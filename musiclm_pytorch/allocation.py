@@ -1,0 +1,87 @@
+"""A bound on what is allocated while a model is built of what a file says. Imports nothing from the package."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+SPARE = 2**23  # elements beside the weights, 32 MB of float32: windows, filters, tables
+SPARE_TENSORS = 2000
+
+
+class AllocationLimit(TorchDispatchMode):
+    """Within this context, tensors are made as far as weights of these sizes need: `SPARE` elements more at most.
+
+    What a size would take is computed on the meta device, before anything is allocated. The number of tensors made is
+    bounded too, so that a depth of some millions does not run for hours.
+
+    Args:
+        sizes: elements of each tensor among the weights.
+
+    Raises:
+        ValueError: where a tensor would go beyond.
+    """
+
+    def __init__(self, sizes: Iterable[int]):
+        super().__init__()
+        sizes = [*sizes]
+        self.elements = sum(sizes) + SPARE
+        self.largest = max(sizes, default=0) + SPARE
+        self.tensors = 8 * len(sizes) + SPARE_TENSORS
+        self.weights = f'the weights beside it, {len(sizes)} tensors of {sum(sizes)} numbers'
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+        kwargs = kwargs or {}
+        schema = func._schema
+        if schema.is_mutable or func.is_view:
+            return func(*args, **kwargs)
+        given = [it for it in tree_leaves((args, kwargs)) if isinstance(it, Tensor)]
+        device = torch.device(kwargs.get('device') or 'cpu') if not given else given[0].device
+        if device.type == 'meta' or (given and _gives_little(given, args)):
+            return func(*args, **kwargs)
+        is_new = not given and any(it.name == 'device' for it in schema.arguments)
+        for size in _sizes(func, args, kwargs, is_new):
+            if size > self.largest:
+                raise ValueError(f'it asks for a tensor of {size} numbers, far more than {self.weights}')
+            if is_new:
+                self.elements -= size
+        if is_new:
+            self.tensors -= 1
+        if self.elements < 0 or self.tensors < 0:
+            raise ValueError(f'it asks for a model far larger than {self.weights}')
+        return func(*args, **kwargs)
+
+
+def _gives_little(tensors: list[Tensor], args: tuple) -> bool:
+    """Whether what comes of tensors without further sizes must be small: no call gives more than all their products."""
+    return (
+        not any(isinstance(it, (int, list)) for it in args) and math.prod(max(1, it.numel()) for it in tensors) < SPARE
+    )
+
+
+def _sizes(func: Any, args: tuple, kwargs: dict[str, Any], is_new: bool) -> list[int]:
+    """Elements of each tensor that a call gives."""
+    if is_new:
+        kwargs = {**kwargs, 'device': 'meta', 'pin_memory': None}
+    else:
+        args, kwargs = tree_map_only(Tensor, _like, (args, kwargs))
+    try:
+        found = func(*args, **kwargs)
+    except NotImplementedError:  # what depends on values, which is no larger than they are
+        return []
+    except RuntimeError as error:
+        if is_new:
+            numbers = [it for it in tree_leaves(args) if isinstance(it, (int, float))]
+            raise ValueError(f'it asks for a tensor that cannot be, of sizes {numbers}') from error
+        return []  # the call itself says what is wrong
+    return [it.numel() for it in tree_leaves(found) if isinstance(it, Tensor)]
+
+
+def _like(tensor: Tensor) -> Tensor:
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device='meta')

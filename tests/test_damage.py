@@ -1,0 +1,151 @@
+"""Damaged files of every kind: a clear error by the name of the file, and never another result without a word.
+
+`benchmarks/damage.py` looks at thousands of variations, with their memory and time; here are a few of each kind.
+"""
+
+import importlib.util
+import json
+import random
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import tiny_mulan
+from stage_parts import make_quantizer
+
+from musiclm_pytorch import MuLaN, MuLaNEmbedQuantizer
+from musiclm_pytorch.allocation import AllocationLimit
+from musiclm_pytorch.atomic import read_checked_json, read_tensors, write_tensors
+from musiclm_pytorch.audiolm.saving import load_module, save_module
+from musiclm_pytorch.audiolm.spectral_codec import SpectralCodec
+from musiclm_pytorch.mulan import checkpoint
+from musiclm_pytorch.pretrained import find_pretrained
+
+BENCHMARK = Path(__file__).parents[1] / 'benchmarks' / 'damage.py'
+
+
+@pytest.fixture(scope='module')
+def damage():
+    spec = importlib.util.spec_from_file_location('damage', BENCHMARK)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules['damage'] = module  # dataclasses look there
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules['damage']
+
+
+@pytest.mark.parametrize('name', ['mulan', 'quantizer', 'spectral codec', 'tokenizer', 'fine', 'index', 'recipes'])
+def test_damage_is_told_by_the_name_of_the_file(damage, tmp_path, name):
+    kind = damage.KINDS[name]
+    sound, other = tmp_path / 'sound', tmp_path / 'other'
+    kind.make(sound, 0)
+    kind.make(other, 1)
+    before = damage.look(kind, sound, None)
+    limit = dict(memory=float('inf'), seconds=float('inf'))
+    seen = set()
+    for number, (way, file, content) in enumerate(damage.variations(kind, sound, other, random.Random(name), 1)):
+        damaged = damage.copied(sound, tmp_path / str(number), file, content)
+        found = damage.look(kind, damaged.parents[len(file.parts) - 1], damaged)
+        outcome = damage.judged(found, before, file, way, limit)
+        assert outcome not in damage.BAD, (way, file, found['text'])
+        seen.add(outcome)
+    assert 'error' in seen
+
+
+def edited(folder, part, key, value):
+    """The config in a folder with another value, and as before there were checksums."""
+    path = folder / 'config.json'
+    content = read_checked_json(path, verify=False)
+    content[part][key] = value
+    path.write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize(('key', 'value'), [('depth', 10**9), ('dim', 2**20), ('max_seq_len', 2**40), ('ff_mult', 1e9)])
+def test_what_a_config_asks_for_is_compared_with_the_weights_first(tmp_path, key, value):
+    tiny_mulan().save_pretrained(tmp_path)
+    edited(tmp_path, 'text', key, value)
+    with pytest.raises(
+        ValueError,
+        match=r"config\.json: what stands under 'text' builds no TextTransformer: (it asks for|\w+ is \d+, but)",
+    ):
+        MuLaN.from_pretrained(tmp_path)
+
+
+def test_a_codebook_and_a_codec_of_millions_are_refused(tmp_path):
+    make_quantizer().save_pretrained(tmp_path / 'quantizer')
+    edited(tmp_path / 'quantizer', 'quantizer', 'codebook_size', 10**6)
+    with pytest.raises(ValueError, match='it asks for a tensor of .* numbers, far more than the weights beside it'):
+        MuLaNEmbedQuantizer.from_pretrained(tmp_path / 'quantizer')
+    make_quantizer().save_pretrained(tmp_path / 'levels')
+    edited(tmp_path / 'levels', 'quantizer', 'rq_num_quantizers', 10**9)
+    with pytest.raises(ValueError, match='rq_num_quantizers is 1000000000, but none of the weights beside it has more'):
+        MuLaNEmbedQuantizer.from_pretrained(tmp_path / 'levels')
+    shutil.copytree(find_pretrained('tiny') / 'codec', tmp_path / 'codec')
+    for key, value in (('sample_rate', 10**9), ('components', 10**7), ('num_quantizers', 10**6)):
+        edited(tmp_path / 'codec', 'keywords', key, value)
+        with pytest.raises(ValueError, match='builds no SpectralCodec|do not fit'):
+            load_module(tmp_path / 'codec')
+
+
+def test_the_limit_holds_what_the_weights_need(tmp_path):
+    with AllocationLimit([100]), pytest.raises(ValueError, match='far more than the weights'):
+        torch.ones(2, 1).expand(2, 2**30).clone()
+    with AllocationLimit([100]), pytest.raises(ValueError, match=r'cannot be, of sizes \[-3, 2\]'):
+        torch.empty(-3, 2)
+    with AllocationLimit([100]), pytest.raises(ValueError, match='far larger'):
+        torch.stack([torch.zeros(2**20) for _ in range(100)])
+    with AllocationLimit([2**24]):
+        assert torch.ones(2**24).sum() == 2**24
+
+
+def test_weights_of_another_training_do_not_pass_for_these(tmp_path):
+    for name in ('a', 'b'):
+        tiny_mulan().save_pretrained(tmp_path / name)
+    shutil.copy(tmp_path / 'a' / 'model.safetensors', tmp_path / 'b')
+    with pytest.raises(ValueError, match=r'b/model\.safetensors is whole, but belongs to something else'):
+        MuLaN.from_pretrained(tmp_path / 'b')
+    MuLaN.from_pretrained(tmp_path / 'b', verify=False)
+
+
+def test_a_model_written_over_is_the_old_or_the_new_one_wherever_it_stops(tmp_path, monkeypatch):
+    old, new = tiny_mulan(), tiny_mulan()
+    old.save_pretrained(tmp_path)
+
+    def stop(write, after):
+        def stopping(*args, **keywords):
+            if after:
+                write(*args, **keywords)
+            raise KeyboardInterrupt
+
+        return stopping
+
+    for name, after in (('write_checked_json', False), ('write_tensors', False), ('write_tensors', True)):
+        with monkeypatch.context() as patch:
+            patch.setattr(checkpoint, name, stop(getattr(checkpoint, name), after))
+            with pytest.raises(KeyboardInterrupt):
+                new.save_pretrained(tmp_path)
+        found = MuLaN.from_pretrained(tmp_path).state_dict()
+        expected = (new if after else old).state_dict()
+        assert all(torch.equal(found[name], it) for name, it in expected.items())
+
+
+def test_tensors_know_what_they_are_part_of(tmp_path):
+    path = tmp_path / 'x.safetensors'
+    write_tensors(path, dict(a=torch.ones(3)), part_of='tokens 3')
+    assert torch.equal(read_tensors(path, part_of='tokens 3')['a'], torch.ones(3))
+    with pytest.raises(ValueError, match='belongs to something else'):
+        read_tensors(path, part_of='tokens 4')
+    written = path.read_bytes()
+    write_tensors(path, dict(a=torch.ones(3)), part_of='tokens 3')
+    assert path.read_bytes() == written  # with several keys, safetensors orders them anew each time
+
+
+def test_values_of_another_kind_are_told_by_key(tmp_path):
+    codec = SpectralCodec(sample_rate=16000, codebook_size=4, num_quantizers=2)
+    save_module(codec, tmp_path)
+    for value in ('8', None, [8], -8, float('nan')):
+        edited(tmp_path, 'keywords', 'codebook_size', value)
+        with pytest.raises(ValueError, match=rf"{tmp_path}/config\.json: what stands under 'keywords'.*codebook_size"):
+            load_module(tmp_path)
