@@ -1,10 +1,16 @@
 """What a type checker, and an editor, see of the package."""
 
+import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+
+import musiclm_pytorch
+
+PACKAGE = Path(musiclm_pytorch.__file__).parent
 
 SCRIPT = """
 import musiclm_pytorch
@@ -35,9 +41,12 @@ follow_imports = skip
 def test_a_users_script_sees_real_types(tmp_path):
     (tmp_path / 'user.py').write_text(SCRIPT)
     (tmp_path / 'mypy.ini').write_text(SETTINGS)
+    assert (PACKAGE / 'py.typed').exists()  # without it no checker reads an installed package
+    # mypy does not see what an editable installation reaches by an import hook
     checked = subprocess.run(
         [sys.executable, '-m', 'mypy', '--config-file', 'mypy.ini', 'user.py'],
         cwd=tmp_path,
+        env=os.environ | dict(MYPYPATH=str(PACKAGE.parent)),
         capture_output=True,
         text=True,
     )

@@ -225,8 +225,8 @@ class MuLaNTrainer(UpstreamNames, Trainer):
     def as_stand_in(self, batch: dict[str, Any]) -> dict[str, Any]:
         return batch | dict(stand_in=[True] * len(batch['wavs']))
 
-    def train_step(self, data: Iterator[Any], total: int) -> dict[str, float]:
-        metrics, text = super().train_step(data, total), self.mulan.text
+    def optimize(self, data: Iterator[Any], total: int) -> dict[str, float]:
+        metrics, text = super().optimize(data, total), self.mulan.text
         if text.trained_tokens is not None:
             text.trained_tokens = any_over_ranks(text.trained_tokens, self.device)
         return metrics
