@@ -8,6 +8,7 @@ import os
 import tempfile
 import threading
 import warnings
+from pathlib import Path
 
 from musiclm_pytorch.cli_generate import add_model_option
 from musiclm_pytorch.extras import how_to_install
@@ -53,7 +54,8 @@ def run_app(options: argparse.Namespace) -> None:
     musiclm = MusicLM.from_pretrained(options.model).to(options.device)
     with tempfile.TemporaryDirectory(prefix='musiclm-app-') as folder:
         os.environ.setdefault('GRADIO_TEMP_DIR', folder)  # so that what was made goes with the page
-        page = create_app(musiclm, max_seconds=options.max_seconds, max_samples=options.max_samples)
+        name = Path(options.model).resolve().name  # where the folder lies concerns no visitor
+        page = create_app(musiclm, name=name, max_seconds=options.max_seconds, max_samples=options.max_samples)
         with contextlib.suppress(KeyboardInterrupt):
             address = launch_app(page, host=options.host, port=options.port, share=options.share)
             print(f'the page is at {address} until Ctrl-C', flush=True)

@@ -55,6 +55,13 @@ RANKING_WINDOW = 10.0  # seconds that MuLaN hears at once (MusicLM, section 3.2)
 # without any the music breaks off
 CHANGE = 0.2
 CHANGE_GUIDANCE = 2.0  # times as much guidance of the semantic stage there
+# seconds before a change of prompt in which the next part comes in and the one before goes
+CROSSFADE = 0.3
+# seconds in which a part that came in as loud as the one before finds its own loudness
+SETTLE = 3.0
+DECODED_BEFORE = 1.0  # seconds of codes ahead of those that are asked for, more than a codec looks back
+# seconds of a prime at least by whose sound what follows is conditioned, too: less tells no timbre
+HEARD = 1.0
 # seconds at the end of a prime that are made again: tokens and codes there look beyond it, and tell of an end
 REMADE = 0.1
 
@@ -219,7 +226,9 @@ class MusicLM(nn.Module):
             prime_wave, prime_wave_input_sample_hz: music to go on from, a floating-point tensor or numpy array
                 `(samples,)` or `(channels, samples)`, and its rate in Hz; or
             prime_wave_path: the file that it is in. The music begins with these samples (the mean of the channels, at
-                `sample_rate`); their last 40 ms are crossfaded into what follows, which comes as loud.
+                `sample_rate`); their last 40 ms are crossfaded into what follows, which comes as loud. Coarse and fine
+                stage are then conditioned on the mean of what MuLaN hears in the prime, of 1 s or more, and reads in
+                the prompt, so that the timbre stays.
             seed: the same pieces again, also independent of `max_batch` and of grouping: the piece of number i, counted
                 through all prompts, is the one that `seed + i` makes alone. Or one seed a piece. By default a draw from
                 torch's global generator, so that `torch.manual_seed` repeats it.
@@ -255,7 +264,13 @@ class MusicLM(nn.Module):
         warn_of(self.prompt_warnings(prompts))
 
         with evaluating(self):
-            indices = self.mulan_embed_quantizer.indices(raw_texts=prompts)  # a row a prompt, or a part of the story
+            text = self.mulan_embed_quantizer.mulan.get_text_latents(raw_texts=prompts)
+            indices = self.mulan_embed_quantizer.indices(latents=text)  # a row a prompt, or a part of the story
+            sounds = indices
+            if prime is not None and prime[0].shape[-1] >= HEARD * prime[1]:
+                goes_on = text[:1] if story else text
+                latents = l2norm(goes_on + self._hear(prime[0].to(self.device), prime[1]))
+                sounds = torch.cat((self.mulan_embed_quantizer.indices(latents=latents), indices[len(latents) :]))
             pieces = 1 if story else len(prompts)
             total = pieces * num_samples
             # one generator a piece, so that a piece does not depend on those made beside it
@@ -265,16 +280,19 @@ class MusicLM(nn.Module):
             for start in range(0, total, max_batch or total):
                 rows = range(start, min(start + (max_batch or total), total))
                 if story:
-                    ends = itertools.accumulate(length for length, _ in story)
-                    parts = [Part(end, repeat(row, 'q -> b q', b=len(rows))) for end, row in zip(ends, indices)]
+                    parts = [
+                        Part(*time, *(repeat(it, 'q -> b q', b=len(rows)) for it in conditions))
+                        for time, *conditions in zip(part_times([length for length, _ in story]), indices, sounds)
+                    ]
                 else:
-                    parts = [Part(seconds, indices[[row // num_samples for row in rows]])]
+                    prompt_of = [row // num_samples for row in rows]
+                    parts = [Part(0.0, seconds, indices[prompt_of], sounds[prompt_of])]
                 codes = self._generate(parts, samplings, prime, [generators[row] for row in rows], progress)
-                with counted_steps(progress, 'waves', len(codes)) as advance:
-                    for row in codes.split(1):
-                        waves.append(self._decode(row, seconds))
+                with counted_steps(progress, 'waves', len(rows)) as advance:
+                    for own in zip(*(it.split(1) for it in codes)):
+                        waves.append(self._decode_parts(own, parts))
                         advance(1)
-            waves = torch.cat(waves)
+            waves = torch.stack(waves)
             if prime is not None:
                 given = resample(prime[0].to(waves.device), prime[1], self.sample_rate)[0]
                 waves = join(given, waves, self.sample_rate)
@@ -318,17 +336,23 @@ class MusicLM(nn.Module):
         prime: tuple[Tensor, int] | None,
         generators: list[torch.Generator],
         progress: Progress,
-    ) -> Tensor:
-        """Codes of all levels, `(b, t, q)`. Each part goes on from what there is, under a conditioning of its own."""
+    ) -> list[Tensor]:
+        """Codes of all levels for each part, `(b, t, q)`, from the beginning of the music to its end.
+
+        Each part goes on from the one before under a conditioning of its own, `CROSSFADE` seconds before that ends.
+        """
         semantic, coarse, fine = self._encode_prime(prime, len(generators))
-        semantic_known, coarse_known, fine_known = semantic.shape[1], coarse.shape[1], fine.shape[1]
+        semantic_known, coarse_known = semantic.shape[1], coarse.shape[1]
         unique_consecutive = self.audio_lm.semantic.unique_consecutive
         shared = dict(generator=generators, progress=progress)
 
-        for end, indices in parts:
+        semantics = []
+        for begin, end, indices, _ in parts:
             length, window = math.ceil(end * self.semantic_rate), round(self.windows[0] * self.semantic_rate)
             steps = [(length, samplings[0], None)]
             if semantic.shape[1] > semantic_known:  # an earlier part has made what this one goes on from
+                if not unique_consecutive:
+                    semantic = semantic[:, : max(semantic_known, math.floor(begin * self.semantic_rate))]
                 seen = min(steps_in(CHANGE, self.semantic_rate), window // 2)
                 first = min(semantic.shape[1] - seen + window, length)
                 steps.insert(0, (first, samplings[0].guided(CHANGE_GUIDANCE), seen))
@@ -346,47 +370,52 @@ class MusicLM(nn.Module):
                         prime_overlap=seen,
                         **shared,
                     ).tokens
+            semantics.append(semantic)
 
-        for end, indices in parts:
+        coarses = []
+        for (begin, end, _, sounds), semantic in zip(parts, semantics):
             length, window = math.ceil(end * self.frame_rate), round(self.windows[1] * self.frame_rate)
             # without repetitions, no one knows which tokens belong to a window
             has_windows = length > window and not unique_consecutive
             seen = semantic if unique_consecutive else semantic[:, : math.ceil(end * self.semantic_rate)]
+            changes = coarse.shape[1] > coarse_known
+            first = max(coarse_known, math.floor(begin * self.frame_rate)) if changes else 0
+            if changes:
+                coarse = coarse[:, :first]
             if length > coarse.shape[1]:
-                changes = coarse.shape[1] > coarse_known and not unique_consecutive
                 coarse = generate_coarse(
                     self.stages['coarse'],
                     seen,
                     max_length=length,
                     min_length=length,
-                    text_embeds=self._conditioning('coarse', indices),
+                    text_embeds=self._conditioning('coarse', sounds),
                     prime=coarse,
                     sampling=samplings[1],
                     unique_consecutive=unique_consecutive,
                     window=window if has_windows else None,
                     overlap=window // 2,
-                    prime_overlap=min(steps_in(CHANGE, self.frame_rate), window // 2) if changes else None,
+                    prime_overlap=min(steps_in(CHANGE, self.frame_rate), window // 2)
+                    if changes and not unique_consecutive
+                    else None,
                     semantic_per_frame=self.semantic_rate / self.frame_rate,
                     **shared,
                 ).tokens
+            coarses.append((first, coarse))
 
-        made = []
-        begin = 0
-        for end, indices in parts:
-            stop = math.ceil(end * self.frame_rate)
-            made.append(
-                generate_fine(
-                    self.stages['fine'],
-                    coarse[:, begin:stop],
-                    text_embeds=self._conditioning('fine', indices),
-                    prime=fine[:, min(begin, fine_known) : min(stop, fine_known)],
-                    sampling=samplings[2],
-                    window=round(self.windows[2] * self.frame_rate),
-                    **shared,
-                ).tokens
-            )
-            begin = stop
-        return torch.cat((coarse, torch.cat(made, dim=1)), dim=-1)
+        made, fine_made = [], fine[:, :0]
+        for part, (first, coarse) in zip(parts, coarses):
+            own = generate_fine(
+                self.stages['fine'],
+                coarse[:, first:],
+                text_embeds=self._conditioning('fine', part.sounds),
+                prime=fine[:, first:],
+                sampling=samplings[2],
+                window=round(self.windows[2] * self.frame_rate),
+                **shared,
+            ).tokens
+            fine_made = torch.cat((fine_made[:, :first], own), dim=1)
+            made.append(torch.cat((coarse, fine_made), dim=-1))
+        return made
 
     def _conditioning(self, name: str, indices: Tensor) -> Tensor | None:
         return self.mulan_embed_quantizer.embed(indices, name) if self.stages[name].has_condition else None
@@ -414,12 +443,28 @@ class MusicLM(nn.Module):
         semantic, codes = repeat(semantic, '1 n -> b n', b=batch), repeat(codes, '1 t q -> b t q', b=batch)
         return semantic.clone(), codes[..., :coarse_levels].clone(), codes[..., coarse_levels:].clone()
 
-    def _decode(self, codes: Tensor, seconds: float) -> Tensor:
+    def _decode_parts(self, codes: Sequence[Tensor], parts: list[Part]) -> Tensor:
+        """The wave `(samples,)` of one piece, whose parts come in by a crossfade, from the codes of each `(1, t, q)`."""
+        wave = None
+        for part, own in zip(parts, codes):
+            stop = round(part.end * self.sample_rate)
+            if wave is None:
+                wave = self._decode(own, stop)[0]
+                continue
+            first = math.floor(part.begin * self.frame_rate)
+            skipped = max(0, first - steps_in(DECODED_BEFORE, self.frame_rate))
+            before = wave[: skipped * self.codec.downsample_factor]
+            made = torch.cat((before, self._decode(own[:, skipped:], stop - len(before))[0]))
+            fade = len(wave) / self.sample_rate - float(first / self.frame_rate)
+            wave = join(wave, made, self.sample_rate, fade=fade, settle=SETTLE)
+        return wave
+
+    def _decode(self, codes: Tensor, samples: int) -> Tensor:
         """Waves `(b, samples)` of codes."""
         spare = max(0, SHORTEST_CODED - codes.shape[1])
         codes = torch.cat((codes, codes[:, -1:].expand(-1, spare, -1)), dim=1)
         waves = rearrange(self.codec.decode_from_codebook_indices(codes), 'b 1 n -> b n').float()
-        return waves[:, : round(seconds * self.sample_rate)]
+        return waves[:, :samples]
 
     def _score(self, waves: Tensor, prompts: list[str], story: Story | None, progress: Progress = False) -> Tensor:
         """Cosine of each wave of `(p, s, n)` with its prompt, or with the mean of a story's, `(p, s)`."""
@@ -429,24 +474,27 @@ class MusicLM(nn.Module):
             shares = torch.tensor([length for length, _ in story], device=text.device)
             text = l2norm((text * shares[:, None]).sum(dim=0, keepdim=True))
         flat = rearrange(waves, 'p s n -> (p s) n')
-        if mulan.sample_rate is None:
-            warnings.warn(
-                f'MuLaN does not know its sample rate and hears the music at {self.sample_rate} Hz; build its audio '
-                'tower with audio_sample_rate',
-                stacklevel=3,
-            )
-        rate = self.sample_rate if mulan.sample_rate is not None else None
-        is_long = rate is not None and flat.shape[-1] > RANKING_WINDOW * rate
         audio = []
         with counted_steps(progress, 'scores', len(flat)) as advance:
             for wave in flat.split(1):
-                if is_long:
-                    audio.append(mulan.embed_audio(wave, window=RANKING_WINDOW, sample_rate=rate))
-                else:
-                    audio.append(mulan.get_audio_latents(wave, sample_rate=rate))
+                audio.append(self._hear(wave, self.sample_rate))
                 advance(1)
         audio = rearrange(torch.cat(audio), '(p s) d -> p s d', s=waves.shape[1])
         return einsum(audio, text, 'p s d, p d -> p s')
+
+    def _hear(self, wave: Tensor, sample_rate: int) -> Tensor:
+        """MuLaN's latent of a wave `(1, samples)`, `(1, d)`: the mean over windows of a long one."""
+        mulan = self.mulan_embed_quantizer.mulan
+        if mulan.sample_rate is None:
+            warnings.warn(
+                f'MuLaN does not know its sample rate and hears the music at {sample_rate} Hz; build its audio tower '
+                'with audio_sample_rate',
+                stacklevel=3,
+            )
+            return mulan.get_audio_latents(wave)
+        if wave.shape[-1] > RANKING_WINDOW * sample_rate:
+            return mulan.embed_audio(wave, window=RANKING_WINDOW, sample_rate=sample_rate)
+        return mulan.get_audio_latents(wave, sample_rate=sample_rate)
 
     # saving
 
@@ -530,10 +578,26 @@ def seeds_of(seed: int | Sequence[int] | None, pieces: int) -> list[int]:
 
 
 class Part(NamedTuple):
-    """A part of the music under one conditioning: where it ends, in seconds, and MuLaN's codes `(b, q)`."""
+    """A part of the music under one conditioning: from when to when, in seconds, and MuLaN's codes `(b, q)`, those of
+    the semantic stage and those of the others, which make the timbre."""
 
+    begin: float
     end: float
     indices: Tensor
+    sounds: Tensor
+
+
+def part_times(lengths: Sequence[float]) -> list[tuple[float, float]]:
+    """From when to when each part of a story is made, in seconds.
+
+    A part comes in `CROSSFADE` seconds before the one before ends, no earlier than in its middle.
+    """
+    times, end = [], 0.0
+    for number, length in enumerate(lengths):
+        fade = min(CROSSFADE, lengths[number - 1] / 2) if number else 0.0
+        times.append((end - fade, float(sum(lengths[: number + 1]))))
+        end = times[-1][1]
+    return times
 
 
 def steps_in(seconds: float, rate: Fraction) -> int:

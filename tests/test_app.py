@@ -19,7 +19,7 @@ import torch
 
 from musiclm_pytorch import MusicLM
 from musiclm_pytorch.cli import main
-from musiclm_pytorch.inference.app import create_app, launch_app, without_folders
+from musiclm_pytorch.inference.app import create_app, launch_app, who_plays, without_folders
 from musiclm_pytorch.inference.music_maker import (
     MusicMaker,
     Stopped,
@@ -194,6 +194,19 @@ def test_messages_tell_names_and_no_folders():
     assert without_folders('1/2 of 3/4, at https://x.org/a/b, and/or') == '1/2 of 3/4, at https://x.org/a/b, and/or'
 
 
+@pytest.mark.parametrize(
+    ('name', 'knows', 'told'),
+    [
+        ('my_folder', 'pianos & bells', 'Words to music, by the model `my_folder`. It knows pianos &amp; bells.'),
+        ('<folder>', None, 'Words to music, by the model `<folder>`.'),
+        (None, 'a <b>', 'Words to music. It knows a &lt;b&gt;.'),
+        (None, None, 'Words to music.'),
+    ],
+)
+def test_the_model_that_plays_is_told(name, knows, told):
+    assert who_plays(name, knows) == told
+
+
 # the command
 
 
@@ -236,6 +249,8 @@ def test_the_command_serves_until_it_is_told_to_stop(tiny, tmp_path):
         with pytest.raises(OSError, match=f'cannot serve at 127.0.0.1, port {port}, where something else may be'):
             launch_app(create_app(tiny), port=port)
         client = Client(f'http://127.0.0.1:{port}', verbose=False, download_files=str(tmp_path / 'got'))
+        about = next(it['props']['value'] for it in client.config['components'] if it['props'].get('elem_id') == 'about')
+        assert f'by the model `tiny`. It knows {tiny.knows}.' in about
         sliders = [highest(tiny.sampling[name]) for name in ('cond_scale', 'temperature')]
         _, score, path, picture, *others = client.predict(PROMPT, 1, None, 1, *sliders, 5, api_name='/generate')
         assert score.startswith('**Sample 1** · MuLaN: ')
@@ -292,7 +307,7 @@ def served(tiny, tmp_path_factory):
         port = free_port()
         it = Served(f'http://127.0.0.1:{port}/')
         sys.addaudithook(it.audit)  # for as long as the process lives, hence `watching`
-        app = create_app(tiny, max_seconds=8.0, max_samples=4)
+        app = create_app(tiny, name='a_tiny_<model>', max_seconds=8.0, max_samples=4)
         assert launch_app(app, port=port) == it.address
         yield it
         it.watching = False
@@ -382,6 +397,7 @@ def as_written(wave):
 
 @pytest.mark.slow
 def test_from_the_click_to_the_sound(tiny, served, page):
+    assert page.inner_text('#about p') == f'Words to music, by the model a_tiny_<model>. It knows {tiny.knows}.'
     page.fill('#prompt textarea', PROMPT)
     fill(page, 'seconds', 1.5)
     fill(page, 'samples', 3)

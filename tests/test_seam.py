@@ -39,6 +39,19 @@ def test_goes_on_as_loud(soft, gain, end, step):
     assert float(middle) == pytest.approx(10 * math.log10((1 + 10 ** (step / 10)) / 2), abs=1.5)
 
 
+def test_a_longer_crossfade_and_the_own_loudness_after_a_while():
+    given, made = 0.1 * noise(KNOWN), 0.05 * noise(2, 7000, seed=1)
+    joined = join(given, made, RATE, fade=0.3, settle=2.0)
+    assert torch.equal(joined[:, : KNOWN - 300], given[: KNOWN - 300].expand(2, -1))
+    # equal power in the middle of it, as loud from the seam on, and as it was made two seconds later
+    parts = torch.stack([decibels(joined[:, i : i + 100]) for i in (KNOWN - 200, KNOWN)]) - decibels(given)
+    assert parts.abs().max() < 1.5
+    gain = (joined / made)[:, KNOWN:]
+    assert (gain[:, 0] > 1.8).all()
+    assert (gain[:, 1:2000] <= gain[:, :1999] + 1e-5).all()
+    torch.testing.assert_close(joined[:, KNOWN + 2000 :], made[:, KNOWN + 2000 :])
+
+
 def test_silence_and_full_scale_set_no_level():
     given, made = 0.1 * noise(KNOWN), 0.1 * noise(5000, seed=1)
     for first, second in ((torch.zeros(KNOWN), made), (given, torch.zeros(5000))):

@@ -13,13 +13,16 @@ MOST_GAIN = 6.0  # dB above or below that of all the given samples, so that what
 SILENT = 1e-4  # root mean square, -80 dB of full scale: too soft to tell a level
 
 
-def join(given: Tensor, made: Tensor, sample_rate: int) -> Tensor:
+def join(
+    given: Tensor, made: Tensor, sample_rate: int, *, fade: float = FADE, settle: float | None = None
+) -> Tensor:
     """The given samples, and from their end on those that were made.
 
     given: (n,) samples; made: (..., m) samples, of which the first n stand for the given ones, n ≤ m as a rule.
-    The last 40 ms of the given samples are crossfaded, at equal power, for the phases of a codec are not those of its
-    input; all before is as it was given. What was made comes as loud as the last second of the given samples, within
-    6 dB of what would make it as loud as all of them, and not above full scale.
+    The last `fade` seconds of the given samples are crossfaded, at equal power, for the phases of a codec are not those
+    of its input; all before is as it was given. What was made comes as loud as the last second of the given samples,
+    within 6 dB of what would make it as loud as all of them, and not above full scale. It stays so, or finds its own
+    loudness within `settle` seconds.
 
     Returns (..., m).
     """
@@ -32,9 +35,13 @@ def join(given: Tensor, made: Tensor, sample_rate: int) -> Tensor:
     most = 10 ** (MOST_GAIN / 20)
     gain = gain_to(given[known - span :], made[..., known : known + span]).clamp(whole / most, whole * most)
     room = 1 / made[..., known:].abs().amax(dim=-1).clamp(min=SILENT, max=1)  # up to full scale
-    made = made * torch.minimum(gain, room)[..., None]
+    gain = torch.minimum(gain, room)[..., None]
+    if settle is not None:
+        after = torch.arange(made.shape[-1], device=made.device) - known
+        gain = gain ** (1 - after / (settle * sample_rate)).clamp(0, 1)
+    made = made * gain
 
-    fade = min(round(FADE * sample_rate), known)
+    fade = min(round(fade * sample_rate), known)
     angle = torch.linspace(0, math.pi / 2, fade, device=made.device)
     crossed = given[known - fade :] * angle.cos() + made[..., known - fade : known] * angle.sin()
     before = given[: known - fade].expand(*made.shape[:-1], -1)

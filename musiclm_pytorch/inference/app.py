@@ -46,7 +46,12 @@ footer { display: none !important }
 
 
 def create_app(
-    musiclm: MusicLM, *, title: str = 'MusicLM', max_seconds: float = 30.0, max_samples: int = 8
+    musiclm: MusicLM,
+    *,
+    title: str = 'MusicLM',
+    name: str | None = None,
+    max_seconds: float = 30.0,
+    max_samples: int = 8,
 ) -> gradio.Blocks:
     """The page; `launch_app` serves it.
 
@@ -55,6 +60,7 @@ def create_app(
     Args:
         musiclm: in eval mode, on its device.
         title: the heading.
+        name: of the model, told below the heading with what it knows (`MusicLM.knows`).
         max_seconds, max_samples: the most that may be asked for at once.
 
     Raises:
@@ -141,7 +147,7 @@ def create_app(
 
     plain = gr.WaveformOptions(show_recording_waveform=False)  # the browser's own player
     with gr.Blocks(title=title, analytics_enabled=False, delete_cache=(3600, KEEP_FILES)) as page:
-        gr.Markdown(f'# {title}\nWords to music.')
+        gr.Markdown(f'# {title}\n{who_plays(name, musiclm.knows)}', elem_id='about')
         with gr.Row():
             with gr.Column(scale=2, min_width=320):
                 with gr.Tab('Prompt'):
@@ -279,6 +285,12 @@ def close_app(page: gradio.Blocks) -> None:
         with page.at_work:
             time.sleep(ANSWERING)
     page.close(verbose=False)
+
+
+def who_plays(name: str | None, knows: str | None) -> str:
+    """The line below the heading, in Markdown: which model makes the music, and what it knows."""
+    by = f', by the model `{name}`' if name else ''  # in a code span, nothing is markup
+    return f'Words to music{by}.' + (f' It knows {html.escape(knows, quote=False)}.' if knows else '')
 
 
 def without_folders(text: str) -> str:
