@@ -310,7 +310,7 @@ def main(args: argparse.Namespace) -> None:
             report |= dict(prompts=args.prompts, samples=args.samples, rows=rows)
         if 'stories' in args.parts:
             valid = SyntheticMusic(1, seconds=SECONDS, sample_rate=RATE, split='valid')
-            pairs = seams.contrasting(valid, args.stories, apart=ASKED, told=TOLD)
+            pairs = seams.contrasting(valid, args.stories, apart=ASKED, told=TOLD, seed=args.stories_from)
             report['stories'] = seams.stories(musiclm, pairs, args.seeds, partial(nearer, judge, perceive))
             seams.show(report['stories'])
     if 'primes' in args.parts:
@@ -389,6 +389,7 @@ if __name__ == '__main__':
     parser.add_argument('--tested', type=int, default=500, help='real held-out clips that the judge is tested on')
     parser.add_argument('--memorised', type=int, default=200, help='training clips of the test of memory')
     parser.add_argument('--stories', type=int, default=6, help='stories of two contrasting parts')
+    parser.add_argument('--stories-from', type=int, default=20_000, help='seed that they are drawn from')
     parser.add_argument('--seeds', type=int, default=8, help='pieces for each story')
     parser.add_argument('--primes', type=int, default=20, help='held-out clips to go on from')
     parser.add_argument('--processes', type=int, default=2)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from musiclm_pytorch import MusicLM, SyntheticMusic
 from musiclm_pytorch.data.attributes import MusicLabels
+from musiclm_pytorch.musiclm import CROSSFADE
 
 PART, STORY = 5.0, (5.0, 15.0)  # seconds
 NEAR = 0.07  # seconds on either side of a seam in which a break would be
@@ -17,9 +18,11 @@ NEAR = 0.07  # seconds on either side of a seam in which a break would be
 Nearer = Callable[[Tensor, list[MusicLabels], list[MusicLabels]], np.ndarray]
 
 
-def contrasting(music: SyntheticMusic, count: int, apart: Collection[str], told: Collection[str]) -> list[tuple]:
+def contrasting(
+    music: SyntheticMusic, count: int, apart: Collection[str], told: Collection[str], seed: int
+) -> list[tuple]:
     """Stories of two parts that differ in all attributes of `apart`: ((prompt, labels), (prompt, labels))."""
-    found, seed = [], 20_000
+    found = []
     while len(found) < count:
         seed += 2
         pair = [music.draw_labels(seed + i) for i in range(2)]
@@ -57,6 +60,7 @@ def stories(musiclm: MusicLM, pairs: list[tuple], seeds: int, nearer: Nearer) ->
             )
     for name, kind in (('the seam', 'story'), ('the seam of a hard cut', 'cut')):
         rows[name] = seam(torch.cat(made[kind]), STORY[0], rate)
+    rows['the whole crossfade'] = seam(torch.cat(made['story']), STORY[0], rate, CROSSFADE)
     return rows
 
 
@@ -84,21 +88,22 @@ def primes(musiclm: MusicLM, clips: int) -> dict[str, dict[str, float]]:
     return rows
 
 
-def seam(waves: Tensor, at: float, rate: int) -> dict[str, float]:
+def seam(waves: Tensor, at: float, rate: int, fade: float = 0.0) -> dict[str, float]:
     """Medians over `(b, samples)`: the step of loudness between the half seconds before and after, in dB, and the
-    largest spectral flux near the seam over its usual largest in as long a time elsewhere."""
-    place, half = round(at * rate), round(rate / 2)
+    largest spectral flux near the seam, the last `fade` seconds before it included, over its usual largest in as long a
+    time elsewhere."""
+    place, half, begin = round(at * rate), round(rate / 2), round((at - fade) * rate)
     before, after = (
         it.square().mean(dim=-1).clamp(min=1e-10).log10() * 10
-        for it in (waves[:, place - half : place], waves[:, place : place + half])
+        for it in (waves[:, begin - half : begin], waves[:, place : place + half])
     )
     hop = rate // 100
     window = torch.hann_window(6 * hop)
     spectrum = torch.stft(waves, len(window), hop, window=window, return_complex=True).abs().sqrt()
     flux = spectrum.diff(dim=-1).square().sum(dim=1).sqrt()
-    span = round(2 * NEAR * rate / hop)
+    span = round((2 * NEAR + fade) * rate / hop)
     largest = flux.unfold(1, span, span // 2).amax(dim=-1)  # (b, places)
-    first = place // hop - span // 2
+    first = begin // hop - round(NEAR * rate / hop)
     return dict(
         loudness_step_db=float((after - before).abs().median()),
         flux=float((flux[:, first : first + span].amax(dim=1) / largest.median(dim=1).values).median()),

@@ -444,7 +444,7 @@ class MusicLM(nn.Module):
         return semantic.clone(), codes[..., :coarse_levels].clone(), codes[..., coarse_levels:].clone()
 
     def _decode_parts(self, codes: Sequence[Tensor], parts: list[Part]) -> Tensor:
-        """The wave `(samples,)` of one piece, whose parts come in by a crossfade, from the codes of each `(1, t, q)`."""
+        """The wave `(samples,)` of one piece, of codes `(1, t, q)` for each part; each next one is faded in."""
         wave = None
         for part, own in zip(parts, codes):
             stop = round(part.end * self.sample_rate)
@@ -592,12 +592,9 @@ def part_times(lengths: Sequence[float]) -> list[tuple[float, float]]:
 
     A part comes in `CROSSFADE` seconds before the one before ends, no earlier than in its middle.
     """
-    times, end = [], 0.0
-    for number, length in enumerate(lengths):
-        fade = min(CROSSFADE, lengths[number - 1] / 2) if number else 0.0
-        times.append((end - fade, float(sum(lengths[: number + 1]))))
-        end = times[-1][1]
-    return times
+    ends = list(itertools.accumulate(lengths, initial=0.0))
+    fades = [0.0, *(min(CROSSFADE, length / 2) for length in lengths)]
+    return [(start - fade, end) for start, end, fade in zip(ends, ends[1:], fades)]
 
 
 def steps_in(seconds: float, rate: Fraction) -> int:

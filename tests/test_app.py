@@ -249,7 +249,9 @@ def test_the_command_serves_until_it_is_told_to_stop(tiny, tmp_path):
         with pytest.raises(OSError, match=f'cannot serve at 127.0.0.1, port {port}, where something else may be'):
             launch_app(create_app(tiny), port=port)
         client = Client(f'http://127.0.0.1:{port}', verbose=False, download_files=str(tmp_path / 'got'))
-        about = next(it['props']['value'] for it in client.config['components'] if it['props'].get('elem_id') == 'about')
+        about = next(
+            it['props']['value'] for it in client.config['components'] if it['props'].get('elem_id') == 'about'
+        )
         assert f'by the model `tiny`. It knows {tiny.knows}.' in about
         sliders = [highest(tiny.sampling[name]) for name in ('cond_scale', 'temperature')]
         _, score, path, picture, *others = client.predict(PROMPT, 1, None, 1, *sliders, 5, api_name='/generate')

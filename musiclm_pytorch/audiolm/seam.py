@@ -13,9 +13,7 @@ MOST_GAIN = 6.0  # dB above or below that of all the given samples, so that what
 SILENT = 1e-4  # root mean square, -80 dB of full scale: too soft to tell a level
 
 
-def join(
-    given: Tensor, made: Tensor, sample_rate: int, *, fade: float = FADE, settle: float | None = None
-) -> Tensor:
+def join(given: Tensor, made: Tensor, sample_rate: int, *, fade: float = FADE, settle: float | None = None) -> Tensor:
     """The given samples, and from their end on those that were made.
 
     given: (n,) samples; made: (..., m) samples, of which the first n stand for the given ones, n ≤ m as a rule.
