@@ -269,7 +269,7 @@ class MusicLM(nn.Module):
             sounds = indices
             if prime is not None and prime[0].shape[-1] >= HEARD * prime[1]:
                 goes_on = text[:1] if story else text
-                latents = l2norm(goes_on + self._hear(prime[0].to(self.device), prime[1]))
+                latents = l2norm(goes_on + self._hear(resample(prime[0].to(self.device), prime[1], self.sample_rate)))
                 sounds = torch.cat((self.mulan_embed_quantizer.indices(latents=latents), indices[len(latents) :]))
             pieces = 1 if story else len(prompts)
             total = pieces * num_samples
@@ -477,14 +477,14 @@ class MusicLM(nn.Module):
         audio = []
         with counted_steps(progress, 'scores', len(flat)) as advance:
             for wave in flat.split(1):
-                audio.append(self._hear(wave, self.sample_rate))
+                audio.append(self._hear(wave))
                 advance(1)
         audio = rearrange(torch.cat(audio), '(p s) d -> p s d', s=waves.shape[1])
         return einsum(audio, text, 'p s d, p d -> p s')
 
-    def _hear(self, wave: Tensor, sample_rate: int) -> Tensor:
-        """MuLaN's latent of a wave `(1, samples)`, `(1, d)`: the mean over windows of a long one."""
-        mulan = self.mulan_embed_quantizer.mulan
+    def _hear(self, wave: Tensor) -> Tensor:
+        """MuLaN's latent of a wave `(1, samples)` at `sample_rate`, `(1, d)`: the mean over windows of a long one."""
+        mulan, sample_rate = self.mulan_embed_quantizer.mulan, self.sample_rate
         if mulan.sample_rate is None:
             warnings.warn(
                 f'MuLaN does not know its sample rate and hears the music at {sample_rate} Hz; build its audio tower '
