@@ -18,6 +18,7 @@ from .audiolm.stages import CoarseDecoder as CoarseDecoder
 from .audiolm.stages import FineDecoder as FineDecoder
 from .audiolm.stages import SemanticDecoder as SemanticDecoder
 from .audiolm.tokens import compute_tokens as compute_tokens
+from .codecs.neural import NeuralCodec as NeuralCodec
 from .data.attributes import MusicLabels as MusicLabels
 from .data.collate import collate_pairs as collate_pairs
 from .data.datasets import AudioTextDataset as AudioTextDataset

@@ -85,8 +85,8 @@ def train_codec(models) -> None:
     parser = models.add_parser(
         'codec',
         help='the codec, waves to tokens and back',
-        description='Train a SoundStream; or, by a recipe of every part that has no part codec, such as musiclm_small, '
-        'fit a SpectralCodec, which takes a CPU half a minute.',
+        description='Train a SoundStream, or a NeuralCodec by the recipe codec_neural; or, by a recipe of every part '
+        'that has no part codec, such as musiclm_small, fit a SpectralCodec, which takes a CPU half a minute.',
     )
     parser.add_argument('--data', metavar='SOURCE', required=True, help='as for `musiclm train mulan`')
     add_training_options(parser)

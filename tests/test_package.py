@@ -40,6 +40,7 @@ ROOMS = [
     'mulan',
     'data',
     'audiolm',
+    'codecs',
     'quantizer',
     'waves',
     'musiclm',

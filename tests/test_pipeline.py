@@ -210,11 +210,13 @@ def test_the_recipe_of_a_whole_serves_its_parts(config):
 
 def test_recipes_that_ship(capsys):
     assert main(['recipes']) == 0
-    assert {line.split()[0] for line in capsys.readouterr().out.splitlines()} == {'mulan_small', 'musiclm_small'}
+    names = {line.split()[0] for line in capsys.readouterr().out.splitlines()}
+    assert names == {'codec_neural', 'mulan_small', 'musiclm_small'}
     assert main(['recipes', 'mulan_small']) == 0
     assert yaml.safe_load(capsys.readouterr().out)['audio']['use_case'] == 'tonal'
     assert main(['recipes', 'large']) == 2
-    assert "no recipe 'large' in the package, which has mulan_small, musiclm_small" in capsys.readouterr().err
+    told = "no recipe 'large' in the package, which has codec_neural, mulan_small, musiclm_small"
+    assert told in capsys.readouterr().err
     with pytest.raises(FileNotFoundError, match='no recipe large, neither a file nor in the package'):
         MuLaNRecipe.load('large')
 

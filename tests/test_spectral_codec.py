@@ -111,11 +111,25 @@ def test_bands_lead_back_to_bins(n_fft, rate, resolved, bands):
     torch.testing.assert_close(analysis[:own, :own], torch.eye(own))
 
 
-def test_it_is_saved_and_goes_into_audiolm(codec, tmp_path):
-    save_module(codec, tmp_path / 'codec')
-    loaded = load_module(tmp_path / 'codec')
+class Notes(Dataset):
+    sample_rate = RATE
+
+    def __init__(self, count):
+        self.waves = notes(count, seed=5)
+
+    def __len__(self):
+        return len(self.waves)
+
+    def __getitem__(self, index):
+        return self.waves[index], 'notes'
+
+
+def check_saved_and_in_audiolm(codec, folder):
+    """What is rebuilt from a folder is the same, and a stage and a cache of tokens take it. Returns it."""
+    save_module(codec, folder / 'codec')
+    loaded = load_module(folder / 'codec')
     waves = notes(2, seed=4)
-    assert type(loaded) is SpectralCodec
+    assert type(loaded) is type(codec)
     assert torch.equal(loaded(waves, return_recons_only=True), codec(waves, return_recons_only=True))
 
     transformer = CoarseTransformer(codebook_size=64, num_semantic_tokens=8, num_coarse_quantizers=2, dim=16, depth=1)
@@ -124,19 +138,14 @@ def test_it_is_saved_and_goes_into_audiolm(codec, tmp_path):
     loss = wrapper(semantic_token_ids=semantic, raw_wave_for_codec=waves, return_loss=True)
     loss.backward()
     assert loss.isfinite()
+    compute_tokens(Notes(2), folder / 'tokens', codec=loaded, progress=False)
+    return loaded
 
-    class Waves(Dataset):
-        sample_rate = RATE
 
-        def __len__(self):
-            return 2
-
-        def __getitem__(self, index):
-            return waves[index], 'a tone'
-
-    compute_tokens(Waves(), tmp_path / 'tokens', codec=loaded, progress=False)
+def test_it_is_saved_and_goes_into_audiolm(codec, tmp_path):
+    loaded = check_saved_and_in_audiolm(codec, tmp_path)
     with pytest.raises(TypeError, match='not trained step by step; call its method fit'):
-        CodecTrainer(loaded, Waves(), batch_size=1)
+        CodecTrainer(loaded, Notes(2), batch_size=1)
 
 
 def test_silence_and_short_waves(codec):

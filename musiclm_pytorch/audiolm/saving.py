@@ -15,6 +15,7 @@ from musiclm_pytorch.mulan import checkpoint
 
 # where each class comes from; a class stands before its parent
 KINDS = {
+    'NeuralCodec': 'musiclm_pytorch.codecs.neural',
     'SpectralCodec': 'musiclm_pytorch.audiolm.spectral_codec',
     **dict.fromkeys(('SemanticTransformer', 'CoarseTransformer', 'FineTransformer', 'SoundStream'), bridge.__name__),
 }

@@ -11,15 +11,8 @@ from sklearn.cluster import MiniBatchKMeans
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from musiclm_pytorch.audiolm.bridge import SoundStream
-from musiclm_pytorch.checks import (
-    as_tensor,
-    check_audio,
-    check_positive,
-    check_sample_rate,
-    records_config,
-    typechecked,
-)
+from musiclm_pytorch.audiolm.codec import Codec
+from musiclm_pytorch.checks import check_positive, records_config, typechecked
 from musiclm_pytorch.data.audio import resample
 from musiclm_pytorch.data.collate import mono, split_item
 from musiclm_pytorch.data.rates import agreed_rate
@@ -27,11 +20,10 @@ from musiclm_pytorch.mulan.spectrogram import Float32Buffers
 
 LOUDNESS = 0.5  # power of a magnitude: near that of loudness (Stevens' 0.6), so that errors count as they are heard
 MOMENTUM = 0.99  # of fast Griffin-Lim (Perraudin et al., 2013)
-MOST_FILTERS = 2**22  # numbers, 32 MB while they are made; those of 48 kHz are a quarter of that
 BATCH = 4096  # vectors looked at in one step of the k-means
 
 
-class SpectralCodec(Float32Buffers, SoundStream):
+class SpectralCodec(Float32Buffers, Codec):
     """Waves to residual codes and back, in place of a SoundStream where there is no GPU to train one.
 
     A code vector stands for `frames` neighbouring frames of a magnitude spectrogram, bin by bin up to `resolved_hz` and
@@ -44,9 +36,6 @@ class SpectralCodec(Float32Buffers, SoundStream):
         codec.fit(dataset)
         _, codes, _ = codec(wavs, return_encoded=True)  # (b, samples // 640, 8) int64
         wavs = codec.decode_from_codebook_indices(codes)  # (b, 1, samples)
-
-    It is a `SoundStream` because the annotations of audiolm-pytorch, which beartype checks, admit nothing else; its
-    methods are those that the stages and `MusicLM` call.
 
     Args:
         sample_rate: Hz.
@@ -61,6 +50,9 @@ class SpectralCodec(Float32Buffers, SoundStream):
     Raises:
         ValueError: numbers out of range.
     """
+
+    unlike = 'it is not trained by a loss, call fit(dataset)'
+    how_to_fit = 'call fit(dataset) or load a fitted one'
 
     @records_config
     @typechecked
@@ -78,8 +70,8 @@ class SpectralCodec(Float32Buffers, SoundStream):
         iterations: int = 32,
     ):
         nn.Module.__init__(self)  # the parent's own would build networks
-        check_sample_rate(sample_rate)
-        check_positive(
+        self.set_sizes(
+            sample_rate=sample_rate,
             codebook_size=codebook_size,
             num_quantizers=num_quantizers,
             window=window,
@@ -90,21 +82,7 @@ class SpectralCodec(Float32Buffers, SoundStream):
             components=components,
             iterations=iterations,
         )
-        self.n_fft, self.hop = 2 * round(window * sample_rate / 2), round(hop * sample_rate)
-        if not 1 <= self.hop <= self.n_fft // 2:
-            raise ValueError(f'hop must lie between a sample and half of the window, got {hop} s of {window} s')
-        if resolved_hz >= sample_rate / 2:
-            raise ValueError(f'resolved_hz must lie below half of the sample rate, got {resolved_hz}')
-        filters = (self.n_fft // 2 + 1) * (int(resolved_hz * self.n_fft / sample_rate) + bands)
-        if filters > MOST_FILTERS:
-            raise ValueError(
-                f'window={window}, resolved_hz={resolved_hz} and bands={bands} at {sample_rate} Hz are filters of '
-                f'{filters} numbers, of which {MOST_FILTERS} are the most; choose smaller ones'
-            )
-        self.target_sample_hz = sample_rate
-        self.codebook_size, self.num_quantizers, self.rq_groups = codebook_size, num_quantizers, 1
-        self.frames, self.iterations = frames, iterations
-        self.strides = (self.hop * frames,)
+        self.iterations = iterations
         analysis, synthesis = band_filters(self.n_fft, sample_rate, resolved_hz, bands)
         dim = frames * analysis.shape[0]
         self.codebook_dim = min(components, dim)
@@ -116,70 +94,21 @@ class SpectralCodec(Float32Buffers, SoundStream):
         self.register_buffer('codebooks', torch.zeros(num_quantizers, codebook_size, self.codebook_dim))
         self.register_buffer('initted', torch.tensor(False))
 
-    @property
-    def built_with(self) -> dict[str, Any]:
-        """The keywords of the constructor, where `saving` looks for them."""
-        return self.config
-
-    @property
-    def is_fitted(self) -> bool:
-        return bool(self.initted)
-
-    @property
-    def device(self) -> torch.device:
-        return self.mean.device
-
-    def __repr__(self) -> str:
-        return (
-            f'{type(self).__name__}({"fitted" if self.is_fitted else "not fitted"}, {self.num_quantizers} levels of '
-            f'{self.codebook_size} codes, {self.target_sample_hz / self.downsample_factor:g} frames a second at '
-            f'{self.target_sample_hz} Hz)'
-        )
-
-    # what audiolm-pytorch and MusicLM call
+    @torch.no_grad()
+    def encode(self, waves: Tensor) -> Tensor:
+        self.check_fitted()
+        return self._quantize(self._vectors(waves))
 
     @torch.no_grad()
-    def forward(
-        self,
-        x: Tensor,
-        return_encoded: bool = False,
-        return_codes_only: bool = False,
-        return_recons_only: bool = False,
-        input_sample_hz: int | None = None,
-        **_: Any,
-    ) -> Any:
-        """`(b, samples)` waves to vectors `(b, t, d)`, codes `(b, t, q)` and a loss of 0, or to one of these.
-
-        With `return_recons_only`, what is left of the waves, `(b, 1, samples)`. Samples beyond whole codes are cut off.
-        """
-        if not (return_encoded or return_codes_only or return_recons_only):
-            raise ValueError('a SpectralCodec is not trained by a loss; call fit(dataset)')
-        self._check_fitted()
-        x = as_tensor(x, self.device)
-        if isinstance(x, Tensor):
-            x = rearrange(x, '... n -> (...) n')
-        x = check_audio(x, ndim=2, shape='(batch, samples)').float()
-        if input_sample_hz is not None:
-            x = resample(x, input_sample_hz, self.target_sample_hz)
-        codes = self._quantize(self._vectors(x))
-        if return_codes_only:
-            return codes
-        if return_recons_only:
-            return self.decode_from_codebook_indices(codes)
-        return self._encoded(codes), codes, torch.zeros((), device=x.device)
-
-    @torch.no_grad()
-    def decode_from_codebook_indices(self, quantized_indices: Tensor) -> Tensor:
-        """Codes `(b, t, q)` to waves `(b, 1, samples)`; of fewer than all levels, what the first ones tell."""
-        self._check_fitted()
-        length = quantized_indices.shape[1] * self.downsample_factor
-        levels = rearrange(self._vectors_of(quantized_indices), 'b t (f d) -> b d (t f)', f=self.frames)
+    def decode(self, codes: Tensor) -> Tensor:
+        self.check_fitted()
+        length = codes.shape[1] * self.downsample_factor
+        levels = rearrange(self.mean + self.vectors_of(codes) @ self.basis.T, 'b t (f d) -> b d (t f)', f=self.frames)
         # the frame at whose middle the wave ends, and as many as a window needs
         spare = 1 + max(0, self.n_fft // self.hop - levels.shape[-1])
         levels = F.pad(levels, (0, spare), mode='replicate')
         loudness = einsum(self.synthesis, levels.clamp(min=0), 'f d, b d t -> b f t')
-        waves = self._waves(loudness ** (1 / LOUDNESS))
-        return rearrange(waves[:, :length], 'b n -> b 1 n')
+        return self._waves(loudness ** (1 / LOUDNESS))[:, :length]
 
     def _waves(self, magnitudes: Tensor) -> Tensor:
         """Magnitudes `(b, f, t)` to waves `(b, (t - 1) * hop)`, by the fast method of Griffin and Lim.
@@ -262,9 +191,7 @@ class SpectralCodec(Float32Buffers, SoundStream):
 
     def _vectors(self, waves: Tensor) -> Tensor:
         """`(b, samples)` to `(b, samples // downsample_factor, d)`."""
-        codes = waves.shape[-1] // self.downsample_factor
-        if codes == 0:
-            raise ValueError(f'a wave of {waves.shape[-1]} samples is shorter than a code, {self.downsample_factor}')
+        codes = self.count_frames(waves)
         waves = F.pad(waves, (self.n_fft // 2, self.n_fft // 2))
         spectrum = torch.stft(
             waves, self.n_fft, self.hop, window=self.fft_window.to(waves), center=False, return_complex=True
@@ -282,16 +209,9 @@ class SpectralCodec(Float32Buffers, SoundStream):
             residual = residual - codebook[codes[-1]]
         return torch.stack(codes, dim=-1)
 
-    def _vectors_of(self, codes: Tensor) -> Tensor:
-        return self.mean + self._encoded(codes) @ self.basis.T
-
-    def _encoded(self, codes: Tensor) -> Tensor:
+    def vectors_of(self, codes: Tensor) -> Tensor:
         """The sum of the codes' centres, in principal components."""
         return sum(codebook[own] for codebook, own in zip(self.codebooks, codes.unbind(dim=-1)))
-
-    def _check_fitted(self) -> None:
-        if not self.is_fitted:
-            raise ValueError('this codec has no codebooks yet; call fit(dataset) or load a fitted one')
 
 
 def band_filters(n_fft: int, sample_rate: int, resolved_hz: float, bands: int) -> tuple[Tensor, Tensor]:

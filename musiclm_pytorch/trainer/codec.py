@@ -1,4 +1,4 @@
-"""Training the codec, audiolm-pytorch's SoundStream, against its discriminators."""
+"""Training a codec: audiolm-pytorch's SoundStream against its discriminators, or our own by its spectra alone."""
 
 from __future__ import annotations
 
@@ -13,8 +13,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, random_split
 
 from musiclm_pytorch.audiolm.bridge import CONFIG, SoundStream
+from musiclm_pytorch.audiolm.saving import kind_of
 from musiclm_pytorch.audiolm.spectral_codec import SpectralCodec
 from musiclm_pytorch.checks import check_positive, typechecked
+from musiclm_pytorch.codecs.distance import mel_distance
+from musiclm_pytorch.codecs.neural import NeuralCodec
 from musiclm_pytorch.data.audio import resample
 from musiclm_pytorch.data.collate import mono, split_item
 from musiclm_pytorch.data.datasets import AudioTextDataset
@@ -25,6 +28,7 @@ from musiclm_pytorch.mulan.model import evaluating
 from musiclm_pytorch.trainer.batches import SeededItems
 from musiclm_pytorch.trainer.loop import Trainer
 
+FITTED_AT_ONCE = 16  # crops whose spectra are computed together, where codebooks begin
 PARTS = ('reconstruction', 'spectral', 'adversarial', 'feature', 'commitment')
 
 
@@ -37,14 +41,25 @@ class WaveCrops(Dataset):
         to_rate: of the crops.
         samples: of a crop, at `to_rate`.
         training: draw crops at random; otherwise the middle.
+        max_gain_db: dB by which a crop is made louder or softer at random, at most.
     """
 
-    def __init__(self, dataset: Dataset, *, sample_rate: int, to_rate: int, samples: int, training: bool):
+    def __init__(
+        self,
+        dataset: Dataset,
+        *,
+        sample_rate: int,
+        to_rate: int,
+        samples: int,
+        training: bool,
+        max_gain_db: float = 0.0,
+    ):
         self.dataset = dataset
         self.sample_rate = sample_rate
         self.to_rate = to_rate
         self.samples = samples
         self.training = training
+        self.max_gain_db = max_gain_db
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -63,6 +78,8 @@ class WaveCrops(Dataset):
         free = max(0, len(wave) - needed)
         start = random.randint(0, free) if self.training else free // 2
         crop = resample(wave[start : start + needed], self.sample_rate, self.to_rate)[: self.samples]
+        if self.max_gain_db:
+            crop = crop * 10 ** (random.uniform(-self.max_gain_db, self.max_gain_db) / 20)
         return F.pad(crop, (0, self.samples - len(crop)))
 
 
@@ -72,8 +89,20 @@ def collate_waves(items: list[Tensor | None]) -> Tensor | None:
     return torch.stack(waves) if waves else None
 
 
+class _NeuralStep(nn.Module):
+    """What runs under data-parallel training of a codec without discriminators: its losses on one batch."""
+
+    def __init__(self, codec: NeuralCodec):
+        super().__init__()
+        self.codec = codec
+
+    def forward(self, waves: Tensor, _: bool) -> tuple[Tensor, dict[str, Tensor]]:
+        loss, parts = self.codec.losses(waves)
+        return loss, {name: value.detach().float() for name, value in dict(loss=loss, **parts).items()}
+
+
 class _CodecStep(nn.Module):
-    """What runs under data-parallel training: the losses of the codec and of its discriminators, on one batch."""
+    """The same for a SoundStream: the losses of the codec and of its discriminators, on one batch."""
 
     def __init__(self, codec: SoundStream):
         super().__init__()
@@ -96,11 +125,12 @@ class _CodecStep(nn.Module):
 
 
 class CodecTrainer(Trainer):
-    """Trains a SoundStream: reconstruction, adversarial and feature losses, and those of the discriminators.
+    """Trains a SoundStream or a NeuralCodec.
 
-    The losses are those of SoundStream's own forward pass (arXiv 2107.03312). Codec and discriminators make their step
-    at the same time, on the same batch, each with its own clipping. Validation tells the mean distance between
-    log-mel spectrograms of held-out waves and of what the codec makes of them, over all its window lengths.
+    The losses of a SoundStream are those of its own forward pass (arXiv 2107.03312): reconstruction, adversarial and
+    feature losses, and those of the discriminators. Codec and discriminators make their step at the same time, on the
+    same batch, each with its own clipping. A NeuralCodec has no discriminators; its losses are those that it tells.
+    Validation tells `mel_distance` in dB between held-out waves and what the codec makes of them.
 
     Results, beside those of `Trainer`: the folders `best` and `last`, which `audiolm.saving.load_module` reads.
 
@@ -111,6 +141,7 @@ class CodecTrainer(Trainer):
         seconds: length of the crops.
         valid_dataset: held-out waves, of a rate of their own if they tell one; by default `valid_frac` of the data set.
         max_valid_items: held-out waves that validation looks at, at most.
+        max_gain_db: each crop is made louder or softer by up to this much, at random.
         max_grad_norm, discriminator_max_grad_norm: largest norms of the gradients of either side.
         grad_penalty_every: steps between gradient penalties of the discriminators; None for none.
         further keywords: those of `Trainer`.
@@ -131,6 +162,7 @@ class CodecTrainer(Trainer):
         valid_frac: float = 0.05,
         random_split_seed: int = 42,
         max_valid_items: int = 64,
+        max_gain_db: float = 0.0,
         lr: float = 2e-4,
         max_grad_norm: float | None = 0.5,
         discriminator_max_grad_norm: float | None = None,
@@ -146,6 +178,8 @@ class CodecTrainer(Trainer):
             discriminator_max_grad_norm=discriminator_max_grad_norm,
             grad_penalty_every=grad_penalty_every,
         )
+        if max_gain_db < 0:
+            raise ValueError(f'max_gain_db must be 0 at least, got {max_gain_db}')
         if not 0 <= valid_frac < 1:
             raise ValueError(f'valid_frac must lie in [0, 1), got {valid_frac}')
         rate = agreed_rate(dataset, sample_rate)
@@ -159,18 +193,20 @@ class CodecTrainer(Trainer):
                 dataset, valid_dataset = _split(dataset, valid_frac, random_split_seed)
         crops = dict(to_rate=codec.target_sample_hz, samples=samples)
         self.codec = codec
-        keep_rare_codes(codec, frames=batch_size * samples // multiple)
+        if not isinstance(codec, NeuralCodec):
+            keep_rare_codes(codec, frames=batch_size * samples // multiple)
         self.valid_crops = None
         if valid_dataset is not None:
             valid_rate = agreed_rate(valid_dataset, None, default=rate)
             self.valid_crops = WaveCrops(valid_dataset, sample_rate=valid_rate, training=False, **crops)
+        self.crops = WaveCrops(dataset, sample_rate=rate, training=True, max_gain_db=max_gain_db, **crops)
         self.max_valid_items = max_valid_items
         self.clipping = (max_grad_norm, discriminator_max_grad_norm)
         self.grad_penalty_every = grad_penalty_every
         super().__init__(
             codec,
-            _CodecStep(codec),
-            WaveCrops(dataset, sample_rate=rate, training=True, **crops),
+            (_NeuralStep if isinstance(codec, NeuralCodec) else _CodecStep)(codec),
+            self.crops,
             collate_fn=collate_waves,
             batch_size=batch_size,
             lr=lr,
@@ -178,10 +214,25 @@ class CodecTrainer(Trainer):
             **keywords,
         )
 
+    def train(self, *arguments: Any, **keywords: Any) -> dict[str, Any]:
+        if isinstance(self.codec, NeuralCodec) and not self.codec.is_fitted:
+            order = torch.randperm(len(self.crops), generator=torch.Generator().manual_seed(self.seed)).tolist()
+            loader = DataLoader(
+                SeededItems(self.crops, self.seed),
+                sampler=[(0, index) for index in order],
+                batch_size=FITTED_AT_ONCE,
+                collate_fn=collate_waves,
+            )
+            self.codec.fit((waves for waves in loader if waves is not None), seed=self.seed)
+        return super().train(*arguments, **keywords)
+
     def compute_gradients(self, batches: list[Tensor]) -> dict[str, float]:
         penalty = self.grad_penalty_every is not None and self.step % self.grad_penalty_every == 0
         metrics = self.accumulate(batches, lambda waves: self.step_module(waves, penalty), len)
-        sides = self.codec.non_discr_parameters(), list(discriminators_of(self.codec).parameters())
+        if isinstance(self.codec, NeuralCodec):
+            sides = [list(self.codec.parameters())]
+        else:
+            sides = [self.codec.non_discr_parameters(), list(discriminators_of(self.codec).parameters())]
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)
         for name, parameters, limit in zip(('grad_norm', 'discriminator_grad_norm'), sides, self.clipping):
@@ -210,7 +261,8 @@ class CodecTrainer(Trainer):
                     continue
                 waves = send_to_device(waves, self.device)
                 made = model(waves, return_recons_only=True).reshape(waves.shape)
-                sums += torch.stack([spectral_distance(model, waves, made) * len(waves), sums.new_tensor(len(waves))])
+                distance = mel_distance(waves, made, model.target_sample_hz).sum()
+                sums += torch.stack([distance, sums.new_tensor(len(waves))])
         distance, count = (mean_over_ranks(part).item() for part in sums)
         if count == 0:
             return None
@@ -218,7 +270,7 @@ class CodecTrainer(Trainer):
 
     def save_model(self, folder: Path) -> None:
         model = self.evaluated_model
-        config = dict(model='SoundStream', keywords=getattr(model, CONFIG, None), step=self.step)
+        config = dict(model=kind_of(model), keywords=getattr(model, CONFIG, None), step=self.step)
         checkpoint.write_folder(folder, config, model.state_dict())
 
     def model_config(self) -> dict[str, Any]:
@@ -247,12 +299,3 @@ def keep_rare_codes(codec: SoundStream, frames: int) -> None:
     for module in codec.rq.modules():
         if hasattr(module, 'threshold_ema_dead_code'):
             module.threshold_ema_dead_code = min(module.threshold_ema_dead_code, 0.1 * frames / codec.codebook_size)
-
-
-def spectral_distance(codec: SoundStream, waves: Tensor, made: Tensor) -> Tensor:
-    """Mean absolute difference of log-mel spectrograms of `(b, samples)`, over the codec's window lengths."""
-    distances = [
-        (transform(waves).clamp(min=1e-5).log() - transform(made).clamp(min=1e-5).log()).abs().mean()
-        for transform in codec.mel_spec_transforms
-    ]
-    return torch.stack(distances).mean()

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar
 
-from musiclm_pytorch.audiolm.bridge import SoundStream
 from musiclm_pytorch.audiolm.crops import STAGE_SECONDS
 from musiclm_pytorch.audiolm.semantic_mulan import MuLaNSemanticTokenizer
 from musiclm_pytorch.audiolm.spectral_codec import SpectralCodec
@@ -78,7 +77,7 @@ class MusicLMRecipe:
     """Parts `mulan`, `codec`, `semantic`, `coarse` and `fine`, which are trained by recipes of their own, and the
     sections of `FittedRecipe`.
 
-    Without the part `codec` a `SpectralCodec` is fitted; with it a SoundStream is trained instead.
+    Without the part `codec` a `SpectralCodec` is fitted; with it a SoundStream or a NeuralCodec is trained instead.
     """
 
     mulan: MuLaNRecipe = field(default_factory=MuLaNRecipe.default)
@@ -125,7 +124,9 @@ class MusicLMRecipe:
             if name not in known:
                 raise ValueError(f'{source}: unknown part {name!r}; {nearest(name, known)}')
         if content.get('codec') is not None and content.get('spectral_codec') is not None:
-            raise ValueError(f'{source}: codec trains a SoundStream, spectral_codec fits a SpectralCodec; keep one')
+            raise ValueError(
+                f'{source}: codec trains a SoundStream or a NeuralCodec, spectral_codec fits a SpectralCodec; keep one'
+            )
         parts: dict[str, Any] = {
             name: kind.from_content(content[name], f'{source}, part {name}')
             for name, kind in RECIPES.items()
@@ -166,10 +167,10 @@ class MusicLMRecipe:
     @property
     def codec_levels(self) -> int:
         """The codec's levels of codes."""
-        keywords, name, kind = self.fitted.spectral_codec, 'num_quantizers', SpectralCodec
         if self.codec is not None:
-            keywords, name, kind = self.codec.model, 'rq_num_quantizers', SoundStream
-        return keywords.get(name, inspect.signature(kind.__init__).parameters[name].default)
+            return self.codec.num_quantizers
+        default = inspect.signature(SpectralCodec.__init__).parameters['num_quantizers'].default
+        return self.fitted.spectral_codec.get('num_quantizers', default)
 
     @property
     def conditioning_dims(self) -> list[int]:

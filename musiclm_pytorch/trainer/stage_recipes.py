@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from torch import nn
 
 from musiclm_pytorch.audiolm.bridge import SoundStream
 from musiclm_pytorch.audiolm.initial import scale_initial_weights
 from musiclm_pytorch.audiolm.tokens import read_stream
+from musiclm_pytorch.codecs.neural import NeuralCodec
 from musiclm_pytorch.data.opening import open_pairs, open_whole_clips
 from musiclm_pytorch.data.shards import ShardedAudioText
 from musiclm_pytorch.quantizer import MuLaNEmbedQuantizer
@@ -170,11 +172,20 @@ class FineRecipe(StageRecipe):
         return dict(codebook_size=facts['codebook_size'], num_fine_quantizers=facts['quantizers'] - coarse)
 
 
+CODECS = dict(soundstream=SoundStream, neural=NeuralCodec)
+
+
 @dataclass(frozen=True)
 class CodecRecipe(ModelRecipe):
+    """The key `kind` of its model says which of `CODECS` it is; the other keys are those of that codec."""
+
     part: ClassVar[str] = 'codec'
     SECTIONS: ClassVar[Mapping[str, Section]] = dict(
-        model=Section((SoundStream,), refused=dict(stft_discriminator=IS_CODE)),
+        model=Section(
+            (SoundStream, NeuralCodec),
+            refused=dict(stft_discriminator=IS_CODE),
+            more=dict(kind=Literal['soundstream', 'neural']),
+        ),
         training=_training(
             CodecTrainer,
             CodecTrainer,
@@ -187,10 +198,26 @@ class CodecRecipe(ModelRecipe):
 
     model: dict[str, Any] = field(default_factory=lambda: dict(codebook_size=1024, target_sample_hz=16000))
 
+    def updated(self, **sections: Mapping[str, Any]) -> CodecRecipe:
+        """As of every recipe; a codec of another kind begins with the defaults of its own."""
+        kind = sections.get('model', {}).get('kind', self.kind)
+        return super(CodecRecipe, self if kind == self.kind else replace(self, model={})).updated(**sections)
+
+    @property
+    def kind(self) -> str:
+        return self.model.get('kind', 'soundstream')
+
+    @property
+    def num_quantizers(self) -> int:
+        """The codec's levels of codes."""
+        name = 'rq_num_quantizers' if self.kind == 'soundstream' else 'num_quantizers'
+        return self.model.get(name, inspect.signature(CODECS[self.kind].__init__).parameters[name].default)
+
     def build_model(self) -> SoundStream:
         """A new codec, with weights drawn from torch's generator."""
         with self.section('model') as keywords:
-            return SoundStream(**keywords)
+            keywords.pop('kind', None)
+            return CODECS[self.kind](**keywords)
 
     def open_data(self, data: str, codec: SoundStream, *, audio_folder: str | None = None) -> Any:
         """The waves at `data`, at the codec's rate, with a little more than a crop of each clip; see `open_pairs`."""

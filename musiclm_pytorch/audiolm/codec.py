@@ -1,0 +1,151 @@
+"""What a codec of ours is: waves to residual codes and back, under the names that audiolm-pytorch calls too."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from typing import Any, ClassVar
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from musiclm_pytorch.audiolm.bridge import SoundStream
+from musiclm_pytorch.checks import as_tensor, check_audio, check_positive, check_sample_rate
+from musiclm_pytorch.data.audio import resample
+
+MOST_FILTERS = 2**22  # numbers, 32 MB while they are made; those of 48 kHz are a quarter of that
+
+
+class Codec(SoundStream):
+    """Base of our codecs; a subclass gives `encode`, `decode`, `vectors_of` and the buffer `initted`.
+
+    It is a `SoundStream` because the annotations of audiolm-pytorch, which beartype checks, admit nothing else; its
+    methods are those that the stages and `MusicLM` call.
+
+    Attributes:
+        target_sample_hz: Hz, also `sample_rate`.
+        strides: samples a code frame, in a tuple; also `downsample_factor`.
+        codebook_size, num_quantizers: codes of a level, and levels.
+    """
+
+    unlike: ClassVar[str]  # what to do where audiolm-pytorch would ask for a loss
+    how_to_fit: ClassVar[str]
+
+    def set_sizes(
+        self,
+        *,
+        sample_rate: int,
+        codebook_size: int,
+        num_quantizers: int,
+        window: float,
+        hop: float,
+        frames: int,
+        resolved_hz: float,
+        bands: int,
+        **others: int,
+    ) -> None:
+        """What codecs of spectrograms have in common, of a constructor's keywords; `others` must be positive, too.
+
+        Raises ValueError for numbers out of range.
+        """
+        check_sample_rate(sample_rate)
+        sizes = dict(codebook_size=codebook_size, num_quantizers=num_quantizers)
+        check_positive(**sizes, window=window, hop=hop, frames=frames, resolved_hz=resolved_hz, bands=bands, **others)
+        self.n_fft, self.hop = 2 * round(window * sample_rate / 2), round(hop * sample_rate)
+        if not 1 <= self.hop <= self.n_fft // 2:
+            raise ValueError(f'hop must lie between a sample and half of the window, got {hop} s of {window} s')
+        if resolved_hz >= sample_rate / 2:
+            raise ValueError(f'resolved_hz must lie below half of the sample rate, got {resolved_hz}')
+        filters = (self.n_fft // 2 + 1) * (int(resolved_hz * self.n_fft / sample_rate) + bands)
+        if filters > MOST_FILTERS:
+            raise ValueError(
+                f'window={window}, resolved_hz={resolved_hz} and bands={bands} at {sample_rate} Hz are filters of '
+                f'{filters} numbers, of which {MOST_FILTERS} are the most; choose smaller ones'
+            )
+        self.target_sample_hz, self.frames = sample_rate, frames
+        self.strides = (self.hop * frames,)
+        self.codebook_size, self.num_quantizers, self.rq_groups = codebook_size, num_quantizers, 1
+
+    def encode(self, waves: Tensor) -> Tensor:
+        """`(b, samples)` float32 at `sample_rate` to codes `(b, samples // downsample_factor, q)` int64."""
+        raise NotImplementedError
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """Codes `(b, t, q)` to waves `(b, samples)`; of fewer than all levels, what the first ones tell."""
+        raise NotImplementedError
+
+    def vectors_of(self, codes: Tensor) -> Tensor:
+        """The sum of the codes' vectors, `(b, t, d)`."""
+        raise NotImplementedError
+
+    @property
+    def built_with(self) -> dict[str, Any]:
+        """The keywords of the constructor, where `saving` looks for them."""
+        return self.config
+
+    @property
+    def is_fitted(self) -> bool:
+        return all(bool(it) for name, it in self.named_buffers() if name.endswith('initted'))
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.buffers()).device
+
+    @property
+    def sample_rate(self) -> int:
+        return self.target_sample_hz
+
+    @property
+    def frame_rate(self) -> Fraction:
+        """Code frames a second."""
+        return Fraction(self.target_sample_hz, self.downsample_factor)
+
+    def __repr__(self) -> str:
+        return (
+            f'{type(self).__name__}({"fitted" if self.is_fitted else "not fitted"}, {self.num_quantizers} levels of '
+            f'{self.codebook_size} codes, {float(self.frame_rate):g} frames a second at {self.target_sample_hz} Hz)'
+        )
+
+    @torch.no_grad()
+    def forward(
+        self,
+        x: Tensor,
+        return_encoded: bool = False,
+        return_codes_only: bool = False,
+        return_recons_only: bool = False,
+        input_sample_hz: int | None = None,
+        **_: Any,
+    ) -> Any:
+        """`(b, samples)` waves to vectors `(b, t, d)`, codes `(b, t, q)` and a loss of 0, or to one of these.
+
+        With `return_recons_only`, what is left of the waves, `(b, 1, samples)`. Samples beyond whole codes are cut off.
+        """
+        if not (return_encoded or return_codes_only or return_recons_only):
+            raise ValueError(f'a {type(self).__name__} gives no loss here; {self.unlike}')
+        x = as_tensor(x, self.device)
+        if isinstance(x, Tensor):
+            x = rearrange(x, '... n -> (...) n')
+        x = check_audio(x, ndim=2, shape='(batch, samples)').float()
+        if input_sample_hz is not None:
+            x = resample(x, input_sample_hz, self.target_sample_hz)
+        codes = self.encode(x)
+        if return_codes_only:
+            return codes
+        if return_recons_only:
+            return self.decode_from_codebook_indices(codes)
+        return self.vectors_of(codes), codes, torch.zeros((), device=x.device)
+
+    def decode_from_codebook_indices(self, quantized_indices: Tensor) -> Tensor:
+        """`decode`, with a channel: `(b, 1, samples)`."""
+        return rearrange(self.decode(quantized_indices), 'b n -> b 1 n')
+
+    def check_fitted(self) -> None:
+        if not self.is_fitted:
+            raise ValueError(f'this codec has no codebooks yet; {self.how_to_fit}')
+
+    def count_frames(self, waves: Tensor) -> int:
+        """Whole code frames of waves `(b, samples)`. Raises ValueError if there are none."""
+        count = waves.shape[-1] // self.downsample_factor
+        if count == 0:
+            raise ValueError(f'a wave of {waves.shape[-1]} samples is shorter than a code, {self.downsample_factor}')
+        return count

@@ -1,0 +1,5 @@
+"""Waves to codes and back: a codec that is learned, and what codecs lose. Names are imported on first use."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

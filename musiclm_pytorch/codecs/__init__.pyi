@@ -1,0 +1,2 @@
+from .distance import mel_distance as mel_distance
+from .neural import NeuralCodec as NeuralCodec

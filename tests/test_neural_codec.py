@@ -1,0 +1,228 @@
+"""The neural codec: what comes back, streams, what depends on what, training, its place in AudioLM, bad values."""
+
+import math
+
+import pytest
+import torch
+from test_spectral_codec import RATE, Notes, check_saved_and_in_audiolm, distance, notes
+
+from musiclm_pytorch.audiolm.saving import load_module
+from musiclm_pytorch.codecs import NeuralCodec, mel_distance
+from musiclm_pytorch.codecs.residual import ResidualQuantizer
+from musiclm_pytorch.trainer import CodecTrainer
+from musiclm_pytorch.trainer.batches import seed_everything
+from musiclm_pytorch.trainer.stage_recipes import CodecRecipe
+
+SMALL = dict(
+    sample_rate=RATE, codebook_size=64, num_quantizers=3, dim=16, encoder_depth=1, decoder_depth=2, codebook_dim=32,
+    kernel=3, window=0.064, hop=0.016, resolved_hz=800.0, bands=16,
+)  # fmt: skip
+FRAME = 128  # samples a code
+
+
+def make(seed=0):
+    torch.manual_seed(seed)
+    codec = NeuralCodec(**SMALL)
+    codec.fit([notes(100)])
+    # blocks that do something, as after training
+    for layer in (codec.encoder[-1], codec.decoder[-1]):
+        torch.nn.init.normal_(layer.weight, std=0.003)
+    return codec.eval()
+
+
+@pytest.fixture(scope='module')
+def codec():
+    return make()
+
+
+def test_waves_come_back_better_with_each_level(codec):
+    waves = notes(4, seed=1)
+    codes = codec.encode(waves)
+    assert codes.shape == (4, 4000 // FRAME, 3)
+    assert codes.dtype == torch.long
+    lost = [distance(codec.decode(codes[..., :q]), waves[:, : 31 * FRAME]) for q in (1, 2, 3)]
+    assert lost[2] < lost[1] < lost[0]
+    assert lost[2] < 0.2
+    vectors, same, loss = codec(waves, return_encoded=True)
+    assert torch.equal(same, codes)
+    assert vectors.shape == (4, 31, 32)
+    assert loss == 0
+    assert torch.equal(codec(waves, return_recons_only=True)[:, 0], codec.decode(codes))
+
+
+@pytest.mark.parametrize('sizes', [(40, 53), (1,) * 93, (90, 1, 2), (93,)])
+def test_what_is_streamed_is_the_whole(codec, sizes):
+    codes = codec.encode(notes(2, seconds=3.0, seed=2))
+    whole = codec.decode(codes)
+    assert whole.shape == (2, 93 * FRAME)
+    seen, given, waves = 0, 0, []
+
+    def chunks():
+        nonlocal seen
+        for chunk in codes.split(sizes, dim=1):
+            seen += chunk.shape[1]
+            yield chunk
+
+    for wave in codec.decode_stream(chunks()):
+        waves.append(wave)
+        given += wave.shape[1]
+        if seen < 93:  # no later than it says
+            assert seen * FRAME - given < codec.lag * RATE + FRAME
+    assert given == 93 * FRAME
+    assert (torch.cat(waves, dim=1) - whole).square().mean() < 1e-6 * whole.square().mean()
+
+
+def test_no_codes_are_no_samples(codec):
+    assert codec.decode(torch.zeros(2, 0, 3, dtype=torch.long)).shape == (2, 0)
+    assert list(codec.decode_stream([])) == []
+
+
+def test_the_blocks_see_as_far_as_they_say(codec):
+    """Gradients reach `past` frames back and `future` frames ahead, and not one further."""
+    for blocks, width, ahead, back in ((codec.decoder, 32, codec.future, codec.past), (codec.encoder, None, 1, 1)):
+        width = width or blocks[0].in_features
+        vectors = torch.randn(1, 21, width, requires_grad=True)
+        blocks(vectors)[:, 10].sum().backward()
+        reached = vectors.grad.abs().sum(dim=(0, 2)).nonzero()[:, 0]
+        assert (10 - reached.min(), reached.max() - 10) == (back, ahead)
+
+
+def test_what_comes_later_leaves_what_was_alone(codec):
+    waves = notes(1, seconds=3.0, seed=3)
+    changed = waves.clone()
+    changed[:, 8000:] = 0
+    codes = codec.encode(waves)
+    near = (8000 - codec.n_fft // 2) // FRAME - 1
+    assert torch.equal(codec.encode(changed)[:, :near], codes[:, :near])
+    other = codes.clone()
+    other[:, 60:] = 0
+    settled = int(60 * FRAME - codec.lag * RATE)
+    assert settled > 0
+    torch.testing.assert_close(codec.decode(other)[:, :settled], codec.decode(codes)[:, :settled], atol=1e-5, rtol=0)
+
+
+def test_a_wave_depends_on_its_own_codes_alone(codec):
+    waves = notes(3, seed=1)
+    codes = codec.encode(waves)
+    assert torch.equal(torch.cat([codec.encode(row[None]) for row in waves]), codes)
+    together, alone = codec.decode(codes), torch.cat([codec.decode(row[None]) for row in codes])
+    torch.testing.assert_close(together, alone, atol=1e-4, rtol=0)
+    assert codec.decode(codec.encode(torch.zeros(1, 2000))).isfinite().all()
+
+
+def test_codes_and_waves_stay_when_the_model_is_cast(codec):
+    waves = notes(1, seed=4)
+    expected = codec.encode(waves)
+    cast = make().to(torch.bfloat16)
+    assert torch.equal(cast.encode(waves), expected)
+    assert torch.equal(cast.decode(expected), codec.decode(expected))
+
+
+def test_it_is_saved_and_goes_into_audiolm(codec, tmp_path):
+    assert type(check_saved_and_in_audiolm(codec, tmp_path)) is NeuralCodec
+
+
+def test_as_it_is_by_default():
+    codec = NeuralCodec()
+    assert codec.frame_rate * codec.num_quantizers * math.log2(codec.codebook_size) <= 3000  # bit/s
+    assert 2 * sum(it.numel() for it in codec.state_dict().values()) < 15e6  # bytes, in float16
+    assert codec.lag < 1
+
+
+def train(folder, codec, steps, seed=0, **keywords):
+    seed_everything(seed)
+    trainer = CodecTrainer(
+        codec, Notes(60), batch_size=8, seconds=0.5, lr=3e-3, max_gain_db=3.0, checkpoint_every=5,
+        results_folder=folder, accelerate_kwargs=dict(cpu=True), progress=False, **keywords,
+    )  # fmt: skip
+    found = []
+    trainer.train(num_train_steps=steps, log_fn=lambda metrics: found.append(metrics['loss']))
+    return found
+
+
+def test_training_makes_it_better_and_goes_on_as_if_never_stopped(tmp_path):
+    def elsewhere():
+        torch.manual_seed(1)
+        codec = NeuralCodec(**SMALL)
+        codec.fit([0.1 * torch.randn(100, RATE)])
+        return codec
+
+    straight, stopped, resumed = elsewhere(), elsewhere(), elsewhere()
+    found = train(tmp_path / 'straight', straight, 40)
+    assert sum(found[-10:]) < 0.7 * sum(found[:10])
+    train(tmp_path / 'stopped', stopped, 20)
+    train(tmp_path / 'stopped', resumed, 40, seed=9, resume=True)
+    expected = straight.state_dict()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in resumed.state_dict().items())
+    loaded, wave = load_module(tmp_path / 'stopped' / 'last'), notes(1)
+    assert torch.equal(loaded.decode(loaded.encode(wave)), resumed.eval().decode(resumed.encode(wave)))
+
+
+def test_training_begins_by_fitting(tmp_path):
+    codec = NeuralCodec(**SMALL)
+    train(tmp_path, codec, 1, use_ema=True)
+    wave = notes(1, seed=1)
+    for it in (codec.eval(), load_module(tmp_path / 'last')):
+        assert distance(it(wave, return_recons_only=True)[:, 0], wave[:, : 31 * FRAME]) < 0.3
+
+
+def test_codes_follow_what_comes_and_dead_ones_take_its_place():
+    torch.manual_seed(0)
+    quantizer = ResidualQuantizer(4, size=8, levels=1, decay=0.5)
+    centres = 10 * torch.randn(4, 4)
+    quantizer.codebooks[0, :4] = centres + 0.5
+    quantizer.codebooks[0, 4:] = 1000.0  # nothing comes to them
+    quantizer.counts.fill_(1)
+    vectors = (centres.repeat(16, 1) + 0.01 * torch.randn(64, 4))[None].requires_grad_()
+    quantized, _ = quantizer(vectors)
+    quantized.sum().backward()
+    assert torch.equal(vectors.grad, torch.ones_like(vectors))
+    for _ in range(30):
+        quantized = quantizer(vectors.detach())[0]
+    assert (quantized - vectors).abs().max() < 0.1
+    assert quantizer.codebooks.abs().max() < 100
+    before = quantizer.codebooks.clone()
+    assert torch.equal(quantizer.eval().vectors_of(quantizer(vectors)[1]), before[0][quantizer(vectors)[1][..., 0]])
+    assert torch.equal(quantizer.codebooks, before)
+
+
+def test_the_distance_of_mel_spectra():
+    wave = torch.randn(2, 4000, generator=torch.Generator().manual_seed(0))
+    assert mel_distance(wave, wave, RATE).tolist() == [0, 0]
+    assert mel_distance(wave, wave / 2, RATE).tolist() == pytest.approx([20 * math.log10(2)] * 2)
+    assert (mel_distance(wave, torch.zeros_like(wave), RATE) > 30).all()
+
+
+def test_a_recipe_says_which_codec(tmp_path):
+    recipe = CodecRecipe.from_content(dict(model=dict(kind='neural', **SMALL)), 'recipe')
+    assert type(recipe.build_model()) is NeuralCodec
+    assert recipe.num_quantizers == 3
+    assert CodecRecipe.from_content(recipe.to_dict(), 'again') == recipe
+    assert CodecRecipe.default().num_quantizers == 8
+    assert type(CodecRecipe.load('codec_neural').build_model()) is NeuralCodec
+    with pytest.raises(TypeError, match='kind must be'):
+        CodecRecipe.from_content(dict(model=dict(kind='other')), 'recipe')
+    with pytest.raises(TypeError, match=r"section 'model'.*strides"):
+        CodecRecipe.from_content(dict(model=dict(kind='neural', strides=[2, 4])), 'recipe').build_model()
+
+
+def test_what_goes_wrong(codec):
+    new = NeuralCodec(**SMALL)
+    with pytest.raises(ValueError, match='no codebooks yet; train it with CodecTrainer'):
+        new.encode(notes(1))
+    with pytest.raises(ValueError, match='64 codes a level need at least 64 code frames, got 31'):
+        new.fit([notes(1)])
+    with pytest.raises(ValueError, match='gives no loss here'):
+        codec(notes(1))
+    with pytest.raises(ValueError, match='100 samples is shorter than a code, 128'):
+        codec.encode(torch.randn(1, 100))
+    for keywords, message in (
+        (dict(hop=0.1, window=0.1), 'hop must lie between a sample and half of the window'),
+        (dict(resolved_hz=2000.0), 'resolved_hz must lie below half'),
+        (dict(lookahead=3), 'lookahead must lie between 0 and 2, less than kernel'),
+        (dict(iterations=-1), 'iterations must be 0 at least'),
+        (dict(quantizer_dropout=1.5), r'quantizer_dropout must lie in \[0, 1\]'),
+        (dict(codebook_size=0), 'codebook_size must be greater than 0'),
+    ):
+        with pytest.raises(ValueError, match=message):
+            NeuralCodec(**{**SMALL, **keywords})
