@@ -17,10 +17,9 @@ from einops import einsum, rearrange, repeat
 from torch import Tensor, nn
 
 from musiclm_pytorch.atomic import write_checked_json
-from musiclm_pytorch.audiolm.bridge import AudioLM
-from musiclm_pytorch.audiolm.decoding import generate_coarse, generate_fine, generate_semantic
+from musiclm_pytorch.audiolm.convert import audiolm_pytorch, audiolm_stage, own_codec, own_stage, own_tokenizer, unwrapped
+from musiclm_pytorch.audiolm.generate import generate_coarse, generate_fine, generate_semantic
 from musiclm_pytorch.audiolm.requests import (
-    STAGES,
     CountPerStage,
     PerStage,
     Story,
@@ -33,7 +32,7 @@ from musiclm_pytorch.audiolm.sampling import Progress, Sampling, counted_steps
 from musiclm_pytorch.audiolm.saving import load_module, save_module
 from musiclm_pytorch.audiolm.seam import join
 from musiclm_pytorch.audiolm.semantic import SemanticTokenizer
-from musiclm_pytorch.audiolm.stages import conditioning_dim
+from musiclm_pytorch.audiolm.stages import STAGES, CoarseTransformer, FineTransformer, SemanticTransformer
 from musiclm_pytorch.checks import check_positive, fitted, keywords_of, typechecked
 from musiclm_pytorch.data.audio import resample
 from musiclm_pytorch.mulan.checkpoint import CONFIG_FILE, placing, read_config, store_as
@@ -73,7 +72,8 @@ class MusicLM(nn.Module):
         music = musiclm('the crystalline sounds of the piano in a ballroom', num_samples=4)  # (1, samples)
 
     Args:
-        audio_lm: an `AudioLM` of audiolm-pytorch, whose stages were built with `audio_text_condition = True`.
+        audio_lm: an `AudioLM` of audiolm-pytorch, whose stages were built with `audio_text_condition = True`; its weights
+            are used where they are. Or, in its place, `semantic`, `coarse`, `fine`, `codec` and `tokenizer`.
         mulan_embed_quantizer: fitted, with a namespace for each stage that is conditioned.
         windows: seconds that each stage sees at once, those of its training crops. Longer music continues the first two
             with half a window of overlap; the fine stage's windows are independent.
@@ -83,6 +83,10 @@ class MusicLM(nn.Module):
             Which words it does not know, its MuLaN tells, whether or not there is such a line.
         usual_score: what most single samples for held-out prompts reach, as long as the first window; music below it is
             warned of. Saved, too.
+        semantic, coarse, fine: the stages, ours or audiolm-pytorch's.
+        codec: a `Codec`, or a codec of audiolm-pytorch.
+        tokenizer: a `Tokenizer`, or one of audiolm-pytorch.
+        unique_consecutive: whether semantic tokens come without repetitions, for stages trained so.
 
     Raises:
         ValueError: parts that do not fit each other.
@@ -91,20 +95,39 @@ class MusicLM(nn.Module):
     @typechecked
     def __init__(
         self,
-        audio_lm: AudioLM,
-        mulan_embed_quantizer: MuLaNEmbedQuantizer,
+        audio_lm: nn.Module | None = None,
+        mulan_embed_quantizer: MuLaNEmbedQuantizer | None = None,
         windows: tuple[float, float, float] = (30.0, 10.0, 3.0),
         sampling: dict[str, Any] | None = None,
         knows: str | None = None,
         usual_score: float | None = None,
+        *,
+        semantic: nn.Module | None = None,
+        coarse: nn.Module | None = None,
+        fine: nn.Module | None = None,
+        codec: nn.Module | None = None,
+        tokenizer: nn.Module | None = None,
+        unique_consecutive: bool = False,
     ):
         super().__init__()
-        check_positive(**{f'the window of the {name} stage': it for name, it in zip(STAGES, windows)})
-        if audio_lm.audio_conditioner is not None:
+        parts = dict(semantic=semantic, coarse=coarse, fine=fine, codec=codec, tokenizer=tokenizer)
+        if audio_lm is not None:
+            if given := [name for name, part in parts.items() if part is not None]:
+                raise ValueError(f'pass audio_lm or its parts, got audio_lm and {given[0]}')
+            parts, unique_consecutive = parts_of(audio_lm)
+        if mulan_embed_quantizer is None:
+            raise ValueError('mulan_embed_quantizer is missing: a fitted MuLaNEmbedQuantizer gives the conditioning')
+        if missing := [name for name, part in parts.items() if part is None]:
             raise ValueError(
-                'build AudioLM without audio_conditioner: MusicLM conditions each stage itself, by its own namespace'
+                'this AudioLM was built without wav2vec, whose rate tells how many tokens a second has'
+                if audio_lm is not None
+                else f'{missing[0]} is missing; pass an AudioLM, or all of {", ".join(parts)}'
             )
-        self.audio_lm = audio_lm
+        check_positive(**{f'the window of the {name} stage': it for name, it in zip(STAGES, windows)})
+        for name, kind in STAGES.items():
+            setattr(self, name, own_stage(parts[name], kind))
+        self.codec, self.tokenizer = own_codec(parts['codec']), own_tokenizer(parts['tokenizer'])
+        self.unique_consecutive = unique_consecutive
         self.mulan_embed_quantizer = mulan_embed_quantizer
         self.windows = windows
         self.knows = knows
@@ -112,7 +135,7 @@ class MusicLM(nn.Module):
         if unknown := (sampling or {}).keys() - SAMPLING.keys():
             raise ValueError(f'sampling may hold {", ".join(SAMPLING)}, got {sorted(unknown)[0]!r}')
         self.sampling = {**SAMPLING, **(sampling or {})}
-        self.stages = {name: getattr(audio_lm, name).transformer for name in STAGES}
+        self.register_load_state_dict_pre_hook(_rename_weights)
         self._check_parts()
 
     def _check_parts(self) -> None:
@@ -129,20 +152,27 @@ class MusicLM(nn.Module):
                     f'the quantizer has no namespace {name!r} for the {name} stage, only '
                     f'{", ".join(map(repr, quantizer.namespaces))}'
                 )
-            given, wanted = quantizer.cond_embeddings[name].shape[-1], conditioning_dim(self.stages[name])
+            given, wanted = quantizer.cond_embeddings[name].shape[-1], self.stages[name].conditioning_dim
             if given != wanted:
                 raise ValueError(
                     f'the {name} stage takes conditioning of width {wanted}, but the quantizer gives {given}; set its '
                     'conditioning_dims'
                 )
-        if self.codec_codebook_size is not None and self.codec_codebook_size != self.stages['coarse'].codebook_size:
-            raise ValueError(
-                f'the codec has {self.codec_codebook_size} codes a codebook, but the stages '
-                f'{self.stages["coarse"].codebook_size}'
-            )
+        semantic, coarse, fine, levels = self.semantic, self.coarse, self.fine, self.codec.num_quantizers
+        for what, ours, theirs in (
+            ('coarse stage reads {} semantic tokens, but the semantic stage makes {}', coarse.num_semantic_tokens,
+             semantic.num_semantic_tokens),
+            ('fine stage has {} codes a codebook, but the coarse stage {}', fine.codebook_size, coarse.codebook_size),
+            ('fine stage goes on after {} levels of codes, but the coarse stage makes {}', fine.num_coarse_quantizers,
+             coarse.num_coarse_quantizers),
+            ('stages make {} levels of codes, but the codec has {}', coarse.num_levels + fine.num_levels, levels),
+            ('stages have {} codes a codebook, but the codec {}', coarse.codebook_size, self.codec.codebook_size),
+        ):  # fmt: skip
+            if ours != theirs:
+                raise ValueError(f'the {what.format(ours, theirs)}')
 
     def __repr__(self) -> str:
-        """In short; `print(musiclm.audio_lm)` shows the layers."""
+        """In short; `print(musiclm.semantic)` shows the layers of a stage."""
         stages = ', '.join(
             f'{name} {count_of(stage)} ({seconds:g} s)'
             for (name, stage), seconds in zip(self.stages.items(), self.windows)
@@ -158,38 +188,36 @@ class MusicLM(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return next(self.audio_lm.parameters()).device
+        return self.semantic.device
 
     @property
-    def codec(self) -> nn.Module:
-        return self.audio_lm.fine.codec
+    def stages(self) -> dict[str, SemanticTransformer | CoarseTransformer | FineTransformer]:
+        return {name: getattr(self, name) for name in STAGES}
 
     @property
-    def codec_codebook_size(self) -> int | None:
-        return getattr(self.codec, 'codebook_size', None)
-
-    @property
-    def tokenizer(self) -> nn.Module:
-        """What makes semantic tokens of waves; its rate is needed even where none are made."""
-        tokenizer = self.audio_lm.semantic.wav2vec
-        if tokenizer is None:
-            raise ValueError('this AudioLM was built without wav2vec, whose rate tells how many tokens a second has')
-        return tokenizer
+    def audio_lm(self) -> nn.Module:
+        """The same as a new `AudioLM` of audiolm-pytorch, with a copy of the stages' weights."""
+        return audiolm_pytorch().AudioLM(
+            wav2vec=unwrapped(self.tokenizer),
+            codec=unwrapped(self.codec),
+            **{f'{name}_transformer': audiolm_stage(stage) for name, stage in self.stages.items()},
+            unique_consecutive=self.unique_consecutive,
+        )
 
     @property
     def sample_rate(self) -> int:
         """Of the music, in Hz."""
-        return self.codec.target_sample_hz
+        return self.codec.sample_rate
 
     @property
     def frame_rate(self) -> Fraction:
         """Frames of the codec a second."""
-        return Fraction(self.codec.target_sample_hz, self.codec.downsample_factor)
+        return self.codec.frame_rate
 
     @property
     def semantic_rate(self) -> Fraction:
         """Semantic tokens a second."""
-        return Fraction(self.tokenizer.target_sample_hz, self.tokenizer.downsample_factor)
+        return self.tokenizer.frame_rate
 
     @typechecked
     @torch.no_grad()
@@ -343,7 +371,7 @@ class MusicLM(nn.Module):
         """
         semantic, coarse, fine = self._encode_prime(prime, len(generators))
         semantic_known, coarse_known = semantic.shape[1], coarse.shape[1]
-        unique_consecutive = self.audio_lm.semantic.unique_consecutive
+        unique_consecutive = self.unique_consecutive
         shared = dict(generator=generators, progress=progress)
 
         semantics = []
@@ -423,22 +451,22 @@ class MusicLM(nn.Module):
     def _encode_prime(self, prime: tuple[Tensor, int] | None, batch: int) -> tuple[Tensor, Tensor, Tensor]:
         """Semantic tokens `(b, n)`, coarse and fine codes `(b, t, q)` of a wave `(1, samples)` and its rate, up to
         `REMADE` seconds before its end."""
-        coarse_levels = self.stages['coarse'].num_coarse_quantizers
-        levels = coarse_levels + self.stages['fine'].num_fine_quantizers
+        coarse_levels, levels = self.coarse.num_levels, self.codec.num_quantizers
         semantic = torch.zeros(1, 0, dtype=torch.long, device=self.device)
         codes = torch.zeros(1, 0, levels, dtype=torch.long, device=self.device)
         if prime is not None:
             wave, rate = prime[0].to(self.device), prime[1]
-            own = resample(wave, rate, self.tokenizer.target_sample_hz)
-            if own.shape[-1] >= self.tokenizer.downsample_factor:
-                semantic = rearrange(self.tokenizer(own, flatten=False), 'b ... -> b (...)')
+            own = resample(wave, rate, self.tokenizer.sample_rate)
+            if own.shape[-1] >= self.tokenizer.sample_rate / self.semantic_rate:
+                semantic = self.tokenizer.encode(own)
                 semantic = semantic[:, : max(0, semantic.shape[1] - steps_in(REMADE, self.semantic_rate))]
-            if self.audio_lm.semantic.unique_consecutive:
+            if self.unique_consecutive:
                 semantic = torch.unique_consecutive(semantic, dim=1)
             wave = resample(wave, rate, self.sample_rate)
-            if frames := wave.shape[-1] // self.codec.downsample_factor:
-                missing = SHORTEST_CODED * self.codec.downsample_factor - wave.shape[-1]
-                _, codes, _ = self.codec(F.pad(wave, (0, max(0, missing))), return_encoded=True)
+            factor = int(self.sample_rate / self.frame_rate)
+            if frames := wave.shape[-1] // factor:
+                missing = SHORTEST_CODED * factor - wave.shape[-1]
+                codes = self.codec.encode(F.pad(wave, (0, max(0, missing))))
                 codes = codes[:, : max(0, frames - steps_in(REMADE, self.frame_rate))]
         semantic, codes = repeat(semantic, '1 n -> b n', b=batch), repeat(codes, '1 t q -> b t q', b=batch)
         return semantic.clone(), codes[..., :coarse_levels].clone(), codes[..., coarse_levels:].clone()
@@ -463,8 +491,7 @@ class MusicLM(nn.Module):
         """Waves `(b, samples)` of codes."""
         spare = max(0, SHORTEST_CODED - codes.shape[1])
         codes = torch.cat((codes, codes[:, -1:].expand(-1, spare, -1)), dim=1)
-        waves = rearrange(self.codec.decode_from_codebook_indices(codes), 'b 1 n -> b n').float()
-        return waves[:, :samples]
+        return self.codec.decode(codes).float()[:, :samples]
 
     def _score(self, waves: Tensor, prompts: list[str], story: Story | None, progress: Progress = False) -> Tensor:
         """Cosine of each wave of `(p, s, n)` with its prompt, or with the mean of a story's, `(p, s)`."""
@@ -509,7 +536,7 @@ class MusicLM(nn.Module):
         folder = Path(folder)
         if not hasattr(self.tokenizer, 'save_pretrained'):
             raise ValueError(
-                f'the semantic tokenizer, a {type(self.tokenizer).__name__}, cannot be saved; use one of '
+                f'the semantic tokenizer, a {type(unwrapped(self.tokenizer)).__name__}, cannot be saved; use one of '
                 'musiclm_pytorch.audiolm.semantic'
             )
         save_module(self.codec, folder / 'codec')
@@ -521,7 +548,7 @@ class MusicLM(nn.Module):
             store_as(folder, dtype)
         settings = dict(
             windows=self.windows,
-            unique_consecutive=self.audio_lm.semantic.unique_consecutive,
+            unique_consecutive=self.unique_consecutive,
             sampling=self.sampling,
             knows=self.knows,
             usual_score=self.usual_score,
@@ -550,20 +577,39 @@ class MusicLM(nn.Module):
         with settings.refused("'sampling' must hold keywords", settings.content.get('sampling')):
             sampling = dict(settings.content.get('sampling') or {})
         settings.check_known(sampling, SAMPLING, 'sampling')
-        parts = dict(
-            wav2vec=SemanticTokenizer.from_pretrained(folder / 'tokenizer', verify=verify),
-            codec=load_module(folder / 'codec', verify=verify),
-            **{f'{name}_transformer': load_module(folder / name, verify=verify) for name in STAGES},
-        )
+        parts = {name: load_module(folder / name, verify=verify) for name in (*STAGES, 'codec')}
+        parts['tokenizer'] = SemanticTokenizer.from_pretrained(folder / 'tokenizer', verify=verify)
         quantizer = MuLaNEmbedQuantizer.from_pretrained(folder / 'quantizer', verify=verify)
         told = {name: settings.content.get(name) for name in ('knows', 'usual_score')}
         values = dict(windows=settings['windows'], unique_consecutive=settings['unique_consecutive'], **told)
         with settings.refused('what stands there builds no MusicLM', values):
-            hints = keywords_of(cls) | keywords_of(AudioLM)
+            hints = keywords_of(cls)
             values = {key: fitted(it, hints[key], key) for key, it in values.items()}
-            audio_lm = AudioLM(unique_consecutive=values.pop('unique_consecutive'), **parts)
-            musiclm = cls(audio_lm, quantizer, sampling=sampling, **values)
+            musiclm = cls(mulan_embed_quantizer=quantizer, sampling=sampling, **values, **parts)
         return place(musiclm.eval())
+
+
+def parts_of(audio_lm: nn.Module) -> tuple[dict[str, nn.Module | None], bool]:
+    """The stages, codec and tokenizer of an `AudioLM`, and whether its semantic tokens come without repetitions."""
+    if not all(hasattr(audio_lm, name) for name in (*STAGES, 'audio_conditioner')):
+        raise TypeError(f'audio_lm must be an AudioLM of audiolm-pytorch, got a {type(audio_lm).__name__}')
+    if audio_lm.audio_conditioner is not None:
+        raise ValueError(
+            'build AudioLM without audio_conditioner: MusicLM conditions each stage itself, by its own namespace'
+        )
+    stages = {name: getattr(audio_lm, name).transformer for name in STAGES}
+    parts = dict(**stages, codec=audio_lm.fine.codec, tokenizer=audio_lm.semantic.wav2vec)
+    return parts, audio_lm.semantic.unique_consecutive
+
+
+def _rename_weights(musiclm: MusicLM, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
+    """State dicts of versions that held an `AudioLM`, with several names for a weight."""
+    for key in [key for key in state if key.startswith(f'{prefix}audio_lm.')]:
+        stage, part, name = key.removeprefix(f'{prefix}audio_lm.').split('.', 2)
+        own = stage if part == 'transformer' else dict(codec='codec', wav2vec='tokenizer')[part]
+        module = getattr(musiclm, own)
+        own += '.module' if unwrapped(module) is not module else ''
+        state[f'{prefix}{own}.{name}'] = state.pop(key)
 
 
 def seeds_of(seed: int | Sequence[int] | None, pieces: int) -> list[int]:

@@ -11,14 +11,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate.utils import send_to_device
 from einops import rearrange
-from sklearn.cluster import KMeans
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from vector_quantize_pytorch import ResidualVQ
 
-from musiclm_pytorch.audiolm.bridge import AudioConditionerBase
+from musiclm_pytorch.audiolm.convert import passes_as
 from musiclm_pytorch.checks import as_tensor, check_positive, check_probability, records_config, typechecked
 from musiclm_pytorch.data.collate import collate_for
 from musiclm_pytorch.data.rates import rate_of
@@ -31,7 +28,8 @@ logger = logging.getLogger(__name__)
 MULAN_FOLDER = 'mulan'
 
 
-class MuLaNEmbedQuantizer(AudioConditionerBase):
+@passes_as('AudioConditionerBase')
+class MuLaNEmbedQuantizer(nn.Module):
     """Turns waves or texts into the conditioning of AudioLM's stages (MusicLM, arXiv 2301.11325, section 3.2).
 
     A latent of MuLaN becomes `rq_num_quantizers` codes by residual vector quantization; each namespace, one a stage,
@@ -98,16 +96,7 @@ class MuLaNEmbedQuantizer(AudioConditionerBase):
         self.cond_drop_prob = cond_drop_prob
         self.sample_rate = sample_rate
 
-        self.rq = ResidualVQ(
-            dim=self.dim,
-            num_quantizers=rq_num_quantizers,
-            codebook_size=codebook_size,
-            decay=rq_ema_decay,
-            commitment_weight=0,
-            kmeans_init=True,
-            threshold_ema_dead_code=2,
-            quantize_dropout=False,
-        )
+        self.rq = ResidualCodebooks(self.dim, rq_num_quantizers, codebook_size, decay=rq_ema_decay)
         self.frozen = False
         self.warned = False
         self.register_load_state_dict_post_hook(_freeze_if_fitted)
@@ -212,8 +201,7 @@ class MuLaNEmbedQuantizer(AudioConditionerBase):
         self._check_latents(latents)
         if not self.frozen:
             self._warn_or_refuse()
-        _, indices, _ = self.rq(latents)
-        return indices
+        return self.rq(latents)
 
     def embed(self, indices: Tensor, namespace: str | None = None) -> Tensor:
         """The conditioning of codes `(b, q)`: `(b, q, conditioning dim)`."""
@@ -240,6 +228,8 @@ class MuLaNEmbedQuantizer(AudioConditionerBase):
         Raises:
             ValueError: fewer latents than codes, or latents of another width.
         """
+        from sklearn.cluster import KMeans  # takes seconds
+
         check_positive(batch_size=batch_size, max_items=max_items)
         data = as_tensor(data)
         latents = data if isinstance(data, Tensor) else self._embed_data(data, batch_size, max_items)
@@ -273,6 +263,8 @@ class MuLaNEmbedQuantizer(AudioConditionerBase):
 
     @torch.no_grad()
     def _embed_data(self, dataset: Any, batch_size: int, max_items: int | None) -> Tensor:
+        from accelerate.utils import send_to_device  # takes seconds
+
         collate = partial(
             collate_for,
             max_length=None,
@@ -356,6 +348,57 @@ class MuLaNEmbedQuantizer(AudioConditionerBase):
         checkpoint.load_strictly(quantizer, weights, source=folder)
         mulan.text.trained_tokens = trained  # its weights are its own
         return place(quantizer.eval())
+
+
+class ResidualCodebooks(nn.Module):
+    """Residual vector quantization (arXiv 2107.03312, section III-C), with the buffers of `ResidualVQ` of
+    vector-quantize-pytorch. In training mode it learns, as that does: by k-means of the first batch, and an exponential
+    moving average over those that follow.
+    """
+
+    def __init__(self, dim: int, num_quantizers: int, codebook_size: int, decay: float):
+        super().__init__()
+        self.decay = decay
+        self.layers = nn.ModuleList(_Level(dim, codebook_size) for _ in range(num_quantizers))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The codes of `(b, d)`, `(b, levels)` int64."""
+        if self.training:
+            return self._learner()(x)[1]
+        residual, codes = x.float(), []
+        for level in self.layers:
+            (embed,) = level._codebook.embed.float()
+            codes.append((residual @ embed.T - embed.square().sum(dim=-1) / 2).argmax(dim=-1))
+            residual = residual - embed[codes[-1]]
+        return torch.stack(codes, dim=-1)
+
+    def _learner(self) -> nn.Module:
+        from vector_quantize_pytorch import ResidualVQ  # takes seconds
+
+        _, codebook_size, dim = self.layers[0]._codebook.embed.shape
+        learner = ResidualVQ(
+            dim=dim,
+            num_quantizers=len(self.layers),
+            codebook_size=codebook_size,
+            decay=self.decay,
+            commitment_weight=0,
+            kmeans_init=True,
+            threshold_ema_dead_code=2,
+            quantize_dropout=False,
+        )
+        for theirs, ours in zip(learner.layers, self.layers):
+            theirs._codebook.__dict__['_buffers'] = ours._codebook._buffers
+        return learner
+
+
+class _Level(nn.Module):
+    def __init__(self, dim: int, codebook_size: int):
+        super().__init__()
+        self._codebook = nn.Module()
+        self._codebook.register_buffer('initted', torch.tensor(False))
+        self._codebook.register_buffer('cluster_size', torch.ones(1, codebook_size))
+        self._codebook.register_buffer('embed_avg', torch.zeros(1, codebook_size, dim))
+        self._codebook.register_buffer('embed', torch.zeros(1, codebook_size, dim))
 
 
 def _freeze_if_fitted(quantizer: MuLaNEmbedQuantizer, _) -> None:

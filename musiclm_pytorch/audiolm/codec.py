@@ -1,4 +1,4 @@
-"""What a codec of ours is: waves to residual codes and back, under the names that audiolm-pytorch calls too."""
+"""What our codecs share: sizes of a spectrogram, and the names by which audiolm-pytorch calls a codec."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ from typing import Any, ClassVar
 
 import torch
 from einops import rearrange
-from torch import Tensor
+from torch import Tensor, nn
 
-from musiclm_pytorch.audiolm.bridge import SoundStream
+from musiclm_pytorch.audiolm.convert import passes_as
 from musiclm_pytorch.checks import as_tensor, check_audio, check_positive, check_sample_rate
 from musiclm_pytorch.data.audio import resample
 
 MOST_FILTERS = 2**22  # numbers, 32 MB while they are made; those of 48 kHz are a quarter of that
 
 
-class Codec(SoundStream):
-    """Base of our codecs; a subclass gives `encode`, `decode`, `vectors_of` and the buffer `initted`.
+@passes_as('SoundStream')
+class SpectrogramCodec(nn.Module):
+    """Base of our codecs; a subclass gives `encode`, `decode`, `vectors_of` and buffers whose names end in `initted`.
 
-    It is a `SoundStream` because the annotations of audiolm-pytorch, which beartype checks, admit nothing else; its
-    methods are those that the stages and `MusicLM` call.
+    It is a `Codec`, and is called like a `SoundStream` of audiolm-pytorch too, whose classes take it.
 
     Attributes:
         target_sample_hz: Hz, also `sample_rate`.
@@ -79,11 +79,6 @@ class Codec(SoundStream):
         raise NotImplementedError
 
     @property
-    def built_with(self) -> dict[str, Any]:
-        """The keywords of the constructor, where `saving` looks for them."""
-        return self.config
-
-    @property
     def is_fitted(self) -> bool:
         return all(bool(it) for name, it in self.named_buffers() if name.endswith('initted'))
 
@@ -93,12 +88,24 @@ class Codec(SoundStream):
 
     @property
     def sample_rate(self) -> int:
+        """Hz."""
         return self.target_sample_hz
 
     @property
     def frame_rate(self) -> Fraction:
         """Code frames a second."""
         return Fraction(self.target_sample_hz, self.downsample_factor)
+
+    # what audiolm-pytorch calls
+
+    @property
+    def downsample_factor(self) -> int:
+        """Samples a code frame."""
+        return self.strides[0]
+
+    @property
+    def seq_len_multiple_of(self) -> int:
+        return self.strides[0]
 
     def __repr__(self) -> str:
         return (

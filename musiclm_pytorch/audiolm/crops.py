@@ -18,8 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
 from musiclm_pytorch.atomic import read_tensors
-from musiclm_pytorch.audiolm.embedding import PAD
-from musiclm_pytorch.audiolm.losses import without_repetitions
+from musiclm_pytorch.audiolm.stages import PAD
 from musiclm_pytorch.audiolm.tokens import SHARD, STREAM_FILE, read_stream, shard_identity
 from musiclm_pytorch.checks import check_positive, typechecked
 
@@ -236,6 +235,6 @@ def collate_tokens(items: list[dict[str, Tensor]], unique_consecutive: bool = Fa
     for name in items[0]:
         values = [item[name] for item in items]
         if name == 'semantic' and unique_consecutive:
-            values = [without_repetitions(ids) for ids in values]
+            values = [torch.unique_consecutive(ids) for ids in values]
         batch[name] = pad_sequence(values, batch_first=True, padding_value=PAD)
     return batch

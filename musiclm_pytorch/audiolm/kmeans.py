@@ -7,7 +7,6 @@ from collections.abc import Iterable
 import numpy as np
 import torch
 from einops import einsum, reduce
-from sklearn.cluster import MiniBatchKMeans
 from torch import Tensor
 
 from musiclm_pytorch.checks import check_positive
@@ -71,6 +70,8 @@ class KMeansCodebook(Float32Buffers):
         Raises:
             ValueError: fewer different frames than centres, NaN or infinity.
         """
+        from sklearn.cluster import MiniBatchKMeans  # takes seconds
+
         check_positive(max_frames=max_frames)
         if max_frames < self.codebook_size:
             raise ValueError(f'max_frames {max_frames} is less than codebook_size {self.codebook_size}; raise it')

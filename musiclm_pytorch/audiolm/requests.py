@@ -11,6 +11,7 @@ from einops import reduce
 from torch import Tensor
 
 from musiclm_pytorch.audiolm.sampling import Sampling
+from musiclm_pytorch.audiolm.stages import STAGES
 from musiclm_pytorch.checks import (
     as_tensor,
     check_audio,
@@ -20,8 +21,6 @@ from musiclm_pytorch.checks import (
     check_sample_rate,
 )
 from musiclm_pytorch.data.audio import AudioFile
-
-STAGES = ('semantic', 'coarse', 'fine')
 
 Story = Sequence[tuple[float, str]]
 PerStage = float | Sequence[float]

@@ -1,8 +1,8 @@
-"""Residual streams of audiolm-pytorch's transformers (hyper-connections, arXiv 2409.19606), on a CPU fast.
+"""Width and depth connections of residual streams (hyper-connections, arXiv 2409.19606), on a CPU fast.
 
-Around each branch, a token's streams are mixed by a small matrix of its own. Here the streams of a token lie together,
-`(b, n, s, d)`, as those products take them, and gradients are written out: autograd over the steps in between, and the
-copies that bring streams to the front and back, cost more than the products of the layers.
+Around each branch, a token's streams are mixed by a small matrix of its own. The streams of a token lie together,
+`(b, n, s, d)`, as those products take them, and gradients are written out: autograd over the steps in between costs
+more than the products of the layers.
 """
 
 from __future__ import annotations
@@ -10,8 +10,7 @@ from __future__ import annotations
 from functools import partial
 
 import torch
-from hyper_connections.hyper_connections import HyperConnections, add
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from musiclm_pytorch.mulan.kernels import fast_kernels_allowed
@@ -23,69 +22,46 @@ in_float32 = partial(torch.amp.custom_fwd, device_type='cpu', cast_inputs=torch.
 as_forward = partial(torch.amp.custom_bwd, device_type='cpu')
 
 
-class ResidualStreams:
-    """The residual streams of one pass through a `Transformer` of audiolm-pytorch.
+def mix(x: Tensor, projection: Tensor, static: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Weighs and adds the residual streams of each token, by weights that depend on the token.
 
-    For each of its layers' branches: `enter`, the branch, `leave`. On other devices than CPUs, with a single stream and
-    with connections that are set up in another way, the transformer's own modules do it.
+    Args:
+        x: `(b, n, s, d)`.
+        projection, static, scale: `(d, k)`, `(s, k)` and `(k,)`, where the k = s + 2 weights of a stream go to the
+            branch, to each of the s streams, and to what the branch will give:
+            weights = tanh(projection of x at length 1) * scale + static.
+
+    Returns:
+        what the branch takes, `(b, n, d)`, the mixed streams, and `beta (b, n, s)`, which `add` takes.
     """
-
-    def __init__(self, network: nn.Module, device: torch.device):
-        self.network = network
-        connections = [it for layer in network.layers for it in layer if it is not None]
-        self.together = device.type == 'cpu' and fast_kernels_allowed() and all(map(_is_simple, connections))
-
-    def expand(self, x: Tensor) -> Tensor:
-        """`(b, n, d)` in each of the streams."""
-        if not self.together:
-            return self.network.expand_streams(x)
-        return x[:, :, None].repeat(1, 1, self.network.layers[0][0].num_residual_streams, 1)
-
-    def reduce(self, streams: Tensor) -> Tensor:
-        """The sum of the streams, `(b, n, d)`."""
-        return streams.sum(dim=2) if self.together else self.network.reduce_streams(streams)
-
-    def enter(self, connection: nn.Module, streams: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """What the branch of a connection takes, `(b, n, d)`, the mixed streams, and what else `leave` takes."""
-        if not self.together:
-            return connection.width_connection(streams)
-        gain = (connection.norm.gamma + 1) * connection.norm.scale
-        scales = [connection.dynamic_alpha_scale] * connection.dynamic_alpha_fn.shape[1]
-        branch_input, mixed, beta = _Mix.apply(
-            streams,
-            gain[:, None] * torch.cat((connection.dynamic_alpha_fn, connection.dynamic_beta_fn[:, None]), dim=1),
-            torch.cat((connection.static_alpha, connection.static_beta[:, None]), dim=1),
-            torch.stack((*scales, connection.dynamic_beta_scale)),
-        )
-        return branch_input, mixed, dict(beta=beta)
-
-    def leave(self, connection: nn.Module, branch_output: Tensor, mixed: Tensor, **rest: Tensor) -> Tensor:
-        """The streams with what the branch gave, `(b, n, d)`."""
-        if not self.together:
-            return connection.depth_connection(branch_output, mixed, **rest)
-        return _Add.apply(branch_output, mixed, rest['beta'])
+    if torch.is_grad_enabled() and _is_fast(x):
+        return _Mix.apply(x, projection, static, scale)
+    return plain_mix(x, projection, static, scale)
 
 
-def _is_simple(connection: nn.Module) -> bool:
-    """Whether it mixes as the transformers of audiolm-pytorch let it."""
-    return (
-        type(connection) is HyperConnections
-        and connection.num_fracs == connection.num_input_views == 1
-        and connection.add_branch_out_to_residual
-        and connection.depth_residual_fn is add
-        and connection.dropout.p == 0
-        and isinstance(connection.act, nn.Tanh)
-        and not connection.channel_first
-    )
+def plain_mix(x: Tensor, projection: Tensor, static: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    with torch.autocast(x.device.type, enabled=False):
+        x, projection, static, scale = (it.to(torch.promote_types(it.dtype, torch.float32)) for it in
+                                        (x, projection, static, scale))  # fmt: skip
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp(min=TINY)
+        weights = torch.addcmul(static, ((x @ projection) / norm).tanh(), scale)
+        sums = weights[..., :-1].mT @ x
+        return sums[:, :, 0], sums[:, :, 1:], weights[..., -1]
+
+
+def add(y: Tensor, x: Tensor, beta: Tensor) -> Tensor:
+    """`y (b, n, d)`, weighted by `beta (b, n, s)`, to each of the streams `x (b, n, s, d)`."""
+    if torch.is_grad_enabled() and _is_fast(x):
+        return _Add.apply(y, x, beta)
+    return torch.addcmul(x, beta[..., None], y.to(x.dtype)[:, :, None])
+
+
+def _is_fast(x: Tensor) -> bool:
+    return x.device.type == 'cpu' and fast_kernels_allowed()
 
 
 class _Mix(torch.autograd.Function):
-    """Weighs and adds the streams of each token, by weights that depend on the token.
-
-    `x (b, n, s, d)`, `projection (d, k)`, `static (s, k)`, `scale (k,)`, where the k = s + 2 weights of a stream go to
-    the branch, to each of the s streams, and to what the branch will give:
-    weights = tanh(projection of x at length 1) · scale + static.
-    """
+    """`plain_mix` with its gradient."""
 
     @staticmethod
     @in_float32
@@ -129,7 +105,7 @@ class _Mix(torch.autograd.Function):
 
 
 class _Add(torch.autograd.Function):
-    """`y (b, n, d)`, weighted by `beta (b, n, s)`, to each of the streams `x (b, n, s, d)`."""
+    """`add` with its gradient."""
 
     @staticmethod
     @in_float32

@@ -1,4 +1,4 @@
-"""From logits to tokens: temperature, top-k, top-p, where the randomness comes from, and the loop over tokens."""
+"""From logits to tokens: temperature, top-k, top-p, and where the randomness comes from."""
 
 from __future__ import annotations
 
@@ -11,12 +11,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from musiclm_pytorch.audiolm.embedding import PAD
-from musiclm_pytorch.audiolm.stages import Session
 from musiclm_pytorch.checks import typechecked
-
-# On an accelerator, asking whether all samples have ended waits for it: not at each token.
-ASK_EVERY = 16
 
 # beyond these, logits overflow
 LOWEST_TEMPERATURE, MOST_GUIDANCE = 0.001, 100
@@ -100,9 +95,8 @@ class Noise:
             raise ValueError(f'got {len(generator)} generators for {batch} samples; pass one, or one a sample')
         self.generator, self.batch = generator, batch
 
-    def draw(self, num_steps: int, rows: Sequence[int] | None = None) -> Tensor:
-        """(rows or b, num_steps) float32."""
-        rows = range(self.batch) if rows is None else rows
+    def draw(self, num_steps: int, rows: Sequence[int]) -> Tensor:
+        """(rows, num_steps) float32; a row may be there more than once."""
         if isinstance(self.generator, Sequence):
             return torch.stack([_uniform((num_steps,), self.generator[row]).cpu() for row in rows])
         # steps first, so that a longer run begins as the shorter one
@@ -111,54 +105,6 @@ class Noise:
 
 def _uniform(shape: tuple[int, ...], generator: torch.Generator | None) -> Tensor:
     return torch.rand(shape, generator=generator, device='cpu' if generator is None else generator.device)
-
-
-def sample(
-    session: Session,
-    sampling: Sampling,
-    noise: Tensor,
-    *,
-    end_id: int | None = None,
-    may_end_from: Sequence[int] = (),
-    may_end_every: int = 1,
-    advance: Callable[[int], None],
-) -> Tensor:
-    """Draw a token for each column of `noise` (b, n), fewer once all samples have drawn `end_id`.
-
-    may_end_from: the first step at which each sample may end; may_end_every: it may at each so many steps
-
-    Returns tokens (b, n): what follows the end of a sample is to be ignored.
-    """
-    batch, num_steps = noise.shape
-    noise = noise.to(session.features.device)
-    tokens = torch.full((batch, num_steps), PAD, dtype=torch.long, device=noise.device)
-    ended = torch.zeros(batch, dtype=torch.bool, device=noise.device)
-    earliest = torch.tensor(may_end_from, device=noise.device)
-    ask_every = 1 if noise.device.type == 'cpu' else ASK_EVERY
-    for step in range(num_steps):
-        logits = session.logits()
-        if end_id is not None:
-            if step % may_end_every or step < min(may_end_from):
-                logits[:, end_id] = float('-inf')
-            elif step < max(may_end_from):
-                logits[:, end_id].masked_fill_(step < earliest, float('-inf'))
-        drawn = sampling.draw(logits, noise[:, step])
-        tokens[:, step] = drawn
-        if end_id is not None:
-            ended |= drawn == end_id
-            if step % ask_every == 0 and ended.all():
-                advance(num_steps - step)
-                break
-        if step + 1 < num_steps:
-            session.push(drawn)
-        advance(1)
-    return tokens
-
-
-def first_ends(tokens: Tensor, end_id: int) -> list[int]:
-    """How many tokens of each row (b, n) stand in front of its first `end_id`, n where there is none."""
-    is_end = tokens == end_id
-    return torch.where(is_end.any(dim=1), is_end.long().argmax(dim=1), tokens.shape[1]).tolist()
 
 
 @contextmanager

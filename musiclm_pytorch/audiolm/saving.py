@@ -10,30 +10,38 @@ from typing import Any
 import torch
 from torch import nn
 
-from musiclm_pytorch.audiolm import bridge
+from musiclm_pytorch.audiolm import convert
+from musiclm_pytorch.audiolm.stages import STAGES
 from musiclm_pytorch.mulan import checkpoint
 
-# where each class comes from; a class stands before its parent
+# where each class comes from
 KINDS = {
     'NeuralCodec': 'musiclm_pytorch.codecs.neural',
     'SpectralCodec': 'musiclm_pytorch.audiolm.spectral_codec',
-    **dict.fromkeys(('SemanticTransformer', 'CoarseTransformer', 'FineTransformer', 'SoundStream'), bridge.__name__),
+    'SoundStream': convert.__name__,
+    **{it.__name__: it.__module__ for it in STAGES.values()},
 }
 
 
 def save_module(module: nn.Module, folder: str | Path) -> None:
-    """Write a transformer or SoundStream of audiolm-pytorch.
+    """Write a stage, ours or audiolm-pytorch's, a `SpectralCodec` or a SoundStream.
 
-    Raises ValueError for a module that was built before `musiclm_pytorch.audiolm.bridge` was imported: audiolm-pytorch
-    does not keep what a module was built with.
+    Raises TypeError for anything else, and ValueError for a SoundStream that was built before
+    `musiclm_pytorch.audiolm.convert` was imported: audiolm-pytorch does not keep what it was built with.
     """
-    kind = kind_of(module)
-    if not hasattr(module, bridge.CONFIG):
+    module = convert.unwrapped(module)
+    if convert.is_of(module, *(it.__name__ for it in STAGES.values())):
+        module = convert.own_stage(module)
+    kind = next((name for name in KINDS if name in {it.__name__ for it in type(module).__mro__}), None)
+    if kind is None:
+        raise TypeError(f'a {type(module).__name__} cannot be saved, only {", ".join(KINDS)}')
+    keywords = getattr(module, 'config', getattr(module, convert.CONFIG, None))
+    if keywords is None:
         raise ValueError(
             f'this {kind} was built before musiclm_pytorch looked on, so its keywords are not known; import '
-            'musiclm_pytorch.audiolm.bridge before building it'
+            'musiclm_pytorch.audiolm.convert before building it'
         )
-    checkpoint.write_folder(folder, dict(model=kind, keywords=getattr(module, bridge.CONFIG)), module.state_dict())
+    checkpoint.write_folder(folder, dict(model=kind, keywords=keywords), module.state_dict())
 
 
 def load_module(
@@ -53,23 +61,11 @@ def load_module(
     config, weights = checkpoint.read_folder(folder, 'save_module', parts, optional, verify)
     if config['model'] not in [*KINDS]:
         raise ValueError(f'{folder} holds a {config["model"]!r}, not one of {", ".join(KINDS)}')
-    kind = _class_of(config['model'])
+    kind = getattr(import_module(KINDS[config['model']]), config['model'])
     config = replace(config, content={**config.content, 'keywords': _tuples(config['keywords'])})
     module = config.build(kind, 'keywords')
     checkpoint.load_strictly(module, weights, source=folder)
     return place(module.eval())
-
-
-def kind_of(module: nn.Module) -> str:
-    """The class of audiolm-pytorch that a module is of; TypeError for any other."""
-    for kind in KINDS:
-        if isinstance(module, _class_of(kind)):
-            return kind
-    raise TypeError(f'a {type(module).__name__} cannot be saved, only {", ".join(KINDS)}')
-
-
-def _class_of(kind: str) -> type[nn.Module]:
-    return getattr(import_module(KINDS[kind]), kind)
 
 
 def _tuples(value: Any) -> Any:

@@ -1,10 +1,11 @@
-"""Semantic tokens: what AudioLM's first stage speaks in. The protocol that all our tokenizers follow."""
+"""Semantic tokens: what AudioLM's first stage speaks in. What all our tokenizers share."""
 
 from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from fractions import Fraction
 from importlib import import_module
 from itertools import groupby
 from pathlib import Path
@@ -15,7 +16,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from musiclm_pytorch.audiolm.bridge import HubertWithKmeans
+from musiclm_pytorch.audiolm.convert import passes_as
 from musiclm_pytorch.audiolm.kmeans import KMeansCodebook
 from musiclm_pytorch.checks import check_audio, check_finite, check_positive, check_sample_rate, typechecked
 from musiclm_pytorch.data.audio import resample, windows
@@ -32,7 +33,8 @@ KINDS = {
 }
 
 
-class SemanticTokenizer(HubertWithKmeans, ABC):
+@passes_as('HubertWithKmeans')
+class SemanticTokenizer(nn.Module, ABC):
     """Waves to semantic tokens: frames of features of a frozen encoder, each replaced by its nearest k-means centre.
 
     The classes of audiolm-pytorch take it as `wav2vec`:
@@ -48,9 +50,6 @@ class SemanticTokenizer(HubertWithKmeans, ABC):
 
     The encoder is a copy, frozen and always in eval mode, and computes in its own precision even under autocast: a
     token keeps its meaning whatever is trained around it. Token ids depend on the wave alone.
-
-    It inherits from `HubertWithKmeans` because the annotations of audiolm-pytorch's wrappers and trainers, which
-    beartype checks, admit nothing else; of that class only its being an `nn.Module` is used.
 
     Attributes:
         target_sample_hz: rate in Hz that the encoder works at.
@@ -69,7 +68,7 @@ class SemanticTokenizer(HubertWithKmeans, ABC):
         seq_len_multiple_of: int | None,
         window_seconds: float | None,
     ):
-        nn.Module.__init__(self)  # the parent's own would load a checkpoint and unpickle a k-means
+        nn.Module.__init__(self)  # not that of `HubertWithKmeans`, which loads a checkpoint and unpickles a k-means
         check_sample_rate(target_sample_hz)
         check_positive(seq_len_multiple_of=seq_len_multiple_of, window_seconds=window_seconds)
         self.target_sample_hz = target_sample_hz
@@ -118,6 +117,22 @@ class SemanticTokenizer(HubertWithKmeans, ABC):
                 'load a fitted one with from_pretrained'
             )
         return torch.cat([self.kmeans(features) for features in self._features(wav_input, input_sample_hz)], dim=1)
+
+    # the protocol `Tokenizer`
+
+    @property
+    def sample_rate(self) -> int:
+        """`target_sample_hz`."""
+        return self.target_sample_hz
+
+    @property
+    def frame_rate(self) -> Fraction:
+        """Tokens a second."""
+        return Fraction(self.target_sample_hz, self.downsample_factor)
+
+    def encode(self, waves: Tensor) -> Tensor:
+        """`forward`."""
+        return self(waves)
 
     # beyond
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from musiclm_pytorch.atomic import checksum_of_file, naming, open_modes
-from musiclm_pytorch.audiolm.bridge import HubertWithKmeans
+from musiclm_pytorch.audiolm.convert import is_of
 from musiclm_pytorch.audiolm.semantic import SemanticTokenizer
 from musiclm_pytorch.checks import check_sample_rate, typechecked
 from musiclm_pytorch.mulan.checkpoint import SavedConfig
@@ -114,12 +114,13 @@ class TransformersSemanticTokenizer(SemanticTokenizer):
         return cls(_hubert_of(model), layer=layer, target_sample_hz=target_sample_hz, **keywords)
 
     @classmethod
-    @typechecked
-    def from_audiolm(cls, tokenizer: HubertWithKmeans) -> TransformersSemanticTokenizer:
+    def from_audiolm(cls, tokenizer: nn.Module) -> TransformersSemanticTokenizer:
         """audiolm-pytorch's own tokenizer, centres included: the same tokens, and it can be saved without pickle.
 
         `HubertWithKmeans` unpickles the file of its k-means: build it from files that you trust.
         """
+        if not is_of(tokenizer, 'HubertWithKmeans') or isinstance(tokenizer, SemanticTokenizer):
+            raise TypeError(f'tokenizer must be a HubertWithKmeans of audiolm-pytorch, got a {type(tokenizer).__name__}')
         if tokenizer.output_layer is None:
             raise ValueError('output_layer=None is the output after the final norm; name the layer')
         adapted = cls(

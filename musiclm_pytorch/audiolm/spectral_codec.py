@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
 import torch
 from einops import einsum, rearrange
-from sklearn.cluster import MiniBatchKMeans
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from musiclm_pytorch.audiolm.codec import Codec
+from musiclm_pytorch.audiolm.codec import SpectrogramCodec
 from musiclm_pytorch.checks import check_positive, records_config, typechecked
 from musiclm_pytorch.data.audio import resample
 from musiclm_pytorch.data.collate import mono, split_item
@@ -23,7 +23,7 @@ MOMENTUM = 0.99  # of fast Griffin-Lim (Perraudin et al., 2013)
 BATCH = 4096  # vectors looked at in one step of the k-means
 
 
-class SpectralCodec(Float32Buffers, Codec):
+class SpectralCodec(Float32Buffers, SpectrogramCodec):
     """Waves to residual codes and back, in place of a SoundStream where there is no GPU to train one.
 
     A code vector stands for `frames` neighbouring frames of a magnitude spectrogram, bin by bin up to `resolved_hz` and
@@ -34,8 +34,8 @@ class SpectralCodec(Float32Buffers, Codec):
 
         codec = SpectralCodec(sample_rate=16000)
         codec.fit(dataset)
-        _, codes, _ = codec(wavs, return_encoded=True)  # (b, samples // 640, 8) int64
-        wavs = codec.decode_from_codebook_indices(codes)  # (b, 1, samples)
+        codes = codec.encode(wavs)  # (b, samples // 640, 8) int64
+        wavs = codec.decode(codes)  # (b, samples)
 
     Args:
         sample_rate: Hz.
@@ -150,6 +150,8 @@ class SpectralCodec(Float32Buffers, Codec):
         Raises:
             ValueError: fewer vectors than codes.
         """
+        from sklearn.cluster import MiniBatchKMeans  # takes seconds
+
         check_positive(max_items=max_items, max_vectors=max_vectors)
         rate = agreed_rate(data, sample_rate, default=self.target_sample_hz)
         random = np.random.default_rng(seed)

@@ -1,333 +1,625 @@
-"""What the semantic, coarse and fine stage of AudioLM put into their transformer, and what they read from it.
+"""The three stages of AudioLM: what each puts into its transformer, its loss, and its next token.
 
-A `Decoder` holds the weights of a stage ready for decoding. Its `begin` reads the prompt and gives a `Session`, which
-gives the logits of the next token and takes the token that was chosen. All of it belongs under torch.inference_mode().
+They have the keywords, parameters and numbers of audiolm-pytorch's modules of the same names (`convert.py` takes weights
+both ways). A stage tells its own tokens after those that it is given: semantic ones of nothing, coarse acoustic ones of
+semantic ones, fine ones of coarse ones. Ids are int64, padded at the end with `PAD`.
+
+The end token is among the labels always, in audiolm-pytorch in training mode alone, so that losses in training and
+validation are of the same thing; each item of a batch has it where it ends.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
-from musiclm_pytorch.audiolm.bridge import (
-    CoarseTransformer,
-    FineTransformer,
-    SemanticTransformer,
-    conditioning_dim,
+from musiclm_pytorch.audiolm.decode_step import step_for
+from musiclm_pytorch.audiolm.transformer import (
+    Cache,
+    Linear,
+    PositionBias,
+    Transformer,
+    at_least_float32,
+    run_position_mlp,
+    without_denormals,
 )
-from musiclm_pytorch.audiolm.cached_transformer import Cache, CachedTransformer, FixedStep, Layout, Product, layout_for
-from musiclm_pytorch.audiolm.embedding import PAD, embed_levels, start
-from musiclm_pytorch.audiolm.fused_step import MOST_ROWS, FusedStep
-from musiclm_pytorch.audiolm.position_bias import PositionBias, coarse_bias, fine_bias, semantic_bias
-from musiclm_pytorch.checks import typechecked
+from musiclm_pytorch.checks import check_positive, typechecked
 
-# queries of a prompt computed at once, which bounds the memory of their scores
-PROMPT_BLOCK = 256
-# rows of the position bias computed at once, for the tokens to come
-BIAS_BLOCK = 64
+PAD = -1
+T5_NAME = 'google/t5-v1_1-base'  # what audiolm-pytorch encodes texts with, where it is not MuLaN
+T5_WIDTHS = {f'google/t5-v1_1-{size}': width for size, width in
+             dict(small=512, base=768, large=1024, xl=2048, xxl=4096).items()}  # fmt: skip
+PROMPT_BLOCK = 256  # tokens of a prompt computed at once, which bounds memory
+EMBEDDINGS, LOGITS = 0.1, 0.02  # standard deviations, see `scale_initial_weights`
 
 
-class Session:
-    """One batch on its way through a stage. With guidance, the rows without conditioning follow those with it."""
+class StageTransformer(nn.Module):
+    """What the three stages share; use `SemanticTransformer`, `CoarseTransformer` or `FineTransformer`.
 
-    def __init__(
-        self,
-        decoder: Decoder,
-        prompt: Tensor,
-        *,
-        bias: PositionBias,
-        num_known: int,
-        max_tokens: int,
-        text_embeds: Tensor | None,
-        cond_scale: float,
-        key_mask: Tensor | None = None,
-    ):
-        """prompt: (b, n, d) embeddings, which end with the `num_known` of at most `max_tokens` tokens that are given.
-        key_mask: (b, k) bool, which of the first k positions may be seen."""
-        self.decoder, self.bias = decoder, bias
-        self.cond_scale, self.is_guided = cond_scale, text_embeds is not None and cond_scale != 1
-        self.index = num_known
-        context, context_mask = decoder.condition(text_embeds, self.is_guided)
-        if self.is_guided and key_mask is not None:
-            key_mask = key_mask.repeat(2, 1)
-        network = decoder.network
-        self.capacity = prompt.shape[1] + max(max_tokens - num_known - 1, 0)  # nobody asks what follows the last token
-        self.cache = network.start(
-            prompt.shape[0] * (2 if self.is_guided else 1),
-            self.capacity,
-            device=prompt.device,
-            key_mask=key_mask,
-            context=context,
-            context_mask=context_mask,
-        )
-        self._rows, self._rows_from = None, 0
-        for block in self._both(prompt).split(PROMPT_BLOCK, dim=1):
-            start = self.cache.length
-            stop = start + block.shape[1]
-            features = network.extend(block, self._bias_rows(start, stop, num_keys=stop), self.cache)
-            self.features = features[:, -1]
-        self._step = decoder.step(self.cache, len(self.features))
+    Args:
+        dim, depth, heads, dim_head, attn_dropout, ff_dropout, grad_shrink_alpha, rel_pos_bias, flash_attn, num_null_kv,
+            num_residual_streams, add_value_residual: of the `Transformer`.
+        audio_text_condition: whether it is conditioned by MuLaN, by embeddings of width `cond_dim`, by default `dim`.
+        has_condition, t5_name: conditioned by the T5 of audiolm-pytorch, whose width is the default of `cond_dim`.
+        cond_as_self_attn_prefix: see conditioning as keys ahead of all tokens, rather than by cross-attention.
+        cond_drop_prob: of audiolm-pytorch's trainers; ours have their own.
 
-    def logits(self) -> Tensor:
-        """(b, c) float32 for the next token."""
-        logits = self.decoder.head(self.features, self.index)
-        if self.is_guided:
-            with_condition, without = logits.chunk(2)
-            logits = without + (with_condition - without) * self.cond_scale
-        return logits
-
-    def push(self, tokens: Tensor) -> None:
-        """Take the next token of each row, (b,) int64."""
-        decoder, position = self.decoder, self.cache.length
-        if self._rows is None or position >= self._rows_from + len(self._rows):
-            self._rows_from = position
-            stop = min(position + BIAS_BLOCK, self.capacity)
-            self._rows = self._bias_rows(position, stop, num_keys=self.capacity if decoder.compile else stop)
-        row = self._rows[position - self._rows_from][None]
-        embeds = self._both(decoder.embed(tokens, self.index)[:, None])
-        if self._step is not None:
-            features = self._step(embeds, row)
-        else:
-            features = decoder.network.extend(embeds, row[..., : self.cache.prefix + position + 1], self.cache)
-        self.features = features[:, -1]
-        self.index += 1
-
-    def _bias_rows(self, start: int, stop: int, num_keys: int) -> Tensor:
-        heads = self.decoder.network.heads
-        return self.bias.rows(start, stop, num_keys=num_keys, heads=heads, prefix=self.cache.prefix)
-
-    def _both(self, embeds: Tensor) -> Tensor:
-        return embeds.repeat(2, 1, 1) if self.is_guided else embeds
-
-
-class Decoder:
-    """Weights of a stage, copied and laid out for decoding: after training on, build a new one.
-
-    On a CPU, float32 and up to 16 rows, a token is one compiled call (`step_kernel.py`); the first on a machine waits
-    some seconds for numba. The threads of PyTorch share it.
-
-    compile: run a token's step through torch.compile at fixed shapes, and replay it as a CUDA graph on a GPU, which it
-        is meant for: each session is recorded anew, each token looks at all the places there will be, and on a CPU
-        the weights are not laid out for few rows
-    dtype: of the weight matrices; float32 decodes exactly what the stage computes, bfloat16 faster, None as they are
-
-    Raises ValueError for `num_null_kv` in self-attention together with `flash_attn`, where the stage's own forward
-    hides each token from itself.
+    Raises:
+        ValueError: sizes that are not positive, a T5 of unknown width.
     """
 
-    # whether the conditioning's rows of zeros are masked, as this stage's own forward does
+    end_id: int | None = None  # the end token among its own tokens
+    num_levels = 1  # of its own tokens, which take turns
+    # whether the conditioning's rows of zeros are masked, as audiolm-pytorch's module of the stage does
     masks_empty_conditioning = False
 
-    def __init__(self, transformer: nn.Module, dtype: torch.dtype | None, compile: bool):
-        self.transformer, self.compile = transformer, compile
-        self.dtype = dtype or next(transformer.parameters()).dtype
-        with torch.inference_mode():
-            self.layout = layout_for(transformer.device, self.dtype, compile)
-            self.network = CachedTransformer(transformer.transformer, dtype=self.dtype, layout=self.layout)
+    @typechecked
+    def __init__(
+        self,
+        *,
+        dim: int,
+        depth: int,
+        heads: int = 8,
+        attn_dropout: float = 0.0,
+        ff_dropout: float = 0.0,
+        t5_name: str = T5_NAME,
+        has_condition: bool = False,
+        cond_dim: int | None = None,
+        audio_text_condition: bool = False,
+        cond_as_self_attn_prefix: bool = False,
+        cond_drop_prob: float = 0.5,
+        grad_shrink_alpha: float = 0.1,
+        rel_pos_bias: bool = True,
+        flash_attn: bool = False,
+        dim_head: int = 64,
+        num_null_kv: int = 0,
+        num_residual_streams: int = 4,
+        add_value_residual: bool = True,
+    ):
+        super().__init__()
+        check_positive(dim=dim, depth=depth, heads=heads, cond_dim=cond_dim, dim_head=dim_head)
+        self.has_condition = has_condition or audio_text_condition
+        self.cond_drop_prob = cond_drop_prob
+        self.has_position_bias = rel_pos_bias and not flash_attn
+        if cond_dim is None:
+            if not audio_text_condition and t5_name not in T5_WIDTHS:
+                raise ValueError(f'the width of {t5_name!r} is not known here; say cond_dim')
+            cond_dim = dim if audio_text_condition else T5_WIDTHS[t5_name]
+        self.conditioning_dim = cond_dim
+        self._sizes = dict(
+            dim=dim,
+            depth=depth,
+            heads=heads,
+            dim_head=dim_head,
+            cross_attend=self.has_condition and not cond_as_self_attn_prefix,
+            cond_as_self_attn_prefix=cond_as_self_attn_prefix,
+            attn_dropout=attn_dropout,
+            ff_dropout=ff_dropout,
+            grad_shrink_alpha=grad_shrink_alpha,
+            flash_attn=flash_attn,
+            num_null_kv=num_null_kv,
+            num_residual_streams=num_residual_streams,
+            add_value_residual=add_value_residual,
+        )
+
+    def _add_transformer(self, rel_pos_bias: bool) -> None:
+        dim, width = self._sizes['dim'], self.conditioning_dim
+        self.proj_text_embed = nn.Linear(width, dim, bias=False) if width != dim else nn.Identity()
+        self._before_transformer()
+        self.transformer = Transformer(**self._sizes, rel_pos_bias=rel_pos_bias)
+
+    def _before_transformer(self) -> None:
+        """Parameters that audiolm-pytorch draws at this place."""
 
     @property
     def device(self) -> torch.device:
-        return self.transformer.device
+        return self.transformer.norm.gamma.device
 
-    @property
-    def weight_bytes_a_token(self) -> int:
-        """Bytes of the weight matrices that a token has to read."""
-        return sum(product.num_bytes for product in self.network.products()) + self.heads[0].num_bytes
+    # what a stage gives
 
-    heads: list[Product]
-
-    def step(self, cache: Cache, batch: int) -> FixedStep | FusedStep | None:
-        """What extends a generation by one token of each row; None if that is `network.extend`."""
-        if self.compile:
-            return FixedStep(self.network, cache, batch)
-        has_keys = not self.network.crosses or cache.cross_v[0].shape[1] > 0
-        if self.layout is Layout.ROWS and batch <= MOST_ROWS and has_keys:
-            return FusedStep(self.network, cache, batch)
-        return None
-
-    def head(self, features: Tensor, index: int) -> Tensor:
-        return self.heads[index % len(self.heads)](features)
-
-    def embed(self, tokens: Tensor, index: int) -> Tensor:
-        """(b, d) for the tokens (b,) at place `index` of those this stage makes."""
+    def embed(self, *ids: Tensor) -> Tensor:
+        """`(b, n, d)` of given and own tokens `(b, n)`, levels taking turns, each part behind its start token."""
         raise NotImplementedError
 
-    def condition(self, text_embeds: Tensor | None, is_guided: bool) -> tuple[Tensor | None, Tensor | None]:
-        """The context (b, n, d) of the transformer and its mask; zeros for the rows without conditioning."""
-        if text_embeds is None:
-            return None, None
-        context = self.transformer.proj_text_embed(text_embeds).float()
-        mask = (text_embeds != 0).any(dim=-1) if self.masks_empty_conditioning else None
-        if is_guided:
-            context = torch.cat((context, torch.zeros_like(context)))
-            mask = None if mask is None else torch.cat((mask, torch.zeros_like(mask)))
-        return context, mask
+    def embed_own(self, ids: Tensor, first: int = 0) -> Tensor:
+        """`(b, n, d)` of own tokens `(b, n)`, of which the first is number `first` of all."""
+        raise NotImplementedError
 
-    def check_condition(self, text_embeds: Tensor | None, batch: int, cond_scale: float) -> Tensor | None:
-        """`text_embeds` for `batch` rows, on the device of the stage."""
-        name = type(self.transformer).__name__
-        if text_embeds is None:
-            if self.transformer.has_condition:
-                raise ValueError(f'this {name} is conditioned: pass text_embeds of shape (batch, n, dim)')
-            if cond_scale != 1:
-                raise ValueError(f'this {name} has no condition to guide by: cond_scale must be 1, got {cond_scale}')
-            return None
-        if not self.transformer.has_condition:
-            raise ValueError(f'this {name} was built without has_condition, so it takes no text_embeds')
-        width = conditioning_dim(self.transformer)
-        if text_embeds.ndim != 3 or text_embeds.shape[0] not in (1, batch) or text_embeds.shape[2] != width:
+    def bias(self, given: int, own: int) -> PositionBias:
+        """The position bias of so many given and own tokens, start tokens added."""
+        raise NotImplementedError
+
+    def mask_given(self, ids: Tensor) -> Tensor | None:
+        """Which given tokens `(b, n)` are seen."""
+        return None
+
+    def own_heads(self) -> list[Callable[[Tensor], Tensor]]:
+        """From features to the logits of each level of the own tokens."""
+        raise NotImplementedError
+
+    def given_heads(self) -> list[Callable[[Tensor], Tensor]]:
+        """The same of the given tokens, none where they are not told."""
+        return []
+
+    # training
+
+    def features(
+        self, *ids: Tensor, seen: Tensor | None = None, conditioning: Tensor | None = None
+    ) -> tuple[Tensor, ...]:
+        """What each given token, and the token after each of 0 … n own ones, is told from.
+
+        Args:
+            ids: given tokens `(b, m)`, unless the stage is semantic, and own ones `(b, n)`, levels taking turns.
+            seen: `(b, k)` bool, which places attention looks at, start tokens included.
+            conditioning: `(b, q, d)`.
+
+        Returns:
+            `(b, m, d)`, unless the stage is semantic, and `(b, 1 + n, d)`.
+        """
+        *given, own = ids
+        x = at_least_float32(self.embed(*ids))
+        shown = None if not given else self.mask_given(given[0])
+        if shown is not None:
+            shown = F.pad(shown, (1, x.shape[1] - shown.shape[1] - 1), value=True)
+            seen = shown if seen is None else shown & seen
+        bias = self.bias(given[0].shape[1] if given else 0, own.shape[1])
+        context, context_mask = self.context(conditioning)
+        features = self.transformer(x, bias, seen=seen, context=context, context_mask=context_mask)
+        if not given:
+            return (features,)
+        return features[:, : given[0].shape[1]], features[:, given[0].shape[1] + 1 :]
+
+    def loss(self, *ids: Tensor, conditioning: Tensor | None = None, mask_prob: float = 0.0,
+             prefix_loss_weight: float = 1.0) -> Tensor:  # fmt: skip
+        """Cross-entropy of the own tokens and of the given ones, a mean over all, in nats; a scalar.
+
+        Args:
+            ids: the semantic stage takes semantic tokens `(b, n)`, the coarse one these and coarse codes `(b, t, q)`, the
+                fine one coarse and fine codes.
+            conditioning: `(b, q, d)` embeddings, for a stage that is conditioned; zeros are the null condition.
+            mask_prob: share of earlier tokens that attention does not see, see `forgetful_mask`.
+            prefix_loss_weight: of the tokens that are given; 0 leaves them out.
+        """
+        *given, own = (rearrange(it, 'b n ... -> b (n ...)') for it in ids)
+        labels = with_end(own, self.end_id)
+        inputs = labels[:, :-1]
+        given_labels = [with_end(it, self.given_end_id) for it in given]
+        length = sum(it.shape[1] + 1 for it in (*given_labels, inputs))
+        seen = None
+        if mask_prob > 0:
+            seen = self._forgetful(len(own), length, mask_prob)
+        features = self.features(*given_labels, inputs, seen=seen, conditioning=conditioning)
+        loss = summed_loss(features[-1], self.own_heads(), labels)
+        if given and self.tells_given(prefix_loss_weight):
+            loss = loss + summed_loss(features[0], self.given_heads(), given_labels[0]) * prefix_loss_weight
+        return loss / self.count_labels(*ids, prefix_loss_weight=prefix_loss_weight)
+
+    def _forgetful(self, batch: int, length: int, mask_prob: float) -> Tensor:
+        return forgetful_mask((batch, length), mask_prob, self.device)
+
+    given_end_id: int | None = None
+
+    def tells_given(self, prefix_loss_weight: float) -> bool:
+        """Whether the tokens that the stage is given are among the labels of its loss."""
+        return prefix_loss_weight != 0 and len(self.given_heads()) > 0
+
+    def count_labels(self, *ids: Tensor, prefix_loss_weight: float = 1.0) -> Tensor:
+        """The number of labels that `loss` is the mean over, an int64 scalar.
+
+        With it, the losses of several batches are joined to that of all of them. A label of the given tokens counts as
+        one, whatever its weight, unless that is 0. Args as of `loss`.
+        """
+        *given, own = ids
+        counted = [(own, self.end_id)]
+        if given and self.tells_given(prefix_loss_weight):
+            counted.append((given[0], self.given_end_id))
+        return torch.stack([(it != PAD).sum() + (0 if end is None else len(it)) for it, end in counted]).sum()
+
+    # decoding
+
+    @torch.inference_mode()
+    def prefill(
+        self,
+        *ids: Tensor,
+        max_tokens: int,
+        conditioning: Tensor | None = None,
+        cond_scale: float = 1.0,
+        total_tokens: int | None = None,
+        compile: bool = False,
+    ) -> GenerationState:
+        """Read what is given, and go on from there by `decode_step`.
+
+        Args:
+            ids: given tokens `(b, m)`, `PAD` and the end token where there are none, unless the stage is semantic; and the
+                own tokens so far, `(b, n)`.
+            max_tokens: own tokens that there will be at most, those so far included.
+            conditioning: `(b, q, d)`.
+            cond_scale: classifier-free guidance, null + cond_scale * (conditioned - null); 1 is without.
+            total_tokens: how many of a sample are made in all, if others follow; by it, kernels are loaded or not.
+            compile: run steps through torch.compile at fixed shapes, on a GPU as a CUDA graph.
+        """
+        *given, own = ids
+        num_given, network = given[0].shape[1] if given else 0, self.transformer
+        context, context_mask = self.context(conditioning)
+        is_guided = conditioning is not None and cond_scale != 1
+        x = at_least_float32(self.embed(*ids))
+        seen = self.mask_given(given[0]) if given else None
+        seen = None if seen is None else F.pad(seen, (1, 0), value=True)
+        if is_guided:  # the rows without conditioning follow those with it
+            x, context = x.repeat(2, 1, 1), torch.cat((context, torch.zeros_like(context)))
+            seen = None if seen is None else seen.repeat(2, 1)
+            if context_mask is not None:
+                context_mask = torch.cat((context_mask, torch.zeros_like(context_mask)))
+        capacity = x.shape[1] + max(max_tokens - own.shape[1] - 1, 0)  # nobody asks what follows the last token
+        cache = network.start_cache(len(x), capacity, seen=seen, context=context, context_mask=context_mask)
+        bias = self.bias(num_given, max_tokens)
+        for block in x.split(PROMPT_BLOCK, dim=1):
+            features = network(block, bias, cache=cache)[:, -1]
+        cache.step = step_for(network, cache, len(x), total_tokens or max_tokens - own.shape[1], compile)
+        return GenerationState(cache, bias, features, own.shape[1], cond_scale, is_guided)
+
+    def next_logits(self, state: GenerationState) -> Tensor:
+        """`(b, c)` float32 for the next token."""
+        heads = self.own_heads()
+        logits = at_least_float32(heads[state.index % len(heads)](state.features))
+        if state.is_guided:
+            conditioned, null = logits.chunk(2)
+            logits = null + (conditioned - null) * state.cond_scale
+        return logits
+
+    def decode_step(self, state: GenerationState, tokens: Tensor) -> None:
+        """Take the next token of each row, `(b,)` int64."""
+        x = at_least_float32(self.embed_own(tokens[:, None], state.index))
+        x = x.repeat(2, 1, 1) if state.is_guided else x
+        state.features = self.transformer(x, state.bias, cache=state.cache)[:, -1]
+        state.index += 1
+
+    # conditioning
+
+    def context(self, conditioning: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        """What the transformer takes of the conditioning, and which of it is seen.
+
+        Raises ValueError where it does not fit the stage.
+        """
+        name = type(self).__name__
+        if self.has_condition != (conditioning is not None):
             raise ValueError(
-                f'text_embeds must have shape ({batch}, n, {width}), or (1, n, {width}) for all samples, '
-                f'got {tuple(text_embeds.shape)}'
+                f'this {name} was built with conditioning: pass it, of shape (b, n, {self.conditioning_dim})'
+                if self.has_condition
+                else f'this {name} was built without conditioning: pass none, or build it with audio_text_condition=True'
             )
-        text_embeds = text_embeds.to(self.device, next(self.transformer.parameters()).dtype)
-        return text_embeds.expand(batch, -1, -1)
+        if conditioning is None:
+            return None, None
+        if conditioning.ndim != 3 or conditioning.shape[-1] != self.conditioning_dim:
+            raise ValueError(
+                f'this {name} takes conditioning {self.conditioning_dim} wide, got {conditioning.shape[-1]} in '
+                f'{tuple(conditioning.shape)}'
+            )
+        mask = (conditioning != 0).any(dim=-1) if self.masks_empty_conditioning else None
+        weight = getattr(self.proj_text_embed, 'weight', None)
+        return at_least_float32(self.proj_text_embed(conditioning if weight is None else conditioning.to(weight))), mask
+
+    # new weights
+
+    @torch.no_grad()
+    def scale_initial_weights(self) -> StageTransformer:
+        """Scale the embeddings and the weights of the logits of a new stage, and give it back.
+
+        They are drawn with a deviation of 1, as in audiolm-pytorch: the loss of 512 codes begins at 35 to 45 in place
+        of ln 512 = 6.2, and a step of Adam hardly moves an embedding of that size.
+        """
+        for module in self.modules():
+            if isinstance(module, nn.Embedding):
+                module.weight.mul_(EMBEDDINGS)
+        for name, weight in self.named_parameters():
+            if name.endswith('start_token'):
+                weight.mul_(EMBEDDINGS)
+            elif name.endswith('logit_weights'):
+                weight.mul_(LOGITS)
+        return self
 
 
-class SemanticDecoder(Decoder):
-    """`SemanticTransformer` of audiolm-pytorch, ready for decoding (see `Decoder`)."""
+class GenerationState:
+    """One batch on its way through a stage: what it has seen, and the features that the next token is told from."""
+
+    def __init__(
+        self, cache: Cache, bias: PositionBias, features: Tensor, index: int, cond_scale: float, is_guided: bool
+    ):
+        self.cache, self.bias, self.features = cache, bias, features
+        self.index = index  # of the next token among the own ones
+        self.cond_scale, self.is_guided = cond_scale, is_guided
+
+
+class SemanticTransformer(StageTransformer):
+    """Semantic tokens from conditioning. Further keywords as of `StageTransformer`."""
 
     @typechecked
-    @torch.inference_mode()
-    def __init__(self, transformer: SemanticTransformer, *, dtype: torch.dtype | None = None, compile: bool = False):
-        super().__init__(transformer, dtype, compile)
-        self.heads = [
-            Product(transformer.to_logits.weight, transformer.to_logits.bias, dtype=self.dtype, layout=self.layout)
-        ]
-        self.end_id = transformer.eos_id
-        self.codebook_size = transformer.num_semantic_tokens
+    def __init__(self, *, num_semantic_tokens: int, **shared: Any):
+        super().__init__(**shared)
+        self.config = dict(num_semantic_tokens=num_semantic_tokens, **shared)
+        dim = shared['dim']
+        self.num_semantic_tokens = self.codebook_size = num_semantic_tokens
+        self.eos_id = self.end_id = num_semantic_tokens
+        self.start_token = nn.Parameter(torch.randn(dim))
+        self.semantic_embedding = nn.Embedding(num_semantic_tokens + 1, dim)
+        self._add_transformer(self.has_position_bias)
+        self.to_logits = nn.Linear(dim, num_semantic_tokens + 1)
 
-    def embed(self, tokens: Tensor, index: int) -> Tensor:
-        return self.transformer.semantic_embedding(tokens).float()
+    def embed(self, ids: Tensor) -> Tensor:
+        return torch.cat((start(self.start_token, len(ids)), self.embed_own(ids)), dim=1)
 
-    @torch.inference_mode()
-    def begin(
-        self, prime: Tensor, *, max_tokens: int, text_embeds: Tensor | None = None, cond_scale: float = 1.0
-    ) -> Session:
-        """prime: (b, n) tokens given, PAD in front of shorter ones."""
-        is_real = prime != PAD
-        embeds = self.transformer.semantic_embedding(prime.masked_fill(~is_real, 0))
-        # the start token stands right before the first token, so it takes the place of the last padding
-        embeds = torch.cat((start(self.transformer.start_token, len(prime)), embeds), dim=1)
-        first = (~is_real).sum(dim=1)
-        embeds[torch.arange(len(prime), device=prime.device), first] = self.transformer.start_token
-        key_mask = torch.arange(embeds.shape[1], device=prime.device) >= first[:, None]
-        return Session(
-            self,
-            embeds.float(),
-            bias=semantic_bias(self.transformer, 1 + max_tokens),
-            num_known=prime.shape[1],
-            max_tokens=max_tokens,
-            text_embeds=text_embeds,
-            cond_scale=cond_scale,
-            key_mask=key_mask,
-        )
+    def embed_own(self, ids: Tensor, first: int = 0) -> Tensor:
+        is_real = ids != PAD
+        return self.semantic_embedding(ids.masked_fill(~is_real, 0)) * is_real[..., None]
+
+    def bias(self, given: int, own: int) -> PositionBias:
+        """Of [start, token, token, …]."""
+        codes = torch.arange(1 + own, device=self.device)
+        relative = self.transformer.rel_pos_bias
+        return PositionBias(None if relative is None else relative(len(codes)), codes)
+
+    def own_heads(self) -> list[Callable[[Tensor], Tensor]]:
+        return [partial(head, weight=self.to_logits.weight, bias=self.to_logits.bias)]
+
+    def _forgetful(self, batch: int, length: int, mask_prob: float) -> Tensor:
+        return F.pad(forgetful_mask((batch, length - 1), mask_prob, self.device), (1, 0), value=True)
 
 
-class CoarseDecoder(Decoder):
-    """`CoarseTransformer` of audiolm-pytorch, ready for decoding (see `Decoder`)."""
+class CoarseTransformer(StageTransformer):
+    """Coarse acoustic codes, level by level of each frame, from semantic tokens. Further keywords as of
+    `StageTransformer`."""
 
     masks_empty_conditioning = True
 
     @typechecked
-    @torch.inference_mode()
-    def __init__(self, transformer: CoarseTransformer, *, dtype: torch.dtype | None = None, compile: bool = False):
-        super().__init__(transformer, dtype, compile)
-        self.heads = [
-            Product(weight, dtype=self.dtype, layout=self.layout) for weight in transformer.coarse_logit_weights
-        ]
-        self.end_id = transformer.coarse_eos_id
-        self.codebook_size = transformer.codebook_size
-        self.num_quantizers = transformer.num_coarse_quantizers
-
-    def embed(self, tokens: Tensor, index: int) -> Tensor:
-        return self._embed(tokens, index % self.num_quantizers).float()
-
-    def _embed(self, tokens: Tensor, quantizer: int | Tensor) -> Tensor:
-        tables = self.transformer.coarse_embedding, self.transformer.coarse_quantize_embedding
-        return embed_levels(tokens, quantizer, *tables, self.codebook_size)
-
-    @torch.inference_mode()
-    def begin(
+    def __init__(
         self,
-        semantic_ids: Tensor,
-        prime: Tensor,
         *,
-        max_frames: int,
-        text_embeds: Tensor | None = None,
-        cond_scale: float = 1.0,
-    ) -> Session:
-        """semantic_ids: (b, n), PAD and the end token where there are none. prime: (b, frames, q) codes given."""
-        transformer, batch = self.transformer, len(prime)
-        is_real = (semantic_ids != PAD) & (semantic_ids != transformer.semantic_eos_id)
-        semantic = transformer.semantic_embedding(semantic_ids.masked_fill(~is_real, 0))
-        coarse = self._embed(prime, torch.arange(self.num_quantizers, device=prime.device)).flatten(1, 2)
-        starts = [start(token, batch) for token in (transformer.semantic_start_token, transformer.coarse_start_token)]
-        prompt = torch.cat((starts[0], semantic, starts[1], coarse), dim=1)
-        max_tokens = max_frames * self.num_quantizers
-        num_semantic = semantic_ids.shape[1]
-        return Session(
-            self,
-            prompt.float(),
-            bias=coarse_bias(transformer, num_semantic, 2 + num_semantic + max_tokens),
-            num_known=prime.shape[1] * self.num_quantizers,
-            max_tokens=max_tokens,
-            text_embeds=text_embeds,
-            cond_scale=cond_scale,
-            key_mask=F.pad(is_real, (1, 0), value=True),
+        codebook_size: int,
+        num_coarse_quantizers: int,
+        num_semantic_tokens: int,
+        project_semantic_logits: bool = True,
+        **shared: Any,
+    ):
+        super().__init__(**shared)
+        self.config = dict(
+            codebook_size=codebook_size,
+            num_coarse_quantizers=num_coarse_quantizers,
+            num_semantic_tokens=num_semantic_tokens,
+            project_semantic_logits=project_semantic_logits,
+            **shared,
         )
+        dim = shared['dim']
+        self.num_semantic_tokens, self.codebook_size = num_semantic_tokens, codebook_size
+        self.num_coarse_quantizers = self.num_levels = num_coarse_quantizers
+        self.semantic_eos_id = self.given_end_id = num_semantic_tokens
+        self.coarse_eos_id = self.end_id = codebook_size
+        self.semantic_start_token = nn.Parameter(torch.randn(dim))
+        self.coarse_start_token = nn.Parameter(torch.randn(dim))
+        self.semantic_embedding = nn.Embedding(num_semantic_tokens + 1, dim)
+        self.coarse_embedding = nn.Embedding(num_coarse_quantizers * (codebook_size + 1), dim)
+        self.coarse_quantize_embedding = nn.Embedding(num_coarse_quantizers, dim)
+        self._add_transformer(self.has_position_bias)
+        self.to_semantic_logits = nn.Linear(dim, num_semantic_tokens + 1) if project_semantic_logits else None
+        self.coarse_logit_weights = nn.Parameter(torch.randn(num_coarse_quantizers, codebook_size + 1, dim))
+
+    def _before_transformer(self) -> None:
+        heads = self._sizes['heads']
+        self.cross_attn_bias = nn.Parameter(torch.zeros(heads, 1, 1)) if self.has_position_bias else None
+
+    def embed(self, semantic: Tensor, coarse: Tensor) -> Tensor:
+        b, seen = len(semantic), self.mask_given(semantic)
+        starts = [start(it, b) for it in (self.semantic_start_token, self.coarse_start_token)]
+        semantic = self.semantic_embedding(semantic.masked_fill(~seen, 0))
+        return torch.cat((starts[0], semantic, starts[1], self.embed_own(coarse)), dim=1)
+
+    def embed_own(self, ids: Tensor, first: int = 0) -> Tensor:
+        # padding comes last, where no label looks back at it
+        return embed_levels(ids, first, self.coarse_embedding, self.coarse_quantize_embedding, self.codebook_size)
+
+    def bias(self, given: int, own: int) -> PositionBias:
+        """Of [start, semantic …, start, coarse …]; one learned value between the two parts."""
+        codes = torch.arange(2 + given + own, device=self.device)
+        relative = self.transformer.rel_pos_bias
+        if relative is None:
+            return PositionBias(None, codes)
+        is_coarse, across = codes > given, at_least_float32(self.cross_attn_bias[:, 0])
+        return PositionBias(relative(len(codes)), codes, across=across, query_groups=is_coarse, key_groups=is_coarse)
+
+    def mask_given(self, ids: Tensor) -> Tensor:
+        """Neither padding nor the end of the semantic tokens is seen."""
+        return (ids != PAD) & (ids != self.semantic_eos_id)
+
+    def own_heads(self) -> list[Callable[[Tensor], Tensor]]:
+        return [partial(head, weight=weight) for weight in self.coarse_logit_weights]
+
+    def given_heads(self) -> list[Callable[[Tensor], Tensor]]:
+        layer = self.to_semantic_logits
+        return [] if layer is None else [partial(head, weight=layer.weight, bias=layer.bias)]
 
 
-class FineDecoder(Decoder):
-    """`FineTransformer` of audiolm-pytorch, ready for decoding (see `Decoder`)."""
+class FineTransformer(StageTransformer):
+    """Fine acoustic codes, level by level of each frame, from coarse ones. Further keywords as of `StageTransformer`.
+
+    There is no end token: fine codes end with the coarse ones.
+    """
 
     @typechecked
-    @torch.inference_mode()
-    def __init__(self, transformer: FineTransformer, *, dtype: torch.dtype | None = None, compile: bool = False):
-        super().__init__(transformer, dtype, compile)
-        self.heads = [
-            Product(weight, dtype=self.dtype, layout=self.layout) for weight in transformer.fine_logit_weights
-        ]
-        self.codebook_size = transformer.codebook_size
-        self.num_quantizers = transformer.num_fine_quantizers
-
-    def embed(self, tokens: Tensor, index: int) -> Tensor:
-        return self._embed(tokens, index % self.num_quantizers).float()
-
-    def _embed(self, tokens: Tensor, quantizer: int | Tensor) -> Tensor:
-        tables = self.transformer.fine_embedding, self.transformer.fine_quantize_embedding
-        return embed_levels(tokens, quantizer, *tables, self.codebook_size)
-
-    @torch.inference_mode()
-    def begin(
+    def __init__(
         self,
-        coarse_codes: Tensor,
-        prime: Tensor,
         *,
-        max_frames: int | None = None,
-        text_embeds: Tensor | None = None,
-        cond_scale: float = 1.0,
-    ) -> Session:
-        """coarse_codes: (b, t, q), PAD where there are none. prime: (b, frames, q') fine codes given.
-
-        The position bias is that of t frames; at most `max_frames` of them, all by default, can be generated.
-        """
-        transformer, (batch, num_frames, num_coarse) = self.transformer, coarse_codes.shape
-        is_real = (coarse_codes != transformer.pad_id) & (coarse_codes != PAD) & (coarse_codes != transformer.eos_id)
-        quantizers = torch.arange(num_coarse, device=prime.device)
-        tables = transformer.coarse_embedding, transformer.coarse_quantize_embedding
-        coarse = embed_levels(coarse_codes.masked_fill(~is_real, 0), quantizers, *tables, self.codebook_size)
-        fine = self._embed(prime, torch.arange(self.num_quantizers, device=prime.device)).flatten(1, 2)
-        starts = [start(token, batch) for token in (transformer.coarse_start_token, transformer.fine_start_token)]
-        prompt = torch.cat((starts[0], coarse.flatten(1, 2), starts[1], fine), dim=1)
-        return Session(
-            self,
-            prompt.float(),
-            bias=fine_bias(transformer, num_frames),
-            num_known=prime.shape[1] * self.num_quantizers,
-            max_tokens=(num_frames if max_frames is None else max_frames) * self.num_quantizers,
-            text_embeds=text_embeds,
-            cond_scale=cond_scale,
-            key_mask=F.pad(is_real.flatten(1), (1, 0), value=True),
+        num_coarse_quantizers: int,
+        num_fine_quantizers: int,
+        codebook_size: int,
+        project_coarse_logits: bool = True,
+        pad_id: int = PAD,
+        **shared: Any,
+    ):
+        super().__init__(**shared)
+        self.config = dict(
+            num_coarse_quantizers=num_coarse_quantizers,
+            num_fine_quantizers=num_fine_quantizers,
+            codebook_size=codebook_size,
+            project_coarse_logits=project_coarse_logits,
+            pad_id=pad_id,
+            **shared,
         )
+        dim = shared['dim']
+        self.codebook_size, self.pad_id, self.eos_id = codebook_size, pad_id, codebook_size
+        self.num_coarse_quantizers = num_coarse_quantizers
+        self.num_fine_quantizers = self.num_levels = num_fine_quantizers
+        self.coarse_start_token = nn.Parameter(torch.randn(dim))
+        self.fine_start_token = nn.Parameter(torch.randn(dim))
+        self.coarse_embedding = nn.Embedding(num_coarse_quantizers * codebook_size, dim)
+        self.fine_embedding = nn.Embedding(num_fine_quantizers * codebook_size, dim)
+        self.coarse_quantize_embedding = nn.Embedding(num_coarse_quantizers, dim)
+        self.fine_quantize_embedding = nn.Embedding(num_fine_quantizers, dim)
+        self._add_transformer(rel_pos_bias=False)
+        self.null_pos_bias = self.pos_bias_mlp = None
+        if self.has_position_bias:
+            heads, hidden = self._sizes['heads'], dim // 2
+            self.null_pos_bias = nn.Parameter(torch.randn(heads, 1, 1))
+            layers = nn.Linear(2, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU(), nn.Linear(hidden, heads)
+            self.pos_bias_mlp = nn.Sequential(*layers)
+        self.coarse_logit_weights = None
+        if project_coarse_logits:
+            self.coarse_logit_weights = nn.Parameter(torch.randn(num_coarse_quantizers, codebook_size, dim))
+        self.fine_logit_weights = nn.Parameter(torch.randn(num_fine_quantizers, codebook_size, dim))
+
+    def embed(self, coarse: Tensor, fine: Tensor) -> Tensor:
+        b, n = coarse.shape
+        frames, rest = divmod(n, self.num_coarse_quantizers)
+        if rest or fine.shape[1] > frames * self.num_fine_quantizers:
+            raise ValueError(
+                f'{n} coarse and {fine.shape[1]} fine tokens are not of the same whole frames, of '
+                f'{self.num_coarse_quantizers} and {self.num_fine_quantizers}'
+            )
+        starts = [start(it, b) for it in (self.coarse_start_token, self.fine_start_token)]
+        tables = self.coarse_embedding, self.coarse_quantize_embedding
+        coarse = embed_levels(coarse.masked_fill(~self.mask_given(coarse), 0), 0, *tables, self.codebook_size)
+        return torch.cat((starts[0], coarse, starts[1], self.embed_own(fine)), dim=1)
+
+    def embed_own(self, ids: Tensor, first: int = 0) -> Tensor:
+        return embed_levels(ids, first, self.fine_embedding, self.fine_quantize_embedding, self.codebook_size)
+
+    def bias(self, given: int, own: int) -> PositionBias:
+        """Of [start, coarse …, start, fine …], whole frames of coarse ones, by the differences in frame and quantizer.
+
+        Each start token has one learned value with everything, itself too. The MLP takes the differences shifted so that
+        they start at zero, hence what it gives depends on the number of frames.
+        """
+        coarse_levels, fine_levels = self.num_coarse_quantizers, self.num_fine_quantizers
+        num_frames, width = given // coarse_levels, 2 * (coarse_levels + fine_levels) - 1  # differences of quantizers
+        frames = torch.arange(num_frames, device=self.device)[:, None] * width
+        levels = torch.arange(coarse_levels + fine_levels, device=self.device)
+        coarse, fine = frames + levels[:coarse_levels], frames + levels[coarse_levels:]
+        none = frames.new_zeros(1)
+        codes = torch.cat((none, coarse.flatten(), none, fine.flatten()))
+        if self.pos_bias_mlp is None:
+            return PositionBias(None, codes)
+        heights = torch.arange(2 * num_frames - 1, device=self.device)
+        table = run_position_mlp(
+            self.pos_bias_mlp, torch.cartesian_prod(heights, torch.arange(width, device=self.device))
+        )
+        is_start = torch.zeros_like(codes)
+        is_start[0] = is_start[1 + given] = 1
+        return PositionBias(
+            table,
+            codes,
+            zero=(num_frames - 1) * width + coarse_levels + fine_levels - 1,
+            across=at_least_float32(self.null_pos_bias[:, 0]),
+            query_groups=is_start,
+            key_groups=2 * is_start,
+        )
+
+    def mask_given(self, ids: Tensor) -> Tensor:
+        """Neither padding nor end tokens are seen."""
+        return (ids != PAD) & (ids != self.pad_id) & (ids != self.eos_id)
+
+    def own_heads(self) -> list[Callable[[Tensor], Tensor]]:
+        return [partial(head, weight=weight) for weight in self.fine_logit_weights]
+
+    def given_heads(self) -> list[Callable[[Tensor], Tensor]]:
+        weights = self.coarse_logit_weights
+        return [] if weights is None else [partial(head, weight=weight) for weight in weights]
+
+    def loss(self, *ids: Tensor, conditioning: Tensor | None = None, **keywords: Any) -> Tensor:
+        coarse, fine = ids
+        losses, frames = [], (coarse != PAD).all(dim=-1).sum(dim=-1)
+        # the biases of positions depend on how many frames there are, padding among them: see `bias`
+        for length in frames.unique().tolist():
+            rows = frames == length
+            chosen = coarse[rows, :length], fine[rows, :length]
+            own = None if conditioning is None else conditioning[rows]
+            count = self.count_labels(*chosen, prefix_loss_weight=keywords.get('prefix_loss_weight', 1.0))
+            losses.append(super().loss(*chosen, conditioning=own, **keywords) * count)
+        count = self.count_labels(*ids, prefix_loss_weight=keywords.get('prefix_loss_weight', 1.0))
+        return torch.stack(losses).sum() / count
+
+
+STAGES = dict(semantic=SemanticTransformer, coarse=CoarseTransformer, fine=FineTransformer)
+
+
+def start(token: Tensor, batch: int) -> Tensor:
+    """A start token `(d,)` before each of a batch: `(b, 1, d)`."""
+    return token.expand(batch, 1, -1)
+
+
+def embed_levels(
+    ids: Tensor, first: int, embedding: nn.Embedding, level_embedding: nn.Embedding, codebook_size: int
+) -> Tensor:
+    """`(b, n, d)` of ids `(b, n)` whose levels take turns, beginning at number `first` of all."""
+    levels = torch.arange(first, first + ids.shape[1], device=ids.device) % level_embedding.num_embeddings
+    # audiolm-pytorch steps by codebook_size, though a table with end tokens has a row more a level
+    return embedding(ids.clamp(min=0) + levels * codebook_size) + level_embedding(levels)
+
+
+def head(features: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Logits, in float32 where weights are of half precision."""
+    if weight.dtype.itemsize > 2:
+        return F.linear(features, weight, bias)
+    return F.linear(features.to(weight.dtype), weight, bias).float()
+
+
+def with_end(ids: Tensor, end: int | None) -> Tensor:
+    """`(b, n)` padded ids with the end token, if there is one, after the last of each: `(b, n + 1)`."""
+    if end is None:
+        return ids
+    lengths = (ids != PAD).sum(dim=-1, keepdim=True)
+    return F.pad(ids, (0, 1), value=PAD).scatter(1, lengths, end)
+
+
+def forgetful_mask(shape: tuple[int, int], prob: float, device: torch.device) -> Tensor:
+    """Which of `(b, n)` tokens attention sees: all but a random `prob` of each row, never the first one left out.
+
+    Training with it keeps attention from leaning on a few tokens (forgetful causal masking, arXiv 2210.13432).
+    """
+    noise = torch.randn(shape, device=device)
+    noise[:, 0] = -torch.inf
+    hidden = min(int(shape[-1] * prob), shape[-1] - 1)
+    return torch.ones(shape, dtype=torch.bool, device=device).scatter(1, noise.topk(hidden).indices, False)
+
+
+def summed_loss(features: Tensor, heads: Sequence[Callable[[Tensor], Tensor]], labels: Tensor) -> Tensor:
+    """The sum of the cross-entropies of the labels that are not padding, in float32 at least.
+
+    Args:
+        features: `(b, n, d)`.
+        heads: from features to logits `(…, c)`; they take turns along the sequence.
+        labels: `(b, n)`.
+    """
+    losses = []
+    for level, logits_of in enumerate(heads):
+        logits = at_least_float32(logits_of(features[:, level :: len(heads)]))
+        if logits.requires_grad and logits.device.type == 'cpu':
+            # probabilities far from the label's may be next to nothing
+            logits.register_hook(without_denormals)
+        own = labels[:, level :: len(heads)]
+        losses.append(F.cross_entropy(logits.flatten(0, 1), own.flatten(), ignore_index=PAD, reduction='sum'))
+    return torch.stack(losses).sum()

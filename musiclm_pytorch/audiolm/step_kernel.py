@@ -1,11 +1,11 @@
-"""One token through a transformer of audiolm-pytorch on a CPU, as one call that two threads or more share.
+"""One token through a `Transformer` on a CPU, as one call that two threads or more share.
 
 A token of a small batch needs about a thousand operators of a few microseconds, and the products among them read the
 weights at a third of the memory's speed. Here numba compiles the whole token. The threads are those of PyTorch's own
 OpenMP, which GOMP_parallel starts and GOMP_barrier keeps in step, so no second pool competes for the cores.
 
-What the kernel computes is `CachedTransformer.forward` for one new token; its plain reference is that function. This
-file is imported on first use, because numba takes a second; `fused_step.py` has the Python side.
+What the kernel computes is `Transformer.run` for one new token; its plain reference is that function. This file is
+imported on first use, because numba takes a second; `decode_step.py` has the Python side.
 """
 
 from __future__ import annotations
@@ -25,11 +25,8 @@ from numba.extending import intrinsic
 MATHS = {'reassoc', 'contract', 'nsz', 'arcp'}
 OPTIONS = dict(fastmath=MATHS, error_model='numpy', boundscheck=False)
 
-# Rows of weights and of what they are multiplied with are a multiple of this long (zeros behind), so that no loop has
-# a remainder: LLVM makes four vectors of 16 at a time.
-PAD_TO = 64
 # float32 numbers ahead of the one that is read, so that the memory is busy where a row of weights ends
-AHEAD = 2048
+FETCHED = 2048
 BLOCK = 16  # outputs that are computed for all rows before the next ones
 EPS = np.float32(1e-5)  # of layer norm
 
@@ -51,13 +48,13 @@ NUM_COLUMNS = 29
     ROWS,
     AT,
     WIDTH,
+    AHEAD,
     MIXES_VALUES,
     CROSS_KEYS,
-    NO_BIAS,
     BIAS,
     BIAS_WIDTH,
     MASK,
-    CROSS_BIAS,
+    CROSS_MASK,
     TABLE,
     RESIDUAL,
     SPARE,
@@ -133,31 +130,48 @@ def vector(address, size):
 
 
 @njit(**OPTIONS)
-def padded(size):
-    return (size + PAD_TO - 1) // PAD_TO * PAD_TO
-
-
-@njit(**OPTIONS)
 def product(x, weight, out, first, last):
     """out[:, first:last] = x @ weight[first:last].T, reading the weights once, from their begin to their end.
 
-    By blocks of outputs, whose weights stay in the second level of the cache, and four rows, which stay in the first.
+    By blocks of outputs, whose weights stay in the second level of the cache, and tiles of four rows and two outputs,
+    whose sums stay in registers: a tile reads six vectors for eight products.
     """
     rows, size = x.shape
     for begin in range(first, last, BLOCK):
         end = min(begin + BLOCK, last)
-        r = 0
-        while r < rows:
-            is_four = r + 4 <= rows
-            for o in range(begin, end):
+        for r in range(0, rows, 4):
+            for o in range(begin, end, 2):
                 if r == 0:
-                    for i in range(0, size, 16):
-                        prefetch(weight, o * size + i + AHEAD)
-                if is_four:
-                    four_rows(x, weight[o], out, r, o)
+                    for i in range(0, 2 * size, 16):
+                        prefetch(weight, o * size + i + FETCHED)
+                two = o + 2 <= end
+                if r + 4 <= rows:
+                    if two:
+                        four_by_two(x, weight, out, r, o)
+                    else:
+                        four_rows(x, weight[o], out, r, o)
                 else:
-                    one_row(x[r], weight[o], out, r, o)
-            r += 4 if is_four else 1
+                    for row in range(r, rows):
+                        out[row, o] = dot(x[row], weight[o])
+                        if two:
+                            out[row, o + 1] = dot(x[row], weight[o + 1])
+
+
+@njit(**OPTIONS)
+def four_by_two(x, weight, out, r, o):
+    x0, x1, x2, x3, w, u = x[r], x[r + 1], x[r + 2], x[r + 3], weight[o], weight[o + 1]
+    a0 = a1 = a2 = a3 = b0 = b1 = b2 = b3 = np.float32(0)
+    for i in range(w.size):
+        a0 += w[i] * x0[i]
+        a1 += w[i] * x1[i]
+        a2 += w[i] * x2[i]
+        a3 += w[i] * x3[i]
+        b0 += u[i] * x0[i]
+        b1 += u[i] * x1[i]
+        b2 += u[i] * x2[i]
+        b3 += u[i] * x3[i]
+    out[r, o], out[r + 1, o], out[r + 2, o], out[r + 3, o] = a0, a1, a2, a3
+    out[r, o + 1], out[r + 1, o + 1], out[r + 2, o + 1], out[r + 3, o + 1] = b0, b1, b2, b3
 
 
 @njit(**OPTIONS)
@@ -173,11 +187,11 @@ def four_rows(x, w, out, r, o):
 
 
 @njit(**OPTIONS)
-def one_row(x, w, out, r, o):
+def dot(x, w):
     total = np.float32(0)
     for i in range(w.size):
         total += w[i] * x[i]
-    out[r, o] = total
+    return total
 
 
 @njit(**OPTIONS)
@@ -231,8 +245,8 @@ def layer_norm(x, gamma, beta, out, size):
 
 
 @njit(**OPTIONS)
-def enter(streams, columns, mixing, x):
-    """What a block reads from the residual streams (s, d), into `x`; `mixing` keeps the weights for `leave`."""
+def width_connection(streams, columns, mixing, x):
+    """What a branch takes of the residual streams (s, d), into `x`; `mixing` keeps the weights for the way back."""
     num_streams, dim = streams.shape
     if num_streams == 1:
         for i in range(dim):
@@ -261,8 +275,8 @@ def enter(streams, columns, mixing, x):
 
 
 @njit(**OPTIONS)
-def leave(streams, mixing, spare, output):
-    """Add what a block gives to the residual streams."""
+def depth_connection(streams, mixing, spare, output):
+    """Mix the residual streams, and add what a branch gives."""
     num_streams, dim = streams.shape
     if num_streams == 1:
         for i in range(dim):
@@ -291,10 +305,12 @@ def largest(x, size):
 
 
 @njit(**OPTIONS)
-def softmax(scores, bias, mask, num_keys):
-    """In place, of `num_keys` scores with their bias (n) and mask (n) added."""
+def softmax(scores, scale, bias, mask, ahead, num_keys):
+    """In place, of `num_keys` scores, scaled, with their mask (n) added, and the bias of those behind `ahead` ones."""
     for i in range(num_keys):
-        scores[i] += bias[i] + mask[i]
+        scores[i] = scores[i] * scale + mask[i]
+    for i in range(ahead, num_keys):
+        scores[i] += bias[i - ahead]
     highest = largest(scores, num_keys)
     total = np.float32(0)
     for i in range(num_keys):
@@ -317,7 +333,7 @@ def weighted_sum(weights, v, num_keys, out):
     while i + 4 <= num_keys:
         v0, v1, v2, v3 = v[i], v[i + 1], v[i + 2], v[i + 3]
         for d in range(0, 4 * dim_head, 16):
-            prefetch(v, i * dim_head + d + AHEAD)
+            prefetch(v, i * dim_head + d + FETCHED)
         for head in range(heads):
             own, weight = out[head], weights[head]
             w0, w1, w2, w3 = weight[i], weight[i + 1], weight[i + 2], weight[i + 3]
@@ -332,12 +348,13 @@ def weighted_sum(weights, v, num_keys, out):
 
 
 @njit(**OPTIONS)
-def attend(q, k, v, bias, mask, scores, num_keys, out):
+def attend(q, k, v, bias, mask, scores, ahead, num_keys, out):
     """Some heads of a row: q and out (h · d), k and v (n, d), bias (h, n), mask (n), `scores` (h, n) is spare."""
     dim_head, heads = k.shape[1], q.size // k.shape[1]
+    scale = np.float32(1) / np.float32(math.sqrt(np.float32(dim_head)))
     product(q.reshape(heads, dim_head), k, scores, 0, num_keys)
     for head in range(heads):
-        softmax(scores[head], bias[head], mask, num_keys)
+        softmax(scores[head], scale, bias[head], mask, ahead, num_keys)
     weighted_sum(scores, v, num_keys, out.reshape(heads, dim_head))
 
 
@@ -356,14 +373,14 @@ def token(job):
     residual = carray(pointer_to(job[RESIDUAL]), (rows, num_streams, dim))
     spare = carray(pointer_to(job[SPARE]), (rows, num_streams, dim))
     mixing = carray(pointer_to(job[MIXING]), (rows, num_streams, num_streams + 2))
-    x, normed = matrix(job[INPUT], rows, padded(dim)), matrix(job[NORMED], rows, padded(dim))
-    queries, attended = matrix(job[QUERIES], rows, padded(inner)), matrix(job[ATTENDED], rows, padded(inner))
+    x, normed = matrix(job[INPUT], rows, dim), matrix(job[NORMED], rows, dim)
+    queries, attended = matrix(job[QUERIES], rows, inner), matrix(job[ATTENDED], rows, inner)
     key_value, first_values = matrix(job[KEY_VALUE], rows, 2 * dim_head), matrix(job[FIRST_VALUES], rows, dim_head)
     output, both = matrix(job[OUTPUT], rows, dim), matrix(job[BOTH], rows, 2 * hidden)
-    gated = matrix(job[GATED], rows, padded(hidden))
+    gated = matrix(job[GATED], rows, hidden)
     scores = carray(pointer_to(job[SCORES]), (threads, heads, max(width, num_cross_keys)))[thread]
-    bias, cross_bias = matrix(job[BIAS], heads, job[BIAS_WIDTH]), matrix(job[CROSS_BIAS], rows, num_cross_keys)
-    mask, no_bias = matrix(job[MASK], rows, width), matrix(job[NO_BIAS], heads, num_cross_keys)
+    bias, cross_mask = matrix(job[BIAS], heads, job[BIAS_WIDTH]), matrix(job[CROSS_MASK], rows, num_cross_keys)
+    mask = matrix(job[MASK], rows, width)
     table = carray(pointer_to_addresses(job[TABLE]), (job[LAYERS], NUM_COLUMNS))
 
     first_row, last_row = share_of(rows, thread, threads)
@@ -378,12 +395,12 @@ def token(job):
         columns = table[layer, SELF:CROSS]
         for row in range(first_row, last_row):
             if layer > 0:
-                leave(residual[row], mixing[row], spare[row], output[row])
-            enter(residual[row], columns, mixing[row], x[row])
+                depth_connection(residual[row], mixing[row], spare[row], output[row])
+            width_connection(residual[row], columns, mixing[row], x[row])
             layer_norm(x[row], vector(columns[GAMMA], dim), vector(columns[BETA], dim), normed[row], dim)
         barrier()
-        product(normed, matrix(columns[TO_Q], inner, padded(dim)), queries, first_q, last_q)
-        product(x, matrix(columns[TO_KV], 2 * dim_head, padded(dim)), key_value, first_kv, last_kv)
+        product(normed, matrix(columns[TO_Q], inner, dim), queries, first_q, last_q)
+        product(x, matrix(columns[TO_KV], 2 * dim_head, dim), key_value, first_kv, last_kv)
         barrier()
         k = carray(pointer_to(columns[KEYS]), (rows, width, dim_head))
         v = carray(pointer_to(columns[VALUES]), (rows, width, dim_head))
@@ -399,20 +416,20 @@ def token(job):
                 v[row, at, d] = value
             start, stop = max(first_head - row * heads, 0), min(last_head - row * heads, heads)
             own = slice(start * dim_head, stop * dim_head)
-            attend(queries[row, own], k[row], v[row], bias[start:stop], mask[row], scores, num_keys, attended[row, own])
+            attend(queries[row, own], k[row], v[row], bias[start:stop], mask[row], scores, job[AHEAD], num_keys, attended[row, own])
         barrier()
-        product(attended, matrix(columns[TO_OUT], dim, padded(inner)), output, first_out, last_out)
+        product(attended, matrix(columns[TO_OUT], dim, inner), output, first_out, last_out)
         barrier()
 
         # cross-attention
         if num_cross_keys > 0:
             columns = table[layer, CROSS:FEEDFORWARD]
             for row in range(first_row, last_row):
-                leave(residual[row], mixing[row], spare[row], output[row])
-                enter(residual[row], columns, mixing[row], x[row])
+                depth_connection(residual[row], mixing[row], spare[row], output[row])
+                width_connection(residual[row], columns, mixing[row], x[row])
                 layer_norm(x[row], vector(columns[GAMMA], dim), vector(columns[BETA], dim), normed[row], dim)
             barrier()
-            product(normed, matrix(columns[TO_Q], inner, padded(dim)), queries, first_q, last_q)
+            product(normed, matrix(columns[TO_Q], inner, dim), queries, first_q, last_q)
             barrier()
             k = carray(pointer_to(columns[KEYS]), (rows, num_cross_keys, dim_head))
             v = carray(pointer_to(columns[VALUES]), (rows, num_cross_keys, dim_head))
@@ -423,24 +440,25 @@ def token(job):
                     queries[row, own],
                     k[row],
                     v[row],
-                    no_bias[start:stop],
-                    cross_bias[row],
+                    bias[start:stop],
+                    cross_mask[row],
                     scores,
+                    num_cross_keys,
                     num_cross_keys,
                     attended[row, own],
                 )
             barrier()
-            product(attended, matrix(columns[TO_OUT], dim, padded(inner)), output, first_out, last_out)
+            product(attended, matrix(columns[TO_OUT], dim, inner), output, first_out, last_out)
             barrier()
 
         # feedforward
         columns = table[layer, FEEDFORWARD:]
         for row in range(first_row, last_row):
-            leave(residual[row], mixing[row], spare[row], output[row])
-            enter(residual[row], columns, mixing[row], x[row])
+            depth_connection(residual[row], mixing[row], spare[row], output[row])
+            width_connection(residual[row], columns, mixing[row], x[row])
             layer_norm(x[row], vector(columns[GAMMA], dim), vector(columns[BETA], dim), normed[row], dim)
         barrier()
-        weight = matrix(columns[TO_HIDDEN], 2 * hidden, padded(dim))
+        weight = matrix(columns[TO_HIDDEN], 2 * hidden, dim)
         product(normed, weight, both, first_hidden, last_hidden)
         product(normed, weight, both, hidden + first_hidden, hidden + last_hidden)
         for row in range(rows):
@@ -452,26 +470,18 @@ def token(job):
         for row in range(first_row, last_row):
             layer_norm(gated[row], gamma, beta, gated[row], hidden)
         barrier()
-        product(gated, matrix(columns[FROM_HIDDEN], dim, padded(hidden)), output, first_out, last_out)
+        product(gated, matrix(columns[FROM_HIDDEN], dim, hidden), output, first_out, last_out)
         barrier()
 
     gamma, beta = vector(job[FINAL_GAMMA], dim), vector(job[FINAL_BETA], dim)
     for row in range(first_row, last_row):
-        leave(residual[row], mixing[row], spare[row], output[row])
+        depth_connection(residual[row], mixing[row], spare[row], output[row])
         for i in range(dim):
             x[row, i] = residual[row, 0, i]
         for s in range(1, num_streams):
             for i in range(dim):
                 x[row, i] += residual[row, s, i]
         layer_norm(x[row], gamma, beta, output[row], dim)
-
-
-@njit(**OPTIONS)
-def few_rows(job):
-    rows, size, num_out = job[0], job[1], job[2]
-    x, weight, out = matrix(job[3], rows, size), matrix(job[4], num_out, size), matrix(job[5], rows, num_out)
-    first, last = share_of(num_out, thread_number(), number_of_threads())
-    product(x, weight, out, first, last)
 
 
 def task(function):
@@ -486,8 +496,3 @@ def task(function):
 @task
 def token_task(address):
     token(carray(address, (NUM_FIELDS,)))
-
-
-@task
-def product_task(address):
-    few_rows(carray(address, (6,)))

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from musiclm_pytorch.atomic import free_name, read_checked_json, write_checked_json, write_tensors
+from musiclm_pytorch.audiolm.convert import own_codec, own_tokenizer
 from musiclm_pytorch.audiolm.fingerprints import fingerprint, fingerprint_data
 from musiclm_pytorch.checks import check_positive, fitted, typechecked
 from musiclm_pytorch.data.audio import resample, windows
@@ -88,9 +89,8 @@ def compute_tokens(
         dataset: items by index as `collate_pairs` takes them, the same at each visit: whole clips, not random crops.
         folder: the cache; several calls may fill its streams, with the same data set, at the same time too if each
             fills streams of its own.
-        tokenizer: gives semantic ids `(b, n)` of waves, as `HubertWithKmeans`: it has `target_sample_hz`,
-            `downsample_factor` and `codebook_size`.
-        codec: `SoundStream` or `EncodecWrapper`.
+        tokenizer: a `Tokenizer`, or `HubertWithKmeans` of audiolm-pytorch.
+        codec: a `Codec`, or `SoundStream` or `EncodecWrapper` of audiolm-pytorch.
         quantizer: a fitted `MuLaNEmbedQuantizer`; gives codes of windows of the audio and, with `texts`, of the texts.
         sample_rate: of the waves in Hz; by default the data set's `sample_rate`. Each module gets its own rate.
         batch_size: waves of equal length computed at a time.
@@ -169,40 +169,27 @@ def _compute_shard(dataset: Any, indices: range, folder: Path, number: int, stre
 
 
 def _semantic_stream(tokenizer: nn.Module, rate: int, batch_size: int, window_seconds: float) -> Stream:
-    own_rate, factor = _rates(tokenizer)
-    groups = getattr(tokenizer, 'groups', 1)
+    own, groups = own_tokenizer(tokenizer), getattr(tokenizer, 'groups', 1)
+    frame_rate = own.frame_rate / groups
 
-    def tokenize(waves: Tensor) -> Tensor:
-        ids = tokenizer(waves, flatten=False)
-        if ids.ndim != 2 or len(ids) != len(waves):
-            raise ValueError(f'the tokenizer must give ids of shape (b, n), got {tuple(ids.shape)}')
-        return rearrange(ids, 'b (n g) -> b n g', g=groups)
+    def encode(waves: Tensor) -> Tensor:
+        return rearrange(own.encode(waves), 'b (n g) -> b n g', g=groups)
 
     return Stream(
         'semantic',
-        lambda items: _tokenize(items, tokenizer, tokenize, rate, own_rate, factor, batch_size, window_seconds),
-        dict(rate=str(Fraction(own_rate, factor)), quantizers=groups, codebook_size=int(tokenizer.codebook_size)),
-        fingerprint(tokenizer),
+        lambda items: _tokenize(items, own, encode, rate, frame_rate, batch_size, window_seconds),
+        dict(rate=str(frame_rate), quantizers=groups, codebook_size=own.codebook_size),
+        fingerprint(_initialised(tokenizer)),
     )
 
 
 def _codec_stream(codec: nn.Module, rate: int, batch_size: int, window_seconds: float) -> Stream:
-    own_rate, factor = _rates(codec)
-
-    def encode(waves: Tensor) -> Tensor:
-        _, ids, _ = codec(waves, return_encoded=True)
-        return ids
-
-    codebook_size = getattr(codec, 'codebook_size', None) or codec.rq.codebook_size  # EncodecWrapper has the latter
+    own = own_codec(codec)
     return Stream(
         'codec',
-        lambda items: _tokenize(items, codec, encode, rate, own_rate, factor, batch_size, window_seconds),
-        dict(
-            rate=str(Fraction(own_rate, factor)),
-            quantizers=int(codec.num_quantizers * codec.rq_groups),
-            codebook_size=int(codebook_size),
-        ),
-        fingerprint(codec),
+        lambda items: _tokenize(items, own, own.encode, rate, own.frame_rate, batch_size, window_seconds),
+        dict(rate=str(own.frame_rate), quantizers=own.num_quantizers, codebook_size=own.codebook_size),
+        fingerprint(_initialised(codec)),
     )
 
 
@@ -240,18 +227,15 @@ def _text_stream(quantizer: nn.Module, batch_size: int) -> Stream:
     return Stream('text', compute, facts, fingerprint(quantizer))
 
 
-def _rates(module: nn.Module) -> tuple[int, int]:
-    """Samples a second, and samples a frame."""
-    missing = [name for name in ('target_sample_hz', 'downsample_factor') if not hasattr(module, name)]
-    if missing:
-        raise TypeError(f'a {type(module).__name__} has no {" and no ".join(missing)}; it cannot compute tokens')
+def _initialised(module: nn.Module) -> nn.Module:
+    """Raises ValueError for a module with codebooks that are still to be made."""
     if not all(bool(it.all()) for name, it in module.named_buffers() if name.endswith('initted')):
         # in eval mode too, vector-quantize-pytorch would make them of the first batch that comes
         raise ValueError(
             f'this {type(module).__name__} has codebooks that no training has reached yet; train it, or load '
             'its weights'
         )
-    return int(module.target_sample_hz), int(module.downsample_factor)
+    return module
 
 
 def _tokenize(
@@ -259,12 +243,12 @@ def _tokenize(
     module: nn.Module,
     call: Callable[[Tensor], Tensor],
     rate: int,
-    own_rate: int,
-    factor: int,
+    frame_rate: Fraction,
     batch_size: int,
     window_seconds: float,
 ) -> list[Tensor]:
     """`(frames, q)` ids of each item."""
+    own_rate, factor = module.sample_rate, int(module.sample_rate / frame_rate)
     waves = [resample(item.wave, rate, own_rate) for item in items]
     window = max(1, round(window_seconds * own_rate / factor))  # in frames
     context = round(CONTEXT_SECONDS * own_rate / factor)

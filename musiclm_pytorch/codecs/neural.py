@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from einops import einsum, rearrange
 from torch import Tensor, nn
 
-from musiclm_pytorch.audiolm.codec import Codec
+from musiclm_pytorch.audiolm.codec import SpectrogramCodec
 from musiclm_pytorch.checks import records_config, typechecked
 from musiclm_pytorch.codecs.residual import ResidualQuantizer, commitment_loss
 from musiclm_pytorch.codecs.streaming import DecodingState
@@ -39,7 +39,7 @@ class ConvNeXtBlock(nn.Module):
         return x + self.scale * self.feed_forward(self.norm(rearrange(mixed, 'b d t -> b t d')))
 
 
-class NeuralCodec(Codec):
+class NeuralCodec(SpectrogramCodec):
     """Waves to residual codes and back, learned: better than a `SpectralCodec` at the same bit rate, and quick.
 
     The encoder sees a spectrogram, its bins up to `resolved_hz` and bands above. A code frame stands for `frames` of

@@ -16,12 +16,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 
-from musiclm_pytorch.audiolm.decoding import generate_semantic
+from musiclm_pytorch.audiolm.convert import unwrapped
+from musiclm_pytorch.audiolm.generate import generate_semantic
 from musiclm_pytorch.audiolm.sampling import Sampling
-from musiclm_pytorch.audiolm.stages import SemanticDecoder
 from musiclm_pytorch.checks import check_audio, check_positive, check_probability, check_sample_rate, typechecked
 from musiclm_pytorch.data.audio import resample
 from musiclm_pytorch.evaluation.figures import Figure, mean_figure, undefined
@@ -60,11 +59,10 @@ def training_clips(musiclm: MusicLM, waves: Sequence[Tensor], sample_rate: int) 
         for i, wave in enumerate(waves):
             check_audio(wave, ndim=1, shape='(samples,)', name=f'waves[{i}]')
             wave = wave.to(musiclm.device)
-            own = resample(wave[None], sample_rate, tokenizer.target_sample_hz)
-            ids = rearrange(tokenizer(own, flatten=False), 'b ... -> (b ...)')
+            (ids,) = tokenizer.encode(resample(wave[None], sample_rate, tokenizer.sample_rate))
             if len(ids) == 0:
                 raise ValueError(f'waves[{i}] has {len(wave)} samples, too few for a semantic token; leave it out')
-            tokens.append(torch.unique_consecutive(ids) if musiclm.audio_lm.semantic.unique_consecutive else ids)
+            tokens.append(torch.unique_consecutive(ids) if musiclm.unique_consecutive else ids)
             if len(wave) > RANKING_WINDOW * sample_rate:
                 latents = quantizer.mulan.embed_audio(wave, window=RANKING_WINDOW, sample_rate=sample_rate)
                 indices.append(quantizer.indices(latents=latents[None]))
@@ -118,7 +116,7 @@ def memorisation(
                 f'a prompt of {prompt} and {new_tokens or "one or more"} new tokens do not fit into clips of {total}; '
                 'give longer clips, shorter prompts, or new_tokens=None for all that remain'
             )
-    distances = codebook_distances(musiclm.tokenizer) if distances is None else distances
+    distances = codebook_distances(unwrapped(musiclm.tokenizer)) if distances is None else distances
     figures = {}
     for prompt in prompt_lengths:
         end = total if new_tokens is None else prompt + new_tokens
@@ -143,11 +141,10 @@ def continuations(
     window = round(musiclm.windows[0] * musiclm.semantic_rate)
     found = []
     with evaluating(musiclm):
-        decoder = SemanticDecoder(stage)
         for rows, codes in zip(tokens.split(max_batch), indices.split(max_batch)):
             codes = codes.to(musiclm.device)
             said = generate_semantic(
-                decoder,
+                stage,
                 max_length=end,
                 min_length=end,
                 text_embeds=musiclm.mulan_embed_quantizer.embed(codes, 'semantic') if stage.has_condition else None,

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from musiclm_pytorch.audiolm.requests import STAGES
 from musiclm_pytorch.audiolm.sampling import Progress
+from musiclm_pytorch.audiolm.stages import STAGES
 from musiclm_pytorch.checks import check_positive, typechecked
 from musiclm_pytorch.gallery import Clip, file_name, ranked_clips
 from musiclm_pytorch.musiclm import MusicLM

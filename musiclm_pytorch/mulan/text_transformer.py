@@ -11,10 +11,11 @@ from einops import pack, repeat
 from torch import Tensor, nn
 
 from musiclm_pytorch.checks import check_positive, described, records_config, typechecked, values_can_be_checked
+from musiclm_pytorch.mulan.clip_tokenizer import clip_tokenizer
 from musiclm_pytorch.mulan.layers import Encoding, LayerNorm, Transformer
 from musiclm_pytorch.mulan.vocabulary import find_unknown_words, known_ids
 
-VOCAB_SIZE = 49408  # of x_clip.tokenizer, CLIP's byte-pair encoding
+VOCAB_SIZE = 49408  # of CLIP's byte-pair encoding
 
 
 class TextTransformer(nn.Module):
@@ -182,21 +183,16 @@ class TextTransformer(nn.Module):
         known = self.known_ids()
         if known is None or self.num_tokens < VOCAB_SIZE:  # which takes no words
             return []
-        from x_clip.tokenizer import tokenizer
-
-        return find_unknown_words(text, lambda part: bool(known[tokenizer.encode(part)].all()))
+        return find_unknown_words(text, lambda part: bool(known[clip_tokenizer().encode(part)].all()))
 
     def tokenize(self, raw_texts: Sequence[str]) -> Tensor:
         """Strings to token ids `(b, n)`, cut at `max_seq_len` and padded to the longest."""
-        # importing the tokenizer reads CLIP's 49,000 merges, which only strings need
-        from x_clip.tokenizer import tokenizer
-
         if isinstance(raw_texts, str) or not all(isinstance(text, str) for text in raw_texts):
             raise TypeError(f'raw_texts must be a list of strings, got {described(raw_texts)}; put one text in a list')
         if len(raw_texts) == 0:
             raise ValueError('raw_texts is an empty list; pass at least one text')
 
-        ids = [torch.tensor(tokenizer.encode(text), dtype=torch.long) for text in raw_texts]
+        ids = [torch.tensor(clip_tokenizer().encode(text), dtype=torch.long) for text in raw_texts]
         longest = max(len(text) for text in ids)
         if longest > self.max_seq_len:
             self.warn_of_cut(longest)

@@ -12,18 +12,18 @@ from torch import nn
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
-from musiclm_pytorch.audiolm.bridge import AudioLM
 from musiclm_pytorch.audiolm.saving import load_module
 from musiclm_pytorch.audiolm.semantic import SemanticTokenizer
 from musiclm_pytorch.audiolm.semantic_mulan import MuLaNSemanticTokenizer
 from musiclm_pytorch.audiolm.spectral_codec import SpectralCodec
+from musiclm_pytorch.audiolm.stages import STAGES
 from musiclm_pytorch.checks import fitted, typechecked
 from musiclm_pytorch.mulan.checkpoint import CONFIG_FILE, read_config
 from musiclm_pytorch.mulan.model import MuLaN
 from musiclm_pytorch.musiclm import MusicLM
 from musiclm_pytorch.quantizer import MuLaNEmbedQuantizer
 from musiclm_pytorch.trainer.batches import seed_everything
-from musiclm_pytorch.trainer.pipeline_recipe import STAGES, FittedRecipe
+from musiclm_pytorch.trainer.pipeline_recipe import FittedRecipe
 from musiclm_pytorch.trainer.stages import load_stage
 
 
@@ -129,14 +129,15 @@ def assemble_musiclm(
     unique = {name: told[name]['unique_consecutive'] for name in ('semantic', 'coarse')}
     if len({*unique.values()}) > 1:
         raise ValueError(f'the semantic and the coarse stage in {parts} were trained with unique_consecutive {unique}')
-    audio_lm = AudioLM(
-        wav2vec=SemanticTokenizer.from_pretrained(parts / 'tokenizer'),
+    return MusicLM(
+        mulan_embed_quantizer=quantizer,
+        windows=windows or tuple(float(told[name]['seconds']) for name in STAGES),
+        sampling=sampling,
+        tokenizer=SemanticTokenizer.from_pretrained(parts / 'tokenizer'),
         codec=load_codec(parts),
-        **{f'{name}_transformer': stage for name, stage in stages.items()},
         unique_consecutive=unique['semantic'],
-    )
-    windows = windows or tuple(float(told[name]['seconds']) for name in STAGES)
-    return MusicLM(audio_lm, quantizer, windows=windows, sampling=sampling).eval()
+        **stages,
+    ).eval()
 
 
 def load_codec(parts: Path) -> nn.Module:

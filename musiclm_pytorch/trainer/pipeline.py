@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 from musiclm_pytorch.atomic import read_checked_json, write_json
 from musiclm_pytorch.audiolm.saving import save_module
 from musiclm_pytorch.audiolm.semantic import SemanticTokenizer
+from musiclm_pytorch.audiolm.stages import STAGES
 from musiclm_pytorch.audiolm.tokens import compute_tokens
 from musiclm_pytorch.checks import typechecked
 from musiclm_pytorch.data.opening import GENERATED, open_whole_clips
@@ -33,7 +34,7 @@ from musiclm_pytorch.trainer.assembly import (
 )
 from musiclm_pytorch.trainer.batches import seed_everything
 from musiclm_pytorch.trainer.folders import holds_something, moved_aside, new_results
-from musiclm_pytorch.trainer.pipeline_recipe import STAGES, MusicLMRecipe
+from musiclm_pytorch.trainer.pipeline_recipe import MusicLMRecipe
 from musiclm_pytorch.trainer.recipes import FILE
 
 logger = logging.getLogger(__name__)

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 from musiclm_pytorch.audiolm.crops import STAGE_SECONDS
 from musiclm_pytorch.audiolm.semantic_mulan import MuLaNSemanticTokenizer
 from musiclm_pytorch.audiolm.spectral_codec import SpectralCodec
+from musiclm_pytorch.audiolm.stages import STAGES
 from musiclm_pytorch.audiolm.tokens import compute_tokens
 from musiclm_pytorch.musiclm import MusicLM
 from musiclm_pytorch.quantizer import MuLaNEmbedQuantizer
@@ -22,6 +23,7 @@ IS_DATA = 'say --data on the command line'
 FROM_MULAN = 'it follows from the part mulan'
 FROM_STAGES = 'it follows from the parts semantic, coarse and fine'
 IS_OWN = 'the pipeline sees to it'
+MUSICLM_PARTS = ('audio_lm', 'mulan_embed_quantizer', *STAGES, 'codec', 'tokenizer', 'unique_consecutive')
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ class FittedRecipe(Recipe):
             ),
             more=dict(synthetic_length=int, synthetic_seconds=float),
         ),
-        'musiclm': Section((MusicLM,), refused=dict(audio_lm=IS_OWN, mulan_embed_quantizer=IS_OWN)),
+        'musiclm': Section((MusicLM,), refused=dict.fromkeys(MUSICLM_PARTS, IS_OWN)),
     }
 
     quantizer: dict[str, Any] = field(default_factory=dict)
@@ -69,7 +71,6 @@ class FittedRecipe(Recipe):
 
 
 RECIPES = {it.part: it for it in (MuLaNRecipe, CodecRecipe, SemanticRecipe, CoarseRecipe, FineRecipe)}
-STAGES = ('semantic', 'coarse', 'fine')
 
 
 @dataclass(frozen=True)

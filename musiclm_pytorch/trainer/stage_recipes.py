@@ -10,8 +10,8 @@ from typing import Any, ClassVar, Literal
 
 from torch import nn
 
-from musiclm_pytorch.audiolm.bridge import SoundStream
-from musiclm_pytorch.audiolm.initial import scale_initial_weights
+from musiclm_pytorch.audiolm.convert import SoundStream
+from musiclm_pytorch.audiolm.stages import StageTransformer
 from musiclm_pytorch.audiolm.tokens import read_stream
 from musiclm_pytorch.codecs.neural import NeuralCodec
 from musiclm_pytorch.data.opening import open_pairs, open_whole_clips
@@ -25,8 +25,6 @@ from musiclm_pytorch.trainer.stages import CoarseTrainer, FineTrainer, SemanticT
 
 FROM_TOKENS = 'it follows from the tokens'
 FROM_QUANTIZER = 'it follows from --quantizer'
-# keywords that audiolm-pytorch's stages hand on to their transformer
-HANDED_ON = dict(dim_head=int, num_residual_streams=int, add_value_residual=bool)
 
 TRAINING = dict(
     batch_size=16,
@@ -65,7 +63,7 @@ def _sections(trainer: type[StageTrainer], **refused: str) -> dict[str, Section]
     conditioning = dict.fromkeys(('has_condition', 'audio_text_condition', 'cond_dim'), FROM_QUANTIZER)
     texts = dict(t5_name='stages are conditioned by MuLaN', cond_drop_prob="it is a key of section 'training'")
     return dict(
-        model=Section((trainer.kind,), refused=conditioning | texts | refused, more=HANDED_ON),
+        model=Section((trainer.kind, StageTransformer), refused=conditioning | texts | refused),
         training=_training(
             trainer,
             StageTrainer,
@@ -122,7 +120,7 @@ class StageRecipe(ModelRecipe):
             keywords = dict(audio_text_condition=True, cond_dim=embeddings_of(quantizer, namespace).shape[-1])
         keywords |= self.sizes(Path(tokens))
         with self.section('model') as model:
-            return scale_initial_weights(self.trainer.kind(**{**model, **keywords}))
+            return self.trainer.kind(**{**model, **keywords}).scale_initial_weights()
 
 
 @dataclass(frozen=True)

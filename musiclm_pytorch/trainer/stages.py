@@ -1,4 +1,4 @@
-"""Training the three stages of AudioLM on cached tokens, over audiolm-pytorch's transformers and weights."""
+"""Training the three stages of AudioLM on cached tokens."""
 
 from __future__ import annotations
 
@@ -14,16 +14,15 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from musiclm_pytorch.atomic import read_tensors, write_tensors
-from musiclm_pytorch.audiolm.bridge import (
-    CONFIG,
+from musiclm_pytorch.audiolm.convert import own_stage
+from musiclm_pytorch.audiolm.crops import TokenCrops, collate_tokens
+from musiclm_pytorch.audiolm.fingerprints import fingerprint
+from musiclm_pytorch.audiolm.stages import (
     CoarseTransformer,
     FineTransformer,
     SemanticTransformer,
-    conditioning_dim,
+    StageTransformer,
 )
-from musiclm_pytorch.audiolm.crops import TokenCrops, collate_tokens
-from musiclm_pytorch.audiolm.fingerprints import fingerprint
-from musiclm_pytorch.audiolm.losses import coarse_loss, count_labels, fine_loss, semantic_loss
 from musiclm_pytorch.checks import check_positive, check_probability, typechecked
 from musiclm_pytorch.distributed.collectives import mean_over_ranks, rank, world_size
 from musiclm_pytorch.mulan import checkpoint
@@ -47,7 +46,7 @@ class Stage(nn.Module):
 
     def __init__(
         self,
-        transformer: nn.Module,
+        transformer: StageTransformer,
         embeddings: nn.Parameter | None,
         *,
         cond_drop_prob: float,
@@ -65,24 +64,20 @@ class Stage(nn.Module):
         self, semantic: Tensor | None = None, codec: Tensor | None = None, conditioning: Tensor | None = None
     ) -> Tensor:
         """The loss of a batch of tokens `(b, n)`, `(b, t, q)` and MuLaN's codes `(b, q)`, as `collate_tokens` gives."""
-        ids = self.ids_of(semantic, codec)
-        shared = dict(
+        return self.transformer.loss(
+            *self.ids_of(semantic, codec),
             conditioning=self.embed(conditioning),
             # forgetful masking whenever training, never in validation
             mask_prob=self.mask_prob if self.training else 0.0,
+            prefix_loss_weight=self.prefix_loss_weight,
         )
-        if isinstance(self.transformer, SemanticTransformer):
-            return semantic_loss(self.transformer, *ids, **shared)
-        if isinstance(self.transformer, CoarseTransformer):
-            return coarse_loss(self.transformer, *ids, semantic_loss_weight=self.prefix_loss_weight, **shared)
-        return fine_loss(self.transformer, *ids, coarse_loss_weight=self.prefix_loss_weight, **shared)
 
     def count_labels(
         self, semantic: Tensor | None = None, codec: Tensor | None = None, conditioning: Tensor | None = None
     ) -> Tensor:
         """The number of labels of a batch, which its loss is the mean over."""
         ids = self.ids_of(semantic, codec)
-        return count_labels(self.transformer, *ids, prefix_loss_weight=self.prefix_loss_weight)
+        return self.transformer.count_labels(*ids, prefix_loss_weight=self.prefix_loss_weight)
 
     def ids_of(self, semantic: Tensor | None, codec: Tensor | None) -> tuple[Tensor, ...]:
         """What the stage is given and what it predicts, the latter last."""
@@ -112,7 +107,7 @@ class StageTrainer(Trainer):
     `conditioning.safetensors`; see `load_stage`.
 
     Args:
-        transformer: audiolm-pytorch's module; it is trained in place.
+        transformer: ours, or audiolm-pytorch's module; it is trained in place.
         tokens: a cache that `compute_tokens` filled, or `TokenCrops` of it.
         quantizer: the fitted quantizer that the cache was computed with, for a transformer with conditioning. Its
             embeddings of `namespace` are trained with the stage, in place.
@@ -135,7 +130,7 @@ class StageTrainer(Trainer):
 
     saves_last = True
     stage: ClassVar[str]
-    kind: ClassVar[type[nn.Module]]
+    kind: ClassVar[type[StageTransformer]]
 
     @typechecked
     def __init__(
@@ -158,10 +153,7 @@ class StageTrainer(Trainer):
         max_valid_items: int = 256,
         **keywords: Any,
     ):
-        if not isinstance(transformer, self.kind):
-            raise TypeError(f'{type(self).__name__} trains a {self.kind.__name__}, got a {type(transformer).__name__}')
-        if type(transformer).forward is not self.kind.forward:
-            raise TypeError(f'{type(transformer).__name__} has a forward of its own, which training would not call')
+        transformer = own_stage(transformer, self.kind)
         check_probability(cond_drop_prob=cond_drop_prob, mask_prob=mask_prob)
         check_positive(max_valid_items=max_valid_items)
         if prefix_loss_weight < 0:
@@ -239,7 +231,7 @@ class StageTrainer(Trainer):
                     f'the {name} codes in {tokens.folder} were computed with another quantizer or another MuLaN; '
                     'compute them again with the one that is given'
                 )
-        width = conditioning_dim(transformer)
+        width = transformer.conditioning_dim
         if embeddings.shape[-1] != width:
             raise ValueError(
                 f"the quantizer's embeddings of {self.namespace!r} have width {embeddings.shape[-1]}, but the "
@@ -287,7 +279,7 @@ class StageTrainer(Trainer):
     def save_model(self, folder: Path) -> None:
         stage = self.evaluated_model
         # `saving.load_module` rebuilds the transformer from this folder
-        keywords = getattr(stage.transformer, CONFIG, None)
+        keywords = stage.transformer.config
         config = dict(model=self.kind.__name__, keywords=keywords, step=self.step, stage=self.model_config())
         written = checkpoint.write_folder(folder, config, stage.transformer.state_dict())
         if stage.embeddings is not None:
@@ -354,6 +346,7 @@ def load_stage(folder: str | Path, transformer: nn.Module, quantizer: MuLaNEmbed
     Raises FileNotFoundError for a missing file, ValueError for weights of another model.
     """
     folder = Path(folder)
+    transformer = own_stage(transformer)
     parts = ('model', 'keywords', 'stage')
     config, weights = checkpoint.read_folder(folder, type(transformer).__name__, parts, optional=('step',))
     checkpoint.load_strictly(transformer, weights, source=folder)

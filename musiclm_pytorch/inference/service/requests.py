@@ -13,7 +13,8 @@ from python_multipart.exceptions import FormParserError
 from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
-from musiclm_pytorch.audiolm.requests import STAGES, read_prompts, read_sampling
+from musiclm_pytorch.audiolm.requests import read_prompts, read_sampling
+from musiclm_pytorch.audiolm.stages import STAGES
 from musiclm_pytorch.data.audio import AudioFile
 from musiclm_pytorch.inference.service.config import ServiceConfig
 from musiclm_pytorch.musiclm import SAMPLING

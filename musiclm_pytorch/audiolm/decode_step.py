@@ -1,0 +1,197 @@
+"""A single token of a few rows through a `Transformer`, faster than operator by operator: what decoding waits for.
+
+`step_for` gives what computes it, or None where the transformer's own `forward`, the plain form, does as well.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from functools import cache, partial
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from musiclm_pytorch.mulan.kernels import fast_kernels_allowed, has_gnu_openmp
+
+if TYPE_CHECKING:
+    from musiclm_pytorch.audiolm.transformer import Cache, PositionBias, Transformer
+
+Step = Callable[[Tensor, 'PositionBias'], Tensor]
+
+# Up to so many rows, the weights' way through the memory takes longer than the arithmetic.
+MOST_ROWS = 16
+# Features for which another thread is worth its share of the barriers.
+DIM_A_THREAD = 64
+# Tokens of a sample times parameters for which loading the kernel, a second or two, pays. What it computes may differ in
+# the last bits, so this depends on what is asked for alone: the same again is computed in the same way.
+WORTH_LOADING = 2e9
+MASKED = -1e30  # added to the score of a key that is not seen; finite, for a query may see no key at all
+
+
+def step_for(transformer: Transformer, cache: Cache, rows: int, tokens: int, compile: bool = False) -> Step | None:
+    """What takes `(b, 1, d)` of the token after those in the cache, and the position bias, to its features `(b, 1, d)`.
+
+    tokens: how many of a sample are made in all
+    compile: by torch.compile at fixed shapes, on a GPU as a CUDA graph, recorded here and now
+    """
+    if compile:
+        return FixedStep(transformer, cache, rows)
+    weights = list(transformer.parameters())
+    if sum(it.numel() for it in weights) * tokens < WORTH_LOADING or rows > MOST_ROWS:
+        return None
+    if any(it.device.type != 'cpu' or it.dtype != torch.float32 or not it.is_contiguous() for it in weights):
+        return None
+    return FusedStep(transformer, cache, rows) if fast_kernels_allowed() and has_gnu_openmp() else None
+
+
+class FixedStep:
+    """At shapes that stay the same, so that it can be compiled, and recorded on a GPU: each token looks at all places."""
+
+    def __init__(self, transformer: Transformer, cache: Cache, rows: int):
+        self.cache, places = cache, cache.keys[0].shape[1]
+        device = cache.keys[0].device
+        cache.at = torch.tensor([cache.ahead + cache.length], device=device)
+        self.x = torch.zeros(rows, 1, transformer.dim, device=device)
+        self.bias = torch.zeros(transformer.heads, 1, places - cache.ahead, device=device)
+        self.run = partial(torch.compile(transformer.run), self.x, self.bias, cache)
+        self.graph = None
+        if device.type == 'cuda':
+            # What this writes into the cache at `at` is written over by the first token.
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                self.run()
+            torch.cuda.current_stream().wait_stream(stream)
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self.features = self.run()
+
+    def __call__(self, x: Tensor, bias: PositionBias) -> Tensor:
+        """Valid until the next call."""
+        self.x.copy_(x)
+        if bias.table is not None:
+            row = bias.row(self.cache.length)[:, : self.bias.shape[-1]]
+            self.bias[:, 0, : row.shape[-1]] = row
+        self.cache.at.fill_(self.cache.ahead + self.cache.length)
+        self.cache.length += 1
+        if self.graph is None:
+            return self.run()
+        self.graph.replay()
+        return self.features
+
+
+@cache
+def _kernel() -> tuple[ModuleType, ctypes._CFuncPtr]:
+    from musiclm_pytorch.audiolm import step_kernel  # numba takes a second
+
+    kind = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
+    return step_kernel, kind(('GOMP_parallel', ctypes.CDLL(None)))
+
+
+class FusedStep:
+    """By `step_kernel.py`, as one call that PyTorch's threads share, on a CPU in float32, with the weights in place."""
+
+    def __init__(self, transformer: Transformer, cache: Cache, rows: int):
+        kernel, self.parallel = _kernel()
+        self.run, self.cache = kernel.token_task.address, cache
+        layers = [[None if it is None else (it.branch, mix) for it, mix in zip(layer, mixing)]
+                  for layer, mixing in zip(transformer.layers, cache.mixing)]  # fmt: skip
+        dim, heads, dim_head = transformer.dim, transformer.heads, transformer.dim_head
+        hidden, streams = layers[0][2][0][5].in_features, transformer.num_residual_streams
+        self.threads = threads = max(1, min(torch.get_num_threads(), dim // DIM_A_THREAD))
+        places, num_cross = cache.keys[0].shape[1], cache.cross[0][0].shape[1] if cache.cross else 0
+
+        def additive(mask: Tensor | None, size: int) -> Tensor:
+            shown = torch.zeros(rows, size)
+            return shown if mask is None else shown.masked_fill_(~mask, MASKED)
+
+        self.residual, self.output = torch.zeros(rows, streams, dim), torch.zeros(rows, dim)
+        self.no_bias = torch.zeros(heads, places)
+        scratch = {
+            kernel.RESIDUAL: self.residual,
+            kernel.SPARE: torch.zeros(rows, streams, dim),
+            kernel.MIXING: torch.zeros(rows, streams, streams + 2),
+            kernel.INPUT: torch.zeros(rows, dim),
+            kernel.NORMED: torch.zeros(rows, dim),
+            kernel.QUERIES: torch.zeros(rows, heads * dim_head),
+            kernel.KEY_VALUE: torch.zeros(rows, 2 * dim_head),
+            kernel.FIRST_VALUES: torch.zeros(rows, dim_head),
+            kernel.ATTENDED: torch.zeros(rows, heads * dim_head),
+            kernel.OUTPUT: self.output,
+            kernel.BOTH: torch.zeros(rows, 2 * hidden),
+            kernel.GATED: torch.zeros(rows, hidden),
+            kernel.SCORES: torch.zeros(threads, heads, max(places, num_cross)),
+            kernel.MASK: additive(cache.mask, places),
+            kernel.CROSS_MASK: additive(cache.cross_mask, num_cross),
+            kernel.FINAL_GAMMA: transformer.norm.gamma,
+            kernel.FINAL_BETA: transformer.norm.beta,
+        }
+        self.mixing = [[None if it is None else _transposed(it[1]) for it in layer] for layer in layers]
+        self.cross = [(k.contiguous(), v.contiguous()) for k, v in cache.cross]
+        self.table = self._addresses(kernel, layers)
+
+        self.job, self.kernel = np.zeros(kernel.NUM_FIELDS, dtype=np.int64), kernel
+        sizes = {
+            kernel.DIM: dim,
+            kernel.HEADS: heads,
+            kernel.DIM_HEAD: dim_head,
+            kernel.HIDDEN: hidden,
+            kernel.STREAMS: streams,
+            kernel.LAYERS: len(layers),
+            kernel.ROWS: rows,
+            kernel.WIDTH: places,
+            kernel.AHEAD: cache.ahead,
+            kernel.MIXES_VALUES: transformer.add_value_residual,
+            kernel.CROSS_KEYS: num_cross,
+            kernel.BIAS: self.no_bias.data_ptr(),
+            kernel.BIAS_WIDTH: self.no_bias.stride(0),
+            kernel.TABLE: self.table.ctypes.data,
+        }
+        for place, value in sizes.items():
+            self.job[place] = value
+        for place, tensor in scratch.items():
+            self.job[place] = tensor.data_ptr()
+        self.kept = scratch, transformer  # the job has their addresses only
+
+    def _addresses(self, kernel: ModuleType, layers: list) -> np.ndarray:
+        """Where the weights, keys and values of each layer lie, (layers, columns) int64."""
+        table = np.zeros((len(layers), kernel.NUM_COLUMNS), dtype=np.int64)
+
+        def put(columns: np.ndarray, **tensors: Tensor) -> None:
+            for name, tensor in tensors.items():
+                columns[getattr(kernel, name)] = tensor.data_ptr()
+
+        for index, (row, layer, mixing) in enumerate(zip(table, layers, self.mixing)):
+            pairs = [(self.cache.keys[index], self.cache.values[index]), self.cross[index] if self.cross else None]
+            for begin, part, own in zip((kernel.SELF, kernel.CROSS, kernel.FEEDFORWARD), layer, mixing):
+                if part is not None and own is not None:
+                    put(row[begin:], **dict(zip(('DYNAMIC', 'STATIC', 'SCALE'), own)))
+            for begin, part, pair in zip((kernel.SELF, kernel.CROSS), layer, pairs):
+                if part is not None:
+                    branch = part[0]
+                    put(row[begin:], GAMMA=branch.norm.gamma, BETA=branch.norm.beta, KEYS=pair[0], VALUES=pair[1],
+                        TO_Q=branch.to_q.weight, TO_KV=branch.to_kv.weight, TO_OUT=branch.to_out[0].weight)  # fmt: skip
+            norm, to_hidden, _, hidden_norm, _, to_out = layer[2][0]
+            put(row[kernel.FEEDFORWARD :], GAMMA=norm.gamma, BETA=norm.beta, TO_HIDDEN=to_hidden.weight,
+                HIDDEN_GAMMA=hidden_norm.gamma, HIDDEN_BETA=hidden_norm.beta, FROM_HIDDEN=to_out.weight)  # fmt: skip
+        return table
+
+    def __call__(self, x: Tensor, bias: PositionBias) -> Tensor:
+        self.residual.copy_(x)  # the same to each stream
+        job, kernel = self.job, self.kernel
+        job[kernel.AT] = self.cache.ahead + self.cache.length
+        if bias.table is not None:
+            row = bias.row(self.cache.length)
+            job[kernel.BIAS], job[kernel.BIAS_WIDTH] = row.data_ptr(), row.stride(0)
+        self.parallel(self.run, job.ctypes.data, self.threads, 0)
+        self.cache.length += 1
+        return self.output[:, None].clone()
+
+
+def _transposed(mixing: tuple[Tensor, Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor] | None:
+    """As the kernel reads it: the dynamic weights `(k, d)`."""
+    return None if mixing is None else (mixing[0].t().contiguous(), mixing[1].contiguous(), mixing[2].contiguous())
