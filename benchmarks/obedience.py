@@ -258,7 +258,7 @@ def from_real(musiclm: MusicLM, prompts: list[str], real: torch.Tensor, sampling
     windows = [round(seconds * musiclm.frame_rate) for seconds in musiclm.windows]
     for start in range(0, len(real), batch):
         waves, texts = real[start : start + batch], prompts[start : start + batch]
-        codes = codec(waves, return_encoded=True)[1]
+        codes = codec.encode(waves)
         indices = musiclm.mulan_embed_quantizer.indices(raw_texts=texts)
         generator = torch.Generator().manual_seed(start)
         condition = {name: musiclm.mulan_embed_quantizer.embed(indices, name) for name in stages}
@@ -280,7 +280,7 @@ def from_real(musiclm: MusicLM, prompts: list[str], real: torch.Tensor, sampling
             whole = codes
             if given is not None:
                 whole = torch.cat((given, generate_fine(stages['fine'], given, **fine).tokens), dim=-1)
-            made[name].append(rearrange(codec.decode_from_codebook_indices(whole), 'b 1 n -> b n'))
+            made[name].append(codec.decode(whole))
     return {name: torch.cat(waves) for name, waves in made.items()}
 
 

@@ -39,8 +39,8 @@ def with_noise(wave: torch.Tensor, snr: float, generator: torch.Generator) -> to
 def through_codec(musiclm: MusicLM, waves: list[torch.Tensor]) -> list[torch.Tensor]:
     made = []
     for wave in waves:
-        _, codes, _ = musiclm.codec(wave[None], return_encoded=True)
-        made.append(musiclm.codec.decode_from_codebook_indices(codes).reshape(-1)[: len(wave)])
+        codes = musiclm.codec.encode(wave[None])
+        made.append(musiclm.codec.decode(codes).reshape(-1)[: len(wave)])
     return made
 
 

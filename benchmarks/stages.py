@@ -45,7 +45,7 @@ CLUSTERS, CODES, COARSE, FINE = 500, 1024, 3, 5
 def make_tokenizer(seed: int = 0) -> nn.Module:
     from transformers import HubertConfig, HubertModel
 
-    from musiclm_pytorch.audiolm.bridge import HubertWithKmeans
+    from musiclm_pytorch.audiolm.convert import HubertWithKmeans
 
     class Features(nn.Module):
         """HuBERT base as audiolm-pytorch calls it; nothing beyond the layer that is used is computed."""
@@ -81,7 +81,7 @@ def make_parts(folder: Path, dim: int) -> tuple[nn.Module, nn.Module, nn.Module]
         TextTransformer,
         create_optimized_audiospectrogram_transformer,
     )
-    from musiclm_pytorch.audiolm.bridge import SoundStream
+    from musiclm_pytorch.audiolm.convert import SoundStream
 
     tokenizer = make_tokenizer()
     torch.manual_seed(1)
@@ -109,7 +109,7 @@ def make_parts(folder: Path, dim: int) -> tuple[nn.Module, nn.Module, nn.Module]
 
 
 def make_transformer(stage: str, dim: int, depth: int) -> nn.Module:
-    from musiclm_pytorch.audiolm.bridge import CoarseTransformer, FineTransformer, SemanticTransformer
+    from musiclm_pytorch.audiolm.convert import CoarseTransformer, FineTransformer, SemanticTransformer
 
     torch.manual_seed(2)
     random.seed(2)

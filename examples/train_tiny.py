@@ -37,12 +37,11 @@ from musiclm_pytorch import (
     SyntheticMusic,
     get_optimal_spectrogram_params,
 )
-from musiclm_pytorch.audiolm.bridge import AudioLM, CoarseTransformer, FineTransformer, SemanticTransformer
-from musiclm_pytorch.audiolm.initial import scale_initial_weights
 from musiclm_pytorch.audiolm.saving import load_module, save_module
 from musiclm_pytorch.audiolm.semantic import SemanticTokenizer
 from musiclm_pytorch.audiolm.semantic_mulan import MuLaNSemanticTokenizer
 from musiclm_pytorch.audiolm.spectral_codec import SpectralCodec
+from musiclm_pytorch.audiolm.stages import CoarseTransformer, FineTransformer, SemanticTransformer
 from musiclm_pytorch.audiolm.tokens import compute_tokens
 from musiclm_pytorch.trainer.stages import CoarseTrainer, FineTrainer, SemanticTrainer, load_stage
 
@@ -212,7 +211,7 @@ def small_vocabulary(mulan: MuLaN, texts: list[str]) -> MuLaN:
 def train_stage(name: str, args: argparse.Namespace) -> None:
     torch.manual_seed(SEED)
     if args.begin_with is None:
-        transformer = scale_initial_weights(KINDS[name](**STAGES[name]))
+        transformer = KINDS[name](**STAGES[name]).scale_initial_weights()
     else:
         transformer = load_module(args.begin_with / name)
     trainer = TRAINERS[name](
@@ -257,13 +256,15 @@ def pack(args: argparse.Namespace) -> None:
             continue
         stages[name] = kind(**STAGES[name])
         load_stage(args.work / name / 'best', stages[name], quantizer)
-    audio_lm = AudioLM(
-        wav2vec=SemanticTokenizer.from_pretrained(args.work / 'tokenizer'),
+    musiclm = MusicLM(
+        mulan_embed_quantizer=quantizer,
+        windows=tuple(WINDOWS.values()),
+        sampling=SAMPLING,
+        knows=KNOWS,
+        tokenizer=SemanticTokenizer.from_pretrained(args.work / 'tokenizer'),
         codec=load_module(args.work / 'codec'),
-        **{f'{name}_transformer': stage for name, stage in stages.items()},
-        unique_consecutive=False,
+        **stages,
     )
-    musiclm = MusicLM(audio_lm, quantizer, windows=tuple(WINDOWS.values()), sampling=SAMPLING, knows=KNOWS)
     musiclm.save_pretrained(args.output, dtype=torch.float16)
     files = sorted(args.output.rglob('*.safetensors'))
     print(f'{sum(path.stat().st_size for path in files) / 1e6:.1f} MB in {args.output}')

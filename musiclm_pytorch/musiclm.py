@@ -124,6 +124,7 @@ class MusicLM(nn.Module):
                 else f'{missing[0]} is missing; pass an AudioLM, or all of {", ".join(parts)}'
             )
         check_positive(**{f'the window of the {name} stage': it for name, it in zip(STAGES, windows)})
+        self._given = (audio_lm,)  # its weights are counted once: it is none of the modules of this one
         for name, kind in STAGES.items():
             setattr(self, name, own_stage(parts[name], kind))
         self.codec, self.tokenizer = own_codec(parts['codec']), own_tokenizer(parts['tokenizer'])
@@ -196,7 +197,9 @@ class MusicLM(nn.Module):
 
     @property
     def audio_lm(self) -> nn.Module:
-        """The same as a new `AudioLM` of audiolm-pytorch, with a copy of the stages' weights."""
+        """The `AudioLM` that was given, or else a new one of audiolm-pytorch, with a copy of the stages' weights."""
+        if self._given[0] is not None:
+            return self._given[0]
         return audiolm_pytorch().AudioLM(
             wav2vec=unwrapped(self.tokenizer),
             codec=unwrapped(self.codec),

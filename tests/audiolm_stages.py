@@ -1,4 +1,4 @@
-"""Tiny stages of AudioLM with weights that make every part matter, and their uncached logits."""
+"""Tiny stages of audiolm-pytorch with weights that make every part matter, and their uncached logits."""
 
 import random
 import warnings
@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from musiclm_pytorch.audiolm.bridge import CoarseTransformer, FineTransformer, SemanticTransformer
+from musiclm_pytorch.audiolm.convert import CoarseTransformer, FineTransformer, SemanticTransformer
 
 SEMANTIC, CODES, COARSE, FINE = 11, 13, 3, 2
 SIZES = dict(dim=32, depth=2, heads=2, dim_head=8)

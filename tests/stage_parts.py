@@ -7,7 +7,7 @@ from conftest import tiny_mulan
 from torch import nn
 
 from musiclm_pytorch import MuLaNEmbedQuantizer
-from musiclm_pytorch.audiolm.bridge import CoarseTransformer, FineTransformer, SemanticTransformer
+from musiclm_pytorch.audiolm.stages import CoarseTransformer, FineTransformer, SemanticTransformer
 
 RATE = 1200
 SCALE = 64.0  # seconds at which a wave that tells the time reaches 1

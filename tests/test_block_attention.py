@@ -1,15 +1,14 @@
-"""Causal attention by blocks beside audiolm-pytorch's own: values and gradients."""
+"""Causal attention by blocks and whole beside audiolm-pytorch's own: values and gradients."""
 
 import pytest
 import torch
-from stage_parts import make_transformer
 
-from musiclm_pytorch.audiolm.block_attention import BLOCK, block_causal_attention, blocks
+from musiclm_pytorch.audiolm.block_attention import BLOCK, block_causal_attention, blocks, plain_attention
+from musiclm_pytorch.audiolm.convert import audiolm_pytorch
 
 
-def genuine_attend(**keywords):
-    attention = next(it for it in make_transformer('semantic', **keywords).modules() if hasattr(it, 'attend'))
-    return attention.attend
+def genuine_attend():
+    return audiolm_pytorch().attend.Attend(causal=True)
 
 
 def in_blocks(bias):
@@ -31,11 +30,17 @@ def test_values_and_gradients(n, prefix, masked, biased):
     outs = (
         genuine_attend()(q, k, v, mask=mask, attn_bias=whole),
         block_causal_attention(q, k, v, mask, in_blocks(bias) if biased else None),
+        plain_attention(q, k, v, mask, bias),
+        plain_attention(q, k, v, mask, bias, fused=True),
     )
     weight = torch.randn(2, 3, n, 8)
     results = [(out, *torch.autograd.grad((out * weight).sum(), leaves)) for out in outs]
-    for expected, found in zip(*results):
-        torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-4)
+    for expected, *others in zip(*results):
+        for found in others:
+            torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-4)
+    with torch.no_grad():
+        found = block_causal_attention(q, k, v, mask, in_blocks(bias) if biased else None)
+    torch.testing.assert_close(found, outs[0], atol=2e-5, rtol=1e-4)
 
 
 def test_double_precision_gradients():

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils.data import Dataset
 
-from musiclm_pytorch.audiolm.bridge import SoundStream
+from musiclm_pytorch.audiolm.convert import SoundStream
 from musiclm_pytorch.audiolm.saving import load_module
 from musiclm_pytorch.trainer import CodecTrainer
 from musiclm_pytorch.trainer.batches import StandIn

@@ -19,9 +19,9 @@ from audiolm_stages import (
     semantic_stage,
 )
 
-from musiclm_pytorch.audiolm.decoding import generate_coarse, generate_fine, generate_semantic
+from musiclm_pytorch.audiolm.convert import own_stage
+from musiclm_pytorch.audiolm.generate import generate_coarse, generate_fine, generate_semantic
 from musiclm_pytorch.audiolm.sampling import Sampling
-from musiclm_pytorch.audiolm.stages import CoarseDecoder, FineDecoder, SemanticDecoder
 
 CROSS = dict(audio_text_condition=True)
 SAMPLING = Sampling(temperature=0.9, top_k=9, top_p=0.95)
@@ -336,18 +336,18 @@ def test_fine_windows_are_apart_from_each_other(max_batch, known):
 def test_cost_of_windows_grows_with_the_length_only():
     """Positions that attention may see at once are bounded by the window, in all three stages."""
     seen = []
-    decoders = [SemanticDecoder(semantic_stage()), CoarseDecoder(coarse_stage()), FineDecoder(fine_stage())]
-    for decoder in decoders:
-        start = decoder.network.start
-        decoder.network.start = lambda batch, capacity, start=start, **rest: (
+    stages = [own_stage(it) for it in (semantic_stage(), coarse_stage(), fine_stage())]
+    for stage in stages:
+        start = stage.transformer.start_cache
+        stage.transformer.start_cache = lambda batch, capacity, start=start, **rest: (
             seen.append((batch, capacity)) or start(batch, capacity, **rest)
         )
-    semantic = generate_semantic(decoders[0], max_length=60, min_length=60, window=10, overlap=5)
+    semantic = generate_semantic(stages[0], max_length=60, min_length=60, window=10, overlap=5)
     assert max(capacity for _, capacity in seen) <= 1 + 10
     windows = dict(window=8, overlap=4, semantic_per_frame=1.0)
-    coarse = generate_coarse(decoders[1], semantic.tokens, max_length=60, min_length=60, **windows)
+    coarse = generate_coarse(stages[1], semantic.tokens, max_length=60, min_length=60, **windows)
     assert max(capacity for _, capacity in seen) <= 2 + 8 + 8 * COARSE
-    fine = generate_fine(decoders[2], coarse.tokens, window=6)
+    fine = generate_fine(stages[2], coarse.tokens, window=6)
     assert seen[-1] == (10, 2 + 6 * (COARSE + FINE) - 1)
     assert len(seen) == 11 + 14 + 1
     assert fine.tokens.shape == (1, 60, FINE)
@@ -435,9 +435,9 @@ def test_progress_bar(capsys):
 
 
 def test_bfloat16_makes_codes():
-    decoder = CoarseDecoder(coarse_stage(**CROSS), dtype=torch.bfloat16)
+    stage = own_stage(coarse_stage(**CROSS)).bfloat16()
     given = dict(text_embeds=embeds(1, 3, 32), sampling=Sampling(cond_scale=3.0, top_p=0.9))
-    found = generate_coarse(decoder, codes(2, 4, num=SEMANTIC), max_length=4, min_length=4, **given)
+    found = generate_coarse(stage, codes(2, 4, num=SEMANTIC), max_length=4, min_length=4, **given)
     assert found.lengths.tolist() == [4, 4]
     assert ((found.tokens >= 0) & (found.tokens < CODES)).all()
 

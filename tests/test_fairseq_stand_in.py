@@ -22,7 +22,7 @@ from transformers import HubertConfig, HubertModel
 
 import fairseq
 from fairseq.checkpoint_utils import load_model_ensemble_and_task
-from musiclm_pytorch.audiolm.bridge import FairseqVQWav2Vec, HubertWithKmeans
+from musiclm_pytorch.audiolm.convert import FairseqVQWav2Vec, HubertWithKmeans
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -10,7 +10,7 @@ from scipy.optimize import linprog
 from test_musiclm import RATE, build_audio_lm, build_quantizer
 
 from musiclm_pytorch import MusicLM, evaluation
-from musiclm_pytorch.audiolm.decoding import generate_semantic
+from musiclm_pytorch.audiolm.generate import generate_semantic
 from musiclm_pytorch.audiolm.sampling import Sampling
 from musiclm_pytorch.audiolm.semantic_mulan import MuLaNSemanticTokenizer
 from musiclm_pytorch.evaluation.memory import (

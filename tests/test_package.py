@@ -136,8 +136,8 @@ def wrong_imports(folder: Path) -> Iterator[str]:
             yield f'{path} stands in no room: give it a place in ROOMS and in the documentation'
             continue
         for line, name, _ in imported:
-            if outside(name) == 'audiolm_pytorch' and path != 'audiolm/bridge.py':
-                yield f'{path}:{line} imports audiolm_pytorch: only audiolm/bridge.py does, and undoes its side effects'
+            if outside(name) == 'audiolm_pytorch' and path != 'audiolm/convert.py':
+                yield f'{path}:{line} imports audiolm_pytorch: only audiolm/convert.py does, which undoes its effects'
             if outside(name):
                 continue
             other = rank(name)
@@ -240,8 +240,8 @@ PLANTED = [
     (wrong_imports, 'leaf', 'distributed/collectives.py', 'from musiclm_pytorch.distributed import launch'),
     (wrong_imports, 'no room', 'helpers.py', ''),
     (wrong_imports, 'no room', 'mulan_more/model.py', ''),
-    (wrong_imports, 'bridge', 'audiolm/decoding.py', 'def f():\n    from audiolm_pytorch.t5 import t5_encode_text'),
-    (wrong_imports, 'bridge', '__init__.py', 'import audiolm_pytorch as a'),
+    (wrong_imports, 'convert', 'audiolm/generate.py', 'def f():\n    from audiolm_pytorch.t5 import t5_encode_text'),
+    (wrong_imports, 'convert', '__init__.py', 'import audiolm_pytorch as a'),
     (import_cycles, 'circle', 'mulan/model.py', 'from musiclm_pytorch.mulan.layers import x'),
     (import_cycles, 'circle', 'mulan/model.py', 'from musiclm_pytorch.data.audio import x'),
     (import_cycles, 'circle', 'mulan/loss.py', 'from musiclm_pytorch.mulan import y'),
@@ -279,7 +279,7 @@ HARMLESS = {
     'data/datasets.py': 'def f():\n    from musiclm_pytorch.data import z\nfrom musiclm_pytorch.mulan.model import x',
     'mulan/__init__.py': 'from .model import y',
     'mulan/layers.py': 'if TYPE_CHECKING:\n    from musiclm_pytorch.mulan.model import y\nimport torchaudio',
-    'audiolm/bridge.py': 'import audiolm_pytorch',
+    'audiolm/convert.py': 'import audiolm_pytorch',
     'distributed/launch.py': 'import cloudpickle\nfrom musiclm_pytorch.trainer import loop\nfrom . import collectives',
     'trainer/loop.py': "import torch\ntorch.load('x', weights_only=True)\nnp.load('x', allow_pickle=False)",
     'cli.py': "print(torch.loads, loop.load, 'print')\nfrom musiclm_pytorch import checks",
@@ -431,6 +431,17 @@ def test_import_pulls_in_nothing_heavy_and_what_is_required_imports_together(tmp
     assert PACKAGE in first
     assert not HEAVY & first
     assert {'audiolm_pytorch', 'transformers', 'x_clip', 'accelerate'} <= HEAVY & last
+
+
+@pytest.mark.slow
+def test_generation_pulls_in_nothing_heavy(tmp_path):
+    code = "from musiclm_pytorch import MusicLM; MusicLM.from_pretrained('tiny')('a piano', seconds=0.2)"
+    code += "; import sys; print(*{name.split('.')[0] for name in sys.modules})"
+    done = subprocess.run([sys.executable, '-c', code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    loaded = set(done.stdout.split())
+    assert PACKAGE in loaded
+    assert not (HEAVY | {'librosa', 'torchao', 'torchvision', 'scipy', 'numba', 'vector_quantize_pytorch'}) & loaded
 
 
 # ---------------------------------------------------------------------------------------------------------------

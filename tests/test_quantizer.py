@@ -70,7 +70,8 @@ def test_fit_tells_what_each_level_leaves():
     missing = quantizer.fit(given)
     assert len(missing) == 3
     assert 1 > missing[0] > missing[1] > missing[2] > 0
-    quantized, _, _ = quantizer.rq(given)
+    books = [layer._codebook.embed[0] for layer in quantizer.rq.layers]
+    quantized = sum(book[own] for book, own in zip(books, quantizer.rq(given).unbind(dim=1)))
     assert (given - quantized).square().sum() / given.square().sum() == pytest.approx(missing[-1], rel=1e-4)
     # the first level is a plain k-means
     means = KMeans(20, n_init=1, max_iter=50, random_state=0).fit(given.numpy())

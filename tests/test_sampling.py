@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from musiclm_pytorch.audiolm.sampling import Noise, Sampling, first_ends
-from musiclm_pytorch.audiolm.windows import Window, continued_windows, separate_windows
+from musiclm_pytorch.audiolm.generate import Window, continued_windows, separate_windows
+from musiclm_pytorch.audiolm.sampling import Noise, Sampling
 
 
 def plain_draw(logits: list[float], noise: float, sampling: Sampling) -> int:
@@ -76,7 +76,7 @@ def test_noise_of_a_sample_does_not_depend_on_its_batch():
     def generators(*seeds):
         return [torch.Generator().manual_seed(seed) for seed in seeds]
 
-    together, alone = Noise(generators(3, 4, 5), 3).draw(6), Noise(generators(4), 1).draw(6)
+    together, alone = Noise(generators(3, 4, 5), 3).draw(6, range(3)), Noise(generators(4), 1).draw(6, [0])
     assert torch.equal(together[1:2], alone)
     noise = Noise(generators(3, 4, 5), 3)
     assert torch.equal(noise.draw(6, [0, 2]), together[[0, 2]])
@@ -84,10 +84,10 @@ def test_noise_of_a_sample_does_not_depend_on_its_batch():
 
 
 def test_noise_of_one_generator():
-    short, long = (Noise(torch.Generator().manual_seed(1), 3).draw(steps) for steps in (20, 50))
+    short, long = (Noise(torch.Generator().manual_seed(1), 3).draw(steps, range(3)) for steps in (20, 50))
     assert torch.equal(long[:, :20], short)
     torch.manual_seed(1)
-    assert torch.equal(Noise(None, 3).draw(20), short)
+    assert torch.equal(Noise(None, 3).draw(20, range(3)), short)
     assert ((short >= 0) & (short < 1)).all()
     with pytest.raises(ValueError, match='2 generators for 3 samples'):
         Noise([torch.Generator(), torch.Generator()], 3)
@@ -107,10 +107,6 @@ def test_noise_of_one_generator():
 def test_values_out_of_range(options, says):
     with pytest.raises(ValueError, match=says):
         Sampling(**options)
-
-
-def test_first_ends():
-    assert first_ends(torch.tensor([[1, 9, 9], [9, 1, 2], [1, 2, 3]]), 9) == [1, 0, 3]
 
 
 def test_continued_windows():

@@ -19,7 +19,7 @@ from transformers import (
 
 from musiclm_pytorch import MuLaNSemanticTokenizer, SemanticTokenizer, SyntheticMusic, TransformersSemanticTokenizer
 from musiclm_pytorch.atomic import read_checked_json
-from musiclm_pytorch.audiolm.bridge import (
+from musiclm_pytorch.audiolm.convert import (
     CoarseTransformer,
     CoarseTransformerWrapper,
     HubertWithKmeans,

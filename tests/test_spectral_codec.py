@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils.data import Dataset
 
-from musiclm_pytorch.audiolm.bridge import CoarseTransformer, CoarseTransformerWrapper
+from musiclm_pytorch.audiolm.convert import CoarseTransformer, CoarseTransformerWrapper
 from musiclm_pytorch.audiolm.saving import load_module, save_module
 from musiclm_pytorch.audiolm.spectral_codec import SpectralCodec, band_filters
 from musiclm_pytorch.audiolm.tokens import compute_tokens

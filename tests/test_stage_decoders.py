@@ -1,6 +1,7 @@
-"""Logits with kept keys and values are those of the stages' own uncached forward, at every position."""
+"""Logits with kept keys and values are those of audiolm-pytorch's uncached forward, at every position."""
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -19,8 +20,10 @@ from audiolm_stages import (
     semantic_stage,
 )
 
-from musiclm_pytorch.audiolm.fused_step import FusedStep
-from musiclm_pytorch.audiolm.stages import CoarseDecoder, FineDecoder, SemanticDecoder
+from musiclm_pytorch.audiolm.convert import own_stage
+from musiclm_pytorch.audiolm.decode_step import FusedStep
+from musiclm_pytorch.audiolm.generate import generate_coarse
+from musiclm_pytorch.audiolm.sampling import Sampling
 from musiclm_pytorch.mulan.kernels import has_gnu_openmp
 
 CONDITIONS = {
@@ -48,14 +51,28 @@ def conditioning(options: dict, batch: int, seed: int = 0) -> torch.Tensor | Non
 
 
 @torch.inference_mode()
-def forced(session, tokens: torch.Tensor) -> torch.Tensor:
-    """Logits (b, n, c) before each of the tokens (b, n)."""
+def decoded(stage, *given: torch.Tensor, tokens: torch.Tensor, known: int, **keywords) -> torch.Tensor:
+    """Logits (b, n, c) before each of the tokens (b, …) after the first `known` ones, decoded one by one."""
+    stage = own_stage(stage).eval()
+    given, tokens = [it.flatten(1) for it in given], tokens.flatten(1)
+    state = stage.prefill(*given, tokens[:, :known], max_tokens=tokens.shape[1], **keywords)
     logits = []
-    for step, token in enumerate(tokens.unbind(dim=1)):
-        logits.append(session.logits())
-        if step + 1 < tokens.shape[1]:
-            session.push(token)
+    for token in tokens[:, known:].unbind(dim=1):
+        if logits:
+            stage.decode_step(state, before)
+        logits.append(stage.next_logits(state))
+        before = token
     return torch.stack(logits, dim=1)
+
+
+@pytest.fixture(params=['plain', 'kernel'])
+def step(request, monkeypatch):
+    """Tokens computed operator by operator, or by the kernel, however few they are."""
+    if request.param == 'kernel':
+        if not has_gnu_openmp():
+            pytest.skip('no GNU OpenMP')
+        monkeypatch.setattr('musiclm_pytorch.audiolm.decode_step.WORTH_LOADING', 0)
+    return request.param
 
 
 def assert_equal(found: torch.Tensor, wanted: torch.Tensor) -> None:
@@ -66,40 +83,36 @@ def assert_equal(found: torch.Tensor, wanted: torch.Tensor) -> None:
 @pytest.mark.parametrize('options', OPTIONS.values(), ids=OPTIONS.keys())
 @pytest.mark.parametrize('known', [0, 4])
 def test_semantic(options, known):
-    stage, ids, text_embeds = semantic_stage(**options), codes(2, 9, num=SEMANTIC), conditioning(options, 2)
-    session = SemanticDecoder(stage).begin(ids[:, :known], max_tokens=9, text_embeds=text_embeds)
-    assert_equal(forced(session, ids[:, known:]), semantic_logits(stage, ids, text_embeds)[:, known:-1])
+    stage, ids, conditions = semantic_stage(**options), codes(2, 9, num=SEMANTIC), conditioning(options, 2)
+    found = decoded(stage, tokens=ids, known=known, conditioning=conditions)
+    assert_equal(found, semantic_logits(stage, ids, conditions)[:, known:-1])
 
 
 @pytest.mark.parametrize('options', OPTIONS.values(), ids=OPTIONS.keys())
-@pytest.mark.parametrize('known', [0, 2])
-def test_coarse(options, known):
-    stage, text_embeds = coarse_stage(**options), conditioning(options, 3)
+@pytest.mark.parametrize('known', [0, 2 * COARSE])
+def test_coarse(options, known, step):
+    stage, conditions = coarse_stage(**options), conditioning(options, 3)
     semantic_ids, tokens = codes(3, 7, num=SEMANTIC), codes(3, 4, COARSE)
     semantic_ids[1, 5:], semantic_ids[2, 3] = -1, SEMANTIC
-    decoder = CoarseDecoder(stage)
-    session = decoder.begin(semantic_ids, tokens[:, :known], max_frames=4, text_embeds=text_embeds)
-    wanted = coarse_logits(stage, semantic_ids, tokens.flatten(1)[:, :-1], text_embeds)
-    assert_equal(forced(session, tokens[:, known:].flatten(1)), wanted[:, known * COARSE :])
+    found = decoded(stage, semantic_ids, tokens=tokens, known=known, conditioning=conditions)
+    assert_equal(found, coarse_logits(stage, semantic_ids, tokens.flatten(1)[:, :-1], conditions)[:, known:])
 
 
 @pytest.mark.parametrize('options', OPTIONS.values(), ids=OPTIONS.keys())
-@pytest.mark.parametrize('known', [0, 2])
+@pytest.mark.parametrize('known', [0, 2 * FINE])
 def test_fine(options, known):
-    stage, text_embeds = fine_stage(**options), conditioning(options, 3)
+    stage, conditions = fine_stage(**options), conditioning(options, 3)
     coarse, tokens = codes(3, 5, COARSE), codes(3, 5, FINE, seed=1)
     coarse[1, 4:], coarse[2, 3, 1] = -1, CODES
-    session = FineDecoder(stage).begin(coarse, tokens[:, :known], text_embeds=text_embeds)
-    wanted = fine_logits(stage, coarse, tokens.flatten(1)[:, :-1], text_embeds)
-    assert_equal(forced(session, tokens[:, known:].flatten(1)), wanted[:, known * FINE :])
+    found = decoded(stage, coarse, tokens=tokens, known=known, conditioning=conditions)
+    assert_equal(found, fine_logits(stage, coarse, tokens.flatten(1)[:, :-1], conditions)[:, known:])
 
 
 @pytest.mark.parametrize('condition', ['cross', 'projected', 'prefix'])
 def test_guidance_of_the_coarse_stage_is_that_of_forward_with_cond_scale(condition):
     stage, text_embeds = coarse_stage(**CONDITIONS[condition]), conditioning(CONDITIONS[condition], 2)
     semantic_ids, tokens = codes(2, 6, num=SEMANTIC), codes(2, 4, COARSE)
-    decoder = CoarseDecoder(stage)
-    session = decoder.begin(semantic_ids, tokens[:, :0], max_frames=4, text_embeds=text_embeds, cond_scale=2.5)
+    found = decoded(stage, semantic_ids, tokens=tokens, known=0, conditioning=text_embeds, cond_scale=2.5)
     with torch.inference_mode():
         _, wanted = stage.forward_with_cond_scale(
             semantic_token_ids=semantic_ids,
@@ -107,7 +120,6 @@ def test_guidance_of_the_coarse_stage_is_that_of_forward_with_cond_scale(conditi
             text_embeds=text_embeds,
             cond_scale=2.5,
         )
-    found = forced(session, tokens.flatten(1))
     assert_equal(found, wanted)
     assert (found - coarse_logits(stage, semantic_ids, tokens.flatten(1)[:, :-1], text_embeds)).abs().max() > 0.1
 
@@ -117,72 +129,57 @@ def test_guidance_of_the_coarse_stage_is_that_of_forward_with_cond_scale(conditi
 def test_guidance_leads_away_from_a_conditioning_of_zeros(stage_name, condition):
     options = CONDITIONS[condition]
     text_embeds = conditioning(options, 2)
+    given = dict(conditioning=text_embeds, cond_scale=3.0)
     if stage_name == 'semantic':
-        stage, tokens = semantic_stage(**options), codes(2, 8, num=SEMANTIC)
-        session = SemanticDecoder(stage).begin(tokens[:, :3], max_tokens=8, text_embeds=text_embeds, cond_scale=3.0)
-        tokens, known = tokens, 3
-
-        def logits(text_embeds):
-            return semantic_logits(stage, tokens[:, :-1], text_embeds)
+        stage, tokens, known = semantic_stage(**options), codes(2, 8, num=SEMANTIC), 3
+        found = decoded(stage, tokens=tokens, known=known, **given)
+        conditioned, null = (
+            semantic_logits(stage, tokens[:, :-1], it) for it in (text_embeds, torch.zeros_like(text_embeds))
+        )
     else:
         stage, coarse, tokens, known = fine_stage(**options), codes(2, 4, COARSE), codes(2, 4, FINE), 0
-        session = FineDecoder(stage).begin(coarse, tokens[:, :0], text_embeds=text_embeds, cond_scale=3.0)
-        tokens = tokens.flatten(1)
-
-        def logits(text_embeds):
-            return fine_logits(stage, coarse, tokens[:, :-1], text_embeds)
-
-    conditioned, null = logits(text_embeds), logits(torch.zeros_like(text_embeds))
+        found = decoded(stage, coarse, tokens=tokens, known=known, **given)
+        conditioned, null = (
+            fine_logits(stage, coarse, tokens.flatten(1)[:, :-1], it)
+            for it in (text_embeds, torch.zeros_like(text_embeds))
+        )
     assert (conditioned - null).abs().max() > 0.05
-    assert_equal(forced(session, tokens[:, known:]), (null + (conditioned - null) * 3.0)[:, known:])
+    assert_equal(found, (null + (conditioned - null) * 3.0)[:, known:])
 
 
 def test_prompt_longer_than_its_blocks(monkeypatch):
     monkeypatch.setattr('musiclm_pytorch.audiolm.stages.PROMPT_BLOCK', 4)
-    monkeypatch.setattr('musiclm_pytorch.audiolm.stages.BIAS_BLOCK', 3)
+    monkeypatch.setattr('musiclm_pytorch.audiolm.transformer.PositionBias.ROWS', 3)
     stage, coarse, tokens = fine_stage(), codes(2, 5, COARSE), codes(2, 5, FINE, seed=1)
-    session = FineDecoder(stage).begin(coarse, tokens[:, :1])
     wanted = fine_logits(stage, coarse, tokens.flatten(1)[:, :-1])
-    assert_equal(forced(session, tokens.flatten(1)[:, FINE:]), wanted[:, FINE:])
-
-
-def test_primes_of_different_lengths():
-    stage, ids = semantic_stage(), codes(2, 9, num=SEMANTIC)
-    prime = ids[:, :5].clone()
-    prime[1] = torch.cat((torch.full((2,), -1), ids[1, :3]))
-    session = SemanticDecoder(stage).begin(prime, max_tokens=9)
-    found = forced(session, torch.stack((ids[0, 5:], ids[1, 3:7])))
-    assert_equal(found[:1], semantic_logits(stage, ids[:1])[:, 5:-1])
-    assert_equal(found[1:], semantic_logits(stage, ids[1:])[:, 3:7])
+    assert_equal(decoded(stage, coarse, tokens=tokens, known=FINE), wanted[:, FINE:])
 
 
 def test_null_keys_in_self_attention():
     stage, ids = semantic_stage(num_null_kv=2, rel_pos_bias=False), codes(2, 6, num=SEMANTIC)
-    session = SemanticDecoder(stage).begin(ids[:, :2], max_tokens=6)
-    assert_equal(forced(session, ids[:, 2:]), semantic_logits(stage, ids)[:, 2:-1])
+    assert_equal(decoded(stage, tokens=ids, known=2), semantic_logits(stage, ids)[:, 2:-1])
     with pytest.raises(ValueError, match='num_null_kv'):
-        SemanticDecoder(semantic_stage(num_null_kv=1, flash_attn=True))
+        own_stage(semantic_stage(num_null_kv=1, flash_attn=True))
 
 
-def test_a_position_without_features_leaves_no_trace():
+def test_a_position_without_features_leaves_no_trace(step):
     """Zeros have no direction: neither the norm of hyper-connections nor a row without keys may give NaN."""
     stage = coarse_stage()
     with torch.no_grad():
         stage.semantic_embedding.weight[0] = 0
     semantic_ids, tokens = codes(2, 5, num=SEMANTIC), codes(2, 3, COARSE)
     semantic_ids[0, 2:] = -1
-    session = CoarseDecoder(stage).begin(semantic_ids, tokens[:, :1], max_frames=3)
-    found = forced(session, tokens[:, 1:].flatten(1))
+    found = decoded(stage, semantic_ids, tokens=tokens, known=COARSE)
     assert_equal(found, coarse_logits(stage, semantic_ids, tokens.flatten(1)[:, :-1])[:, COARSE:])
 
 
-def test_decoder_leaves_the_stage_as_it_was():
-    stage = coarse_stage(**CONDITIONS['cross'], attn_dropout=0.5, ff_dropout=0.5).train()
+def test_generating_leaves_the_stage_as_it_was():
+    stage = own_stage(coarse_stage(**CONDITIONS['cross'], attn_dropout=0.5, ff_dropout=0.5)).train()
     before = {name: tensor.clone() for name, tensor in stage.state_dict().items()}
-    text_embeds, ids = conditioning(CONDITIONS['cross'], 2), codes(2, 5, num=SEMANTIC)
-    decoder = CoarseDecoder(stage)
-    found = [decoder.begin(ids, codes(2, 1, COARSE), max_frames=2, text_embeds=text_embeds).logits() for _ in range(2)]
-    torch.testing.assert_close(found[0], found[1], rtol=0, atol=0)  # no dropout
+    given = dict(text_embeds=conditioning(CONDITIONS['cross'], 2), max_length=2, min_length=2)
+    ids = codes(2, 5, num=SEMANTIC)
+    found = [generate_coarse(stage, ids, sampling=Sampling(temperature=0), **given).tokens for _ in range(2)]
+    assert torch.equal(found[0], found[1])  # no dropout
     assert stage.training
     for name, tensor in stage.state_dict().items():
         torch.testing.assert_close(tensor, before[name], rtol=0, atol=0)
@@ -190,10 +187,8 @@ def test_decoder_leaves_the_stage_as_it_was():
 
 def test_bfloat16_stays_near():
     stage, coarse, tokens = fine_stage(), codes(2, 5, COARSE), codes(2, 5, FINE, seed=1)
-    decoder = FineDecoder(stage, dtype=torch.bfloat16)
-    assert decoder.weight_bytes_a_token * 2 == FineDecoder(stage).weight_bytes_a_token
-    found = forced(decoder.begin(coarse, tokens[:, :1]), tokens.flatten(1)[:, FINE:])
     wanted = fine_logits(stage, coarse, tokens.flatten(1)[:, :-1])[:, FINE:]
+    found = decoded(own_stage(stage).bfloat16(), coarse, tokens=tokens, known=FINE)
     assert found.dtype == torch.float32
     assert (found - wanted).square().mean().sqrt() < 0.05 * wanted.std()
 
@@ -204,45 +199,41 @@ def test_a_compiled_token_is_that_of_the_plain_operators(monkeypatch, batch, thr
     """Rows and heads that the threads share unevenly; more rows than the kernel takes; a head that is no vector."""
     if not has_gnu_openmp():
         pytest.skip('no GNU OpenMP')
-    monkeypatch.setattr('musiclm_pytorch.audiolm.fused_step.DIM_A_THREAD', 1)
-    monkeypatch.setattr('musiclm_pytorch.audiolm.fused_step.WORK_A_THREAD', 1)
-    options = dict(audio_text_condition=True, heads=3, dim_head=7, dim=40)
-    stage = coarse_stage(**options)
+    monkeypatch.setattr('musiclm_pytorch.audiolm.decode_step.DIM_A_THREAD', 1)
+    stage = coarse_stage(audio_text_condition=True, heads=3, dim_head=7, dim=40)
     semantic_ids, tokens, text_embeds = codes(batch, 7, num=SEMANTIC), codes(batch, 4, COARSE), embeds(batch, 4, 40)
     semantic_ids[0, 5:] = -1
+    kinds = []
 
-    def logits():
-        session = CoarseDecoder(stage).begin(semantic_ids, tokens[:, :1], max_frames=4, text_embeds=text_embeds)
-        return type(session._step), forced(session, tokens[:, 1:].flatten(1))
+    def logits(worth_loading):
+        monkeypatch.setattr('musiclm_pytorch.audiolm.decode_step.WORTH_LOADING', worth_loading)
+        given = dict(max_tokens=4 * COARSE, conditioning=text_embeds)
+        kinds.append(type(own_stage(stage).prefill(semantic_ids, tokens.flatten(1)[:, :COARSE], **given).cache.step))
+        return decoded(stage, semantic_ids, tokens=tokens, known=COARSE, conditioning=text_embeds)
 
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        kind, found = logits()
-        assert kind is (FusedStep if batch <= 16 else type(None))
-        monkeypatch.setattr('musiclm_pytorch.audiolm.cached_transformer.has_gnu_openmp', lambda: False)
-        kind, wanted = logits()
-        assert kind is type(None)
+        found, wanted = logits(0), logits(math.inf)
     finally:
         torch.set_num_threads(before)
+    assert kinds == [FusedStep if batch <= 16 else type(None), type(None)]
     assert_equal(found, wanted)
 
 
-def test_keys_beyond_the_vectors_of_the_kernel():
+def test_keys_beyond_the_vectors_of_the_kernel(step):
     """Numbers of keys that are no multiple of anything, and scores far apart."""
     stage, ids = semantic_stage(), codes(2, 150, num=SEMANTIC)
     with torch.no_grad():
         for layer in stage.transformer.layers:
             layer[0].branch.to_q.weight.mul_(20)
-    session = SemanticDecoder(stage).begin(ids[:, :3], max_tokens=150)
-    assert_equal(forced(session, ids[:, 3:]), semantic_logits(stage, ids)[:, 3:-1])
+    assert_equal(decoded(stage, tokens=ids, known=3), semantic_logits(stage, ids)[:, 3:-1])
 
 
 @pytest.mark.slow
 def test_compiled():
     stage, ids = semantic_stage(), codes(2, 6, num=SEMANTIC)
-    session = SemanticDecoder(stage, compile=True).begin(ids[:, :3], max_tokens=6)
-    assert_equal(forced(session, ids[:, 3:]), semantic_logits(stage, ids)[:, 3:-1])
+    assert_equal(decoded(stage, tokens=ids, known=3, compile=True), semantic_logits(stage, ids)[:, 3:-1])
 
 
 @pytest.mark.parametrize('condition', CONDITIONS)
@@ -252,14 +243,12 @@ def test_fixed_shapes(monkeypatch, condition):
     options = CONDITIONS[condition]
     stage, coarse, tokens = fine_stage(**options), codes(2, 5, COARSE), codes(2, 5, FINE, seed=1)
     coarse[1, 4:], text_embeds = -1, conditioning(options, 2)
-    session = FineDecoder(stage, compile=True).begin(coarse, tokens[:, :1], text_embeds=text_embeds)
-    wanted = fine_logits(stage, coarse, tokens.flatten(1)[:, :-1], text_embeds)
-    assert_equal(forced(session, tokens.flatten(1)[:, FINE:]), wanted[:, FINE:])
+    found = decoded(stage, coarse, tokens=tokens, known=FINE, conditioning=text_embeds, compile=True)
+    assert_equal(found, fine_logits(stage, coarse, tokens.flatten(1)[:, :-1], text_embeds)[:, FINE:])
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
 def test_recorded_graph():
     stage, coarse, tokens = fine_stage().cuda(), codes(2, 5, COARSE).cuda(), codes(2, 5, FINE, seed=1).cuda()
-    session = FineDecoder(stage, compile=True).begin(coarse, tokens[:, :1])
     wanted = fine_logits(stage, coarse, tokens.flatten(1)[:, :-1])
-    assert_equal(forced(session, tokens.flatten(1)[:, FINE:]), wanted[:, FINE:])
+    assert_equal(decoded(stage, coarse, tokens=tokens, known=FINE, compile=True), wanted[:, FINE:])

@@ -19,19 +19,17 @@ from stage_parts import (
     make_transformer,
 )
 
-from musiclm_pytorch.audiolm import losses
-from musiclm_pytorch.audiolm.bridge import (
-    CoarseTransformer,
+from musiclm_pytorch.audiolm.convert import (
     CoarseTransformerWrapper,
-    FineTransformer,
     FineTransformerWrapper,
-    SemanticTransformer,
     SemanticTransformerWrapper,
     SoundStream,
+    audiolm_stage,
+    own_stage,
 )
 from musiclm_pytorch.audiolm.crops import PAD, TokenCrops, collate_tokens
-from musiclm_pytorch.audiolm.initial import scale_initial_weights
-from musiclm_pytorch.audiolm.losses import coarse_loss, fine_loss, forgetful_mask, semantic_loss, with_end
+from musiclm_pytorch.audiolm import stages
+from musiclm_pytorch.audiolm.stages import CoarseTransformer, FineTransformer, forgetful_mask, with_end
 from musiclm_pytorch.audiolm.tokens import compute_tokens
 from musiclm_pytorch.trainer import CoarseTrainer, FineTrainer, SemanticTrainer
 from musiclm_pytorch.trainer.batches import StandIn
@@ -67,12 +65,8 @@ def wrapped(stage, transformer, codec, semantic, codes, conditioning, unique, ma
 
 
 def own(stage, transformer, semantic, codes, conditioning, mask_prob):
-    keywords = dict(conditioning=conditioning, mask_prob=mask_prob)
-    if stage == 'semantic':
-        return semantic_loss(transformer, semantic, **keywords)
-    if stage == 'coarse':
-        return coarse_loss(transformer, semantic, codes[..., :2], **keywords)
-    return fine_loss(transformer, codes[..., :2], codes[..., 2:], **keywords)
+    ids = dict(semantic=(semantic,), coarse=(semantic, codes[..., :2]), fine=(codes[..., :2], codes[..., 2:]))[stage]
+    return own_stage(transformer).loss(*ids, conditioning=conditioning, mask_prob=mask_prob)
 
 
 def draw_tokens(b=3, n=9, t=5):
@@ -86,14 +80,14 @@ def draw_tokens(b=3, n=9, t=5):
 def test_losses_and_gradients_of_the_wrappers(stage, conditioned, unique, mask_prob, codec):
     """The same noise too: forgetful masks are drawn as theirs are."""
     semantic, codes = draw_tokens()
-    transformer = make_transformer(stage, conditioned=conditioned)
+    transformer = audiolm_stage(make_transformer(stage, conditioned=conditioned))
     conditioning = torch.randn(3, 2, 16, requires_grad=True) if conditioned else None
     torch.manual_seed(1)
     expected = wrapped(stage, transformer, codec, semantic, codes, conditioning, unique, mask_prob)
     leaves = [*([conditioning] if conditioned else []), *transformer.parameters()]
     gradients = torch.autograd.grad(expected, leaves, allow_unused=True)
     if unique:
-        rows = [losses.without_repetitions(ids) for ids in semantic]
+        rows = [torch.unique_consecutive(ids) for ids in semantic]
         semantic = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=PAD)
         assert (semantic == PAD).any()
     torch.manual_seed(1)
@@ -311,17 +305,19 @@ def test_masks_and_dropping_in_training_only_and_still_after_validation(tmp_path
     """Upstream's first validation turns them off for good, and the end tokens with them."""
     seen = []
 
-    def spy(transformer, semantic, *, conditioning, mask_prob):
-        seen.append((mask_prob, (conditioning == 0).all(dim=-1).all(dim=-1), conditioning, torch.is_grad_enabled()))
-        return semantic_loss(transformer, semantic, conditioning=conditioning, mask_prob=mask_prob)
-
     ends = []
-    monkeypatch.setattr('musiclm_pytorch.trainer.stages.semantic_loss', spy)
-    genuine = losses.with_end
-    monkeypatch.setattr(losses, 'with_end', lambda ids, end: ends.append(genuine(ids, end)) or ends[-1])
+    genuine = stages.with_end
+    monkeypatch.setattr(stages, 'with_end', lambda ids, end: ends.append(genuine(ids, end)) or ends[-1])
     run = make_trainer(
         tmp_path, tokens, batch_size=6, cond_drop_prob=0.5, validate_every=2, mask_prob=0.2, max_valid_items=2
     )
+    loss = run.transformer.loss
+
+    def spy(semantic, *, conditioning, mask_prob, **keywords):
+        seen.append((mask_prob, (conditioning == 0).all(dim=-1).all(dim=-1), conditioning, torch.is_grad_enabled()))
+        return loss(semantic, conditioning=conditioning, mask_prob=mask_prob, **keywords)
+
+    run.transformer.loss = spy
     run.train(num_train_steps=12)
     training, validation = ([it for it in seen if it[-1] is mode] for mode in (True, False))
     assert len(training) == 12
@@ -339,7 +335,7 @@ def test_masks_and_dropping_in_training_only_and_still_after_validation(tmp_path
 def test_dropped_items_are_what_sampling_takes_for_the_null_condition():
     """The zeros of training, and the null branch of audiolm-pytorch where it has one, are one thing."""
     semantic, codes = draw_tokens()
-    transformer = make_transformer('coarse', conditioned=True).eval()
+    transformer = audiolm_stage(make_transformer('coarse', conditioned=True)).eval()
     given = dict(semantic_token_ids=semantic, coarse_token_ids=codes[..., :2])
     embeds = torch.randn(3, 2, 16)
     null = transformer(**given, text_embeds=embeds, cond_drop_prob=1.0)
@@ -360,7 +356,7 @@ def test_training_makes_guidance_real(tmp_path, tokens):
     with torch.no_grad():
         conditioning = stage.embed(batch['conditioning'])
         with_it, without = (
-            semantic_loss(stage.transformer, batch['semantic'], conditioning=it)
+            stage.transformer.loss(batch['semantic'], conditioning=it)
             for it in (conditioning, torch.zeros_like(conditioning))
         )
     assert with_it != without
@@ -407,7 +403,7 @@ def test_texts_in_the_place_of_audio(tmp_path, tokens):
 @pytest.mark.parametrize(
     ('keywords', 'error', 'message'),
     [
-        (dict(transformer=lambda: transformer_for('fine')), TypeError, 'SemanticTrainer trains a SemanticTransformer'),
+        (dict(transformer=lambda: transformer_for('fine')), TypeError, 'must be a SemanticTransformer, got a Fine'),
         (dict(transformer=lambda: with_own_forward()), TypeError, 'Changed has a forward of its own'),
         (dict(transformer=lambda: make_transformer('semantic', conditioned=True)), ValueError,
          'semantic tokens in .* have codebook_size 512, but the transformer was built for 20'),
@@ -432,11 +428,12 @@ def test_parts_that_do_not_belong_together(tmp_path, tokens, keywords, error, me
 
 
 def with_own_forward():
-    class Changed(SemanticTransformer):
+    transformer = audiolm_stage(transformer_for('semantic'))
+
+    class Changed(type(transformer)):
         def forward(self, **keywords):
             return super().forward(**keywords)
 
-    transformer = transformer_for('semantic')
     transformer.__class__ = Changed
     return transformer
 
@@ -483,7 +480,7 @@ def test_new_weights_are_scaled_so_that_the_loss_begins_at_chance(stage):
 
     transformer = kind(**codes)
     assert first_loss(transformer) > math.log(512) + 3
-    assert scale_initial_weights(transformer) is transformer
+    assert transformer.scale_initial_weights() is transformer
     assert first_loss(transformer) == pytest.approx(math.log(512), abs=0.3)
     embeddings = [it.weight for it in transformer.modules() if isinstance(it, torch.nn.Embedding)]
     assert embeddings

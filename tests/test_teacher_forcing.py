@@ -1,6 +1,7 @@
 """Features for training beside audiolm-pytorch's own forward: values and gradients, for all that a stage may be."""
 
 import copy
+import random
 
 import audiolm_stages as stages
 import pytest
@@ -10,12 +11,12 @@ from audiolm_stages import COARSE, CODES, FINE, SEMANTIC
 from hyper_connections.hyper_connections import HyperConnections
 from torch import nn
 
-from musiclm_pytorch.audiolm.position_bias import without_denormals
-from musiclm_pytorch.audiolm.residual_streams import ResidualStreams
-from musiclm_pytorch.audiolm.teacher_forcing import coarse_features, fine_features, semantic_features
+from musiclm_pytorch.audiolm import convert
+from musiclm_pytorch.audiolm.convert import audiolm_stage, own_stage
+from musiclm_pytorch.audiolm.stages import STAGES
+from musiclm_pytorch.audiolm.transformer import HyperConnection, without_denormals
 from musiclm_pytorch.mulan.kernels import plain_kernels
 
-STAGES = ('semantic', 'coarse', 'fine')
 OPTIONS = dict(
     plain={},
     crossing=dict(audio_text_condition=True),
@@ -67,21 +68,17 @@ def make_case(stage, options, masked=True):
         return list(logits) if isinstance(logits, tuple) else [logits]
 
     def own(model):
-        keywords = dict(seen=seen, conditioning=conditioning)
-        if stage == 'semantic':
-            return [model.to_logits(semantic_features(model, ids, **keywords))]
-        if stage == 'coarse':
-            first, second = coarse_features(model, semantic, coarse, **keywords)
-            return [model.to_semantic_logits(first), taking_turns(second, model.coarse_logit_weights)]
-        first, second = fine_features(model, coarse, fine, **keywords)
-        return [taking_turns(first, model.coarse_logit_weights), taking_turns(second, model.fine_logit_weights)]
+        model = own_stage(model)
+        tokens = dict(semantic=lambda: (ids,), coarse=lambda: (semantic, coarse), fine=lambda: (coarse, fine))[stage]()
+        features = model.features(*tokens, seen=seen, conditioning=conditioning)
+        heads = [model.own_heads()] if stage == 'semantic' else [model.given_heads(), model.own_heads()]
+        return [taking_turns(*it) for it in zip(features, heads, strict=True)]
 
     return model, genuine, own
 
 
-def taking_turns(features, weights):
-    levels = torch.arange(features.shape[1]) % len(weights)
-    return torch.einsum('b n d, n c d -> b n c', features, weights[levels])
+def taking_turns(features, heads):
+    return torch.stack([heads[i % len(heads)](it) for i, it in enumerate(features.unbind(dim=1))], dim=1)
 
 
 def gradients(model, compute):
@@ -114,8 +111,8 @@ def test_values_and_gradients_of_audiolm_pytorch(stage, name, masked):
 
 
 @pytest.mark.parametrize('stage', STAGES)
-def test_what_is_left_to_audiolm_pytorch_gives_the_same(stage):
-    """As on a GPU: whole attention, and its own residual streams."""
+def test_plain_operators_give_the_same(stage):
+    """As on a GPU: whole attention, and gradients of streams by autograd."""
     model, _, own = make_case(stage, dict(audio_text_condition=True))
     found = gradients(model, own)
     with plain_kernels():
@@ -126,7 +123,8 @@ def test_what_is_left_to_audiolm_pytorch_gives_the_same(stage):
 def test_dropout_of_attention_that_is_set_later(stage):
     model, genuine, own = make_case(stage, {})
     model.transformer.layers[0].eval()
-    model.transformer.layers[1][0].branch.attend.attn_dropout.p = 0.5
+    attention = model.transformer.layers[1][0].branch
+    attention.attn_dropout.p = attention.attend.attn_dropout.p = 0.5
     compare(gradients(model, own), gradients(model, genuine))
 
 
@@ -182,41 +180,85 @@ def test_conditioning_that_does_not_fit(stage):
 
 
 def test_fine_tokens_of_other_frames():
-    model = stages.fine_stage()
+    model = own_stage(stages.fine_stage())
     for coarse, fine in ((COARSE + 1, 1), (COARSE, FINE + 1)):
         with pytest.raises(ValueError, match='not of the same whole frames'):
-            fine_features(model, torch.zeros(1, coarse, dtype=torch.long), torch.zeros(1, fine, dtype=torch.long))
+            model.features(torch.zeros(1, coarse, dtype=torch.long), torch.zeros(1, fine, dtype=torch.long))
+
+
+# ---- weights both ways ----
+
+
+@pytest.mark.parametrize('name', OPTIONS)
+@pytest.mark.parametrize('stage', STAGES)
+def test_weights_go_both_ways(stage, name):
+    """Under the same names, in the same order, drawn alike; and those of audiolm-pytorch are used where they are."""
+    theirs = getattr(stages, f'{stage}_stage')(**OPTIONS[name])
+    ours = own_stage(theirs)
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+    for one, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+        assert one is other
+    ours.double()
+    assert {it.dtype for it in theirs.state_dict().values()} == {torch.float64}
+    ours.float()
+    back = audiolm_stage(ours)
+    assert type(back) is type(theirs)
+    for key, weight in theirs.state_dict().items():
+        assert torch.equal(back.state_dict()[key], weight)
+    fresh = []
+    for kind in (type(theirs), type(ours)):
+        torch.manual_seed(3)
+        random.seed(3)
+        fresh.append(kind(**convert.keywords_of(theirs)).state_dict())
+    for one, other in zip(*(it.items() for it in fresh), strict=True):
+        assert one[0] == other[0]
+        assert torch.equal(one[1], other[1])
+
+
+def test_what_is_no_stage():
+    class Other(type(stages.coarse_stage())):
+        def forward(self):
+            return None
+
+    with pytest.raises(TypeError, match='a forward of its own'):
+        own_stage(Other(num_semantic_tokens=2, codebook_size=2, num_coarse_quantizers=1, dim=4, depth=1))
+    with pytest.raises(TypeError, match='must be a FineTransformer, got a CoarseTransformer'):
+        own_stage(stages.coarse_stage(), STAGES['fine'])
+    with pytest.raises(ValueError, match="'somewhere/t5' is not known here; say cond_dim"):
+        STAGES['semantic'](num_semantic_tokens=2, dim=4, depth=1, t5_name='somewhere/t5')
 
 
 # ---- residual streams ----
 
 
 class Network(nn.Module):
-    """What `ResidualStreams` needs of a transformer: two branches."""
+    """Two branches around which streams are mixed, by audiolm-pytorch's connections and by ours of the same weights."""
 
-    def __init__(self, streams, dim, **keywords):
+    def __init__(self, streams, dim):
         super().__init__()
         _, self.expand_streams, self.reduce_streams = HyperConnections.get_init_and_expand_reduce_stream_functions(
             streams
         )
-        connections = [HyperConnections(streams, dim=dim, branch=nn.Linear(dim, dim), **keywords) for _ in range(2)]
-        self.layers = nn.ModuleList([nn.ModuleList(connections)])
+        self.theirs = nn.ModuleList([HyperConnections(streams, dim=dim, branch=nn.Linear(dim, dim)) for _ in range(2)])
         for parameter in self.parameters():
             nn.init.normal_(parameter)
+        ours = [HyperConnection(dim, it.branch, streams) for it in self.theirs]
+        for one, other in zip(ours, self.theirs):
+            one._parameters, one.norm._parameters = other._parameters, other.norm._parameters
+        self.ours, self.streams = tuple(ours), streams
 
     def genuine(self, x):
         x = self.expand_streams(x)
-        for connection in self.layers[0]:
+        for connection in self.theirs:
             x = connection(x)
         return self.reduce_streams(x)
 
     def own(self, x):
-        residual = ResidualStreams(self, x.device)
-        x = residual.expand(x)
-        for connection in self.layers[0]:
-            branch_input, mixed, rest = residual.enter(connection, x)
-            x = residual.leave(connection, connection.branch(branch_input), mixed, **rest)
-        return residual.reduce(x)
+        x = x[:, :, None].expand(-1, -1, self.streams, -1)
+        for connection in self.ours:
+            branch_input, kept = connection.width(x, connection.mixing())
+            x = connection.depth(connection.branch(branch_input), *kept)
+        return x.sum(dim=2)
 
 
 @pytest.mark.parametrize(('b', 'n', 'streams', 'dim'), [(1, 1, 2, 1), (2, 7, 3, 20), (3, 65, 4, 33)])
@@ -226,20 +268,24 @@ def test_streams_and_their_gradients(b, n, streams, dim):
     x = torch.randn(b, n, dim, dtype=torch.float64)
     x[0, 0] = 1e-14  # shorter than norms are taken to be
     weight = torch.randn(b, n, dim, dtype=torch.float64)
-    results = []
-    for compute in (network.genuine, network.own):
+
+    def result(compute):
         given = x.clone().requires_grad_()
         out = compute(given)
-        results.append([out, *torch.autograd.grad((out * weight).sum(), [given, *network.parameters()])])
-    assert ResidualStreams(network, x.device).together
-    for expected, found in zip(*results):
-        torch.testing.assert_close(found, expected, atol=1e-9, rtol=1e-9)
+        return [out, *torch.autograd.grad((out * weight).sum(), [given, *network.parameters()])]
+
+    expected, found = result(network.genuine), result(network.own)
+    with plain_kernels():
+        plain = result(network.own)
+    for it in zip(expected, found, plain):
+        torch.testing.assert_close(it[1], it[0], atol=1e-9, rtol=1e-9)
+        torch.testing.assert_close(it[2], it[0], atol=1e-9, rtol=1e-9)
 
 
 def test_streams_stay_as_precise_as_the_weights_under_autocast():
     torch.manual_seed(3)
     network, x = Network(4, 16), torch.randn(2, 9, 16, requires_grad=True)
-    for connection in network.layers[0]:
+    for connection in network.ours:
         connection.branch = nn.Identity()  # whose products would be in half precision
     with torch.autocast('cpu', torch.bfloat16):
         found = network.own(x)
@@ -247,13 +293,6 @@ def test_streams_stay_as_precise_as_the_weights_under_autocast():
     expected = network.own(x)
     assert torch.equal(found, expected)
     assert torch.equal(gradient[0], torch.autograd.grad(expected.sum(), x)[0])
-
-
-def test_connections_set_up_in_another_way_are_left_alone():
-    network = Network(4, 16, tanh=False)
-    assert not ResidualStreams(network, torch.device('cpu')).together
-    x = torch.randn(2, 5, 16)
-    torch.testing.assert_close(network.own(x), network.genuine(x))
 
 
 def test_next_to_nothing_becomes_nothing():

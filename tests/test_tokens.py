@@ -9,7 +9,7 @@ from stage_parts import RATE, Clips, ClockCodec, ClockTokenizer, clock, make_qua
 from torch.utils.data import DataLoader
 
 from musiclm_pytorch import SyntheticMusic
-from musiclm_pytorch.audiolm.bridge import SoundStream
+from musiclm_pytorch.audiolm.convert import SoundStream
 from musiclm_pytorch.audiolm.crops import PAD, TokenCrops, collate_tokens
 from musiclm_pytorch.audiolm.fingerprints import fingerprint
 from musiclm_pytorch.audiolm.tokens import compute_tokens
@@ -240,7 +240,7 @@ class Silent(Clips):
         ([(clock(1.0), 'x')], {}, ValueError, 'list does not tell its sample rate'),
         (Clips([1.0]), dict(sample_rate=0), ValueError, 'sample_rate must be greater than 0'),
         (Clips([1.0]), dict(on_change='ask'), ValueError, "unknown on_change 'ask'"),
-        (Clips([1.0]), dict(codec=torch.nn.Linear(1, 1)), TypeError, 'Linear has no target_sample_hz'),
+        (Clips([1.0]), dict(codec=torch.nn.Linear(1, 1)), TypeError, 'Linear is no Codec, and has no target_sample_hz'),
         (Clips([11.0]), {}, ValueError, r'semantic tokens lie between 0 and 549, outside of the codebook of 512'),
         (Silent([1.0]), dict(quantizer=make_quantizer()), ValueError, 'waves without texts; pass texts=False'),
     ],

@@ -132,7 +132,12 @@ def own_stage(stage: nn.Module, kind: type[S] = StageTransformer) -> S:
             for name, module in found.named_modules():
                 given = stage.get_submodule(name)
                 module.__dict__['_parameters'], module.__dict__['_buffers'] = given._parameters, given._buffers
-            return found.train(stage.training)
+                module.training = given.training
+                if isinstance(given, nn.Dropout):
+                    module.p = given.p
+                elif hasattr(given, 'attn_dropout'):
+                    module.dropout = given.attn_dropout.p
+            return found
     names = ' or '.join(it.__name__ for it in wanted)
     raise TypeError(f'transformer must be a {names}, got a {type(stage).__name__}')
 

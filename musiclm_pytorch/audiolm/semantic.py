@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from abc import ABC, abstractmethod
+from abc import ABCMeta, abstractmethod
 from collections.abc import Iterator
 from fractions import Fraction
 from importlib import import_module
@@ -34,7 +34,7 @@ KINDS = {
 
 
 @passes_as('HubertWithKmeans')
-class SemanticTokenizer(nn.Module, ABC):
+class SemanticTokenizer(nn.Module, metaclass=ABCMeta):
     """Waves to semantic tokens: frames of features of a frozen encoder, each replaced by its nearest k-means centre.
 
     The classes of audiolm-pytorch take it as `wav2vec`:

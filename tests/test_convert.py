@@ -1,4 +1,4 @@
-"""The bridge to audiolm-pytorch: its names, none of the side effects of its import, no request to build a model.
+"""audiolm-pytorch through `convert`: its names, none of the side effects of its import, no request to build a model.
 
 What an import does shows only in a fresh program, so each test runs one, with several checks, for importing
 audiolm-pytorch takes seconds.
@@ -29,7 +29,7 @@ def run(program, **environment):
     return result
 
 
-def test_the_bridge_first(tmp_path):
+def test_ours_first(tmp_path):
     """The program's own settings stay, and models with text conditioning are built without any request."""
     program = """
         import logging, sys, warnings
@@ -42,8 +42,10 @@ def test_the_bridge_first(tmp_path):
         logging.basicConfig(level=logging.DEBUG)
         genuine = warnings.warn = lambda *args, genuine=warnings.warn, **keywords: genuine(*args, **keywords)
 
-        from musiclm_pytorch.audiolm.bridge import HubertWithKmeans, FairseqVQWav2Vec
-        from musiclm_pytorch.audiolm import bridge
+        import musiclm_pytorch.quantizer
+        assert 'audiolm_pytorch' not in sys.modules
+        from audiolm_pytorch import HubertWithKmeans, FairseqVQWav2Vec
+        from musiclm_pytorch.audiolm import bridge, convert
         assert warnings.warn is genuine
         assert logging.root.level == logging.DEBUG
         assert transformers.logging.get_verbosity() == logging.INFO
@@ -51,9 +53,10 @@ def test_the_bridge_first(tmp_path):
         import audiolm_pytorch
         from audiolm_pytorch.utils import AudioConditionerBase
         assert warnings.warn is genuine
-        for name in bridge.__all__:
+        for name in convert.NAMES:
             theirs = AudioConditionerBase if name == 'AudioConditionerBase' else getattr(audiolm_pytorch, name)
-            assert getattr(bridge, name) is theirs, name
+            assert getattr(bridge, name) is getattr(convert, name) is theirs, name
+        assert issubclass(musiclm_pytorch.quantizer.MuLaNEmbedQuantizer, AudioConditionerBase)
 
         # Any socket that is made or used from here on is a request.
         requests = []
@@ -107,7 +110,7 @@ def test_audiolm_pytorch_first(tmp_path):
         assert logging.root.level == transformers.logging.get_verbosity() == logging.ERROR
 
         import musiclm_pytorch
-        from musiclm_pytorch.audiolm import bridge
+        from musiclm_pytorch.audiolm import convert as bridge
         assert warnings.warn is genuine
         assert logging.root.level == transformers.logging.get_verbosity() == logging.WARNING
         assert bridge.HubertWithKmeans is HubertWithKmeans
@@ -121,12 +124,12 @@ def test_audiolm_pytorch_first(tmp_path):
         bridge.SemanticTransformer(dim=32, depth=1, heads=2, num_semantic_tokens=8, audio_text_condition=True)
 
         # As in a program that asked for these levels after it imported audiolm_pytorch.
-        del sys.modules['musiclm_pytorch.audiolm.bridge']
+        del sys.modules['musiclm_pytorch.audiolm.convert']
         warnings.warn = silent
         logging.root.setLevel(logging.INFO)
         transformers.logging.set_verbosity_error()
         os.environ['TRANSFORMERS_VERBOSITY'] = 'error'
-        import musiclm_pytorch.audiolm.bridge
+        import musiclm_pytorch.audiolm.convert
         assert warnings.warn is genuine
         assert logging.root.level == logging.INFO
         assert transformers.logging.get_verbosity() == logging.ERROR
@@ -149,7 +152,7 @@ def test_a_fairseq_that_cannot_be_used(fairseq, reason, tmp_path):
         import sys, warnings
         genuine = warnings.warn
         try:
-            import musiclm_pytorch.audiolm.bridge
+            from musiclm_pytorch.audiolm.convert import AudioLM
         except ImportError as error:
             assert {reason!r} in str(error), error
             assert 'pip install ./compat/fairseq' in str(error), error
@@ -172,7 +175,7 @@ def test_an_import_that_fails_halfway_is_undone_as_well(tmp_path):
         genuine = warnings.warn
         sys.modules['audiolm_pytorch.trainer'] = None  # imported last; None makes that fail
         try:
-            import musiclm_pytorch.audiolm.bridge
+            from musiclm_pytorch.audiolm.convert import AudioLM
         except ModuleNotFoundError as error:
             assert error.name == 'audiolm_pytorch.trainer', error
         else:
@@ -184,7 +187,7 @@ def test_an_import_that_fails_halfway_is_undone_as_well(tmp_path):
             del sys.modules[name]
         sys.path.insert(0, {str(tmp_path / 'absent')!r})
         try:
-            import musiclm_pytorch.audiolm.bridge
+            from musiclm_pytorch.audiolm.convert import AudioLM
         except ImportError as error:
             assert 'pip install "audiolm-pytorch>=2.4,<3"' in str(error), error
         else:
