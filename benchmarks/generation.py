@@ -17,6 +17,7 @@ is four times that of one. Its fine stage is measured at two lengths and extrapo
 from __future__ import annotations
 
 import argparse
+import copy
 import datetime
 import json
 import os
@@ -35,10 +36,9 @@ warnings.filterwarnings('ignore', category=FutureWarning)
 
 import torch  # noqa: E402
 
-from musiclm_pytorch.audiolm import bridge  # noqa: E402
-from musiclm_pytorch.audiolm.decoding import generate_coarse, generate_fine, generate_semantic  # noqa: E402
+from musiclm_pytorch.audiolm import convert as bridge  # noqa: E402
+from musiclm_pytorch.audiolm.generate import generate_coarse, generate_fine, generate_semantic  # noqa: E402
 from musiclm_pytorch.audiolm.sampling import Sampling  # noqa: E402
-from musiclm_pytorch.audiolm.stages import CoarseDecoder, FineDecoder, SemanticDecoder  # noqa: E402
 
 DIM, DEPTH, CODES, COARSE, FINE = 512, 6, 1024, 3, 5
 SECONDS, SEMANTIC_RATE, FRAME_RATE = 6, 25, 50
@@ -69,9 +69,9 @@ class Stages:
             bridge.CoarseTransformerWrapper(transformer=coarse, codec=codec, unique_consecutive=False),
             bridge.FineTransformerWrapper(transformer=fine, codec=codec),
         ]
-        options = dict(dtype=torch.bfloat16 if args.dtype == 'bf16' else torch.float32, compile=args.compile)
-        kinds = (SemanticDecoder, CoarseDecoder, FineDecoder)
-        self.ours = [kind(stage, **options) for kind, stage in zip(kinds, self.transformers)]
+        dtype = torch.bfloat16 if args.dtype == 'bf16' else torch.float32
+        self.ours = [bridge.own_stage(copy.deepcopy(stage)).to(dtype) for stage in self.transformers]
+        self.options = dict(compile=args.compile)
         self.device, self.cond_scale = args.device, args.cond_scale
         self.sampling = Sampling(top_k=CODES // 10, cond_scale=args.cond_scale)
 
@@ -88,7 +88,7 @@ class Stages:
 
     def generate_ours(self, batch: int, semantic: int, coarse: int, fine: int, fine_window: int | None = None) -> None:
         """The stages with a length above 0, each from random tokens of the one before, for `batch` samples."""
-        given = dict(text_embeds=self.embeds(batch), sampling=self.sampling)
+        given = dict(text_embeds=self.embeds(batch), sampling=self.sampling, **self.options)
         if semantic:
             generate_semantic(self.ours[0], max_length=semantic, min_length=semantic, num_samples=batch, **given)
         if coarse:
@@ -101,7 +101,7 @@ class Stages:
 @torch.inference_mode()
 def check_agreement(stages: Stages) -> dict[str, float]:
     """Largest difference of teacher-forced logits in each stage, over the spread of the logits."""
-    if stages.ours[0].dtype != torch.float32:
+    if stages.ours[0].to_logits.weight.dtype != torch.float32:
         return {}
     embeds, ids = stages.embeds(2), stages.codes(2, 20)
     coarse, fine = stages.codes(2, 8, COARSE), stages.codes(2, 8, FINE)
@@ -113,17 +113,19 @@ def check_agreement(stages: Stages) -> dict[str, float]:
         fine_stage(coarse_token_ids=coarse, fine_token_ids=fine.flatten(1)[:, :-1], **given)[1],
     ]
     sessions = [
-        stages.ours[0].begin(ids[:, :0], max_tokens=20, text_embeds=embeds),
-        stages.ours[1].begin(ids, coarse[:, :0], max_frames=8, text_embeds=embeds),
-        stages.ours[2].begin(coarse, fine[:, :0], text_embeds=embeds),
+        stages.ours[0].prefill(ids[:, :0], max_tokens=20, conditioning=embeds),
+        stages.ours[1].prefill(ids, ids[:, :0], max_tokens=8 * COARSE, conditioning=embeds),
+        stages.ours[2].prefill(coarse.flatten(1), ids[:, :0], max_tokens=8 * FINE, conditioning=embeds),
     ]
     errors = {}
-    for name, session, logits, tokens in zip(('semantic', 'coarse', 'fine'), sessions, wanted, (ids, coarse, fine)):
+    for name, ours, session, logits, tokens in zip(
+        ('semantic', 'coarse', 'fine'), stages.ours, sessions, wanted, (ids, coarse, fine)
+    ):
         found = []
         for token in tokens.flatten(1).unbind(dim=1):
-            found.append(session.logits())
+            found.append(ours.next_logits(session))
             if len(found) < logits.shape[1]:
-                session.push(token)
+                ours.decode_step(session, token)
         errors[name] = ((torch.stack(found, dim=1) - logits).abs().max() / logits.std()).item()
     print('largest difference of logits over their spread:', {name: f'{error:.1e}' for name, error in errors.items()})
     if max(errors.values()) > 1e-4:
@@ -151,19 +153,20 @@ def copy_bandwidth(device: str) -> float:
 
 def token_times(stages: Stages, rows: int, num_tokens: int) -> list[float]:
     """Seconds of each token of the coarse stage, with what draws it."""
-    decoder = stages.ours[1]
+    stage = stages.ours[1]
     with torch.inference_mode():
-        session = decoder.begin(
+        session = stage.prefill(
             stages.codes(rows, SEMANTIC),
-            stages.codes(rows, 0, COARSE),
-            max_frames=num_tokens // COARSE + 1,
-            text_embeds=stages.embeds(rows),
+            stages.codes(rows, 0),
+            max_tokens=num_tokens + 1,
+            conditioning=stages.embeds(rows),
+            **stages.options,
         )
         noise, times = torch.rand(rows, num_tokens).to(stages.device), []
 
         def step(column: int) -> None:
-            logits = session.logits()[:, :CODES]
-            session.push(stages.sampling.draw(logits, noise[:, column]))
+            logits = stage.next_logits(session)[:, :CODES]
+            stage.decode_step(session, stages.sampling.draw(logits, noise[:, column]))
 
         for column in range(num_tokens):
             times.append(seconds(lambda column=column: step(column)))
@@ -178,7 +181,8 @@ def measure(stages: Stages, parts: list[str], repeats: int) -> dict:
     found = {}
     stages.generate_ours(1, 4, 4, 4)  # warm up
     if 'floor' in parts or 'growth' in parts:
-        bandwidth, weight_bytes = copy_bandwidth(stages.device), stages.ours[1].weight_bytes_a_token
+        bandwidth = copy_bandwidth(stages.device)
+        weight_bytes = sum(it.nbytes for it in stages.ours[1].transformer.parameters() if it.ndim == 2)
         found |= dict(copy_gb_s=bandwidth / 1e9, weight_mb=weight_bytes / 1e6, floor_ms=1e3 * weight_bytes / bandwidth)
         for rows in (1, SAMPLES, 2 * SAMPLES):
             times = token_times(stages, rows, 1600 if 'growth' in parts else 200)

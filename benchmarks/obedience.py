@@ -32,7 +32,6 @@ import numpy as np
 import seams  # beside this file
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from sklearn.neural_network import MLPClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler

@@ -17,7 +17,14 @@ from einops import einsum, rearrange, repeat
 from torch import Tensor, nn
 
 from musiclm_pytorch.atomic import write_checked_json
-from musiclm_pytorch.audiolm.convert import audiolm_pytorch, audiolm_stage, own_codec, own_stage, own_tokenizer, unwrapped
+from musiclm_pytorch.audiolm.convert import (
+    audiolm_pytorch,
+    audiolm_stage,
+    own_codec,
+    own_stage,
+    own_tokenizer,
+    unwrapped,
+)
 from musiclm_pytorch.audiolm.generate import generate_coarse, generate_fine, generate_semantic
 from musiclm_pytorch.audiolm.requests import (
     CountPerStage,
@@ -72,8 +79,8 @@ class MusicLM(nn.Module):
         music = musiclm('the crystalline sounds of the piano in a ballroom', num_samples=4)  # (1, samples)
 
     Args:
-        audio_lm: an `AudioLM` of audiolm-pytorch, whose stages were built with `audio_text_condition = True`; its weights
-            are used where they are. Or, in its place, `semantic`, `coarse`, `fine`, `codec` and `tokenizer`.
+        audio_lm: an `AudioLM` of audiolm-pytorch, whose stages were built with `audio_text_condition = True`; its
+            weights are used where they are. Or, in its place, `semantic`, `coarse`, `fine`, `codec` and `tokenizer`.
         mulan_embed_quantizer: fitted, with a namespace for each stage that is conditioned.
         windows: seconds that each stage sees at once, those of its training crops. Longer music continues the first two
             with half a window of overlap; the fine stage's windows are independent.

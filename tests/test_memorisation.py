@@ -203,7 +203,8 @@ def likeliest(musiclm, known, codes, count):
     embeds = musiclm.mulan_embed_quantizer.embed(codes[None], 'semantic')
     known = known[None].clone()
     for _ in range(count):
-        logits = stage(ids=known, text_embeds=embeds, cond_drop_prob=0.0)[0, -1]
+        (features,) = stage.features(known, conditioning=embeds)
+        logits = stage.to_logits(features)[0, -1]
         logits[stage.eos_id] = -torch.inf
         known = torch.cat((known, logits.argmax()[None, None]), dim=1)
     return known[0, -count:]

@@ -56,12 +56,10 @@ def decoded(stage, *given: torch.Tensor, tokens: torch.Tensor, known: int, **key
     stage = own_stage(stage).eval()
     given, tokens = [it.flatten(1) for it in given], tokens.flatten(1)
     state = stage.prefill(*given, tokens[:, :known], max_tokens=tokens.shape[1], **keywords)
-    logits = []
-    for token in tokens[:, known:].unbind(dim=1):
-        if logits:
-            stage.decode_step(state, before)
+    logits = [stage.next_logits(state)]
+    for token in tokens[:, known:-1].unbind(dim=1):
+        stage.decode_step(state, token)
         logits.append(stage.next_logits(state))
-        before = token
     return torch.stack(logits, dim=1)
 
 

@@ -19,6 +19,7 @@ from stage_parts import (
     make_transformer,
 )
 
+from musiclm_pytorch.audiolm import stages
 from musiclm_pytorch.audiolm.convert import (
     CoarseTransformerWrapper,
     FineTransformerWrapper,
@@ -28,7 +29,6 @@ from musiclm_pytorch.audiolm.convert import (
     own_stage,
 )
 from musiclm_pytorch.audiolm.crops import PAD, TokenCrops, collate_tokens
-from musiclm_pytorch.audiolm import stages
 from musiclm_pytorch.audiolm.stages import CoarseTransformer, FineTransformer, forgetful_mask, with_end
 from musiclm_pytorch.audiolm.tokens import compute_tokens
 from musiclm_pytorch.trainer import CoarseTrainer, FineTrainer, SemanticTrainer

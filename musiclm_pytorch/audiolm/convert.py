@@ -8,10 +8,10 @@ Whoever imports it, once this file is loaded, finds it as follows.
 
 Importing audiolm_pytorch replaces `warnings.warn` by a function that does nothing and sets the root logger and
 transformers' logger to ERROR: that is undone. Its three transformers ask the Hugging Face Hub for the configuration of a
-T5 when they are built, even where the width of their conditioning is given: it is there already. Its folder reader and
-its trainers read and write sound with torchaudio, which needs torchcodec and FFmpeg for that: they use soundfile. Its
-SoundStream forgets what it was built with: it keeps its keywords, which `saving` writes. The annotations of its wrappers
-and trainers, which beartype checks, admit no other conditioner, tokenizer and codec than its own: those of ours that
+T5 when they are built, even where the width of their conditioning is given: it is there already. Its folder reader
+and its trainers read and write sound with torchaudio, which needs torchcodec and FFmpeg for that: they use soundfile. Its
+SoundStream forgets what it was built with: it keeps its keywords, which `saving` writes. The annotations of its
+wrappers and trainers, which beartype checks, admit no other conditioner, tokenizer and codec than its own: those of ours that
 `passes_as` names are taken, too.
 
 Raises ImportError if audiolm-pytorch or a usable fairseq is missing.
@@ -102,7 +102,7 @@ def audiolm_pytorch() -> ModuleType:
 
 
 def is_of(module: Any, *names: str) -> bool:
-    """Whether something is an instance of one of these classes of audiolm-pytorch, which is not imported to find out."""
+    """Whether something is of one of these classes of audiolm-pytorch, which is not imported to find out."""
     package = sys.modules.get(NAME)
     return package is not None and isinstance(module, tuple(getattr(package, name) for name in names))
 
@@ -145,7 +145,7 @@ def own_stage(stage: nn.Module, kind: type[S] = StageTransformer) -> S:
 def keywords_of(stage: nn.Module) -> dict[str, Any]:
     """What a stage of audiolm-pytorch was built with, read off it."""
     network = stage.transformer
-    attention, cross, feed_forward = network.layers[0]
+    attention, _, feed_forward = network.layers[0]
     projection = stage.proj_text_embed
     dim = len(network.norm.gamma)
     own = {

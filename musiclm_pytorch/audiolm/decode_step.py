@@ -26,8 +26,8 @@ Step = Callable[[Tensor, 'PositionBias'], Tensor]
 MOST_ROWS = 16
 # Features for which another thread is worth its share of the barriers.
 DIM_A_THREAD = 64
-# Tokens of a sample times parameters for which loading the kernel, a second or two, pays. What it computes may differ in
-# the last bits, so this depends on what is asked for alone: the same again is computed in the same way.
+# Tokens of a sample times parameters for which loading the kernel, a second or two, pays. What it computes may differ
+# in the last bits, so this depends on what is asked for alone: the same again is computed in the same way.
 WORTH_LOADING = 2e9
 MASKED = -1e30  # added to the score of a key that is not seen; finite, for a query may see no key at all
 
@@ -49,7 +49,7 @@ def step_for(transformer: Transformer, cache: Cache, rows: int, tokens: int, com
 
 
 class FixedStep:
-    """At shapes that stay the same, so that it can be compiled, and recorded on a GPU: each token looks at all places."""
+    """At shapes that stay the same, to be compiled, and recorded on a GPU: each token looks at all places."""
 
     def __init__(self, transformer: Transformer, cache: Cache, rows: int):
         self.cache, places = cache, cache.keys[0].shape[1]

@@ -1,8 +1,8 @@
 """Sampling from the stages of AudioLM: text or audio embeddings → semantic tokens → coarse codes → fine codes.
 
 Exact against the stages' own uncached forward in float32, at a constant cost a token: keys and values are kept in
-place, all samples and both branches of guidance are one batch. Long results are made in windows, so that time and memory
-grow with their length only.
+place, all samples and both branches of guidance are one batch. Long results are made in windows, so that time and
+memory grow with their length only.
 """
 
 from __future__ import annotations
@@ -353,7 +353,13 @@ def _generate(
                     drawn = torch.stack([own.roll(by) for own, by in zip(drawn, ahead)])
                     primes = tokens[rows, first:, 0]
                 new = _sample(
-                    stage, state, sampling, drawn, may_end_from=(may_end_from - first) * q, primes=primes, advance=advance
+                    stage,
+                    state,
+                    sampling,
+                    drawn,
+                    may_end_from=(may_end_from - first) * q,
+                    primes=primes,
+                    advance=advance,
                 )
                 ends = _first_ends(new, stage.end_id)
                 for (row, _, w, kept), own, end in zip(jobs, new.unflatten(1, (-1, q)), ends):

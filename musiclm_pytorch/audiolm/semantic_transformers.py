@@ -120,7 +120,9 @@ class TransformersSemanticTokenizer(SemanticTokenizer):
         `HubertWithKmeans` unpickles the file of its k-means: build it from files that you trust.
         """
         if not is_of(tokenizer, 'HubertWithKmeans') or isinstance(tokenizer, SemanticTokenizer):
-            raise TypeError(f'tokenizer must be a HubertWithKmeans of audiolm-pytorch, got a {type(tokenizer).__name__}')
+            raise TypeError(
+                f'tokenizer must be a HubertWithKmeans of audiolm-pytorch, got a {type(tokenizer).__name__}'
+            )
         if tokenizer.output_layer is None:
             raise ValueError('output_layer=None is the output after the final norm; name the layer')
         adapted = cls(

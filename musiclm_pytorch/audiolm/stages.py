@@ -1,7 +1,7 @@
 """The three stages of AudioLM: what each puts into its transformer, its loss, and its next token.
 
-They have the keywords, parameters and numbers of audiolm-pytorch's modules of the same names (`convert.py` takes weights
-both ways). A stage tells its own tokens after those that it is given: semantic ones of nothing, coarse acoustic ones of
+They have the keywords, parameters and numbers of audiolm-pytorch's modules of the same names (`convert.py` takes
+weights both ways). A stage tells its own tokens after those that it is given: semantic ones of nothing, coarse acoustic ones of
 semantic ones, fine ones of coarse ones. Ids are int64, padded at the end with `PAD`.
 
 The end token is among the labels always, in audiolm-pytorch in training mode alone, so that losses in training and
@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from musiclm_pytorch.audiolm.decode_step import step_for
 from musiclm_pytorch.audiolm.transformer import (
     Cache,
-    Linear,
     PositionBias,
     Transformer,
     at_least_float32,
@@ -180,8 +179,8 @@ class StageTransformer(nn.Module):
         """Cross-entropy of the own tokens and of the given ones, a mean over all, in nats; a scalar.
 
         Args:
-            ids: the semantic stage takes semantic tokens `(b, n)`, the coarse one these and coarse codes `(b, t, q)`, the
-                fine one coarse and fine codes.
+            ids: the semantic stage takes semantic tokens `(b, n)`, the coarse one these and coarse codes `(b, t, q)`,
+                the fine one coarse and fine codes.
             conditioning: `(b, q, d)` embeddings, for a stage that is conditioned; zeros are the null condition.
             mask_prob: share of earlier tokens that attention does not see, see `forgetful_mask`.
             prefix_loss_weight: of the tokens that are given; 0 leaves them out.
@@ -236,8 +235,8 @@ class StageTransformer(nn.Module):
         """Read what is given, and go on from there by `decode_step`.
 
         Args:
-            ids: given tokens `(b, m)`, `PAD` and the end token where there are none, unless the stage is semantic; and the
-                own tokens so far, `(b, n)`.
+            ids: given tokens `(b, m)`, `PAD` and the end token where there are none, unless the stage is semantic; and
+                the own tokens so far, `(b, n)`.
             max_tokens: own tokens that there will be at most, those so far included.
             conditioning: `(b, q, d)`.
             cond_scale: classifier-free guidance, null + cond_scale * (conditioned - null); 1 is without.
@@ -292,7 +291,7 @@ class StageTransformer(nn.Module):
             raise ValueError(
                 f'this {name} was built with conditioning: pass it, of shape (b, n, {self.conditioning_dim})'
                 if self.has_condition
-                else f'this {name} was built without conditioning: pass none, or build it with audio_text_condition=True'
+                else f'this {name} was built without conditioning: pass none, or say audio_text_condition=True'
             )
         if conditioning is None:
             return None, None
@@ -511,8 +510,8 @@ class FineTransformer(StageTransformer):
     def bias(self, given: int, own: int) -> PositionBias:
         """Of [start, coarse …, start, fine …], whole frames of coarse ones, by the differences in frame and quantizer.
 
-        Each start token has one learned value with everything, itself too. The MLP takes the differences shifted so that
-        they start at zero, hence what it gives depends on the number of frames.
+        Each start token has one learned value with everything, itself too. The MLP takes the differences shifted so
+        that they start at zero, hence what it gives depends on the number of frames.
         """
         coarse_levels, fine_levels = self.num_coarse_quantizers, self.num_fine_quantizers
         num_frames, width = given // coarse_levels, 2 * (coarse_levels + fine_levels) - 1  # differences of quantizers

@@ -416,7 +416,17 @@ def token(job):
                 v[row, at, d] = value
             start, stop = max(first_head - row * heads, 0), min(last_head - row * heads, heads)
             own = slice(start * dim_head, stop * dim_head)
-            attend(queries[row, own], k[row], v[row], bias[start:stop], mask[row], scores, job[AHEAD], num_keys, attended[row, own])
+            attend(
+                queries[row, own],
+                k[row],
+                v[row],
+                bias[start:stop],
+                mask[row],
+                scores,
+                job[AHEAD],
+                num_keys,
+                attended[row, own],
+            )
         barrier()
         product(attended, matrix(columns[TO_OUT], dim, inner), output, first_out, last_out)
         barrier()

@@ -3,13 +3,14 @@
 Parameters have the names and shapes that they have in audiolm-pytorch, so that weights go both ways (`convert.py`), and
 are drawn in its order.
 
-Legend: `b` batch, `n` tokens, `j` keys, `h` heads, `d` features, `s` residual streams, `g` keys given ahead of all tokens.
+Legend: `b` batch, `n` tokens, `j` keys, `h` heads, `d` features, `s` residual streams, `g` keys given ahead of all.
 """
 
 from __future__ import annotations
 
 import random
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -98,7 +99,7 @@ class Transformer(nn.Module):
             x: `(b, n, d)`. With a cache, what follows the tokens whose keys and values it has; theirs are added.
             bias: of the positions of all tokens.
             seen: `(b, n)` bool, which tokens are seen at all; with a cache it has been told.
-            context: `(b, c, d)` conditioning, and `context_mask (b, c)` which of it is seen; told to the cache likewise.
+            context: `(b, c, d)` conditioning, and `context_mask (b, c)` which of it is seen; the cache knows both.
 
         Returns:
             `(b, n, d)`.
@@ -449,9 +450,8 @@ class PositionBias:
         # whose gradient a CPU sums up five times as fast
         return self.table.index_select(1, columns.flatten()).view(len(self.table), *columns.shape)
 
-
     def row(self, query: int) -> Tensor:
-        """`(h, k)` for one token, over the keys up to it and some more. For decoding: gradients are those of a block."""
+        """`(h, k)` for one token, over the keys up to it and some more."""
         if self._rows is None or not self._first <= query < self._first + self._rows.shape[1]:
             stop = min(query + self.ROWS, len(self.codes))
             self._rows, self._first = self.block(query, stop, num_keys=stop), query
@@ -464,7 +464,7 @@ class RelativePositionBias(nn.Module):
     def __init__(self, dim: int, heads: int, layers: int = 3):
         super().__init__()
         sizes = [1] + [dim] * layers
-        hidden = [nn.Sequential(nn.Linear(*pair), nn.SiLU()) for pair in zip(sizes, sizes[1:])]
+        hidden = [nn.Sequential(nn.Linear(*pair), nn.SiLU()) for pair in pairwise(sizes)]
         self.net = nn.ModuleList([*hidden, nn.Linear(dim, heads)])
 
     def forward(self, length: int) -> Tensor:
