@@ -7,12 +7,12 @@ It is imported on first use of one of its names, which come from here:
 Whoever imports it, once this file is loaded, finds it as follows.
 
 Importing audiolm_pytorch replaces `warnings.warn` by a function that does nothing and sets the root logger and
-transformers' logger to ERROR: that is undone. Its three transformers ask the Hugging Face Hub for the configuration of a
-T5 when they are built, even where the width of their conditioning is given: it is there already. Its folder reader
-and its trainers read and write sound with torchaudio, which needs torchcodec and FFmpeg for that: they use soundfile. Its
-SoundStream forgets what it was built with: it keeps its keywords, which `saving` writes. The annotations of its
-wrappers and trainers, which beartype checks, admit no other conditioner, tokenizer and codec than its own: those of ours that
-`passes_as` names are taken, too.
+transformers' logger to ERROR: that is undone. Its three transformers ask the Hugging Face Hub for the configuration of
+a T5 when they are built, even where the width of their conditioning is given: it is there already. Its folder reader
+and its trainers read and write sound with torchaudio, which needs torchcodec and FFmpeg for that: they use soundfile.
+Its SoundStream forgets what it was built with: it keeps its keywords, which `saving` writes. The annotations of its
+wrappers and trainers, which beartype checks, admit no other conditioner, tokenizer and codec than its own: those of
+ours that `passes_as` names are taken, too.
 
 Raises ImportError if audiolm-pytorch or a usable fairseq is missing.
 """

@@ -1,8 +1,8 @@
 """The three stages of AudioLM: what each puts into its transformer, its loss, and its next token.
 
 They have the keywords, parameters and numbers of audiolm-pytorch's modules of the same names (`convert.py` takes
-weights both ways). A stage tells its own tokens after those that it is given: semantic ones of nothing, coarse acoustic ones of
-semantic ones, fine ones of coarse ones. Ids are int64, padded at the end with `PAD`.
+weights both ways). A stage tells its own tokens after those that it is given: semantic ones of nothing, coarse acoustic
+ones of semantic ones, fine ones of coarse ones. Ids are int64, padded at the end with `PAD`.
 
 The end token is among the labels always, in audiolm-pytorch in training mode alone, so that losses in training and
 validation are of the same thing; each item of a batch has it where it ends.
