@@ -166,7 +166,7 @@ def test_with_a_soundstream(tmp_path, music, config):
     content['codec'] = dict(model=CODEC, training=dict(**STEPS, seconds=0.2, valid_frac=0.4))
     recipe = MusicLMRecipe.from_content(content, 'the recipe')
     musiclm = train_musiclm(music, tmp_path / 'out', recipe)
-    assert type(musiclm.codec).__name__ == 'SoundStream'
+    assert type(musiclm.codec.module).__name__ == 'SoundStream'
     assert MusicLMRecipe.load(tmp_path / 'out' / 'recipe.json').to_dict() == recipe.to_dict()
 
 

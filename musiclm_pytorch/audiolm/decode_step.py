@@ -28,7 +28,7 @@ MOST_ROWS = 16
 DIM_A_THREAD = 64
 # Tokens of a sample times parameters for which loading the kernel, a second or two, pays. What it computes may differ
 # in the last bits, so this depends on what is asked for alone: the same again is computed in the same way.
-WORTH_LOADING = 2e9
+WORTH_LOADING = 5e8
 MASKED = -1e30  # added to the score of a key that is not seen; finite, for a query may see no key at all
 
 
