@@ -78,7 +78,7 @@ def make_case(stage, options, masked=True):
 
 
 def taking_turns(features, heads):
-    return torch.stack([heads[i % len(heads)](it) for i, it in enumerate(features.unbind(dim=1))], dim=1)
+    return torch.stack([F.linear(it, *heads[i % len(heads)]) for i, it in enumerate(features.unbind(dim=1))], dim=1)
 
 
 def gradients(model, compute):

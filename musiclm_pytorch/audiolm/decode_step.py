@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from musiclm_pytorch.mulan.kernels import fast_kernels_allowed, has_gnu_openmp
@@ -97,7 +98,7 @@ class FusedStep:
 
     def __init__(self, transformer: Transformer, cache: Cache, rows: int):
         kernel, self.parallel = _kernel()
-        self.run, self.cache = kernel.token_task.address, cache
+        self.run, self.cache, self.kernel, self.copies = kernel.token_task.address, cache, kernel, {}
         layers = [[None if it is None else (it.branch, mix) for it, mix in zip(layer, mixing)]
                   for layer, mixing in zip(transformer.layers, cache.mixing)]  # fmt: skip
         dim, heads, dim_head = transformer.dim, transformer.heads, transformer.dim_head
@@ -109,21 +110,24 @@ class FusedStep:
             shown = torch.zeros(rows, size)
             return shown if mask is None else shown.masked_fill_(~mask, MASKED)
 
+        def padded(size: int) -> int:
+            return size + -size % kernel.PAD_TO
+
         self.residual, self.output = torch.zeros(rows, streams, dim), torch.zeros(rows, dim)
         self.no_bias = torch.zeros(heads, places)
         scratch = {
             kernel.RESIDUAL: self.residual,
             kernel.SPARE: torch.zeros(rows, streams, dim),
             kernel.MIXING: torch.zeros(rows, streams, streams + 2),
-            kernel.INPUT: torch.zeros(rows, dim),
-            kernel.NORMED: torch.zeros(rows, dim),
-            kernel.QUERIES: torch.zeros(rows, heads * dim_head),
+            kernel.INPUT: torch.zeros(rows, padded(dim)),
+            kernel.NORMED: torch.zeros(rows, padded(dim)),
+            kernel.QUERIES: torch.zeros(rows, padded(heads * dim_head)),
             kernel.KEY_VALUE: torch.zeros(rows, 2 * dim_head),
             kernel.FIRST_VALUES: torch.zeros(rows, dim_head),
-            kernel.ATTENDED: torch.zeros(rows, heads * dim_head),
+            kernel.ATTENDED: torch.zeros(rows, padded(heads * dim_head)),
             kernel.OUTPUT: self.output,
             kernel.BOTH: torch.zeros(rows, 2 * hidden),
-            kernel.GATED: torch.zeros(rows, hidden),
+            kernel.GATED: torch.zeros(rows, padded(hidden)),
             kernel.SCORES: torch.zeros(threads, heads, max(places, num_cross)),
             kernel.MASK: additive(cache.mask, places),
             kernel.CROSS_MASK: additive(cache.cross_mask, num_cross),
@@ -134,7 +138,7 @@ class FusedStep:
         self.cross = [(k.contiguous(), v.contiguous()) for k, v in cache.cross]
         self.table = self._addresses(kernel, layers)
 
-        self.job, self.kernel = np.zeros(kernel.NUM_FIELDS, dtype=np.int64), kernel
+        self.job = np.zeros(kernel.NUM_FIELDS, dtype=np.int64)
         sizes = {
             kernel.DIM: dim,
             kernel.HEADS: heads,
@@ -163,6 +167,8 @@ class FusedStep:
 
         def put(columns: np.ndarray, **tensors: Tensor) -> None:
             for name, tensor in tensors.items():
+                if name in ('TO_Q', 'TO_KV', 'TO_OUT', 'TO_HIDDEN', 'FROM_HIDDEN'):
+                    tensor = self._in_rows(tensor)
                 columns[getattr(kernel, name)] = tensor.data_ptr()
 
         for index, (row, layer, mixing) in enumerate(zip(table, layers, self.mixing)):
@@ -179,6 +185,23 @@ class FusedStep:
             put(row[kernel.FEEDFORWARD :], GAMMA=norm.gamma, BETA=norm.beta, TO_HIDDEN=to_hidden.weight,
                 HIDDEN_GAMMA=hidden_norm.gamma, HIDDEN_BETA=hidden_norm.beta, FROM_HIDDEN=to_out.weight)  # fmt: skip
         return table
+
+    def _in_rows(self, weight: Tensor) -> Tensor:
+        """A weight as the kernel reads it: in place, or a copy with zeros behind each row, up to a multiple."""
+        if (missing := -weight.shape[1] % self.kernel.PAD_TO) == 0:
+            return weight
+        if id(weight) not in self.copies:
+            self.copies[id(weight)] = F.pad(weight.detach(), (0, missing))
+        return self.copies[id(weight)]
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """x Wᵀ + b for `x (b, d)`."""
+        weight = self._in_rows(weight)
+        x = F.pad(x, (0, weight.shape[1] - x.shape[1])).contiguous()
+        out = x.new_empty(len(x), len(weight))
+        job = np.array((len(x), weight.shape[1], len(weight), *(it.data_ptr() for it in (x, weight, out))), dtype=np.int64)
+        self.parallel(self.kernel.linear_task.address, job.ctypes.data, self.threads, 0)
+        return out if bias is None else out.add_(bias)
 
     def __call__(self, x: Tensor, bias: PositionBias) -> Tensor:
         self.residual.copy_(x)  # the same to each stream

@@ -45,7 +45,7 @@ def plain_mix(x: Tensor, projection: Tensor, static: Tensor, scale: Tensor) -> t
                                         (x, projection, static, scale))  # fmt: skip
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp(min=TINY)
         weights = torch.addcmul(static, ((x @ projection) / norm).tanh(), scale)
-        sums = weights[..., :-1].mT @ x
+        sums = torch.bmm(weights[..., :-1].flatten(0, 1).mT, x.flatten(0, 1)).unflatten(0, x.shape[:2])
         return sums[:, :, 0], sums[:, :, 1:], weights[..., -1]
 
 

@@ -10,8 +10,7 @@ validation are of the same thing; each item of a batch has it where it ends.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from musiclm_pytorch.audiolm.decode_step import step_for
+from musiclm_pytorch.audiolm.decode_step import FusedStep, step_for
 from musiclm_pytorch.audiolm.transformer import (
     Cache,
     PositionBias,
@@ -29,6 +28,8 @@ from musiclm_pytorch.audiolm.transformer import (
     without_denormals,
 )
 from musiclm_pytorch.checks import check_positive, typechecked
+
+Head = tuple[Tensor, Tensor | None]  # weight and bias
 
 PAD = -1
 T5_NAME = 'google/t5-v1_1-base'  # what audiolm-pytorch encodes texts with, where it is not MuLaN
@@ -138,11 +139,11 @@ class StageTransformer(nn.Module):
         """Which given tokens `(b, n)` are seen."""
         return None
 
-    def own_heads(self) -> list[Callable[[Tensor], Tensor]]:
-        """From features to the logits of each level of the own tokens."""
+    def own_heads(self) -> list[Head]:
+        """The weights of the logits of each level of the own tokens."""
         raise NotImplementedError
 
-    def given_heads(self) -> list[Callable[[Tensor], Tensor]]:
+    def given_heads(self) -> list[Head]:
         """The same of the given tokens, none where they are not told."""
         return []
 
@@ -265,8 +266,9 @@ class StageTransformer(nn.Module):
 
     def next_logits(self, state: GenerationState) -> Tensor:
         """`(b, c)` float32 for the next token."""
-        heads = self.own_heads()
-        logits = at_least_float32(heads[state.index % len(heads)](state.features))
+        heads, step = self.own_heads(), state.cache.step
+        linear = step.linear if isinstance(step, FusedStep) else logits_of
+        logits = at_least_float32(linear(state.features, *heads[state.index % len(heads)]))
         if state.is_guided:
             conditioned, null = logits.chunk(2)
             logits = null + (conditioned - null) * state.cond_scale
@@ -363,8 +365,8 @@ class SemanticTransformer(StageTransformer):
         relative = self.transformer.rel_pos_bias
         return PositionBias(None if relative is None else relative(len(codes)), codes)
 
-    def own_heads(self) -> list[Callable[[Tensor], Tensor]]:
-        return [partial(head, weight=self.to_logits.weight, bias=self.to_logits.bias)]
+    def own_heads(self) -> list[Head]:
+        return [(self.to_logits.weight, self.to_logits.bias)]
 
     def _forgetful(self, batch: int, length: int, mask_prob: float) -> Tensor:
         return F.pad(forgetful_mask((batch, length - 1), mask_prob, self.device), (1, 0), value=True)
@@ -435,12 +437,12 @@ class CoarseTransformer(StageTransformer):
         """Neither padding nor the end of the semantic tokens is seen."""
         return (ids != PAD) & (ids != self.semantic_eos_id)
 
-    def own_heads(self) -> list[Callable[[Tensor], Tensor]]:
-        return [partial(head, weight=weight) for weight in self.coarse_logit_weights]
+    def own_heads(self) -> list[Head]:
+        return [(weight, None) for weight in self.coarse_logit_weights]
 
-    def given_heads(self) -> list[Callable[[Tensor], Tensor]]:
+    def given_heads(self) -> list[Head]:
         layer = self.to_semantic_logits
-        return [] if layer is None else [partial(head, weight=layer.weight, bias=layer.bias)]
+        return [] if layer is None else [(layer.weight, layer.bias)]
 
 
 class FineTransformer(StageTransformer):
@@ -541,12 +543,12 @@ class FineTransformer(StageTransformer):
         """Neither padding nor end tokens are seen."""
         return (ids != PAD) & (ids != self.pad_id) & (ids != self.eos_id)
 
-    def own_heads(self) -> list[Callable[[Tensor], Tensor]]:
-        return [partial(head, weight=weight) for weight in self.fine_logit_weights]
+    def own_heads(self) -> list[Head]:
+        return [(weight, None) for weight in self.fine_logit_weights]
 
-    def given_heads(self) -> list[Callable[[Tensor], Tensor]]:
+    def given_heads(self) -> list[Head]:
         weights = self.coarse_logit_weights
-        return [] if weights is None else [partial(head, weight=weight) for weight in weights]
+        return [] if weights is None else [(weight, None) for weight in weights]
 
     def loss(self, *ids: Tensor, conditioning: Tensor | None = None, **keywords: Any) -> Tensor:
         coarse, fine = ids
@@ -579,7 +581,7 @@ def embed_levels(
     return embedding(ids.clamp(min=0) + levels * codebook_size) + level_embedding(levels)
 
 
-def head(features: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def logits_of(features: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Logits, in float32 where weights are of half precision."""
     if weight.dtype.itemsize > 2:
         return F.linear(features, weight, bias)
@@ -605,17 +607,17 @@ def forgetful_mask(shape: tuple[int, int], prob: float, device: torch.device) ->
     return torch.ones(shape, dtype=torch.bool, device=device).scatter(1, noise.topk(hidden).indices, False)
 
 
-def summed_loss(features: Tensor, heads: Sequence[Callable[[Tensor], Tensor]], labels: Tensor) -> Tensor:
+def summed_loss(features: Tensor, heads: Sequence[Head], labels: Tensor) -> Tensor:
     """The sum of the cross-entropies of the labels that are not padding, in float32 at least.
 
     Args:
         features: `(b, n, d)`.
-        heads: from features to logits `(…, c)`; they take turns along the sequence.
+        heads: weights `(c, d)` and biases `(c,)` of the logits; they take turns along the sequence.
         labels: `(b, n)`.
     """
     losses = []
-    for level, logits_of in enumerate(heads):
-        logits = at_least_float32(logits_of(features[:, level :: len(heads)]))
+    for level, head in enumerate(heads):
+        logits = at_least_float32(logits_of(features[:, level :: len(heads)], *head))
         if logits.requires_grad and logits.device.type == 'cpu':
             # probabilities far from the label's may be next to nothing
             logits.register_hook(without_denormals)

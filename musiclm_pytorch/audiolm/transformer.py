@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from musiclm_pytorch.audiolm.block_attention import block_causal_attention, blocks, plain_attention
 from musiclm_pytorch.audiolm.decode_step import Step
 from musiclm_pytorch.audiolm.residual_streams import add, mix
+from musiclm_pytorch.mulan import linear
 from musiclm_pytorch.mulan.kernels import fast_kernels_allowed
 
 # (projection, static, scale) of a width connection
@@ -275,13 +276,13 @@ class LayerNorm(nn.Module):
         return F.layer_norm(at_least_float32(x), gamma.shape, gamma, beta)
 
 
-class Linear(nn.Linear):
+class Linear(linear.Linear):
     """Takes and gives float32 also where its weight is of half precision: what is read is what decoding waits for."""
 
     def forward(self, x: Tensor) -> Tensor:
         if self.weight.dtype.itemsize > 2:
-            return F.linear(x, self.weight, self.bias)
-        return F.linear(x.to(self.weight.dtype), self.weight, self.bias).float()
+            return super().forward(x)
+        return super().forward(x.to(self.weight.dtype)).float()
 
 
 class Attention(nn.Module):
@@ -302,9 +303,9 @@ class Attention(nn.Module):
         self.norm = LayerNorm(dim)
         self.context_norm = nn.Identity() if dim_context is None else LayerNorm(dim_context)
         self.null_kv = nn.Parameter(torch.randn(2, num_null_kv, dim_head)) if num_null_kv > 0 else None
-        self.to_q = Linear(dim, heads * dim_head, bias=False)
-        self.to_kv = Linear(dim_context or dim, 2 * dim_head, bias=False)
-        self.to_out = nn.Sequential(Linear(heads * dim_head, dim, bias=False), nn.Dropout(dropout))
+        self.to_q = Linear(dim, heads * dim_head)
+        self.to_kv = Linear(dim_context or dim, 2 * dim_head)
+        self.to_out = nn.Sequential(Linear(heads * dim_head, dim), nn.Dropout(dropout))
 
     def keys_values(self, x: Tensor, first_values: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Keys, values, and the values before those of the first layer are mixed in."""
@@ -336,11 +337,11 @@ def feed_forward(dim: int, dropout: float) -> nn.Sequential:
     hidden = int(dim * 8 / 3)
     return nn.Sequential(
         LayerNorm(dim),
-        Linear(dim, 2 * hidden, bias=False),
+        Linear(dim, 2 * hidden),
         GEGLU(),
         LayerNorm(hidden),
         nn.Dropout(dropout),
-        Linear(hidden, dim, bias=False),
+        Linear(hidden, dim),
     )
 
 
