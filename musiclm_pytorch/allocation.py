@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -36,6 +37,10 @@ class AllocationLimit(TorchDispatchMode):
         self.tensors = 8 * len(sizes) + SPARE_TENSORS
         self.weights = f'the weights beside it, {len(sizes)} tensors of {sum(sizes)} numbers'
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # or torch imports its compiler, to keep it out of here
+
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
         schema = func._schema
@@ -66,14 +71,30 @@ def _gives_little(tensors: list[Tensor], args: tuple) -> bool:
 
 
 def _sizes(func: Any, args: tuple, kwargs: dict[str, Any], is_new: bool) -> list[int]:
-    """Elements of each tensor that a call gives."""
+    """Elements of each tensor that a call gives.
+
+    The meta device tells, except for calls that it computes in Python, behind torch's compiler: its import would cost
+    seconds and 150 MB.
+    """
+    names = [it.name for it in func._schema.arguments]
     if is_new:
+        if func.overloadpacket is torch.ops.aten.arange:
+            start, stop, step = (0, *args, 1) if len(args) == 1 else (*args, 1)[:3]
+            return [max(0, math.ceil((stop - start) / step))] if step else []  # the call itself says what is wrong
+        told = [it for it, name in zip(args, names) if name in ('size', 'window_length', 'steps')]
+        if told and all(isinstance(it, int) and it >= 0 for it in tree_leaves(told)):
+            return [math.prod(tree_leaves(told))]
         kwargs = {**kwargs, 'device': 'meta', 'pin_memory': None}
+    elif torch.Tag.dynamic_output_shape in func.tags or 'keepdim' in names:
+        return []  # what depends on values, and what reduces them, is no larger than they are
+    elif torch.Tag.pointwise in func.tags:
+        shapes = [it.shape[::-1] for it in tree_leaves((args, kwargs)) if isinstance(it, Tensor)]
+        return [math.prod(map(max, zip_longest(*shapes, fillvalue=1)))]  # broadcast
     else:
         args, kwargs = tree_map_only(Tensor, _like, (args, kwargs))
     try:
         found = func(*args, **kwargs)
-    except NotImplementedError:  # what depends on values, which is no larger than they are
+    except NotImplementedError:
         return []
     except RuntimeError as error:
         if is_new:

@@ -190,16 +190,19 @@ class FusedStep:
         """A weight as the kernel reads it: in place, or a copy with zeros behind each row, up to a multiple."""
         if (missing := -weight.shape[1] % self.kernel.PAD_TO) == 0:
             return weight
-        if id(weight) not in self.copies:
-            self.copies[id(weight)] = F.pad(weight.detach(), (0, missing))
-        return self.copies[id(weight)]
+        place = weight.data_ptr()  # not `id`: a level's weights are a new view at each look
+        if place not in self.copies:
+            self.copies[place] = F.pad(weight.detach(), (0, missing))
+        return self.copies[place]
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """x Wᵀ + b for `x (b, d)`."""
         weight = self._in_rows(weight)
         x = F.pad(x, (0, weight.shape[1] - x.shape[1])).contiguous()
         out = x.new_empty(len(x), len(weight))
-        job = np.array((len(x), weight.shape[1], len(weight), *(it.data_ptr() for it in (x, weight, out))), dtype=np.int64)
+        job = np.array(
+            (len(x), weight.shape[1], len(weight), *(it.data_ptr() for it in (x, weight, out))), dtype=np.int64
+        )
         self.parallel(self.kernel.linear_task.address, job.ctypes.data, self.threads, 0)
         return out if bias is None else out.add_(bias)
 
