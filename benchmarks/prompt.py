@@ -1,4 +1,5 @@
-"""What a prompt costs beside another checkout: files it passes, import, processor time and memory, tokens a second.
+"""What a prompt costs beside another checkout: files it passes, import, processor time and memory, tokens a second; and
+what a training step of the stages does.
 
     git worktree add ../before COMMIT
     python benchmarks/prompt.py --before ../before
@@ -66,7 +67,7 @@ def measure_files() -> dict:
 
 
 def measure_tokens(rows: int) -> dict:
-    """Tokens a second of the three stages, dim 512, depth 6, float32, for samples side by side."""
+    """Tokens a second of the three stages as `MusicLM` calls them, dim 512, depth 6, float32, samples side by side."""
     import torch
 
     import musiclm_pytorch
@@ -85,8 +86,6 @@ def measure_tokens(rows: int) -> dict:
         coarse=kinds.CoarseTransformer(num_semantic_tokens=CODES, **coarse, **sizes).eval(),
         fine=kinds.FineTransformer(num_fine_quantizers=FINE, **coarse, **sizes).eval(),
     )
-    if hasattr(musiclm_pytorch, 'SemanticDecoder'):
-        stages = {it: getattr(musiclm_pytorch, f'{it.capitalize()}Decoder')(stage) for it, stage in stages.items()}
     embeds = torch.randn(rows, 8, 512)
     ids, codes = torch.randint(0, CODES, (rows, 48)), torch.randint(0, CODES, (rows, FRAMES, COARSE))
     runs = dict(
@@ -110,6 +109,43 @@ def measure_tokens(rows: int) -> dict:
     return found
 
 
+def measure_step() -> dict:
+    """Processor time of a training step of each stage: the loss of two crops and its gradients, dim 512, depth 6."""
+    import torch
+
+    import musiclm_pytorch
+    from musiclm_pytorch.trainer.stages import Stage
+
+    if hasattr(musiclm_pytorch, 'SemanticTransformer'):
+        from musiclm_pytorch.audiolm import stages as kinds
+    else:
+        from musiclm_pytorch.audiolm import bridge as kinds
+    sizes = dict(dim=512, depth=6, audio_text_condition=True)
+    coarse = dict(codebook_size=CODES, num_coarse_quantizers=COARSE)
+    stages = dict(
+        semantic=kinds.SemanticTransformer(num_semantic_tokens=CODES, **sizes),
+        coarse=kinds.CoarseTransformer(num_semantic_tokens=CODES, **coarse, **sizes),
+        fine=kinds.FineTransformer(num_fine_quantizers=FINE, **coarse, **sizes),
+    )
+    codec = torch.randint(0, CODES, (2, 100, COARSE + FINE))
+    given = (
+        dict(semantic=torch.randint(0, CODES, (2, 375))),
+        dict(semantic=codec[..., 0], codec=codec),
+        dict(codec=codec),
+    )
+    found = {}
+    for (name, transformer), batch in zip(stages.items(), given):
+        embeddings = torch.nn.Parameter(torch.randn(8, CODES, 512))
+        stage = Stage(transformer, embeddings, cond_drop_prob=0.1, mask_prob=0.15, prefix_loss_weight=1.0).train()
+        times = []
+        for _ in range(5):
+            start = time.thread_time()
+            stage(**batch, conditioning=codec[:, 0]).backward()
+            times.append(time.thread_time() - start)
+        found[name] = min(times)
+    return found
+
+
 # ---- parent ----
 
 
@@ -130,6 +166,7 @@ def medians(runs: list[dict]) -> dict:
 def main(args: argparse.Namespace) -> None:
     sides = dict(before=args.before, now=ROOT)
     tasks = dict(files=(1, 1), import_time=(args.rounds, 1), generate=(args.rounds, 1))
+    tasks |= dict(step=(args.rounds, 1))
     tasks |= {f'tokens {rows}': (args.rounds, args.threads) for rows in (1, 4, 8)}
     report = {}
     for task, (rounds, threads) in tasks.items():
@@ -156,12 +193,12 @@ if __name__ == '__main__':
     parser.add_argument('--before', type=Path, help='another checkout')
     parser.add_argument('--rounds', type=int, default=3)
     parser.add_argument('--threads', type=int, default=2)
-    parser.add_argument('--only', nargs='+', choices=('files', 'import_time', 'generate', 'tokens'))
+    parser.add_argument('--only', nargs='+', choices=('files', 'import_time', 'generate', 'step', 'tokens'))
     parser.add_argument('--out', type=Path, default=ROOT / 'build' / 'benchmarks' / 'prompt.json')
     parser.add_argument('--child', nargs='+')
     arguments = parser.parse_args()
     if arguments.child:
-        measures = dict(import_time=measure_import, generate=measure_generate, files=measure_files)
+        measures = dict(import_time=measure_import, generate=measure_generate, files=measure_files, step=measure_step)
         name, *rest = arguments.child
         print(json.dumps(measure_tokens(int(rest[0])) if name == 'tokens' else measures[name]()))
     else:

@@ -441,12 +441,8 @@ def test_generation_pulls_in_nothing_heavy(tmp_path):
     assert done.returncode == 0, done.stderr
     loaded = set(done.stdout.split())
     assert PACKAGE in loaded
-    assert (
-        not (
-            HEAVY | {'librosa', 'torchao', 'torchvision', 'scipy', 'numba', 'vector_quantize_pytorch', 'torch._dynamo'}
-        )
-        & loaded
-    )
+    heavy = HEAVY | {'librosa', 'torchao', 'torchvision', 'scipy', 'numba', 'vector_quantize_pytorch', 'torch._dynamo'}
+    assert not heavy & loaded
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -198,7 +198,7 @@ class FusedStep:
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """x Wᵀ + b for `x (b, d)`."""
         weight = self._in_rows(weight)
-        x = F.pad(x, (0, weight.shape[1] - x.shape[1])).contiguous()
+        x = F.pad(x, (0, missing)).contiguous() if (missing := weight.shape[1] - x.shape[1]) else x.contiguous()
         out = x.new_empty(len(x), len(weight))
         job = np.array(
             (len(x), weight.shape[1], len(weight), *(it.data_ptr() for it in (x, weight, out))), dtype=np.int64
