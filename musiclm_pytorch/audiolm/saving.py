@@ -35,7 +35,7 @@ def save_module(module: nn.Module, folder: str | Path) -> None:
     kind = next((name for name in KINDS if name in {it.__name__ for it in type(module).__mro__}), None)
     if kind is None:
         raise TypeError(f'a {type(module).__name__} cannot be saved, only {", ".join(KINDS)}')
-    keywords = getattr(module, 'config', getattr(module, convert.CONFIG, None))
+    keywords = convert.keywords_of(module)
     if keywords is None:
         raise ValueError(
             f'this {kind} was built before musiclm_pytorch looked on, so its keywords are not known; import '

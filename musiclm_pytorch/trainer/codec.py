@@ -12,7 +12,7 @@ from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, random_split
 
-from musiclm_pytorch.audiolm.convert import CONFIG, SoundStream
+from musiclm_pytorch.audiolm.convert import SoundStream, keywords_of
 from musiclm_pytorch.audiolm.saving import kind_of
 from musiclm_pytorch.audiolm.spectral_codec import SpectralCodec
 from musiclm_pytorch.checks import check_positive, typechecked
@@ -270,11 +270,11 @@ class CodecTrainer(Trainer):
 
     def save_model(self, folder: Path) -> None:
         model = self.evaluated_model
-        config = dict(model=kind_of(model), keywords=getattr(model, 'config', getattr(model, CONFIG, None)), step=self.step)
+        config = dict(model=kind_of(model), keywords=keywords_of(model), step=self.step)
         checkpoint.write_folder(folder, config, model.state_dict())
 
     def model_config(self) -> dict[str, Any]:
-        return dict(keywords=getattr(self.codec, CONFIG, None))
+        return dict(keywords=keywords_of(self.codec))
 
 
 def _split(dataset: Any, valid_frac: float, seed: int) -> tuple[Dataset, Dataset]:
