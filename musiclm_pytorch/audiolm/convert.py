@@ -383,11 +383,6 @@ def _keep_keywords(cls: type) -> None:
     cls.__init__ = wrapper
 
 
-def keywords_of(module: nn.Module) -> dict[str, Any] | None:
-    """What a module of ours or of audiolm-pytorch was built with, if that is known."""
-    return getattr(module, 'config', getattr(module, CONFIG, None))
-
-
 def _adapt(package: ModuleType) -> None:
     from transformers import T5Config
 

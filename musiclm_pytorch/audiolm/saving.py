@@ -24,7 +24,7 @@ KINDS = {
 
 
 def save_module(module: nn.Module, folder: str | Path) -> None:
-    """Write a stage, ours or audiolm-pytorch's, a `SpectralCodec` or a SoundStream.
+    """Write a stage, ours or audiolm-pytorch's, a codec of ours or a SoundStream.
 
     Raises TypeError for anything else, and ValueError for a SoundStream that was built before
     `musiclm_pytorch.audiolm.convert` was imported: audiolm-pytorch does not keep what it was built with.
@@ -32,16 +32,24 @@ def save_module(module: nn.Module, folder: str | Path) -> None:
     module = convert.unwrapped(module)
     if convert.is_of(module, *(it.__name__ for it in STAGES.values())):
         module = convert.own_stage(module)
+    config = describe(module)
+    if config['keywords'] is None:
+        raise ValueError(
+            f'this {config["model"]} was built before musiclm_pytorch looked on, so its keywords are not known; import '
+            'musiclm_pytorch.audiolm.convert before building it'
+        )
+    checkpoint.write_folder(folder, config, module.state_dict())
+
+
+def describe(module: nn.Module) -> dict[str, Any]:
+    """A module's kind, and the keywords that it was built with, None where they are not known.
+
+    Raises TypeError for what cannot be saved.
+    """
     kind = next((name for name in KINDS if name in {it.__name__ for it in type(module).__mro__}), None)
     if kind is None:
         raise TypeError(f'a {type(module).__name__} cannot be saved, only {", ".join(KINDS)}')
-    keywords = convert.keywords_of(module)
-    if keywords is None:
-        raise ValueError(
-            f'this {kind} was built before musiclm_pytorch looked on, so its keywords are not known; import '
-            'musiclm_pytorch.audiolm.convert before building it'
-        )
-    checkpoint.write_folder(folder, dict(model=kind, keywords=keywords), module.state_dict())
+    return dict(model=kind, keywords=getattr(module, 'config', getattr(module, convert.CONFIG, None)))
 
 
 def load_module(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -29,8 +28,8 @@ class SpectralCodec(Float32Buffers, SpectrogramCodec):
     A code vector stands for `frames` neighbouring frames of a magnitude spectrogram, bin by bin up to `resolved_hz` and
     in ever wider bands above, of which `components` principal components are kept. `fit` learns its codebooks level by
     level, each of what the levels before leave (residual vector quantization, arXiv 2107.03312, section III-C, with
-    that linear encoder). Waves come back from the
-    magnitudes with phases that fit them; they sound alike, but no sample equals the original's.
+    that linear encoder). Waves come back from the magnitudes with phases that fit them; they sound alike, but no sample
+    equals the original's.
 
         codec = SpectralCodec(sample_rate=16000)
         codec.fit(dataset)

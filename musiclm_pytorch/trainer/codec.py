@@ -12,8 +12,8 @@ from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, random_split
 
-from musiclm_pytorch.audiolm.convert import SoundStream, keywords_of
-from musiclm_pytorch.audiolm.saving import kind_of
+from musiclm_pytorch.audiolm.convert import SoundStream
+from musiclm_pytorch.audiolm.saving import describe
 from musiclm_pytorch.audiolm.spectral_codec import SpectralCodec
 from musiclm_pytorch.checks import check_positive, typechecked
 from musiclm_pytorch.codecs.distance import mel_distance
@@ -270,11 +270,10 @@ class CodecTrainer(Trainer):
 
     def save_model(self, folder: Path) -> None:
         model = self.evaluated_model
-        config = dict(model=kind_of(model), keywords=keywords_of(model), step=self.step)
-        checkpoint.write_folder(folder, config, model.state_dict())
+        checkpoint.write_folder(folder, describe(model) | dict(step=self.step), model.state_dict())
 
     def model_config(self) -> dict[str, Any]:
-        return dict(keywords=keywords_of(self.codec))
+        return dict(keywords=describe(self.codec)['keywords'])
 
 
 def _split(dataset: Any, valid_frac: float, seed: int) -> tuple[Dataset, Dataset]:
