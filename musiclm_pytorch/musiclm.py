@@ -491,7 +491,7 @@ class MusicLM(nn.Module):
                 continue
             first = math.floor(part.begin * self.frame_rate)
             skipped = max(0, first - steps_in(DECODED_BEFORE, self.frame_rate))
-            before = wave[: skipped * self.codec.downsample_factor]
+            before = wave[: int(skipped * self.sample_rate / self.frame_rate)]
             made = torch.cat((before, self._decode(own[:, skipped:], stop - len(before))[0]))
             fade = len(wave) / self.sample_rate - float(first / self.frame_rate)
             wave = join(wave, made, self.sample_rate, fade=fade, settle=SETTLE)
