@@ -6,7 +6,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import einsum
-from sklearn.cluster import MiniBatchKMeans
 from torch import Tensor, nn
 
 from musiclm_pytorch.distributed.collectives import mean_over_ranks
@@ -66,6 +65,8 @@ class ResidualQuantizer(nn.Module):
     def fit(self, vectors: Tensor, *, seed: int) -> list[float]:
         """Codebooks by k-means over `(n, d)`, level by level. Returns the share of their energy that each level
         leaves. Raises ValueError for fewer vectors than codes."""
+        from sklearn.cluster import MiniBatchKMeans  # takes seconds
+
         levels, size, _ = self.codebooks.shape
         if len(vectors) < size:
             raise ValueError(
