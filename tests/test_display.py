@@ -75,10 +75,11 @@ def test_sizes():
 
 
 def test_no_public_class_prints_all_of_its_layers():
-    """What has layers says itself how it is shown; a tower alone is there to be looked into."""
+    """What has layers says itself how it is shown; a tower or a stage alone is there to be looked into."""
     classes = [it for name in musiclm_pytorch.__all__ if isinstance(it := getattr(musiclm_pytorch, name), type)]
     layered = {it.__name__ for it in classes if issubclass(it, nn.Module) and it.__repr__ is nn.Module.__repr__}
     assert layered == {
         *('AudioSpectrogramTransformer', 'TextTransformer', 'MuLaNOpenCLIP'),
+        *('SemanticTransformer', 'CoarseTransformer', 'FineTransformer'),
         *('MultiLayerContrastiveLoss', 'SigmoidContrastiveLearning', 'SoftmaxContrastiveLearning'),
     }

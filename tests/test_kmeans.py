@@ -56,7 +56,6 @@ def test_no_more_frames_are_kept_than_allowed_and_those_are_drawn_from_all():
 
 
 def test_each_frame_is_as_likely_to_be_kept(monkeypatch):
-    from musiclm_pytorch.audiolm import kmeans
 
     kept = torch.zeros(40)
 
@@ -72,7 +71,7 @@ def test_each_frame_is_as_likely_to_be_kept(monkeypatch):
 
     stream = torch.arange(40.0)[:, None]
     codebook_mean, codebook_std = stream.mean(), stream.std(correction=0)
-    monkeypatch.setattr(kmeans, 'MiniBatchKMeans', Means)
+    monkeypatch.setattr('sklearn.cluster.MiniBatchKMeans', Means)
     for seed in range(400):
         KMeansCodebook(1, 1).fit(stream.split(9), max_frames=10, seed=seed)
     assert kept.sum() == 4000
