@@ -10,8 +10,9 @@ import json
 import math
 import os
 import re
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,52 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
             aside.replace(path)
         finally:
             aside.unlink(missing_ok=True)
+
+
+@contextmanager
+def written_together(folder: str | Path) -> Iterator[Path]:
+    """A folder to write to; what it holds when the block ends takes the place of what has the same names in `folder`,
+    its folders before its files. Whatever else lies there stays, and after an error all is as it was.
+    """
+    folder = Path(folder)
+    made = [it for it in (folder, *folder.parents) if not it.exists()]
+    aside, retired = (folder / f'.together.{os.getpid()}.{kind}' for kind in ('tmp', 'old'))
+    try:
+        with naming(folder):
+            for path in (aside, retired):
+                shutil.rmtree(path, ignore_errors=True)  # of a process of the same number that was killed
+                path.mkdir(parents=True)
+        yield aside
+        _take_places(aside, folder, retired)
+        made = []
+    except OSError as error:
+        if error.filename is None or not Path(error.filename).is_relative_to(aside):
+            raise
+        raise OSError(error.errno, error.strerror, str(folder / Path(error.filename).relative_to(aside))) from error
+    finally:
+        for path in (aside, retired):
+            shutil.rmtree(path, ignore_errors=True)
+        for path in made:
+            with suppress(OSError):  # never made, or not empty
+                path.rmdir()
+
+
+def _take_places(aside: Path, folder: Path, retired: Path) -> None:
+    placed = []
+    try:
+        for path in sorted(aside.iterdir(), key=lambda it: (it.is_file(), it.name)):
+            target = folder / path.name
+            if target.exists():
+                target.rename(retired / path.name)
+            path.rename(target)
+            placed.append(target)
+        sync(folder)
+    except BaseException:
+        for target in placed:
+            target.rename(aside / target.name)
+        for path in [*retired.iterdir()]:
+            path.rename(folder / path.name)
+        raise
 
 
 def write_together(files: Mapping[Path, str | bytes]) -> None:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from einops import einsum, rearrange, repeat
 from torch import Tensor, nn
 
-from musiclm_pytorch.atomic import write_checked_json
+from musiclm_pytorch.atomic import write_checked_json, written_together
 from musiclm_pytorch.audiolm.convert import (
     audiolm_pytorch,
     audiolm_stage,
@@ -42,7 +42,7 @@ from musiclm_pytorch.audiolm.semantic import SemanticTokenizer
 from musiclm_pytorch.audiolm.stages import STAGES, CoarseTransformer, FineTransformer, SemanticTransformer
 from musiclm_pytorch.checks import check_positive, fitted, keywords_of, typechecked
 from musiclm_pytorch.data.audio import resample
-from musiclm_pytorch.mulan.checkpoint import CONFIG_FILE, placing, read_config, store_as
+from musiclm_pytorch.mulan.checkpoint import CONFIG_FILE, checksums_within, placing, read_config, store_as
 from musiclm_pytorch.mulan.display import count_of, indented, size_of
 from musiclm_pytorch.mulan.layers import l2norm
 from musiclm_pytorch.mulan.model import evaluating
@@ -538,6 +538,8 @@ class MusicLM(nn.Module):
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
         """Write everything that `from_pretrained` rebuilds: MuLaN, quantizer, tokenizer, codec and stages.
 
+        A model that is there before is replaced when all of this one is on the disk, which takes the place of both.
+
         With `dtype`, such as `torch.float16`, the weights are stored in it, for smaller files; they are float32 again
         when they are loaded.
 
@@ -549,13 +551,6 @@ class MusicLM(nn.Module):
                 f'the semantic tokenizer, a {type(unwrapped(self.tokenizer)).__name__}, cannot be saved; use one of '
                 'musiclm_pytorch.audiolm.semantic'
             )
-        save_module(self.codec, folder / 'codec')
-        for name, stage in self.stages.items():
-            save_module(stage, folder / name)
-        self.tokenizer.save_pretrained(folder / 'tokenizer')
-        self.mulan_embed_quantizer.save_pretrained(folder / 'quantizer')
-        if dtype is not None:
-            store_as(folder, dtype)
         settings = dict(
             windows=self.windows,
             unique_consecutive=self.unique_consecutive,
@@ -563,8 +558,17 @@ class MusicLM(nn.Module):
             knows=self.knows,
             usual_score=self.usual_score,
         )
-        # last, so that a folder with it is whole
-        write_checked_json(folder / CONFIG_FILE, dict(model='MusicLM', version=__version__, **settings))
+        with written_together(folder) as aside:
+            save_module(self.codec, aside / 'codec')
+            for name, stage in self.stages.items():
+                save_module(stage, aside / name)
+            self.tokenizer.save_pretrained(aside / 'tokenizer')
+            self.mulan_embed_quantizer.save_pretrained(aside / 'quantizer')
+            if dtype is not None:
+                store_as(aside, dtype)
+            within = checksums_within(aside, ('codec', *STAGES, 'tokenizer', 'quantizer'))
+            config = dict(model='MusicLM', version=__version__, **settings, within=within)
+            write_checked_json(aside / CONFIG_FILE, config)
 
     @classmethod
     def from_pretrained(

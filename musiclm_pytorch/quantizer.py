@@ -15,6 +15,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from musiclm_pytorch.atomic import written_together
 from musiclm_pytorch.audiolm.convert import passes_as
 from musiclm_pytorch.checks import as_tensor, check_positive, check_probability, records_config, typechecked
 from musiclm_pytorch.data.collate import collate_for
@@ -321,9 +322,12 @@ class MuLaNEmbedQuantizer(nn.Module):
         """Write codebooks, embeddings and, in a folder `mulan` within, MuLaN; for `from_pretrained`."""
         if not self.is_fitted:
             raise ValueError('this quantizer has no codebooks yet; call fit before saving it')
-        self.mulan.save_pretrained(Path(folder) / MULAN_FOLDER)
         weights = {name: it for name, it in self.state_dict().items() if not name.startswith('mulan.')}
-        checkpoint.write_folder(folder, dict(model='MuLaNEmbedQuantizer', quantizer=self.config), weights)
+        with written_together(folder) as aside:
+            self.mulan.save_pretrained(aside / MULAN_FOLDER)
+            within = checkpoint.checksums_within(aside, [MULAN_FOLDER])
+            config = dict(model='MuLaNEmbedQuantizer', quantizer=self.config, within=within)
+            checkpoint.write_folder(aside, config, weights)
 
     @classmethod
     def from_pretrained(

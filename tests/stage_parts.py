@@ -70,8 +70,8 @@ class Clips(torch.utils.data.Dataset):
         return None if seconds is None else dict(wave=clock(seconds), caption=f'clip {index}')
 
 
-def make_quantizer(dim=16):
-    torch.manual_seed(5)
+def make_quantizer(dim=16, seed=5):
+    torch.manual_seed(seed)
     mulan = tiny_mulan(dict(depth=1, audio_sample_rate=RATE), dict(depth=1, num_tokens=49408))
     quantizer = MuLaNEmbedQuantizer(mulan, conditioning_dims=(dim,) * 3, rq_num_quantizers=2, codebook_size=6)
     with torch.no_grad():

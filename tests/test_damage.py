@@ -4,8 +4,11 @@
 """
 
 import importlib.util
+import itertools
 import json
+import os
 import random
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -129,6 +132,58 @@ def test_a_model_written_over_is_the_old_or_the_new_one_wherever_it_stops(tmp_pa
         found = MuLaN.from_pretrained(tmp_path).state_dict()
         expected = (new if after else old).state_dict()
         assert all(torch.equal(found[name], it) for name, it in expected.items())
+
+
+def test_a_folder_of_several_models_is_never_a_mixture(tmp_path, monkeypatch):
+    old, new = make_quantizer(), make_quantizer(seed=1)
+    rename, refused = Path.rename, []
+
+    def codes(quantizer):
+        return [it for _, it in sorted(quantizer.state_dict().items())]
+
+    def save_stopped_at(number, how):
+        """Whether it came so far; `how` is called at the rename of this number."""
+        numbers = iter(range(1000))
+        monkeypatch.setattr(Path, 'rename', lambda *it: how() if next(numbers) == number else rename(*it))
+        try:
+            new.save_pretrained(tmp_path)
+        finally:
+            monkeypatch.setattr(Path, 'rename', rename)
+
+    def interrupt():
+        raise KeyboardInterrupt
+
+    old.save_pretrained(tmp_path)
+    (tmp_path / 'notes.txt').write_text('notes')
+    before = {it: it.read_bytes() for it in tmp_path.rglob('*') if it.is_file()}
+    for number in itertools.count():
+        try:
+            save_stopped_at(number, interrupt)
+            break
+        except KeyboardInterrupt:
+            assert {it: it.read_bytes() for it in tmp_path.rglob('*') if it.is_file()} == before
+    assert number == 6  # a folder and two files, each of which was there before
+    for number in range(6):
+        shutil.rmtree(tmp_path)
+        old.save_pretrained(tmp_path)
+        if os.fork() == 0:
+            save_stopped_at(number, lambda: os._exit(9))
+            os._exit(0)
+        assert os.waitstatus_to_exitcode(os.wait()[1]) == 9
+        try:
+            found = codes(MuLaNEmbedQuantizer.from_pretrained(tmp_path))
+        except (ValueError, FileNotFoundError) as error:
+            refused.append(str(error))
+        else:
+            assert any(all(map(torch.equal, found, codes(it))) for it in (old, new))
+    assert refused
+    assert all(re.search('belongs to something else|^no (config.json|model.safetensors) in', it) for it in refused)
+    new.save_pretrained(tmp_path)
+    assert all(map(torch.equal, codes(MuLaNEmbedQuantizer.from_pretrained(tmp_path)), codes(new)))
+    old.mulan.save_pretrained(tmp_path / 'mulan')
+    with pytest.raises(ValueError, match='mulan belongs to something else'):
+        MuLaNEmbedQuantizer.from_pretrained(tmp_path)
+    MuLaNEmbedQuantizer.from_pretrained(tmp_path, verify=False)
 
 
 def test_tensors_know_what_they_are_part_of(tmp_path):

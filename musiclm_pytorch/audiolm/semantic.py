@@ -16,6 +16,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from musiclm_pytorch.atomic import written_together
 from musiclm_pytorch.audiolm.convert import passes_as
 from musiclm_pytorch.audiolm.kmeans import KMeansCodebook
 from musiclm_pytorch.checks import check_audio, check_finite, check_positive, check_sample_rate, typechecked
@@ -223,13 +224,10 @@ class SemanticTokenizer(nn.Module, metaclass=ABCMeta):
         """Write encoder and centres for `from_pretrained`; JSON and safetensors, nothing is pickled."""
         if not self.is_fitted:
             raise ValueError('this tokenizer has no centres yet; call fit before saving it')
-        folder = Path(folder)
-        config = dict(
-            model=type(self).__name__,
-            tokenizer=self._saved_keywords(),
-            encoder=self._save_encoder(folder),
-        )
-        checkpoint.write_folder(folder, config, self._saved_weights())
+        with written_together(folder) as aside:
+            encoder = self._save_encoder(aside)
+            config = dict(model=type(self).__name__, tokenizer=self._saved_keywords(), encoder=encoder)
+            checkpoint.write_folder(aside, config, self._saved_weights())
 
     @classmethod
     def from_pretrained(

@@ -6,7 +6,7 @@ import inspect
 import json
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 from musiclm_pytorch.allocation import AllocationLimit
 from musiclm_pytorch.atomic import (
+    CHECKSUM,
     atomic_write,
     checked_json,
     checksum_of,
@@ -38,6 +39,7 @@ CONFIG_FILE = 'config.json'
 WEIGHTS_FILE = 'model.safetensors'
 PARTS, TRAINED = ('audio', 'text', 'mulan'), 'trained_tokens'  # of a MuLaN's config
 WEIGHTS = 'weights'  # where a config has the checksum of the weights beside it
+WITHIN = 'within'  # where it has those of the configs in the folders within
 MOST = 2**22  # sizes and rates in Hz are lower
 VIOLATION = re.compile(r'parameter (\w+)=.* violates type hint (.+?), as ', re.DOTALL)
 
@@ -91,12 +93,28 @@ def _announce(path: Path, config: dict[str, Any], checksum: str) -> None:
         return
 
 
+def checksums_within(folder: str | Path, names: Iterable[str]) -> dict[str, str | None]:
+    """What a config has under `within`, so that one folder of a model is not taken for that of another: the checksum
+    of the config in each of the folders of these names. It has that of the weights in turn."""
+    return {it: read_json_object(Path(folder) / it / CONFIG_FILE).get(CHECKSUM) for it in names}
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """An object as it stands in a file, empty where there is none."""
+    try:
+        content = json.loads(path.read_text(encoding='utf-8'))
+    except (OSError, ValueError):  # whoever reads what belongs there tells more
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
 def store_as(folder: str | Path, dtype: torch.dtype) -> None:
     """Write the floating-point weights in a folder, and in the folders within, anew in another dtype.
 
     Raises ValueError for a weight that is too large for `dtype`.
     """
-    for path in sorted(Path(folder).rglob(WEIGHTS_FILE)):
+    # what lies deeper first: configs above have its checksum
+    for path in sorted(Path(folder).rglob(WEIGHTS_FILE), key=lambda it: (-len(it.parts), it)):
         config = read_checked_json(path.with_name(CONFIG_FILE))
         if WEIGHTS not in config:  # an encoder that another library wrote, and reads
             continue
@@ -106,6 +124,8 @@ def store_as(folder: str | Path, dtype: torch.dtype) -> None:
                 weights[name] = tensor.to(dtype)
                 if not torch.equal(weights[name].isfinite(), tensor.isfinite()):
                     raise ValueError(f'{name} in {path} holds {tensor.abs().max():g}, too large for {dtype}')
+        if WITHIN in config:
+            config[WITHIN] = checksums_within(path.parent, config[WITHIN])
         write_checked_json(path.with_name(CONFIG_FILE), {**config, WEIGHTS: [write_tensors(path, weights)]})
 
 
@@ -223,6 +243,18 @@ class SavedConfig:
                 f'{self.path} has the unknown key {", ".join(map(repr, unknown))}{place}: {self._versions()}'
             )
 
+    def check_within(self) -> None:
+        """Raise ValueError unless the folders within are those that were written with this config."""
+        told = self.content.get(WITHIN, {})
+        if not isinstance(told, dict):
+            raise ValueError(f'{self.path} must hold checksums under {WITHIN!r}, got {told!r:.80}')
+        for name, found in checksums_within(self.path.parent, told).items():
+            if found is not None and found != told[name]:
+                raise ValueError(
+                    f'{self.path.parent / name} belongs to something else than the files beside it; all have to come '
+                    'from one copy (verify=False reads it all the same)'
+                )
+
     def _versions(self) -> str:
         writer = self.content.get('version')
         if writer == __version__:
@@ -257,7 +289,9 @@ def read_config(
     except (KeyError, TypeError) as error:
         raise ValueError(f'{path} is not the config of a {model}: it has no {error}, or is no object') from error
     config = SavedConfig(path, content)
-    config.check_known(content, ('model', 'version', WEIGHTS, *parts, *optional))
+    config.check_known(content, ('model', 'version', WEIGHTS, WITHIN, *parts, *optional))
+    if verify:
+        config.check_within()
     return config
 
 
