@@ -293,7 +293,7 @@ SECONDS = dict(semantic=30.0, coarse=10.0, fine=3.0)
 
 
 def main(args: argparse.Namespace) -> None:
-    from musiclm_pytorch.mulan.kernels import computes_in_bf16
+    from musiclm_pytorch.kernels.processor import computes_in_bf16
 
     rows = []
     sides = SIDES if computes_in_bf16() else SIDES[:2]

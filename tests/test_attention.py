@@ -4,8 +4,8 @@ import pytest
 import torch
 from einops import einsum, rearrange
 
-from musiclm_pytorch.mulan import attention
-from musiclm_pytorch.mulan.attention import PositionBias, attend
+from musiclm_pytorch.kernels import attention
+from musiclm_pytorch.kernels.attention import PositionBias, attend
 
 
 def plain(q, k, v, bias=None, mask=None):
@@ -51,20 +51,19 @@ CASES = {
 def kernels():
     return {
         'dense': attention._dense,
-        'chunked': attention._chunked,
-        'short': attention._short,
+        'blockwise': attention._blockwise,
         'flex': attention._flex,
     }
 
 
 @pytest.mark.parametrize('kernel', kernels())
 @pytest.mark.parametrize('case', CASES)
-@pytest.mark.parametrize('chunk', [2**20, 40, 1])
-def test_kernel_equals_formula(kernel, case, chunk, monkeypatch):
-    if kernel != 'chunked' and chunk != 2**20:
-        pytest.skip('only the chunked kernel has chunks')
-    monkeypatch.setattr(attention, 'CHUNK_ELEMENTS', chunk)
-    monkeypatch.setattr(attention, 'MIN_CHUNK_ROWS', 1)
+@pytest.mark.parametrize('block', [2**20, 40, 1])
+def test_kernel_equals_formula(kernel, case, block, monkeypatch):
+    if kernel != 'blockwise' and block != 2**20:
+        pytest.skip('only the blockwise kernel has blocks')
+    monkeypatch.setattr(attention, 'BLOCK_ELEMENTS', block)
+    monkeypatch.setattr(attention, 'MIN_BLOCK_ROWS', 1)
     q, k, v, bias = make(**CASES[case])
     device = 'cpu'
     if kernel == 'flex' and torch.cuda.is_available():
@@ -104,16 +103,16 @@ def test_half_precision_stays_close(dtype):
 
 
 @pytest.mark.parametrize('case', CASES)
-@pytest.mark.parametrize('chunk', [2**20, 40, 1])
-def test_blocks_in_half_precision(case, chunk, monkeypatch):
-    monkeypatch.setattr(attention, 'CHUNK_ELEMENTS', chunk)
-    monkeypatch.setattr(attention, 'MIN_CHUNK_ROWS', 1)
+@pytest.mark.parametrize('block', [2**20, 40, 1])
+def test_blocks_in_half_precision(case, block, monkeypatch):
+    monkeypatch.setattr(attention, 'BLOCK_ELEMENTS', block)
+    monkeypatch.setattr(attention, 'MIN_BLOCK_ROWS', 1)
     q, k, v, bias = make(**CASES[case])
     real = torch.ones(q.shape[0], q.shape[2], dtype=torch.bool) if bias.lengths is None else bias.key_mask()
     weight = torch.randn_like(q) * rearrange(real, 'b n -> b 1 n 1')
     halves = [t.to(torch.bfloat16) for t in (q, k, v)]
     results = []
-    for compute, given in ((plain, [t.float() for t in halves]), (attention._chunked, halves)):
+    for compute, given in ((plain, [t.float() for t in halves]), (attention._blockwise, halves)):
         leaves = [t.detach().requires_grad_() for t in (*given, bias.table)]
         bias.table = leaves[-1]
         out = compute(*leaves[:3], bias) * rearrange(real, 'b n -> b 1 n 1')

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from musiclm_pytorch.audiolm.block_attention import BLOCK, block_causal_attention, blocks, plain_attention
 from musiclm_pytorch.audiolm.convert import audiolm_pytorch
+from musiclm_pytorch.kernels.block_attention import BLOCK, block_causal_attention, blocks, plain_attention
 
 
 def genuine_attend():

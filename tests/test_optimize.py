@@ -1,22 +1,19 @@
 """OptimizedMuLaN against the model it was made from, and the timing of it."""
 
 import copy
-import importlib.util
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import tiny_mulan
-from test_attention import make
 from torch import nn
 
-from musiclm_pytorch.inference import benchmark, fast_layers, half_attention, native_layers, optimize
+from musiclm_pytorch.inference import benchmark, optimize
 from musiclm_pytorch.inference.benchmark import benchmark_inference_speed
 from musiclm_pytorch.inference.config import InferenceConfig
-from musiclm_pytorch.inference.native_layers import can_compile
 from musiclm_pytorch.inference.optimize import OptimizedMuLaN, choices
-from musiclm_pytorch.mulan import attention
+from musiclm_pytorch.mulan.layers import Linear
 
 PLAIN = dict(use_mixed_precision=False, device='cpu')
 HALF = dict(use_mixed_precision=True, device='cpu')
@@ -65,111 +62,44 @@ def both(optimized, plain, least):
 @pytest.mark.parametrize(('dtype', 'least'), [('bf16', 0.999), ('fp16', 0.99999)])
 def test_half_precision_comes_close(dtype, least, memory_efficient, monkeypatch):
     # blocks of few rows, so that there are several
-    monkeypatch.setattr('musiclm_pytorch.inference.half_attention.SCORES', 64)
-    monkeypatch.setattr('musiclm_pytorch.inference.half_attention.MIN_ROWS', 5)
+    monkeypatch.setattr('musiclm_pytorch.kernels.attention.SHORT', 4)
+    monkeypatch.setattr('musiclm_pytorch.kernels.attention.BLOCK_ELEMENTS', 64)
+    monkeypatch.setattr('musiclm_pytorch.kernels.attention.MIN_BLOCK_ROWS', 5)
     plain = model().eval()
     config = InferenceConfig(**HALF, mixed_precision_dtype=dtype, memory_efficient=memory_efficient)
     optimized = OptimizedMuLaN(plain, config)
-    weight = optimized.mulan.audio.transformer.layers[0].products[0].weight
+    weight = optimized.mulan.audio.transformer.transformer.layers[0][0].to_q.weight
     assert weight.dtype == optimized.dtype == {'bf16': torch.bfloat16, 'fp16': torch.float16}[dtype]
     both(optimized, plain, least)
 
 
-@pytest.mark.parametrize('scores', [1, 40, 300, 2**22])
-@pytest.mark.parametrize('keep', [True, False])
-@pytest.mark.parametrize(
-    'case', [dict(shared=True), dict(), dict(shared=True, lengths=[2, 15, 9]), dict(keep=13, lengths=[13, 1, 7])]
-)
-def test_attention_in_blocks_is_attention(case, keep, scores, monkeypatch):
-    monkeypatch.setattr(half_attention, 'SCORES', scores)
-    monkeypatch.setattr(half_attention, 'MIN_ROWS', 4)
-    torch.manual_seed(0)
-    q, k, v, bias = make(**case)
-    wanted = attention.attend(q, k, v, bias=bias)
-    looked_up = half_attention.KeptBias(bias, torch.float32, keep=keep)
-    for _ in range(2):  # the second time from what was kept
-        parts = (t.contiguous() for t in (q, k, v))
-        out = half_attention.attend_in_half(*parts, looked_up, fast_layers.attention_weights)
-        real = torch.ones(out.shape[:3:2], dtype=torch.bool) if bias.lengths is None else bias.key_mask()
-        found = out.masked_fill(~real[:, None, :, None], 0.0)
-        torch.testing.assert_close(found, wanted.masked_fill(~real[:, None, :, None], 0.0), atol=1e-5, rtol=1e-4)
-
-
-def test_a_bias_is_kept_from_call_to_call_while_it_is_the_same():
-    plain = model().eval()
-    optimized = OptimizedMuLaN(plain, InferenceConfig(**HALF))
-    layers = optimized.mulan.audio.transformer
-    short, long = batch(samples=1500)[0], batch(samples=2500)[0]
-    optimized.get_audio_latents(short)
-    kept = layers.parts._kept_bias
-    optimized.get_audio_latents(short[:2])
-    assert layers.parts._kept_bias is kept
-    for wavs in (long, short, long):
-        assert similarity(optimized.get_audio_latents(wavs), plain.get_audio_latents(wavs).detach()) > 0.999
-    kept = layers.parts._kept_bias
-    with torch.no_grad():
-        for parameter in optimized.mulan.audio.dynamic_pos_bias_mlp.parameters():
-            parameter.mul_(1.5)
-    optimized.get_audio_latents(long)
-    assert layers.parts._kept_bias is not kept
-
-
-@pytest.mark.parametrize('vnni', [True, False])
 @pytest.mark.parametrize('precision', [PLAIN, HALF])
-def test_int8_comes_close(precision, vnni, monkeypatch):
+def test_int8_comes_close(precision):
     pytest.importorskip('torchao')
-    if vnni and not torch.cpu._is_vnni_supported():
-        pytest.skip('this processor has no instructions for bytes')
-    monkeypatch.setattr(torch.cpu, '_is_vnni_supported', lambda: vnni)
     plain = model().eval()
     optimized = OptimizedMuLaN(plain, InferenceConfig(use_quantization=True, **precision))
-    kinds = {type(it) for layer in optimized.mulan.audio.transformer.layers for it in layer.products}
-    assert kinds == {fast_layers.Int8Product if vnni else nn.Linear}
+    layers = [it for it in optimized.mulan.audio.transformer.modules() if isinstance(it, Linear)]
+    assert len(layers) == 10
+    assert all(type(it.weight) is not nn.Parameter for it in layers), 'a layer was not quantised'
     assert optimized.quantized
     both(optimized, plain, 0.99)
 
 
-def test_int8_products_are_those_of_the_rounded_numbers():
-    pytest.importorskip('torchao')
-    if not torch.cpu._is_vnni_supported():
-        pytest.skip('this processor has no instructions for bytes')
-    torch.manual_seed(0)
-    x = torch.randn(2, 5, 24) * torch.tensor([1e-4, 1.0, 30.0, 2.0, 0.0])[:, None]
-    weight, scales = torch.randint(-127, 128, (7, 24), dtype=torch.int8), torch.rand(7)
-    product = fast_layers.Int8Product(weight, scales, torch.float32)
-    rounded, scale = fast_layers.to_int8(x)
-    assert rounded.dtype == torch.uint8
-    assert ((rounded.float() - 128) * scale - x).abs().le(scale * 0.5001 + 1e-12).all()
-    wanted = ((rounded.double() - 128) * scale) @ (weight.double() * scales[:, None]).T
-    torch.testing.assert_close((product(rounded) * scale).double(), wanted, atol=1e-6, rtol=1e-5)
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize('native', [False, True])
-def test_compiled_code_gives_the_same(native, monkeypatch):
-    if native and not can_compile():
-        pytest.skip('no compiler, or no AVX-512')
-    monkeypatch.setattr(native_layers, 'can_compile', lambda: native)
-    int8 = torch.cpu._is_vnni_supported() and importlib.util.find_spec('torchao') is not None
+def test_compiled_code_gives_the_same():
     plain = model().eval()
-    compiled = OptimizedMuLaN(plain, InferenceConfig(**HALF, compile_model=True, use_quantization=int8))
-    assert (compiled.compiled, compiled.quantized) == (True, int8)
-    kind = fast_layers.NativeParts if native else fast_layers.TorchParts
-    assert all(isinstance(it.transformer.parts, kind) for it in (compiled.mulan.audio, compiled.mulan.text))
-    both(compiled, plain, 0.99 if int8 else 0.999)
+    compiled = OptimizedMuLaN(plain, InferenceConfig(**HALF, compile_model=True))
+    assert compiled.compiled
+    both(compiled, plain, 0.999)
 
 
-def test_the_parts_of_a_layer_make_the_layer():
-    plain = model(audio=dict(attn_dropout=0.3, ff_dropout=0.3)).eval()
-    layers = fast_layers.FastLayers(
-        plain.text.transformer, dtype=torch.float32, quantized=False, keep_bias=True, compiled=False
-    )
-    x, mask = torch.randn(2, 6, 24), torch.arange(6) < torch.tensor([[6], [4]])
-    with torch.no_grad():
-        found, wanted = layers(x, mask=mask), plain.text.transformer(x, mask=mask)
-    assert len(found) == len(wanted) == 2
-    for mine, theirs in zip(found, wanted):
-        close(mine, theirs)
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+def test_the_context_of_the_caller_changes_nothing(dtype):
+    optimized, wavs = OptimizedMuLaN(model(), InferenceConfig(**HALF)), batch()[0]
+    wanted = optimized.get_audio_latents(wavs)
+    with torch.autocast('cpu', dtype=dtype):
+        found = optimized.get_audio_latents(wavs)
+    assert similarity(found.float(), wanted) > 0.9999
 
 
 def test_the_model_given_is_left_as_it_was():
@@ -269,33 +199,13 @@ def test_what_auto_chooses(monkeypatch):
     plain = (False, torch.float32, False)
     narrow, wide = model(), model(audio=dict(dim=256, depth=1), text=dict(dim=256, depth=1))
 
-    def machine(bf16, vnni, torchao, compiler, avx512=True):
-        monkeypatch.setattr(optimize, 'computes_in_bf16', lambda: bf16)
-        monkeypatch.setattr(torch.cpu, '_is_vnni_supported', lambda: vnni)
-        monkeypatch.setattr(optimize, '_has_torchao', lambda: torchao)
-        monkeypatch.setattr(optimize, 'compiler', lambda: 'g++' if compiler else None)
-        served = staticmethod(lambda dtype, int8: compiler and avx512)
-        monkeypatch.setattr(optimize.NativeParts, 'serves', served)
-
-    machine(bf16=True, vnni=True, torchao=True, compiler=True)
-    assert choices(narrow, automatic, cpu) == plain
-    assert choices(wide, automatic, cpu) == (True, torch.bfloat16, True)
-    assert choices(wide, InferenceConfig(), cpu) == (False, torch.bfloat16, False)
-    assert choices(wide, InferenceConfig(mixed_precision_dtype='fp16'), cpu) == plain
-    assert choices(narrow, InferenceConfig(**HALF, use_quantization=True), cpu) == (True, torch.bfloat16, False)
-    machine(bf16=False, vnni=True, torchao=True, compiler=True)
-    assert choices(wide, automatic, cpu) == (True, torch.float32, True)
-    assert choices(wide, InferenceConfig(**HALF), cpu) == (False, torch.bfloat16, False)
-    machine(bf16=False, vnni=False, torchao=True, compiler=True)
-    assert choices(wide, automatic, cpu) == (False, torch.float32, True)
-    machine(bf16=False, vnni=False, torchao=True, compiler=True, avx512=False)
-    assert choices(wide, automatic, cpu) == plain
-    machine(bf16=True, vnni=False, torchao=True, compiler=True, avx512=False)
-    assert choices(wide, automatic, cpu) == (False, torch.bfloat16, True)
-    machine(bf16=True, vnni=True, torchao=False, compiler=True)
-    assert choices(wide, automatic, cpu) == (False, torch.bfloat16, True)
-    machine(bf16=True, vnni=True, torchao=True, compiler=False)
-    assert choices(wide, automatic, cpu) == (False, torch.bfloat16, False)
+    for bf16 in (True, False):
+        monkeypatch.setattr(optimize, 'computes_in_bf16', lambda it=bf16: it)
+        assert choices(narrow, automatic, cpu) == plain
+        assert choices(wide, automatic, cpu) == (False, torch.bfloat16 if bf16 else torch.float32, False)
+        assert choices(wide, InferenceConfig(mixed_precision_dtype='fp16'), cpu) == plain
+        asked = InferenceConfig(**HALF, use_quantization=True, compile_model=True)
+        assert choices(narrow, asked, cpu) == (True, torch.bfloat16, True)
 
 
 # ---- timing ----

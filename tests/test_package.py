@@ -37,6 +37,7 @@ HANDS_OVER_BY_PICKLE = {'distributed/launch.py': {'pickle', 'cloudpickle'}}
 # A file may import from the leaves, from its own room and from rooms above it. The longest prefix decides.
 ROOMS = [
     'pretrained',
+    'kernels',
     'mulan',
     'data',
     'audiolm',
@@ -138,6 +139,8 @@ def wrong_imports(folder: Path) -> Iterator[str]:
         for line, name, _ in imported:
             if outside(name) == 'audiolm_pytorch' and path != 'audiolm/convert.py':
                 yield f'{path}:{line} imports audiolm_pytorch: only audiolm/convert.py does, which undoes its effects'
+            if outside(name) in {'torchaudio', 'torchvision'} and path != 'audiolm/convert.py':
+                yield f'{path}:{line} imports {outside(name)}, which does not load beside every torch'
             if outside(name):
                 continue
             other = rank(name)
@@ -242,6 +245,9 @@ PLANTED = [
     (wrong_imports, 'no room', 'mulan_more/model.py', ''),
     (wrong_imports, 'convert', 'audiolm/generate.py', 'def f():\n    from audiolm_pytorch.t5 import t5_encode_text'),
     (wrong_imports, 'convert', '__init__.py', 'import audiolm_pytorch as a'),
+    (wrong_imports, 'every torch', 'mulan/model.py', 'from torchaudio.functional import resample'),
+    (wrong_imports, 'every torch', 'mulan/model.py', 'def f():\n    import torchvision'),
+    (wrong_imports, 'below', 'kernels/linear.py', 'from musiclm_pytorch.mulan.model import x'),
     (import_cycles, 'circle', 'mulan/model.py', 'from musiclm_pytorch.mulan.layers import x'),
     (import_cycles, 'circle', 'mulan/model.py', 'from musiclm_pytorch.data.audio import x'),
     (import_cycles, 'circle', 'mulan/loss.py', 'from musiclm_pytorch.mulan import y'),
@@ -278,8 +284,8 @@ HARMLESS = {
     'data/__init__.py': 'from musiclm_pytorch.data.datasets import z',
     'data/datasets.py': 'def f():\n    from musiclm_pytorch.data import z\nfrom musiclm_pytorch.mulan.model import x',
     'mulan/__init__.py': 'from .model import y',
-    'mulan/layers.py': 'if TYPE_CHECKING:\n    from musiclm_pytorch.mulan.model import y\nimport torchaudio',
-    'audiolm/convert.py': 'import audiolm_pytorch',
+    'mulan/layers.py': 'if TYPE_CHECKING:\n    from musiclm_pytorch.mulan.model import y\nimport torch',
+    'audiolm/convert.py': 'import audiolm_pytorch, torchaudio',
     'distributed/launch.py': 'import cloudpickle\nfrom musiclm_pytorch.trainer import loop\nfrom . import collectives',
     'trainer/loop.py': "import torch\ntorch.load('x', weights_only=True)\nnp.load('x', allow_pickle=False)",
     'cli.py': "print(torch.loads, loop.load, 'print')\nfrom musiclm_pytorch import checks",
@@ -378,9 +384,10 @@ def test_installed_versions_fit_the_requirements():
 def test_no_torchaudio_is_taken_that_does_not_load_beside_torch():
     (torch,) = [need for need in always_needed() if need.name == 'torch']
     (torchaudio,) = [need for need in always_needed() if need.name == 'torchaudio']
-    assert '2.11.0' in torch.specifier
-    assert '2.11.0' in torchaudio.specifier
-    assert '2.11.1' not in torchaudio.specifier
+    # those of CUDA 13.0
+    beside = [it for it in ('2.10.0', '2.11.0', '2.12.0', '2.14.1', '2.15.0') if it in torch.specifier]
+    assert beside == ['2.11.0', '2.12.0', '2.14.1']
+    assert [it for it in ('2.10.0', '2.11.0', '2.11.1') if it in torchaudio.specifier] == ['2.11.0']
 
 
 def test_all_is_the_union_of_the_extras():

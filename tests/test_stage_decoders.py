@@ -2,6 +2,9 @@
 
 import itertools
 import math
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -24,7 +27,6 @@ from musiclm_pytorch.audiolm.convert import own_stage
 from musiclm_pytorch.audiolm.decode_step import FusedStep
 from musiclm_pytorch.audiolm.generate import generate_coarse
 from musiclm_pytorch.audiolm.sampling import Sampling
-from musiclm_pytorch.mulan.kernels import has_gnu_openmp
 
 CONDITIONS = {
     'plain': {},
@@ -67,8 +69,6 @@ def decoded(stage, *given: torch.Tensor, tokens: torch.Tensor, known: int, **key
 def step(request, monkeypatch):
     """Tokens computed operator by operator, or by the kernel, however few they are."""
     if request.param == 'kernel':
-        if not has_gnu_openmp():
-            pytest.skip('no GNU OpenMP')
         monkeypatch.setattr('musiclm_pytorch.audiolm.decode_step.WORTH_LOADING', 0)
     return request.param
 
@@ -195,8 +195,6 @@ def test_bfloat16_stays_near():
 @pytest.mark.parametrize('batch', [1, 2, 5, 16, 17])
 def test_a_compiled_token_is_that_of_the_plain_operators(monkeypatch, batch, threads):
     """Rows and heads that the threads share unevenly; more rows than the kernel takes; a head that is no vector."""
-    if not has_gnu_openmp():
-        pytest.skip('no GNU OpenMP')
     monkeypatch.setattr('musiclm_pytorch.audiolm.decode_step.DIM_A_THREAD', 1)
     stage = coarse_stage(audio_text_condition=True, heads=3, dim_head=7, dim=40)
     semantic_ids, tokens, text_embeds = codes(batch, 7, num=SEMANTIC), codes(batch, 4, COARSE), embeds(batch, 4, 40)
@@ -226,6 +224,34 @@ def test_keys_beyond_the_vectors_of_the_kernel(step):
         for layer in stage.transformer.layers:
             layer[0].branch.to_q.weight.mul_(20)
     assert_equal(decoded(stage, tokens=ids, known=3), semantic_logits(stage, ids)[:, 3:-1])
+
+
+def test_threads_sleep_between_tokens_work_side_by_side_and_end(monkeypatch):
+    monkeypatch.setattr('musiclm_pytorch.audiolm.decode_step.WORTH_LOADING', 0)
+    monkeypatch.setattr('musiclm_pytorch.audiolm.decode_step.DIM_A_THREAD', 1)
+    genuine, before = semantic_stage(), threading.active_count()
+    stage = own_stage(genuine).eval()
+    ids = codes(4, 12, num=SEMANTIC).unbind()
+
+    @torch.inference_mode()  # which holds for one thread alone
+    def logits(row, pause=0.0):
+        state = stage.prefill(row[None, :1], max_tokens=len(row))
+        for token in row[1:-1]:
+            time.sleep(pause)
+            stage.decode_step(state, token[None])
+        return stage.next_logits(state)
+
+    wanted = [semantic_logits(genuine, row[None, :-1])[:, -1] for row in ids]
+    monkeypatch.setattr(torch, 'get_num_threads', lambda: 3)
+    assert_equal(logits(ids[0], pause=0.02), wanted[0])  # long enough for the others to fall asleep
+    with ThreadPoolExecutor(len(ids)) as pool:
+        for found, expected in zip(pool.map(logits, ids), wanted):
+            assert_equal(found, expected)
+    for _ in range(100):
+        if threading.active_count() <= before:
+            break
+        time.sleep(0.02)
+    assert threading.active_count() <= before
 
 
 @pytest.mark.slow

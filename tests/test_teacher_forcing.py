@@ -15,7 +15,7 @@ from musiclm_pytorch.audiolm import convert
 from musiclm_pytorch.audiolm.convert import audiolm_stage, own_stage
 from musiclm_pytorch.audiolm.stages import STAGES
 from musiclm_pytorch.audiolm.transformer import HyperConnection, without_denormals
-from musiclm_pytorch.mulan.kernels import plain_kernels
+from musiclm_pytorch.kernels import plain_kernels
 
 OPTIONS = dict(
     plain={},

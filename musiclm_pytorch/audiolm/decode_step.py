@@ -5,9 +5,10 @@
 
 from __future__ import annotations
 
-import ctypes
+import sys
+import weakref
 from collections.abc import Callable
-from functools import cache, partial
+from functools import partial
 from types import ModuleType
 from typing import TYPE_CHECKING
 
@@ -16,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from musiclm_pytorch.mulan.kernels import fast_kernels_allowed, has_gnu_openmp
+from musiclm_pytorch.kernels import fast_kernels_allowed
 
 if TYPE_CHECKING:
     from musiclm_pytorch.audiolm.transformer import Cache, PositionBias, Transformer
@@ -46,7 +47,7 @@ def step_for(transformer: Transformer, cache: Cache, rows: int, tokens: int, com
         return None
     if any(it.device.type != 'cpu' or it.dtype != torch.float32 or not it.is_contiguous() for it in weights):
         return None
-    return FusedStep(transformer, cache, rows) if fast_kernels_allowed() and has_gnu_openmp() else None
+    return FusedStep(transformer, cache, rows) if fast_kernels_allowed() and sys.platform == 'linux' else None
 
 
 class FixedStep:
@@ -85,25 +86,20 @@ class FixedStep:
         return self.features
 
 
-@cache
-def _kernel() -> tuple[ModuleType, ctypes._CFuncPtr]:
-    from musiclm_pytorch.audiolm import step_kernel  # numba takes a second
-
-    kind = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
-    return step_kernel, kind(('GOMP_parallel', ctypes.CDLL(None)))
-
-
 class FusedStep:
-    """By `step_kernel.py`, as one call that PyTorch's threads share, on a CPU in float32, with the weights in place."""
+    """By `step_kernel.py`, as one call that threads share, on a CPU in float32, with the weights in place."""
 
     def __init__(self, transformer: Transformer, cache: Cache, rows: int):
-        kernel, self.parallel = _kernel()
-        self.run, self.cache, self.kernel, self.copies = kernel.token_task.address, cache, kernel, {}
+        from musiclm_pytorch.kernels import step_kernel as kernel  # numba takes a second
+
+        # not to own what owns this, so that its threads end as soon as nobody needs them
+        self.cache, self.kernel, self.copies = weakref.proxy(cache), kernel, {}
         layers = [[None if it is None else (it.branch, mix) for it, mix in zip(layer, mixing)]
                   for layer, mixing in zip(transformer.layers, cache.mixing)]  # fmt: skip
         dim, heads, dim_head = transformer.dim, transformer.heads, transformer.dim_head
         hidden, streams = layers[0][2][0][5].in_features, transformer.num_residual_streams
-        self.threads = threads = max(1, min(torch.get_num_threads(), dim // DIM_A_THREAD))
+        threads = max(1, min(torch.get_num_threads(), dim // DIM_A_THREAD))
+        self.crew = kernel.Crew(threads)
         places, num_cross = cache.keys[0].shape[1], cache.cross[0][0].shape[1] if cache.cross else 0
 
         def additive(mask: Tensor | None, size: int) -> Tensor:
@@ -159,7 +155,7 @@ class FusedStep:
             self.job[place] = value
         for place, tensor in scratch.items():
             self.job[place] = tensor.data_ptr()
-        self.kept = scratch, transformer  # the job has their addresses only
+        self.scratch, self.transformer = scratch, transformer  # the job has their addresses only
 
     def _addresses(self, kernel: ModuleType, layers: list) -> np.ndarray:
         """Where the weights, keys and values of each layer lie, (layers, columns) int64."""
@@ -200,10 +196,9 @@ class FusedStep:
         weight = self._in_rows(weight)
         x = F.pad(x, (0, missing)).contiguous() if (missing := weight.shape[1] - x.shape[1]) else x.contiguous()
         out = x.new_empty(len(x), len(weight))
-        job = np.array(
-            (len(x), weight.shape[1], len(weight), *(it.data_ptr() for it in (x, weight, out))), dtype=np.int64
-        )
-        self.parallel(self.kernel.linear_task.address, job.ctypes.data, self.threads, 0)
+        sizes = len(x), weight.shape[1], len(weight)
+        job = np.array((*sizes, *(it.data_ptr() for it in (x, weight, out))), dtype=np.int64)
+        self.crew.run(self.kernel.LINEAR, job)
         return out if bias is None else out.add_(bias)
 
     def __call__(self, x: Tensor, bias: PositionBias) -> Tensor:
@@ -213,7 +208,7 @@ class FusedStep:
         if bias.table is not None:
             row = bias.row(self.cache.length)
             job[kernel.BIAS], job[kernel.BIAS_WIDTH] = row.data_ptr(), row.stride(0)
-        self.parallel(self.run, job.ctypes.data, self.threads, 0)
+        self.crew.run(kernel.TOKEN, job)
         self.cache.length += 1
         return self.output[:, None].clone()
 

@@ -17,11 +17,11 @@ import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
-from musiclm_pytorch.audiolm.block_attention import block_causal_attention, blocks, plain_attention
 from musiclm_pytorch.audiolm.decode_step import Step
-from musiclm_pytorch.audiolm.residual_streams import add, mix
-from musiclm_pytorch.mulan import linear
-from musiclm_pytorch.mulan.kernels import fast_kernels_allowed
+from musiclm_pytorch.kernels import fast_kernels_allowed
+from musiclm_pytorch.kernels.block_attention import block_causal_attention, blocks, plain_attention
+from musiclm_pytorch.kernels.residual_streams import add, mix
+from musiclm_pytorch.mulan import layers
 
 # (projection, static, scale) of a width connection
 Mixing = tuple[Tensor, Tensor, Tensor]
@@ -276,7 +276,7 @@ class LayerNorm(nn.Module):
         return F.layer_norm(at_least_float32(x), gamma.shape, gamma, beta)
 
 
-class Linear(linear.Linear):
+class Linear(layers.Linear):
     """Takes and gives float32 also where its weight is of half precision: what is read is what decoding waits for."""
 
     def forward(self, x: Tensor) -> Tensor:

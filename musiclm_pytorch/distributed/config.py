@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from musiclm_pytorch.checks import check_positive, typechecked
-from musiclm_pytorch.mulan.kernels import half_precision
+from musiclm_pytorch.kernels.processor import half_precision
 
 BACKENDS = {'nccl': 'cuda', 'gloo': 'cpu'}
 AMP_DTYPES = ('bf16', 'fp16')

@@ -15,7 +15,7 @@ import torch
 
 from musiclm_pytorch.atomic import write_text
 from musiclm_pytorch.checks import check_device, check_positive
-from musiclm_pytorch.mulan.kernels import half_precision
+from musiclm_pytorch.kernels.processor import half_precision
 from musiclm_pytorch.trainer.sections import fitted, nearest
 
 Choice = bool | Literal['auto']
@@ -45,9 +45,9 @@ class InferenceConfig:
     Where a field may be 'auto', the choice is made by `OptimizedMuLaN`, which knows the model and the machine, and
     is one that was measured to be faster than the plain model on such a machine.
 
-    On a CPU, half precision pays with instructions for bf16 alone, compiled code pays with AVX-512 or half precision,
-    and 8-bit integers pay on top of compiled code only. Narrow models (below 256) gain nothing. Nothing was measured on
-    GPUs. `benchmarks/inference.py` measures every combination.
+    On a CPU, half precision pays with instructions for bf16 alone, 8-bit integers save memory and no time, and 'auto'
+    takes neither them nor compiled code. Narrow models (below 256) gain nothing. Nothing was measured on GPUs.
+    `benchmarks/inference.py` measures every combination.
 
     Attributes:
         use_quantization: compute the products of the transformers in 8-bit integers (needs torchao); weights take a
@@ -55,12 +55,9 @@ class InferenceConfig:
         use_mixed_precision: compute the transformers in half precision; spectrogram, position bias, norms of
             latents and losses stay float32.
         mixed_precision_dtype: 'bf16', 'fp16', or 'auto': bf16 on a CPU and on GPUs that compute in it, else fp16.
-        compile_model: compile what lies between the products of the transformers: on Linux with g++ and AVX-512, C++
-            that takes seconds once and is kept in the user's cache folder; elsewhere, and for products in fp16,
-            through torch.compile, whose first calls take up to minutes.
+        compile_model: compile the feed-forward layers by torch.compile, whose first calls take up to minutes.
         batch_size: the most items that are computed at a time; larger batches are computed in parts.
-        memory_efficient: compute one item at a time, and look the position bias up anew in each layer: less memory,
-            more time.
+        memory_efficient: compute one item at a time: less memory, more time.
         device: 'cpu', 'cuda', 'cuda:1', …; 'auto' is CUDA where there is one.
         onnx_opset: version of the ONNX operators that `ONNXExporter` writes, 18 to 23.
 

@@ -1,27 +1,28 @@
 """MuLaN made ready for inference: half precision, 8-bit integers and compiled code, in a copy of the model.
 
-Only the layers of the two transformers change (see `fast_layers`). Spectrogram, patches, position bias, residual
+Only the layers of the two transformers change, from outside. Spectrogram, patches, position bias, norms, residual
 stream, latents and loss stay float32.
 """
 
 from __future__ import annotations
 
 import copy
-import importlib.util
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 from einops import einsum
 from torch import Tensor, nn
 
 from musiclm_pytorch.checks import as_tensor, check_lengths, typechecked
+from musiclm_pytorch.extras import how_to_install
 from musiclm_pytorch.inference.config import InferenceConfig
-from musiclm_pytorch.inference.fast_layers import FastLayers
-from musiclm_pytorch.inference.native_layers import NativeParts, compiler
 from musiclm_pytorch.inference.workers import count_workers, workers
+from musiclm_pytorch.kernels.attention import PositionBias
+from musiclm_pytorch.kernels.processor import computes_in_bf16
 from musiclm_pytorch.mulan.display import indented
-from musiclm_pytorch.mulan.kernels import computes_in_bf16
+from musiclm_pytorch.mulan.layers import Linear, Transformer
 from musiclm_pytorch.mulan.model import MuLaN, PairLatents
 
 # towers narrower than this compute too little for anything here to pay
@@ -55,17 +56,11 @@ class OptimizedMuLaN(nn.Module):
 
         if self.quantized or self.compiled or self.dtype != torch.float32:
             for tower in (self.mulan.audio, self.mulan.text):
-                tower.transformer = FastLayers(
-                    tower.transformer,
-                    dtype=self.dtype,
-                    quantized=self.quantized,
-                    keep_bias=not self.config.memory_efficient,
-                    compiled=self.compiled,
-                )
+                tower.transformer = InferenceLayers(tower.transformer, self.dtype, self.quantized, self.compiled)
         if self.dtype != torch.float32:
             # the largest weight of a small model; the positions, in float32, lift what is looked up back to it
             self.mulan.text.token_emb.to(self.dtype)
-        # not with compiled code, whose parts use all threads, and of which torch.compile's crashes in several
+        # not with compiled code, which crashes in several threads
         half = self.dtype != torch.float32
         self.side_by_side = half and not self.compiled and not self.config.memory_efficient
         super().train(False)
@@ -181,29 +176,46 @@ class OptimizedMuLaN(nn.Module):
         return self.mulan.loss(PairLatents(audio, text))
 
 
+class InferenceLayers(nn.Module):
+    """The layers of a `Transformer`, which is changed, in the precision that was chosen; same call."""
+
+    def __init__(self, transformer: Transformer, dtype: torch.dtype, quantized: bool, compiled: bool):
+        super().__init__()
+        self.transformer, self.dtype = transformer, dtype
+        if quantized:
+            quantize_, config = _torchao()
+            quantize_(transformer, config, filter_fn=lambda module, _: isinstance(module, Linear))
+        for module in transformer.modules():
+            if isinstance(module, Linear) and not quantized:
+                module.to(dtype)
+        if compiled:
+            for _, feed_forward in transformer.layers:
+                feed_forward.compile(dynamic=True)
+
+    def forward(self, x: Tensor, bias: PositionBias | None = None, mask: Tensor | None = None) -> list[Tensor]:
+        # whatever the caller computes in
+        with torch.autocast(x.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
+            return self.transformer(x, bias=bias, mask=mask)
+
+
 def choices(mulan: MuLaN, config: InferenceConfig, device: torch.device) -> tuple[bool, torch.dtype, bool]:
     """Whether to quantise, the dtype of the layers, and whether to compile: what a config says, 'auto' resolved.
 
-    'auto' takes what was measured to pay: on a CPU half precision where there are instructions for bf16, compiled code
-    where there is a compiler and either half precision or AVX-512, and 8-bit integers on top of compiled code where
-    there are instructions for them; on a GPU half precision alone. Narrow models stay as they are.
+    'auto' takes what was measured to pay: half precision, on a CPU where there are instructions for bf16, and neither
+    8-bit integers nor compiled code. Narrow models stay as they are.
     """
-    wide = min(mulan.audio.dim, mulan.text.dim) >= MIN_WIDTH
     on_cpu = device.type == 'cpu'
-
+    wide = max(mulan.audio.dim, mulan.text.dim) >= MIN_WIDTH
     half = config.use_mixed_precision
     if half == 'auto':
-        half = wide and (not on_cpu or (config.mixed_precision_dtype != 'fp16' and computes_in_bf16()))
+        half = wide and (not on_cpu or (config.torch_dtype(device) == torch.bfloat16 and computes_in_bf16()))
     dtype = config.torch_dtype(device) if half else torch.float32
-    compiled = config.compile_model
-    if compiled == 'auto':
-        compiled = wide and on_cpu and (NativeParts.serves(dtype, int8=False) or (half and compiler() is not None))
-    quantized = config.use_quantization
-    if quantized == 'auto':
-        pays = compiled and (half or NativeParts.serves(dtype, int8=True))
-        quantized = wide and on_cpu and pays and torch.cpu._is_vnni_supported() and _has_torchao()
-    return bool(quantized), dtype, bool(compiled)
+    return config.use_quantization is True, dtype, config.compile_model is True
 
 
-def _has_torchao() -> bool:
-    return importlib.util.find_spec('torchao') is not None
+def _torchao() -> tuple[Callable, Any]:
+    try:
+        from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
+    except ImportError as error:
+        raise ImportError(f'use_quantization needs torchao ({error}): {how_to_install("inference")}') from error
+    return quantize_, Int8DynamicActivationInt8WeightConfig()

@@ -17,19 +17,19 @@ from musiclm_pytorch.checks import (
     check_lengths,
     check_positive,
     check_probability,
+    is_traced,
     records_config,
     typechecked,
     values_can_be_checked,
 )
-from musiclm_pytorch.mulan.attention import PositionBias
-from musiclm_pytorch.mulan.kernels import fast_kernels_allowed
+from musiclm_pytorch.kernels.attention import PositionBias
 from musiclm_pytorch.mulan.layers import Encoding, Float32LayerNorm, LayerNorm, Transformer, masked_mean
 from musiclm_pytorch.mulan.patches import choose_patches, sincos_2d
 from musiclm_pytorch.mulan.spectrogram import LogMel, SpecAugment, Spectrogram
 from musiclm_pytorch.mulan.summary import ClipSummary
 
 # numbers of a spectrogram that are computed together, 2 MiB as complex ones
-CACHED_BINS = 2**18
+BINS_AT_A_TIME = 2**18
 
 
 class AudioSpectrogramTransformer(nn.Module):
@@ -362,9 +362,9 @@ class AudioSpectrogramTransformer(nn.Module):
     def wave_features(self, x: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Waves to what patches are cut of, but for masks, the frames of each, and what the summary is made of."""
         stretches = self.training and self.aug.stretches
-        if self.log_mel is not None and not stretches and x.device.type == 'cpu' and fast_kernels_allowed():
+        if self.log_mel is not None and not stretches and not is_traced():
             # a few at a time: spectra, many times the size of what comes of them, stay in the cache
-            size = max(1, CACHED_BINS // (self.spec.bins * int(self.spec.num_frames(x.shape[-1]))))
+            size = max(1, BINS_AT_A_TIME // (self.spec.bins * int(self.spec.num_frames(x.shape[-1]))))
             parts = [
                 self.features(*self.spec(x[i : i + size], None if lengths is None else lengths[i : i + size]))
                 for i in range(0, len(x), size)

@@ -8,13 +8,11 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange, reduce
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from musiclm_pytorch.checks import check_positive, check_probability
-from musiclm_pytorch.mulan.attention import PositionBias, attend
-from musiclm_pytorch.mulan.kernels import fast_kernels_allowed
-from musiclm_pytorch.mulan.linear import Linear
+from musiclm_pytorch.kernels.attention import PositionBias, attend
+from musiclm_pytorch.kernels.linear import linear
 
 
 class Encoding(NamedTuple):
@@ -41,42 +39,6 @@ def l2norm(t: Tensor) -> Tensor:
     return F.normalize(t, p=2, dim=-1)
 
 
-def directions(t: Tensor, gain: Tensor | None = None) -> Tensor:
-    """`(…, d)` scaled to length 1, computed in float32 or better, times a gain `(d,)`."""
-    if t.device.type == 'cpu' and torch.is_grad_enabled() and fast_kernels_allowed():
-        return _Directions.apply(t, gain)
-    unit = l2norm(t)
-    return unit if gain is None else unit * gain
-
-
-class _Directions(torch.autograd.Function):
-    """The steps of `F.normalize` and the gain in few passes over memory, which is what they cost on a CPU."""
-
-    @staticmethod
-    def forward(ctx, t, gain):
-        precise = t.to(torch.promote_types(t.dtype, torch.float32), memory_format=torch.contiguous_format)
-        inverse = torch.linalg.vector_norm(precise, dim=-1, keepdim=True).clamp_(min=1e-12).reciprocal_()
-        ctx.save_for_backward(t, inverse, gain)
-        unit = precise * inverse
-        return (unit if gain is None else unit.mul_(gain)).to(t.dtype)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        t, inverse, gain = ctx.saved_tensors
-        unit = t.to(inverse.dtype, memory_format=torch.contiguous_format).mul_(inverse)
-        grad = grad.to(inverse.dtype)
-        grad_gain = None
-        if gain is not None:
-            products = grad * unit
-            grad_gain = products.flatten(0, -2).sum(dim=0).to(gain.dtype) if ctx.needs_input_grad[1] else None
-            along = (products @ gain.to(inverse.dtype))[..., None]
-            grad = grad * gain
-        else:
-            along = (grad * unit).sum(dim=-1, keepdim=True)
-        return grad.addcmul(unit, along, value=-1).mul_(inverse).to(t.dtype), grad_gain
-
-
 def masked_mean(tokens: Tensor, mask: Tensor | None = None) -> Tensor:
     """`(…, b, n, d)` to `(…, b, d)`: the mean over the tokens where `mask` `(b, n)` is true."""
     if mask is None:
@@ -84,6 +46,20 @@ def masked_mean(tokens: Tensor, mask: Tensor | None = None) -> Tensor:
     mask = rearrange(mask, 'b n -> b n 1')
     total = reduce(tokens.masked_fill(~mask, 0.0), '... n d -> ... d', 'sum')
     return total / reduce(mask, 'b n 1 -> b 1', 'sum')
+
+
+class Linear(nn.Linear):
+    """`nn.Linear` without a bias, through the faster library where float32 runs on a CPU.
+
+    A subclass, so that tools which go by the exact type of a layer have to be told of it, such as
+    `torch.ao.quantization.quantize_dynamic(mulan, {Linear})`.
+    """
+
+    def __init__(self, in_features: int, out_features: int):
+        super().__init__(in_features, out_features, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight)
 
 
 class LayerNorm(nn.Module):
@@ -151,8 +127,9 @@ class Attention(nn.Module):
 
         # both learned gains and the scale act on the same dot product, so one multiplication carries all three
         gain = self.q_scale * self.k_scale * self.scale
-        # norms in float32 under autocast; the kernels want one dtype
-        q, k = directions(q, gain).to(v.dtype), directions(k).to(v.dtype)
+        # in float32 or better; attention wants one dtype
+        q, k = (l2norm(t.to(torch.promote_types(t.dtype, torch.float32))) for t in (q, k))
+        q, k = (q * gain).to(v.dtype), k.to(v.dtype)
 
         out = attend(q, k, v, bias=bias, mask=mask, dropout=self.dropout if self.training else 0.0)
         return self.to_out(rearrange(out, 'b h n d -> b n (h d)'))

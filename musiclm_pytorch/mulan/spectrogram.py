@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import math
-import warnings
 from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
-from torchaudio.functional import melscale_fbanks
 
-from musiclm_pytorch.checks import check_positive
-from musiclm_pytorch.mulan.kernels import fast_kernels_allowed
+from musiclm_pytorch.checks import check_positive, is_traced
 
 PAD_MODES = ('reflect', 'constant', 'replicate', 'circular')
 
@@ -191,12 +188,12 @@ class LogMel(Float32Buffers):
 
     def forward(self, power: Tensor) -> Tensor:
         with torch.autocast(power.device.type, enabled=False):
-            power = rearrange(power.float(), 'b f t -> b t f')
-            if power.device.type == 'cpu' and fast_kernels_allowed():
-                mel = torch.cat([power[..., bins] @ self.filters[bins, bands] for bins, bands in self.blocks], dim=-1)
+            power = power.float()
+            if is_traced():
+                mel = (power.mT @ self.filters).mT
             else:
-                mel = power @ self.filters
-            mel = rearrange(mel, 'b t m -> b m t')
+                # most of the filters is zero
+                mel = torch.cat([self.filters[bins, bands].T @ power[:, bins] for bins, bands in self.blocks], dim=1)
             return (mel.clamp(min=self.FLOOR).log() - self.mean) / (2 * self.std)
 
 
@@ -212,11 +209,32 @@ def _blocks_of_bands(filters: Tensor, count: int = 4) -> list[tuple[slice, slice
 
 
 def mel_filters(n_mels: int, *, bins: int, sample_rate: int, f_min: float, f_max: float) -> Tensor:
-    """`(bins, n_mels)` triangular filters of height 1 on the Slaney mel scale."""
-    with warnings.catch_warnings():
-        # torchaudio warns of empty filters; callers here check for them and raise
-        warnings.filterwarnings('ignore', message='At least one mel filterbank')
-        return melscale_fbanks(bins, f_min, f_max, n_mels, sample_rate, norm=None, mel_scale='slaney')
+    """`(bins, n_mels)` triangular filters of height 1 on the Slaney mel scale, a band that falls between bins all zero.
+
+    They are torchaudio's `melscale_fbanks` to the bit.
+    """
+    low, high = (_hz_to_mel(hz) for hz in (f_min, f_max))
+    corners = _mel_to_hz(torch.linspace(low, high, n_mels + 2))
+    frequencies = torch.linspace(0, sample_rate // 2, bins)
+    slopes = corners[None, :] - frequencies[:, None]  # (bins, n_mels + 2)
+    widths = corners.diff()
+    rising, falling = -slopes[:, :-2] / widths[:-1], slopes[:, 2:] / widths[1:]
+    return torch.minimum(rising, falling).clamp(min=0)
+
+
+# Slaney's scale: linear up to 1 kHz, logarithmic from there on
+HZ_PER_MEL, LOG_FROM_HZ, LOG_STEP = 200 / 3, 1000.0, math.log(6.4) / 27
+
+
+def _hz_to_mel(hz: float) -> float:
+    if hz < LOG_FROM_HZ:
+        return hz / HZ_PER_MEL
+    return LOG_FROM_HZ / HZ_PER_MEL + math.log(hz / LOG_FROM_HZ) / LOG_STEP
+
+
+def _mel_to_hz(mels: Tensor) -> Tensor:
+    bend = LOG_FROM_HZ / HZ_PER_MEL
+    return torch.where(mels < bend, HZ_PER_MEL * mels, LOG_FROM_HZ * torch.exp(LOG_STEP * (mels - bend)))
 
 
 def frame_mask(frames: Tensor, total: int) -> Tensor:

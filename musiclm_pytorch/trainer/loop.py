@@ -22,9 +22,9 @@ from tqdm.auto import tqdm
 
 from musiclm_pytorch.checks import check_positive
 from musiclm_pytorch.distributed.collectives import gather_sizes, mean_over_ranks
+from musiclm_pytorch.kernels.processor import computes_in_bf16, half_precision
 from musiclm_pytorch.locking import only_writer
 from musiclm_pytorch.mulan.display import size_of
-from musiclm_pytorch.mulan.kernels import computes_in_bf16, half_precision
 from musiclm_pytorch.trainer import best, checkpoints
 from musiclm_pytorch.trainer.batches import StandIn
 from musiclm_pytorch.trainer.grouping import Grouping

@@ -1,23 +1,23 @@
 """One token through a `Transformer` on a CPU, as one call that two threads or more share.
 
 A token of a small batch needs about a thousand operators of a few microseconds, and the products among them read the
-weights at a third of the memory's speed. Here numba compiles the whole token. The threads are those of PyTorch's own
-OpenMP, which GOMP_parallel starts and GOMP_barrier keeps in step, so no second pool competes for the cores.
+weights at a third of the memory's speed. Here numba compiles the whole token. Each thread of a `Crew` computes a share
+of it, without the interpreter's lock, and `barrier` keeps them in step.
 
 What the kernel computes is `Transformer.run` for one new token; its plain reference is that function. This file is
-imported on first use, because numba takes a second; `decode_step.py` has the Python side.
+imported on first use, because numba takes a second; `audiolm/decode_step.py` has the Python side.
 """
 
 from __future__ import annotations
 
-import ctypes
 import math
+import weakref
+from queue import SimpleQueue
+from threading import Thread
 
-import llvmlite.binding
 import numpy as np
-import torch  # noqa: F401  loads OpenMP
 from llvmlite import ir
-from numba import carray, cfunc, njit, types
+from numba import carray, njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
@@ -77,15 +77,49 @@ NUM_COLUMNS = 29
     NUM_FIELDS,
 ) = range(33)
 
+# What the threads of a crew share: how many they are; how often one has come to a barrier; how many jobs there have
+# been, and which is at hand; whether one is about to come, or none any more; and for each thread whether it sleeps.
+THREADS, ARRIVALS, ISSUED, KIND, ADDRESS, HELD, STOPPED, ASLEEP = range(8)
+TOKEN, LINEAR = range(2)  # kinds of jobs
 
-_loaded = ctypes.CDLL(None)  # PyTorch's OpenMP among it
-for _name in ('GOMP_barrier', 'omp_get_thread_num', 'omp_get_num_threads'):
-    llvmlite.binding.add_symbol(_name, ctypes.cast(getattr(_loaded, _name), ctypes.c_void_p).value)
+SPINS = (
+    20_000  # looks at what other threads do before the processor is left to others, some hundredths of a millisecond
+)
+PATIENCE = SPINS + 5000  # looks for a job before a thread sleeps, some milliseconds where nobody else runs
+leave_processor = types.ExternalFunction('sched_yield', types.int32())
 
-# by name, not by address: that is what numba can keep on disk
-barrier = types.ExternalFunction('GOMP_barrier', types.void())
-thread_number = types.ExternalFunction('omp_get_thread_num', types.int32())
-number_of_threads = types.ExternalFunction('omp_get_num_threads', types.int32())
+
+@intrinsic
+def count(typing_context, array, index, by):
+    """Add to `array[index]`, seen by all threads; gives what was there before."""
+
+    def codegen(context, builder, signature, args):
+        data = context.make_array(signature.args[0])(context, builder, args[0]).data
+        return builder.atomic_rmw('add', builder.gep(data, [args[1]]), args[2], 'seq_cst')
+
+    return types.int64(array, types.int64, types.int64), codegen
+
+
+@intrinsic
+def look(typing_context, array, index):
+    """`array[index]` as other threads have left it."""
+
+    def codegen(context, builder, signature, args):
+        data = context.make_array(signature.args[0])(context, builder, args[0]).data
+        return builder.load_atomic(builder.gep(data, [args[1]]), 'seq_cst', 8)
+
+    return types.int64(array, types.int64), codegen
+
+
+@njit(**OPTIONS)
+def barrier(crew):
+    """Wait until all threads have come here as often as this one."""
+    due = (count(crew, ARRIVALS, 1) // crew[THREADS] + 1) * crew[THREADS]
+    looks = 0
+    while look(crew, ARRIVALS) < due:
+        looks += 1
+        if looks > SPINS:
+            leave_processor()
 
 
 def _cast(context, builder, signature, args):
@@ -350,8 +384,8 @@ def share_of(size, thread, threads):
 
 
 @njit(**OPTIONS)
-def token(job):
-    thread, threads = thread_number(), number_of_threads()
+def token(job, crew, thread):
+    threads = crew[THREADS]
     dim, heads, dim_head, hidden = job[DIM], job[HEADS], job[DIM_HEAD], job[HIDDEN]
     num_streams, rows, at, width = job[STREAMS], job[ROWS], job[AT], job[WIDTH]
     inner, num_keys, num_cross_keys = heads * dim_head, job[AT] + 1, job[CROSS_KEYS]
@@ -384,10 +418,10 @@ def token(job):
                 depth_connection(residual[row], mixing[row], spare[row], output[row])
             width_connection(residual[row], columns, mixing[row], x[row])
             layer_norm(x[row], vector(columns[GAMMA], dim), vector(columns[BETA], dim), normed[row], dim)
-        barrier()
+        barrier(crew)
         product(normed, matrix(columns[TO_Q], inner, padded(dim)), queries, first_q, last_q)
         product(x, matrix(columns[TO_KV], 2 * dim_head, padded(dim)), key_value, first_kv, last_kv)
-        barrier()
+        barrier(crew)
         k = carray(pointer_to(columns[KEYS]), (rows, width, dim_head))
         v = carray(pointer_to(columns[VALUES]), (rows, width, dim_head))
         for row in range(first_head // heads, (last_head + heads - 1) // heads):
@@ -413,9 +447,9 @@ def token(job):
                 num_keys,
                 attended[row, own],
             )
-        barrier()
+        barrier(crew)
         product(attended, matrix(columns[TO_OUT], dim, padded(inner)), output, first_out, last_out)
-        barrier()
+        barrier(crew)
 
         # cross-attention
         if num_cross_keys > 0:
@@ -424,9 +458,9 @@ def token(job):
                 depth_connection(residual[row], mixing[row], spare[row], output[row])
                 width_connection(residual[row], columns, mixing[row], x[row])
                 layer_norm(x[row], vector(columns[GAMMA], dim), vector(columns[BETA], dim), normed[row], dim)
-            barrier()
+            barrier(crew)
             product(normed, matrix(columns[TO_Q], inner, padded(dim)), queries, first_q, last_q)
-            barrier()
+            barrier(crew)
             k = carray(pointer_to(columns[KEYS]), (rows, num_cross_keys, dim_head))
             v = carray(pointer_to(columns[VALUES]), (rows, num_cross_keys, dim_head))
             for row in range(first_head // heads, (last_head + heads - 1) // heads):
@@ -443,9 +477,9 @@ def token(job):
                     num_cross_keys,
                     attended[row, own],
                 )
-            barrier()
+            barrier(crew)
             product(attended, matrix(columns[TO_OUT], dim, padded(inner)), output, first_out, last_out)
-            barrier()
+            barrier(crew)
 
         # feedforward
         columns = table[layer, FEEDFORWARD:]
@@ -453,7 +487,7 @@ def token(job):
             depth_connection(residual[row], mixing[row], spare[row], output[row])
             width_connection(residual[row], columns, mixing[row], x[row])
             layer_norm(x[row], vector(columns[GAMMA], dim), vector(columns[BETA], dim), normed[row], dim)
-        barrier()
+        barrier(crew)
         weight = matrix(columns[TO_HIDDEN], 2 * hidden, padded(dim))
         product(normed, weight, both, first_hidden, last_hidden)
         product(normed, weight, both, hidden + first_hidden, hidden + last_hidden)
@@ -461,13 +495,13 @@ def token(job):
             own, gate, result = both[row, :hidden], both[row, hidden:], gated[row]
             for i in range(first_hidden, last_hidden):
                 result[i] = gelu(gate[i]) * own[i]
-        barrier()
+        barrier(crew)
         gamma, beta = vector(columns[HIDDEN_GAMMA], hidden), vector(columns[HIDDEN_BETA], hidden)
         for row in range(first_row, last_row):
             layer_norm(gated[row], gamma, beta, gated[row], hidden)
-        barrier()
+        barrier(crew)
         product(gated, matrix(columns[FROM_HIDDEN], dim, padded(hidden)), output, first_out, last_out)
-        barrier()
+        barrier(crew)
 
     gamma, beta = vector(job[FINAL_GAMMA], dim), vector(job[FINAL_BETA], dim)
     for row in range(first_row, last_row):
@@ -481,27 +515,100 @@ def token(job):
 
 
 @njit(**OPTIONS)
-def linear(job):
+def linear(job, crew, thread):
     rows, size, num_out = job[0], job[1], job[2]
     x, weight, out = matrix(job[3], rows, size), matrix(job[4], num_out, size), matrix(job[5], rows, num_out)
-    first, last = share_of(num_out, thread_number(), number_of_threads())
+    first, last = share_of(num_out, thread, crew[THREADS])
     product(x, weight, out, first, last)
 
 
-def task(function):
-    """What each thread runs, given the address of a job; compiled once for a machine that has a place to keep it."""
-    signature = types.void(types.CPointer(types.int64))
-    try:
-        return cfunc(signature, cache=True)(function)
-    except RuntimeError:  # neither the folder of this file nor the user's can be written
-        return cfunc(signature)(function)
+def compiled(signature):
+    """As a function that Python may call, without its lock; kept for later where there is a place to keep it."""
+
+    def decorate(function):
+        try:
+            return njit(signature, nogil=True, cache=True, **OPTIONS)(function)
+        except RuntimeError:  # neither the folder of this file nor the user's can be written
+            return njit(signature, nogil=True, **OPTIONS)(function)
+
+    return decorate
 
 
-@task
-def token_task(address):
-    token(carray(address, (NUM_FIELDS,)))
+@compiled(types.int64(types.int64[::1], types.int64, types.int64))
+def work(crew, thread, done):
+    """Compute shares of jobs: of the one at hand, if this is thread 0, or of all that come, until none has for a while.
+
+    done: how many jobs this thread has worked on; returns how many it has now.
+    """
+    if thread == 0:
+        count(crew, ISSUED, 1)
+    elif look(crew, ASLEEP + thread) != 0:
+        count(crew, ASLEEP + thread, -1)
+    looks = 0
+    while True:
+        if thread != 0 and look(crew, ISSUED) == done:
+            looks += 1
+            if looks > SPINS:
+                leave_processor()
+            if look(crew, STOPPED) != 0:
+                return done
+            if looks > PATIENCE and look(crew, HELD) == 0:
+                count(crew, ASLEEP + thread, 1)
+                # whoever is about to issue a job holds first, and looks for sleepers then
+                if look(crew, HELD) == 0:
+                    return done
+                count(crew, ASLEEP + thread, -1)
+            continue
+        if crew[KIND] == TOKEN:
+            token(carray(pointer_to_addresses(crew[ADDRESS]), (NUM_FIELDS,)), crew, thread)
+        else:
+            linear(carray(pointer_to_addresses(crew[ADDRESS]), (6,)), crew, thread)
+        barrier(crew)
+        done, looks = done + 1, 0
+        if thread == 0:
+            return done
 
 
-@task
-def linear_task(address):
-    linear(carray(address, (6,)))
+@compiled(types.void(types.int64[::1]))
+def hold(crew):
+    """Let no thread fall asleep until `HELD` is 0 again."""
+    count(crew, HELD, 1)
+
+
+class Crew:
+    """The calling thread and those that it shares jobs with; these sleep where there are none, and end with it."""
+
+    def __init__(self, threads: int):
+        self.shared = np.zeros(ASLEEP + threads, dtype=np.int64)
+        self.shared[THREADS] = threads
+        self.queues = [SimpleQueue() for _ in range(threads - 1)]
+        for number, queue in enumerate(self.queues, start=1):
+            Thread(target=self._serve, args=(self.shared, number, queue), daemon=True).start()
+        weakref.finalize(self, self._dismiss, self.shared, self.queues)
+
+    def run(self, kind: int, job: np.ndarray) -> None:
+        """Compute a job; returns when all threads are through with it."""
+        shared = self.shared
+        shared[KIND], shared[ADDRESS] = kind, job.ctypes.data
+        try:
+            hold(shared)
+            for number, queue in enumerate(self.queues, start=1):
+                if shared[ASLEEP + number]:
+                    queue.put(None)
+            # one call, for no signal may come between a job and the share of this thread, on which others wait
+            work(shared, 0, 0)
+        finally:
+            shared[HELD] = 0
+
+    @staticmethod
+    def _serve(shared: np.ndarray, number: int, queue: SimpleQueue) -> None:
+        done = 0
+        while not shared[STOPPED]:
+            done = work(shared, number, done)
+            queue.get()
+
+    @staticmethod
+    def _dismiss(shared: np.ndarray, queues: list[SimpleQueue]) -> None:
+        shared[STOPPED] = 1
+        for queue in queues:
+            queue.put(None)

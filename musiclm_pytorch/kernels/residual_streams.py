@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from musiclm_pytorch.mulan.kernels import fast_kernels_allowed
+from musiclm_pytorch.kernels import fast_kernels_allowed
 
 TINY = 1e-12  # norms are at least that, as in `F.normalize`
 

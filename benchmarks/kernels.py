@@ -1,0 +1,128 @@
+"""What each fast path of `musiclm_pytorch.kernels` brings: time of one thread without it, beside that with all of them.
+
+    python benchmarks/kernels.py                    # MuLaN's training step and embedding, a stage's step and decoding
+    python benchmarks/kernels.py --cases decode:4 --repeats 9
+
+Both forms run in turns, in one process and in processor time, so that whatever else the machine does slows both; the
+ratio is the median of those of neighbours, and the numbers of both have to agree. A case is `mulan:seconds:batch` (a
+training step), `embed:seconds:batch`, `stage:frames:batch` (a training step of the coarse stage, dim 512, depth 6) or
+`decode:rows` (24 frames of it); `-bf16` after the name computes in bfloat16. What is for CUDA is not measured here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from unittest.mock import patch
+
+import mulan as mulan_benchmark
+import torch
+from torch import Tensor
+
+CASES = ['mulan:3:4', 'mulan-bf16:3:4', 'embed:10:2', 'stage:120:2', 'stage-bf16:120:2', 'decode:1', 'decode:8']
+CODES, COARSE = 1024, 3
+NEVER = 'fast_kernels_allowed', lambda: False
+MULAN = {
+    'attention': ('musiclm_pytorch.kernels.attention', *NEVER),
+    'linear': ('musiclm_pytorch.kernels.linear', *NEVER),
+}
+STAGE = {
+    'block_attention': ('musiclm_pytorch.audiolm.transformer', *NEVER),
+    'residual_streams': ('musiclm_pytorch.kernels.residual_streams', *NEVER),
+    'linear': MULAN['linear'],
+}
+DECODING = {'step_kernel': ('musiclm_pytorch.audiolm.decode_step', 'WORTH_LOADING', float('inf'))}
+
+
+def case_of(name: str) -> tuple[Callable[[], Tensor], dict]:
+    """What is timed, which gives some of its numbers, and the fast paths in it."""
+    what, *sizes = name.split(':')
+    what, _, half = what.partition('-')
+    sizes = [int(size) for size in sizes]
+    autocast = torch.autocast('cpu', torch.bfloat16, enabled=bool(half))
+
+    def gradients(loss: Tensor, model: torch.nn.Module) -> Tensor:
+        model.zero_grad()
+        loss.backward()
+        found = [it.grad.flatten() for it in model.parameters() if it.grad is not None]
+        return torch.cat([loss.detach()[None].float(), *found])
+
+    if what in ('mulan', 'embed'):
+        model = mulan_benchmark.build(None).train(what == 'mulan')
+        wavs, texts = mulan_benchmark.batch_of(*sizes)
+
+        def step() -> Tensor:
+            if what == 'embed':
+                with torch.no_grad(), autocast:
+                    return model.get_audio_latents(wavs).flatten().float()
+            with autocast:
+                loss = model(wavs, texts)
+            return gradients(loss, model)
+
+        return step, MULAN
+
+    from musiclm_pytorch.audiolm.generate import generate_coarse
+    from musiclm_pytorch.audiolm.sampling import Sampling
+    from musiclm_pytorch.audiolm.stages import CoarseTransformer
+
+    frames, rows = sizes if what == 'stage' else (24, *sizes)
+    stage = CoarseTransformer(
+        num_semantic_tokens=CODES,
+        codebook_size=CODES,
+        num_coarse_quantizers=COARSE,
+        dim=512,
+        depth=6,
+        audio_text_condition=True,
+    )
+    semantic, embeds = torch.randint(CODES, (rows, 2 * frames)), torch.randn(rows, 12, stage.conditioning_dim)
+    codes = torch.randint(CODES, (rows, frames, COARSE))
+    if what == 'decode':
+        stage.eval()
+        given = dict(text_embeds=embeds, max_length=frames, min_length=frames, sampling=Sampling(temperature=0))
+        return lambda: generate_coarse(stage, semantic, **given).tokens.float(), DECODING
+
+    def train() -> Tensor:
+        with autocast:
+            loss = stage.loss(semantic, codes, conditioning=embeds)
+        return gradients(loss, stage)
+
+    return train, STAGE
+
+
+def measure(name: str, repeats: int) -> None:
+    torch.manual_seed(0)
+    step, paths = case_of(name)
+    times: dict[str, list[float]] = {path: [] for path in ('all', *paths)}
+    found = {}
+    for _ in range(repeats + 1):
+        for path in times:
+            with patch('.'.join(paths[path][:2]), paths[path][2]) if path in paths else nullcontext():
+                torch.manual_seed(0)
+                start = time.process_time()
+                found[path] = step()
+                times[path].append(time.process_time() - start)
+    for path in paths:
+        error = ((found[path] - found['all']).norm() / found['all'].norm()).item()
+        if error > (0.05 if 'bf16' in name else 1e-4):
+            raise SystemExit(f'{name} without {path} differs by {error:.1e}')
+        # the first of each warms up
+        ratio = statistics.median(plain / fast for plain, fast in zip(times[path][1:], times['all'][1:]))
+        print(
+            f'| {name} | {path} | {statistics.median(times["all"][1:]):.2f} s | {ratio:.2f} | {error:.0e} |', flush=True
+        )
+
+
+if __name__ == '__main__':
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--cases', nargs='+', default=CASES)
+    parser.add_argument('--repeats', type=int, default=5)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    print(f'load {Path("/proc/loadavg").read_text().split()[0]}, torch {torch.__version__}')
+    print('| case | without | with all | times as long | numbers within |\n|---|---|---|---|---|')
+    for case in arguments.cases:
+        measure(case, arguments.repeats)
