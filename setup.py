@@ -98,7 +98,6 @@ setup(
             'py.typed',
             '**/*.pyi',
             'data/scores/*.yaml',
-            'inference/*.cpp',
             'inference/package_files/*',
             'trainer/shipped_recipes/*.yaml',
             'pretrained/*/*',
@@ -129,11 +128,12 @@ setup(
         'scipy>=1.11',
         'soundfile>=0.12',
         'tensorboard>=2.15',
-        # One release of torch: torchaudio 2.11.0 does not load beside an older torch and refuses a newer one, 2.11.1
-        # does not load beside torch 2.11, and neither says so: nothing but these bounds keeps pip from mixing them.
-        'torch>=2.11,<2.12',
+        # Our own code imports neither torchaudio nor torchvision, but audiolm-pytorch imports torchaudio: 2.11.0 loads
+        # beside torch 2.11 to 2.14, which are for the same CUDA; 2.11.1 does not beside 2.11. Neither says so: nothing
+        # but these bounds keeps pip from mixing them.
+        'torch>=2.11,<2.15',
         'torchaudio>=2.11,<2.11.1',
-        'torchvision>=0.26,<0.27',  # x-clip imports it
+        'torchvision>=0.26',  # x-clip requires it
         'tqdm>=4.60',
         'vector-quantize-pytorch>=1.20',
         'wandb>=0.19.10',  # audiolm-pytorch requires it; several runs in one process

@@ -1,4 +1,4 @@
-"""What `import musiclm_pytorch` costs beside torch and torchaudio, which it needs anyway.
+"""What `import musiclm_pytorch` costs beside torch, which it needs anyway.
 
 Each import runs in a fresh interpreter, the two in turn, so that a slow moment of the machine hits both alike.
 
@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 
-IMPORTS = ['import torch, torchaudio', 'import torch, torchaudio, musiclm_pytorch']
+IMPORTS = ['import torch', 'import torch, musiclm_pytorch']
 TIMED = 'import time; start = time.perf_counter(); {}; print(time.perf_counter() - start)'
 
 
