@@ -61,6 +61,36 @@ def test_a_wave_depends_on_its_own_codes_alone(codec):
     torch.testing.assert_close(together, alone, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize('sizes', [(1,) * 93, (40, 53), (0, 90, 1, 2, 0), (93,), (12,), (0,)])
+def test_what_is_streamed_is_the_whole(codec, sizes):
+    """To the bit, whatever the chunks, and no later than it says."""
+    codes = codec.encode(notes(2, seconds=3.0, seed=2))[:, : sum(sizes)]
+    seen, waves = 0, []
+
+    def chunks():
+        nonlocal seen
+        for chunk in codes.split(sizes, dim=1):
+            given = sum(wave.shape[1] for wave in waves)
+            assert seen * 128 - given < codec.lag * RATE + 128
+            seen += chunk.shape[1]
+            yield chunk
+
+    for wave in codec.decode_stream(chunks()):
+        waves.append(wave)
+    whole = codec.decode(codes)
+    assert whole.shape == (2, sum(sizes) * 128)
+    assert torch.equal(torch.cat([whole[:, :0], *waves], dim=1), whole)
+
+
+def test_what_comes_later_leaves_what_was_alone(codec):
+    codes = codec.encode(notes(1, seconds=3.0, seed=3))
+    other = codes.clone()
+    other[:, 60:] = 0
+    settled = int(60 * 128 - codec.lag * RATE)
+    assert settled > 0
+    assert torch.equal(codec.decode(other)[:, :settled], codec.decode(codes)[:, :settled])
+
+
 def test_decoding_leaves_the_random_numbers_of_the_caller_alone(codec):
     torch.manual_seed(3)
     expected = torch.rand(2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from musiclm_pytorch.audiolm.codec import SpectrogramCodec
+from musiclm_pytorch.audiolm.phases import BlockPhases
 from musiclm_pytorch.checks import check_positive, records_config, typechecked
 from musiclm_pytorch.data.audio import resample
 from musiclm_pytorch.data.collate import mono, split_item
@@ -18,7 +20,6 @@ from musiclm_pytorch.data.rates import agreed_rate
 from musiclm_pytorch.mulan.spectrogram import Float32Buffers
 
 LOUDNESS = 0.5  # power of a magnitude: near that of loudness (Stevens' 0.6), so that errors count as they are heard
-MOMENTUM = 0.99  # of fast Griffin-Lim (Perraudin et al., 2013)
 BATCH = 4096  # vectors looked at in one step of the k-means
 
 
@@ -82,6 +83,9 @@ class SpectralCodec(Float32Buffers, SpectrogramCodec):
             iterations=iterations,
         )
         self.iterations = iterations
+        # codes decoded at once, and those of them that are decoded once more: two windows
+        overlap = -(-self.n_fft // self.hop)
+        self.block, self.ahead = -(-5 * overlap // frames), -(-2 * overlap // frames)
         analysis, synthesis = band_filters(self.n_fft, sample_rate, resolved_hz, bands)
         dim = frames * analysis.shape[0]
         self.codebook_dim = min(components, dim)
@@ -98,35 +102,38 @@ class SpectralCodec(Float32Buffers, SpectrogramCodec):
         self.check_fitted()
         return self._quantize(self._vectors(waves))
 
-    @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:
-        self.check_fitted()
-        length = codes.shape[1] * self.downsample_factor
-        levels = rearrange(self.mean + self.vectors_of(codes) @ self.basis.T, 'b t (f d) -> b d (t f)', f=self.frames)
-        # the frame at whose middle the wave ends, and as many as a window needs
-        spare = 1 + max(0, self.n_fft // self.hop - levels.shape[-1])
-        levels = F.pad(levels, (0, spare), mode='replicate')
-        loudness = einsum(self.synthesis, levels.clamp(min=0), 'f d, b d t -> b f t')
-        return self._waves(loudness ** (1 / LOUDNESS))[:, :length]
+        waves = list(self.decode_stream([codes]))
+        return torch.cat(waves, dim=1) if waves else torch.zeros(codes.shape[:2], device=codes.device)
 
-    def _waves(self, magnitudes: Tensor) -> Tensor:
-        """Magnitudes `(b, f, t)` to waves `(b, (t - 1) * hop)`, by the fast method of Griffin and Lim.
+    @torch.no_grad()
+    def decode_stream(self, chunks: Iterable[Tensor]) -> Iterator[Tensor]:
+        """Codes as they come, `(b, t, q)` each, to waves `(b, samples)`, which together are those of `decode`.
 
-        The first phases are random, but the same at each call and for each wave of a batch, so that a wave depends on
-        its own codes alone. torchaudio's `griffinlim` draws them from the global generator, others for each wave.
+        Blocks of codes are decoded when they are whole, whatever the chunks, and the last frames of a block once more
+        with the next one: what is given lags behind the codes by `lag` seconds at most, a last wave brings the rest.
         """
-        window = dict(n_fft=self.n_fft, hop_length=self.hop, win_length=self.n_fft, window=self.fft_window)
-        length = (magnitudes.shape[-1] - 1) * self.hop
-        generator = torch.Generator().manual_seed(0)
-        phases = torch.rand(magnitudes.shape[1:], dtype=torch.complex64, generator=generator).to(magnitudes.device)
-        last = torch.zeros((), device=magnitudes.device)
-        for _ in range(self.iterations):
-            waves = torch.istft(magnitudes * phases, length=length, **window)
-            rebuilt = torch.stft(waves, return_complex=True, **window)
-            phases = rebuilt - MOMENTUM / (1 + MOMENTUM) * last
-            phases = phases / (phases.abs() + 1e-16)
-            last = rebuilt
-        return torch.istft(magnitudes * phases, length=length, **window)
+        self.check_fitted()
+        phases = BlockPhases(self.iterations, self.hop, self.fft_window, self.ahead * self.frames)
+        codes, needed = None, self.ahead + self.block
+        for chunk in chunks:
+            codes = chunk if codes is None else torch.cat((codes, chunk), dim=1)
+            while codes.shape[1] >= needed:
+                yield phases.push(self._amplitudes(codes[:, :needed]))
+                codes, needed = codes[:, needed:], self.block
+        if codes is not None and (codes.shape[1] or needed == self.block):
+            yield phases.push(self._amplitudes(codes), last=True)
+
+    @property
+    def lag(self) -> float:
+        """Seconds of codes that must follow before samples are settled."""
+        return (self.ahead + self.block) / float(self.frame_rate) + self.n_fft / 2 / self.target_sample_hz
+
+    def _amplitudes(self, codes: Tensor) -> Tensor:
+        """Codes `(b, t, q)` to amplitudes `(b, bins, t * frames)`."""
+        levels = rearrange(self.mean + self.vectors_of(codes) @ self.basis.T, 'b t (f d) -> b d (t f)', f=self.frames)
+        loudness = einsum(self.synthesis, levels.clamp(min=0), 'f d, b d t -> b f t')
+        return loudness ** (1 / LOUDNESS) * (2 / self.fft_window.sum())
 
     # codebooks
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from musiclm_pytorch.codecs.phases import griffin_lim, integrate_phases
+from musiclm_pytorch.audiolm.phases import griffin_lim, integrate_phases
 
 if TYPE_CHECKING:
     from musiclm_pytorch.codecs.neural import NeuralCodec
@@ -45,7 +45,7 @@ class DecodingState:
         until = count - 1 - (0 if last else codec.edge)
         if until <= self.given:
             return torch.zeros(len(codes), 0, device=codes.device)
-        waves = griffin_lim(self.levels, self.phases, codec.iterations, codec.hop, codec.fft_window)
+        waves, _ = griffin_lim(self.levels, self.phases, codec.iterations, codec.hop, codec.fft_window)
         waves = waves[:, self.given * codec.hop : until * codec.hop]
         dropped = max(0, until - codec.edge)
         self.levels, self.phases = self.levels[..., dropped:], self.phases[..., dropped:]
