@@ -37,9 +37,10 @@ from musiclm_pytorch.audiolm.requests import (
 )
 from musiclm_pytorch.audiolm.sampling import Progress, Sampling, counted_steps
 from musiclm_pytorch.audiolm.saving import load_module, save_module
-from musiclm_pytorch.audiolm.seam import join
+from musiclm_pytorch.audiolm.seam import CHANGE, CHANGE_GUIDANCE, join, steps_in
 from musiclm_pytorch.audiolm.semantic import SemanticTokenizer
 from musiclm_pytorch.audiolm.stages import STAGES, CoarseTransformer, FineTransformer, SemanticTransformer
+from musiclm_pytorch.audiolm.streaming import DECODED_BEFORE, SHORTEST_CODED, MusicStream, StageStream, decode
 from musiclm_pytorch.checks import check_positive, fitted, keywords_of, typechecked
 from musiclm_pytorch.data.audio import resample
 from musiclm_pytorch.mulan.checkpoint import CONFIG_FILE, checksums_within, placing, read_config, store_as
@@ -52,20 +53,13 @@ from musiclm_pytorch.quantizer import MuLaNEmbedQuantizer
 from musiclm_pytorch.version import __version__
 from musiclm_pytorch.waves import Music, Waves
 
-# frames: the convolutions of a codec reflect what they are given, and need something to reflect
-SHORTEST_CODED = 32
 # how to sample where a model does not say: the temperatures of MusicLM (section 5.1)
 SAMPLING = dict(temperature=(1.0, 0.95, 0.4), top_k=None, top_p=None, cond_scale=3.0)
 RANKING_WINDOW = 10.0  # seconds that MuLaN hears at once (MusicLM, section 3.2)
-# seconds of the part before that the first windows of a story's next part see: more carries the old prompt on,
-# without any the music breaks off
-CHANGE = 0.2
-CHANGE_GUIDANCE = 2.0  # times as much guidance of the semantic stage there
 # seconds before a change of prompt in which the next part comes in and the one before goes
 CROSSFADE = 0.3
 # seconds in which a part that came in as loud as the one before finds its own loudness
 SETTLE = 3.0
-DECODED_BEFORE = 1.0  # seconds of codes ahead of those that are asked for, more than a codec looks back
 # seconds of a prime at least by whose sound what follows is conditioned, too: less tells no timbre
 HEARD = 1.0
 # seconds at the end of a prime that are made again: tokens and codes there look beyond it, and tell of an end
@@ -289,15 +283,10 @@ class MusicLM(nn.Module):
         see `prompt_warnings`.
         """
         check_positive(num_samples=num_samples, seconds=seconds, max_length=max_length, max_batch=max_batch)
-        if not self.mulan_embed_quantizer.is_fitted:
-            raise ValueError('the quantizer has no codebooks yet; call mulan_embed_quantizer.fit(dataset) first')
+        self._check_fitted()
         prompts, story = read_prompts(text)
         seconds = read_seconds(seconds, max_length, story, semantic_rate=self.semantic_rate)
-        given = dict(temperature=temperature, top_k=top_k, top_p=top_p, cond_scale=cond_scale)
-        samplings = read_sampling(
-            **{name: self.sampling[name] if value is None else value for name, value in given.items()},
-            conditioned=[self.stages[name].has_condition for name in STAGES],
-        )
+        samplings = self._samplings(temperature=temperature, top_k=top_k, top_p=top_p, cond_scale=cond_scale)
         prime = read_prime(prime_wave, prime_wave_input_sample_hz, prime_wave_path, seconds=seconds)
         warn_of(self.prompt_warnings(prompts))
 
@@ -344,6 +333,73 @@ class MusicLM(nn.Module):
             waves = waves[:, 0] if num_samples == 1 else waves[torch.arange(pieces), scores.argmax(dim=1)]
         waves = Waves.of(waves, self.sample_rate)
         return Music(waves, scores, torch.tensor(seeds).view(pieces, num_samples)) if return_scores else waves
+
+    @typechecked
+    @torch.no_grad()
+    def stream(
+        self,
+        text: str,
+        *,
+        seconds: float | None = None,
+        temperature: PerStage | None = None,
+        top_k: CountPerStage = None,
+        top_p: PerStage | None = None,
+        cond_scale: PerStage | None = None,
+        seed: int | None = None,
+    ) -> MusicStream:
+        """Music for a prompt as it is made, without end unless `seconds` says so: an iterator of waves.
+
+            with musiclm.stream('a calm piano') as stream:
+                for wave in stream:  # Waves (samples,), a window of the fine stage long as a rule
+                    play(wave)
+                    if is_enough():
+                        stream.set_prompt('fast drums')
+
+        The stages work window by window, the codec decodes what no later code changes, and memory is bounded. The
+        prompt may change while it plays: what is made from then on sees 0.2 s of what was, as in a story. A stream of a
+        `seed` is the same each time, but other music than a call with it: its windows lie otherwise.
+
+        Args, errors and warnings are those of `forward`. Raises ValueError also for stages trained on semantic tokens
+        without repetitions, of which no one knows how many a second has.
+        """
+        check_positive(seconds=seconds)
+        self._check_fitted()
+        if self.unique_consecutive:
+            raise ValueError(
+                'these stages know semantic tokens without repetitions, which tell no times, so they cannot stream; '
+                'train them with unique_consecutive=False'
+            )
+        (seed,) = seeds_of(seed, 1)
+        stages = StageStream(
+            self.stages,
+            self.windows,
+            semantic_rate=self.semantic_rate,
+            frame_rate=self.frame_rate,
+            samplings=self._samplings(temperature=temperature, top_k=top_k, top_p=top_p, cond_scale=cond_scale),
+            seconds=seconds,
+            generator=torch.Generator(self.device).manual_seed(seed),
+        )
+        return MusicStream(stages, self.codec, self._conditions, text, seconds=seconds, seed=seed)
+
+    @torch.no_grad()
+    def _conditions(self, text: str) -> dict[str, Tensor | None]:
+        """The conditioning of each stage by one prompt."""
+        prompts, _ = read_prompts(text)
+        warn_of(self.prompt_warnings(prompts))
+        with evaluating(self.mulan_embed_quantizer):
+            indices = self.mulan_embed_quantizer.indices(raw_texts=prompts)
+        return {name: self._conditioning(name, indices) for name in STAGES}
+
+    def _check_fitted(self) -> None:
+        if not self.mulan_embed_quantizer.is_fitted:
+            raise ValueError('the quantizer has no codebooks yet; call mulan_embed_quantizer.fit(dataset) first')
+
+    def _samplings(self, **given: Any) -> list[Sampling]:
+        """How each stage samples: as given, or else as suits the model."""
+        return read_sampling(
+            **{name: self.sampling[name] if value is None else value for name, value in given.items()},
+            conditioned=[self.stages[name].has_condition for name in STAGES],
+        )
 
     # warnings
 
@@ -487,21 +543,15 @@ class MusicLM(nn.Module):
         for part, own in zip(parts, codes):
             stop = round(part.end * self.sample_rate)
             if wave is None:
-                wave = self._decode(own, stop)[0]
+                wave = decode(self.codec, own)[0, :stop]
                 continue
             first = math.floor(part.begin * self.frame_rate)
             skipped = max(0, first - steps_in(DECODED_BEFORE, self.frame_rate))
             before = wave[: int(skipped * self.sample_rate / self.frame_rate)]
-            made = torch.cat((before, self._decode(own[:, skipped:], stop - len(before))[0]))
+            made = torch.cat((before, decode(self.codec, own[:, skipped:])[0, : stop - len(before)]))
             fade = len(wave) / self.sample_rate - float(first / self.frame_rate)
             wave = join(wave, made, self.sample_rate, fade=fade, settle=SETTLE)
         return wave
-
-    def _decode(self, codes: Tensor, samples: int) -> Tensor:
-        """Waves `(b, samples)` of codes."""
-        spare = max(0, SHORTEST_CODED - codes.shape[1])
-        codes = torch.cat((codes, codes[:, -1:].expand(-1, spare, -1)), dim=1)
-        return self.codec.decode(codes).float()[:, :samples]
 
     def _score(self, waves: Tensor, prompts: list[str], story: Story | None, progress: Progress = False) -> Tensor:
         """Cosine of each wave of `(p, s, n)` with its prompt, or with the mean of a story's, `(p, s)`."""
@@ -655,8 +705,3 @@ def part_times(lengths: Sequence[float]) -> list[tuple[float, float]]:
     ends = list(itertools.accumulate(lengths, initial=0.0))
     fades = [0.0, *(min(CROSSFADE, length / 2) for length in lengths)]
     return [(start - fade, end) for start, end, fade in zip(ends, ends[1:], fades)]
-
-
-def steps_in(seconds: float, rate: Fraction) -> int:
-    """Tokens or frames in so short a time, one at least."""
-    return max(1, round(seconds * rate))

@@ -83,6 +83,7 @@ def generate_semantic(
     prime_overlap: int | None = None,
     generator: Generators = None,
     progress: Progress = False,
+    total_length: int | None = None,
     compile: bool = False,
 ) -> TokenSequences:
     """Sample semantic tokens until the end token or `max_length`.
@@ -98,6 +99,7 @@ def generate_semantic(
         fewer than a window, else for `overlap`. What a new text shall not be held by is better left out
     generator: one, or one a sample, which makes samples independent of the batch they are in
     progress: True for a bar, or a function of steps done and steps in all
+    total_length: of the whole, in tokens, if this is a part of it; by it, kernels are loaded or not
     compile: run steps through torch.compile at fixed shapes, on a GPU as a CUDA graph
 
     Returns tokens (b, n) and lengths (b,), without the end token.
@@ -132,6 +134,7 @@ def generate_semantic(
         noise=Noise(generator, batch),
         forced=lengths.tolist() if known < longest else None,
         progress=progress,
+        total_length=total_length,
         compile=compile,
     )
 
@@ -153,6 +156,7 @@ def generate_coarse(
     semantic_per_frame: float | Fraction | None = None,
     generator: Generators = None,
     progress: Progress = False,
+    total_length: int | None = None,
     compile: bool = False,
 ) -> TokenSequences:
     """Sample coarse codes for semantic tokens, until the end token or `max_length` frames.
@@ -213,6 +217,7 @@ def generate_coarse(
         may_end_from=min_length,
         noise=Noise(generator, batch),
         progress=progress,
+        total_length=total_length,
         compile=compile,
     )
 
@@ -229,6 +234,7 @@ def generate_fine(
     max_batch: int = 32,
     generator: Generators = None,
     progress: Progress = False,
+    total_length: int | None = None,
     compile: bool = False,
 ) -> TokenSequences:
     """Sample the fine codes of coarse codes.
@@ -285,6 +291,7 @@ def generate_fine(
         limits=lengths,
         noise=Noise(generator, batch),
         progress=progress,
+        total_length=total_length,
         compile=compile,
     )
 
@@ -306,8 +313,9 @@ def _generate(
     limits: Sequence[int] | None = None,
     may_end_from: int = 0,
     forced: list[int] | None = None,
-    progress: Progress = False,
-    compile: bool = False,
+    progress: Progress,
+    total_length: int | None,
+    compile: bool,
 ) -> TokenSequences:
     """Fill `tokens (b, n, q)`, windows of several samples side by side, up to the end of each sample.
 
@@ -335,7 +343,7 @@ def _generate(
                     max_tokens=jobs[0].given * q + steps,
                     conditioning=None if embeds[0] is None else torch.stack([it[r] for it, r in zip(embeds, rows)]),
                     cond_scale=sampling.cond_scale,
-                    total_tokens=length * q,
+                    total_tokens=(total_length or length) * q,
                     compile=compile,
                 )
                 drawn = torch.zeros(len(jobs), steps)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 
 import torch
 from torch import Tensor
@@ -10,6 +11,10 @@ from torch import Tensor
 FADE = 0.04  # seconds in which the one goes and the other comes
 LEVEL = 1.0  # seconds on either side whose loudness is compared
 MOST_GAIN = 6.0  # dB above or below that of all the given samples, so that what follows a fade-out is heard
+# seconds of the part before that the first windows of a story's next part see: more carries the old prompt on,
+# without any the music breaks off
+CHANGE = 0.2
+CHANGE_GUIDANCE = 2.0  # times as much guidance of the semantic stage there
 SILENT = 1e-4  # root mean square, -80 dB of full scale: too soft to tell a level
 
 
@@ -50,3 +55,8 @@ def gain_to(given: Tensor, made: Tensor) -> Tensor:
     """What makes (..., m) as loud as (n,), (...,); 1 where either is silent."""
     ours, theirs = (it.square().mean(dim=-1).sqrt() for it in (given, made))
     return torch.where((ours > SILENT) & (theirs > SILENT), ours / theirs.clamp(min=SILENT), 1.0)
+
+
+def steps_in(seconds: float, rate: Fraction) -> int:
+    """Tokens or frames in so short a time, one at least."""
+    return max(1, round(seconds * rate))

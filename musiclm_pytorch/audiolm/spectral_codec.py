@@ -45,7 +45,7 @@ class SpectralCodec(Float32Buffers, SpectrogramCodec):
         resolved_hz: up to where each bin of the spectrogram counts by itself.
         bands: number of bands above.
         components: of the vectors, at most.
-        iterations: of Griffin and Lim's method.
+        iterations: of Griffin and Lim's method, for each block.
 
     Raises:
         ValueError: numbers out of range.
@@ -67,7 +67,7 @@ class SpectralCodec(Float32Buffers, SpectrogramCodec):
         resolved_hz: float = 4000.0,
         bands: int = 48,
         components: int = 256,
-        iterations: int = 32,
+        iterations: int = 16,
     ):
         nn.Module.__init__(self)  # the parent's own would build networks
         self.set_sizes(

@@ -1,0 +1,282 @@
+"""Music while it is made: the three stages step by step, and codes to waves as they come."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from fractions import Fraction
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from musiclm_pytorch.audiolm.generate import generate_coarse, generate_fine, generate_semantic
+from musiclm_pytorch.audiolm.protocols import Codec
+from musiclm_pytorch.audiolm.sampling import Sampling
+from musiclm_pytorch.audiolm.seam import CHANGE, CHANGE_GUIDANCE, steps_in
+from musiclm_pytorch.audiolm.stages import StageTransformer
+from musiclm_pytorch.mulan.model import evaluating
+from musiclm_pytorch.waves import Waves
+
+# frames: the convolutions of a codec reflect what they are given, and need something to reflect
+SHORTEST_CODED = 32
+# seconds of codes on either side of those that are asked for, more than a codec looks back and ahead
+DECODED_BEFORE, DECODED_AFTER = 1.0, 0.25
+ENDLESS = 600.0  # seconds: as long as that, what has no end is worth the kernels
+CROSSED = 0.01  # seconds over which a codec that looks further goes over from piece to piece
+
+Conditions = Mapping[str, Tensor | None]  # of each stage, `(1, q, d)`
+
+
+class StageStream:
+    """Codes of all levels, step by step without end, in bounded memory.
+
+    In each step the semantic stage, then the coarse and the fine one make what is missing up to the same frame. The
+    semantic stage sees as much of what it has made as leaves room in its window; the coarse one goes on from half a
+    window, and windows of the fine stage are made apart from each other.
+
+    Args:
+        stages: semantic, coarse and fine, by name, with semantic tokens that come with repetitions.
+        windows: seconds that each sees at once.
+        semantic_rate, frame_rate: tokens and frames a second.
+        samplings: of each stage.
+        seconds: that will be made, as far as it is known.
+        generator: what the tokens are drawn with, on the stages' device.
+    """
+
+    def __init__(
+        self,
+        stages: Mapping[str, StageTransformer],
+        windows: Sequence[float],
+        *,
+        semantic_rate: Fraction,
+        frame_rate: Fraction,
+        samplings: Sequence[Sampling],
+        seconds: float | None,
+        generator: torch.Generator,
+    ):
+        self.stages, self.samplings, self.generator = stages, samplings, generator
+        self.semantic_rate, self.frame_rate = semantic_rate, frame_rate
+        self.per_frame = Fraction(semantic_rate) / Fraction(frame_rate)
+        rates = semantic_rate, frame_rate, frame_rate
+        self.windows = [max(1, round(seconds * rate)) for seconds, rate in zip(windows, rates)]
+        self.totals = [math.ceil((seconds or ENDLESS) * rate) for rate in rates]
+        self.made = 0  # frames so far
+        empty = torch.zeros(1, 0, dtype=torch.long, device=generator.device)
+        self.semantic, self.first_semantic = empty, 0  # what is still needed, and the number of its first token
+        levels = stages['coarse'].num_levels, stages['fine'].num_levels
+        self.coarse, self.fine = (empty[..., None].expand(-1, -1, q) for q in levels)
+        self.seen_from = 0, 0  # the first token and frame that what follows may depend on
+        self.guided_until = 0
+
+    def step(self, frames: int, conditions: Conditions, *, changes: bool = False) -> Tensor:
+        """The next codes, `(1, frames, q)`.
+
+        With `changes`, the conditions are others than before: what was made under those is seen for `CHANGE` seconds
+        only, and the next window of the semantic stage is guided more, as in a story.
+        """
+        if changes:
+            tokens = self.first_semantic + self.semantic.shape[1]
+            seen = steps_in(CHANGE, self.semantic_rate), steps_in(CHANGE, self.frame_rate)
+            self.seen_from = max(0, tokens - seen[0]), max(0, self.made - seen[1])
+            self.guided_until = self.seen_from[0] + self.windows[0]
+        stop = self.made + frames
+        self._extend_semantic(math.ceil(stop * self.per_frame), conditions['semantic'])
+        self._extend_coarse(stop, conditions['coarse'])
+        self._extend_fine(stop, conditions['fine'])
+        self.made = stop
+        new = torch.cat((self.coarse[:, -frames:], self.fine[:, -frames:]), dim=-1)
+        self._forget()
+        return new
+
+    def _extend_semantic(self, stop: int, condition: Tensor | None) -> None:
+        have, window, sampling = self.first_semantic + self.semantic.shape[1], self.windows[0], self.samplings[0]
+        if have >= stop:
+            return
+        seen = min(have - self.seen_from[0], max(window // 2, window - (stop - have)))
+        prime = self.semantic[:, self.semantic.shape[1] - seen :]
+        length = seen + stop - have
+        made = generate_semantic(
+            self.stages['semantic'],
+            max_length=length,
+            min_length=length,
+            text_embeds=condition,
+            prime=prime,
+            sampling=sampling.guided(CHANGE_GUIDANCE) if have < self.guided_until else sampling,
+            window=window,
+            overlap=window // 2,
+            total_length=self.totals[0],
+            generator=self.generator,
+        ).tokens
+        self.semantic = torch.cat((self.semantic, made[:, seen:]), dim=1)
+
+    def _extend_coarse(self, stop: int, condition: Tensor | None) -> None:
+        window = self.windows[1]
+        seen = min(self.made - self.seen_from[1], window // 2)
+        # from a frame on that begins with a token
+        first = self._aligned(self.made - seen)
+        prime = self.coarse[:, self.coarse.shape[1] - (self.made - first) :]
+        begin = int(first * self.per_frame) - self.first_semantic
+        made = generate_coarse(
+            self.stages['coarse'],
+            self.semantic[:, begin : math.ceil(stop * self.per_frame) - self.first_semantic],
+            max_length=stop - first,
+            min_length=stop - first,
+            text_embeds=condition,
+            prime=prime,
+            sampling=self.samplings[1],
+            window=window,
+            overlap=window // 2,
+            prime_overlap=seen,
+            semantic_per_frame=self.per_frame,
+            total_length=self.totals[1],
+            generator=self.generator,
+        ).tokens
+        self.coarse = torch.cat((self.coarse, made[:, prime.shape[1] :]), dim=1)
+
+    def _extend_fine(self, stop: int, condition: Tensor | None) -> None:
+        """A window that is not whole begins earlier, with what is there."""
+        window, new = self.windows[2], stop - self.made
+        known = min(self.fine.shape[1], -new % window)
+        made = generate_fine(
+            self.stages['fine'],
+            self.coarse[:, self.coarse.shape[1] - new - known :],
+            text_embeds=condition,
+            prime=self.fine[:, self.fine.shape[1] - known :],
+            sampling=self.samplings[2],
+            window=window,
+            total_length=self.totals[2],
+            generator=self.generator,
+        ).tokens
+        self.fine = torch.cat((self.fine, made[:, known:]), dim=1)
+
+    def _aligned(self, frame: int) -> int:
+        return max(0, frame - frame % self.per_frame.denominator)
+
+    def _forget(self) -> None:
+        frames = max(self.windows[1] // 2 + self.per_frame.denominator, self.windows[2])
+        self.coarse, self.fine = self.coarse[:, -frames:].clone(), self.fine[:, -frames:].clone()
+        first = int(self._aligned(self.made - self.windows[1] // 2) * self.per_frame)
+        have = self.first_semantic + self.semantic.shape[1]
+        first = max(self.first_semantic, min(first, have - self.windows[0]))
+        self.semantic, self.first_semantic = self.semantic[:, first - self.first_semantic :].clone(), first
+
+
+class MusicStream(Iterator[Waves]):
+    """Music as it is made, of `MusicLM.stream`: an iterator of `Waves (samples,)`, one after the other.
+
+        with musiclm.stream('a calm piano') as stream:
+            for wave in stream:
+                play(wave)
+
+    Attributes:
+        sample_rate: of the waves, in Hz.
+        seed: what makes the same music again, as long as prompts change at the same places.
+    """
+
+    def __init__(
+        self,
+        stages: StageStream,
+        codec: Codec,
+        conditions_of: Callable[[Any], Conditions],
+        prompt: Any,
+        *,
+        seconds: float | None,
+        seed: int,
+    ):
+        self.sample_rate, self.seed = codec.sample_rate, seed
+        self._conditions_of, self._codec = conditions_of, codec
+        self._waiting = deque([conditions_of(prompt)], maxlen=1)
+        self._closed = False
+        samples = None if seconds is None else round(seconds * codec.sample_rate)
+        self._waves = self._decode(stages, samples)
+
+    def set_prompt(self, prompt: Any) -> None:
+        """Go on with another prompt, from the next step on, a window of the fine stage long; at any time, from any
+        thread. Errors and warnings are those of `MusicLM.stream`."""
+        self._waiting.append(self._conditions_of(prompt))
+
+    def close(self) -> None:
+        """End the stream: there is no further wave. From another thread, once the wave that is being made is there."""
+        self._closed = True
+        if not self._waves.gi_running:
+            self._waves.close()
+
+    def __next__(self) -> Waves:
+        if self._closed:
+            raise StopIteration
+        with evaluating(self._codec):
+            return next(self._waves)
+
+    def __enter__(self) -> MusicStream:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+    def _codes(self, stages: StageStream, frames: float) -> Iterator[Tensor]:
+        conditions, step = None, stages.windows[2]
+        while stages.made < frames:
+            changes = conditions is not None and len(self._waiting) > 0
+            if self._waiting:
+                conditions = self._waiting.pop()
+            yield stages.step(int(min(step, frames - stages.made)), conditions, changes=changes)
+
+    @torch.no_grad()
+    def _decode(self, stages: StageStream, samples: int | None) -> Iterator[Waves]:
+        frames, given = math.inf, 0
+        if samples is not None:
+            frames = math.ceil(samples * self._codec.frame_rate / self.sample_rate)
+        for wave in decode_stream(self._codec, self._codes(stages, frames)):
+            wave = wave[0].float()
+            if samples is not None:
+                wave = wave[: samples - given]
+            if len(wave):
+                given += len(wave)
+                yield Waves.of(wave.clone(), self.sample_rate)
+
+
+def decode_stream(codec: Codec, chunks: Iterable[Tensor]) -> Iterator[Tensor]:
+    """Codes as they come, `(b, t, q)` each, to waves `(b, samples)`, as early as the codec allows.
+
+    A codec that has a `decode_stream` does it itself. Any other decodes each chunk with `DECODED_BEFORE` and
+    `DECODED_AFTER` seconds of codes around it; together these waves are those of all codes at once, if no sample
+    depends on codes further away. Where one does, what is made of two pieces is crossfaded.
+    """
+    own = getattr(codec, 'decode_stream', None)
+    return own(chunks) if own is not None else _decode_overlapping(codec, chunks)
+
+
+@torch.no_grad()
+def _decode_overlapping(codec: Codec, chunks: Iterable[Tensor]) -> Iterator[Tensor]:
+    factor = int(codec.sample_rate / codec.frame_rate)
+    before, after = (steps_in(it, codec.frame_rate) for it in (DECODED_BEFORE, DECODED_AFTER))
+    codes, given, tail = None, 0, None  # the first `given` frames of `codes` are decoded
+
+    def piece(stop: int) -> Tensor:
+        nonlocal codes, given, tail
+        waves = decode(codec, codes)
+        made = waves[:, given * factor : stop * factor].clone()
+        if tail is not None and made.shape[1]:
+            count = min(tail.shape[1], made.shape[1])
+            share = torch.linspace(0, 1, count, device=made.device)
+            made[:, :count] = torch.lerp(tail[:, :count], made[:, :count], share)
+        tail = waves[:, stop * factor :][:, : round(CROSSED * codec.sample_rate)]
+        dropped = max(0, stop - before)
+        codes, given = codes[:, dropped:], stop - dropped
+        return made
+
+    for chunk in chunks:
+        codes = chunk if codes is None else torch.cat((codes, chunk), dim=1)
+        if (settled := codes.shape[1] - after) > given:
+            yield piece(settled)
+    if codes is not None and codes.shape[1] > given:
+        yield piece(codes.shape[1])
+
+
+def decode(codec: Codec, codes: Tensor) -> Tensor:
+    """Waves `(b, samples)` of codes, also of so few that a codec needs more to work."""
+    spare = max(0, SHORTEST_CODED - codes.shape[1])
+    whole = torch.cat((codes, codes[:, -1:].expand(-1, spare, -1)), dim=1)
+    return codec.decode(whole).float()[:, : codes.shape[1] * int(codec.sample_rate / codec.frame_rate)]
