@@ -381,12 +381,11 @@ class MusicLM(nn.Module):
         )
         return MusicStream(stages, self.codec, self._conditions, text, seconds=seconds, seed=seed)
 
-    @torch.no_grad()
     def _conditions(self, text: str) -> dict[str, Tensor | None]:
         """The conditioning of each stage by one prompt."""
         prompts, _ = read_prompts(text)
         warn_of(self.prompt_warnings(prompts))
-        with evaluating(self.mulan_embed_quantizer):
+        with evaluating(self.mulan_embed_quantizer), torch.no_grad():
             indices = self.mulan_embed_quantizer.indices(raw_texts=prompts)
         return {name: self._conditioning(name, indices) for name in STAGES}
 
