@@ -11,6 +11,7 @@ from .audiolm.generate import generate_fine as generate_fine
 from .audiolm.generate import generate_semantic as generate_semantic
 from .audiolm.protocols import Codec as Codec
 from .audiolm.protocols import Tokenizer as Tokenizer
+from .audiolm.requests import Mix as Mix
 from .audiolm.sampling import Sampling as Sampling
 from .audiolm.semantic import SemanticTokenizer as SemanticTokenizer
 from .audiolm.semantic_mulan import MuLaNSemanticTokenizer as MuLaNSemanticTokenizer

@@ -17,6 +17,7 @@ LIMITS = {
     'max-audio-seconds': (600.0, 'length of the sound files of a request together'),
     'max-pieces': (8, 'pieces of music in a request'),
     'max-seconds': (30.0, 'length of a piece of music'),
+    'max-streams': (2, 'streams of music that play at once'),
 }
 
 
@@ -25,8 +26,8 @@ def serve(subcommands) -> None:
     parser = subcommands.add_parser(
         'serve',
         help='embed, rank and make music over HTTP',
-        description='Serve a model over HTTP: POST /embed, /rank and /generate, GET / and /health. A MuLaN alone makes '
-        'no music. There are no users and no encryption: beyond this machine, put a proxy in front.',
+        description='Serve a model over HTTP: POST /embed, /rank and /generate, GET /stream, / and /health. A MuLaN '
+        'alone makes no music. There are no users and no encryption: beyond this machine, put a proxy in front.',
     )
     parser.add_argument(
         '--model',

@@ -5,8 +5,9 @@ from __future__ import annotations
 import itertools
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,12 +29,16 @@ from musiclm_pytorch.audiolm.convert import (
 from musiclm_pytorch.audiolm.generate import generate_coarse, generate_fine, generate_semantic
 from musiclm_pytorch.audiolm.requests import (
     CountPerStage,
+    Mix,
     PerStage,
+    Prompt,
     Story,
     read_prime,
+    read_prompt,
     read_prompts,
     read_sampling,
     read_seconds,
+    words_in,
 )
 from musiclm_pytorch.audiolm.sampling import Progress, Sampling, counted_steps
 from musiclm_pytorch.audiolm.saving import load_module, save_module
@@ -227,7 +232,7 @@ class MusicLM(nn.Module):
     @torch.no_grad()
     def forward(
         self,
-        text: str | Sequence[str] | Story,
+        text: Prompt | Sequence[Prompt] | Story,
         num_samples: int = 1,
         *,
         seconds: float | None = None,
@@ -236,6 +241,8 @@ class MusicLM(nn.Module):
         top_k: CountPerStage = None,
         top_p: PerStage | None = None,
         cond_scale: PerStage | None = None,
+        negative: Prompt | None = None,
+        negative_scale: PerStage = 1.0,
         prime_wave: Tensor | np.ndarray | None = None,
         prime_wave_input_sample_hz: int | None = None,
         prime_wave_path: str | Path | None = None,
@@ -248,13 +255,17 @@ class MusicLM(nn.Module):
         """Music for one prompt, for several, or for a story.
 
         Args:
-            text: a prompt; or several; or a story, one piece whose prompt changes, as pairs of (seconds, prompt).
+            text: a prompt; or several; or a story, one piece whose prompt changes, as pairs of (seconds, prompt). A
+                prompt is words; or a sound that the music is to be like: a `Path` of a file, the pair of a wave and its
+                rate in Hz, or `Waves`; or a latent of MuLaN `(d,)`; or a `Mix` of these.
             num_samples: pieces made for each prompt, all at once, of which MuLaN chooses.
             seconds: length of the music, the prime included; 10 by default, for a story the sum of its parts.
             max_length: the same in semantic tokens, as `AudioLM` takes it.
             temperature, top_k, top_p, cond_scale: of all stages, or three for semantic, coarse and fine; see
                 `audiolm.sampling.Sampling`. By default as in `sampling`, or else MusicLM's temperatures (1.0, 0.95,
                 0.4) and a guidance of 3.
+            negative: a prompt that the music is to keep away from, in all conditioned stages.
+            negative_scale: how much, as `temperature` for all stages or three.
             prime_wave, prime_wave_input_sample_hz: music to go on from, a floating-point tensor or numpy array
                 `(samples,)` or `(channels, samples)`, and its rate in Hz; or
             prime_wave_path: the file that it is in. The music begins with these samples (the mean of the channels, at
@@ -286,17 +297,21 @@ class MusicLM(nn.Module):
         self._check_fitted()
         prompts, story = read_prompts(text)
         seconds = read_seconds(seconds, max_length, story, semantic_rate=self.semantic_rate)
-        samplings = self._samplings(temperature=temperature, top_k=top_k, top_p=top_p, cond_scale=cond_scale)
+        samplings = self._samplings(
+            temperature=temperature, top_k=top_k, top_p=top_p, cond_scale=cond_scale, negative_scale=negative_scale
+        )
+        avoided = [] if negative is None else [read_prompt(negative)]
         prime = read_prime(prime_wave, prime_wave_input_sample_hz, prime_wave_path, seconds=seconds)
-        warn_of(self.prompt_warnings(prompts))
+        warn_of(self.prompt_warnings(prompts + avoided))
 
         with evaluating(self):
-            text = self.mulan_embed_quantizer.mulan.get_text_latents(raw_texts=prompts)
-            indices = self.mulan_embed_quantizer.indices(latents=text)  # a row a prompt, or a part of the story
+            wanted = self._latents(prompts)
+            indices = self.mulan_embed_quantizer.indices(latents=wanted)  # a row a prompt, or a part of the story
+            avoided = self.mulan_embed_quantizer.indices(latents=self._latents(avoided)) if avoided else None
             sounds = indices
             if prime is not None and prime[0].shape[-1] >= HEARD * prime[1]:
-                goes_on = text[:1] if story else text
-                latents = l2norm(goes_on + self._hear(resample(prime[0].to(self.device), prime[1], self.sample_rate)))
+                goes_on = wanted[:1] if story else wanted
+                latents = l2norm(goes_on + self._hear(resample(prime[0], prime[1], self.sample_rate), self.sample_rate))
                 sounds = torch.cat((self.mulan_embed_quantizer.indices(latents=latents), indices[len(latents) :]))
             pieces = 1 if story else len(prompts)
             total = pieces * num_samples
@@ -314,7 +329,7 @@ class MusicLM(nn.Module):
                 else:
                     prompt_of = [row // num_samples for row in rows]
                     parts = [Part(0.0, seconds, indices[prompt_of], sounds[prompt_of])]
-                codes = self._generate(parts, samplings, prime, [generators[row] for row in rows], progress)
+                codes = self._generate(parts, avoided, samplings, prime, [generators[row] for row in rows], progress)
                 with counted_steps(progress, 'waves', len(rows)) as advance:
                     for own in zip(*(it.split(1) for it in codes)):
                         waves.append(self._decode_parts(own, parts))
@@ -326,7 +341,7 @@ class MusicLM(nn.Module):
             waves = rearrange(waves, '(p s) n -> p s n', s=num_samples)
             scores = None
             if return_scores or (num_samples > 1 and not return_all):
-                scores = self._score(waves, prompts, story, progress)
+                scores = self._score(waves, wanted, story, progress)
                 if not story:
                     warn_of(self._score_warnings(Music(waves, scores)))
         if not return_all:
@@ -338,13 +353,15 @@ class MusicLM(nn.Module):
     @torch.no_grad()
     def stream(
         self,
-        text: str,
+        text: Prompt,
         *,
         seconds: float | None = None,
         temperature: PerStage | None = None,
         top_k: CountPerStage = None,
         top_p: PerStage | None = None,
         cond_scale: PerStage | None = None,
+        negative: Prompt | None = None,
+        negative_scale: PerStage = 1.0,
         seed: int | None = None,
     ) -> MusicStream:
         """Music for a prompt as it is made, without end unless `seconds` says so: an iterator of waves.
@@ -375,19 +392,23 @@ class MusicLM(nn.Module):
             self.windows,
             semantic_rate=self.semantic_rate,
             frame_rate=self.frame_rate,
-            samplings=self._samplings(temperature=temperature, top_k=top_k, top_p=top_p, cond_scale=cond_scale),
+            samplings=self._samplings(
+                temperature=temperature, top_k=top_k, top_p=top_p, cond_scale=cond_scale, negative_scale=negative_scale
+            ),
             seconds=seconds,
             generator=torch.Generator(self.device).manual_seed(seed),
         )
-        return MusicStream(stages, self.codec, self._conditions, text, seconds=seconds, seed=seed)
+        conditions = partial(self._conditions, negative=negative)
+        return MusicStream(stages, self.codec, conditions, text, seconds=seconds, seed=seed)
 
-    def _conditions(self, text: str) -> dict[str, Tensor | None]:
-        """The conditioning of each stage by one prompt."""
-        prompts, _ = read_prompts(text)
+    def _conditions(self, text: Prompt, negative: Prompt | None) -> dict[str, tuple[Tensor | None, Tensor | None]]:
+        """The conditioning of each stage by one prompt, and by one to keep away from."""
+        prompts = [read_prompt(it) for it in (text, negative) if it is not None]
         warn_of(self.prompt_warnings(prompts))
         with evaluating(self.mulan_embed_quantizer), torch.no_grad():
-            indices = self.mulan_embed_quantizer.indices(raw_texts=prompts)
-        return {name: self._conditioning(name, indices) for name in STAGES}
+            wanted, *avoided = self.mulan_embed_quantizer.indices(latents=self._latents(prompts)).split(1)
+        avoided = avoided[0] if avoided else None
+        return {name: (self._conditioning(name, wanted), self._conditioning(name, avoided)) for name in STAGES}
 
     def _check_fitted(self) -> None:
         if not self.mulan_embed_quantizer.is_fitted:
@@ -402,7 +423,7 @@ class MusicLM(nn.Module):
 
     # warnings
 
-    def prompt_warnings(self, prompts: Sequence[str], music: Music | None = None) -> list[str]:
+    def prompt_warnings(self, prompts: Sequence[Prompt], music: Music | None = None) -> list[str]:
         """What someone should know who asks for these prompts: for each a line, empty where there is nothing to say.
 
         A line names the words that the text tower does not know and what the model knows; and, given the `music` made
@@ -410,7 +431,8 @@ class MusicLM(nn.Module):
         window, in which MuLaN hears less, is not judged.
         """
         text = self.mulan_embed_quantizer.mulan.text
-        lines = [unknown_words_line(text.unknown_words(prompt), self.knows) for prompt in prompts]
+        unknown = [[word for words in words_in(prompt) for word in text.unknown_words(words)] for prompt in prompts]
+        lines = [unknown_words_line(words, self.knows) for words in unknown]
         if music is not None:
             lines = ['; '.join(filter(None, pair)) for pair in zip(lines, self._score_warnings(music))]
         return lines
@@ -425,6 +447,7 @@ class MusicLM(nn.Module):
     def _generate(
         self,
         parts: list[Part],
+        avoided: Tensor | None,
         samplings: list[Sampling],
         prime: tuple[Tensor, int] | None,
         generators: list[torch.Generator],
@@ -456,6 +479,7 @@ class MusicLM(nn.Module):
                         max_length=stop,
                         min_length=stop,
                         text_embeds=self._conditioning('semantic', indices),
+                        negative_embeds=self._conditioning('semantic', avoided),
                         prime=semantic,
                         sampling=sampling,
                         window=window if stop > window else None,
@@ -482,6 +506,7 @@ class MusicLM(nn.Module):
                     max_length=length,
                     min_length=length,
                     text_embeds=self._conditioning('coarse', sounds),
+                    negative_embeds=self._conditioning('coarse', avoided),
                     prime=coarse,
                     sampling=samplings[1],
                     unique_consecutive=unique_consecutive,
@@ -501,6 +526,7 @@ class MusicLM(nn.Module):
                 self.stages['fine'],
                 coarse[:, first:],
                 text_embeds=self._conditioning('fine', part.sounds),
+                negative_embeds=self._conditioning('fine', avoided),
                 prime=fine[:, first:],
                 sampling=samplings[2],
                 window=round(self.windows[2] * self.frame_rate),
@@ -510,8 +536,33 @@ class MusicLM(nn.Module):
             made.append(torch.cat((coarse, fine_made), dim=-1))
         return made
 
-    def _conditioning(self, name: str, indices: Tensor) -> Tensor | None:
-        return self.mulan_embed_quantizer.embed(indices, name) if self.stages[name].has_condition else None
+    def _conditioning(self, name: str, indices: Tensor | None) -> Tensor | None:
+        if indices is None or not self.stages[name].has_condition:
+            return None
+        return self.mulan_embed_quantizer.embed(indices, name)
+
+    def _latents(self, prompts: list[Prompt]) -> Tensor:
+        """MuLaN's latents of prompts as `read_prompts` gives them, `(p, d)`."""
+        words = [it for prompt in prompts for it in words_in(prompt)]
+        told = iter(self.mulan_embed_quantizer.mulan.get_text_latents(raw_texts=words) if words else ())
+        return torch.stack([self._latent(prompt, told) for prompt in prompts])
+
+    def _latent(self, prompt: Prompt, told: Iterator[Tensor]) -> Tensor:
+        """One of them, `(d,)`; `told` gives those of the words in it."""
+        dim = self.mulan_embed_quantizer.dim
+        if isinstance(prompt, str):
+            return next(told)
+        if isinstance(prompt, tuple):
+            return self._hear(*prompt)[0]
+        if isinstance(prompt, Mix):
+            latent = sum(weight * self._latent(part, told) for weight, part in prompt.parts)
+        else:
+            latent = prompt.to(self.device)
+            if len(latent) != dim:
+                raise ValueError(f'a latent as a prompt must have the {dim} numbers of this MuLaN, got {len(latent)}')
+        if latent.norm() < 1e-6:
+            raise ValueError('a latent of zeros, or a Mix whose parts cancel out, points nowhere')
+        return l2norm(latent)
 
     def _encode_prime(self, prime: tuple[Tensor, int] | None, batch: int) -> tuple[Tensor, Tensor, Tensor]:
         """Semantic tokens `(b, n)`, coarse and fine codes `(b, t, q)` of a wave `(1, samples)` and its rate, up to
@@ -552,35 +603,33 @@ class MusicLM(nn.Module):
             wave = join(wave, made, self.sample_rate, fade=fade, settle=SETTLE)
         return wave
 
-    def _score(self, waves: Tensor, prompts: list[str], story: Story | None, progress: Progress = False) -> Tensor:
-        """Cosine of each wave of `(p, s, n)` with its prompt, or with the mean of a story's, `(p, s)`."""
-        mulan = self.mulan_embed_quantizer.mulan
-        text = mulan.get_text_latents(raw_texts=prompts)
+    def _score(self, waves: Tensor, wanted: Tensor, story: Story | None, progress: Progress = False) -> Tensor:
+        """Cosine of each wave of `(p, s, n)` with the latent of its prompt, or with the mean of a story's, `(p, s)`."""
         if story:
-            shares = torch.tensor([length for length, _ in story], device=text.device)
-            text = l2norm((text * shares[:, None]).sum(dim=0, keepdim=True))
+            shares = torch.tensor([length for length, _ in story], device=wanted.device)
+            wanted = l2norm((wanted * shares[:, None]).sum(dim=0, keepdim=True))
         flat = rearrange(waves, 'p s n -> (p s) n')
         audio = []
         with counted_steps(progress, 'scores', len(flat)) as advance:
             for wave in flat.split(1):
-                audio.append(self._hear(wave))
+                audio.append(self._hear(wave, self.sample_rate))
                 advance(1)
         audio = rearrange(torch.cat(audio), '(p s) d -> p s d', s=waves.shape[1])
-        return einsum(audio, text, 'p s d, p d -> p s')
+        return einsum(audio, wanted, 'p s d, p d -> p s')
 
-    def _hear(self, wave: Tensor) -> Tensor:
-        """MuLaN's latent of a wave `(1, samples)` at `sample_rate`, `(1, d)`: the mean over windows of a long one."""
-        mulan, sample_rate = self.mulan_embed_quantizer.mulan, self.sample_rate
+    def _hear(self, wave: Tensor, rate: int) -> Tensor:
+        """MuLaN's latent of a wave `(1, samples)`, `(1, d)`: the mean over windows of a long one."""
+        mulan, wave = self.mulan_embed_quantizer.mulan, wave.to(self.device)
         if mulan.sample_rate is None:
             warnings.warn(
-                f'MuLaN does not know its sample rate and hears the music at {sample_rate} Hz; build its audio tower '
+                f'MuLaN does not know its sample rate and hears sound at {self.sample_rate} Hz; build its audio tower '
                 'with audio_sample_rate',
                 stacklevel=3,
             )
-            return mulan.get_audio_latents(wave)
-        if wave.shape[-1] > RANKING_WINDOW * sample_rate:
-            return mulan.embed_audio(wave, window=RANKING_WINDOW, sample_rate=sample_rate)
-        return mulan.get_audio_latents(wave, sample_rate=sample_rate)
+            return mulan.get_audio_latents(resample(wave, rate, self.sample_rate))
+        if wave.shape[-1] > RANKING_WINDOW * rate:
+            return mulan.embed_audio(wave, window=RANKING_WINDOW, sample_rate=rate)
+        return mulan.get_audio_latents(wave, sample_rate=rate)
 
     # saving
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import io
+import struct
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -85,6 +86,34 @@ def sound_bytes(wave: Tensor, sample_rate: int, suffix: str = '.wav') -> bytes:
     file = io.BytesIO()
     soundfile.write(file, wave.detach().cpu().float().clamp(-1, 1).numpy(), sample_rate, format=name)
     return file.getvalue()
+
+
+def wav_header(sample_rate: int, samples: int | None = None) -> bytes:
+    """What a WAV of one channel and 16 bits begins with, `pcm_bytes` of so many samples to follow; None where no one
+    knows how many."""
+    most = 2**32 - 1  # what players take for a file that grows
+    size = most if samples is None else min(2 * samples, most - 36)
+    parts = (
+        b'RIFF',
+        min(size + 36, most),
+        b'WAVE',
+        b'fmt ',
+        16,
+        1,
+        1,
+        sample_rate,
+        2 * sample_rate,
+        2,
+        16,
+        b'data',
+        size,
+    )
+    return struct.pack('<4sI4s4sIHHIIHH4sI', *parts)
+
+
+def pcm_bytes(wave: Tensor) -> bytes:
+    """`(samples,)` as little-endian integers of 16 bits; what lies beyond [-1, 1] is clipped."""
+    return (wave.detach().cpu().float().clamp(-1, 1) * (2**15 - 1)).round().short().numpy().astype('<i2').tobytes()
 
 
 def players(pieces: Iterable[Tensor], sample_rate: int, notes: Sequence[str] = ()) -> str:

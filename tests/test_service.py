@@ -132,7 +132,7 @@ def test_health(service):
     assert answer['requests'] == 0
     assert answer['limits'] == ServiceConfig(**answer['limits']).to_dict()
     paths = service.client.get('/openapi.json').json()['paths']
-    assert paths.keys() == {'/', '/health', '/embed', '/rank', '/generate'}
+    assert paths.keys() == {'/', '/health', '/embed', '/rank', '/generate', '/stream', '/stream/{name}'}
     assert 'MusicLM' in service.client.get('/').json()['service']
     assert 'POST /generate' in service.client.get('/').json()['calls']
     assert set(paths['/embed']['post']['requestBody']['content']) == {'application/json', 'multipart/form-data'}
@@ -221,6 +221,83 @@ def test_generate_gives_all_pieces_best_first(service, musiclm):
         alone = body | dict(prompt=piece['prompt'], num_samples=1, seed=piece['seed'])
         answer = service.client.post('/generate', json=alone).json()
         same_music(*(read_wav(base64.b64decode(it['wav'])) for it in (piece, *answer['pieces'])))
+
+
+def heard(music):
+    """The samples of a WAV that grows, as far as it is there."""
+    return np.frombuffer(music[44 : len(music) - len(music) % 2], '<i2') / (2**15 - 1)
+
+
+def until(condition):
+    for _ in range(100 * WAITS):
+        if condition():
+            return
+        time.sleep(0.01)
+    raise AssertionError('it does not come')
+
+
+def test_a_stream_is_the_models_own_until_its_client_goes(musiclm):
+    with served(musiclm, max_streams=1) as service:
+        query = dict(prompt='a slow flute', seed=3, temperature=0.9)
+        answer = service.client.get('/stream', params=query | dict(seconds=1.25))
+        assert answer.headers['content-type'] == 'audio/wav'
+        own = torch.cat(list(musiclm.stream('a slow flute', seed=3, temperature=0.9, seconds=1.25)))
+        wave, rate = soundfile.read(io.BytesIO(answer.content))
+        assert rate == 2 * RATE
+        np.testing.assert_allclose(wave, own, atol=1e-4)
+        with service.client.stream('GET', '/stream', params=query) as endless:
+            music = b''
+            for part in endless.iter_bytes():
+                music += part
+                if len(music) > 44 + 2 * 3000:
+                    break
+            assert soundfile.info(io.BytesIO(music)).samplerate == 2 * RATE
+            own = next(musiclm.stream('a slow flute', seed=3, temperature=0.9))
+            np.testing.assert_allclose(heard(music)[:1500], own[:1500], atol=1e-4)
+            check_error(service.client.get('/stream', params=query), 503, 'overloaded', '1 streams are playing already')
+        until(lambda: not service.worker.streams)
+        assert service.client.get('/stream', params=query | dict(seconds=0.1)).status_code == 200
+
+
+def test_a_stream_takes_another_prompt_and_ends_with_the_service(musiclm):
+    plain = musiclm.stream('a slow flute', seed=1)
+    with served(musiclm) as service, service.client.stream(
+        'GET', '/stream', params=dict(prompt='a slow flute', seed=1)
+    ) as endless:  # fmt: skip
+        name = endless.headers['x-stream']
+        assert endless.headers['x-seed'] == '1'
+        told = service.client.post(f'/stream/{name}', json=dict(prompt='fast drums'))
+        assert told.json() == dict(stream=name, warnings={})
+        check_error(
+            service.client.post(f'/stream/{name}', json=dict(prompt=' ')), 422, 'invalid_request', 'say something'
+        )
+        check_error(service.client.post('/stream/x', json=dict(prompt='a')), 404, 'not_found', 'no stream x is playing')
+        until(lambda: service.worker.streams[name] is not None)
+        parts = endless.iter_bytes()
+        music = next(parts)
+        while len(music) < 44 + 2 * 9 * 2 * RATE:
+            music += next(parts)
+        own = np.concatenate([next(plain) for _ in range(4)])
+        assert np.abs(heard(music)[: len(own)] - own).max() > 0.01
+        service.worker.stop()
+        assert isinstance(b''.join(parts), bytes)  # it ends
+
+
+@pytest.mark.parametrize(
+    ('query', 'says'),
+    [
+        (dict(), 'prompt: Field required'),
+        (dict(prompt=''), 'a prompt must say something'),
+        (dict(prompt='a' * 201), 'at most 200 are allowed'),
+        (dict(prompt='a', seconds=0), 'seconds must be greater than 0'),
+        (dict(prompt='a', seconds='long'), 'seconds: Input should be a valid number'),
+        (dict(prompt='a', second=1), "unknown field 'second'; did you mean 'seconds'"),
+        (dict(prompt='a', top_p=2), r'top_p must lie in \(0, 1\]'),
+    ],
+)
+def test_streams_that_make_no_sense(service, query, says):
+    check_error(service.client.get('/stream', params=query), 422, 'invalid_request', says)
+    assert service.worker.streams == {}
 
 
 def test_a_seed_that_is_drawn_is_told(service):

@@ -73,7 +73,7 @@ def stage_stream(musiclm, windows, **sampling):
 def test_coarse_codes_go_with_the_tokens_of_their_time(musiclm, window, step):
     """Step by step they are those of all tokens at once, where windows begin at the same frames."""
     stages = stage_stream(musiclm, (2.0, window / 50, step / 50), temperature=0.0)
-    conditions = musiclm._conditions('a slow flute')
+    conditions = musiclm._conditions('a slow flute', None)
     codes, tokens = [], []
     for _ in range(12):
         before = stages.first_semantic + stages.semantic.shape[1]
@@ -87,7 +87,7 @@ def test_coarse_codes_go_with_the_tokens_of_their_time(musiclm, window, step):
         torch.cat(tokens, dim=1),
         max_length=12 * step,
         min_length=12 * step,
-        text_embeds=conditions['coarse'],
+        text_embeds=conditions['coarse'][0],
         sampling=Sampling(temperature=0.0),
         window=window,
         overlap=window // 2,
@@ -97,7 +97,7 @@ def test_coarse_codes_go_with_the_tokens_of_their_time(musiclm, window, step):
 
 
 def test_memory_is_bounded(musiclm):
-    stages, conditions = stage_stream(musiclm, WINDOWS), musiclm._conditions('a slow flute')
+    stages, conditions = stage_stream(musiclm, WINDOWS), musiclm._conditions('a slow flute', None)
     sizes = []
     for _ in range(30):
         stages.step(20, conditions)

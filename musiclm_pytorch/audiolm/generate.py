@@ -75,6 +75,7 @@ def generate_semantic(
     max_length: int,
     num_samples: int | None = None,
     text_embeds: Embeds = None,
+    negative_embeds: Tensor | None = None,
     prime: Tensor | None = None,
     sampling: Sampling = PLAIN,
     min_length: int = 1,
@@ -92,6 +93,7 @@ def generate_semantic(
     max_length, min_length: tokens, the prime included; no sample ends before `min_length`
     num_samples: batch size, if neither the conditioning nor the prime tells it
     text_embeds: (b, n, d), or (1, n, d) for all samples; a list has one for each window, the last one stays
+    negative_embeds: (b, n, d) or (1, n, d), what to keep away from, see `Sampling`; its n is that of text_embeds
     prime: (b, n) int64 tokens that the result begins with, padded with −1 behind shorter ones
     window, overlap: at most `window` tokens are seen at once, each window continues the last `overlap` of the one
         before; None sees everything
@@ -130,6 +132,7 @@ def generate_semantic(
         lambda jobs: (),
         sampling=sampling,
         text_embeds=text_embeds,
+        negative_embeds=negative_embeds,
         may_end_from=min_length,
         noise=Noise(generator, batch),
         forced=lengths.tolist() if known < longest else None,
@@ -146,6 +149,7 @@ def generate_coarse(
     *,
     max_length: int | Sequence[int],
     text_embeds: Embeds = None,
+    negative_embeds: Tensor | None = None,
     prime: Tensor | None = None,
     sampling: Sampling = PLAIN,
     min_length: int = 1,
@@ -213,6 +217,7 @@ def generate_coarse(
         given,
         sampling=sampling,
         text_embeds=text_embeds,
+        negative_embeds=negative_embeds,
         limits=limits,
         may_end_from=min_length,
         noise=Noise(generator, batch),
@@ -228,6 +233,7 @@ def generate_fine(
     coarse_codes: Tensor,
     *,
     text_embeds: Embeds = None,
+    negative_embeds: Tensor | None = None,
     prime: Tensor | None = None,
     sampling: Sampling = PLAIN,
     window: int | None = None,
@@ -288,6 +294,7 @@ def generate_fine(
         given,
         sampling=sampling,
         text_embeds=text_embeds,
+        negative_embeds=negative_embeds,
         limits=lengths,
         noise=Noise(generator, batch),
         progress=progress,
@@ -309,6 +316,7 @@ def _generate(
     *,
     sampling: Sampling,
     text_embeds: Embeds,
+    negative_embeds: Tensor | None,
     noise: Noise,
     limits: Sequence[int] | None = None,
     may_end_from: int = 0,
@@ -337,12 +345,15 @@ def _generate(
                     continue
                 rows, windows, steps = [job.row for job in jobs], [job.window for job in jobs], _num_steps(jobs) * q
                 embeds = [_conditioning(stage, _at(text_embeds, job.number), batch, sampling) for job in jobs]
+                negative = None if negative_embeds is None else _conditioning(stage, negative_embeds, batch, sampling)
                 state = stage.prefill(
                     *given(jobs),
                     torch.stack([tokens[row, w.start : w.known].flatten() for row, w in zip(rows, windows)]),
                     max_tokens=jobs[0].given * q + steps,
                     conditioning=None if embeds[0] is None else torch.stack([it[r] for it, r in zip(embeds, rows)]),
+                    negative=None if negative is None else negative[rows],
                     cond_scale=sampling.cond_scale,
+                    negative_scale=sampling.negative_scale,
                     total_tokens=(total_length or length) * q,
                     compile=compile,
                 )

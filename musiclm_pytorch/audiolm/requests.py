@@ -19,32 +19,103 @@ from musiclm_pytorch.checks import (
     check_finite,
     check_positive,
     check_sample_rate,
+    described,
+    typechecked,
 )
 from musiclm_pytorch.data.audio import AudioFile
 
-Story = Sequence[tuple[float, str]]
+Sound = tuple[Tensor | np.ndarray, int]  # a wave as `prime_wave`, and its rate in Hz
 PerStage = float | Sequence[float]
 CountPerStage = int | Sequence[int | None] | None
 
 
-def read_prompts(text: str | Sequence[str] | Story) -> tuple[list[str], Story | None]:
-    """The prompts, and the story if it is one.
+class Mix:
+    """Several prompts as one, each with its weight: the direction of the sum of their latents.
+
+        musiclm(Mix([(0.7, 'a calm piano'), (0.3, 'drums')]))
+
+    Args:
+        parts: pairs of a weight above 0 and a prompt of any kind.
+
+    Raises ValueError for none, or a weight that is not above 0.
+    """
+
+    @typechecked
+    def __init__(self, parts: Sequence[tuple[float, Any]]):
+        if not parts:
+            raise ValueError('a Mix of nothing is no prompt; pass pairs of weight and prompt')
+        for weight, prompt in parts:
+            if not is_prompt(prompt):
+                raise TypeError(f'a Mix holds pairs of weight and prompt, got {described(prompt)} for a prompt')
+            check_positive(**{f'the weight of {described(prompt)}': weight})
+        self.parts = list(parts)
+
+    def __repr__(self) -> str:
+        return ' + '.join(f'{weight:g} {described(prompt)}' for weight, prompt in self.parts)
+
+
+# words; a sound: a file, a wave with its rate, or `Waves`; a latent of MuLaN `(d,)`; several of them
+Prompt = str | Path | Tensor | np.ndarray | Sound | Mix
+Story = Sequence[tuple[float, Prompt]]
+
+
+def is_prompt(given: Any) -> bool:
+    """One prompt, rather than several or a story."""
+    is_sound = isinstance(given, tuple) and len(given) == 2 and isinstance(given[0], Tensor | np.ndarray)
+    return is_sound or isinstance(given, str | Path | Tensor | np.ndarray | Mix)
+
+
+def read_prompts(text: Prompt | Sequence[Prompt] | Story) -> tuple[list[Prompt], Story | None]:
+    """The prompts as `read_prompt` gives them, and the story if it is one.
 
     Raises ValueError for none, an empty one, or a part of a story without length.
     """
-    items = [text] if isinstance(text, str) else list(text)
+    items = [text] if is_prompt(text) else list(text)
     if not items:
         raise ValueError('text is an empty list; pass at least one prompt')
-    is_story = not isinstance(items[0], str)
-    prompts = [prompt for _, prompt in items] if is_story else items
-    for prompt in prompts:
-        if not prompt.strip():
-            raise ValueError(f'a prompt must say something, got {prompt!r}')
+    is_story = not is_prompt(items[0])
+    prompts = [read_prompt(prompt) for prompt in ([prompt for _, prompt in items] if is_story else items)]
     if not is_story:
         return prompts, None
     for length, prompt in items:
-        check_positive(**{f'the length of {prompt!r} in seconds': length})
+        check_positive(**{f'the length of {described(prompt)} in seconds': length})
     return prompts, items
+
+
+def read_prompt(prompt: Prompt) -> Prompt:
+    """Words as they are, a sound as `(1, samples)` and its rate, a latent as a tensor `(d,)`, or a `Mix` of these.
+
+    Raises ValueError for words that say nothing, or for what is no sound and no latent; FileNotFoundError for a missing
+    file.
+    """
+    if isinstance(prompt, Mix):
+        return Mix([(weight, read_prompt(part)) for weight, part in prompt.parts])
+    if isinstance(prompt, str):
+        if not prompt.strip():
+            raise ValueError(f'a prompt must say something, got {prompt!r}')
+        return prompt
+    if isinstance(prompt, Path):
+        with AudioFile(prompt) as file:
+            prompt = file.read(0, len(file)), file.sample_rate
+    elif rate := getattr(prompt, 'sample_rate', None):
+        prompt = prompt, rate
+    if isinstance(prompt, tuple):
+        return read_wave(*prompt, name='the wave of a prompt')
+    latent = as_tensor(prompt)
+    if latent.ndim != 1 or not latent.is_floating_point():
+        raise ValueError(
+            f'an array as a prompt is a latent of MuLaN, (d,) of floats, got {tuple(latent.shape)} {latent.dtype}; '
+            'for a sound, pass the pair of its wave and its rate in Hz'
+        )
+    check_finite(latent[None], 'a latent holds NaN or infinity')
+    return latent.float()
+
+
+def words_in(prompt: Prompt) -> list[str]:
+    """What a prompt says, part by part."""
+    if isinstance(prompt, Mix):
+        return [words for _, part in prompt.parts for words in words_in(part)]
+    return [prompt] if isinstance(prompt, str) else []
 
 
 def read_seconds(seconds: float | None, max_length: int | None, story: Story | None, *, semantic_rate: Any) -> float:
@@ -92,16 +163,22 @@ def read_prime(
             wave, rate = file.read(0, len(file)), file.sample_rate
     if rate is None:
         raise ValueError('prime_wave needs its rate in Hz: pass prime_wave_input_sample_hz')
+    wave, rate = read_wave(wave, rate, name='prime_wave')
+    check_shorter(wave.shape[-1] / rate, seconds)
+    return wave, rate
+
+
+def read_wave(wave: Tensor | np.ndarray, rate: int, *, name: str) -> tuple[Tensor, int]:
+    """`(samples,)` or `(channels, samples)` as `(1, samples)` float32, and its rate in Hz."""
     check_sample_rate(rate)
     wave = as_tensor(wave)
-    check_channels(wave, 'prime_wave')
-    wave = check_audio(wave, ndim=wave.ndim, shape='(samples,) or (channels, samples)', name='prime_wave')
+    check_channels(wave, name)
+    wave = check_audio(wave, ndim=wave.ndim, shape='(samples,) or (channels, samples)', name=name)
     if wave.shape[-1] == 0:
-        raise ValueError(f'prime_wave of shape {tuple(wave.shape)} has no samples')
+        raise ValueError(f'{name} of shape {tuple(wave.shape)} has no samples')
     wave = wave.float()
     wave = wave[None] if wave.ndim == 1 else reduce(wave, 'c n -> 1 n', 'mean')
-    check_finite(wave, 'prime_wave holds NaN or infinity')
-    check_shorter(wave.shape[-1] / rate, seconds)
+    check_finite(wave, f'{name} holds NaN or infinity')
     return wave, rate
 
 

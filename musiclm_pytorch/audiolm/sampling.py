@@ -30,6 +30,8 @@ class Sampling:
     top_k: only the k likeliest tokens
     top_p: only the fewest tokens that reach this probability together, of those that top_k leaves
     cond_scale: classifier-free guidance, null + cond_scale · (conditioned − null); 1 is without
+    negative_scale: guidance away from a negative condition, if there is one: with it, negative_scale ·
+        (conditioned − negative) is added
 
     Raises ValueError for a value out of range.
     """
@@ -38,6 +40,7 @@ class Sampling:
     top_k: int | None = None
     top_p: float | None = None
     cond_scale: float = 1.0
+    negative_scale: float = 1.0
 
     def __post_init__(self):
         if not (self.temperature >= 0 and math.isfinite(self.temperature)):
@@ -53,6 +56,8 @@ class Sampling:
                 f'cond_scale must lie between -{MOST_GUIDANCE} and {MOST_GUIDANCE}, got {self.cond_scale:g}; 1 to 5 is '
                 'usual'
             )
+        if not 0 <= self.negative_scale <= MOST_GUIDANCE:
+            raise ValueError(f'negative_scale must lie between 0 and {MOST_GUIDANCE}, got {self.negative_scale:g}')
 
     def guided(self, more: float) -> Sampling:
         """The same with so many times the guidance, where there is any: at 1 there is none to increase."""

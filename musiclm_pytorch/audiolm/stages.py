@@ -229,7 +229,9 @@ class StageTransformer(nn.Module):
         *ids: Tensor,
         max_tokens: int,
         conditioning: Tensor | None = None,
+        negative: Tensor | None = None,
         cond_scale: float = 1.0,
+        negative_scale: float = 1.0,
         total_tokens: int | None = None,
         compile: bool = False,
     ) -> GenerationState:
@@ -239,45 +241,57 @@ class StageTransformer(nn.Module):
             ids: given tokens `(b, m)`, `PAD` and the end token where there are none, unless the stage is semantic; and
                 the own tokens so far, `(b, n)`.
             max_tokens: own tokens that there will be at most, those so far included.
-            conditioning: `(b, q, d)`.
-            cond_scale: classifier-free guidance, null + cond_scale * (conditioned - null); 1 is without.
+            conditioning: `(b, q, d)`; and `negative`, the same of what to keep away from.
+            cond_scale, negative_scale: of guidance, see `Sampling`.
             total_tokens: how many of a sample are made in all, if others follow; by it, kernels are loaded or not.
             compile: run steps through torch.compile at fixed shapes, on a GPU as a CUDA graph.
         """
         *given, own = ids
         num_given, network = given[0].shape[1] if given else 0, self.transformer
         context, context_mask = self.context(conditioning)
+        branches = [] if context is None else [(context, context_mask)]
         is_guided = conditioning is not None and cond_scale != 1
+        if is_guided:
+            branches.append(
+                (torch.zeros_like(context), None if context_mask is None else torch.zeros_like(context_mask))
+            )
+        if negative is not None:
+            branches.append(self.context(negative))
         x = at_least_float32(self.embed(*ids))
         seen = self.mask_given(given[0]) if given else None
         seen = None if seen is None else F.pad(seen, (1, 0), value=True)
-        if is_guided:  # the rows without conditioning follow those with it
-            x, context = x.repeat(2, 1, 1), torch.cat((context, torch.zeros_like(context)))
-            seen = None if seen is None else seen.repeat(2, 1)
-            if context_mask is not None:
-                context_mask = torch.cat((context_mask, torch.zeros_like(context_mask)))
+        if len(branches) > 1:  # the rows of the one follow those of the other
+            x = x.repeat(len(branches), 1, 1)
+            context = torch.cat([it for it, _ in branches])
+            context_mask = None if context_mask is None else torch.cat([mask for _, mask in branches])
+            seen = None if seen is None else seen.repeat(len(branches), 1)
         capacity = x.shape[1] + max(max_tokens - own.shape[1] - 1, 0)  # nobody asks what follows the last token
         cache = network.start_cache(len(x), capacity, seen=seen, context=context, context_mask=context_mask)
         bias = self.bias(num_given, max_tokens)
         for block in x.split(PROMPT_BLOCK, dim=1):
             features = network(block, bias, cache=cache)[:, -1]
         cache.step = step_for(network, cache, len(x), total_tokens or max_tokens - own.shape[1], compile)
-        return GenerationState(cache, bias, features, own.shape[1], cond_scale, is_guided)
+        scales = cond_scale if is_guided else None, negative_scale if negative is not None else None
+        return GenerationState(cache, bias, features, own.shape[1], *scales)
 
     def next_logits(self, state: GenerationState) -> Tensor:
         """`(b, c)` float32 for the next token."""
         heads, step = self.own_heads(), state.cache.step
         linear = step.linear if isinstance(step, FusedStep) else logits_of
         logits = at_least_float32(linear(state.features, *heads[state.index % len(heads)]))
-        if state.is_guided:
-            conditioned, null = logits.chunk(2)
+        conditioned, *others = logits.chunk(state.num_branches)
+        logits = conditioned
+        if state.cond_scale is not None:
+            null = others.pop(0)
             logits = null + (conditioned - null) * state.cond_scale
+        if state.negative_scale is not None:
+            logits = logits + (conditioned - others.pop()) * state.negative_scale
         return logits
 
     def decode_step(self, state: GenerationState, tokens: Tensor) -> None:
         """Take the next token of each row, `(b,)` int64."""
         x = at_least_float32(self.embed_own(tokens[:, None], state.index))
-        x = x.repeat(2, 1, 1) if state.is_guided else x
+        x = x.repeat(state.num_branches, 1, 1)
         state.features = self.transformer(x, state.bias, cache=state.cache)[:, -1]
         state.index += 1
 
@@ -327,14 +341,25 @@ class StageTransformer(nn.Module):
 
 
 class GenerationState:
-    """One batch on its way through a stage: what it has seen, and the features that the next token is told from."""
+    """One batch on its way through a stage: what it has seen, and the features that the next token is told from.
+
+    Its rows are the samples under their conditioning; then, with a `cond_scale`, the same without any; then, with a
+    `negative_scale`, under the negative one.
+    """
 
     def __init__(
-        self, cache: Cache, bias: PositionBias, features: Tensor, index: int, cond_scale: float, is_guided: bool
+        self,
+        cache: Cache,
+        bias: PositionBias,
+        features: Tensor,
+        index: int,
+        cond_scale: float | None,
+        negative_scale: float | None,
     ):
         self.cache, self.bias, self.features = cache, bias, features
         self.index = index  # of the next token among the own ones
-        self.cond_scale, self.is_guided = cond_scale, is_guided
+        self.cond_scale, self.negative_scale = cond_scale, negative_scale
+        self.num_branches = 1 + (cond_scale is not None) + (negative_scale is not None)
 
 
 class SemanticTransformer(StageTransformer):

@@ -26,7 +26,8 @@ DECODED_BEFORE, DECODED_AFTER = 1.0, 0.25
 ENDLESS = 600.0  # seconds: as long as that, what has no end is worth the kernels
 CROSSED = 0.01  # seconds over which a codec that looks further goes over from piece to piece
 
-Conditions = Mapping[str, Tensor | None]  # of each stage, `(1, q, d)`
+# of each stage `(1, q, d)` of the prompt and of the negative one, if there is one
+Conditions = Mapping[str, tuple[Tensor | None, Tensor | None]]
 
 
 class StageStream:
@@ -82,15 +83,15 @@ class StageStream:
             self.seen_from = max(0, tokens - seen[0]), max(0, self.made - seen[1])
             self.guided_until = self.seen_from[0] + self.windows[0]
         stop = self.made + frames
-        self._extend_semantic(math.ceil(stop * self.per_frame), conditions['semantic'])
-        self._extend_coarse(stop, conditions['coarse'])
-        self._extend_fine(stop, conditions['fine'])
+        self._extend_semantic(math.ceil(stop * self.per_frame), *conditions['semantic'])
+        self._extend_coarse(stop, *conditions['coarse'])
+        self._extend_fine(stop, *conditions['fine'])
         self.made = stop
         new = torch.cat((self.coarse[:, -frames:], self.fine[:, -frames:]), dim=-1)
         self._forget()
         return new
 
-    def _extend_semantic(self, stop: int, condition: Tensor | None) -> None:
+    def _extend_semantic(self, stop: int, condition: Tensor | None, negative: Tensor | None) -> None:
         have, window, sampling = self.first_semantic + self.semantic.shape[1], self.windows[0], self.samplings[0]
         if have >= stop:
             return
@@ -102,6 +103,7 @@ class StageStream:
             max_length=length,
             min_length=length,
             text_embeds=condition,
+            negative_embeds=negative,
             prime=prime,
             sampling=sampling.guided(CHANGE_GUIDANCE) if have < self.guided_until else sampling,
             window=window,
@@ -111,7 +113,7 @@ class StageStream:
         ).tokens
         self.semantic = torch.cat((self.semantic, made[:, seen:]), dim=1)
 
-    def _extend_coarse(self, stop: int, condition: Tensor | None) -> None:
+    def _extend_coarse(self, stop: int, condition: Tensor | None, negative: Tensor | None) -> None:
         window = self.windows[1]
         seen = min(self.made - self.seen_from[1], window // 2)
         # from a frame on that begins with a token
@@ -124,6 +126,7 @@ class StageStream:
             max_length=stop - first,
             min_length=stop - first,
             text_embeds=condition,
+            negative_embeds=negative,
             prime=prime,
             sampling=self.samplings[1],
             window=window,
@@ -135,7 +138,7 @@ class StageStream:
         ).tokens
         self.coarse = torch.cat((self.coarse, made[:, prime.shape[1] :]), dim=1)
 
-    def _extend_fine(self, stop: int, condition: Tensor | None) -> None:
+    def _extend_fine(self, stop: int, condition: Tensor | None, negative: Tensor | None) -> None:
         """A window that is not whole begins earlier, with what is there."""
         window, new = self.windows[2], stop - self.made
         known = min(self.fine.shape[1], -new % window)
@@ -143,6 +146,7 @@ class StageStream:
             self.stages['fine'],
             self.coarse[:, self.coarse.shape[1] - new - known :],
             text_embeds=condition,
+            negative_embeds=negative,
             prime=self.fine[:, self.fine.shape[1] - known :],
             sampling=self.samplings[2],
             window=window,

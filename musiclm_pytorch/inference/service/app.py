@@ -8,7 +8,6 @@ import contextlib
 import secrets
 from collections.abc import AsyncIterator
 from typing import Any
-from urllib.parse import quote
 
 from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.responses import JSONResponse
@@ -20,7 +19,7 @@ from torch import Tensor
 from musiclm_pytorch.checks import typechecked
 from musiclm_pytorch.inference.optimize import OptimizedMuLaN
 from musiclm_pytorch.inference.service.config import ServiceConfig
-from musiclm_pytorch.inference.service.limits import RETRY_AFTER, Limits, Load
+from musiclm_pytorch.inference.service.limits import Limits, Load
 from musiclm_pytorch.inference.service.requests import (
     FORM,
     JSON,
@@ -33,12 +32,16 @@ from musiclm_pytorch.inference.service.requests import (
     content_type,
     error_response,
     form_schema,
+    header_of,
     invalid,
+    music_model,
     open_audio,
     read_form,
     read_json,
     schema,
+    stopping,
 )
+from musiclm_pytorch.inference.service.streams import router as streams
 from musiclm_pytorch.inference.service.worker import Abandoned, Job, ModelWorker, Unreadable
 from musiclm_pytorch.mulan.model import MuLaN
 from musiclm_pytorch.musiclm import MusicLM
@@ -54,6 +57,7 @@ CALLS = {
     'POST /embed': 'latents of texts, as JSON, or of texts and sound files, as a form',
     'POST /rank': 'how well sound files fit texts, as a form',
     'POST /generate': 'music for a prompt, as JSON',
+    'GET /stream': 'music without end for a prompt, while it is made; POST /stream/NAME changes its prompt',
 }
 
 
@@ -77,6 +81,7 @@ def build(model: MuLaN | OptimizedMuLaN | MusicLM, config: ServiceConfig) -> Fas
     app.add_exception_handler(ClientDisconnect, answer_no_one)
     app.add_exception_handler(Exception, answer_with_fault)
     app.include_router(router)
+    app.include_router(streams)
     return app
 
 
@@ -115,8 +120,7 @@ async def finished(job: Job, request: Request) -> Any:
             raise Abandoned
         return result.result()
     except Abandoned:  # not by this request, which still waits
-        message = 'the service is ending; ask again when it is back'
-        raise ServiceError(503, 'stopping', message, {'Retry-After': str(RETRY_AFTER)}) from None
+        raise stopping() from None
     except Unreadable as error:
         raise ServiceError(400, 'unreadable_audio', str(error)) from error
     finally:
@@ -191,14 +195,13 @@ async def rank(request: Request) -> JSONResponse:
 async def generate(request: Request) -> Response:
     """Music: a WAV, or JSON with all pieces in base64 and their scores, each prompt's best first."""
     worker, config = request.app.state.worker, request.app.state.config
-    if worker.musiclm is None:
-        raise ServiceError(501, 'not_available', 'a MuLaN alone makes no music; serve a MusicLM')
+    musiclm = music_model(request)
     body = await read_json(request, Prompts)
     check_prompts(body, config, worker.shortest)
     seed = secrets.randbelow(2**31) if body.seed is None else body.seed
     job = worker.generate(body.prompts, num_samples=body.num_samples, seconds=body.seconds, seed=seed, **body.sampling)
-    music, rate = await finished(job, request), worker.musiclm.sample_rate
-    warnings = worker.musiclm.prompt_warnings(body.prompts, music)
+    music, rate = await finished(job, request), musiclm.sample_rate
+    warnings = musiclm.prompt_warnings(body.prompts, music)
     if body.format == 'wav':
         best = music.scores[0].argmax()
         headers = {'X-Seed': str(seed), 'X-Score': f'{music.scores[0, best]:.6f}'}
@@ -233,8 +236,3 @@ async def embed_form(request: Request, needs_both: bool = False) -> tuple[Tensor
 
 def best_first(rows: Tensor) -> list[list[int]]:
     return rows.argsort(dim=1, descending=True, stable=True).tolist()
-
-
-def header_of(text: str) -> str:
-    """A text as the value of a header, which holds ASCII alone: the rest is percent-encoded, as in addresses."""
-    return quote(text, safe=''.join(map(chr, range(32, 127))).replace('%', ''))

@@ -34,6 +34,7 @@ class ServiceConfig:
         max_audio_seconds: length of the sound files of a request together.
         max_pieces: pieces of music in a request, prompts × samples.
         max_seconds: length of a piece of music.
+        max_streams: streams of music that play at once; one more gets 503.
 
     Raises:
         TypeError: an unknown field or a value of a wrong type. ValueError: a value that is not above 0.
@@ -48,6 +49,7 @@ class ServiceConfig:
     max_audio_seconds: float = 600.0
     max_pieces: int = 8
     max_seconds: float = 30.0
+    max_streams: int = 2
 
     def __post_init__(self):
         for name, hint in typing.get_type_hints(type(self)).items():

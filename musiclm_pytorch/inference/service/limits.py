@@ -8,9 +8,7 @@ from dataclasses import dataclass
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from musiclm_pytorch.inference.service.config import ServiceConfig
-from musiclm_pytorch.inference.service.requests import ServiceError, error_response
-
-RETRY_AFTER = 1  # seconds
+from musiclm_pytorch.inference.service.requests import RETRY_AFTER, ServiceError, error_response
 
 
 @dataclass

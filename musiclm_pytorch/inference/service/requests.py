@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from http import HTTPStatus
 from typing import Any, Literal, TypeVar
+from urllib.parse import quote
 
 from fastapi import HTTPException, Request
 from fastapi.responses import JSONResponse
@@ -17,10 +18,11 @@ from musiclm_pytorch.audiolm.requests import read_prompts, read_sampling
 from musiclm_pytorch.audiolm.stages import STAGES
 from musiclm_pytorch.data.audio import AudioFile
 from musiclm_pytorch.inference.service.config import ServiceConfig
-from musiclm_pytorch.musiclm import SAMPLING
+from musiclm_pytorch.musiclm import SAMPLING, MusicLM
 from musiclm_pytorch.trainer.sections import nearest
 
 JSON, FORM = 'application/json', 'multipart/form-data'
+RETRY_AFTER = 1  # seconds
 MOST_CHANNELS = 8  # a small file may unpack to many
 SHOWN = 3  # faults told at once
 
@@ -44,6 +46,19 @@ def code_of(status: int) -> str:
 
 def invalid(message: str) -> ServiceError:
     return ServiceError(422, 'invalid_request', message)
+
+
+def stopping() -> ServiceError:
+    message = 'the service is ending; ask again when it is back'
+    return ServiceError(503, 'stopping', message, {'Retry-After': str(RETRY_AFTER)})
+
+
+def music_model(request: Request) -> MusicLM:
+    """What makes the music. Raises ServiceError where a MuLaN alone is served."""
+    musiclm = request.app.state.worker.musiclm
+    if musiclm is None:
+        raise ServiceError(501, 'not_available', 'a MuLaN alone makes no music; serve a MusicLM')
+    return musiclm
 
 
 # ---- bodies ----
@@ -105,9 +120,13 @@ def content_type(request: Request, *allowed: str) -> str:
 
 async def read_json(request: Request, kind: type[SomeBody]) -> SomeBody:
     content_type(request, JSON)
-    body = await request.body()
+    return validated(kind, await request.body())
+
+
+def validated(kind: type[SomeBody], given: bytes | dict[str, str]) -> SomeBody:
+    """JSON, or what stands in an address, as what it is to be. Raises ServiceError that tells each fault."""
     try:
-        return kind.model_validate_json(body)
+        return kind.model_validate_json(given) if isinstance(given, bytes) else kind.model_validate(given)
     except ValidationError as error:
         faults = error.errors(include_url=False, include_context=False, include_input=False)
     if faults[0]['type'] == 'json_invalid':
@@ -216,3 +235,8 @@ def form_schema(required: list[str]) -> dict[str, Any]:
     texts = {'type': 'array', 'items': {'type': 'string'}}
     audio = {'type': 'array', 'items': {'type': 'string', 'format': 'binary'}}
     return {FORM: {'schema': {'type': 'object', 'properties': dict(texts=texts, audio=audio), 'required': required}}}
+
+
+def header_of(text: str) -> str:
+    """A text as the value of a header, which holds ASCII alone: the rest is percent-encoded, as in addresses."""
+    return quote(text, safe=''.join(map(chr, range(32, 127))).replace('%', ''))

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from musiclm_pytorch.audiolm.streaming import MusicStream
 from musiclm_pytorch.data.audio import AudioFile
 from musiclm_pytorch.inference.batches import plain, window_and_hop
 from musiclm_pytorch.inference.engine import BatchInferenceEngine
@@ -70,9 +71,10 @@ class ModelWorker:
             )
         if self.musiclm is not None and not self.musiclm.mulan_embed_quantizer.is_fitted:
             raise ValueError('the quantizer has no codebooks yet; call mulan_embed_quantizer.fit(dataset) first')
+        self.streams: dict[str, MusicStream | None] = {}  # that play, each in a thread of its own
         self._texts: deque[tuple[Job, Sequence[str]]] = deque()
         self._jobs: set[Job] = set()  # without a result
-        self._is_stopping = False
+        self.is_stopping = False
         self._thread = _thread()
 
     @property
@@ -93,25 +95,27 @@ class ModelWorker:
 
     def _new_job(self) -> Job:
         job = Job()
-        if self._is_stopping:
+        if self.is_stopping:
             job.abandon()
         self._jobs.add(job)
         job.future.add_done_callback(lambda _: self._jobs.discard(job))
         return job
 
     def stop(self, now: bool = False) -> None:
-        """Begin no job any more: those that wait, and new ones, are cancelled. With `now` the one that runs is too, at
-        its next `check`."""
-        self._is_stopping = True
+        """Begin no job any more: those that wait, and new ones, are cancelled, and streams end. With `now` the one that
+        runs is cancelled too, at its next `check`."""
+        self.is_stopping = True
         for job in list(self._jobs):
             if now or not job.future.running():
                 job.abandon()
+        for stream in filter(None, list(self.streams.values())):
+            stream.close()
 
     def close(self) -> None:
         """Wait for the job that runs, and drop the others. The next one begins anew."""
         self._texts.clear()
         self._thread.shutdown(cancel_futures=True)
-        self._thread, self._is_stopping = _thread(), False
+        self._thread, self.is_stopping = _thread(), False
 
     # what is done
 

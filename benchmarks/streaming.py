@@ -1,0 +1,122 @@
+"""Music while it is made: how soon it begins, how much faster than it plays, several streams at once, and memory.
+
+    python benchmarks/streaming.py                # a few minutes
+    python benchmarks/streaming.py --minutes 60   # memory over an hour of music
+
+A stream that is heard while it is made must never be late: a gap is a wave that comes after all before it have been
+played since the first one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import resource
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from statistics import median
+
+import torch
+
+from musiclm_pytorch import MusicLM
+
+PROMPT = 'a fast happy flute melody'
+COLD = """
+import time
+from musiclm_pytorch import MusicLM
+musiclm = MusicLM.from_pretrained({model!r})
+begin = time.perf_counter()
+next(musiclm.stream({prompt!r}, seed=1))
+print(time.perf_counter() - begin)
+"""
+
+
+def arrivals(musiclm: MusicLM, seconds: float, seed: int) -> Iterator[tuple[float, float]]:
+    """When each wave is there, in seconds from the call on, and how much music there is by then."""
+    begin, made = time.perf_counter(), 0.0
+    for wave in musiclm.stream(PROMPT, seconds=None, seed=seed):
+        made += len(wave) / wave.sample_rate
+        yield time.perf_counter() - begin, made
+        if made >= seconds:
+            return
+
+
+def gap(found: list[tuple[float, float]]) -> float:
+    """The longest silence, in seconds, for someone who listens from the first wave on."""
+    return max([0.0, *(there - found[0][0] - made for (there, _), (_, made) in zip(found[1:], found))])
+
+
+def side_by_side(musiclm: MusicLM, count: int, seconds: float) -> list[list[tuple[float, float]]]:
+    found: list[list[tuple[float, float]]] = [[] for _ in range(count)]
+
+    def run(number: int) -> None:
+        torch.set_num_threads(1)
+        found[number] += arrivals(musiclm, seconds, seed=number)
+
+    threads = [threading.Thread(target=run, args=(number,)) for number in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return found
+
+
+def memory() -> float:
+    """The most that this process has held so far, in MB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def row(what: str, figure: str) -> None:
+    print(f'| {what} | {figure} |', flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--model', default='tiny', help='a folder, or the name of a model that ships')
+    parser.add_argument('--seconds', type=float, default=30.0, help='of the pieces compared')
+    parser.add_argument('--rounds', type=int, default=5)
+    parser.add_argument('--minutes', type=float, default=5.0, help='of the long stream whose memory is measured')
+    options = parser.parse_args()
+
+    musiclm = MusicLM.from_pretrained(options.model)
+    load = ', '.join(f'{it:.1f}' for it in os.getloadavg())
+    print(f'{torch.get_num_threads()} threads, load {load}; medians of {options.rounds}\n')
+    row('', '')
+    print('|---|---|')
+    script = COLD.format(model=options.model, prompt=PROMPT)
+    cold = [
+        float(subprocess.run([sys.executable, '-c', script], check=True, capture_output=True, text=True).stdout)
+        for _ in range(options.rounds)
+    ]
+    row('first sound after the first call of a process, s', f'{median(cold):.2f}')
+    whole, streams = [], []
+    for seed in range(options.rounds + 1):  # in turn, the first ones to warm up
+        begin = time.perf_counter()
+        musiclm(PROMPT, seconds=options.seconds, seed=seed)
+        whole.append(time.perf_counter() - begin)
+        streams.append([*arrivals(musiclm, options.seconds, seed)])
+    whole, streams = whole[1:], streams[1:]
+    first = median([found[0][0] for found in streams])
+    row('first sound after a later call, s', f'{first:.3f}')
+    row(f'a call for {options.seconds:g} s, s', f'{median(whole):.2f}')
+    row('first sound over that call', f'{first / median(whole):.3f}')
+    row('real-time factor of a stream', f'{median([found[-1][1] / found[-1][0] for found in streams]):.1f}')
+    row('longest gap, s', f'{max(map(gap, streams)):.2f}')
+    for count in (2, 3):
+        found = side_by_side(musiclm, count, options.seconds)
+        factor = min(own[-1][1] / own[-1][0] for own in found)
+        row(f'{count} streams at once: real-time factor of the slowest', f'{factor:.1f}')
+        row(f'{count} streams at once: longest gap, s', f'{max(map(gap, found)):.2f}')
+    before = None
+    for _, made in arrivals(musiclm, 60 * options.minutes, seed=0):
+        if before is None and made >= min(60.0, 30 * options.minutes):
+            before, at = memory(), made
+    row(f'peak memory after {at:.0f} s of a stream, MB', f'{before:.0f}')
+    row(f'after {options.minutes:g} minutes of it, MB', f'{memory():.0f}')
+
+
+if __name__ == '__main__':
+    main()
