@@ -102,6 +102,7 @@ def test_noise_of_one_generator():
         (dict(top_p=0.0), 'top_p must lie in'),
         (dict(top_p=1.5), 'top_p must lie in'),
         (dict(cond_scale=float('nan')), 'cond_scale must lie between'),
+        (dict(negative_scale=-1.0), 'negative_scale must lie between 0 and 100, got -1'),
     ],
 )
 def test_values_out_of_range(options, says):

@@ -145,6 +145,26 @@ def test_guidance_leads_away_from_a_conditioning_of_zeros(stage_name, condition)
     assert_equal(found, (null + (conditioned - null) * 3.0)[:, known:])
 
 
+@pytest.mark.parametrize('condition', ['cross', 'projected', 'prefix'])
+@pytest.mark.parametrize('cond_scale', [1.0, 2.5])
+def test_guidance_leads_away_from_a_negative_conditioning(cond_scale, condition, step):
+    """In the stage that masks rows of zeros, with and without guidance by the conditioning."""
+    options = CONDITIONS[condition]
+    stage, given, avoided = coarse_stage(**options), conditioning(options, 2), conditioning(options, 2, seed=5)
+    semantic_ids, tokens = codes(2, 6, num=SEMANTIC), codes(2, 4, COARSE)
+    logits = [
+        coarse_logits(stage, semantic_ids, tokens.flatten(1)[:, :-1], it)
+        for it in (given, avoided, torch.zeros_like(given))
+    ]
+    conditioned, negative, null = logits
+    assert (conditioned - negative).abs().max() > 0.05
+    found = decoded(
+        stage, semantic_ids, tokens=tokens, known=0, conditioning=given, negative=avoided, cond_scale=cond_scale,
+        negative_scale=0.5,
+    )  # fmt: skip
+    assert_equal(found, null + (conditioned - null) * cond_scale + (conditioned - negative) * 0.5)
+
+
 def test_prompt_longer_than_its_blocks(monkeypatch):
     monkeypatch.setattr('musiclm_pytorch.audiolm.stages.PROMPT_BLOCK', 4)
     monkeypatch.setattr('musiclm_pytorch.audiolm.transformer.PositionBias.ROWS', 3)
