@@ -13,6 +13,7 @@ from .audiolm.protocols import Codec as Codec
 from .audiolm.protocols import Tokenizer as Tokenizer
 from .audiolm.requests import Mix as Mix
 from .audiolm.sampling import Sampling as Sampling
+from .audiolm.sampling import StopGeneration as StopGeneration
 from .audiolm.semantic import SemanticTokenizer as SemanticTokenizer
 from .audiolm.semantic_mulan import MuLaNSemanticTokenizer as MuLaNSemanticTokenizer
 from .audiolm.semantic_transformers import TransformersSemanticTokenizer as TransformersSemanticTokenizer

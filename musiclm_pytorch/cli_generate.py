@@ -7,6 +7,7 @@ import json
 import sys
 import time
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,13 +22,23 @@ def generate(subcommands) -> None:
     parser = subcommands.add_parser(
         'generate',
         help='make music that fits the words',
-        description='Make music for one prompt or more: WAV files, a page with players, spectrograms and the scores '
+        description='Make music for one prompt or more: sound files, a page with players, spectrograms and the scores '
         'by which MuLaN ranks the samples of a prompt, and prompts.json, which holds what makes each piece again. The '
         'first sample of a prompt is that of the highest score. What is made is written prompt by prompt: Ctrl-C '
         'leaves what is done.',
     )
-    parser.add_argument('prompts', metavar='PROMPT', nargs='+', help='what the music is like, in quotes')
-    parser.add_argument('-o', '--output', metavar='FOLDER', required=True, help='where WAVs and page go')
+    parser.add_argument(
+        'prompts', metavar='PROMPT', nargs='*', help='what the music is like, in quotes; @FILE for a sound to be like'
+    )
+    parser.add_argument(
+        '--mix',
+        metavar=('WEIGHT', 'PROMPT'),
+        nargs=2,
+        action='append',
+        help='a prompt with its weight; all of these are one prompt together',
+    )
+    parser.add_argument('--negative', metavar='PROMPT', help='what the music is to keep away from, words or @FILE')
+    parser.add_argument('-o', '--output', metavar='FOLDER', required=True, help='where files and page go')
     add_model_option(parser)
     parser.add_argument(
         '--num-samples', metavar='N', type=int, default=1, help='pieces a prompt (default: %(default)s)'
@@ -41,6 +52,7 @@ def generate(subcommands) -> None:
         ('top-k', int, 'only the k likeliest tokens'),
         ('top-p', float, 'only the fewest tokens that reach this probability together'),
         ('cond-scale', float, 'guidance by the prompt; 1 is none'),
+        ('negative-scale', float, 'guidance away from --negative (default: 1)'),
     ):
         parser.add_argument(
             f'--{name}', metavar='X', type=kind, nargs='+', help=f'{what}: one number, or one for each of three stages'
@@ -52,6 +64,9 @@ def generate(subcommands) -> None:
         type=int,
         help='pieces made at a time: fewer need less memory, more take less time, and prompts are then written '
         'together (default: those of a prompt)',
+    )
+    parser.add_argument(
+        '--format', choices=('wav', 'flac', 'ogg', 'mp3'), default='wav', help='of the files (default: %(default)s)'
     )
     parser.add_argument('--device', default='cpu', help='such as cuda (default: %(default)s)')
     parser.add_argument('--overwrite', action='store_true', help='write over a page that is in the folder already')
@@ -71,21 +86,27 @@ def run_generate(options: argparse.Namespace) -> None:
     from musiclm_pytorch.checks import check_device
     from musiclm_pytorch.gallery import check_no_page
 
-    folder, prompts = Path(options.output), options.prompts
+    folder, given = Path(options.output), read_given(options)
+    prompts = [told for told, _ in given]
     check_no_page(folder, options.overwrite)
     check_device(options.device)
-    if len(prompts) > 1 and all(len(prompt.split()) == 1 for prompt in prompts):
-        tell(f'these are {len(prompts)} prompts, each with music of its own; for one, quote it: "{" ".join(prompts)}"')
+    alone = options.prompts
+    if len(alone) > 1 and all(len(prompt.split()) == 1 for prompt in alone):
+        tell(f'these are {len(alone)} prompts, each with music of its own; for one, quote it: "{" ".join(alone)}"')
 
     from musiclm_pytorch.gallery import file_name, ranked_clips, write_clip
     from musiclm_pytorch.mulan.vocabulary import PromptWarning
     from musiclm_pytorch.musiclm import MusicLM
 
     musiclm = MusicLM.from_pretrained(options.model).to(options.device)
-    sampling = {name: it for name in musiclm.sampling if (it := getattr(options, name)) is not None}
+    sampling = {
+        name: it for name in (*musiclm.sampling, 'negative_scale') if (it := getattr(options, name)) is not None
+    }
     sampling = musiclm.sampling | {name: it[0] if len(it) == 1 else tuple(it) for name, it in sampling.items()}
-    how = dict(model=options.model, version=__version__, seconds=options.seconds, prime=options.prime, **sampling)
-    remarks = musiclm.prompt_warnings(prompts)
+    negative = None if options.negative is None else prompt_of(options.negative)
+    how = dict(model=options.model, version=__version__, seconds=options.seconds, prime=options.prime)
+    how |= dict(negative=options.negative, **sampling)
+    remarks = musiclm.prompt_warnings([prompt for _, prompt in given])
     for prompt, remark in zip(prompts, remarks):
         if remark:
             tell(f'"{prompt}": {remark}')
@@ -100,8 +121,10 @@ def run_generate(options: argparse.Namespace) -> None:
                 tell(f'prompt {done + 1} of {len(prompts)}: {some[0]}')
             with warnings.catch_warnings():
                 warnings.simplefilter('ignore', PromptWarning)  # they are told in lines
+                asked = [prompt for _, prompt in given[done : done + at_once]]
                 music = musiclm(
-                    some,
+                    asked,
+                    negative=negative,
                     num_samples=options.num_samples,
                     seconds=options.seconds,
                     seed=options.seed + done * options.num_samples,
@@ -114,16 +137,17 @@ def run_generate(options: argparse.Namespace) -> None:
                 )
             folder.mkdir(parents=True, exist_ok=True)
             for prompt, remark, *ranked in zip(
-                some, musiclm.prompt_warnings(some, music), music.waves, music.scores, music.seeds
+                some, musiclm.prompt_warnings(asked, music), music.waves, music.scores, music.seeds
             ):
                 if told := remark.removeprefix(remarks[done]).removeprefix('; '):
                     tell(f'"{prompt}": {told}')
                 done += 1
                 clips = ranked_clips(prompt, *ranked, name=f'{done:02d}-{file_name(prompt)}', remark=remark)
                 for clip in clips:
+                    clip = replace(clip, suffix=f'.{options.format}')
                     write_clip(folder, clip, musiclm.sample_rate)
                     made.append(clip)
-                    print(f'{clip.note}  {folder / clip.name}.wav', flush=True)
+                    print(f'{clip.note}  {folder / clip.file}', flush=True)
             write_lists(folder, made, how)
     except KeyboardInterrupt:
         if not made:
@@ -137,15 +161,32 @@ def run_generate(options: argparse.Namespace) -> None:
     print(f'{len(made) * options.seconds:g} s of music in {took:.1f} s; the page is {folder / "index.html"}')
 
 
+def read_given(options: argparse.Namespace) -> list[tuple[str, Any]]:
+    """Each prompt: what tells of it, and the words, the file of a sound or the mixture that it is."""
+    from musiclm_pytorch.audiolm.requests import Mix
+
+    given = [(prompt, prompt_of(prompt)) for prompt in options.prompts]
+    if options.mix:
+        try:
+            parts = [(float(weight), prompt_of(prompt)) for weight, prompt in options.mix]
+        except ValueError as error:
+            raise ValueError(f'--mix takes a weight, a number, and a prompt: {error}') from error
+        given.append((' + '.join(f'{weight} {prompt}' for weight, prompt in options.mix), Mix(parts)))
+    if not given:
+        raise ValueError('say what the music is like: give a PROMPT, or --mix')
+    return given
+
+
+def prompt_of(text: str) -> str | Path:
+    return Path(text[1:]) if text.startswith('@') else text
+
+
 def write_lists(folder: Path, clips: list[Clip], how: dict[str, Any]) -> None:
     """The page of clips that are there, and `prompts.json`: what makes each again, which `musiclm evaluate` reads."""
     from musiclm_pytorch.atomic import write_text
     from musiclm_pytorch.gallery import write_page
 
-    pieces = {
-        f'{clip.name}.wav': dict(prompt=clip.section, seed=clip.seed, **how, score=round(clip.score, 4))
-        for clip in clips
-    }
+    pieces = {clip.file: dict(prompt=clip.section, seed=clip.seed, **how, score=round(clip.score, 4)) for clip in clips}
     write_text(folder / 'prompts.json', json.dumps(pieces, indent=2, ensure_ascii=False) + '\n')
     settings = [f'{name.replace("_", " ")} {it}' for name, it in how.items() if it is not None]
     write_page(folder, clips, title='Music', intro=', '.join(settings))

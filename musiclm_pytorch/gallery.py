@@ -35,7 +35,7 @@ PAGE = """<!doctype html>
 FIGURE = """<figure>
   <figcaption>{caption} <small>{note}</small></figcaption>
   <img src="{name}.png" alt="mel spectrogram of {caption}">
-  <audio controls preload="none" src="{name}.wav"></audio>
+  <audio controls preload="none" src="{file}"></audio>
 </figure>"""
 
 
@@ -49,6 +49,7 @@ class Clip:
     section: clips of one section stand together under it, as a heading
     remark: what there is to say of the section, below its heading
     score, seed: of a sample, MuLaN's cosine with the prompt, and what makes it again
+    suffix: of its sound file, see `Waves.save`
     """
 
     name: str
@@ -59,6 +60,11 @@ class Clip:
     remark: str = ''
     score: float | None = None
     seed: int | None = None
+    suffix: str = '.wav'
+
+    @property
+    def file(self) -> str:
+        return self.name + self.suffix
 
 
 def ranked_clips(
@@ -89,11 +95,11 @@ def file_name(prompt: str) -> str:
 
 
 def write_clip(folder: Path, clip: Clip, sample_rate: int) -> None:
-    """Write `name.wav` (16 bit) and `name.png`."""
+    """Write its sound file and `name.png`."""
     image = io.BytesIO()
     picture(clip.wave, sample_rate).savefig(image, dpi=80, format='png')
-    path = folder / clip.name
-    write_together({Path(f'{path}.wav'): sound_bytes(clip.wave, sample_rate), Path(f'{path}.png'): image.getvalue()})
+    sound = sound_bytes(clip.wave, sample_rate, clip.suffix)
+    write_together({folder / clip.file: sound, folder / f'{clip.name}.png': image.getvalue()})
 
 
 def write_gallery(
@@ -122,7 +128,9 @@ def write_page(folder: Path, clips: Sequence[Clip], *, title: str, intro: str = 
     """Write `index.html` of clips whose files are there, with a line of text in front; returns its path."""
     body, section = [], ''
     for clip in clips:
-        texts = {name: html.escape(getattr(clip, name)) for name in ('name', 'caption', 'note', 'section', 'remark')}
+        texts = {
+            name: html.escape(getattr(clip, name)) for name in ('name', 'file', 'caption', 'note', 'section', 'remark')
+        }
         if clip.section != section:
             section = clip.section
             body.append(f'<h2>{texts["section"]}</h2>')

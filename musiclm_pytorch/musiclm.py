@@ -31,6 +31,7 @@ from musiclm_pytorch.audiolm.requests import (
     CountPerStage,
     Mix,
     PerStage,
+    ProcessorPerStage,
     Prompt,
     Story,
     read_prime,
@@ -40,7 +41,7 @@ from musiclm_pytorch.audiolm.requests import (
     read_seconds,
     words_in,
 )
-from musiclm_pytorch.audiolm.sampling import Progress, Sampling, counted_steps
+from musiclm_pytorch.audiolm.sampling import Progress, Sampling, StopGeneration, counted_steps
 from musiclm_pytorch.audiolm.saving import load_module, save_module
 from musiclm_pytorch.audiolm.seam import CHANGE, CHANGE_GUIDANCE, join, steps_in
 from musiclm_pytorch.audiolm.semantic import SemanticTokenizer
@@ -243,6 +244,7 @@ class MusicLM(nn.Module):
         cond_scale: PerStage | None = None,
         negative: Prompt | None = None,
         negative_scale: PerStage = 1.0,
+        logits_processor: ProcessorPerStage = None,
         prime_wave: Tensor | np.ndarray | None = None,
         prime_wave_input_sample_hz: int | None = None,
         prime_wave_path: str | Path | None = None,
@@ -266,6 +268,9 @@ class MusicLM(nn.Module):
                 0.4) and a guidance of 3.
             negative: a prompt that the music is to keep away from, in all conditioned stages.
             negative_scale: how much, as `temperature` for all stages or three.
+            logits_processor: a function of the tokens drawn so far in a window, `(b, n)` int64, levels taking turns,
+                and the logits of the next ones, `(b, c)`, that gives logits; one for all stages, or three, None among
+                them.
             prime_wave, prime_wave_input_sample_hz: music to go on from, a floating-point tensor or numpy array
                 `(samples,)` or `(channels, samples)`, and its rate in Hz; or
             prime_wave_path: the file that it is in. The music begins with these samples (the mean of the channels, at
@@ -279,7 +284,8 @@ class MusicLM(nn.Module):
             return_all: all pieces of each prompt instead of the best.
             return_scores: the scores by which MuLaN chose, too.
             progress: a bar a stage, and for decoding and ranking; or a function of (steps, steps in all), which all of
-                them call in turn.
+                them call in turn. It may raise `StopGeneration`: whole pieces that are done by then are given back, of
+                the first prompts or of the first one alone; if there are none, it is raised to the caller.
 
         Returns:
             `(prompts, samples)` float32 at `sample_rate`, the piece of each prompt that MuLaN finds nearest to it, as
@@ -298,7 +304,12 @@ class MusicLM(nn.Module):
         prompts, story = read_prompts(text)
         seconds = read_seconds(seconds, max_length, story, semantic_rate=self.semantic_rate)
         samplings = self._samplings(
-            temperature=temperature, top_k=top_k, top_p=top_p, cond_scale=cond_scale, negative_scale=negative_scale
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            cond_scale=cond_scale,
+            negative_scale=negative_scale,
+            logits_processor=logits_processor,
         )
         avoided = [] if negative is None else [read_prompt(negative)]
         prime = read_prime(prime_wave, prime_wave_input_sample_hz, prime_wave_path, seconds=seconds)
@@ -329,11 +340,22 @@ class MusicLM(nn.Module):
                 else:
                     prompt_of = [row // num_samples for row in rows]
                     parts = [Part(0.0, seconds, indices[prompt_of], sounds[prompt_of])]
-                codes = self._generate(parts, avoided, samplings, prime, [generators[row] for row in rows], progress)
-                with counted_steps(progress, 'waves', len(rows)) as advance:
-                    for own in zip(*(it.split(1) for it in codes)):
-                        waves.append(self._decode_parts(own, parts))
-                        advance(1)
+                try:
+                    codes = self._generate(
+                        parts, avoided, samplings, prime, [generators[row] for row in rows], progress
+                    )
+                    with counted_steps(progress, 'waves', len(rows)) as advance:
+                        for own in zip(*(it.split(1) for it in codes)):
+                            waves.append(self._decode_parts(own, parts))
+                            advance(1)
+                except StopGeneration:
+                    if not waves:
+                        raise
+                    pieces, num_samples = max(1, len(waves) // num_samples), min(len(waves), num_samples)
+                    waves, seeds = waves[: pieces * num_samples], seeds[: pieces * num_samples]
+                    wanted = wanted if story else wanted[:pieces]
+                    progress = False
+                    break
             waves = torch.stack(waves)
             if prime is not None:
                 given = resample(prime[0].to(waves.device), prime[1], self.sample_rate)[0]
@@ -341,7 +363,10 @@ class MusicLM(nn.Module):
             waves = rearrange(waves, '(p s) n -> p s n', s=num_samples)
             scores = None
             if return_scores or (num_samples > 1 and not return_all):
-                scores = self._score(waves, wanted, story, progress)
+                try:
+                    scores = self._score(waves, wanted, story, progress)
+                except StopGeneration:  # what is done is ranked all the same
+                    scores = self._score(waves, wanted, story)
                 if not story:
                     warn_of(self._score_warnings(Music(waves, scores)))
         if not return_all:
@@ -362,6 +387,7 @@ class MusicLM(nn.Module):
         cond_scale: PerStage | None = None,
         negative: Prompt | None = None,
         negative_scale: PerStage = 1.0,
+        logits_processor: ProcessorPerStage = None,
         seed: int | None = None,
     ) -> MusicStream:
         """Music for a prompt as it is made, without end unless `seconds` says so: an iterator of waves.
@@ -393,7 +419,12 @@ class MusicLM(nn.Module):
             semantic_rate=self.semantic_rate,
             frame_rate=self.frame_rate,
             samplings=self._samplings(
-                temperature=temperature, top_k=top_k, top_p=top_p, cond_scale=cond_scale, negative_scale=negative_scale
+                temperature=temperature,
+                top_k=top_k,
+                top_p=top_p,
+                cond_scale=cond_scale,
+                negative_scale=negative_scale,
+                logits_processor=logits_processor,
             ),
             seconds=seconds,
             generator=torch.Generator(self.device).manual_seed(seed),
@@ -417,7 +448,7 @@ class MusicLM(nn.Module):
     def _samplings(self, **given: Any) -> list[Sampling]:
         """How each stage samples: as given, or else as suits the model."""
         return read_sampling(
-            **{name: self.sampling[name] if value is None else value for name, value in given.items()},
+            **{name: self.sampling.get(name) if value is None else value for name, value in given.items()},
             conditioned=[self.stages[name].has_condition for name in STAGES],
         )
 

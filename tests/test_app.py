@@ -17,12 +17,11 @@ import pytest
 import soundfile
 import torch
 
-from musiclm_pytorch import MusicLM
+from musiclm_pytorch import MusicLM, StopGeneration
 from musiclm_pytorch.cli import main
 from musiclm_pytorch.inference.app import create_app, launch_app, who_plays, without_folders
 from musiclm_pytorch.inference.music_maker import (
     MusicMaker,
-    Stopped,
     highest,
     in_proportion,
     read_story,
@@ -171,7 +170,7 @@ def test_work_that_is_stopped_gives_back_what_is_done(tiny, maker):
     def report(share, what):
         told.append(what)
         if share > 0.6:  # in the second round of two
-            raise Stopped
+            raise StopGeneration
 
     clips = maker.from_prompt('a lofi organ', 0.5, num_samples=3, seed=4, report=report)
     assert sorted(clip.seed for clip in clips) == [4, 5]
@@ -184,7 +183,7 @@ def test_work_that_is_stopped_gives_back_what_is_done(tiny, maker):
 
 
 def stop_at_once(*_):
-    raise Stopped
+    raise StopGeneration
 
 
 def test_messages_tell_names_and_no_folders():

@@ -9,7 +9,7 @@ import pytest
 import soundfile
 import torch
 
-from musiclm_pytorch import MusicLM, PromptWarning, SyntheticMusic
+from musiclm_pytorch import Mix, MusicLM, PromptWarning, SyntheticMusic
 from musiclm_pytorch.cli import main
 from musiclm_pytorch.cli_evaluate import read_texts
 from musiclm_pytorch.pretrained import HOME, find_pretrained, pretrained_names
@@ -82,6 +82,9 @@ def test_generate_writes_waves_and_a_page(tmp_path, capsys):
     [
         (['--model', 'tinny'], 'there is no folder tinny'),
         (['--seconds', '0'], 'seconds must be greater than 0'),
+        (['--mix', 'much', 'an organ'], '--mix takes a weight, a number, and a prompt'),
+        (['--mix', '0', 'an organ'], "the weight of 'an organ' must be greater than 0, got 0"),
+        (['--negative', '@nowhere.wav'], 'nowhere.wav'),
         (['--num-samples', '0'], 'num_samples must be greater than 0'),
         (['--temperature', '1', '2'], 'temperature must be one number or three'),
         (['--prime', 'nowhere.wav'], 'nowhere.wav'),
@@ -95,6 +98,26 @@ def test_bad_options_are_told_in_a_line(tmp_path, capsys, arguments, message):
     assert message in error
     assert error.count('\n') == 1
     assert not (tmp_path / 'out').exists()
+
+
+def test_sounds_and_mixtures_are_prompts_and_files_have_a_format(tiny, tmp_path, capsys):
+    soundfile.write(tmp_path / 'in.wav', 0.2 * torch.randn(32000).numpy(), 16000)
+    options = ['--mix', '0.7', 'a slow organ', '--mix', '0.3', f'@{tmp_path}/in.wav', '--negative', 'drums']
+    options += ['--negative-scale', '0.5', '--format', 'flac', '--seconds', '0.5', '-o', str(tmp_path / 'out')]
+    assert main(['generate', f'@{tmp_path}/in.wav', *options]) == 0
+    pieces = json.loads((tmp_path / 'out' / 'prompts.json').read_text())
+    mix = Mix([(0.7, 'a slow organ'), (0.3, tmp_path / 'in.wav')])
+    for seed, (prompt, told) in enumerate(
+        ((tmp_path / 'in.wav', f'@{tmp_path}/in.wav'), (mix, f'0.7 a slow organ + 0.3 @{tmp_path}/in.wav'))
+    ):
+        (name,) = (name for name, it in pieces.items() if it['seed'] == seed)
+        assert pieces[name]['prompt'] == told
+        assert (pieces[name]['negative'], pieces[name]['negative_scale']) == ('drums', 0.5)
+        assert soundfile.info(tmp_path / 'out' / name).format == 'FLAC'
+        assert f'src="{name}"' in (tmp_path / 'out' / 'index.html').read_text()
+        heard = torch.from_numpy(soundfile.read(tmp_path / 'out' / name, dtype='float32')[0])
+        own = tiny(prompt, seconds=0.5, seed=seed, negative='drums', negative_scale=0.5)
+        torch.testing.assert_close(heard, own[0], atol=1e-3, rtol=0)
 
 
 def test_what_is_done_is_left_when_interrupted(tiny, tmp_path, capsys, monkeypatch):

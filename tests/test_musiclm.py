@@ -7,7 +7,7 @@ import torch
 from conftest import tiny_audio, tiny_mulan
 from torch import nn
 
-from musiclm_pytorch import MuLaNEmbedQuantizer, MusicLM
+from musiclm_pytorch import MuLaNEmbedQuantizer, MusicLM, StopGeneration
 from musiclm_pytorch.audiolm.convert import (
     AudioLM,
     CoarseTransformer,
@@ -125,6 +125,55 @@ def test_seeds_and_batches(musiclm):
     assert torch.equal(first, musiclm(['a', 'b'], seed=5, **keywords))
     assert not torch.equal(first, musiclm(['a', 'b'], seed=6, **keywords))
     torch.testing.assert_close(musiclm(['a', 'b'], seed=5, max_batch=2, **keywords), first, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ('done', 'kept'),  # pieces of three prompts with two samples each; what is given back of the prompts
+    [(1, (1, 1)), (2, (1, 2)), (5, (2, 2)), (6, (3, 2))],
+)
+def test_what_is_done_when_it_is_stopped_is_given_back(musiclm, done, kept):
+    prompts, keywords = ['a', 'b', 'c'], dict(num_samples=2, seconds=0.4, seed=5, return_all=True, return_scores=True)
+    stages = 0
+
+    def report(step, total):
+        nonlocal stages
+        stages += step == total
+        if stages == 4 * done + 1:  # three stages and a wave for each piece by itself
+            raise StopGeneration
+
+    made = musiclm(prompts, max_batch=1, progress=report, **keywords)
+    whole = musiclm(prompts, max_batch=1, **keywords)
+    assert made.waves.shape[:2] == made.scores.shape == made.seeds.shape == kept
+    for given, wanted in zip((*made, made.seeds), (*whole, whole.seeds)):
+        assert torch.equal(given, wanted[: kept[0], : kept[1]])
+    with pytest.raises(StopGeneration):
+        musiclm('a', seconds=0.4, progress=stop_at_once)
+
+
+def stop_at_once(*_):
+    raise StopGeneration
+
+
+def test_logits_are_processed_stage_by_stage(musiclm):
+    seen = {}
+
+    def only(stage, code):
+        def process(tokens, logits):
+            seen.setdefault(stage, []).append(tokens.shape[1])
+            assert tokens.dtype == torch.long
+            assert (tokens == code).all()
+            return torch.full_like(logits, -torch.inf).index_fill(1, torch.tensor([code]), 0.0)
+
+        return process
+
+    keywords = dict(seconds=0.4, seed=5)
+    plain = musiclm('a', **keywords)
+    made = musiclm('a', logits_processor=(only('semantic', 2), None, only('fine', 3)), **keywords)
+    assert seen == dict(semantic=[0, 1, 2, 3], fine=list(range(20)))
+    assert not torch.equal(made, plain)
+    assert torch.equal(musiclm('a', logits_processor=lambda tokens, logits: logits, **keywords), plain)
+    with pytest.raises(TypeError, match=r'must give logits as it gets them, \(1, 7\) of floats, got None'):
+        musiclm('a', logits_processor=lambda tokens, logits: None, **keywords)
 
 
 def test_a_seed_makes_a_piece_again_alone(musiclm):

@@ -28,7 +28,7 @@ import uvicorn
 from conftest import tiny_mulan
 from test_musiclm import build_audio_lm, build_quantizer
 
-from musiclm_pytorch import MusicLM
+from musiclm_pytorch import Mix, MusicLM
 from musiclm_pytorch.cli import main
 from musiclm_pytorch.inference import InferenceConfig, OptimizedMuLaN, ServiceConfig, create_service
 from musiclm_pytorch.inference.service.worker import Abandoned, ModelWorker
@@ -221,6 +221,34 @@ def test_generate_gives_all_pieces_best_first(service, musiclm):
         alone = body | dict(prompt=piece['prompt'], num_samples=1, seed=piece['seed'])
         answer = service.client.post('/generate', json=alone).json()
         same_music(*(read_wav(base64.b64decode(it['wav'])) for it in (piece, *answer['pieces'])))
+
+
+def test_music_like_a_sound_or_a_mixture_away_from_something(service, musiclm):
+    wave = sound()
+    own_wave, rate = soundfile.read(io.BytesIO(wave), dtype='float32')
+    latent = [1.0] * 16
+    prompts = [
+        dict(sound=base64.b64encode(wave).decode()),
+        dict(mix=[(0.7, 'a slow flute'), (0.3, dict(latent=latent))]),
+    ]
+    body = dict(prompt=prompts, negative='fast drums', negative_scale=2.0, seconds=0.5, seed=1, format='json')
+    answer = service.client.post('/generate', json=body).json()
+    asked = [(own_wave, rate), Mix([(0.7, 'a slow flute'), (0.3, torch.tensor(latent))])]
+    own = musiclm(asked, seconds=0.5, seed=1, negative='fast drums', negative_scale=2.0)
+    for piece, music in zip(answer['pieces'], own):
+        made, _ = soundfile.read(io.BytesIO(base64.b64decode(piece['wav'])))
+        np.testing.assert_allclose(made, music.clamp(-1, 1), atol=1e-4)
+    flac = service.client.post('/generate', json=body | dict(prompt=prompts[0], format='flac'))
+    assert flac.headers['content-type'] == 'audio/flac'
+    assert soundfile.info(io.BytesIO(flac.content)).format == 'FLAC'
+    too_long = dict(sound=base64.b64encode(sound(seconds=41.0)).decode())
+    answer = service.client.post('/generate', json=dict(prompt=too_long))
+    check_error(answer, 422, 'invalid_request', 'more than the 40 s that are allowed')
+    too_short = dict(sound=base64.b64encode(sound(seconds=0.01)).decode())
+    answer = service.client.post('/generate', json=dict(prompt=too_short))
+    check_error(answer, 422, 'invalid_request', 'the sound of a prompt must last .* s at least, got 0.01 s')
+    answer = service.client.post('/generate', json=dict(prompt=dict(sound=base64.b64encode(b'noise').decode())))
+    check_error(answer, 400, 'unreadable_audio', 'the sound of a prompt')
 
 
 def heard(music):
@@ -545,7 +573,17 @@ def test_what_is_no_json(service, path, body):
         ('/generate', '{"prompt": [], "format": "json"}', 'at least one prompt'),
         ('/generate', '{"prompt": 1}', 'valid string'),
         ('/generate', '{"prompt": ["a", "b"]}', "one prompt, not a list, or format 'json'"),
-        ('/generate', '{"prompt": "a", "format": "mp3"}', "format: Input should be 'wav' or 'json'"),
+        (
+            '/generate',
+            '{"prompt": "a", "format": "aac"}',
+            "format: Input should be 'wav', 'flac', 'ogg', 'mp3' or 'json'",
+        ),
+        ('/generate', '{"prompt": {"sound": "???"}}', 'the sound of a prompt is no base64'),
+        ('/generate', '{"prompt": {"latent": [1, 2]}}', 'must have 16 numbers, not all of them 0, got 2'),
+        ('/generate', '{"prompt": {"mix": []}}', 'a Mix of nothing'),
+        ('/generate', '{"prompt": {"mix": [[0, "a"]]}}', "the weight of 'a' must be greater than 0, got 0"),
+        ('/generate', '{"prompt": "a", "negative": " "}', 'a prompt must say something'),
+        ('/generate', '{"prompt": "a", "negative": "b", "negative_scale": -1}', 'negative_scale must lie between 0'),
         ('/generate', '{"prompt": "a", "seconds": NaN}', 'seconds: Input should be a finite number'),
         ('/generate', '{"prompt": "a", "seconds": 1e999}', 'seconds: Input should be a finite number'),
         ('/generate', '{"prompt": "a", "seconds": "1"}', 'seconds: Input should be a valid number'),

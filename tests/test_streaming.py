@@ -8,7 +8,7 @@ from einops import rearrange
 from test_musiclm import RATE, build_audio_lm, build_quantizer
 from torch import nn
 
-from musiclm_pytorch import MusicLM
+from musiclm_pytorch import MusicLM, PromptWarning
 from musiclm_pytorch.audiolm.generate import generate_coarse
 from musiclm_pytorch.audiolm.sampling import Sampling
 from musiclm_pytorch.audiolm.streaming import StageStream, decode_stream
@@ -166,6 +166,12 @@ def test_the_shipped_model_follows_a_new_prompt(tiny):
     similarities = heard @ mulan.get_text_latents(raw_texts=prompts).T
     assert similarities[0].argmax() == 0
     assert similarities[1].argmax() == 1
+
+
+def test_words_that_the_model_does_not_know_are_told(tiny):
+    with pytest.warns(PromptWarning, match='does not know lofi') as told:
+        tiny.stream('a lofi flute', negative='an organ', seed=1)
+    assert told[0].filename == __file__
 
 
 def test_it_ends_when_it_is_closed(musiclm):

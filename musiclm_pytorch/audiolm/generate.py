@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from musiclm_pytorch.audiolm.convert import own_stage
-from musiclm_pytorch.audiolm.sampling import Generators, Noise, Progress, Sampling, counted_steps
+from musiclm_pytorch.audiolm.sampling import Generators, LogitsProcessor, Noise, Progress, Sampling, counted_steps
 from musiclm_pytorch.audiolm.stages import (
     PAD,
     CoarseTransformer,
@@ -26,7 +26,7 @@ from musiclm_pytorch.audiolm.stages import (
     SemanticTransformer,
     StageTransformer,
 )
-from musiclm_pytorch.checks import check_positive, typechecked
+from musiclm_pytorch.checks import check_positive, described, typechecked
 
 Embeds = Tensor | Sequence[Tensor] | None
 
@@ -419,6 +419,8 @@ def _sample(
     ask_every = 1 if noise.device.type == 'cpu' else ASK_EVERY
     for step in range(num_steps):
         logits = stage.next_logits(state)
+        if sampling.logits_processor is not None:
+            logits = _processed(sampling.logits_processor, tokens[:, :step], logits)
         if stage.end_id is not None and (step % stage.num_levels or step < may_end_from):
             logits[:, stage.end_id] = float('-inf')
         drawn = sampling.draw(logits, noise[:, step])
@@ -434,6 +436,16 @@ def _sample(
             stage.decode_step(state, drawn)
         advance(1)
     return tokens
+
+
+def _processed(process: LogitsProcessor, tokens: Tensor, logits: Tensor) -> Tensor:
+    processed = process(tokens.clone(), logits.clone())
+    if not isinstance(processed, Tensor) or processed.shape != logits.shape or not processed.is_floating_point():
+        raise TypeError(
+            f'a logits_processor must give logits as it gets them, {tuple(logits.shape)} of floats, got '
+            f'{described(processed)}'
+        )
+    return processed.to(logits)
 
 
 def _first_ends(tokens: Tensor, end_id: int | None) -> list[int]:

@@ -10,7 +10,7 @@ import numpy as np
 from einops import reduce
 from torch import Tensor
 
-from musiclm_pytorch.audiolm.sampling import Sampling
+from musiclm_pytorch.audiolm.sampling import LogitsProcessor, Sampling
 from musiclm_pytorch.audiolm.stages import STAGES
 from musiclm_pytorch.checks import (
     as_tensor,
@@ -27,6 +27,7 @@ from musiclm_pytorch.data.audio import AudioFile
 Sound = tuple[Tensor | np.ndarray, int]  # a wave as `prime_wave`, and its rate in Hz
 PerStage = float | Sequence[float]
 CountPerStage = int | Sequence[int | None] | None
+ProcessorPerStage = LogitsProcessor | Sequence[LogitsProcessor | None] | None
 
 
 class Mix:

@@ -18,6 +18,14 @@ LOWEST_TEMPERATURE, MOST_GUIDANCE = 0.001, 100
 
 Progress = bool | Callable[[int, int], None]
 
+# of what was drawn so far in a window, (b, n) int64, levels taking turns, and the logits (b, c) of the next token
+LogitsProcessor = Callable[[Tensor, Tensor], Tensor]
+
+
+class StopGeneration(Exception):
+    """What a `progress` function raises to end the work; `MusicLM` then gives back the pieces that are done."""
+
+
 Generators = torch.Generator | Sequence[torch.Generator] | None
 
 
@@ -32,6 +40,7 @@ class Sampling:
     cond_scale: classifier-free guidance, null + cond_scale · (conditioned − null); 1 is without
     negative_scale: guidance away from a negative condition, if there is one: with it, negative_scale ·
         (conditioned − negative) is added
+    logits_processor: changes the logits before all of this but the guidance; a logit of −inf forbids a token
 
     Raises ValueError for a value out of range.
     """
@@ -41,6 +50,7 @@ class Sampling:
     top_p: float | None = None
     cond_scale: float = 1.0
     negative_scale: float = 1.0
+    logits_processor: LogitsProcessor | None = None
 
     def __post_init__(self):
         if not (self.temperature >= 0 and math.isfinite(self.temperature)):

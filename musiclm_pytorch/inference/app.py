@@ -13,9 +13,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from musiclm_pytorch.audiolm.sampling import StopGeneration
 from musiclm_pytorch.extras import how_to_install
 from musiclm_pytorch.gallery import Clip, write_clip
-from musiclm_pytorch.inference.music_maker import MusicMaker, Stopped, highest
+from musiclm_pytorch.inference.music_maker import MusicMaker, highest
 from musiclm_pytorch.musiclm import MusicLM
 
 if TYPE_CHECKING:
@@ -87,7 +88,7 @@ def create_app(
 
         def report(share: float, what: str) -> None:
             if closing.is_set() or request.session_hash in stopping:
-                raise Stopped
+                raise StopGeneration
             progress(MAKING * share, desc=what)
 
         begin = time.perf_counter()

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from musiclm_pytorch.audiolm.sampling import Progress
+from musiclm_pytorch.audiolm.sampling import Progress, StopGeneration
 from musiclm_pytorch.audiolm.stages import STAGES
 from musiclm_pytorch.checks import check_positive, typechecked
 from musiclm_pytorch.gallery import Clip, file_name, ranked_clips
@@ -17,10 +17,6 @@ from musiclm_pytorch.musiclm import MusicLM
 from musiclm_pytorch.waves import Music
 
 AT_ONCE = 2  # pieces: more are little faster (a sixth, four at once), and fewer are lost when the work is stopped
-
-
-class Stopped(Exception):
-    """No one waits for the rest any more: what `report` raises to end the work."""
 
 
 class MusicMaker:
@@ -77,8 +73,8 @@ class MusicMaker:
 
         cond_scale, temperature: of the stage where the model's own is highest, the others in proportion; by default the
             model's own.
-        report: told the share of the work that is done, and what is being done. Where it raises `Stopped`, the pieces
-            that are done by then are all that there are.
+        report: told the share of the work that is done, and what is being done. Where it raises `StopGeneration`, the
+            pieces that are done by then are all that there are.
         """
         if not 1 <= num_samples <= self.max_samples:
             raise ValueError(f'the number of samples may be 1 to {self.max_samples}, got {num_samples}')
@@ -93,7 +89,7 @@ class MusicMaker:
         firsts = range(0, num_samples, AT_ONCE)
         progress = stage_progress(report, parts=len(prompts), rounds=len(firsts)) if report else False
         made = []
-        with contextlib.suppress(Stopped):
+        with contextlib.suppress(StopGeneration):
             for first in firsts:
                 music = self.musiclm(
                     text,

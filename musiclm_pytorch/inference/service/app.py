@@ -16,7 +16,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from torch import Tensor
 
-from musiclm_pytorch.checks import typechecked
+from musiclm_pytorch.checks import described, typechecked
 from musiclm_pytorch.inference.optimize import OptimizedMuLaN
 from musiclm_pytorch.inference.service.config import ServiceConfig
 from musiclm_pytorch.inference.service.limits import Limits, Load
@@ -26,7 +26,7 @@ from musiclm_pytorch.inference.service.requests import (
     Prompts,
     ServiceError,
     Texts,
-    check_prompts,
+    asked_prompts,
     check_texts,
     code_of,
     content_type,
@@ -47,6 +47,8 @@ from musiclm_pytorch.mulan.model import MuLaN
 from musiclm_pytorch.musiclm import MusicLM
 from musiclm_pytorch.version import __version__
 from musiclm_pytorch.waves import sound_bytes
+
+MEDIA_TYPES = {'wav': 'audio/wav', 'flac': 'audio/flac', 'ogg': 'audio/ogg', 'mp3': 'audio/mpeg'}
 
 router = APIRouter()
 
@@ -193,21 +195,25 @@ async def rank(request: Request) -> JSONResponse:
 
 @router.post('/generate', openapi_extra={'requestBody': {'content': schema(Prompts)}})
 async def generate(request: Request) -> Response:
-    """Music: a WAV, or JSON with all pieces in base64 and their scores, each prompt's best first."""
+    """Music: a sound file, or JSON with all pieces in base64 and their scores, each prompt's best first."""
     worker, config = request.app.state.worker, request.app.state.config
     musiclm = music_model(request)
     body = await read_json(request, Prompts)
-    check_prompts(body, config, worker.shortest)
+    limits = dict(shortest=worker.shortest, dim_latent=worker.mulan.dim_latent)
+    prompts, negative = await run_in_threadpool(asked_prompts, body, config, **limits)
     seed = secrets.randbelow(2**31) if body.seed is None else body.seed
-    job = worker.generate(body.prompts, num_samples=body.num_samples, seconds=body.seconds, seed=seed, **body.sampling)
+    how = dict(num_samples=body.num_samples, seconds=body.seconds, seed=seed, **body.sampling)
+    job = worker.generate(prompts, negative=negative, **how)
     music, rate = await finished(job, request), musiclm.sample_rate
-    warnings = musiclm.prompt_warnings(body.prompts, music)
-    if body.format == 'wav':
+    warnings = musiclm.prompt_warnings(prompts, music)
+    if body.format != 'json':
         best = music.scores[0].argmax()
         headers = {'X-Seed': str(seed), 'X-Score': f'{music.scores[0, best]:.6f}'}
         if warnings[0]:
             headers['X-Warning'] = header_of(warnings[0])
-        return Response(sound_bytes(music.waves[0, best], rate), media_type='audio/wav', headers=headers)
+        sound = sound_bytes(music.waves[0, best], rate, body.format)
+        return Response(sound, media_type=MEDIA_TYPES[body.format], headers=headers)
+    names = [it if isinstance(it, str) else described(it) for it in prompts]
     pieces = [
         {
             'prompt': prompt,
@@ -215,10 +221,10 @@ async def generate(request: Request) -> Response:
             'seed': seeds[place].item(),
             'wav': base64.b64encode(sound_bytes(waves[place], rate)).decode(),
         }
-        for prompt, waves, scores, seeds in zip(body.prompts, music.waves, music.scores, music.seeds)
+        for prompt, waves, scores, seeds in zip(names, music.waves, music.scores, music.seeds)
         for place in scores.argsort(descending=True).tolist()
     ]
-    told = {prompt: line for prompt, line in zip(body.prompts, warnings) if line}
+    told = {prompt: line for prompt, line in zip(names, warnings) if line}
     return JSONResponse({'sample_rate': rate, 'seed': seed, 'pieces': pieces, 'warnings': told})
 
 

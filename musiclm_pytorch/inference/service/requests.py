@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import base64
 import io
 from http import HTTPStatus
 from typing import Any, Literal, TypeVar
 from urllib.parse import quote
 
+import torch
 from fastapi import HTTPException, Request
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -14,7 +16,7 @@ from python_multipart.exceptions import FormParserError
 from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
-from musiclm_pytorch.audiolm.requests import read_prompts, read_sampling
+from musiclm_pytorch.audiolm.requests import Mix, Prompt, read_prompt, read_prompts, read_sampling
 from musiclm_pytorch.audiolm.stages import STAGES
 from musiclm_pytorch.data.audio import AudioFile
 from musiclm_pytorch.inference.service.config import ServiceConfig
@@ -74,18 +76,41 @@ class Texts(Body):
     texts: list[str]
 
 
+class SoundPrompt(Body):
+    """sound: a file as base64; the music is to be like it."""
+
+    sound: str
+
+
+class LatentPrompt(Body):
+    """latent: of MuLaN, as `/embed` gives it."""
+
+    latent: list[float]
+
+
+class MixPrompt(Body):
+    """mix: pairs of a weight and a prompt, which are one prompt together."""
+
+    mix: list[tuple[float, str | SoundPrompt | LatentPrompt]]
+
+
+OnePrompt = str | SoundPrompt | LatentPrompt | MixPrompt
+
+
 class Prompts(Body):
     """What music to make; numbers as `musiclm_pytorch.MusicLM` takes them.
 
     prompt: what the music is like; several with format 'json'
+    negative: what it is to keep away from, and `negative_scale` how much
     seconds: length of a piece
     num_samples: pieces made for each prompt, of which MuLaN chooses
     seed: the same pieces again, of which piece number i is the one that `seed + i` makes alone; by default drawn, and
         told in the answer
-    format: 'wav', the best piece alone, or 'json', all pieces with their scores
+    format: 'wav', 'flac', 'ogg' or 'mp3', the best piece alone, or 'json', all pieces with their scores
     """
 
-    prompt: str | list[str]
+    prompt: OnePrompt | list[OnePrompt]
+    negative: OnePrompt | None = None
     seconds: float = 10.0
     num_samples: int = 1
     seed: int | None = None
@@ -93,16 +118,13 @@ class Prompts(Body):
     top_k: int | list[int | None] | None = None
     top_p: float | list[float] | None = None
     cond_scale: float | list[float] | None = None
-    format: Literal['wav', 'json'] = 'wav'
-
-    @property
-    def prompts(self) -> list[str]:
-        return [self.prompt] if isinstance(self.prompt, str) else self.prompt
+    negative_scale: float | list[float] | None = None
+    format: Literal['wav', 'flac', 'ogg', 'mp3', 'json'] = 'wav'
 
     @property
     def sampling(self) -> dict[str, Any]:
         """How to sample, as far as it is said."""
-        return {name: value for name in SAMPLING if (value := getattr(self, name)) is not None}
+        return {name: value for name in (*SAMPLING, 'negative_scale') if (value := getattr(self, name)) is not None}
 
 
 SomeBody = TypeVar('SomeBody', bound=Body)
@@ -183,47 +205,84 @@ def check_texts(texts: list[str], config: ServiceConfig, name: str = 'texts') ->
             )
 
 
-def check_prompts(body: Prompts, config: ServiceConfig, shortest: float) -> None:
-    check_texts(body.prompts, config, 'prompt')
-    pieces = len(body.prompts) * body.num_samples
+def asked_prompts(
+    body: Prompts, config: ServiceConfig, *, shortest: float, dim_latent: int
+) -> tuple[list[Prompt], Prompt | None]:
+    """What music is to be like, and what it is to keep away from, as `MusicLM` takes them, once all is checked."""
+    asked = body.prompt if isinstance(body.prompt, list) else [body.prompt]
+    check_texts([it for it in asked if isinstance(it, str)], config, 'prompt')
+    pieces = len(asked) * body.num_samples
     if body.num_samples < 1 or pieces > config.max_pieces:
         raise invalid(f'prompts times num_samples must lie between 1 and {config.max_pieces}, got {pieces}')
     if not shortest <= body.seconds <= config.max_seconds:
         raise invalid(f'seconds must lie between {shortest:.3g} and {config.max_seconds:g}, got {body.seconds:g}')
     if body.seed is not None and not 0 <= body.seed < 2**63:
         raise invalid(f'seed must lie between 0 and 2⁶³ - 1, got {body.seed}')
-    if body.format == 'wav' and not isinstance(body.prompt, str):
-        raise invalid("a WAV holds one piece: give one prompt, not a list, or format 'json'")
+    if body.format != 'json' and isinstance(body.prompt, list):
+        raise invalid(f"a {body.format.upper()} holds one piece: give one prompt, not a list, or format 'json'")
+    left = config.max_audio_seconds
+
+    def read(prompt: OnePrompt) -> Prompt:
+        nonlocal left
+        if isinstance(prompt, str):
+            check_texts([prompt], config, 'prompt')
+            return prompt
+        if isinstance(prompt, MixPrompt):
+            return Mix([(weight, read(part)) for weight, part in prompt.mix])
+        if isinstance(prompt, LatentPrompt):
+            if len(prompt.latent) != dim_latent or not any(prompt.latent):
+                raise invalid(f'a latent must have {dim_latent} numbers, not all of them 0, got {len(prompt.latent)}')
+            return torch.tensor(prompt.latent)
+        try:
+            content = base64.b64decode(prompt.sound, validate=True)
+        except ValueError as error:
+            raise invalid(f'the sound of a prompt is no base64: {error}') from error
+        file = open_sound(content, 'the sound of a prompt')
+        seconds = len(file) / file.sample_rate
+        left -= seconds
+        if seconds < shortest:
+            raise invalid(f'the sound of a prompt must last {shortest:.3g} s at least, got {seconds:.3g} s')
+        if left < 0:
+            raise invalid(f'the sounds of prompts last more than the {config.max_audio_seconds:g} s that are allowed')
+        try:
+            return file.read(0, len(file)), file.sample_rate
+        except ValueError as error:
+            raise ServiceError(400, 'unreadable_audio', str(error)) from error
+
     try:
-        read_prompts(body.prompts)
+        prompts, _ = read_prompts([read(it) for it in asked])
+        negative = None if body.negative is None else read_prompt(read(body.negative))
         read_sampling(**body.sampling, conditioned=[True] * len(STAGES))
     except (TypeError, ValueError) as error:
         raise invalid(str(error)) from error
+    return prompts, negative
 
 
 def open_audio(uploads: list[UploadFile], config: ServiceConfig) -> list[AudioFile]:
     """Sound files whose headers are in order; what they hold is not read yet."""
     files, seconds = [], 0.0
     for index, upload in enumerate(uploads):
-        name = f'audio[{index}] ({upload.filename:.80})'
-        content = io.BytesIO(upload.file.read())  # an upload's own file cannot tell where it is on Python 3.10
+        content = upload.file.read()  # an upload's own file cannot tell where it is on Python 3.10
         upload.file.close()
-        try:
-            file = AudioFile(content, name)
-        except ValueError as error:
-            raise ServiceError(400, 'unreadable_audio', str(error)) from error
-        if file.channels > MOST_CHANNELS:
-            fault = f'{name} has {file.channels} channels, but at most {MOST_CHANNELS} are read; mix it down'
-        elif len(file) == 0:
-            fault = f'{name} has no samples'
-        else:
-            files.append(file)
-            seconds += len(file) / file.sample_rate
-            continue
-        raise ServiceError(400, 'unreadable_audio', fault)
+        files.append(open_sound(content, f'audio[{index}] ({upload.filename:.80})'))
+        seconds += len(files[-1]) / files[-1].sample_rate
     if seconds > config.max_audio_seconds:
         raise invalid(f'audio lasts {seconds:.1f} s in all, but at most {config.max_audio_seconds:g} s are allowed')
     return files
+
+
+def open_sound(content: bytes, name: str) -> AudioFile:
+    try:
+        file = AudioFile(io.BytesIO(content), name)
+    except ValueError as error:
+        raise ServiceError(400, 'unreadable_audio', str(error)) from error
+    if file.channels > MOST_CHANNELS:
+        fault = f'{name} has {file.channels} channels, but at most {MOST_CHANNELS} are read; mix it down'
+    elif len(file) == 0:
+        fault = f'{name} has no samples'
+    else:
+        return file
+    raise ServiceError(400, 'unreadable_audio', fault)
 
 
 def schema(kind: type[Body]) -> dict[str, Any]:

@@ -44,12 +44,14 @@ class Stream(Body):
     model_config = ConfigDict(strict=False)
 
     prompt: str
+    negative: str | None = None
     seconds: float | None = None
     seed: int | None = None
     temperature: float | None = None
     top_k: int | None = None
     top_p: float | None = None
     cond_scale: float | None = None
+    negative_scale: float | None = None
 
 
 class NextPrompt(Body):
@@ -72,7 +74,7 @@ async def stream(request: Request) -> StreamingResponse:
     The header X-Stream tells its name."""
     musiclm, config = music_model(request), request.app.state.config
     query = validated(Stream, dict(request.query_params)).model_dump(exclude_none=True)
-    check_texts([query['prompt']], config, 'prompt')
+    check_texts([query['prompt'], query.get('negative', '')], config, 'prompt')
     worker = request.app.state.worker
     streams = worker.streams
     if worker.is_stopping:
