@@ -335,6 +335,7 @@ def _generate(
     batch, length, q = tokens.shape
     limits = [length] * batch if limits is None else list(limits)
     name = next(it for it in ('semantic', 'coarse', 'fine') if type(stage).__name__.lower().startswith(it))
+    negative = None if negative_embeds is None else _conditioning(stage, negative_embeds, batch, sampling)
     was_training = stage.training
     stage.eval()
     try:
@@ -345,7 +346,6 @@ def _generate(
                     continue
                 rows, windows, steps = [job.row for job in jobs], [job.window for job in jobs], _num_steps(jobs) * q
                 embeds = [_conditioning(stage, _at(text_embeds, job.number), batch, sampling) for job in jobs]
-                negative = None if negative_embeds is None else _conditioning(stage, negative_embeds, batch, sampling)
                 state = stage.prefill(
                     *given(jobs),
                     torch.stack([tokens[row, w.start : w.known].flatten() for row, w in zip(rows, windows)]),
@@ -439,6 +439,7 @@ def _sample(
 
 
 def _processed(process: LogitsProcessor, tokens: Tensor, logits: Tensor) -> Tensor:
+    """What a caller's function makes of logits; it may write into what it is given."""
     processed = process(tokens.clone(), logits.clone())
     if not isinstance(processed, Tensor) or processed.shape != logits.shape or not processed.is_floating_point():
         raise TypeError(

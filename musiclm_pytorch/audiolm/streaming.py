@@ -282,7 +282,7 @@ def _decode_overlapping(codec: Codec, chunks: Iterable[Tensor]) -> Iterator[Tens
 def decode(codec: Codec, codes: Tensor) -> Tensor:
     """Waves `(b, samples)` of codes, also of so few that a codec needs more to work."""
     if hasattr(codec, 'decode_stream'):  # which takes any number
-        return codec.decode(codes)
+        return codec.decode(codes).float()
     spare = max(0, SHORTEST_CODED - codes.shape[1])
     whole = torch.cat((codes, codes[:, -1:].expand(-1, spare, -1)), dim=1)
     return codec.decode(whole).float()[:, : codes.shape[1] * int(codec.sample_rate / codec.frame_rate)]
