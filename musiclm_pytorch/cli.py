@@ -15,7 +15,7 @@ from pathlib import Path
 
 from musiclm_pytorch.cli_app import app
 from musiclm_pytorch.cli_evaluate import compare, evaluate
-from musiclm_pytorch.cli_generate import generate
+from musiclm_pytorch.cli_generate import generate, stream
 from musiclm_pytorch.cli_parts import assemble, recipes, train_quantizer, train_tokenizer
 from musiclm_pytorch.cli_search import index, search
 from musiclm_pytorch.cli_serve import serve
@@ -282,7 +282,7 @@ TRAININGS = [
     train_stage('fine', 'fine acoustic tokens from coarse ones'),
     train_all,
 ]
-SUBCOMMANDS = [shard, train, tokens, assemble, recipes, generate, evaluate, compare, index, search, serve, app]
+SUBCOMMANDS = [shard, train, tokens, assemble, recipes, generate, stream, evaluate, compare, index, search, serve, app]
 
 if __name__ == '__main__':
     sys.exit(main())

@@ -1,4 +1,4 @@
-"""`musiclm generate`: words to music, with a page to hear and see it."""
+"""`musiclm generate`: words to music, with a page to hear and see it; `musiclm stream`, for a player."""
 
 from __future__ import annotations
 
@@ -71,6 +71,44 @@ def generate(subcommands) -> None:
     parser.add_argument('--device', default='cpu', help='such as cuda (default: %(default)s)')
     parser.add_argument('--overwrite', action='store_true', help='write over a page that is in the folder already')
     parser.set_defaults(run=run_generate, prog=parser.prog)
+
+
+def stream(subcommands) -> None:
+    """`musiclm stream`: a prompt to a WAV that grows, for a player."""
+    parser = subcommands.add_parser(
+        'stream',
+        help='play music while it is made',
+        description='Make music for a prompt without end and write it to the standard output while it is made, as a '
+        'WAV: musiclm stream "a slow piano" | ffplay -nodisp -i -',
+    )
+    parser.add_argument('prompt', metavar='PROMPT', help='as of `musiclm generate`')
+    add_model_option(parser)
+    parser.add_argument('--seconds', metavar='S', type=float, help='end after so many (default: never)')
+    parser.add_argument('--seed', metavar='N', type=int, default=0, help='another seed, other music (default: 0)')
+    parser.add_argument('--negative', metavar='PROMPT', help='what the music is to keep away from, words or @FILE')
+    parser.add_argument('--device', default='cpu', help='such as cuda (default: %(default)s)')
+    parser.set_defaults(run=run_stream, prog=parser.prog)
+
+
+def run_stream(options: argparse.Namespace) -> None:
+    if sys.stdout.isatty():
+        raise ValueError('this is a terminal, which plays no sound: add "| ffplay -nodisp -i -", or "> music.wav"')
+
+    from musiclm_pytorch.checks import check_device
+    from musiclm_pytorch.musiclm import MusicLM
+    from musiclm_pytorch.waves import pcm_bytes, wav_header
+
+    check_device(options.device)
+    musiclm = MusicLM.from_pretrained(options.model).to(options.device)
+    negative = None if options.negative is None else prompt_of(options.negative)
+    with musiclm.stream(
+        prompt_of(options.prompt), seconds=options.seconds, seed=options.seed, negative=negative
+    ) as music:
+        samples = None if options.seconds is None else round(options.seconds * music.sample_rate)
+        sys.stdout.buffer.write(wav_header(music.sample_rate, samples))
+        for wave in music:
+            sys.stdout.buffer.write(pcm_bytes(wave))
+            sys.stdout.buffer.flush()
 
 
 def add_model_option(parser: argparse.ArgumentParser) -> None:

@@ -104,6 +104,7 @@ def test_every_option_has_help(monkeypatch):
         'index',
         'search',
         'serve',
+        'stream',
         'app',
         *(f'train {name}' for name in trainings),
     }

@@ -1,6 +1,7 @@
 """`musiclm generate` with the model that ships, and that model itself."""
 
 import copy
+import io
 import json
 import re
 import warnings
@@ -118,6 +119,14 @@ def test_sounds_and_mixtures_are_prompts_and_files_have_a_format(tiny, tmp_path,
         heard = torch.from_numpy(soundfile.read(tmp_path / 'out' / name, dtype='float32')[0])
         own = tiny(prompt, seconds=0.5, seed=seed, negative='drums', negative_scale=0.5)
         torch.testing.assert_close(heard, own[0], atol=1e-3, rtol=0)
+
+
+def test_stream_writes_a_wav_for_a_player(tiny, capfdbinary):
+    assert main(['stream', 'a slow organ', '--seconds', '1.5', '--seed', '3', '--negative', 'drums']) == 0
+    heard, rate = soundfile.read(io.BytesIO(capfdbinary.readouterr().out), dtype='float32')
+    own = torch.cat(list(tiny.stream('a slow organ', seconds=1.5, seed=3, negative='drums')))
+    assert rate == 16000
+    torch.testing.assert_close(torch.from_numpy(heard), own, atol=1e-3, rtol=0)
 
 
 def test_what_is_done_is_left_when_interrupted(tiny, tmp_path, capsys, monkeypatch):
