@@ -21,6 +21,7 @@ from .audiolm.spectral_codec import SpectralCodec as SpectralCodec
 from .audiolm.stages import CoarseTransformer as CoarseTransformer
 from .audiolm.stages import FineTransformer as FineTransformer
 from .audiolm.stages import SemanticTransformer as SemanticTransformer
+from .audiolm.streaming import MusicStream as MusicStream
 from .audiolm.tokens import compute_tokens as compute_tokens
 from .codecs.neural import NeuralCodec as NeuralCodec
 from .data.attributes import MusicLabels as MusicLabels
