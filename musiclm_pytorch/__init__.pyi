@@ -24,6 +24,7 @@ from .audiolm.stages import SemanticTransformer as SemanticTransformer
 from .audiolm.streaming import MusicStream as MusicStream
 from .audiolm.tokens import compute_tokens as compute_tokens
 from .codecs.neural import NeuralCodec as NeuralCodec
+from .codecs.pretrained import PretrainedCodec as PretrainedCodec
 from .data.attributes import MusicLabels as MusicLabels
 from .data.collate import collate_pairs as collate_pairs
 from .data.datasets import AudioTextDataset as AudioTextDataset

@@ -81,7 +81,21 @@ def assemble(subcommands) -> None:
         metavar='FILE',
         help=f"a recipe as for `{WHOLE}`, whose section 'musiclm' counts: windows and sampling",
     )
+    add_codec_option(parser, 'where the parts have none')
     parser.set_defaults(run=run_assemble, prog=parser.prog)
+
+
+def add_codec_option(parser: argparse.ArgumentParser, why: str) -> None:
+    """Which trained codec is used."""
+    parser.add_argument(
+        '--codec',
+        metavar='SOURCE',
+        help=f'a trained codec, {why}: its folder, or that of an EnCodec, a DAC or a Mimi of transformers, or its name '
+        'on the Hugging Face Hub, such as facebook/encodec_24khz',
+    )
+    parser.add_argument(
+        '--codec-quantizers', type=int, metavar='N', help='levels of a codec of transformers that are used (default: 8)'
+    )
 
 
 def run_recipes(options: argparse.Namespace) -> None:
@@ -144,12 +158,13 @@ def _open_fitting(part: str, names: dict[str, str], options: argparse.Namespace)
 
 
 def run_assemble(options: argparse.Namespace) -> None:
-    from musiclm_pytorch.trainer.assembly import assemble_musiclm
+    from musiclm_pytorch.trainer.assembly import assemble_musiclm, load_codec
     from musiclm_pytorch.trainer.folders import new_results
     from musiclm_pytorch.trainer.pipeline_recipe import MusicLMRecipe
 
     settings = {} if options.config is None else MusicLMRecipe.load(options.config).fitted.musiclm
-    musiclm = assemble_musiclm(options.parts, **settings)
+    codec = None if options.codec is None else load_codec(options.codec, options.codec_quantizers)
+    musiclm = assemble_musiclm(options.parts, codec=codec, **settings)
     with new_results(Path(options.output), resume=False, clear=False):
         musiclm.save_pretrained(options.output)
     print(

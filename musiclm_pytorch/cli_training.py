@@ -6,6 +6,8 @@ import argparse
 import time
 from pathlib import Path
 
+from musiclm_pytorch.cli_parts import add_codec_option
+
 
 def add_training_options(parser: argparse.ArgumentParser) -> None:
     """The options that every training has."""
@@ -122,6 +124,7 @@ def train_all(models) -> None:
         help='go on with the run under --output, by the recipe there; otherwise what is there is moved aside',
     )
     parser.add_argument('--seed', type=int, metavar='N', help='of every part, instead of those of the recipe')
+    add_codec_option(parser, 'instead of the one of the recipe')
     parser.set_defaults(run=run_train_all, prog=parser.prog)
 
 
@@ -134,8 +137,9 @@ def tokens(subcommands) -> None:
     )
     parser.add_argument('--data', metavar='SOURCE', required=True, help='as for `musiclm train mulan`')
     parser.add_argument('-o', '--output', metavar='FOLDER', required=True, help='where the tokens go')
-    for name, what in (('tokenizer', 'semantic tokenizer'), ('codec', 'codec'), ('quantizer', 'quantizer')):
+    for name, what in (('tokenizer', 'semantic tokenizer'), ('quantizer', 'quantizer')):
         parser.add_argument(f'--{name}', metavar='FOLDER', help=f'a trained {what}, for its tokens')
+    add_codec_option(parser, 'for its tokens')
     parser.add_argument('--batch-size', type=int, metavar='N', default=8, help='waves at a time (default: %(default)s)')
     parser.add_argument(
         '--synthetic', nargs=2, metavar=('N', 'SECONDS'), default=('20000', '10'), help='clips of "--data synthetic"'
@@ -193,7 +197,11 @@ def fits_spectral_codec(config: str | None) -> bool:
     from musiclm_pytorch.trainer.stage_recipes import CodecRecipe
 
     content = None if config is None else read_content(config)
-    return is_whole(content, CodecRecipe.SECTIONS) and content.get('codec') is None
+    if not is_whole(content, CodecRecipe.SECTIONS) or content.get('codec') is not None:
+        return False
+    if content.get('pretrained_codec') is not None:
+        raise ValueError(f'{config} takes a codec that is trained already; there is none to train')
+    return True
 
 
 def run_fit_spectral_codec(options: argparse.Namespace) -> None:
@@ -256,21 +264,20 @@ def tell_best(trainer) -> dict | None:
 
 
 def run_tokens(options: argparse.Namespace) -> None:
-    from musiclm_pytorch.audiolm.saving import load_module
     from musiclm_pytorch.audiolm.semantic import SemanticTokenizer
     from musiclm_pytorch.audiolm.tokens import compute_tokens
     from musiclm_pytorch.data.opening import open_whole_clips
     from musiclm_pytorch.quantizer import MuLaNEmbedQuantizer
-    from musiclm_pytorch.trainer.assembly import model_in
+    from musiclm_pytorch.trainer.assembly import load_codec, model_in
 
-    readers = dict(
-        tokenizer=SemanticTokenizer.from_pretrained, codec=load_module, quantizer=MuLaNEmbedQuantizer.from_pretrained
-    )
+    readers = dict(tokenizer=SemanticTokenizer.from_pretrained, quantizer=MuLaNEmbedQuantizer.from_pretrained)
     modules = {
         name: read(model_in(Path(folder)))
         for name, read in readers.items()
         if (folder := getattr(options, name)) is not None
     }
+    if options.codec is not None:
+        modules['codec'] = load_codec(options.codec, options.codec_quantizers)
     rates = [it.target_sample_hz for name, it in modules.items() if name != 'quantizer']
     rates += [modules['quantizer'].mulan.sample_rate] if 'quantizer' in modules else []
     if not rates or None in rates:
@@ -297,6 +304,8 @@ def run_train_all(options: argparse.Namespace) -> None:
     recipe = None if options.config is None else MusicLMRecipe.load(options.config)
     if options.seed is not None:
         recipe = (recipe or MusicLMRecipe()).with_seed(options.seed)
+    if options.codec is not None:
+        recipe = (recipe or MusicLMRecipe()).with_pretrained_codec(options.codec, options.codec_quantizers)
     start = time.perf_counter()
     train_musiclm(
         options.data,

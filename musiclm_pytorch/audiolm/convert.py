@@ -222,7 +222,9 @@ class AudioLMCodec(nn.Module):
         return self.module(waves, return_encoded=True)[1]
 
     def decode(self, codes: Tensor) -> Tensor:
-        return rearrange(self.module.decode_from_codebook_indices(codes), 'b 1 n -> b n')
+        # an EncodecWrapper takes the waves of a batch for parts of one, and adds them up
+        parts = codes.split(1) if is_of(self.module, 'EncodecWrapper') else [codes]
+        return rearrange(torch.cat([self.module.decode_from_codebook_indices(it) for it in parts]), 'b 1 n -> b n')
 
 
 class AudioLMTokenizer(nn.Module):
@@ -268,9 +270,16 @@ def _own(module: Any, protocol: type, adapter: Callable[[nn.Module], Any], neede
     if missing:
         raise TypeError(
             f'a {type(module).__name__} is no {protocol.__name__}, and has no {" and no ".join(missing)} as one of '
-            'audiolm-pytorch has'
+            f'audiolm-pytorch has{_how_to_adapt(module, protocol)}'
         )
     return adapter(module)
+
+
+def _how_to_adapt(module: Any, protocol: type) -> str:
+    if not hasattr(getattr(module, 'config', None), 'model_type'):
+        return ''
+    adapter = 'musiclm_pytorch.PretrainedCodec' if protocol is Codec else 'TransformersSemanticTokenizer'
+    return f'; {adapter} makes one of a model of transformers'
 
 
 def unwrapped(module: Any) -> Any:

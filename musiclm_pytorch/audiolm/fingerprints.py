@@ -14,7 +14,7 @@ PLAIN = (bool, int, float, str)
 # what training the stages changes of a quantizer, and what says how it is used rather than what it computes
 CHANGING = (
     *('cond_embeddings', 'conditioning_dims', 'namespaces', 'cond_drop_prob'),
-    *('training', 'warned', 'frozen', 'source'),
+    *('training', 'warned', 'frozen', 'source', 'name_or_path'),
 )
 PROBES = 4  # items of a data set that are looked at
 

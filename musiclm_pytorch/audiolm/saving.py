@@ -17,6 +17,7 @@ from musiclm_pytorch.mulan import checkpoint
 # where each class comes from
 KINDS = {
     'NeuralCodec': 'musiclm_pytorch.codecs.neural',
+    'PretrainedCodec': 'musiclm_pytorch.codecs.pretrained',
     'SpectralCodec': 'musiclm_pytorch.audiolm.spectral_codec',
     'SoundStream': convert.__name__,
     **{it.__name__: it.__module__ for it in STAGES.values()},
@@ -24,7 +25,8 @@ KINDS = {
 
 
 def save_module(module: nn.Module, folder: str | Path) -> None:
-    """Write a stage, ours or audiolm-pytorch's, a codec of ours or a SoundStream.
+    """Write a stage, ours or audiolm-pytorch's, a codec of ours, a SoundStream, or an EncodecWrapper, which comes back
+    as a `PretrainedCodec`.
 
     Raises TypeError for anything else, and ValueError for a SoundStream that was built before
     `musiclm_pytorch.audiolm.convert` was imported: audiolm-pytorch does not keep what it was built with.
@@ -32,6 +34,8 @@ def save_module(module: nn.Module, folder: str | Path) -> None:
     module = convert.unwrapped(module)
     if convert.is_of(module, *(it.__name__ for it in STAGES.values())):
         module = convert.own_stage(module)
+    if convert.is_of(module, 'EncodecWrapper'):
+        module = _class('PretrainedCodec').from_audiolm(module)
     config = describe(module)
     if config['keywords'] is None:
         raise ValueError(
@@ -69,11 +73,15 @@ def load_module(
     config, weights = checkpoint.read_folder(folder, 'save_module', parts, optional, verify)
     if config['model'] not in [*KINDS]:
         raise ValueError(f'{folder} holds a {config["model"]!r}, not one of {", ".join(KINDS)}')
-    kind = getattr(import_module(KINDS[config['model']]), config['model'])
+    kind = _class(config['model'])
     config = replace(config, content={**config.content, 'keywords': _tuples(config['keywords'])})
     module = config.build(kind, 'keywords')
     checkpoint.load_strictly(module, weights, source=folder)
     return place(module.eval())
+
+
+def _class(name: str) -> Any:
+    return getattr(import_module(KINDS[name]), name)
 
 
 def _tuples(value: Any) -> Any:

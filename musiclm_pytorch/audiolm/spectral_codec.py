@@ -17,13 +17,12 @@ from musiclm_pytorch.checks import check_positive, records_config, typechecked
 from musiclm_pytorch.data.audio import resample
 from musiclm_pytorch.data.collate import mono, split_item
 from musiclm_pytorch.data.rates import agreed_rate
-from musiclm_pytorch.mulan.spectrogram import Float32Buffers
 
 LOUDNESS = 0.5  # power of a magnitude: near that of loudness (Stevens' 0.6), so that errors count as they are heard
 BATCH = 4096  # vectors looked at in one step of the k-means
 
 
-class SpectralCodec(Float32Buffers, SpectrogramCodec):
+class SpectralCodec(SpectrogramCodec):
     """Waves to residual codes and back, in place of a SoundStream where there is no GPU to train one.
 
     A code vector stands for `frames` neighbouring frames of a magnitude spectrogram, bin by bin up to `resolved_hz` and

@@ -156,10 +156,6 @@ class NeuralCodec(SpectrogramCodec):
         # code frames on either side that a decoded one depends on
         self.past, self.future = decoder_depth * (kernel - 1 - lookahead), decoder_depth * lookahead
 
-    def _apply(self, fn, recurse=True):
-        """Stays float32 when the model is cast: codes and phases are decided by small differences."""
-        return super()._apply(lambda tensor: tensor.to(fn(tensor).device), recurse)
-
     # waves and codes
 
     @torch.no_grad()

@@ -18,7 +18,8 @@ from musiclm_pytorch.audiolm.semantic_mulan import MuLaNSemanticTokenizer
 from musiclm_pytorch.audiolm.spectral_codec import SpectralCodec
 from musiclm_pytorch.audiolm.stages import STAGES
 from musiclm_pytorch.checks import fitted, typechecked
-from musiclm_pytorch.mulan.checkpoint import CONFIG_FILE, read_config
+from musiclm_pytorch.codecs.pretrained import PretrainedCodec
+from musiclm_pytorch.mulan.checkpoint import CONFIG_FILE, read_config, saved_kind
 from musiclm_pytorch.mulan.model import MuLaN
 from musiclm_pytorch.musiclm import MusicLM
 from musiclm_pytorch.quantizer import MuLaNEmbedQuantizer
@@ -99,7 +100,11 @@ def split_keywords(keywords: dict[str, Any], kind: type) -> tuple[dict[str, Any]
 
 @typechecked
 def assemble_musiclm(
-    parts: str | Path, *, windows: tuple[float, float, float] | None = None, sampling: dict[str, Any] | None = None
+    parts: str | Path,
+    *,
+    codec: nn.Module | None = None,
+    windows: tuple[float, float, float] | None = None,
+    sampling: dict[str, Any] | None = None,
 ) -> MusicLM:
     """A MusicLM of the parts in the folders `quantizer`, `tokenizer`, `codec`, `semantic`, `coarse` and `fine`.
 
@@ -107,6 +112,7 @@ def assemble_musiclm(
 
     Args:
         parts: the folder that they are in.
+        codec: the one to use, in place of the folder `codec`.
         windows, sampling: as of `MusicLM`; the windows by default those of the crops that the stages were trained on.
 
     Returns:
@@ -134,15 +140,26 @@ def assemble_musiclm(
         windows=windows or tuple(float(told[name]['seconds']) for name in STAGES),
         sampling=sampling,
         tokenizer=SemanticTokenizer.from_pretrained(parts / 'tokenizer'),
-        codec=load_codec(parts),
+        codec=load_codec(parts / 'codec') if codec is None else codec,
         unique_consecutive=unique['semantic'],
         **stages,
     ).eval()
 
 
-def load_codec(parts: Path) -> nn.Module:
-    """The codec among the parts: one that was fitted, or the best one that was trained."""
-    return load_module(model_in(parts / 'codec'))
+def load_codec(source: str | Path, num_quantizers: int | None = None) -> nn.Module:
+    """The codec in a folder, the best one if it was trained there; or one of `transformers`, by its folder or its name
+    on the Hugging Face Hub, of which `num_quantizers` levels are used.
+
+    Raises FileNotFoundError if there is none, ValueError for a folder that holds something else.
+    """
+    folder = model_in(Path(source))
+    if saved_kind(folder) is None:
+        return PretrainedCodec(str(source), **({} if num_quantizers is None else dict(num_quantizers=num_quantizers)))
+    if num_quantizers is not None:
+        raise ValueError(
+            f'the levels of the codec in {folder} are settled; num_quantizers is for those of transformers'
+        )
+    return load_module(folder)
 
 
 def model_in(folder: Path) -> Path:

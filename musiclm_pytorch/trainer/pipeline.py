@@ -12,6 +12,7 @@ from pathlib import Path
 from torch.utils.data import Dataset
 
 from musiclm_pytorch.atomic import read_checked_json, write_json
+from musiclm_pytorch.audiolm.convert import own_codec
 from musiclm_pytorch.audiolm.saving import save_module
 from musiclm_pytorch.audiolm.semantic import SemanticTokenizer
 from musiclm_pytorch.audiolm.stages import STAGES
@@ -105,6 +106,7 @@ def _train(
     names = ('mulan', 'quantizer', 'tokenizer', 'codec', 'tokens', *STAGES, 'musiclm')
     with said_once('musiclm_pytorch.data.datasets', 'musiclm_pytorch.data.reading'):  # of files that are left out
         # what is wrong with the data or the recipe shows here, while everything is where it was
+        parts.open_codec()
         parts.open_mulan(resume)
         with new_results(output, resume=resume, clear=False):
             recipe.save(output)
@@ -187,6 +189,16 @@ class _Parts:
             mulan, dataset, valid_dataset=held_out, results_folder=folder, resume=resume
         )
 
+    def open_codec(self) -> None:
+        """Find a codec that is trained already, unless it is among the parts."""
+        self.pretrained_codec = None
+        with self.recipe.fitted.section('pretrained_codec') as keywords:
+            if keywords and not is_whole(self.output / 'codec'):
+                if 'source' not in keywords:
+                    raise ValueError('source is missing: the folder of the codec, or its name on the Hugging Face Hub')
+                self.pretrained_codec = load_codec(**keywords)
+                self.recipe.check_levels(own_codec(self.pretrained_codec).num_quantizers)
+
     def mulan(self) -> None:
         if self.mulan_trainer is not None:
             self.mulan_trainer.train(**self.recipe.mulan.train_keywords)
@@ -210,7 +222,10 @@ class _Parts:
 
     def codec(self) -> None:
         folder, recipe = self.output / 'codec', self.recipe.codec
-        if recipe is None:
+        if self.recipe.fitted.pretrained_codec:
+            if self.pretrained_codec is not None:
+                save_module(self.pretrained_codec, folder)
+        elif recipe is None:
             if is_whole(folder):
                 return
             codec = build_spectral_codec(self.recipe.fitted)
@@ -226,7 +241,9 @@ class _Parts:
             trainer.train(**recipe.train_keywords)
 
     def tokens(self) -> None:
-        modules = dict(tokenizer=self.load_tokenizer(), codec=load_codec(self.output), quantizer=self.load_quantizer())
+        modules = dict(
+            tokenizer=self.load_tokenizer(), codec=load_codec(self.output / 'codec'), quantizer=self.load_quantizer()
+        )
         rate = max(
             modules['tokenizer'].target_sample_hz,
             modules['codec'].target_sample_hz,

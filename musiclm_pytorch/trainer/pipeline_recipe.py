@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -46,6 +46,7 @@ class FittedRecipe(Recipe):
             refused=dict(mulan=FROM_MULAN, data=IS_DATA, sample_rate=FROM_MULAN),
         ),
         'spectral_codec': Section((SpectralCodec, SpectralCodec.fit), refused=dict(data=IS_DATA)),
+        'pretrained_codec': Section((), more=dict(source=str, num_quantizers=int)),
         'tokens': Section(
             (compute_tokens,),
             refused=dict(
@@ -66,6 +67,7 @@ class FittedRecipe(Recipe):
     quantizer: dict[str, Any] = field(default_factory=dict)
     tokenizer: dict[str, Any] = field(default_factory=dict)
     spectral_codec: dict[str, Any] = field(default_factory=dict)
+    pretrained_codec: dict[str, Any] = field(default_factory=dict)
     tokens: dict[str, Any] = field(default_factory=lambda: dict(synthetic_length=20_000, synthetic_seconds=10.0))
     musiclm: dict[str, Any] = field(default_factory=dict)
 
@@ -78,7 +80,8 @@ class MusicLMRecipe:
     """Parts `mulan`, `codec`, `semantic`, `coarse` and `fine`, which are trained by recipes of their own, and the
     sections of `FittedRecipe`.
 
-    Without the part `codec` a `SpectralCodec` is fitted; with it a SoundStream or a NeuralCodec is trained instead.
+    Without the part `codec` a `SpectralCodec` is fitted; with it a SoundStream or a NeuralCodec is trained instead, and
+    by the section `pretrained_codec` one is used that is trained already: what `assembly.load_codec` takes.
     """
 
     mulan: MuLaNRecipe = field(default_factory=MuLaNRecipe.default)
@@ -95,12 +98,8 @@ class MusicLMRecipe:
                 f'the coarse stage makes {coarse} levels of codes, but the fine stage begins after {fine}; give both '
                 'the same num_coarse_quantizers'
             )
-        levels = self.codec_levels
-        if not 0 < coarse < levels:
-            raise ValueError(
-                f'num_coarse_quantizers must lie between 1 and {levels - 1}, one less than the quantizers of the '
-                f'codec, got {coarse}'
-            )
+        if self.codec_levels is not None:
+            self.check_levels(self.codec_levels)
         uniques = {name: self.unique_consecutive(name) for name in ('semantic', 'coarse')}
         if len(set(uniques.values())) > 1:
             raise ValueError(
@@ -124,9 +123,10 @@ class MusicLMRecipe:
         for name in content:
             if name not in known:
                 raise ValueError(f'{source}: unknown part {name!r}; {nearest(name, known)}')
-        if content.get('codec') is not None and content.get('spectral_codec') is not None:
+        if len([name for name in ('codec', 'spectral_codec', 'pretrained_codec') if content.get(name) is not None]) > 1:
             raise ValueError(
-                f'{source}: codec trains a SoundStream or a NeuralCodec, spectral_codec fits a SpectralCodec; keep one'
+                f'{source}: codec trains a SoundStream or a NeuralCodec, spectral_codec fits a SpectralCodec, '
+                'pretrained_codec takes one that is trained; keep one'
             )
         parts: dict[str, Any] = {
             name: kind.from_content(content[name], f'{source}, part {name}')
@@ -143,8 +143,10 @@ class MusicLMRecipe:
     def to_dict(self) -> dict[str, Any]:
         parts = {name: getattr(self, name).to_dict() for name in RECIPES if getattr(self, name) is not None}
         fitted = self.fitted.to_dict()
-        if self.codec is not None:
+        if self.codec is not None or self.fitted.pretrained_codec:
             del fitted['spectral_codec']
+        if not self.fitted.pretrained_codec:
+            del fitted['pretrained_codec']
         return parts | fitted
 
     def save(self, folder: str | Path) -> Path:
@@ -161,15 +163,31 @@ class MusicLMRecipe:
         seeded = {name: dict(seed=seed) for name in ('quantizer', 'tokenizer', 'spectral_codec')}
         return type(self)(**parts, fitted=self.fitted.updated(**seeded))
 
+    def with_pretrained_codec(self, source: str, num_quantizers: int | None = None) -> MusicLMRecipe:
+        """The same with a codec that is trained already."""
+        section = dict(source=source) | ({} if num_quantizers is None else dict(num_quantizers=num_quantizers))
+        return replace(self, codec=None, fitted=replace(self.fitted, pretrained_codec=section))
+
+    def check_levels(self, levels: int) -> None:
+        """Raise ValueError unless a codec of so many levels has some for the coarse stage and some for the fine one."""
+        coarse = self.coarse.model.get('num_coarse_quantizers', 3)
+        if not 0 < coarse < levels:
+            raise ValueError(
+                f'num_coarse_quantizers must lie between 1 and {levels - 1}, one less than the quantizers of the '
+                f'codec, got {coarse}'
+            )
+
     def unique_consecutive(self, stage: str) -> bool:
         """Whether a stage reads its semantic tokens without repetitions."""
         return getattr(self, stage).training.get('unique_consecutive', False)
 
     @property
-    def codec_levels(self) -> int:
-        """The codec's levels of codes."""
+    def codec_levels(self) -> int | None:
+        """The codec's levels of codes; None of one trained elsewhere, where the recipe does not say."""
         if self.codec is not None:
             return self.codec.num_quantizers
+        if self.fitted.pretrained_codec:
+            return self.fitted.pretrained_codec.get('num_quantizers')
         default = inspect.signature(SpectralCodec.__init__).parameters['num_quantizers'].default
         return self.fitted.spectral_codec.get('num_quantizers', default)
 

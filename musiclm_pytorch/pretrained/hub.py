@@ -1,0 +1,54 @@
+"""Models of `transformers`, from a folder or from the Hugging Face Hub. No code of a repository is run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def read_settings(source: str | Path) -> dict[str, Any]:
+    """The `config.json` of a model of `transformers`. Raises FileNotFoundError if there is none."""
+    from transformers import PreTrainedConfig
+
+    if Path(source).exists() and not Path(source, 'config.json').is_file():
+        raise FileNotFoundError(f'{source} has no config.json, so it is no folder of a model')
+    try:
+        return PreTrainedConfig.get_config_dict(source)[0]
+    except OSError as error:
+        raise FileNotFoundError(f'{source} is neither the folder of a model nor on the Hugging Face Hub') from error
+
+
+def load_transformers(
+    source: str | Path, kind: str = 'AutoModel', *, config: Any = None, unneeded: Sequence[str] = ()
+) -> nn.Module:
+    """A model of `transformers` in float32, in eval mode, whose weights are all there.
+
+    Args:
+        source: folder of a model, or its name on the Hugging Face Hub.
+        kind: name of the class in `transformers`.
+        config: in place of the saved one.
+        unneeded: how the names of weights end that may be missing.
+
+    Raises:
+        FileNotFoundError: no such model. ValueError: a model of another kind, weights that do not fit.
+    """
+    import transformers
+
+    keywords = {} if config is None else dict(config=config)
+    try:
+        model, report = getattr(transformers, kind).from_pretrained(
+            source, output_loading_info=True, dtype=torch.float32, **keywords
+        )
+    except OSError as error:
+        raise FileNotFoundError(f'{source} is neither the folder of a model nor on the Hugging Face Hub') from error
+    missing = {it for it in report['missing_keys'] if not it.endswith(tuple(unneeded))}
+    if missing or report['mismatched_keys']:
+        raise ValueError(
+            f'the weights in {source} do not fill this {type(model).__name__}: {len(missing)} are missing, such as '
+            f'{min(missing, default="none")}, and {len(report["mismatched_keys"])} have another shape'
+        )
+    return model.eval()
