@@ -50,6 +50,7 @@ from .mulan.contrastive import MultiLayerContrastiveLoss as MultiLayerContrastiv
 from .mulan.contrastive import SigmoidContrastiveLearning as SigmoidContrastiveLearning
 from .mulan.contrastive import SoftmaxContrastiveLearning as SoftmaxContrastiveLearning
 from .mulan.model import MuLaN as MuLaN
+from .mulan.pretrained import PretrainedMuLaN as PretrainedMuLaN
 from .mulan.recipes import (
     create_optimized_audiospectrogram_transformer as create_optimized_audiospectrogram_transformer,
 )

@@ -141,14 +141,14 @@ def run_train_tokenizer(options: argparse.Namespace) -> None:
 def _open_fitting(part: str, names: dict[str, str], options: argparse.Namespace):
     """The recipe with the options in it, the MuLaN and the clips."""
     from musiclm_pytorch.data.opening import open_whole_clips
-    from musiclm_pytorch.mulan.model import MuLaN
+    from musiclm_pytorch.mulan.pretrained import load_joint
     from musiclm_pytorch.trainer.assembly import model_in
     from musiclm_pytorch.trainer.pipeline_recipe import MusicLMRecipe
 
     recipe = MusicLMRecipe() if options.config is None else MusicLMRecipe.load(options.config)
     given = {key: it for option, key in names.items() if (it := getattr(options, option)) is not None}
     recipe = replace(recipe, fitted=recipe.fitted.updated(**{part: given}))
-    mulan = MuLaN.from_pretrained(model_in(Path(options.mulan)))
+    mulan = load_joint(model_in(Path(options.mulan)))
     if mulan.sample_rate is None:
         raise ValueError('the model does not know its sample rate; build it with audio_sample_rate')
     clips = open_whole_clips(

@@ -704,14 +704,16 @@ class MusicLM(nn.Module):
         cls,
         folder: str | Path,
         *,
+        mulan: nn.Module | None = None,
         device: str | torch.device = 'cpu',
         dtype: torch.dtype | None = None,
         verify: bool = True,
     ) -> MusicLM:
         """Rebuild everything from a folder that `save_pretrained` wrote, in eval mode.
 
-        `MusicLM.from_pretrained('tiny')` is the model that ships with the package. `device`, `dtype`, `verify` and
-        errors are as in `MuLaN.from_pretrained`; waves are float32 whatever the `dtype`.
+        `MusicLM.from_pretrained('tiny')` is the model that ships with the package. `mulan` is used instead of the saved
+        one. `device`, `dtype`, `verify` and errors are as in `MuLaN.from_pretrained`; waves are float32 whatever the
+        `dtype`.
         """
         place = placing(device, dtype)
         folder = find_pretrained(folder)
@@ -722,7 +724,7 @@ class MusicLM(nn.Module):
         settings.check_known(sampling, SAMPLING, 'sampling')
         parts = {name: load_module(folder / name, verify=verify) for name in (*STAGES, 'codec')}
         parts['tokenizer'] = SemanticTokenizer.from_pretrained(folder / 'tokenizer', verify=verify)
-        quantizer = MuLaNEmbedQuantizer.from_pretrained(folder / 'quantizer', verify=verify)
+        quantizer = MuLaNEmbedQuantizer.from_pretrained(folder / 'quantizer', mulan, verify=verify)
         told = {name: settings.content.get(name) for name in ('knows', 'usual_score')}
         values = dict(windows=settings['windows'], unique_consecutive=settings['unique_consecutive'], **told)
         with settings.refused('what stands there builds no MusicLM', values):

@@ -17,16 +17,19 @@ from torch.utils.data import DataLoader
 
 from musiclm_pytorch.atomic import written_together
 from musiclm_pytorch.audiolm.convert import passes_as
+from musiclm_pytorch.audiolm.fingerprints import fingerprint
 from musiclm_pytorch.checks import as_tensor, check_positive, check_probability, records_config, typechecked
 from musiclm_pytorch.data.collate import collate_for
 from musiclm_pytorch.data.rates import rate_of
 from musiclm_pytorch.mulan import checkpoint
 from musiclm_pytorch.mulan.display import indented
-from musiclm_pytorch.mulan.model import MuLaN, evaluating
+from musiclm_pytorch.mulan.model import evaluating
+from musiclm_pytorch.mulan.pretrained import PretrainedMuLaN, load_joint, own_mulan
 
 logger = logging.getLogger(__name__)
 
 MULAN_FOLDER = 'mulan'
+NOT_SAVED = 'mulan_not_saved'  # where a config tells of a joint embedding that has to be given
 
 
 @passes_as('AudioConditionerBase')
@@ -48,7 +51,7 @@ class MuLaNEmbedQuantizer(nn.Module):
     here.
 
     Args:
-        mulan: a trained MuLaN.
+        mulan: a trained MuLaN, a `PretrainedMuLaN`, or a module that this takes.
         conditioning_dims: width of the conditioning of each namespace, that of its transformer.
         rq_num_quantizers: levels of quantization.
         rq_ema_decay: of the moving average, where `fit` is not used.
@@ -66,7 +69,7 @@ class MuLaNEmbedQuantizer(nn.Module):
     @typechecked
     def __init__(
         self,
-        mulan: MuLaN,
+        mulan: nn.Module,
         conditioning_dims: Sequence[int],
         rq_num_quantizers: int = 8,
         rq_ema_decay: float = 0.9,
@@ -88,6 +91,7 @@ class MuLaNEmbedQuantizer(nn.Module):
         for name, dim in zip(namespaces, conditioning_dims):
             check_positive(**{f'conditioning_dims of {name!r}': dim})
 
+        mulan = own_mulan(mulan)
         self.mulan = mulan
         self.namespaces = tuple(namespaces)
         self.conditioning_dims = tuple(conditioning_dims)
@@ -319,21 +323,29 @@ class MuLaNEmbedQuantizer(nn.Module):
     # saving
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write codebooks, embeddings and, in a folder `mulan` within, MuLaN; for `from_pretrained`."""
+        """Write codebooks, embeddings and, in a folder `mulan` within, MuLaN; for `from_pretrained`.
+
+        Of a joint embedding that nothing here could rebuild, such as MuQ-MuLan, only the name is written: it has to be
+        given to `from_pretrained`.
+        """
         if not self.is_fitted:
             raise ValueError('this quantizer has no codebooks yet; call fit before saving it')
+        config: dict[str, Any] = dict(model='MuLaNEmbedQuantizer', quantizer=self.config)
         weights = {name: it for name, it in self.state_dict().items() if not name.startswith('mulan.')}
         with written_together(folder) as aside:
-            self.mulan.save_pretrained(aside / MULAN_FOLDER)
-            within = checkpoint.checksums_within(aside, [MULAN_FOLDER])
-            config = dict(model='MuLaNEmbedQuantizer', quantizer=self.config, within=within)
+            if isinstance(self.mulan, PretrainedMuLaN) and not self.mulan.is_clap:
+                told = dict(kind=type(self.mulan.model).__name__, weights=fingerprint(self.mulan)['weights'])
+                config[NOT_SAVED] = told
+            else:
+                self.mulan.save_pretrained(aside / MULAN_FOLDER)
+                config[checkpoint.WITHIN] = checkpoint.checksums_within(aside, [MULAN_FOLDER])
             checkpoint.write_folder(aside, config, weights)
 
     @classmethod
     def from_pretrained(
         cls,
         folder: str | Path,
-        mulan: MuLaN | None = None,
+        mulan: nn.Module | None = None,
         *,
         device: str | torch.device = 'cpu',
         dtype: torch.dtype | None = None,
@@ -344,8 +356,18 @@ class MuLaNEmbedQuantizer(nn.Module):
         `device`, `dtype`, `verify` and errors are as in `MuLaN.from_pretrained`.
         """
         place = checkpoint.placing(device, dtype)
-        config, weights = checkpoint.read_folder(folder, 'MuLaNEmbedQuantizer', parts=('quantizer',), verify=verify)
-        mulan = MuLaN.from_pretrained(Path(folder) / MULAN_FOLDER, verify=verify) if mulan is None else mulan
+        config, weights = checkpoint.read_folder(
+            folder, 'MuLaNEmbedQuantizer', parts=('quantizer',), optional=(NOT_SAVED,), verify=verify
+        )
+        if (told := config.content.get(NOT_SAVED)) is not None:
+            with config.refused(f'{NOT_SAVED!r} must hold keywords', told):
+                kind, weights_of = told['kind'], told['weights']
+            if mulan is None:
+                raise ValueError(f'{folder} was saved without its {kind}, which cannot be rebuilt; pass it as mulan')
+            mulan = own_mulan(mulan)
+            if fingerprint(mulan)['weights'] != weights_of:
+                raise ValueError(f'{folder} was fitted with another {kind}; pass the one that it was fitted with')
+        mulan = load_joint(Path(folder) / MULAN_FOLDER, verify=verify) if mulan is None else own_mulan(mulan)
         quantizer = config.build(cls, 'quantizer', mulan)
         weights |= {f'mulan.{name}': tensor for name, tensor in mulan.state_dict().items()}
         trained = mulan.text.trained_tokens

@@ -9,6 +9,7 @@ from musiclm_pytorch import (
     FineTrainer,
     MuLaNSemanticTokenizer,
     MusicLM,
+    PretrainedCodec,
     SemanticTrainer,
     compute_tokens,
 )
@@ -69,9 +70,10 @@ class Sounds(torch.utils.data.Dataset):
         return dict(wave=0.3 * wave * (3 * time).sin(), caption=f'clip {index}')
 
 
-def from_waves_to_saved_music(folder, codec=None, tokenizer=None, quantizer=None):
+def from_waves_to_saved_music(folder, codec=None, tokenizer=None, quantizer=None, mulan=None):
     """Tokens of a data set, a step of each stage, music, and the same music of the saved and loaded model, which is
-    returned."""
+    returned; `mulan` is one that cannot be saved."""
+    codec = PretrainedCodec(make_codec_model('dac'), num_quantizers=3) if codec is None else codec
     quantizer = make_quantizer() if quantizer is None else quantizer
     if tokenizer is None:
         tokenizer = MuLaNSemanticTokenizer(make_quantizer().mulan, codebook_size=8)
@@ -93,6 +95,6 @@ def from_waves_to_saved_music(folder, codec=None, tokenizer=None, quantizer=None
 
     musiclm.save_pretrained(folder / 'music')
     assert {it.suffix for it in (folder / 'music').rglob('*') if it.is_file()} <= {'.json', '.safetensors', '.txt'}
-    loaded = MusicLM.from_pretrained(folder / 'music')
+    loaded = MusicLM.from_pretrained(folder / 'music', mulan=mulan)
     assert torch.equal(loaded('clip 1', prime_wave_input_sample_hz=RATE, **keywords), music)
     return loaded

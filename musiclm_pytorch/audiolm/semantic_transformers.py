@@ -8,16 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
-from musiclm_pytorch.atomic import checksum_of_file, naming, open_modes
 from musiclm_pytorch.audiolm.convert import is_of
 from musiclm_pytorch.audiolm.semantic import SemanticTokenizer
 from musiclm_pytorch.checks import check_sample_rate, typechecked
 from musiclm_pytorch.mulan.checkpoint import SavedConfig
-
-ENCODER_FOLDER = 'encoder'
+from musiclm_pytorch.pretrained.hub import find_encoder, load_transformers, read_settings, save_encoder
 
 
 class TransformersSemanticTokenizer(SemanticTokenizer):
@@ -163,31 +160,16 @@ class TransformersSemanticTokenizer(SemanticTokenizer):
         )
 
     def _save_encoder(self, folder: Path) -> dict[str, Any]:
-        with naming(folder / ENCODER_FOLDER):
-            self.encoder.save_pretrained(folder / ENCODER_FOLDER)
-            if self.feature_extractor is not None:
-                self.feature_extractor.save_pretrained(folder / ENCODER_FOLDER)
-        open_modes(folder / ENCODER_FOLDER)
-        checksums = {it.name: checksum_of_file(it) for it in sorted((folder / ENCODER_FOLDER).iterdir())}
-        return dict(folder=ENCODER_FOLDER, feature_extractor=self.feature_extractor is not None, checksums=checksums)
+        has_extractor = self.feature_extractor is not None
+        parts = (self.encoder, self.feature_extractor) if has_extractor else (self.encoder,)
+        return dict(feature_extractor=has_extractor, **save_encoder(folder, *parts))
 
     def _saved_weights(self) -> dict[str, Tensor]:
         return {name: it for name, it in self.state_dict().items() if not name.startswith('encoder.')}
 
     @classmethod
     def _rebuild(cls, config: SavedConfig, verify: bool) -> TransformersSemanticTokenizer:
-        with config.refused("'encoder' must name a folder beside it", config['encoder']):
-            folder = config.path.parent / config['encoder']['folder']
-            checksums = dict(config['encoder'].get('checksums', {})) if verify else {}
-        for name, told in checksums.items():
-            if not (folder / name).is_file():
-                raise FileNotFoundError(f'no {name} in {folder}, which {config.path} names')
-            if checksum_of_file(folder / name) != told:
-                raise ValueError(
-                    f'{folder / name} is damaged: it is not what was written, by its checksum; it has to come from a '
-                    'copy (verify=False reads it all the same)'
-                )
-        return config.build(cls, 'tokenizer', folder)
+        return config.build(cls, 'tokenizer', find_encoder(config, verify))
 
 
 def _hubert_of(model: nn.Module) -> nn.Module:
@@ -201,29 +183,18 @@ def _hubert_of(model: nn.Module) -> nn.Module:
 
 
 def _load_model(source: str | Path) -> nn.Module:
-    from transformers import AutoModel, HubertConfig, HubertModel, PreTrainedConfig
+    settings = read_settings(source)
+    unneeded = ('masked_spec_embed',)
+    if settings.get('model_type') != 'mert_model':
+        return load_transformers(source, unneeded=unneeded)
+    from transformers import HubertConfig
 
-    keywords = dict(output_loading_info=True, dtype=torch.float32)
-    try:
-        settings, _ = PreTrainedConfig.get_config_dict(source)
-        model_class = AutoModel
-        if settings.get('model_type') == 'mert_model':
-            # with these off, MERT is HuBERT by another name, and none of the code in its repository is needed
-            unlike = [it for it in ('feature_extractor_cqt', 'deepnorm') if settings.get(it)]
-            if unlike or not settings.get('feat_proj_layer_norm', True):
-                raise ValueError(f'this MERT is no plain HuBERT: {", ".join(unlike) or "feat_proj_layer_norm off"}')
-            model_class = HubertModel
-            keywords['config'] = HubertConfig(**{name: it for name, it in settings.items() if name != 'model_type'})
-        model, report = model_class.from_pretrained(source, **keywords)
-    except OSError as error:
-        raise FileNotFoundError(f'{source} is neither the folder of a model nor on the Hugging Face Hub') from error
-    missing = {it for it in report['missing_keys'] if not it.endswith('masked_spec_embed')}
-    if missing or report['mismatched_keys']:
-        raise ValueError(
-            f'the weights in {source} do not fill this {type(model).__name__}: {len(missing)} are missing, such as '
-            f'{min(missing, default="none")}, and {len(report["mismatched_keys"])} have another shape'
-        )
-    return model
+    # with these off, MERT is HuBERT by another name, and none of the code in its repository is needed
+    unlike = [it for it in ('feature_extractor_cqt', 'deepnorm') if settings.get(it)]
+    if unlike or not settings.get('feat_proj_layer_norm', True):
+        raise ValueError(f'this MERT is no plain HuBERT: {", ".join(unlike) or "feat_proj_layer_norm off"}')
+    config = HubertConfig(**{name: it for name, it in settings.items() if name != 'model_type'})
+    return load_transformers(source, 'HubertModel', config=config, unneeded=unneeded)
 
 
 def _load_feature_extractor(source: str | Path, *, required: bool) -> Any:

@@ -9,9 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
@@ -20,7 +18,8 @@ from musiclm_pytorch.checks import check_audio, check_positive, described, typec
 from musiclm_pytorch.data.audio import windows
 from musiclm_pytorch.evaluation import vggish
 from musiclm_pytorch.extras import how_to_install
-from musiclm_pytorch.mulan.model import MuLaN, evaluating
+from musiclm_pytorch.mulan.model import evaluating
+from musiclm_pytorch.mulan.pretrained import PretrainedMuLaN, own_mulan
 
 
 @runtime_checkable
@@ -69,13 +68,14 @@ class MuLaNEmbedder:
     @typechecked
     def __init__(
         self,
-        mulan: MuLaN,
+        mulan: nn.Module,
         window_seconds: float | None = None,
         hop_seconds: float | None = None,
         batch_size: int = 32,
         sample_rate: int | None = None,
     ):
         check_positive(window_seconds=window_seconds, hop_seconds=hop_seconds, batch_size=batch_size)
+        mulan = own_mulan(mulan)
         if mulan.audio.accept_spec or (mulan.sample_rate or sample_rate) is None:
             raise ValueError(
                 'waves cannot be embedded by a MuLaN that takes spectrograms or does not know its sample rate; build '
@@ -85,7 +85,7 @@ class MuLaNEmbedder:
             raise ValueError(f'hop_seconds={hop_seconds} is the distance between windows; pass window_seconds too')
         self.mulan, self.batch_size = mulan, batch_size
         self.sample_rate, self.dim = mulan.sample_rate or sample_rate, mulan.dim_latent
-        self.min_samples = mulan.audio.spec.min_samples(mulan.audio.patch_size[1])
+        self.min_samples = mulan.audio.min_samples
         self.max_samples = mulan.audio.max_audio_length
         self.window = None if window_seconds is None else round(window_seconds * self.sample_rate)
         self.hop = self.window if hop_seconds is None else max(1, round(hop_seconds * self.sample_rate))
@@ -170,12 +170,10 @@ class CLAPEmbedder:
                 ) from error
         if not isinstance(model, ClapModel):
             raise TypeError(f'model must be a path or a transformers.ClapModel, got {type(model).__name__}')
-        if processor is None:
-            raise ValueError('a ClapModel in memory needs its processor: CLAPEmbedder(model, processor)')
-        self.model, self.batch_size = model.to(device or model.device), batch_size
-        self.features, self.tokenizer = processor.feature_extractor, processor.tokenizer
-        self.sample_rate, self.dim = self.features.sampling_rate, model.config.projection_dim
-        self.window = self.features.nb_max_samples
+        self.mulan, self.batch_size = PretrainedMuLaN(model, processor), batch_size
+        self.mulan.to(device or model.device)
+        self.sample_rate, self.dim = self.mulan.sample_rate, self.mulan.dim_latent
+        self.window = self.mulan.audio.max_audio_length
 
     @typechecked
     @torch.no_grad()
@@ -183,50 +181,19 @@ class CLAPEmbedder:
         """See `Embedder.embed`."""
         check_waves(self, waves)
         spans = [list(windows(len(wave), self.window, self.window)) for wave in waves]
-        pieces = [wave[start:stop].cpu().numpy() for wave, own in zip(waves, spans) for start, stop in own]
+        pieces = [wave[start:stop] for wave, own in zip(waves, spans) for start, stop in own]
         found = [torch.empty(0, self.dim)]
-        with evaluating(self.model):
-            for start in range(0, len(pieces), self.batch_size):
-                found.append(self._embed(pieces[start : start + self.batch_size]))
+        for start in range(0, len(pieces), self.batch_size):
+            found.append(self.mulan.embed_pieces(pieces[start : start + self.batch_size]).cpu())
         return list(torch.cat(found).split([len(own) for own in spans]))
 
-    def _embed(self, pieces: list[np.ndarray]) -> Tensor:
-        # where nothing is longer than a window, models with fusion declare a random item so; that would change what
-        # it gives, and the random numbers of everyone else
-        state = np.random.get_state()  # noqa: NPY002
-        inputs = self.features(pieces, sampling_rate=self.sample_rate, return_tensors='pt')
-        np.random.set_state(state)  # noqa: NPY002
-        spectrograms = inputs['input_features'].to(self.model.device, self.model.dtype)
-        longer = torch.zeros(len(pieces), 1, dtype=torch.bool, device=self.model.device)
-        return pooled(self.model.get_audio_features(input_features=spectrograms, is_longer=longer))
-
     @typechecked
-    @torch.no_grad()
     def embed_texts(self, texts: Sequence[str]) -> Tensor:
         """Embed texts as `(n, dim)` float32 on the CPU, of length 1; a text is cut where the text tower ends."""
         if isinstance(texts, str) or not texts:
             raise ValueError(f'texts must be one or more strings in a list, got {described(texts)}')
-        config = self.model.config.text_config
-        # RoBERTa counts positions from behind its padding
-        longest = config.max_position_embeddings - config.pad_token_id - 1
-        found = []
-        with evaluating(self.model):
-            for start in range(0, len(texts), self.batch_size):
-                tokens = self.tokenizer(
-                    list(texts[start : start + self.batch_size]),
-                    padding=True,
-                    truncation=True,
-                    max_length=longest,
-                    return_tensors='pt',
-                ).to(self.model.device)
-                found.append(
-                    pooled(
-                        self.model.get_text_features(
-                            input_ids=tokens['input_ids'], attention_mask=tokens['attention_mask']
-                        )
-                    )
-                )
-        return torch.cat(found)
+        batches = (list(texts[start : start + self.batch_size]) for start in range(0, len(texts), self.batch_size))
+        return torch.cat([self.mulan.get_text_latents(raw_texts=batch).cpu() for batch in batches])
 
 
 class EnCodecEmbedder:
@@ -338,11 +305,6 @@ def batches_by_length(waves: Sequence[Tensor], batch_size: int, *, mixed: bool) 
         batch.append(row)
     if batch:
         yield batch
-
-
-def pooled(output: Any) -> Tensor:
-    """Embeddings of length 1, float32 on the CPU, from what CLAP returns: a tensor, or from transformers 5 more."""
-    return F.normalize(getattr(output, 'pooler_output', output).float(), dim=-1).cpu()
 
 
 def missing_package(package: str, user: str) -> ImportError:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from musiclm_pytorch.checks import check_device, check_positive, check_sample_rate, typechecked
 from musiclm_pytorch.evaluation.alignment import alignment_figures
@@ -27,7 +27,8 @@ from musiclm_pytorch.evaluation.tagging import Tagger, ZeroShotTagger, kl_figure
 from musiclm_pytorch.mulan.checkpoint import saved_kind
 from musiclm_pytorch.mulan.display import indented
 from musiclm_pytorch.mulan.layers import l2norm
-from musiclm_pytorch.mulan.model import MuLaN, evaluating
+from musiclm_pytorch.mulan.model import JointEmbedding, evaluating
+from musiclm_pytorch.mulan.pretrained import load_joint, own_mulan
 from musiclm_pytorch.mulan.vocabulary import unknown_words_line
 from musiclm_pytorch.pretrained import find_pretrained
 from musiclm_pytorch.quantizer import MULAN_FOLDER
@@ -73,7 +74,7 @@ class MusicLMEvaluator:
     @typechecked
     def __init__(
         self,
-        mulan: MuLaN,
+        mulan: nn.Module,
         device: str | torch.device | None = None,
         *,
         embedders: Sequence[Embedder] = (),
@@ -83,6 +84,7 @@ class MusicLMEvaluator:
         name: str = 'MuLaN',
         progress: bool = False,
     ):
+        mulan = own_mulan(mulan)
         check_positive(batch_size=batch_size)
         if seed < 0:
             raise ValueError(f'seed must be 0 or more, got {seed}')
@@ -393,7 +395,9 @@ def fingerprint_of(clips: Sequence[Tensor | Path]) -> str:
     return digest.hexdigest()[:16]
 
 
-def load_mulan(folder: str | Path, *, device: str | torch.device = 'cpu', dtype: torch.dtype | None = None) -> MuLaN:
+def load_mulan(
+    folder: str | Path, *, device: str | torch.device = 'cpu', dtype: torch.dtype | None = None
+) -> JointEmbedding:
     """The MuLaN in a folder that a MuLaN or a MusicLM was saved to, or of a model that ships, by its name.
 
     `device`, `dtype` and errors are as in `MuLaN.from_pretrained`.
@@ -401,4 +405,4 @@ def load_mulan(folder: str | Path, *, device: str | torch.device = 'cpu', dtype:
     folder = find_pretrained(folder)
     if saved_kind(folder) == 'MusicLM':
         folder = folder / 'quantizer' / MULAN_FOLDER
-    return MuLaN.from_pretrained(folder, device=device, dtype=dtype)
+    return load_joint(folder, device=device, dtype=dtype)

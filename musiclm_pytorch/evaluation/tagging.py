@@ -12,13 +12,14 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 import torch
 from einops import rearrange
-from torch import Tensor
+from torch import Tensor, nn
 
 from musiclm_pytorch.checks import check_audio, check_finite, check_positive, described, typechecked
 from musiclm_pytorch.evaluation.figures import Figure, mean_figure
 from musiclm_pytorch.extras import how_to_install
 from musiclm_pytorch.mulan.layers import l2norm
-from musiclm_pytorch.mulan.model import MuLaN, evaluating
+from musiclm_pytorch.mulan.model import evaluating
+from musiclm_pytorch.mulan.pretrained import own_mulan
 
 # common words for music: genres, instruments and voices, moods, tempo and sound
 MUSIC_TAGS = (
@@ -77,7 +78,7 @@ class ZeroShotTagger:
     @typechecked
     def __init__(
         self,
-        mulan: MuLaN,
+        mulan: nn.Module,
         tags: Sequence[str] = MUSIC_TAGS,
         templates: Sequence[str] = TEMPLATES,
         *,
@@ -90,13 +91,13 @@ class ZeroShotTagger:
             raise ValueError(
                 f'templates must be a list of texts with {{}} in the place of the tag, got {described(templates)}'
             )
-        self.mulan = mulan
+        mulan = self.mulan = own_mulan(mulan)
         self.tags = tuple(tags)
         self.sample_rate = mulan.sample_rate
         longest, rate = mulan.audio.max_audio_length, mulan.sample_rate
         self.window = window if longest is None or rate is None else min(window, longest / rate)
         self.hop = min(HOP, self.window)
-        self.min_samples = mulan.audio.spec.min_samples(mulan.audio.patch_size[1])
+        self.min_samples = mulan.audio.min_samples
         self.batch_size = batch_size
         prompts = [template.replace('{}', tag) for tag in tags for template in templates]
         with torch.no_grad(), evaluating(mulan):

@@ -17,7 +17,7 @@ from musiclm_pytorch.checks import check_finite, check_positive
 from musiclm_pytorch.data.audio import AudioFile, resample, windows
 from musiclm_pytorch.inference.optimize import OptimizedMuLaN
 from musiclm_pytorch.mulan.audio_transformer import AudioSpectrogramTransformer
-from musiclm_pytorch.mulan.model import MuLaN
+from musiclm_pytorch.mulan.model import JointEmbedding
 
 WINDOW = 10.0  # seconds that MuLaN hears at once (MusicLM, section 3.2)
 LOOK_AHEAD = 4096  # files or texts that are sorted by length at a time
@@ -108,7 +108,7 @@ def read_window(file: AudioFile, start: int, stop: int, rate: int, min_samples: 
 
 
 @torch.no_grad()
-def embed_waves(embeds: MuLaN | OptimizedMuLaN, waves: list[Tensor | str]) -> list[Tensor | str]:
+def embed_waves(embeds: JointEmbedding | OptimizedMuLaN, waves: list[Tensor | str]) -> list[Tensor | str]:
     """Of each wave its latent `(d,)` on the CPU, or why there is none. What is no wave stays as it is."""
     found = list(waves)
     rows = [row for row, wave in enumerate(waves) if isinstance(wave, Tensor)]
@@ -131,7 +131,7 @@ def embed_waves(embeds: MuLaN | OptimizedMuLaN, waves: list[Tensor | str]) -> li
     return found
 
 
-def window_and_hop(mulan: MuLaN, window: float | None, hop: float | None) -> tuple[float, float]:
+def window_and_hop(mulan: JointEmbedding, window: float | None, hop: float | None) -> tuple[float, float]:
     """Seconds, checked: what a MuLaN takes."""
     check_positive(window=window, hop=hop)
     rate = mulan.sample_rate
@@ -140,7 +140,7 @@ def window_and_hop(mulan: MuLaN, window: float | None, hop: float | None) -> tup
             'files cannot be embedded by a MuLaN that takes spectrograms or does not know its sample rate; build the '
             'audio tower with audio_sample_rate and without accept_spec'
         )
-    shortest = mulan.audio.spec.min_samples(mulan.audio.patch_size[1])
+    shortest = mulan.audio.min_samples
     longest = mulan.audio.max_audio_length or math.inf
     if window is None:
         window = min(WINDOW, longest / rate)
@@ -151,12 +151,12 @@ def window_and_hop(mulan: MuLaN, window: float | None, hop: float | None) -> tup
     return window, window if hop is None else hop
 
 
-def plain(model: MuLaN | OptimizedMuLaN) -> MuLaN:
+def plain(model: JointEmbedding | OptimizedMuLaN) -> JointEmbedding:
     """The MuLaN within."""
     return model.mulan if isinstance(model, OptimizedMuLaN) else model
 
 
-def taking_lengths(model: MuLaN | OptimizedMuLaN) -> MuLaN | OptimizedMuLaN:
+def taking_lengths(model: JointEmbedding | OptimizedMuLaN) -> JointEmbedding | OptimizedMuLaN:
     """The same model, with the same weights, whose audio tower lets waves of different lengths share a batch.
 
     A tower of another class, such as a compiled one, stays as it is.

@@ -29,7 +29,7 @@ from musiclm_pytorch.inference.synthesis import synthesise
 from musiclm_pytorch.inference.workers import count_workers, workers
 from musiclm_pytorch.mulan.display import indented
 from musiclm_pytorch.mulan.layers import l2norm
-from musiclm_pytorch.mulan.model import MuLaN, evaluating
+from musiclm_pytorch.mulan.model import JointEmbedding, MuLaN, evaluating
 from musiclm_pytorch.musiclm import MusicLM
 
 logger = logging.getLogger(__name__)
@@ -57,12 +57,14 @@ class BatchInferenceEngine:
         latents, paths, skipped = engine.embed_audio_files(Path('music').glob('*.wav'))
 
     Args:
-        model: a `MuLaN`, an `OptimizedMuLaN`, or a `MusicLM`, whose MuLaN then embeds. It is left as it is.
-        config: what to optimize for embedding and how many items a batch takes; by default plain, 16 items.
+        model: a `MuLaN`, an `OptimizedMuLaN`, a `PretrainedMuLaN`, or a `MusicLM`, whose MuLaN then embeds. It is left
+            as it is.
+        config: what to optimize a `MuLaN` for and how many items a batch takes; by default plain, 16 items. Of a
+            `PretrainedMuLaN` it tells the device and the number of items alone.
     """
 
     @typechecked
-    def __init__(self, model: MuLaN | OptimizedMuLaN | MusicLM, config: InferenceConfig | None = None):
+    def __init__(self, model: JointEmbedding | OptimizedMuLaN | MusicLM, config: InferenceConfig | None = None):
         self.musiclm = model if isinstance(model, MusicLM) else None
         self.mulan = model.mulan_embed_quantizer.mulan if isinstance(model, MusicLM) else model
         if config is None and isinstance(model, OptimizedMuLaN):
@@ -75,10 +77,12 @@ class BatchInferenceEngine:
         return f'{type(self).__name__}({self.batch_size} items a batch,\n  {indented(model)})'
 
     @cached_property
-    def embeds(self) -> MuLaN | OptimizedMuLaN:
+    def embeds(self) -> JointEmbedding | OptimizedMuLaN:
         """What embeds: the model optimized as the config says, which is done when it is first needed."""
         mulan = taking_lengths(self.mulan)
-        return mulan if self.config is None or isinstance(mulan, OptimizedMuLaN) else OptimizedMuLaN(mulan, self.config)
+        if self.config is None or isinstance(mulan, OptimizedMuLaN):
+            return mulan
+        return OptimizedMuLaN(mulan, self.config) if isinstance(mulan, MuLaN) else mulan.to(self.config.device)
 
     # embedding
 
@@ -113,7 +117,7 @@ class BatchInferenceEngine:
         plan = WindowPlan(paths, *window_and_hop(mulan, window, hop), self.batch_size)
         total, done = len(plan.paths), 0
         sums, counts = torch.zeros(total, mulan.dim_latent), torch.zeros(total, 1)
-        needs = mulan.sample_rate, mulan.audio.spec.min_samples(mulan.audio.patch_size[1])
+        needs = mulan.sample_rate, mulan.audio.min_samples
         # compiled code takes all threads by itself, and torch.compile's must not be called from several; and where
         # memory counts, one batch is enough
         alone = isinstance(model, OptimizedMuLaN) and (model.compiled or model.config.memory_efficient)

@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from musiclm_pytorch.atomic import checked_json, checksum_of, read_checked_json, read_tensors, write_tensors, write_text
 from musiclm_pytorch.audiolm.fingerprints import fingerprint
@@ -20,7 +20,8 @@ from musiclm_pytorch.evaluation.tagging import MUSIC_TAGS, TEMPLATES, ZeroShotTa
 from musiclm_pytorch.extras import how_to_install
 from musiclm_pytorch.mulan.checkpoint import CONFIG_FILE, WEIGHTS
 from musiclm_pytorch.mulan.layers import l2norm
-from musiclm_pytorch.mulan.model import MuLaN, evaluating
+from musiclm_pytorch.mulan.model import JointEmbedding, evaluating
+from musiclm_pytorch.mulan.pretrained import own_mulan
 from musiclm_pytorch.mulan.vocabulary import unknown_words_line
 
 logger = logging.getLogger(__name__)
@@ -64,13 +65,14 @@ class MuLaNIndex:
     @typechecked
     def __init__(
         self,
-        mulan: MuLaN | None = None,
+        mulan: nn.Module | None = None,
         *,
         dim: int | None = None,
         backend: Literal['auto', 'faiss', 'torch'] = 'auto',
         about: dict[str, Any] | None = None,
     ):
         check_positive(dim=dim)
+        mulan = None if mulan is None else own_mulan(mulan)
         if mulan is None and dim is None:
             raise ValueError('an index needs a MuLaN, or else dim, the width of its latents')
         if mulan is not None and dim not in (None, mulan.dim_latent):
@@ -252,7 +254,7 @@ class MuLaNIndex:
             for row in zip(found.values.tolist(), found.indices.tolist())
         ]
 
-    def _model(self, user: str) -> MuLaN:
+    def _model(self, user: str) -> JointEmbedding:
         if self.mulan is None:
             raise ValueError(f'{user} needs the MuLaN whose latents these are: MuLaNIndex.load(folder, mulan)')
         return self.mulan
@@ -308,7 +310,7 @@ class MuLaNIndex:
     def load(
         cls,
         folder: str | Path,
-        mulan: MuLaN | None = None,
+        mulan: nn.Module | None = None,
         *,
         backend: Literal['auto', 'faiss', 'torch'] = 'auto',
         verify: bool = True,

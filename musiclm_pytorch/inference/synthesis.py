@@ -110,7 +110,7 @@ def ascend(
     sought_shape = (shape[0] // 2 + 1, 2) if is_wave else shape
     rows = [torch.randn(sought_shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
     sought = torch.stack(rows).to(mulan.device).requires_grad_()
-    shortest = mulan.audio.spec.min_samples(mulan.audio.patch_size[1])
+    shortest = mulan.audio.min_samples
 
     optimizer = torch.optim.Adam([sought], lr=LEARNING_RATE)
     for _ in range(steps):

@@ -168,9 +168,10 @@ class AudioSpectrogramTransformer(nn.Module):
                 f'the spectrogram has {bands} bins, fewer than a patch is high ({patch_size[0]}); '
                 'raise spec_n_fft or spec_n_mels, or lower patch_size'
             )
-        min_samples = self.spec.min_samples(patch_size[1])
-        if max_audio_length is not None and max_audio_length < min_samples:
-            raise ValueError(f'max_audio_length {max_audio_length} is shorter than one patch, {min_samples} samples')
+        if max_audio_length is not None and max_audio_length < self.min_samples:
+            raise ValueError(
+                f'max_audio_length {max_audio_length} is shorter than one patch, {self.min_samples} samples'
+            )
 
         self.aug = SpecAugment(
             stretch_factor=spec_aug_stretch_factor,
@@ -211,6 +212,11 @@ class AudioSpectrogramTransformer(nn.Module):
             nn.SiLU(),
             nn.Linear(dim_hidden, heads),
         )
+
+    @property
+    def min_samples(self) -> int:
+        """The shortest wave that it takes: one patch."""
+        return self.spec.min_samples(self.patch_size[1])
 
     @property
     def device(self) -> torch.device:
@@ -292,7 +298,7 @@ class AudioSpectrogramTransformer(nn.Module):
             unit, shortest = 'frames', self.patch_size[1]
         else:
             x = check_audio(x, ndim=2, shape='(batch, samples)', device=self.device)
-            unit, shortest = 'samples', self.spec.min_samples(self.patch_size[1])
+            unit, shortest = 'samples', self.min_samples
 
         if x.shape[-1] < shortest:
             hint = ''

@@ -53,144 +53,34 @@ class PairLatents(NamedTuple):
     tokens: Tensor | None = None
 
 
-class MuLaN(nn.Module):
-    """Two towers, trained so that a clip and its description land close to each other.
+class JointEmbedding(nn.Module):
+    """What every joint embedding of audio and text does; a subclass gives `get_audio_latents` and `get_text_latents`,
+    as of `MuLaN`, and the attributes below.
 
-    Args:
-        audio_transformer: the audio tower.
-        text_transformer: the text tower.
+    Attributes:
         dim_latent: width of the joint space.
-        decoupled_contrastive_learning: leave the positive pair out of the softmax's denominator (arXiv 2110.06848).
-        hierarchical_contrastive_loss: also contrast hidden states of several layers (arXiv 2208.13628).
-        hierarchical_contrastive_loss_layers: how many; by default one fewer than the shallower tower has.
-        sigmoid_contrastive_loss: the loss of SigLIP (arXiv 2303.15343) instead of a softmax.
-        word_prediction_weight: of a second loss in training, by which the audio tower learns to tell the words of a
-            clip's text (see `mulan.words`); 0 leaves it out. A small model learns in half the pairs with it.
+        audio, text: the towers.
+        device: where it computes.
     """
-
-    @records_config
-    @typechecked
-    def __init__(
-        self,
-        audio_transformer: AudioSpectrogramTransformer,
-        text_transformer: TextTransformer,
-        dim_latent: int = 128,
-        decoupled_contrastive_learning: bool = True,
-        hierarchical_contrastive_loss: bool = False,
-        hierarchical_contrastive_loss_layers: int | None = None,
-        sigmoid_contrastive_loss: bool = False,
-        word_prediction_weight: float = 0.0,
-    ):
-        super().__init__()
-        check_positive(dim_latent=dim_latent)
-        if word_prediction_weight < 0:
-            raise ValueError(f'word_prediction_weight must be 0 or more, got {word_prediction_weight}')
-        self.dim_latent = dim_latent
-        self.audio = audio_transformer
-        self.text = text_transformer
-
-        self.text_to_latents = nn.Linear(self.text.dim, dim_latent)
-        self.audio_to_latents = nn.Linear(self.audio.dim, dim_latent)
-
-        if sigmoid_contrastive_loss:
-            self.contrast = SigmoidContrastiveLearning()
-        else:
-            self.contrast = SoftmaxContrastiveLearning(decoupled_contrastive_learning=decoupled_contrastive_learning)
-
-        self.multi_layer_contrastive_learning = None
-        if hierarchical_contrastive_loss:
-            depths = self.audio.depth, self.text.depth
-            layers = hierarchical_contrastive_loss_layers
-            layers = max(1, min(depths) - 1) if layers is None else layers
-            if not 1 <= layers <= min(depths):
-                raise ValueError(
-                    f'hierarchical_contrastive_loss_layers must lie between 1 and the depth of the shallower tower, '
-                    f'{min(depths)}, got {layers}'
-                )
-            # the buffers are part of upstream's state dict; the lists spare a look at them at every step
-            self.register_buffer('text_layers_indices', interspersed_indices(layers, self.text.depth))
-            self.register_buffer('audio_layers_indices', interspersed_indices(layers, self.audio.depth))
-            self.text_layers = self.text_layers_indices.tolist()
-            self.audio_layers = self.audio_layers_indices.tolist()
-            self.multi_layer_contrastive_learning = MultiLayerContrastiveLoss(
-                audio_dim=self.audio.dim,
-                text_dim=self.text.dim,
-                dim_latent=dim_latent,
-                layers=layers,
-                decoupled_contrastive_learning=decoupled_contrastive_learning,
-                sigmoid_contrastive_loss=sigmoid_contrastive_loss,
-            )
-
-        self.word_prediction_weight = word_prediction_weight
-        self.words = None
-        if word_prediction_weight > 0:
-            self.words = WordPrediction(dim_latent, self.text.num_tokens, self.text.pad_id)
-
-    @property
-    def device(self) -> torch.device:
-        return self.audio_to_latents.weight.device
 
     @property
     def sample_rate(self) -> int | None:
         """Sample rate in Hz of the waves this model expects, None when it was not told."""
         return self.audio.sample_rate
 
-    def __repr__(self) -> str:
-        """In short; `print(mulan.audio)` and `print(mulan.text)` show the layers."""
-        towers = ', '.join(f'{name} {it.dim} × {it.depth}' for name, it in (('audio', self.audio), ('text', self.text)))
-        rate = 'an unknown rate' if self.sample_rate is None else f'{self.sample_rate} Hz'
-        known = self.text.known_ids()
-        words = f'{self.text.num_tokens} tokens' + ('' if known is None else f', {int(known.sum())} of them known')
-        return (
-            f'{type(self).__name__}({size_of(self)},\n'
-            f'  width × depth: {towers}; latents of {self.dim_latent},\n'
-            f'  hears {rate}, reads {words}, at most {self.text.max_seq_len} a text)'
-        )
-
-    # embedding
-
-    def get_audio_latents(
+    def pair_latents(
         self,
         wavs: Tensor,
-        return_all_layers: bool = False,
-        audio_lengths: Tensor | Sequence[int] | None = None,
-        sample_rate: int | None = None,
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        """Embed waves.
-
-        Args:
-            wavs: `(b, samples)` float waves.
-            return_all_layers: also return the hidden states of all layers but the last, `(depth - 1, b, n, dim)`.
-            audio_lengths: `(b,)` true lengths in samples of `wavs`.
-            sample_rate: rate of `wavs` in Hz, if it is not the model's own: they are resampled.
-
-        Returns:
-            `(b, dim_latent)` float32, of length 1.
-        """
-        wavs, audio_lengths = self.to_own_rate(wavs, audio_lengths, sample_rate)
-        embeds = self.audio(wavs, return_all_layers=return_all_layers, audio_lengths=audio_lengths)
-        embeds, *layers = embeds if return_all_layers else (embeds,)
-        latents = l2norm(self.audio_to_latents(embeds).float())
-        return (latents, *layers) if return_all_layers else latents
-
-    def get_text_latents(
-        self,
         texts: Tensor | None = None,
         raw_texts: Sequence[str] | None = None,
-        return_all_layers: bool = False,
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        """Embed texts, given as token ids `(b, n)` or as a list of strings.
-
-        Returns:
-            `(b, dim_latent)` float32, of length 1, and with `return_all_layers` also `(depth - 1, b, 1 + n, dim)`.
-        """
-        if texts is None and raw_texts is not None:
-            texts, raw_texts = self.text.tokenize(raw_texts), None
-        embeds = self.text(texts, raw_texts=raw_texts, return_all_layers=return_all_layers)
-        embeds, *layers = embeds if return_all_layers else (embeds,)
-        latents = l2norm(self.text_to_latents(embeds).float())
-        self.text.note_trained(texts, latents)
-        return (latents, *layers) if return_all_layers else latents
+        audio_lengths: Tensor | Sequence[int] | None = None,
+        sample_rate: int | None = None,
+    ) -> PairLatents:
+        """Both latents of a batch of pairs; arguments as of `MuLaN.pair_latents`."""
+        if texts is not None:
+            raise ValueError(f'a {type(self).__name__} reads strings, not token ids; give a data set with raw texts')
+        audio = self.get_audio_latents(wavs, audio_lengths=audio_lengths, sample_rate=sample_rate)
+        return PairLatents(audio, self.get_text_latents(raw_texts=raw_texts))
 
     @torch.no_grad()
     def embed_audio(
@@ -287,6 +177,141 @@ class MuLaN(nn.Module):
             wavs = wavs.masked_fill(padding, 0.0)
             audio_lengths = -(-audio_lengths * self.sample_rate // sample_rate)
         return resample(wavs, sample_rate, self.sample_rate), audio_lengths
+
+
+class MuLaN(JointEmbedding):
+    """Two towers, trained so that a clip and its description land close to each other.
+
+    Args:
+        audio_transformer: the audio tower.
+        text_transformer: the text tower.
+        dim_latent: width of the joint space.
+        decoupled_contrastive_learning: leave the positive pair out of the softmax's denominator (arXiv 2110.06848).
+        hierarchical_contrastive_loss: also contrast hidden states of several layers (arXiv 2208.13628).
+        hierarchical_contrastive_loss_layers: how many; by default one fewer than the shallower tower has.
+        sigmoid_contrastive_loss: the loss of SigLIP (arXiv 2303.15343) instead of a softmax.
+        word_prediction_weight: of a second loss in training, by which the audio tower learns to tell the words of a
+            clip's text (see `mulan.words`); 0 leaves it out. A small model learns in half the pairs with it.
+    """
+
+    @records_config
+    @typechecked
+    def __init__(
+        self,
+        audio_transformer: AudioSpectrogramTransformer,
+        text_transformer: TextTransformer,
+        dim_latent: int = 128,
+        decoupled_contrastive_learning: bool = True,
+        hierarchical_contrastive_loss: bool = False,
+        hierarchical_contrastive_loss_layers: int | None = None,
+        sigmoid_contrastive_loss: bool = False,
+        word_prediction_weight: float = 0.0,
+    ):
+        super().__init__()
+        check_positive(dim_latent=dim_latent)
+        if word_prediction_weight < 0:
+            raise ValueError(f'word_prediction_weight must be 0 or more, got {word_prediction_weight}')
+        self.dim_latent = dim_latent
+        self.audio = audio_transformer
+        self.text = text_transformer
+
+        self.text_to_latents = nn.Linear(self.text.dim, dim_latent)
+        self.audio_to_latents = nn.Linear(self.audio.dim, dim_latent)
+
+        if sigmoid_contrastive_loss:
+            self.contrast = SigmoidContrastiveLearning()
+        else:
+            self.contrast = SoftmaxContrastiveLearning(decoupled_contrastive_learning=decoupled_contrastive_learning)
+
+        self.multi_layer_contrastive_learning = None
+        if hierarchical_contrastive_loss:
+            depths = self.audio.depth, self.text.depth
+            layers = hierarchical_contrastive_loss_layers
+            layers = max(1, min(depths) - 1) if layers is None else layers
+            if not 1 <= layers <= min(depths):
+                raise ValueError(
+                    f'hierarchical_contrastive_loss_layers must lie between 1 and the depth of the shallower tower, '
+                    f'{min(depths)}, got {layers}'
+                )
+            # the buffers are part of upstream's state dict; the lists spare a look at them at every step
+            self.register_buffer('text_layers_indices', interspersed_indices(layers, self.text.depth))
+            self.register_buffer('audio_layers_indices', interspersed_indices(layers, self.audio.depth))
+            self.text_layers = self.text_layers_indices.tolist()
+            self.audio_layers = self.audio_layers_indices.tolist()
+            self.multi_layer_contrastive_learning = MultiLayerContrastiveLoss(
+                audio_dim=self.audio.dim,
+                text_dim=self.text.dim,
+                dim_latent=dim_latent,
+                layers=layers,
+                decoupled_contrastive_learning=decoupled_contrastive_learning,
+                sigmoid_contrastive_loss=sigmoid_contrastive_loss,
+            )
+
+        self.word_prediction_weight = word_prediction_weight
+        self.words = None
+        if word_prediction_weight > 0:
+            self.words = WordPrediction(dim_latent, self.text.num_tokens, self.text.pad_id)
+
+    @property
+    def device(self) -> torch.device:
+        return self.audio_to_latents.weight.device
+
+    def __repr__(self) -> str:
+        """In short; `print(mulan.audio)` and `print(mulan.text)` show the layers."""
+        towers = ', '.join(f'{name} {it.dim} × {it.depth}' for name, it in (('audio', self.audio), ('text', self.text)))
+        rate = 'an unknown rate' if self.sample_rate is None else f'{self.sample_rate} Hz'
+        known = self.text.known_ids()
+        words = f'{self.text.num_tokens} tokens' + ('' if known is None else f', {int(known.sum())} of them known')
+        return (
+            f'{type(self).__name__}({size_of(self)},\n'
+            f'  width × depth: {towers}; latents of {self.dim_latent},\n'
+            f'  hears {rate}, reads {words}, at most {self.text.max_seq_len} a text)'
+        )
+
+    # embedding
+
+    def get_audio_latents(
+        self,
+        wavs: Tensor,
+        return_all_layers: bool = False,
+        audio_lengths: Tensor | Sequence[int] | None = None,
+        sample_rate: int | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Embed waves.
+
+        Args:
+            wavs: `(b, samples)` float waves.
+            return_all_layers: also return the hidden states of all layers but the last, `(depth - 1, b, n, dim)`.
+            audio_lengths: `(b,)` true lengths in samples of `wavs`.
+            sample_rate: rate of `wavs` in Hz, if it is not the model's own: they are resampled.
+
+        Returns:
+            `(b, dim_latent)` float32, of length 1.
+        """
+        wavs, audio_lengths = self.to_own_rate(wavs, audio_lengths, sample_rate)
+        embeds = self.audio(wavs, return_all_layers=return_all_layers, audio_lengths=audio_lengths)
+        embeds, *layers = embeds if return_all_layers else (embeds,)
+        latents = l2norm(self.audio_to_latents(embeds).float())
+        return (latents, *layers) if return_all_layers else latents
+
+    def get_text_latents(
+        self,
+        texts: Tensor | None = None,
+        raw_texts: Sequence[str] | None = None,
+        return_all_layers: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Embed texts, given as token ids `(b, n)` or as a list of strings.
+
+        Returns:
+            `(b, dim_latent)` float32, of length 1, and with `return_all_layers` also `(depth - 1, b, 1 + n, dim)`.
+        """
+        if texts is None and raw_texts is not None:
+            texts, raw_texts = self.text.tokenize(raw_texts), None
+        embeds = self.text(texts, raw_texts=raw_texts, return_all_layers=return_all_layers)
+        embeds, *layers = embeds if return_all_layers else (embeds,)
+        latents = l2norm(self.text_to_latents(embeds).float())
+        self.text.note_trained(texts, latents)
+        return (latents, *layers) if return_all_layers else latents
 
     # training
 

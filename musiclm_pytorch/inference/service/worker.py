@@ -85,7 +85,7 @@ class ModelWorker:
     @property
     def shortest(self) -> float:
         """Seconds of sound that MuLaN needs."""
-        return self.mulan.audio.spec.min_samples(self.mulan.audio.patch_size[1]) / self.sample_rate
+        return self.mulan.audio.min_samples / self.sample_rate
 
     def submit(self, work: Callable[..., Any], *arguments: Any) -> Job:
         """A job whose result is `work(job, *arguments)`."""

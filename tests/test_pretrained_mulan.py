@@ -1,0 +1,173 @@
+"""CLAP, MuQ-MuLan and other joint embeddings in the place of a MuLaN: latents, quantizer, music, evaluation, index."""
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from pretrained_parts import Sounds, from_waves_to_saved_music
+from test_embedders import RATE, tiny_clap
+from torch import nn
+
+from musiclm_pytorch import MuLaNEmbedQuantizer, MuLaNIndex, MusicLM, MusicLMEvaluator, PretrainedMuLaN
+from musiclm_pytorch.cli import main
+from musiclm_pytorch.data.audio import resample
+from musiclm_pytorch.evaluation import ZeroShotTagger
+from musiclm_pytorch.evaluation.evaluator import GROUPS
+
+
+class Hashes(nn.Module):
+    """A joint embedding of another author: loudness of four bands, and letters."""
+
+    sample_rate = 2000
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.eye(4))
+
+    def get_audio_latents(self, wavs):
+        bands = torch.stack([it.abs().mean(dim=1) for it in torch.fft.rfft(wavs).tensor_split(4, dim=1)], dim=1)
+        return bands @ self.weight
+
+    def get_text_latents(self, raw_texts):
+        letters = ('ae', 'io', 'lrt', 'c123')
+        counts = [[0.1 + sum(text.count(it) for it in some) for some in letters] for text in raw_texts]
+        return torch.tensor(counts) @ self.weight
+
+
+class Mulan(nn.Module):
+    """As the package muq calls it."""
+
+    def __init__(self):
+        super().__init__()
+        self.sr, self.inner = 2000, Hashes()
+
+    def extract_audio_latents(self, wavs):
+        return self.inner.get_audio_latents(wavs)
+
+    def extract_text_latents(self, texts):
+        return self.inner.get_text_latents(texts)
+
+
+MODELS = {
+    'clap': lambda: PretrainedMuLaN(*tiny_clap()),
+    'clap with fusion': lambda: PretrainedMuLaN(*tiny_clap(fusion=True)),
+    'another': lambda: PretrainedMuLaN(Hashes()),
+    'muq': lambda: PretrainedMuLaN(Mulan()),
+}
+
+
+@pytest.fixture(params=MODELS)
+def mulan(request):
+    return MODELS[request.param]()
+
+
+def same(ours, theirs):
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+
+
+def test_the_latent_of_an_item_is_its_own(mulan):
+    waves = 0.3 * torch.randn(3, 4321)
+    state = np.random.get_state()[1].copy()  # noqa: NPY002
+    latents = mulan.get_audio_latents(waves, audio_lengths=[4321, 900, 2500])
+    assert (np.random.get_state()[1] == state).all()  # noqa: NPY002
+    assert latents.shape == (3, mulan.dim_latent)
+    same(latents.norm(dim=1), torch.ones(3))
+    same(latents[1:2], mulan.get_audio_latents(waves[1:2, :900]))
+    same(latents[2:], mulan.get_audio_latents(waves[2:, :2500]))
+    own = resample(waves, 1500, mulan.sample_rate)
+    same(mulan.get_audio_latents(waves, sample_rate=1500), mulan.get_audio_latents(own))
+    texts = mulan.get_text_latents(raw_texts=['a calm flute', 'cello'])
+    same(texts[1:], mulan.get_text_latents(raw_texts=['cello']))
+    pairs = mulan.pair_latents(waves[:2], raw_texts=['a calm flute', 'cello'])
+    same(pairs.text, texts)
+    with pytest.raises(ValueError, match='reads strings, not token ids'):
+        mulan.pair_latents(waves, torch.ones(3, 4, dtype=torch.int64))
+    with pytest.raises(ValueError, match='texts must be one or more strings in a list, got'):
+        mulan.get_text_latents(raw_texts='a flute')
+
+
+def test_long_audio_is_heard_whole():
+    mulan = MODELS['clap']()
+    waves = 0.3 * torch.randn(1, 3 * RATE)
+    pieces = [mulan.get_audio_latents(it) for it in waves.split(RATE, dim=1)]
+    mean = torch.cat(pieces).mean(dim=0, keepdim=True)
+    same(mulan.get_audio_latents(waves), mean / mean.norm())
+    same(mulan.embed_audio(waves, window=1.0, hop=1.0), mean / mean.norm())
+
+
+@pytest.mark.parametrize('name', ['clap', 'muq'])
+def test_from_waves_to_saved_music(name, tmp_path):
+    mulan = MODELS[name]()
+    given = None if name == 'clap' else mulan.model
+    quantizer = MuLaNEmbedQuantizer(
+        mulan if given is None else given, conditioning_dims=(16,) * 3, rq_num_quantizers=2, codebook_size=4
+    )
+    assert quantizer.fit(Sounds())[-1] < 1
+    loaded = from_waves_to_saved_music(tmp_path, quantizer=quantizer.eval(), mulan=given)
+    music = loaded('cello', num_samples=3, seconds=0.4, seed=0, return_all=True, return_scores=True)
+    heard = mulan.get_audio_latents(music.waves[0], sample_rate=loaded.sample_rate)
+    same(music.scores[0], heard @ mulan.get_text_latents(raw_texts=['cello'])[0])
+    if given is None:
+        path = tmp_path / 'music' / 'quantizer' / 'mulan' / 'encoder' / 'model.safetensors'
+        path.write_bytes(path.read_bytes()[:-1] + b'x')
+        with pytest.raises(ValueError, match='is damaged'):
+            MusicLM.from_pretrained(tmp_path / 'music')
+        return
+    with pytest.raises(ValueError, match='was saved without its Mulan, which cannot be rebuilt; pass it as mulan'):
+        MusicLM.from_pretrained(tmp_path / 'music')
+    other = Mulan()
+    other.inner.weight.data *= 2
+    with pytest.raises(ValueError, match='was fitted with another Mulan'):
+        MusicLM.from_pretrained(tmp_path / 'music', mulan=other)
+
+
+def test_evaluation_index_and_tags(mulan):
+    waves = [0.3 * torch.randn(4000) * (pitch * torch.arange(4000)).sin() for pitch in (0.1, 0.5, 1.0, 2.0)]
+    texts = ['a cello', 'a flute', 'drums', 'a choir']
+    evaluator = MusicLMEvaluator(mulan, batch_size=3)
+    results = evaluator.comprehensive_evaluation(texts, waves, waves[::-1], sample_rate=mulan.sample_rate)
+    assert {*GROUPS} <= results.keys()
+
+    index = MuLaNIndex(mulan)
+    latents = torch.cat([mulan.get_audio_latents(it[None]) for it in waves])
+    index.add(texts, latents)
+    cosines = mulan.get_text_latents(raw_texts=['a flute']) @ latents.T
+    nearest = [texts[place] for place in cosines[0].argsort(descending=True)]
+    assert [it.name for it in index.search_text('a flute', k=4)] == nearest
+    tagger = ZeroShotTagger(mulan, ['calm', 'loud'], ['{}'])
+    same(tagger.scores(waves), latents @ mulan.get_text_latents(raw_texts=['calm', 'loud']).T)
+    same(tagger.probabilities(waves).sum(dim=1), torch.ones(4))
+    assert index.tags(['calm', 'loud'], k=1)[0][0].name in ('calm', 'loud')
+
+
+def test_by_command_line(tmp_path, capsys):
+    model, processor = tiny_clap()
+    for part in model, processor:
+        part.save_pretrained(tmp_path / 'clap')
+    (tmp_path / 'music').mkdir()
+    for index in range(len(Sounds())):
+        soundfile.write(tmp_path / 'music' / f'{index}.wav', Sounds()[index]['wave'].numpy(), Sounds.sample_rate)
+        (tmp_path / 'music' / f'{index}.txt').write_text(f'a {"calm" if index % 2 else "loud"} clip')
+    given = ['--data', str(tmp_path / 'music'), '--output', str(tmp_path / 'quantizer'), '--dims', '8', '8', '8']
+    assert main(['train', 'quantizer', '--mulan', str(tmp_path / 'clap'), *given, '--codebook-size', '2']) == 0
+    quantizer = MuLaNEmbedQuantizer.from_pretrained(tmp_path / 'quantizer')
+    wave = Sounds()[0]['wave'][None]
+    same(quantizer.mulan.get_audio_latents(wave), PretrainedMuLaN(tmp_path / 'clap').get_audio_latents(wave))
+    for model in tmp_path / 'clap', tmp_path / 'quantizer' / 'mulan':
+        target = ['-o', str(tmp_path / 'index'), '--overwrite']
+        assert main(['index', str(tmp_path / 'music'), '--model', str(model), *target]) == 0
+        capsys.readouterr()
+        assert main(['search', str(tmp_path / 'index'), 'a calm clip']) == 0
+        assert '.wav' in capsys.readouterr().out
+
+
+def test_what_is_none(tmp_path):
+    with pytest.raises(TypeError, match='a Linear is no joint embedding: it has no get_audio_latents and no get_text'):
+        MuLaNEmbedQuantizer(nn.Linear(1, 1), conditioning_dims=(8,) * 3)
+    with pytest.raises(ValueError, match='a ClapModel in memory needs its processor'):
+        MuLaNIndex(tiny_clap()[0])
+    (tmp_path / 'config.json').write_text('{"model_type": "bert"}')
+    with pytest.raises(ValueError, match="is a 'bert'; joint embeddings that are read are those of model_type clap"):
+        PretrainedMuLaN(tmp_path)
+    with pytest.raises(TypeError, match='a Hashes cannot be rebuilt from a folder; pass it again when loading'):
+        PretrainedMuLaN(Hashes()).save_pretrained(tmp_path / 'x')
