@@ -38,22 +38,34 @@ def train_quantizer(models) -> None:
 
 
 def train_tokenizer(models) -> None:
-    """`musiclm train tokenizer`: k-means over what a trained MuLaN hears."""
+    """`musiclm train tokenizer`: k-means over what a trained MuLaN or another audio model hears."""
     parser = models.add_parser(
         'tokenizer',
         help='the semantic tokenizer',
-        description="Fit the semantic tokenizer: k-means over the hidden states of a trained MuLaN's audio tower.",
+        description="Fit the semantic tokenizer: k-means over the hidden states of a trained MuLaN's audio tower, or "
+        'of an audio model of transformers.',
     )
     _add_fitting_options(parser, 'tokenizer')
     parser.add_argument('--codebook-size', type=int, metavar='N', help='different tokens (default: 1024)')
-    parser.add_argument('--layer', type=int, metavar='N', help='of the audio tower (default: its patches)')
+    parser.add_argument(
+        '--layer', type=int, metavar='N', help="of the audio tower (default: MuLaN's patches, the 7th of another model)"
+    )
     parser.set_defaults(run=run_train_tokenizer, prog=parser.prog)
 
 
 def _add_fitting_options(parser: argparse.ArgumentParser, part: str) -> None:
-    parser.add_argument(
-        '--mulan', metavar='FOLDER', required=True, help='a trained MuLaN, or the folder of its training'
-    )
+    source = parser.add_mutually_exclusive_group(required=True)
+    what = 'a trained MuLaN, or the folder of its training'
+    if part == 'tokenizer':
+        source.add_argument(
+            '--model',
+            metavar='SOURCE',
+            help='HuBERT, MERT, w2v-BERT, Whisper, CLAP or their like: the folder of a model of transformers, or its '
+            'name on the Hugging Face Hub',
+        )
+    else:
+        what += '; or a CLAP of transformers, its folder or its name on the Hugging Face Hub'
+    source.add_argument('--mulan', metavar='SOURCE', help=what)
     parser.add_argument('--data', metavar='SOURCE', required=True, help='as for `musiclm train mulan`')
     parser.add_argument('--audio-folder', metavar='FOLDER', help='as for `musiclm train mulan`')
     parser.add_argument(
@@ -116,7 +128,8 @@ def run_train_quantizer(options: argparse.Namespace) -> None:
     from musiclm_pytorch.trainer.folders import new_results
 
     names = dict(quantizers='rq_num_quantizers', codebook_size='codebook_size', max_items='max_items', seed='seed')
-    recipe, mulan, clips = _open_fitting('quantizer', names, options)
+    recipe, mulan = _recipe_with('quantizer', names, options), _open_mulan(options)
+    clips = _open_clips(recipe, options, mulan.sample_rate)
     quantizer, missing = fit_quantizer(recipe.fitted, mulan, clips, options.dims or recipe.conditioning_dims)
     with new_results(Path(options.output), resume=False, clear=False):
         quantizer.save_pretrained(options.output)
@@ -125,12 +138,13 @@ def run_train_quantizer(options: argparse.Namespace) -> None:
 
 
 def run_train_tokenizer(options: argparse.Namespace) -> None:
-    from musiclm_pytorch.trainer.assembly import fit_tokenizer
+    from musiclm_pytorch.trainer.assembly import build_tokenizer, fit_tokenizer
     from musiclm_pytorch.trainer.folders import new_results
 
-    names = dict(codebook_size='codebook_size', layer='layer', max_items='max_items', seed='seed')
-    recipe, mulan, clips = _open_fitting('tokenizer', names, options)
-    tokenizer, missing = fit_tokenizer(recipe.fitted, mulan, clips)
+    names = dict(model='model', codebook_size='codebook_size', layer='layer', max_items='max_items', seed='seed')
+    recipe = _recipe_with('tokenizer', names, options)
+    tokenizer = build_tokenizer(recipe.fitted, None if options.mulan is None else _open_mulan(options))
+    missing = fit_tokenizer(recipe.fitted, tokenizer, _open_clips(recipe, options, tokenizer.target_sample_hz))
     with new_results(Path(options.output), resume=False, clear=False):
         tokenizer.save_pretrained(options.output)
     rate = tokenizer.target_sample_hz / tokenizer.downsample_factor
@@ -138,23 +152,30 @@ def run_train_tokenizer(options: argparse.Namespace) -> None:
     print(f'{missing:.1%} of the variance of the features is missing')
 
 
-def _open_fitting(part: str, names: dict[str, str], options: argparse.Namespace):
-    """The recipe with the options in it, the MuLaN and the clips."""
-    from musiclm_pytorch.data.opening import open_whole_clips
-    from musiclm_pytorch.mulan.pretrained import load_joint
-    from musiclm_pytorch.trainer.assembly import model_in
+def _recipe_with(part: str, names: dict[str, str], options: argparse.Namespace):
+    """The recipe with the options in it."""
     from musiclm_pytorch.trainer.pipeline_recipe import MusicLMRecipe
 
     recipe = MusicLMRecipe() if options.config is None else MusicLMRecipe.load(options.config)
     given = {key: it for option, key in names.items() if (it := getattr(options, option)) is not None}
-    recipe = replace(recipe, fitted=recipe.fitted.updated(**{part: given}))
+    return replace(recipe, fitted=recipe.fitted.updated(**{part: given}))
+
+
+def _open_mulan(options: argparse.Namespace):
+    from musiclm_pytorch.mulan.pretrained import load_joint
+    from musiclm_pytorch.trainer.assembly import model_in
+
     mulan = load_joint(model_in(Path(options.mulan)))
     if mulan.sample_rate is None:
         raise ValueError('the model does not know its sample rate; build it with audio_sample_rate')
-    clips = open_whole_clips(
-        options.data, sample_rate=mulan.sample_rate, audio_folder=options.audio_folder, **recipe.synthetic
-    )
-    return recipe, mulan, clips
+    return mulan
+
+
+def _open_clips(recipe, options: argparse.Namespace, sample_rate: int):
+    from musiclm_pytorch.data.opening import open_whole_clips
+
+    audio_folder = options.audio_folder
+    return open_whole_clips(options.data, sample_rate=sample_rate, audio_folder=audio_folder, **recipe.synthetic)
 
 
 def run_assemble(options: argparse.Namespace) -> None:

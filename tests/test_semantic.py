@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 import torch
 from conftest import tiny_audio, tiny_mulan
+from test_embedders import tiny_clap
 from test_fairseq_stand_in import make_checkpoint, make_hubert, reference_layers, save_kmeans
+from test_pipeline import TINY
 from torchaudio.functional import resample
 from transformers import (
     SeamlessM4TFeatureExtractor,
@@ -15,6 +17,9 @@ from transformers import (
     Wav2Vec2FeatureExtractor,
     WavLMConfig,
     WavLMModel,
+    WhisperConfig,
+    WhisperFeatureExtractor,
+    WhisperForConditionalGeneration,
 )
 
 from musiclm_pytorch import MuLaNSemanticTokenizer, SemanticTokenizer, SyntheticMusic, TransformersSemanticTokenizer
@@ -27,6 +32,8 @@ from musiclm_pytorch.audiolm.convert import (
     SemanticTransformerWrapper,
     SoundStream,
 )
+from musiclm_pytorch.audiolm.fingerprints import fingerprint
+from musiclm_pytorch.cli import main
 
 CODES = 6
 FRONT_END = dict(
@@ -45,6 +52,17 @@ def tiny_wavlm():
     conv = dict(conv_dim=[8, 8], conv_kernel=[10, 4], conv_stride=[8, 4], num_feat_extract_layers=2)
     sizes = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24)
     return WavLMModel(WavLMConfig(**conv, **sizes, num_conv_pos_embeddings=6, num_conv_pos_embedding_groups=2))
+
+
+def tiny_whisper():
+    """A model, and what makes spectrograms of a second."""
+    config = WhisperConfig(
+        **dict(vocab_size=20, num_mel_bins=16, d_model=16, encoder_layers=3, decoder_layers=1, max_source_positions=50),
+        **dict(encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=24, decoder_ffn_dim=24),
+        **dict(pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1),
+    )
+    features = WhisperFeatureExtractor(feature_size=16, sampling_rate=4000, hop_length=40, chunk_length=1, n_fft=100)
+    return WhisperForConditionalGeneration(config), features
 
 
 def hubert_folder(folder, layout='base', **extractor):
@@ -78,6 +96,10 @@ def build(kind, folder, **keywords):
         tokenizer = MuLaNSemanticTokenizer(tower, layer=2, **keywords)
     elif kind == 'hubert':
         tokenizer = TransformersSemanticTokenizer(hubert_folder(folder), layer=2, **keywords)
+    elif kind in ('whisper', 'clap'):
+        for part in tiny_whisper() if kind == 'whisper' else tiny_clap(fusion=True):
+            part.save_pretrained(folder / kind)
+        tokenizer = TransformersSemanticTokenizer(folder / kind, layer=2, **keywords)
     elif kind == 'wavlm':
         tokenizer = TransformersSemanticTokenizer(tiny_wavlm(), layer=2, target_sample_hz=4000, **keywords)
     else:
@@ -97,7 +119,10 @@ def sounds(rate, seconds=0.5):
     return [*tones, torch.randn(len(time)) * (time % 0.1 > 0.05)]
 
 
-KINDS = ('mulan', 'mulan spectrum', 'mulan patches', 'mulan grid', 'hubert', 'audiolm', 'wavlm', 'w2v-bert')
+KINDS = (
+    *('mulan', 'mulan spectrum', 'mulan patches', 'mulan grid'),
+    *('hubert', 'audiolm', 'wavlm', 'w2v-bert', 'whisper', 'clap'),
+)
 
 
 @pytest.fixture(scope='module', params=KINDS)
@@ -502,7 +527,8 @@ def test_models_that_cannot_be_used(tmp_path):
     with pytest.raises(ValueError, match='target_sample_hz'):
         TransformersSemanticTokenizer(make_hubert('base'), layer=1)
     bert = BertModel(BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8))
-    with pytest.raises(ValueError, match='a BertModel is no audio encoder'):
+    told = 'a BertModel is no audio encoder that is read: .* HuBERT, MERT and w2v-BERT, .* whisper, clap'
+    with pytest.raises(ValueError, match=told):
         TransformersSemanticTokenizer(bert, layer=1, target_sample_hz=16000)
     with pytest.raises(ValueError, match='takes no waves'):
         TransformersSemanticTokenizer(tiny_wav2vec2_bert(), layer=1, target_sample_hz=16000)
@@ -596,3 +622,70 @@ def test_folders_that_hold_something_else(mulan_tokenizer, tmp_path):
     (tmp_path / 'tokenizer' / 'config.json').write_text(config.replace('MuLaNSemanticTokenizer', 'os'))
     with pytest.raises(ValueError, match='holds a os, not one of'):
         SemanticTokenizer.from_pretrained(tmp_path / 'tokenizer')
+
+
+# Parts of models that do more
+
+
+@pytest.mark.parametrize('kind', ['whisper', 'clap'])
+def test_features_are_those_of_the_part_that_hears(kind, tmp_path):
+    model, prepares = tiny_whisper() if kind == 'whisper' else tiny_clap()
+    extractor = prepares if kind == 'whisper' else prepares.feature_extractor
+    model.eval()
+    rate = extractor.sampling_rate
+    tokenizer = TransformersSemanticTokenizer(model, CODES, layer=2, feature_extractor=extractor)
+    wave = 0.3 * torch.randn(1, rate * 7 // 10)
+    with torch.no_grad():
+        if kind == 'whisper':
+            given = extractor(wave[0].numpy(), sampling_rate=rate, return_tensors='pt')['input_features']
+            expected = model.get_encoder()(given, output_hidden_states=True).hidden_states[2][:, :35]
+        else:
+            given = extractor(wave[0].numpy(), sampling_rate=rate, return_tensors='pt', padding='pad')['input_features']
+            expected = model.audio_model(given, is_longer=torch.zeros(1, 1)).last_hidden_state.mean(dim=2).mT[:, :22]
+    torch.testing.assert_close(tokenizer.features(wave), expected)
+    assert len(model.get_encoder().layers if kind == 'whisper' else model.audio_model.audio_encoder.layers) > 1
+
+    # tokens are in the order of time: what comes last changes the last ones most
+    other = wave.clone()
+    other[:, -rate // 20 :] = 0
+    changes = (tokenizer.features(other) - tokenizer.features(wave)).norm(dim=-1)[0]
+    assert changes.argmax() >= len(changes) - 4
+    if kind == 'clap':
+        with pytest.raises(ValueError, match='layer must be 2, got 1'):
+            TransformersSemanticTokenizer(model, CODES, layer=1, feature_extractor=extractor)
+
+
+@pytest.mark.parametrize('kind', ['hubert', 'whisper', 'clap'])
+def test_from_waves_to_saved_music(kind, tmp_path):
+    from pretrained_parts import from_waves_to_saved_music
+
+    tokenizer = build(kind, tmp_path)
+    loaded = from_waves_to_saved_music(tmp_path, tokenizer=tokenizer)
+    waves = 0.3 * torch.randn(2, 3000)
+    assert torch.equal(loaded.tokenizer.encode(waves), tokenizer.encode(waves))
+    assert fingerprint(loaded.tokenizer) == fingerprint(tokenizer)
+
+
+def test_by_command_line(tmp_path, music, capsys):
+    for part in tiny_whisper():
+        part.save_pretrained(tmp_path / 'whisper')
+    given = ['--data', str(music), '--codebook-size', '4']
+    command = ['train', 'tokenizer', '--model', str(tmp_path / 'whisper'), '--layer', '2', *given]
+    assert main([*command, '--output', str(tmp_path / 'tokenizer')]) == 0
+    assert '4 semantic tokens, 50 a second' in capsys.readouterr().out
+    tokenizer = SemanticTokenizer.from_pretrained(tmp_path / 'tokenizer')
+    assert (tokenizer.layer, tokenizer.codebook_size) == (2, 4)
+
+    config = tmp_path / 'all.json'
+    section = dict(codebook_size=4, model=str(tmp_path / 'whisper'), layer=2)
+    config.write_text(json.dumps({**TINY, 'tokenizer': section}))
+    command = ['train', 'all', '--data', str(music), '--output', str(tmp_path / 'out'), '--config', str(config)]
+    assert main(command) == 0
+    kept = SemanticTokenizer.from_pretrained(tmp_path / 'out' / 'musiclm' / 'tokenizer')
+    assert torch.equal(kept.features(torch.ones(1, 900)), tokenizer.features(torch.ones(1, 900)))
+    (tmp_path / 'nothing').mkdir()
+    (tmp_path / 'nothing' / 'config.json').write_text('{}')
+    for name, told in ('nothing', 'does not say which model it is'), ('nowhere', 'nowhere is neither the folder'):
+        command = ['train', 'tokenizer', '--model', str(tmp_path / name), *given, '--output', str(tmp_path / 'x')]
+        assert main(command) == 2
+        assert told in capsys.readouterr().err

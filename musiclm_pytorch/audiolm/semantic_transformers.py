@@ -1,13 +1,16 @@
-"""Semantic tokens from pretrained audio models: HuBERT, MERT, w2v-BERT, wav2vec 2.0, WavLM and their like."""
+"""Semantic tokens from pretrained audio models: HuBERT, MERT, w2v-BERT, WavLM, Whisper, CLAP and their like."""
 
 from __future__ import annotations
 
 import bisect
 import copy
+import math
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+import torch
+from einops import reduce
 from torch import Tensor, nn
 
 from musiclm_pytorch.audiolm.convert import is_of
@@ -15,6 +18,20 @@ from musiclm_pytorch.audiolm.semantic import SemanticTokenizer
 from musiclm_pytorch.checks import check_sample_rate, typechecked
 from musiclm_pytorch.mulan.checkpoint import SavedConfig
 from musiclm_pytorch.pretrained.hub import find_encoder, load_transformers, read_settings, save_encoder
+
+
+class Kind(NamedTuple):
+    """How the part that hears is had of a model that does more, by its `model_type`."""
+
+    model: str  # class of `transformers` that is that part
+    unneeded: tuple[str, ...] = ()  # its weights that nothing reads
+
+
+WHISPER = Kind(
+    'WhisperForAudioClassification', ('projector.weight', 'projector.bias', 'classifier.weight', 'classifier.bias')
+)
+CLAP = Kind('ClapAudioModelWithProjection')
+KINDS = dict(whisper=WHISPER, clap=CLAP, clap_audio_model=CLAP)
 
 
 class TransformersSemanticTokenizer(SemanticTokenizer):
@@ -27,6 +44,10 @@ class TransformersSemanticTokenizer(SemanticTokenizer):
     and MERT where it differs from HuBERT in name only; no code of a repository is run. A wave of `n` samples gives
     `(n - receptive field) // downsample_factor + 1` tokens, for HuBERT at 16 kHz `(n - 400) // 320 + 1`: one less than
     `n // 320` where `n` is a multiple of 320.
+
+    Whisper's encoder and the audio tower of CLAP will do as well. They were made for windows of one length, 30 and
+    10 s: shorter waves are padded with silence, longer ones encoded window by window, and `n` samples give
+    `n // downsample_factor` tokens, 50 a second for Whisper, 3.2 for CLAP, of whose layers only the last can be used.
 
     Only the layers below the chosen one are kept.
 
@@ -58,17 +79,27 @@ class TransformersSemanticTokenizer(SemanticTokenizer):
         window_seconds: float | None = 30.0,
     ):
         if isinstance(model, nn.Module):
-            model = copy.deepcopy(model)
+            model = copy.deepcopy(_hearing(model))
         else:
+            source, model = model, _load_model(model)
             if feature_extractor is None:
-                feature_extractor = _load_feature_extractor(model, required=target_sample_hz is None)
-            model = _load_model(model)
-        name = type(model).__name__
-        layers = getattr(getattr(model, 'encoder', None), 'layers', None)
-        if not isinstance(layers, nn.ModuleList) or model.config.is_encoder_decoder:
-            raise ValueError(f'a {name} is no audio encoder with layers in encoder.layers, such as HubertModel')
-        if not 1 <= layer <= len(layers):
-            raise ValueError(f'layer must lie between 1 and the depth of this {name}, {len(layers)}, got {layer}')
+                feature_extractor = _load_feature_extractor(source, required=target_sample_hz is None)
+        name, stack = type(model).__name__, _stack(model)
+        layers = getattr(stack, 'layers', None)
+        kind = getattr(getattr(model, 'config', None), 'model_type', None)
+        if not isinstance(layers, nn.ModuleList) or (model.config.is_encoder_decoder and kind != 'whisper'):
+            raise ValueError(
+                f'a {name} is no audio encoder that is read: those are models of transformers with layers in '
+                f'encoder.layers, such as HuBERT, MERT and w2v-BERT, and those of model_type {", ".join(KINDS)}'
+            )
+        lowest = len(layers) if KINDS.get(kind) is CLAP else 1
+        if not lowest <= layer <= len(layers):
+            depth = f'1 and the depth of this {name}, {len(layers)}'
+            raise ValueError(
+                f'layer must lie between {depth}, got {layer}'
+                if lowest == 1
+                else f'layer must be {lowest}, got {layer}'
+            )
 
         rate = getattr(feature_extractor, 'sampling_rate', None)
         if target_sample_hz is None:
@@ -78,6 +109,9 @@ class TransformersSemanticTokenizer(SemanticTokenizer):
         if rate is not None and target_sample_hz != rate:
             raise ValueError(f'target_sample_hz is {target_sample_hz}, but the feature extractor works at {rate} Hz')
         check_sample_rate(target_sample_hz)
+        padded_to = _padded_to(feature_extractor)
+        if padded_to is not None:
+            window_seconds = min(window_seconds or math.inf, padded_to / target_sample_hz)
         downsample_factor, receptive_field = _framing(model, feature_extractor, target_sample_hz)
 
         super().__init__(
@@ -92,7 +126,8 @@ class TransformersSemanticTokenizer(SemanticTokenizer):
         self.layer = layer
         self.window_seconds = window_seconds
         self.feature_extractor = feature_extractor
-        model.encoder.layers = layers[:layer]
+        self.padded_to = padded_to  # samples of the window that every wave is padded to, or None
+        stack.layers = layers[:layer]
         model.config.num_hidden_layers = layer
         self.encoder = model.requires_grad_(False)
         self.eval()
@@ -134,21 +169,27 @@ class TransformersSemanticTokenizer(SemanticTokenizer):
         return adapted.to(tokenizer.cluster_centers.device)
 
     def _encode(self, wavs: Tensor) -> Tensor:
-        inputs = wavs
+        inputs, tokens = wavs, self.num_tokens(wavs.shape[1])
         if self.feature_extractor is not None:
+            wavs = wavs[:, : self.padded_to]
             inputs = _extract(self.feature_extractor, wavs.cpu().numpy()).to(wavs.device)
+        inputs = inputs.to(self.encoder.dtype)
+        if hasattr(self.encoder, 'audio_model'):  # CLAP
+            longer = torch.zeros(len(inputs), 1, dtype=torch.bool, device=inputs.device)
+            heard = self.encoder.audio_model(inputs, is_longer=longer).last_hidden_state
+            return reduce(heard, 'b d f t -> b t d', 'mean')[:, :tokens]
         states = []
 
         def keep(_module: nn.Module, _inputs: Any, output: Any) -> None:
             states.append(output[0] if isinstance(output, tuple) else output)
 
         # of the layer itself: what models report as hidden states differs by a final norm between them
-        hook = self.encoder.encoder.layers[-1].register_forward_hook(keep)
+        hook = _stack(self.encoder).layers[-1].register_forward_hook(keep)
         try:
-            self.encoder(inputs.to(self.encoder.dtype))
+            self.encoder(inputs)
         finally:
             hook.remove()
-        return states[0]
+        return states[0] if self.padded_to is None else states[0][:, :tokens]
 
     def _saved_keywords(self) -> dict[str, Any]:
         return dict(
@@ -182,10 +223,45 @@ def _hubert_of(model: nn.Module) -> nn.Module:
     return hubert
 
 
+def _hearing(model: nn.Module) -> nn.Module:
+    """The part of a Whisper or a CLAP that hears, of other models all."""
+    import transformers
+
+    kind = KINDS.get(getattr(getattr(model, 'config', None), 'model_type', None))
+    if kind is None:
+        return model
+    is_part = isinstance(model, getattr(transformers, kind.model))
+    if kind is CLAP:
+        part = model if is_part else transformers.ClapAudioModelWithProjection(model.config.audio_config)
+        part.audio_model, part.audio_projection = model.audio_model, model.audio_projection
+        return part
+    part = model if is_part else transformers.WhisperForAudioClassification(model.config)
+    part.encoder, part.projector, part.classifier = model.get_encoder(), nn.Identity(), nn.Identity()
+    return part
+
+
+def _stack(model: nn.Module) -> nn.Module | None:
+    """What has the layers."""
+    return model.audio_model.audio_encoder if hasattr(model, 'audio_model') else getattr(model, 'encoder', None)
+
+
+def _padded_to(feature_extractor: Any) -> int | None:
+    """Samples of the window that a feature extractor pads every wave to, of Whisper and CLAP."""
+    return getattr(feature_extractor, 'nb_max_samples', getattr(feature_extractor, 'n_samples', None))
+
+
 def _load_model(source: str | Path) -> nn.Module:
     settings = read_settings(source)
+    kind = settings.get('model_type')
+    if kind is None:
+        raise ValueError(
+            f'the config.json of {source} does not say which model it is (model_type); those that are read are models '
+            f'of transformers with layers in encoder.layers, such as HuBERT and MERT, and {", ".join(KINDS)}'
+        )
+    if kind in KINDS:
+        return _hearing(load_transformers(source, KINDS[kind].model, unneeded=KINDS[kind].unneeded))
     unneeded = ('masked_spec_embed',)
-    if settings.get('model_type') != 'mert_model':
+    if kind != 'mert_model':
         return load_transformers(source, unneeded=unneeded)
     from transformers import HubertConfig
 
@@ -213,9 +289,12 @@ def _load_feature_extractor(source: str | Path, *, required: bool) -> Any:
 
 def _extract(feature_extractor: Any, wavs: np.ndarray) -> Tensor:
     """`(b, samples)` to what the model takes."""
+    keywords = dict(padding='pad') if hasattr(feature_extractor, 'nb_max_samples') else dict(pad_to_multiple_of=None)
+    state = np.random.get_state()  # noqa: NPY002 - CLAP's draws an item of those with fusion
     prepared = feature_extractor(
-        list(wavs), sampling_rate=feature_extractor.sampling_rate, return_tensors='pt', pad_to_multiple_of=None
+        list(wavs), sampling_rate=feature_extractor.sampling_rate, return_tensors='pt', **keywords
     )
+    np.random.set_state(state)  # noqa: NPY002
     # all waves are as long as each other: there is nothing to mask
     return prepared['input_features' if 'input_features' in prepared else 'input_values']
 
@@ -230,6 +309,16 @@ def _framing(model: nn.Module, feature_extractor: Any, rate: int) -> tuple[int, 
         return factor, receptive
     if feature_extractor is None:
         raise ValueError(f'a {type(model).__name__} takes no waves; it needs its feature_extractor')
+    if (samples := _padded_to(feature_extractor)) is not None:
+        if model.config.model_type == 'whisper':
+            frames = model.config.max_source_positions
+        else:  # of the image that CLAP folds its spectrogram into
+            encoder = model.audio_model.audio_encoder
+            frames = encoder.freq_ratio * encoder.input_resolutions[-1][1]
+        factor, rest = divmod(samples, frames)
+        if rest:
+            raise ValueError(f'{type(model).__name__} gives {frames} frames of {samples} samples, no whole number each')
+        return factor, factor
 
     # frames are made by the feature extractor, and the model keeps them: measure their distance, and the shortest
     # wave that gives as many as a second does

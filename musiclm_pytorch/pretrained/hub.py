@@ -43,12 +43,16 @@ def load_transformers(
     import transformers
 
     keywords = {} if config is None else dict(config=config)
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()  # it would list what is missing; that is judged here
     try:
         model, report = getattr(transformers, kind).from_pretrained(
             source, output_loading_info=True, dtype=torch.float32, **keywords
         )
     except OSError as error:
         raise FileNotFoundError(f'{source} is neither the folder of a model nor on the Hugging Face Hub') from error
+    finally:
+        transformers.logging.set_verbosity(verbosity)
     missing = {it for it in report['missing_keys'] if not it.endswith(tuple(unneeded))}
     if missing or report['mismatched_keys']:
         raise ValueError(

@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 from musiclm_pytorch.audiolm.saving import load_module
 from musiclm_pytorch.audiolm.semantic import SemanticTokenizer
 from musiclm_pytorch.audiolm.semantic_mulan import MuLaNSemanticTokenizer
+from musiclm_pytorch.audiolm.semantic_transformers import TransformersSemanticTokenizer
 from musiclm_pytorch.audiolm.spectral_codec import SpectralCodec
 from musiclm_pytorch.audiolm.stages import STAGES
 from musiclm_pytorch.checks import fitted, typechecked
@@ -40,13 +41,20 @@ def fit_quantizer(
             return quantizer, quantizer.fit(clips, **fitted)
 
 
-def fit_tokenizer(recipe: FittedRecipe, mulan: MuLaN, clips: Dataset) -> tuple[MuLaNSemanticTokenizer, float]:
-    """A semantic tokenizer by the section `tokenizer`, and what `SemanticTokenizer.fit` tells of it."""
+def build_tokenizer(recipe: FittedRecipe, mulan: MuLaN | None) -> SemanticTokenizer:
+    """A semantic tokenizer by the section `tokenizer`, not fitted yet: of the model that it names, or else of MuLaN."""
     with recipe.section('tokenizer') as keywords:
-        built, fitted = split_keywords(keywords, MuLaNSemanticTokenizer)
-        tokenizer = MuLaNSemanticTokenizer(mulan, **built)
+        if 'model' in keywords:
+            return TransformersSemanticTokenizer(**split_keywords(keywords, TransformersSemanticTokenizer)[0])
+        return MuLaNSemanticTokenizer(mulan, **split_keywords(keywords, MuLaNSemanticTokenizer)[0])
+
+
+def fit_tokenizer(recipe: FittedRecipe, tokenizer: SemanticTokenizer, clips: Dataset) -> float:
+    """Fit a tokenizer by that section; gives what `SemanticTokenizer.fit` tells of it."""
+    with recipe.section('tokenizer') as keywords:
+        fitted = split_keywords(keywords, type(tokenizer))[1]
         with counted(clips, 'tokenizer', fitted.get('max_items')) as clips:
-            return tokenizer, tokenizer.fit(clips, **fitted)
+            return tokenizer.fit(clips, **fitted)
 
 
 def build_spectral_codec(recipe: FittedRecipe) -> SpectralCodec:

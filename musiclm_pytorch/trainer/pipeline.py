@@ -26,6 +26,7 @@ from musiclm_pytorch.quantizer import MuLaNEmbedQuantizer
 from musiclm_pytorch.trainer.assembly import (
     assemble_musiclm,
     build_spectral_codec,
+    build_tokenizer,
     fit_quantizer,
     fit_spectral_codec,
     fit_tokenizer,
@@ -217,7 +218,8 @@ class _Parts:
         if is_whole(folder):
             return
         mulan = MuLaN.from_pretrained(model_in(self.output / 'mulan'))
-        tokenizer, _ = fit_tokenizer(self.recipe.fitted, mulan, self.clips(mulan.sample_rate))
+        tokenizer = build_tokenizer(self.recipe.fitted, mulan)
+        fit_tokenizer(self.recipe.fitted, tokenizer, self.clips(tokenizer.target_sample_hz))
         tokenizer.save_pretrained(folder)
 
     def codec(self) -> None:

@@ -10,12 +10,13 @@ from typing import Any, ClassVar
 
 from musiclm_pytorch.audiolm.crops import STAGE_SECONDS
 from musiclm_pytorch.audiolm.semantic_mulan import MuLaNSemanticTokenizer
+from musiclm_pytorch.audiolm.semantic_transformers import TransformersSemanticTokenizer
 from musiclm_pytorch.audiolm.spectral_codec import SpectralCodec
 from musiclm_pytorch.audiolm.stages import STAGES
 from musiclm_pytorch.audiolm.tokens import compute_tokens
 from musiclm_pytorch.musiclm import MusicLM
 from musiclm_pytorch.quantizer import MuLaNEmbedQuantizer
-from musiclm_pytorch.trainer.recipes import FITTED_PARTS, TRAINED_PARTS, MuLaNRecipe, Recipe, write_recipe
+from musiclm_pytorch.trainer.recipes import FITTED_PARTS, IS_CODE, TRAINED_PARTS, MuLaNRecipe, Recipe, write_recipe
 from musiclm_pytorch.trainer.sections import Section, nearest, read_content, shown
 from musiclm_pytorch.trainer.stage_recipes import CoarseRecipe, CodecRecipe, FineRecipe, SemanticRecipe
 
@@ -28,7 +29,10 @@ MUSICLM_PARTS = ('audio_lm', 'mulan_embed_quantizer', *STAGES, 'codec', 'tokeniz
 
 @dataclass(frozen=True)
 class FittedRecipe(Recipe):
-    """What is fitted rather than trained, and how it is put together: keywords of constructors and of `fit`."""
+    """What is fitted rather than trained, and how it is put together: keywords of constructors and of `fit`.
+
+    The section `tokenizer` is of a `TransformersSemanticTokenizer` if it has the key `model`, else of MuLaN's.
+    """
 
     SECTIONS: ClassVar[Mapping[str, Section]] = {
         'quantizer': Section(
@@ -42,8 +46,9 @@ class FittedRecipe(Recipe):
             ),
         ),
         'tokenizer': Section(
-            (MuLaNSemanticTokenizer, MuLaNSemanticTokenizer.fit),
-            refused=dict(mulan=FROM_MULAN, data=IS_DATA, sample_rate=FROM_MULAN),
+            (MuLaNSemanticTokenizer, MuLaNSemanticTokenizer.fit, TransformersSemanticTokenizer),
+            refused=dict(mulan=FROM_MULAN, data=IS_DATA, sample_rate=FROM_MULAN, feature_extractor=IS_CODE),
+            more=dict(model=str),
         ),
         'spectral_codec': Section((SpectralCodec, SpectralCodec.fit), refused=dict(data=IS_DATA)),
         'pretrained_codec': Section((), more=dict(source=str, num_quantizers=int)),
