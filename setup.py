@@ -49,7 +49,7 @@ def fairseq_stand_in():
 # One line an extra, and only extras whose code is in the package; `all` is their union.
 EXTRAS = {
     'app': ['gradio>=6'],
-    'eval': ['encodec>=0.1.1', 'hear21passt>=0.0.26', 'mir-eval>=0.8', 'transformers>=4.40'],
+    'eval': ['encodec>=0.1.1', 'hear21passt>=0.0.26', 'mir-eval>=0.8', 'transformers>=5'],
     'inference': ['onnx>=1.18', 'onnxruntime>=1.20', 'onnxscript>=0.5', 'torchao>=0.15'],
     'openclip': ['open-clip-torch>=3.3,<4'],
     'scores': ['mido>=1.3', 'pyfluidsynth>=1.4'],  # and FluidSynth itself, which pip cannot install
@@ -114,6 +114,7 @@ setup(
         'einops>=0.8',
         'ema-pytorch>=0.7',
         'filelock>=4',
+        'huggingface-hub>=0.34',
         'hyper-connections>=0.4.11,<0.5',
         'lazy-loader>=0.6',
         'librosa>=0.11',
@@ -135,6 +136,7 @@ setup(
         'torchaudio>=2.11,<2.11.1',
         'torchvision>=0.26',  # x-clip requires it
         'tqdm>=4.60',
+        'transformers>=5',
         'vector-quantize-pytorch>=1.20',
         'wandb>=0.19.10',  # audiolm-pytorch requires it; several runs in one process
         'x-clip>=0.14',

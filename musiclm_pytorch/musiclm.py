@@ -55,6 +55,7 @@ from musiclm_pytorch.mulan.layers import l2norm
 from musiclm_pytorch.mulan.model import evaluating
 from musiclm_pytorch.mulan.vocabulary import low_score_line, unknown_words_line, warn_of
 from musiclm_pytorch.pretrained import find_pretrained
+from musiclm_pytorch.pretrained.hub import HubModel
 from musiclm_pytorch.quantizer import MuLaNEmbedQuantizer
 from musiclm_pytorch.version import __version__
 from musiclm_pytorch.waves import Music, Waves
@@ -72,7 +73,7 @@ HEARD = 1.0
 REMADE = 0.1
 
 
-class MusicLM(nn.Module):
+class MusicLM(HubModel, nn.Module):
     """Text to music (arXiv 2301.11325).
 
         musiclm = MusicLM(audio_lm, mulan_embed_quantizer)
@@ -705,6 +706,8 @@ class MusicLM(nn.Module):
         folder: str | Path,
         *,
         mulan: nn.Module | None = None,
+        revision: str | None = None,
+        subfolder: str | None = None,
         device: str | torch.device = 'cpu',
         dtype: torch.dtype | None = None,
         verify: bool = True,
@@ -712,11 +715,10 @@ class MusicLM(nn.Module):
         """Rebuild everything from a folder that `save_pretrained` wrote, in eval mode.
 
         `MusicLM.from_pretrained('tiny')` is the model that ships with the package. `mulan` is used instead of the saved
-        one. `device`, `dtype`, `verify` and errors are as in `MuLaN.from_pretrained`; waves are float32 whatever the
-        `dtype`.
+        one. The other arguments and errors are as in `MuLaN.from_pretrained`; waves are float32 whatever the `dtype`.
         """
         place = placing(device, dtype)
-        folder = find_pretrained(folder)
+        folder = find_pretrained(folder, revision, subfolder)
         needed, optional = ('windows', 'unique_consecutive'), ('sampling', 'knows', 'usual_score')
         settings = read_config(folder, 'MusicLM', needed, optional, verify)
         with settings.refused("'sampling' must hold keywords", settings.content.get('sampling')):

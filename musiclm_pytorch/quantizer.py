@@ -25,6 +25,7 @@ from musiclm_pytorch.mulan import checkpoint
 from musiclm_pytorch.mulan.display import indented
 from musiclm_pytorch.mulan.model import evaluating
 from musiclm_pytorch.mulan.pretrained import PretrainedMuLaN, load_joint, own_mulan
+from musiclm_pytorch.pretrained.hub import HubModel, find_folder
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +34,7 @@ NOT_SAVED = 'mulan_not_saved'  # where a config tells of a joint embedding that 
 
 
 @passes_as('AudioConditionerBase')
-class MuLaNEmbedQuantizer(nn.Module):
+class MuLaNEmbedQuantizer(HubModel, nn.Module):
     """Turns waves or texts into the conditioning of AudioLM's stages (MusicLM, arXiv 2301.11325, section 3.2).
 
     A latent of MuLaN becomes `rq_num_quantizers` codes by residual vector quantization; each namespace, one a stage,
@@ -347,15 +348,18 @@ class MuLaNEmbedQuantizer(nn.Module):
         folder: str | Path,
         mulan: nn.Module | None = None,
         *,
+        revision: str | None = None,
+        subfolder: str | None = None,
         device: str | torch.device = 'cpu',
         dtype: torch.dtype | None = None,
         verify: bool = True,
     ) -> MuLaNEmbedQuantizer:
         """Rebuild a quantizer from its folder, in eval mode; `mulan` is used instead of the saved one, if given.
 
-        `device`, `dtype`, `verify` and errors are as in `MuLaN.from_pretrained`.
+        The other arguments and errors are as in `MuLaN.from_pretrained`.
         """
         place = checkpoint.placing(device, dtype)
+        folder = find_folder(folder, revision, subfolder)
         config, weights = checkpoint.read_folder(
             folder, 'MuLaNEmbedQuantizer', parts=('quantizer',), optional=(NOT_SAVED,), verify=verify
         )

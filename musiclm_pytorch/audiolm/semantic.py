@@ -25,6 +25,7 @@ from musiclm_pytorch.data.collate import mono, split_item
 from musiclm_pytorch.data.rates import agreed_rate
 from musiclm_pytorch.mulan import checkpoint
 from musiclm_pytorch.mulan.display import size_of
+from musiclm_pytorch.pretrained.hub import HubModel, find_folder
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +36,7 @@ KINDS = {
 
 
 @passes_as('HubertWithKmeans')
-class SemanticTokenizer(nn.Module, metaclass=ABCMeta):
+class SemanticTokenizer(HubModel, nn.Module, metaclass=ABCMeta):
     """Waves to semantic tokens: frames of features of a frozen encoder, each replaced by its nearest k-means centre.
 
     The classes of audiolm-pytorch take it as `wav2vec`:
@@ -234,15 +235,18 @@ class SemanticTokenizer(nn.Module, metaclass=ABCMeta):
         cls,
         folder: str | Path,
         *,
+        revision: str | None = None,
+        subfolder: str | None = None,
         device: str | torch.device = 'cpu',
         dtype: torch.dtype | None = None,
         verify: bool = True,
     ) -> SemanticTokenizer:
         """Rebuild a tokenizer of any kind from its folder.
 
-        `device`, `dtype` (of the encoder), `verify` and errors are as in `MuLaN.from_pretrained`.
+        The other arguments (`dtype` of the encoder) and errors are as in `MuLaN.from_pretrained`.
         """
         place = checkpoint.placing(device, dtype)
+        folder = find_folder(folder, revision, subfolder)
         parts = ('model', 'tokenizer', 'encoder')
         config, weights = checkpoint.read_folder(folder, 'SemanticTokenizer', parts=parts, verify=verify)
         name = config['model']

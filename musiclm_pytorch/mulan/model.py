@@ -35,6 +35,7 @@ from musiclm_pytorch.mulan.layers import l2norm
 from musiclm_pytorch.mulan.text_transformer import TextTransformer
 from musiclm_pytorch.mulan.transfer import load_matching
 from musiclm_pytorch.mulan.words import WordPrediction
+from musiclm_pytorch.pretrained.hub import HubModel, find_folder
 
 
 class PairLatents(NamedTuple):
@@ -53,7 +54,7 @@ class PairLatents(NamedTuple):
     tokens: Tensor | None = None
 
 
-class JointEmbedding(nn.Module):
+class JointEmbedding(HubModel, nn.Module):
     """What every joint embedding of audio and text does; a subclass gives `get_audio_latents` and `get_text_latents`,
     as of `MuLaN`, and the attributes below.
 
@@ -410,6 +411,8 @@ class MuLaN(JointEmbedding):
         cls,
         folder: str | Path,
         *,
+        revision: str | None = None,
+        subfolder: str | None = None,
         device: str | torch.device = 'cpu',
         dtype: torch.dtype | None = None,
         verify: bool = True,
@@ -417,7 +420,9 @@ class MuLaN(JointEmbedding):
         """Rebuild a model from the folder that `save_pretrained` wrote; in eval mode.
 
         Args:
-            folder: with `config.json` and `model.safetensors`.
+            folder: with `config.json` and `model.safetensors`; or `user/name` on the Hugging Face Hub.
+            revision: branch, tag or commit there.
+            subfolder: where the model lies within.
             device: where the model goes.
             dtype: of the weights, float32 by default.
             verify: refuse files whose content is not what was written, by the checksum in them.
@@ -426,6 +431,7 @@ class MuLaN(JointEmbedding):
             FileNotFoundError: a missing file. ValueError: a damaged one, one of another model, a key of a newer
             version, a device that is not there. TypeError: a `dtype` that is not floating-point.
         """
+        folder = find_folder(folder, revision, subfolder)
         return checkpoint.load(cls, folder, device=device, dtype=dtype, verify=verify)
 
     def load_matching(self, folder: str | Path) -> list[str]:

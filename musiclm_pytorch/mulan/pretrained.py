@@ -20,6 +20,7 @@ from musiclm_pytorch.mulan.layers import l2norm
 from musiclm_pytorch.mulan.model import JointEmbedding, MuLaN
 from musiclm_pytorch.pretrained.hub import (
     find_encoder,
+    is_hub_name,
     load_processor,
     load_transformers,
     read_settings,
@@ -211,10 +212,9 @@ def load_joint(folder: str | Path, **keywords: Any) -> JointEmbedding:
 
     Further keywords and errors are as in `MuLaN.from_pretrained`.
     """
-    kind = saved_kind(folder)
-    if kind == 'PretrainedMuLaN':
+    if saved_kind(folder) == 'PretrainedMuLaN':
         return PretrainedMuLaN.from_pretrained(folder, **keywords)
-    if kind is None and (not Path(folder).is_dir() or (Path(folder) / CONFIG_FILE).is_file()):
+    if (is_hub_name(folder) or (Path(folder) / CONFIG_FILE).is_file()) and 'model_type' in read_settings(folder):
         keywords.pop('verify', None)
         return placing(keywords.get('device', 'cpu'), keywords.get('dtype'))(PretrainedMuLaN(folder))
     return MuLaN.from_pretrained(folder, **keywords)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from musiclm_pytorch.pretrained.hub import find_folder
+
 HOME = Path(__file__).resolve().parent
 
 
@@ -13,12 +15,13 @@ def pretrained_names() -> list[str]:
     return sorted(path.parent.name for path in HOME.glob('*/config.json'))
 
 
-def find_pretrained(folder: str | Path) -> Path:
-    """The folder of a model: one on disk, or else the one of that name that ships with the package.
+def find_pretrained(folder: str | Path, revision: str | None = None, subfolder: str | None = None) -> Path:
+    """The folder of a model: one on disk, one of the Hugging Face Hub (see `find_folder`), or else the one of that name
+    that ships with the package.
 
     Raises FileNotFoundError if there is neither, or if the folder is not a model's but has one inside, which is named.
     """
-    path = Path(folder)
+    path = find_folder(folder, revision, subfolder)
     if path.exists():
         if not (path / 'config.json').exists() and (inside := models_inside(path)):
             raise FileNotFoundError(f'{folder} has no config.json; the model in it is {inside[0]}, so pass that')

@@ -1,8 +1,13 @@
-"""Models of `transformers`, from a folder or from the Hugging Face Hub. No code of a repository is run."""
+"""Models of our own and of `transformers`, from a folder or from the Hugging Face Hub, and our own to it.
+
+No code of a repository is run, and no pickle is fetched.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +17,100 @@ from torch import nn
 from musiclm_pytorch.atomic import checksum_of_file, naming, open_modes
 
 ENCODER_FOLDER = 'encoder'
+HUB_NAME = re.compile(r'[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*')
+FILES = ('*.json', '*.safetensors', '*.txt', '*.md')  # what our folders hold
+
+
+def is_hub_name(source: str | Path) -> bool:
+    """Whether something can only be the name of a repository on the Hub: `user/name`, and no path of this machine."""
+    is_name = HUB_NAME.fullmatch(str(source)) is not None
+    return is_name and not Path(source).exists() and not Path(source).parent.exists()
+
+
+def find_folder(source: str | Path, revision: str | None = None, subfolder: str | None = None) -> Path:
+    """The folder of a model of ours: one on disk, or that of a repository on the Hub, fetched or in its cache.
+
+    Args:
+        source: a folder, or `user/name`.
+        revision: branch, tag or commit of the repository.
+        subfolder: where the model lies within.
+
+    Raises FileNotFoundError for a repository that is neither there nor in the cache, ValueError for the revision of a
+    folder on disk.
+    """
+    if is_hub_name(source):
+        from huggingface_hub import snapshot_download
+
+        patterns = [f'{subfolder}/{it}' for it in FILES] if subfolder else [*FILES]
+        try:
+            source = snapshot_download(str(source), revision=revision, allow_patterns=patterns)
+        except OSError as error:  # what huggingface_hub raises for all that goes wrong with a request
+            told = ' '.join(str(error).split())
+            raise FileNotFoundError(
+                f'{source} is no folder, and it cannot be had from the Hugging Face Hub either: {told:.300}'
+            ) from error
+        except ValueError as error:
+            raise FileNotFoundError(f'{source} is no folder, and no name on the Hugging Face Hub: {error}') from error
+    elif revision is not None:
+        raise ValueError(f'{source} is no name on the Hugging Face Hub, so that it has no revision {revision!r}')
+    return Path(source) / (subfolder or '')
+
+
+class HubModel:
+    """What goes to the Hub: a class with `save_pretrained(folder)`."""
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        figures: Mapping[str, float] | None = None,
+        private: bool | None = None,
+        revision: str | None = None,
+        commit_message: str | None = None,
+        token: str | None = None,
+    ) -> str:
+        """Upload the model and a card, for `from_pretrained(repo_id)`.
+
+        Args:
+            repo_id: `user/name`; the repository is made if there is none.
+            figures: measures by name, for the card: those of an evaluation or a validation.
+            private: who may read a repository that is made.
+            revision: branch to commit to.
+            token: by default the one that `hf auth login` keeps.
+
+        Returns:
+            address of the commit.
+        """
+        from huggingface_hub import HfApi
+
+        api = HfApi(token=token)
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            Path(folder, 'README.md').write_text(model_card(self, repo_id, figures or {}), encoding='utf-8')
+            commit = api.upload_folder(
+                repo_id=repo_id,
+                folder_path=folder,
+                revision=revision,
+                commit_message=commit_message or f'Upload {type(self).__name__}',
+            )
+        return str(commit)
+
+
+def model_card(model: Any, repo_id: str, figures: Mapping[str, float]) -> str:
+    """What the model is, how it is loaded, and what was measured, with the head that the Hub reads."""
+    from huggingface_hub import ModelCardData
+
+    name, public = type(model).__name__, repo_id.rpartition('/')[2]
+    head = ModelCardData(library_name='musiclm-pytorch', tags=['music', 'audio', name.lower()])
+    if name == 'MusicLM':
+        head.pipeline_tag = 'text-to-audio'
+    lines = ['---', head.to_yaml(), '---', '', f'# {public}', '', '```', repr(model), '```', '', '```python']
+    lines += [f'from musiclm_pytorch import {name}', '', f"model = {name}.from_pretrained('{repo_id}')", '```', '']
+    if figures:
+        lines += ['| measure | value |', '|---|---|']
+        lines += [*(f'| {key} | {value:.4g} |' for key, value in figures.items()), '']
+    return '\n'.join(lines)
 
 
 def read_settings(source: str | Path) -> dict[str, Any]:
@@ -20,6 +119,8 @@ def read_settings(source: str | Path) -> dict[str, Any]:
 
     if Path(source).exists() and not Path(source, 'config.json').is_file():
         raise FileNotFoundError(f'{source} has no config.json, so it is no folder of a model')
+    if not Path(source).exists() and not is_hub_name(source):
+        raise FileNotFoundError(f'{source} is neither the folder of a model nor on the Hugging Face Hub')
     try:
         return PreTrainedConfig.get_config_dict(source)[0]
     except OSError as error:

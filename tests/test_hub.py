@@ -1,0 +1,104 @@
+"""Models by their name on the Hugging Face Hub: offline, from a cache that the tests fill as huggingface_hub does."""
+
+import shutil
+
+import huggingface_hub
+import pytest
+import torch
+from pretrained_parts import make_codec_model
+from stage_parts import make_quantizer
+from test_embedders import tiny_clap
+
+from musiclm_pytorch import MuLaN, MuLaNEmbedQuantizer, MusicLM, PretrainedCodec, PretrainedMuLaN
+from musiclm_pytorch.evaluation import load_mulan
+from musiclm_pytorch.pretrained import HOME
+from musiclm_pytorch.pretrained.hub import HubModel
+from musiclm_pytorch.trainer.assembly import load_codec
+
+COMMIT = {'main': 'a' * 40, 'v1': 'b' * 40}
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A function that puts a folder into the cache as a repository's; uploads of huggingface_hub go there, too."""
+    cache = tmp_path / 'hub'
+    cache.mkdir()
+    monkeypatch.setattr(huggingface_hub.constants, 'HF_HUB_CACHE', str(cache))
+    monkeypatch.setattr(huggingface_hub.constants, 'HF_HUB_OFFLINE', True)
+    monkeypatch.chdir(tmp_path)
+
+    def put(name, folder, revision='main', subfolder=''):
+        repository = cache / f'models--{name.replace("/", "--")}'
+        (repository / 'refs').mkdir(parents=True, exist_ok=True)
+        (repository / 'refs' / revision).write_text(COMMIT[revision])
+        shutil.copytree(folder, repository / 'snapshots' / COMMIT[revision] / subfolder, dirs_exist_ok=True)
+
+    def upload(self, *, repo_id, folder_path, revision, commit_message):
+        put(repo_id, folder_path)
+        return f'https://huggingface.co/{repo_id}/commit/{COMMIT["main"]}: {commit_message}'
+
+    monkeypatch.setattr(huggingface_hub.HfApi, 'create_repo', lambda self, *arguments, **keywords: None)
+    monkeypatch.setattr(huggingface_hub.HfApi, 'upload_folder', upload)
+    return put
+
+
+def test_a_model_goes_up_with_a_card_and_comes_back(hub, tmp_path):
+    quantizer = make_quantizer()
+    address = quantizer.push_to_hub('somebody/quantizer', figures=dict(recall_at_1=0.51234))
+    assert address.endswith(f'{COMMIT["main"]}: Upload MuLaNEmbedQuantizer')
+    again = MuLaNEmbedQuantizer.from_pretrained('somebody/quantizer')
+    assert all(torch.equal(a, b) for a, b in zip(quantizer.state_dict().values(), again.state_dict().values()))
+    (card,) = (tmp_path / 'hub').rglob('README.md')
+    told = card.read_text()
+    assert told.startswith('---\n')
+    assert 'library_name: musiclm-pytorch' in told
+    assert "MuLaNEmbedQuantizer.from_pretrained('somebody/quantizer')" in told
+    assert '| recall_at_1 | 0.5123 |' in told
+    assert huggingface_hub.ModelCard(told).data.tags == ['music', 'audio', 'mulanembedquantizer']
+
+    mulan = MuLaN.from_pretrained('somebody/quantizer', subfolder='mulan')
+    assert torch.equal(mulan.audio_to_latents.weight, quantizer.mulan.audio_to_latents.weight)
+    with torch.no_grad():
+        quantizer.mulan.audio_to_latents.weight.fill_(0.5)
+    quantizer.mulan.save_pretrained(tmp_path / 'other')
+    hub('somebody/quantizer', tmp_path / 'other', revision='v1', subfolder='mulan')
+    other = MuLaN.from_pretrained('somebody/quantizer', subfolder='mulan', revision='v1', dtype=torch.float64)
+    assert (other.audio_to_latents.weight == 0.5).all()
+    assert other.audio_to_latents.weight.dtype == torch.float64
+
+
+def test_every_kind_of_model(hub, tmp_path):
+    hub('somebody/tiny', HOME / 'tiny')
+    assert MusicLM.from_pretrained('somebody/tiny').sample_rate == 16000
+    assert torch.equal(load_mulan('somebody/tiny').audio_to_latents.weight, load_mulan('tiny').audio_to_latents.weight)
+    for part in tiny_clap():
+        part.save_pretrained(tmp_path / 'clap')
+    hub('somebody/clap', tmp_path / 'clap')
+    texts = ['a flute']
+    expected = PretrainedMuLaN(tmp_path / 'clap').get_text_latents(raw_texts=texts)
+    assert torch.equal(PretrainedMuLaN('somebody/clap').get_text_latents(raw_texts=texts), expected)
+    assert torch.equal(load_mulan('somebody/clap').get_text_latents(raw_texts=texts), expected)
+
+    model = make_codec_model('dac')
+    model.save_pretrained(tmp_path / 'dac')
+    hub('somebody/dac', tmp_path / 'dac')
+    waves = torch.randn(1, 900)
+    expected = PretrainedCodec(model, 3).encode(waves)
+    for codec in PretrainedCodec('somebody/dac', 3), load_codec('somebody/dac', 3):
+        assert torch.equal(codec.encode(waves), expected)
+
+
+def test_what_is_not_there(hub, tmp_path):
+    with pytest.raises(FileNotFoundError, match='somebody/else is no folder, and it cannot be had from the Hugging Fa'):
+        MuLaN.from_pretrained('somebody/else')
+    with pytest.raises(FileNotFoundError, match='somebody/else is neither the folder of a model nor on the Hugging F'):
+        PretrainedCodec('somebody/else')
+    (tmp_path / 'parts').mkdir()  # so that this is a path
+    with pytest.raises(FileNotFoundError, match='no config.json in parts/mulan'):
+        MuLaN.from_pretrained('parts/mulan')
+    with pytest.raises(ValueError, match="tiny is no name on the Hugging Face Hub, so that it has no revision 'v1'"):
+        MusicLM.from_pretrained('tiny', revision='v1')
+    hub('somebody/tiny', HOME / 'tiny')
+    with pytest.raises(FileNotFoundError, match='cannot be had'):
+        MusicLM.from_pretrained('somebody/tiny', revision='v1')
+    assert issubclass(MusicLM, HubModel)
