@@ -90,7 +90,7 @@ def make_transformer(stage, tokens=20, codes=12, conditioned=False, seed=3, **ke
         return SemanticTransformer(num_semantic_tokens=tokens, **keywords)
     if stage == 'coarse':
         return CoarseTransformer(codebook_size=codes, num_coarse_quantizers=2, num_semantic_tokens=tokens, **keywords)
-    return FineTransformer(codebook_size=codes, num_coarse_quantizers=2, num_fine_quantizers=1, **keywords)
+    return FineTransformer(codebook_size=codes, num_coarse_quantizers=2, **{'num_fine_quantizers': 1, **keywords})
 
 
 def draw_items(count, equal):

@@ -109,26 +109,27 @@ def test_from_waves_to_saved_music(kind, tmp_path):
     assert torch.equal(theirs(waves_of(500), return_encoded=True)[1], codec.encode(waves_of(500)))
 
 
-def test_an_encodec_wrapper_is_saved(monkeypatch, tmp_path):
+def test_an_encodec_wrapper_to_saved_music(monkeypatch, tmp_path):
     from encodec import EncodecModel
 
     genuine = EncodecModel.encodec_model_24khz
     monkeypatch.setattr(EncodecModel, 'encodec_model_24khz', lambda: genuine(pretrained=False).eval())
     torch.manual_seed(0)
-    wrapper = convert.EncodecWrapper(bandwidth=1.5)
+    wrapper = convert.EncodecWrapper(bandwidth=3.0)
     for layer in wrapper.model.quantizer.vq.layers:
         layer._codebook.embed.normal_()
         layer._codebook.inited.fill_(1.0)
     codec = convert.own_codec(wrapper)
     waves = waves_of(320 * 9)
     codes = codec.encode(waves)
-    assert codes.shape == (2, 9, codec.num_quantizers) == (2, 9, 2)
+    assert codes.shape == (2, 9, codec.num_quantizers) == (2, 9, 4)
     save_module(codec, tmp_path / 'codec')
     loaded = load_module(tmp_path / 'codec')
     assert isinstance(loaded, PretrainedCodec)
     assert torch.equal(loaded.encode(waves), codes)
     torch.testing.assert_close(loaded.decode(codes), codec.decode(codes))
     assert (loaded.sample_rate, loaded.frame_rate) == (codec.sample_rate, codec.frame_rate)
+    from_waves_to_saved_music(tmp_path, codec=codec)
 
 
 def test_mimi_takes_weights_that_are_loaded_after_a_call():

@@ -6,6 +6,7 @@ import soundfile
 import torch
 from pretrained_parts import Sounds, from_waves_to_saved_music
 from test_embedders import RATE, tiny_clap
+from test_service import served
 from torch import nn
 
 from musiclm_pytorch import MuLaNEmbedQuantizer, MuLaNIndex, MusicLM, MusicLMEvaluator, PretrainedMuLaN
@@ -86,6 +87,13 @@ def test_the_latent_of_an_item_is_its_own(mulan):
         mulan.get_text_latents(raw_texts='a flute')
 
 
+def test_the_module_given_is_left_alone():
+    model = Hashes().train()
+    PretrainedMuLaN(model).get_audio_latents(torch.randn(1, 400))
+    assert model.training
+    assert model.weight.requires_grad
+
+
 def test_long_audio_is_heard_whole():
     mulan = MODELS['clap']()
     waves = 0.3 * torch.randn(1, 3 * RATE)
@@ -108,6 +116,9 @@ def test_from_waves_to_saved_music(name, tmp_path):
     heard = mulan.get_audio_latents(music.waves[0], sample_rate=loaded.sample_rate)
     same(music.scores[0], heard @ mulan.get_text_latents(raw_texts=['cello'])[0])
     if given is None:
+        with served(loaded) as service:
+            answer = service.client.post('/embed', json={'texts': ['cello']}).json()
+        same(torch.tensor(answer['text_latents']), mulan.get_text_latents(raw_texts=['cello']))
         path = tmp_path / 'music' / 'quantizer' / 'mulan' / 'encoder' / 'model.safetensors'
         path.write_bytes(path.read_bytes()[:-1] + b'x')
         with pytest.raises(ValueError, match='is damaged'):

@@ -643,7 +643,6 @@ def test_features_are_those_of_the_part_that_hears(kind, tmp_path):
             given = extractor(wave[0].numpy(), sampling_rate=rate, return_tensors='pt', padding='pad')['input_features']
             expected = model.audio_model(given, is_longer=torch.zeros(1, 1)).last_hidden_state.mean(dim=2).mT[:, :22]
     torch.testing.assert_close(tokenizer.features(wave), expected)
-    assert len(model.get_encoder().layers if kind == 'whisper' else model.audio_model.audio_encoder.layers) > 1
 
     # tokens are in the order of time: what comes last changes the last ones most
     other = wave.clone()

@@ -79,7 +79,7 @@ class TransformersSemanticTokenizer(SemanticTokenizer):
         window_seconds: float | None = 30.0,
     ):
         if isinstance(model, nn.Module):
-            model = copy.deepcopy(_hearing(model))
+            model = _hearing(copy.deepcopy(model))
         else:
             source, model = model, _load_model(model)
             if feature_extractor is None:
@@ -225,11 +225,11 @@ def _hubert_of(model: nn.Module) -> nn.Module:
 
 def _hearing(model: nn.Module) -> nn.Module:
     """The part of a Whisper or a CLAP that hears, of other models all."""
-    import transformers
-
     kind = KINDS.get(getattr(getattr(model, 'config', None), 'model_type', None))
     if kind is None:
         return model
+    import transformers
+
     is_part = isinstance(model, getattr(transformers, kind.model))
     if kind is CLAP:
         part = model if is_part else transformers.ClapAudioModelWithProjection(model.config.audio_config)

@@ -30,6 +30,7 @@ from musiclm_pytorch.inference.workers import count_workers, workers
 from musiclm_pytorch.mulan.display import indented
 from musiclm_pytorch.mulan.layers import l2norm
 from musiclm_pytorch.mulan.model import JointEmbedding, MuLaN, evaluating
+from musiclm_pytorch.mulan.pretrained import PretrainedMuLaN
 from musiclm_pytorch.musiclm import MusicLM
 
 logger = logging.getLogger(__name__)
@@ -163,6 +164,12 @@ class BatchInferenceEngine:
         latents = torch.empty(len(texts), plain(self.mulan).dim_latent)
         text_tower = plain(self.embeds).text
         with counted_steps(progress, 'latents', len(texts)) as advance, evaluating(self.embeds):
+            if isinstance(self.embeds, PretrainedMuLaN):  # it tokenizes by itself
+                for start in range(0, len(texts), self.batch_size):
+                    part = texts[start : start + self.batch_size]
+                    latents[start : start + len(part)] = self.embeds.get_text_latents(raw_texts=part).cpu()
+                    advance(len(part))
+                return latents
             for start in range(0, len(texts), LOOK_AHEAD):
                 ids = text_tower.tokenize(texts[start : start + LOOK_AHEAD])
                 # up to the last token that counts

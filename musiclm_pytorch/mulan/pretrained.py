@@ -17,9 +17,11 @@ from musiclm_pytorch.checks import check_audio, check_lengths, check_sample_rate
 from musiclm_pytorch.data.audio import windows
 from musiclm_pytorch.mulan.checkpoint import CONFIG_FILE, placing, read_config, saved_kind
 from musiclm_pytorch.mulan.layers import l2norm
-from musiclm_pytorch.mulan.model import JointEmbedding, MuLaN
+from musiclm_pytorch.mulan.model import JointEmbedding, MuLaN, evaluating
+from musiclm_pytorch.mulan.text_transformer import VOCAB_SIZE
 from musiclm_pytorch.pretrained.hub import (
     find_encoder,
+    find_folder,
     is_hub_name,
     load_processor,
     load_transformers,
@@ -28,6 +30,7 @@ from musiclm_pytorch.pretrained.hub import (
 )
 from musiclm_pytorch.version import __version__
 
+BATCH = 16  # windows heard at a time
 TEMPERATURE = 1 / 0.07  # factor of cosines of a model that tells none: where CLIP begins (arXiv 2103.00020)
 
 
@@ -47,6 +50,7 @@ class TextSide:
     """What is asked of a text tower: that of another model does not tell which words it knows."""
 
     pad_id: int = 0
+    num_tokens: int = VOCAB_SIZE  # it reads words
     trained_tokens: Tensor | None = None
 
     def unknown_words(self, text: str) -> list[str]:
@@ -54,7 +58,7 @@ class TextSide:
 
 
 class PretrainedMuLaN(JointEmbedding):
-    """A joint embedding that others have trained, frozen, for the quantizer, ranking, evaluation, indices and tags.
+    """A joint embedding that others have trained, for the quantizer, ranking, evaluation, indices and tags.
 
         mulan = PretrainedMuLaN('laion/larger_clap_music')
         quantizer = MuLaNEmbedQuantizer(mulan, conditioning_dims=(1024, 1024, 1024))
@@ -93,17 +97,12 @@ class PretrainedMuLaN(JointEmbedding):
                 raise TypeError(f'a {type(model).__name__} is no joint embedding: it has no {" and no ".join(missing)}')
             rate = model.sample_rate if hasattr(model, 'sample_rate') else model.sr
         check_sample_rate(rate)
-        self.model = model.eval().requires_grad_(False) if isinstance(model, nn.Module) else model
+        self.model = model
         self.audio, self.text = AudioSide(rate, longest), TextSide()
         self.contrast = SimpleNamespace(temperature=self._temperature)
         self.dim_latent = (
             model.config.projection_dim if self.is_clap else self.get_text_latents(raw_texts=['music']).shape[1]
         )
-        self.eval()
-
-    def train(self, mode: bool = True) -> PretrainedMuLaN:
-        """Stays in eval mode."""
-        return super().train(False)
 
     @property
     def device(self) -> torch.device:
@@ -126,11 +125,11 @@ class PretrainedMuLaN(JointEmbedding):
         lengths = check_lengths(
             audio_lengths, batch=len(wavs), limit=wavs.shape[1], unit='samples', device=wavs.device
         ).tolist()
-        latents = []
-        for wave, length in zip(wavs.float(), lengths):
-            pieces = [wave[i:j] for i, j in windows(length, *[self.audio.max_audio_length or length] * 2)]
-            latents.append(l2norm(self.embed_pieces(pieces).mean(dim=0)))
-        return torch.stack(latents)
+        longest = self.audio.max_audio_length or max(lengths)
+        spans = [list(windows(length, longest, longest)) for length in lengths]
+        pieces = [wave[start:stop] for wave, own in zip(wavs.float(), spans) for start, stop in own]
+        found = torch.cat([self.embed_pieces(pieces[row : row + BATCH]) for row in range(0, len(pieces), BATCH)])
+        return l2norm(torch.stack([it.mean(dim=0) for it in found.split([len(own) for own in spans])]))
 
     @torch.no_grad()
     def get_text_latents(self, texts: None = None, raw_texts: Sequence[str] | None = None) -> Tensor:
@@ -139,7 +138,10 @@ class PretrainedMuLaN(JointEmbedding):
             raise ValueError(
                 f'texts must be one or more strings in a list, got {described(raw_texts if texts is None else texts)}'
             )
-        texts = list(raw_texts)
+        with evaluating(self):
+            return l2norm(self._read(list(raw_texts)).float())
+
+    def _read(self, texts: list[str]) -> Tensor:
         if self.is_clap:
             settings = self.model.config.text_config
             # RoBERTa counts positions from behind its padding
@@ -147,20 +149,22 @@ class PretrainedMuLaN(JointEmbedding):
             tokens = self.processor.tokenizer(
                 texts, padding=True, truncation=True, max_length=longest, return_tensors='pt'
             ).to(self.device)
-            found = pooled(
-                self.model.get_text_features(input_ids=tokens['input_ids'], attention_mask=tokens['attention_mask'])
-            )
-        elif hasattr(self.model, 'get_text_latents'):
-            found = self.model.get_text_latents(raw_texts=texts)
-        else:
-            found = self.model.extract_text_latents(texts)
-        return l2norm(found.float())
+            given = dict(input_ids=tokens['input_ids'], attention_mask=tokens['attention_mask'])
+            return pooled(self.model.get_text_features(**given))
+        if hasattr(self.model, 'get_text_latents'):
+            return self.model.get_text_latents(raw_texts=texts)
+        return self.model.extract_text_latents(texts)
 
+    @torch.no_grad()
     def embed_pieces(self, pieces: list[Tensor]) -> Tensor:
         """Latents of waves `(samples,)`, none longer than the model was made for, `(n, dim_latent)` of length 1."""
+        with evaluating(self):
+            return l2norm(self._hear(pieces).float())
+
+    def _hear(self, pieces: list[Tensor]) -> Tensor:
         if not self.is_clap:
             embed = getattr(self.model, 'get_audio_latents', None) or self.model.extract_audio_latents
-            return l2norm(torch.cat([embed(it[None].to(self.device)) for it in pieces]).float())
+            return torch.cat([embed(it[None].to(self.device)) for it in pieces])
         features = self.processor.feature_extractor
         # where nothing is longer than a window, models with fusion declare a random item so; that would change what
         # it gives, and the random numbers of everyone else
@@ -169,8 +173,7 @@ class PretrainedMuLaN(JointEmbedding):
         np.random.set_state(state)  # noqa: NPY002
         spectrograms = inputs['input_features'].to(self.device, self.model.dtype)
         longer = torch.zeros(len(pieces), 1, dtype=torch.bool, device=self.device)
-        found = self.model.get_audio_features(input_features=spectrograms, is_longer=longer)
-        return l2norm(pooled(found).float())
+        return pooled(self.model.get_audio_features(input_features=spectrograms, is_longer=longer))
 
     def _temperature(self) -> Tensor:
         return self.model.logit_scale_a.exp() if self.is_clap else torch.tensor(TEMPERATURE)
@@ -192,12 +195,15 @@ class PretrainedMuLaN(JointEmbedding):
         cls,
         folder: str | Path,
         *,
+        revision: str | None = None,
+        subfolder: str | None = None,
         device: str | torch.device = 'cpu',
         dtype: torch.dtype | None = None,
         verify: bool = True,
     ) -> PretrainedMuLaN:
         """Rebuild what `save_pretrained` wrote; arguments and errors as of `MuLaN.from_pretrained`."""
         place = placing(device, dtype)
+        folder = find_folder(folder, revision, subfolder)
         config = read_config(folder, cls.__name__, ('encoder',), verify=verify)
         return place(cls(find_encoder(config, verify)))
 
