@@ -1,6 +1,8 @@
 """EnCodec, DAC and Mimi: codes and waves as of the bare model, at odd lengths, saved, and from tokens to music."""
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,10 +11,11 @@ from safetensors.torch import load_file
 from test_pipeline import TINY
 
 from musiclm_pytorch import MusicLM, MusicLMRecipe, PretrainedCodec, compute_tokens
-from musiclm_pytorch.audiolm import convert
+from musiclm_pytorch.audiolm import convert, semantic_transformers
 from musiclm_pytorch.audiolm.fingerprints import fingerprint
 from musiclm_pytorch.audiolm.saving import load_module, save_module
 from musiclm_pytorch.cli import main
+from musiclm_pytorch.codecs import pretrained as codecs
 
 KINDS = list(CODECS)
 LOUD = 'encodec of 48 kHz'
@@ -109,6 +112,7 @@ def test_from_waves_to_saved_music(kind, tmp_path):
     assert torch.equal(theirs(waves_of(500), return_encoded=True)[1], codec.encode(waves_of(500)))
 
 
+@pytest.mark.slow
 def test_an_encodec_wrapper_to_saved_music(monkeypatch, tmp_path):
     from encodec import EncodecModel
 
@@ -143,6 +147,7 @@ def test_mimi_takes_weights_that_are_loaded_after_a_call():
     assert torch.equal(one.encode(waves_of(400)), other.encode(waves_of(400)))
 
 
+@pytest.mark.slow
 def test_by_command_line(tmp_path, music, capsys):
     make_codec_model('dac').save_pretrained(tmp_path / 'dac')
     config = tmp_path / 'all.json'
@@ -202,6 +207,12 @@ def test_what_cannot_be_read(tmp_path):
     model.save_pretrained(tmp_path / 'dac', state_dict=state)
     with pytest.raises(ValueError, match='do not fill this DacModel: 2 are missing'):
         PretrainedCodec(tmp_path / 'dac', num_quantizers=3)
+
+
+def test_the_table_has_every_part():
+    table = (Path(__file__).parents[1] / 'docs' / 'parts.md').read_text(encoding='utf-8').lower()
+    parts = {*codecs.KINDS, *semantic_transformers.KINDS} - {'clap_audio_model'}
+    assert [name for name in parts if not re.search(rf'^\| .*{name}.* \| ✓', table, re.M)] == []
 
 
 @pytest.mark.parametrize(

@@ -218,9 +218,11 @@ def load_joint(folder: str | Path, **keywords: Any) -> JointEmbedding:
 
     Further keywords and errors are as in `MuLaN.from_pretrained`.
     """
-    if saved_kind(folder) == 'PretrainedMuLaN':
+    kind = saved_kind(folder)
+    if kind == 'PretrainedMuLaN':
         return PretrainedMuLaN.from_pretrained(folder, **keywords)
-    if (is_hub_name(folder) or (Path(folder) / CONFIG_FILE).is_file()) and 'model_type' in read_settings(folder):
+    is_there = is_hub_name(folder) or (Path(folder) / CONFIG_FILE).is_file()
+    if kind is None and is_there and 'model_type' in read_settings(folder):
         keywords.pop('verify', None)
         return placing(keywords.get('device', 'cpu'), keywords.get('dtype'))(PretrainedMuLaN(folder))
     return MuLaN.from_pretrained(folder, **keywords)
