@@ -682,6 +682,10 @@ def test_by_command_line(tmp_path, music, capsys):
     assert main(command) == 0
     kept = SemanticTokenizer.from_pretrained(tmp_path / 'out' / 'musiclm' / 'tokenizer')
     assert torch.equal(kept.features(torch.ones(1, 900)), tokenizer.features(torch.ones(1, 900)))
+    config.write_text(json.dumps({**TINY, 'tokenizer': section | dict(model=str(tmp_path / 'nowhere'))}))
+    assert main(['train', 'all', '--data', str(music), '--output', str(tmp_path / 'x'), '--config', str(config)]) == 2
+    assert 'nowhere is neither the folder' in capsys.readouterr().err
+    assert not (tmp_path / 'x' / 'mulan').exists()  # before anything is trained
     (tmp_path / 'nothing').mkdir()
     (tmp_path / 'nothing' / 'config.json').write_text('{}')
     for name, told in ('nothing', 'does not say which model it is'), ('nowhere', 'nowhere is neither the folder'):

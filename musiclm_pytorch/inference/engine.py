@@ -61,7 +61,7 @@ class BatchInferenceEngine:
         model: a `MuLaN`, an `OptimizedMuLaN`, a `PretrainedMuLaN`, or a `MusicLM`, whose MuLaN then embeds. It is left
             as it is.
         config: what to optimize a `MuLaN` for and how many items a batch takes; by default plain, 16 items. Of a
-            `PretrainedMuLaN` it tells the device and the number of items alone.
+            `PretrainedMuLaN` it tells the device, where that is moved, and the number of items.
     """
 
     @typechecked
