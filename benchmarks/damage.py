@@ -65,7 +65,7 @@ from musiclm_pytorch import (
     TextTransformer,
     write_shards,
 )
-from musiclm_pytorch.audiolm.bridge import CoarseTransformer, FineTransformer, SemanticTransformer, SoundStream
+from musiclm_pytorch.audiolm.convert import CoarseTransformer, FineTransformer, SemanticTransformer, SoundStream
 from musiclm_pytorch.audiolm.crops import TokenCrops
 from musiclm_pytorch.audiolm.saving import load_module, save_module
 from musiclm_pytorch.audiolm.semantic import SemanticTokenizer

@@ -36,7 +36,7 @@ warnings.filterwarnings('ignore', category=FutureWarning)
 
 import torch  # noqa: E402
 
-from musiclm_pytorch.audiolm import convert as bridge  # noqa: E402
+from musiclm_pytorch.audiolm import convert  # noqa: E402
 from musiclm_pytorch.audiolm.generate import generate_coarse, generate_fine, generate_semantic  # noqa: E402
 from musiclm_pytorch.audiolm.sampling import Sampling  # noqa: E402
 
@@ -51,26 +51,26 @@ class Stages:
     def __init__(self, args: argparse.Namespace):
         torch.manual_seed(0)
         sizes = dict(dim=DIM, depth=DEPTH, audio_text_condition=True)
-        semantic = bridge.SemanticTransformer(num_semantic_tokens=CODES, **sizes)
-        coarse = bridge.CoarseTransformer(
+        semantic = convert.SemanticTransformer(num_semantic_tokens=CODES, **sizes)
+        coarse = convert.CoarseTransformer(
             num_semantic_tokens=CODES, codebook_size=CODES, num_coarse_quantizers=COARSE, **sizes
         )
-        fine = bridge.FineTransformer(
+        fine = convert.FineTransformer(
             codebook_size=CODES, num_coarse_quantizers=COARSE, num_fine_quantizers=FINE, **sizes
         )
         with torch.no_grad():
             semantic.to_logits.bias[CODES] = -1e4  # audiolm-pytorch would stop at an end token
         self.transformers = [stage.to(args.device).eval() for stage in (semantic, coarse, fine)]
         # the wrappers ask a codec for its number of quantizers
-        codec = bridge.SoundStream(channels=4, codebook_dim=8, codebook_size=CODES, rq_num_quantizers=COARSE + FINE)
+        codec = convert.SoundStream(channels=4, codebook_dim=8, codebook_size=CODES, rq_num_quantizers=COARSE + FINE)
         codec = codec.to(args.device)
         self.upstream = [
-            bridge.SemanticTransformerWrapper(transformer=semantic, unique_consecutive=False),
-            bridge.CoarseTransformerWrapper(transformer=coarse, codec=codec, unique_consecutive=False),
-            bridge.FineTransformerWrapper(transformer=fine, codec=codec),
+            convert.SemanticTransformerWrapper(transformer=semantic, unique_consecutive=False),
+            convert.CoarseTransformerWrapper(transformer=coarse, codec=codec, unique_consecutive=False),
+            convert.FineTransformerWrapper(transformer=fine, codec=codec),
         ]
         dtype = torch.bfloat16 if args.dtype == 'bf16' else torch.float32
-        self.ours = [bridge.own_stage(copy.deepcopy(stage)).to(dtype) for stage in self.transformers]
+        self.ours = [convert.own_stage(copy.deepcopy(stage)).to(dtype) for stage in self.transformers]
         self.options = dict(compile=args.compile)
         self.device, self.cond_scale = args.device, args.cond_scale
         self.sampling = Sampling(top_k=CODES // 10, cond_scale=args.cond_scale)

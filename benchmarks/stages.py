@@ -172,16 +172,16 @@ def check(args: argparse.Namespace) -> dict:
     The batch is one that the cache was computed in: in another one, rounding may choose another code now and then.
     """
     from musiclm_pytorch import TokenCrops
-    from musiclm_pytorch.audiolm import bridge
+    from musiclm_pytorch.audiolm import convert
     from musiclm_pytorch.audiolm.crops import collate_tokens
     from musiclm_pytorch.trainer.stages import Stage
 
     tokenizer, codec, quantizer = make_parts(args.folder, args.dim)
     transformer = make_transformer(args.stage, args.dim, args.depth)
     kinds = dict(
-        semantic=(bridge.SemanticTransformerWrapper, dict(wav2vec=tokenizer)),
-        coarse=(bridge.CoarseTransformerWrapper, dict(wav2vec=tokenizer, codec=codec)),
-        fine=(bridge.FineTransformerWrapper, dict(codec=codec)),
+        semantic=(convert.SemanticTransformerWrapper, dict(wav2vec=tokenizer)),
+        coarse=(convert.CoarseTransformerWrapper, dict(wav2vec=tokenizer, codec=codec)),
+        fine=(convert.FineTransformerWrapper, dict(codec=codec)),
     )
     kind, parts = kinds[args.stage]
     wrapper = kind(transformer=transformer, audio_conditioner=quantizer, mask_prob=0.0, **parts)
@@ -246,12 +246,12 @@ def train(args: argparse.Namespace) -> dict:
 
 
 def upstream_trainer(args, transformer, tokenizer, codec, quantizer, results: str):
-    from musiclm_pytorch.audiolm import bridge
+    from musiclm_pytorch.audiolm import convert
 
     kinds = dict(
-        semantic=(bridge.SemanticTransformerTrainer, dict(wav2vec=tokenizer)),
-        coarse=(bridge.CoarseTransformerTrainer, dict(wav2vec=tokenizer, codec=codec)),
-        fine=(bridge.FineTransformerTrainer, dict(codec=codec)),
+        semantic=(convert.SemanticTransformerTrainer, dict(wav2vec=tokenizer)),
+        coarse=(convert.CoarseTransformerTrainer, dict(wav2vec=tokenizer, codec=codec)),
+        fine=(convert.FineTransformerTrainer, dict(codec=codec)),
     )
     kind, parts = kinds[args.stage]
     keywords = {}

@@ -45,7 +45,7 @@ def test_ours_first(tmp_path):
         import musiclm_pytorch.quantizer
         assert 'audiolm_pytorch' not in sys.modules
         from audiolm_pytorch import HubertWithKmeans, FairseqVQWav2Vec
-        from musiclm_pytorch.audiolm import bridge, convert
+        from musiclm_pytorch.audiolm import convert
         assert warnings.warn is genuine
         assert logging.root.level == logging.DEBUG
         assert transformers.logging.get_verbosity() == logging.INFO
@@ -55,7 +55,7 @@ def test_ours_first(tmp_path):
         assert warnings.warn is genuine
         for name in convert.NAMES:
             theirs = AudioConditionerBase if name == 'AudioConditionerBase' else getattr(audiolm_pytorch, name)
-            assert getattr(bridge, name) is getattr(convert, name) is theirs, name
+            assert getattr(convert, name) is theirs, name
         assert issubclass(musiclm_pytorch.quantizer.MuLaNEmbedQuantizer, AudioConditionerBase)
 
         # Any socket that is made or used from here on is a request.
@@ -67,9 +67,9 @@ def test_ours_first(tmp_path):
         coarse = {'codebook_size': 8, 'num_coarse_quantizers': 1, 'num_semantic_tokens': 8}
 
         def build(**condition):
-            bridge.FineTransformer(**sizes, **fine, **condition)
-            bridge.CoarseTransformer(**sizes, **coarse, **condition)
-            return bridge.SemanticTransformer(**sizes, num_semantic_tokens=8, **condition)
+            convert.FineTransformer(**sizes, **fine, **condition)
+            convert.CoarseTransformer(**sizes, **coarse, **condition)
+            return convert.SemanticTransformer(**sizes, num_semantic_tokens=8, **condition)
 
         build(audio_text_condition=True)
         model = build(has_condition=True)
@@ -110,18 +110,18 @@ def test_audiolm_pytorch_first(tmp_path):
         assert logging.root.level == transformers.logging.get_verbosity() == logging.ERROR
 
         import musiclm_pytorch
-        from musiclm_pytorch.audiolm import convert as bridge
+        from musiclm_pytorch.audiolm import convert
         assert warnings.warn is genuine
         assert logging.root.level == transformers.logging.get_verbosity() == logging.WARNING
-        assert bridge.HubertWithKmeans is HubertWithKmeans
-        assert bridge.FairseqVQWav2Vec is FairseqVQWav2Vec
+        assert convert.HubertWithKmeans is HubertWithKmeans
+        assert convert.FairseqVQWav2Vec is FairseqVQWav2Vec
 
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter('always')
             warnings.warn('heard')
         assert [str(warning.message) for warning in caught] == ['heard']
 
-        bridge.SemanticTransformer(dim=32, depth=1, heads=2, num_semantic_tokens=8, audio_text_condition=True)
+        convert.SemanticTransformer(dim=32, depth=1, heads=2, num_semantic_tokens=8, audio_text_condition=True)
 
         # As in a program that asked for these levels after it imported audiolm_pytorch.
         del sys.modules['musiclm_pytorch.audiolm.convert']
