@@ -53,7 +53,6 @@ def side_by_side(musiclm: MusicLM, count: int, seconds: float) -> list[list[tupl
     found: list[list[tuple[float, float]]] = [[] for _ in range(count)]
 
     def run(number: int) -> None:
-        torch.set_num_threads(1)
         found[number] += arrivals(musiclm, seconds, seed=number)
 
     threads = [threading.Thread(target=run, args=(number,)) for number in range(count)]

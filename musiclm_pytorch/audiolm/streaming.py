@@ -24,6 +24,8 @@ SHORTEST_CODED = 32
 # seconds of codes on either side of those that are asked for, more than a codec looks back and ahead
 DECODED_BEFORE, DECODED_AFTER = 1.0, 0.25
 ENDLESS = 600.0  # seconds: as long as that, what has no end is worth the kernels
+# of PyTorch's: on cores with other work, such as a second stream, threads that wait for each other take far longer
+THREADS = 1
 CROSSED = 0.01  # seconds over which a codec that looks further goes over from piece to piece
 
 # of each stage `(1, q, d)` of the prompt and of the negative one, if there is one
@@ -174,6 +176,8 @@ class MusicStream(Iterator[Waves]):
             for wave in stream:
                 play(wave)
 
+    On a CPU it computes with one of PyTorch's threads, so that several streams play side by side, a thread each.
+
     Attributes:
         sample_rate: of the waves, in Hz.
         seed: what makes the same music again, as long as prompts change at the same places.
@@ -210,8 +214,13 @@ class MusicStream(Iterator[Waves]):
     def __next__(self) -> Waves:
         if self._closed:
             raise StopIteration
-        with evaluating(self._codec):
-            return next(self._waves)
+        threads = torch.get_num_threads()
+        torch.set_num_threads(THREADS)
+        try:
+            with evaluating(self._codec):
+                return next(self._waves)
+        finally:
+            torch.set_num_threads(threads)
 
     def __enter__(self) -> MusicStream:
         return self

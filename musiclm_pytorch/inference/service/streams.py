@@ -9,7 +9,6 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
-import torch
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import ConfigDict
@@ -115,10 +114,7 @@ async def change(request: Request, name: str) -> JSONResponse:
 
 
 class Playing(StreamingResponse):
-    """The WAV of a stream, which ends when this does, however that is.
-
-    It has one of torch's threads, so that several play side by side.
-    """
+    """The WAV of a stream, made in a thread of its own, which ends when this does, however that is."""
 
     def __init__(self, stream: MusicStream, seconds: float | None, headers: dict[str, str], ended: Callable[[], Any]):
         super().__init__(self._played(), media_type='audio/wav', headers=headers)
@@ -135,9 +131,7 @@ class Playing(StreamingResponse):
             self.ended()
 
     async def _played(self) -> AsyncIterator[bytes]:
-        loop, threads, rate = asyncio.get_running_loop(), torch.get_num_threads(), self.stream.sample_rate
-        await loop.run_in_executor(self.pool, torch.set_num_threads, 1)
-        torch.set_num_threads(threads)  # which new threads begin with
+        loop, rate = asyncio.get_running_loop(), self.stream.sample_rate
         yield wav_header(rate, self.samples)
         start, seconds = loop.time(), 0.0
         while (wave := await loop.run_in_executor(self.pool, next, self.stream, None)) is not None:
