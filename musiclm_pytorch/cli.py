@@ -15,7 +15,7 @@ from pathlib import Path
 
 from musiclm_pytorch.cli_app import app
 from musiclm_pytorch.cli_evaluate import compare, evaluate
-from musiclm_pytorch.cli_generate import generate, stream
+from musiclm_pytorch.cli_generate import discard_output, generate, stream
 from musiclm_pytorch.cli_parts import assemble, recipes, train_quantizer, train_tokenizer
 from musiclm_pytorch.cli_search import index, search
 from musiclm_pytorch.cli_serve import serve
@@ -111,8 +111,7 @@ def flush_output() -> None:
     try:
         sys.stdout.flush()
     except OSError as error:
-        # or the interpreter tries once more at its end, and fails in its own words
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        discard_output()
         raise OSError(error.errno, os.strerror(error.errno), '/dev/stdout') from error
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import time
 import warnings
@@ -105,10 +106,18 @@ def run_stream(options: argparse.Namespace) -> None:
         prompt_of(options.prompt), seconds=options.seconds, seed=options.seed, negative=negative
     ) as music:
         samples = None if options.seconds is None else round(options.seconds * music.sample_rate)
-        sys.stdout.buffer.write(wav_header(music.sample_rate, samples))
-        for wave in music:
-            sys.stdout.buffer.write(pcm_bytes(wave))
-            sys.stdout.buffer.flush()
+        try:
+            sys.stdout.buffer.write(wav_header(music.sample_rate, samples))
+            for wave in music:
+                sys.stdout.buffer.write(pcm_bytes(wave))
+                sys.stdout.buffer.flush()
+        except BrokenPipeError:  # the player was closed, which is how a stream without end ends
+            discard_output()
+
+
+def discard_output() -> None:
+    """Let what waits to be printed, and cannot be, go nowhere: else the interpreter tries once more at its end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def add_model_option(parser: argparse.ArgumentParser) -> None:

@@ -3,7 +3,9 @@
 import copy
 import io
 import json
+import os
 import re
+import sys
 import warnings
 
 import pytest
@@ -127,6 +129,15 @@ def test_stream_writes_a_wav_for_a_player(tiny, capfdbinary):
     own = torch.cat(list(tiny.stream('a slow organ', seconds=1.5, seed=3, negative='drums')))
     assert rate == 16000
     torch.testing.assert_close(torch.from_numpy(heard), own, atol=1e-3, rtol=0)
+
+
+def test_a_stream_ends_with_its_player(capsys, monkeypatch):
+    reading, writing = os.pipe()
+    os.close(reading)
+    with open(writing, 'w') as output:
+        monkeypatch.setattr(sys, 'stdout', output)
+        assert main(['stream', 'a slow organ']) == 0
+    assert capsys.readouterr().err == ''
 
 
 def test_what_is_done_is_left_when_interrupted(tiny, tmp_path, capsys, monkeypatch):
