@@ -76,42 +76,51 @@ def written_together(folder: str | Path) -> Iterator[Path]:
     """
     folder = Path(folder)
     made = [it for it in (folder, *folder.parents) if not it.exists()]
-    aside, retired = (folder / f'.together.{os.getpid()}.{kind}' for kind in ('tmp', 'old'))
+    # nobody clears what was there before
+    aside, retired = (folder / f'.together.{os.getpid()}.{kind}' for kind in ('tmp', 'before'))
     try:
         with naming(folder):
+            if retired.exists():  # of a process of the same number that was killed while it changed places
+                retired.rename(free_name(folder / 'together'))
+            shutil.rmtree(aside, ignore_errors=True)
             for path in (aside, retired):
-                shutil.rmtree(path, ignore_errors=True)  # of a process of the same number that was killed
                 path.mkdir(parents=True)
         yield aside
         _take_places(aside, folder, retired)
         made = []
+        shutil.rmtree(retired, ignore_errors=True)
     except OSError as error:
         if error.filename is None or not Path(error.filename).is_relative_to(aside):
             raise
         raise OSError(error.errno, error.strerror, str(folder / Path(error.filename).relative_to(aside))) from error
     finally:
-        for path in (aside, retired):
-            shutil.rmtree(path, ignore_errors=True)
-        for path in made:
+        shutil.rmtree(aside, ignore_errors=True)
+        for path in (retired, *made):
             with suppress(OSError):  # never made, or not empty
                 path.rmdir()
 
 
 def _take_places(aside: Path, folder: Path, retired: Path) -> None:
-    placed = []
+    names = [it.name for it in sorted(aside.iterdir(), key=lambda it: (it.is_file(), it.name))]
     try:
-        for path in sorted(aside.iterdir(), key=lambda it: (it.is_file(), it.name)):
-            target = folder / path.name
-            if target.exists():
-                target.rename(retired / path.name)
-            path.rename(target)
-            placed.append(target)
+        for name in names:
+            if (folder / name).exists():
+                (folder / name).rename(retired / name)
+            (aside / name).rename(folder / name)
         sync(folder)
-    except BaseException:
-        for target in placed:
-            target.rename(aside / target.name)
-        for path in [*retired.iterdir()]:
-            path.rename(folder / path.name)
+    except BaseException as error:
+        # by what is where: an interruption tells not whether a name had changed
+        try:
+            for name in names:
+                if not (aside / name).exists():
+                    (folder / name).rename(aside / name)
+                if (retired / name).exists():
+                    (retired / name).rename(folder / name)
+        except BaseException as another:
+            raise OSError(
+                f'{folder} is neither what it was nor what was to be saved ({another!r}): what is missing of the '
+                f'former lies in {retired}'
+            ) from error
         raise
 
 

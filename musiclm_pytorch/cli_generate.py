@@ -195,11 +195,11 @@ def run_generate(options: argparse.Namespace) -> None:
                     write_clip(folder, clip, musiclm.sample_rate)
                     made.append(clip)
                     print(f'{clip.note}  {folder / clip.file}', flush=True)
-            write_lists(folder, made, how)
+            write_lists(folder, made, how, dict(given))
     except KeyboardInterrupt:
         if not made:
             raise
-        write_lists(folder, made, how)
+        write_lists(folder, made, how, dict(given))
         whole = len(prompts) * options.num_samples
         raise KeyboardInterrupt(
             f'interrupted; {len(made)} of {whole} pieces are done, on the page in {folder}'
@@ -228,12 +228,23 @@ def prompt_of(text: str) -> str | Path:
     return Path(text[1:]) if text.startswith('@') else text
 
 
-def write_lists(folder: Path, clips: list[Clip], how: dict[str, Any]) -> None:
-    """The page of clips that are there, and `prompts.json`: what makes each again, which `musiclm evaluate` reads."""
+def as_json(prompt: Any) -> Any:
+    """Words as they are; of a sound its file, of a mixture its parts."""
+    if isinstance(prompt, Path):
+        return dict(sound=str(prompt))
+    return prompt if isinstance(prompt, str) else dict(mix=[[weight, as_json(it)] for weight, it in prompt.parts])
+
+
+def write_lists(folder: Path, clips: list[Clip], how: dict[str, Any], given: dict[str, Any]) -> None:
+    """The page of clips that are there, and `prompts.json`: what makes each again, which `musiclm evaluate` reads where
+    the prompts are words."""
     from musiclm_pytorch.atomic import write_text
     from musiclm_pytorch.gallery import write_page
 
-    pieces = {clip.file: dict(prompt=clip.section, seed=clip.seed, **how, score=round(clip.score, 4)) for clip in clips}
+    pieces = {
+        clip.file: dict(prompt=as_json(given[clip.section]), seed=clip.seed, **how, score=round(clip.score, 4))
+        for clip in clips
+    }
     write_text(folder / 'prompts.json', json.dumps(pieces, indent=2, ensure_ascii=False) + '\n')
     settings = [f'{name.replace("_", " ")} {it}' for name, it in how.items() if it is not None]
     write_page(folder, clips, title='Music', intro=', '.join(settings))

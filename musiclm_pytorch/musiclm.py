@@ -30,6 +30,7 @@ from musiclm_pytorch.audiolm.generate import generate_coarse, generate_fine, gen
 from musiclm_pytorch.audiolm.requests import (
     CountPerStage,
     Mix,
+    NoDirectionError,
     PerStage,
     ProcessorPerStage,
     Prompt,
@@ -312,6 +313,10 @@ class MusicLM(HubModel, nn.Module):
             negative_scale=negative_scale,
             logits_processor=logits_processor,
         )
+        if seconds * self.sample_rate < 1:
+            raise ValueError(f'seconds={seconds:g} is less than a sample of music, 1 / {self.sample_rate} s')
+        if return_scores or (num_samples > 1 and not return_all):
+            self._check_heard(seconds, 'music that is scored')
         avoided = [] if negative is None else [read_prompt(negative)]
         prime = read_prime(prime_wave, prime_wave_input_sample_hz, prime_wave_path, seconds=seconds)
         warn_of(self.prompt_warnings(prompts + avoided))
@@ -585,6 +590,7 @@ class MusicLM(HubModel, nn.Module):
         if isinstance(prompt, str):
             return next(told)
         if isinstance(prompt, tuple):
+            self._check_heard(prompt[0].shape[-1] / prompt[1], 'a sound as a prompt')
             return self._hear(*prompt)[0]
         if isinstance(prompt, Mix):
             latent = sum(weight * self._latent(part, told) for weight, part in prompt.parts)
@@ -593,7 +599,7 @@ class MusicLM(HubModel, nn.Module):
             if len(latent) != dim:
                 raise ValueError(f'a latent as a prompt must have the {dim} numbers of this MuLaN, got {len(latent)}')
         if latent.norm() < 1e-6:
-            raise ValueError('a latent of zeros, or a Mix whose parts cancel out, points nowhere')
+            raise NoDirectionError('a latent of zeros, or a Mix whose parts cancel out, points nowhere')
         return l2norm(latent)
 
     def _encode_prime(self, prime: tuple[Tensor, int] | None, batch: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -648,6 +654,12 @@ class MusicLM(HubModel, nn.Module):
                 advance(1)
         audio = rearrange(torch.cat(audio), '(p s) d -> p s d', s=waves.shape[1])
         return einsum(audio, wanted, 'p s d, p d -> p s')
+
+    def _check_heard(self, seconds: float, what: str) -> None:
+        mulan = self.mulan_embed_quantizer.mulan
+        least = getattr(getattr(mulan, 'audio', None), 'min_samples', 1) / (mulan.sample_rate or self.sample_rate)
+        if seconds < least:
+            raise ValueError(f'{what} must last {least:.3g} s at least, for MuLaN to hear it, got {seconds:g} s')
 
     def _hear(self, wave: Tensor, rate: int) -> Tensor:
         """MuLaN's latent of a wave `(1, samples)`, `(1, d)`: the mean over windows of a long one."""

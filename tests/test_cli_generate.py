@@ -15,6 +15,7 @@ import torch
 from musiclm_pytorch import Mix, MusicLM, PromptWarning, SyntheticMusic
 from musiclm_pytorch.cli import main
 from musiclm_pytorch.cli_evaluate import read_texts
+from musiclm_pytorch.evaluation.inputs import texts_by_file
 from musiclm_pytorch.pretrained import HOME, find_pretrained, pretrained_names
 from musiclm_pytorch.waves import Music
 
@@ -109,9 +110,11 @@ def test_sounds_and_mixtures_are_prompts_and_files_have_a_format(tiny, tmp_path,
     options += ['--negative-scale', '0.5', '--format', 'flac', '--seconds', '0.5', '-o', str(tmp_path / 'out')]
     assert main(['generate', f'@{tmp_path}/in.wav', *options]) == 0
     pieces = json.loads((tmp_path / 'out' / 'prompts.json').read_text())
-    mix = Mix([(0.7, 'a slow organ'), (0.3, tmp_path / 'in.wav')])
+    mix, sound = Mix([(0.7, 'a slow organ'), (0.3, tmp_path / 'in.wav')]), dict(sound=f'{tmp_path}/in.wav')
+    with pytest.raises(ValueError, match='how well music fits sounds and mixtures is not measured'):
+        texts_by_file(pieces, 'prompts.json')
     for seed, (prompt, told) in enumerate(
-        ((tmp_path / 'in.wav', f'@{tmp_path}/in.wav'), (mix, f'0.7 a slow organ + 0.3 @{tmp_path}/in.wav'))
+        ((tmp_path / 'in.wav', sound), (mix, dict(mix=[[0.7, 'a slow organ'], [0.3, sound]])))
     ):
         (name,) = (name for name, it in pieces.items() if it['seed'] == seed)
         assert pieces[name]['prompt'] == told

@@ -141,16 +141,19 @@ def test_a_folder_of_several_models_is_never_a_mixture(tmp_path, monkeypatch):
     def codes(quantizer):
         return [it for _, it in sorted(quantizer.state_dict().items())]
 
+    def renaming(number, how):
+        """Calls `how` at the rename of this number."""
+        numbers = itertools.count()
+        return lambda *it: how(*it) if next(numbers) == number else rename(*it)
+
     def save_stopped_at(number, how):
-        """Whether it came so far; `how` is called at the rename of this number."""
-        numbers = iter(range(1000))
-        monkeypatch.setattr(Path, 'rename', lambda *it: how() if next(numbers) == number else rename(*it))
+        monkeypatch.setattr(Path, 'rename', renaming(number, how))
         try:
             new.save_pretrained(tmp_path)
         finally:
             monkeypatch.setattr(Path, 'rename', rename)
 
-    def interrupt():
+    def interrupt(*_):
         raise KeyboardInterrupt
 
     old.save_pretrained(tmp_path)
@@ -163,11 +166,32 @@ def test_a_folder_of_several_models_is_never_a_mixture(tmp_path, monkeypatch):
         except KeyboardInterrupt:
             assert {it: it.read_bytes() for it in tmp_path.rglob('*') if it.is_file()} == before
     assert number == 6  # a folder and two files, each of which was there before
+
+    def interrupt_after(*it):
+        rename(*it)
+        raise KeyboardInterrupt
+
+    old.save_pretrained(tmp_path)
+    for number in range(6):  # just after a change of places, and once more on the way back
+        monkeypatch.setattr(Path, 'rename', renaming(number, interrupt_after))
+        with pytest.raises(KeyboardInterrupt):
+            new.save_pretrained(tmp_path)
+        monkeypatch.setattr(Path, 'rename', rename)
+        assert {it: it.read_bytes() for it in tmp_path.rglob('*') if it.is_file()} == before
+
+    def interrupt_often(path, target):
+        interrupt_after(path, target) if path.is_file() else rename(path, target)
+
+    monkeypatch.setattr(Path, 'rename', interrupt_often)
+    with pytest.raises(OSError, match=r'what is missing of the former lies in .*\.together\.\d+\.before'):
+        new.save_pretrained(tmp_path)
+    monkeypatch.setattr(Path, 'rename', rename)
+    assert {*before.values()} <= {it.read_bytes() for it in tmp_path.rglob('*') if it.is_file()}
     for number in range(6):
         shutil.rmtree(tmp_path)
         old.save_pretrained(tmp_path)
         if os.fork() == 0:
-            save_stopped_at(number, lambda: os._exit(9))
+            save_stopped_at(number, lambda *_: os._exit(9))
             os._exit(0)
         assert os.waitstatus_to_exitcode(os.wait()[1]) == 9
         try:

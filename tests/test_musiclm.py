@@ -174,6 +174,9 @@ def test_logits_are_processed_stage_by_stage(musiclm):
     assert torch.equal(musiclm('a', logits_processor=lambda tokens, logits: logits, **keywords), plain)
     with pytest.raises(TypeError, match=r'must give logits as it gets them, \(1, 7\) of floats, got None'):
         musiclm('a', logits_processor=lambda tokens, logits: None, **keywords)
+    for value in (-torch.inf, torch.nan):
+        with pytest.raises(ValueError, match='of a CoarseTransformer leaves no token at step 0'):
+            musiclm('a', logits_processor=(None, lambda _, it, value=value: it * 0 + value, None), **keywords)
 
 
 def test_a_seed_makes_a_piece_again_alone(musiclm):

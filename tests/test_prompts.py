@@ -110,6 +110,17 @@ def test_what_is_no_prompt(musiclm, tmp_path, prompt, error, says):
         musiclm('a slow flute', negative=prompt, seconds=0.5)
 
 
+def test_lists_are_of_one_kind_and_lengths_are_heard(musiclm):
+    for given in (['a flute', (2.0, 'an organ')], [(1.0, 'an organ'), 'ab'], [(2.0, 'an organ'), tuple('ab'), 'cd']):
+        with pytest.raises(ValueError, match=r'a story of pairs \(seconds, prompt\) alone, got a list with'):
+            musiclm(given)
+    for keywords in (dict(num_samples=2), dict(return_scores=True)):
+        with pytest.raises(ValueError, match='music that is scored must last .* s at least, .*, got 0.001 s'):
+            musiclm('a slow flute', seconds=0.001, **keywords)
+    with pytest.raises(ValueError, match='seconds=1e-05 is less than a sample'):
+        musiclm('a slow flute', seconds=1e-5)
+
+
 def test_what_is_no_mix(musiclm, tmp_path):
     with pytest.raises(ValueError, match='a Mix of nothing'):
         Mix([])

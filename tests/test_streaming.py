@@ -192,7 +192,39 @@ def test_the_model_keeps_its_mode(musiclm):
         musiclm.eval()
 
 
+def test_streams_side_by_side_leave_mode_and_threads_as_they_were(musiclm):
+    begun, born, other = threading.Event(), [], torch.get_num_threads() + 1
+    before = torch.get_num_threads()
+
+    def second():
+        begun.wait()
+        taken(musiclm.stream('an organ', seed=2), 4 * STEP)
+        born.append(torch.get_num_threads())
+
+    thread = threading.Thread(target=second)
+    torch.set_num_threads(other)
+    musiclm.train()
+    modes = [it.training for it in musiclm.modules()]
+    try:
+        thread.start()
+        stream = musiclm.stream('a slow flute', seed=1)
+        begun.set()
+        taken(stream, 6 * STEP)
+        thread.join()
+        assert [it.training for it in musiclm.modules()] == modes
+        later = threading.Thread(target=lambda: born.append(torch.get_num_threads()))
+        later.start()
+        later.join()
+        assert [torch.get_num_threads(), *born] == [other] * 3
+    finally:
+        musiclm.eval()
+        torch.set_num_threads(before)
+
+
 def test_what_goes_wrong(musiclm):
+    for prompt in (3, ['a', 'b'], [(1.0, 'a')]):
+        with pytest.raises(TypeError, match='prompt'):
+            musiclm.stream('a slow flute').set_prompt(prompt)
     with pytest.raises(ValueError, match='seconds must be greater than 0, got 0'):
         musiclm.stream('a slow flute', seconds=0.0)
     with pytest.raises(ValueError, match='a prompt must say something'):

@@ -27,6 +27,7 @@ from musiclm_pytorch.audiolm.stages import (
     StageTransformer,
 )
 from musiclm_pytorch.checks import check_positive, described, typechecked
+from musiclm_pytorch.mulan.model import evaluating
 
 Embeds = Tensor | Sequence[Tensor] | None
 
@@ -336,57 +337,52 @@ def _generate(
     limits = [length] * batch if limits is None else list(limits)
     name = next(it for it in ('semantic', 'coarse', 'fine') if type(stage).__name__.lower().startswith(it))
     negative = None if negative_embeds is None else _conditioning(stage, negative_embeds, batch, sampling)
-    was_training = stage.training
-    stage.eval()
-    try:
-        with counted_steps(progress, name, sum(_num_steps(jobs) for jobs in batches) * q) as advance:
-            for jobs in batches:
-                jobs = [job for job in jobs if job.window.known < limits[job.row]]
-                if not jobs:
-                    continue
-                rows, windows, steps = [job.row for job in jobs], [job.window for job in jobs], _num_steps(jobs) * q
-                embeds = [_conditioning(stage, _at(text_embeds, job.number), batch, sampling) for job in jobs]
-                state = stage.prefill(
-                    *given(jobs),
-                    torch.stack([tokens[row, w.start : w.known].flatten() for row, w in zip(rows, windows)]),
-                    max_tokens=jobs[0].given * q + steps,
-                    conditioning=None if embeds[0] is None else torch.stack([it[r] for it, r in zip(embeds, rows)]),
-                    negative=None if negative is None else negative[rows],
-                    cond_scale=sampling.cond_scale,
-                    negative_scale=sampling.negative_scale,
-                    total_tokens=(total_length or length) * q,
-                    compile=compile,
-                )
-                drawn = torch.zeros(len(jobs), steps)
-                counts = [(w.stop - w.known) * q for w in windows]
-                if min(counts) == steps:
-                    drawn = noise.draw(steps, rows)
-                else:
-                    for own, row, count in zip(drawn, rows, counts):
-                        own[:count] = noise.draw(count, [row])[0]
-                first = windows[0].known
-                primes = None
-                if forced is not None:
-                    # a sample with a longer prime begins later, and with the first of its random numbers
-                    ahead = [forced[row] - first for row in rows]
-                    drawn = torch.stack([own.roll(by) for own, by in zip(drawn, ahead)])
-                    primes = tokens[rows, first:, 0]
-                new = _sample(
-                    stage,
-                    state,
-                    sampling,
-                    drawn,
-                    may_end_from=(may_end_from - first) * q,
-                    primes=primes,
-                    advance=advance,
-                )
-                ends = _first_ends(new, stage.end_id)
-                for (row, _, w, kept), own, end in zip(jobs, new.unflatten(1, (-1, q)), ends):
-                    tokens[row, kept : w.stop] = own[kept - w.known : w.stop - w.known]
-                    if end < steps:
-                        limits[row] = min(limits[row], w.known + end // q)
-    finally:
-        stage.train(was_training)
+    with evaluating(stage), counted_steps(progress, name, sum(_num_steps(jobs) for jobs in batches) * q) as advance:
+        for jobs in batches:
+            jobs = [job for job in jobs if job.window.known < limits[job.row]]
+            if not jobs:
+                continue
+            rows, windows, steps = [job.row for job in jobs], [job.window for job in jobs], _num_steps(jobs) * q
+            embeds = [_conditioning(stage, _at(text_embeds, job.number), batch, sampling) for job in jobs]
+            state = stage.prefill(
+                *given(jobs),
+                torch.stack([tokens[row, w.start : w.known].flatten() for row, w in zip(rows, windows)]),
+                max_tokens=jobs[0].given * q + steps,
+                conditioning=None if embeds[0] is None else torch.stack([it[r] for it, r in zip(embeds, rows)]),
+                negative=None if negative is None else negative[rows],
+                cond_scale=sampling.cond_scale,
+                negative_scale=sampling.negative_scale,
+                total_tokens=(total_length or length) * q,
+                compile=compile,
+            )
+            drawn = torch.zeros(len(jobs), steps)
+            counts = [(w.stop - w.known) * q for w in windows]
+            if min(counts) == steps:
+                drawn = noise.draw(steps, rows)
+            else:
+                for own, row, count in zip(drawn, rows, counts):
+                    own[:count] = noise.draw(count, [row])[0]
+            first = windows[0].known
+            primes = None
+            if forced is not None:
+                # a sample with a longer prime begins later, and with the first of its random numbers
+                ahead = [forced[row] - first for row in rows]
+                drawn = torch.stack([own.roll(by) for own, by in zip(drawn, ahead)])
+                primes = tokens[rows, first:, 0]
+            new = _sample(
+                stage,
+                state,
+                sampling,
+                drawn,
+                may_end_from=(may_end_from - first) * q,
+                primes=primes,
+                advance=advance,
+            )
+            ends = _first_ends(new, stage.end_id)
+            for (row, _, w, kept), own, end in zip(jobs, new.unflatten(1, (-1, q)), ends):
+                tokens[row, kept : w.stop] = own[kept - w.known : w.stop - w.known]
+                if end < steps:
+                    limits[row] = min(limits[row], w.known + end // q)
     tokens = tokens[..., 0] if isinstance(stage, SemanticTransformer) else tokens
     return _padded([row[:limit] for row, limit in zip(tokens, limits)], tokens)
 
@@ -423,6 +419,11 @@ def _sample(
             logits = _processed(sampling.logits_processor, tokens[:, :step], logits)
         if stage.end_id is not None and (step % stage.num_levels or step < may_end_from):
             logits[:, stage.end_id] = float('-inf')
+        if sampling.logits_processor is not None and not (logits.amax(dim=-1) > float('-inf')).all():  # or NaN
+            raise ValueError(
+                f'the logits_processor of a {type(stage).__name__} leaves no token at step {step}: all are −inf, or '
+                'one is NaN; leave one beside the end token'
+            )
         drawn = sampling.draw(logits, noise[:, step])
         if primes is not None:
             drawn = torch.where(primes[:, step] == PAD, drawn, primes[:, step])

@@ -30,6 +30,10 @@ CountPerStage = int | Sequence[int | None] | None
 ProcessorPerStage = LogitsProcessor | Sequence[LogitsProcessor | None] | None
 
 
+class NoDirectionError(ValueError):
+    """Of a prompt that points nowhere."""
+
+
 class Mix:
     """Several prompts as one, each with its weight: the direction of the sum of their latents.
 
@@ -75,6 +79,12 @@ def read_prompts(text: Prompt | Sequence[Prompt] | Story) -> tuple[list[Prompt],
     if not items:
         raise ValueError('text is an empty list; pass at least one prompt')
     is_story = not is_prompt(items[0])
+    for item in items:
+        if is_prompt(item) == is_story or (is_story and (not isinstance(item, tuple | list) or len(item) != 2)):
+            raise ValueError(
+                'text is a prompt, a list of prompts, or a story of pairs (seconds, prompt) alone, got a list with '
+                f'{described(item)}'
+            )
     prompts = [read_prompt(prompt) for prompt in ([prompt for _, prompt in items] if is_story else items)]
     if not is_story:
         return prompts, None

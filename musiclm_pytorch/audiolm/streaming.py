@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from fractions import Fraction
 from typing import Any
 
@@ -13,9 +15,11 @@ from torch import Tensor
 
 from musiclm_pytorch.audiolm.generate import generate_coarse, generate_fine, generate_semantic
 from musiclm_pytorch.audiolm.protocols import Codec
+from musiclm_pytorch.audiolm.requests import Prompt
 from musiclm_pytorch.audiolm.sampling import Sampling
 from musiclm_pytorch.audiolm.seam import CHANGE, CHANGE_GUIDANCE, steps_in
 from musiclm_pytorch.audiolm.stages import StageTransformer
+from musiclm_pytorch.checks import typechecked
 from musiclm_pytorch.mulan.model import evaluating
 from musiclm_pytorch.waves import Waves
 
@@ -200,7 +204,8 @@ class MusicStream(Iterator[Waves]):
         samples = None if seconds is None else round(seconds * codec.sample_rate)
         self._waves = self._decode(stages, samples)
 
-    def set_prompt(self, prompt: Any) -> None:
+    @typechecked
+    def set_prompt(self, prompt: Prompt) -> None:
         """Go on with another prompt, from the next step on, a window of the fine stage long; at any time, from any
         thread. Errors and warnings are those of `MusicLM.stream`."""
         self._waiting.append(self._conditions_of(prompt))
@@ -208,19 +213,14 @@ class MusicStream(Iterator[Waves]):
     def close(self) -> None:
         """End the stream: there is no further wave. From another thread, once the wave that is being made is there."""
         self._closed = True
-        if not self._waves.gi_running:
+        with suppress(ValueError):  # it is at work, and ends by itself
             self._waves.close()
 
     def __next__(self) -> Waves:
         if self._closed:
             raise StopIteration
-        threads = torch.get_num_threads()
-        torch.set_num_threads(THREADS)
-        try:
-            with evaluating(self._codec):
-                return next(self._waves)
-        finally:
-            torch.set_num_threads(threads)
+        with few_threads(), evaluating(self._codec):
+            return next(self._waves)
 
     def __enter__(self) -> MusicStream:
         return self
@@ -248,6 +248,26 @@ class MusicStream(Iterator[Waves]):
             if len(wave):
                 given += len(wave)
                 yield Waves.of(wave.clone(), self.sample_rate)
+
+
+_threads = [0, 1]  # streams that compute now, and how many threads each one had before them
+_threads_lock = threading.Lock()
+
+
+@contextmanager
+def few_threads() -> Iterator[None]:
+    """Let PyTorch compute with `THREADS` threads. A thread that is born meanwhile begins with as many, too."""
+    with _threads_lock:
+        if _threads[0] == 0:
+            _threads[1] = torch.get_num_threads()
+        _threads[0] += 1
+    torch.set_num_threads(THREADS)
+    try:
+        yield
+    finally:
+        with _threads_lock:
+            _threads[0] -= 1
+            torch.set_num_threads(_threads[1])
 
 
 def decode_stream(codec: Codec, chunks: Iterable[Tensor]) -> Iterator[Tensor]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -464,13 +466,25 @@ def interspersed_indices(layers: int, total_layers: int) -> Tensor:
     return (torch.arange(layers) * (total_layers / layers)).floor().long()
 
 
+_evaluated: WeakKeyDictionary[nn.Module, list] = WeakKeyDictionary()  # how often, and the mode before
+_evaluated_lock = threading.Lock()
+
+
 @contextlib.contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """Put a module into eval mode for a while."""
-    modes = [(child, child.training) for child in module.modules()]
-    module.eval()
+    """Put a module into eval mode for a while: until the last of all threads that do so is done."""
+    children = list(module.modules())
+    with _evaluated_lock:
+        for child in children:
+            _evaluated.setdefault(child, [0, child.training])[0] += 1
+        module.eval()
     try:
         yield
     finally:
-        for child, training in modes:
-            child.training = training
+        with _evaluated_lock:
+            for child in children:
+                entry = _evaluated[child]
+                entry[0] -= 1
+                if entry[0] == 0:
+                    child.training = entry[1]
+                    del _evaluated[child]

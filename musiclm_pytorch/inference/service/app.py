@@ -16,6 +16,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from torch import Tensor
 
+from musiclm_pytorch.audiolm.requests import NoDirectionError
 from musiclm_pytorch.checks import described, typechecked
 from musiclm_pytorch.inference.optimize import OptimizedMuLaN
 from musiclm_pytorch.inference.service.config import ServiceConfig
@@ -123,6 +124,8 @@ async def finished(job: Job, request: Request) -> Any:
         return result.result()
     except Abandoned:  # not by this request, which still waits
         raise stopping() from None
+    except NoDirectionError as error:
+        raise invalid(str(error)) from error
     except Unreadable as error:
         raise ServiceError(400, 'unreadable_audio', str(error)) from error
     finally:

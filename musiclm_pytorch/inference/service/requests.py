@@ -221,18 +221,24 @@ def asked_prompts(
     if body.format != 'json' and isinstance(body.prompt, list):
         raise invalid(f"a {body.format.upper()} holds one piece: give one prompt, not a list, or format 'json'")
     left = config.max_audio_seconds
+    texts, sounds = [], 0
 
     def read(prompt: OnePrompt) -> Prompt:
-        nonlocal left
+        nonlocal left, sounds
         if isinstance(prompt, str):
-            check_texts([prompt], config, 'prompt')
+            texts.append(prompt)
+            check_texts(texts, config, 'prompt')
             return prompt
         if isinstance(prompt, MixPrompt):
             return Mix([(weight, read(part)) for weight, part in prompt.mix])
         if isinstance(prompt, LatentPrompt):
-            if len(prompt.latent) != dim_latent or not any(prompt.latent):
-                raise invalid(f'a latent must have {dim_latent} numbers, not all of them 0, got {len(prompt.latent)}')
-            return torch.tensor(prompt.latent)
+            latent = torch.tensor(prompt.latent)
+            if len(latent) != dim_latent:
+                raise invalid(f'a latent must have {dim_latent} numbers, got {len(latent)}')
+            return latent
+        sounds += 1
+        if sounds > config.max_files:
+            raise invalid(f'prompts hold {sounds} sounds or more, but at most {config.max_files} may come at once')
         try:
             content = base64.b64decode(prompt.sound, validate=True)
         except ValueError as error:

@@ -73,7 +73,8 @@ async def stream(request: Request) -> StreamingResponse:
     The header X-Stream tells its name."""
     musiclm, config = music_model(request), request.app.state.config
     query = validated(Stream, dict(request.query_params)).model_dump(exclude_none=True)
-    check_texts([query['prompt'], query.get('negative', '')], config, 'prompt')
+    for name in ('prompt', 'negative'):
+        check_texts([query[name]] if name in query else [], config, name)
     worker = request.app.state.worker
     streams = worker.streams
     if worker.is_stopping:
@@ -85,7 +86,11 @@ async def stream(request: Request) -> StreamingResponse:
     streams[name] = None  # its place, until it is there
     try:
         streams[name] = made = await run_in_threadpool(musiclm.stream, prompt, **query)
-    except ValueError as error:
+        if worker.is_stopping:
+            made.close()
+            streams[name] = None
+            raise stopping()
+    except (ValueError, OverflowError) as error:
         raise invalid(str(error)) from error
     finally:
         if streams[name] is None:
@@ -126,9 +131,9 @@ class Playing(StreamingResponse):
         try:
             await super().__call__(scope, receive, send)
         finally:
+            self.ended()
             self.stream.close()
             self.pool.shutdown(wait=False)
-            self.ended()
 
     async def _played(self) -> AsyncIterator[bytes]:
         loop, rate = asyncio.get_running_loop(), self.stream.sample_rate
