@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from fractions import Fraction
 from typing import NamedTuple
 
@@ -17,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from musiclm_pytorch.audiolm.convert import own_stage
+from musiclm_pytorch.audiolm.decode_step import FusedStep
 from musiclm_pytorch.audiolm.sampling import Generators, LogitsProcessor, Noise, Progress, Sampling, counted_steps
 from musiclm_pytorch.audiolm.stages import (
     PAD,
@@ -27,6 +29,7 @@ from musiclm_pytorch.audiolm.stages import (
     StageTransformer,
 )
 from musiclm_pytorch.checks import check_positive, described, typechecked
+from musiclm_pytorch.kernels.processor import one_thread
 from musiclm_pytorch.mulan.model import evaluating
 
 Embeds = Tensor | Sequence[Tensor] | None
@@ -369,15 +372,18 @@ def _generate(
                 ahead = [forced[row] - first for row in rows]
                 drawn = torch.stack([own.roll(by) for own, by in zip(drawn, ahead)])
                 primes = tokens[rows, first:, 0]
-            new = _sample(
-                stage,
-                state,
-                sampling,
-                drawn,
-                may_end_from=(may_end_from - first) * q,
-                primes=primes,
-                advance=advance,
-            )
+            # PyTorch's threads go on waiting for work, busily, where those of the kernel need the cores
+            alone = one_thread() if isinstance(state.cache.step, FusedStep) else nullcontext()
+            with alone:
+                new = _sample(
+                    stage,
+                    state,
+                    sampling,
+                    drawn,
+                    may_end_from=(may_end_from - first) * q,
+                    primes=primes,
+                    advance=advance,
+                )
             ends = _first_ends(new, stage.end_id)
             for (row, _, w, kept), own, end in zip(jobs, new.unflatten(1, (-1, q)), ends):
                 tokens[row, kept : w.stop] = own[kept - w.known : w.stop - w.known]

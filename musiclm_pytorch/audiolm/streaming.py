@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from fractions import Fraction
 from typing import Any
 
@@ -20,6 +19,7 @@ from musiclm_pytorch.audiolm.sampling import Sampling
 from musiclm_pytorch.audiolm.seam import CHANGE, CHANGE_GUIDANCE, steps_in
 from musiclm_pytorch.audiolm.stages import StageTransformer
 from musiclm_pytorch.checks import typechecked
+from musiclm_pytorch.kernels.processor import one_thread
 from musiclm_pytorch.mulan.model import evaluating
 from musiclm_pytorch.waves import Waves
 
@@ -28,8 +28,6 @@ SHORTEST_CODED = 32
 # seconds of codes on either side of those that are asked for, more than a codec looks back and ahead
 DECODED_BEFORE, DECODED_AFTER = 1.0, 0.25
 ENDLESS = 600.0  # seconds: as long as that, what has no end is worth the kernels
-# of PyTorch's: on cores with other work, such as a second stream, threads that wait for each other take far longer
-THREADS = 1
 CROSSED = 0.01  # seconds over which a codec that looks further goes over from piece to piece
 
 # of each stage `(1, q, d)` of the prompt and of the negative one, if there is one
@@ -219,7 +217,7 @@ class MusicStream(Iterator[Waves]):
     def __next__(self) -> Waves:
         if self._closed:
             raise StopIteration
-        with few_threads(), evaluating(self._codec):
+        with one_thread(), evaluating(self._codec):
             return next(self._waves)
 
     def __enter__(self) -> MusicStream:
@@ -248,26 +246,6 @@ class MusicStream(Iterator[Waves]):
             if len(wave):
                 given += len(wave)
                 yield Waves.of(wave.clone(), self.sample_rate)
-
-
-_threads = [0, 1]  # streams that compute now, and how many threads each one had before them
-_threads_lock = threading.Lock()
-
-
-@contextmanager
-def few_threads() -> Iterator[None]:
-    """Let PyTorch compute with `THREADS` threads. A thread that is born meanwhile begins with as many, too."""
-    with _threads_lock:
-        if _threads[0] == 0:
-            _threads[1] = torch.get_num_threads()
-        _threads[0] += 1
-    torch.set_num_threads(THREADS)
-    try:
-        yield
-    finally:
-        with _threads_lock:
-            _threads[0] -= 1
-            torch.set_num_threads(_threads[1])
 
 
 def decode_stream(codec: Codec, chunks: Iterable[Tensor]) -> Iterator[Tensor]:

@@ -2,9 +2,32 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 
 import torch
+
+_computing = [0, 1]  # blocks of `one_thread` that are under way, and how many threads there were before them
+_lock = threading.Lock()
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Let PyTorch compute with one thread: where others share the cores, its threads wait for each other, busily. A
+    thread of Python that is born meanwhile begins with one, too."""
+    with _lock:
+        if _computing[0] == 0:
+            _computing[1] = torch.get_num_threads()
+        _computing[0] += 1
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        with _lock:
+            _computing[0] -= 1
+            torch.set_num_threads(_computing[1])
 
 
 @cache
