@@ -1,5 +1,6 @@
 """Models by their name on the Hugging Face Hub: offline, from a cache that the tests fill as huggingface_hub does."""
 
+import json
 import shutil
 
 import huggingface_hub
@@ -9,10 +10,17 @@ from pretrained_parts import make_codec_model
 from stage_parts import make_quantizer
 from test_embedders import tiny_clap
 
-from musiclm_pytorch import MuLaN, MuLaNEmbedQuantizer, MusicLM, PretrainedCodec, PretrainedMuLaN
+from musiclm_pytorch import (
+    MuLaN,
+    MuLaNEmbedQuantizer,
+    MusicLM,
+    PretrainedCodec,
+    PretrainedMuLaN,
+    TransformersSemanticTokenizer,
+)
 from musiclm_pytorch.evaluation import load_mulan
 from musiclm_pytorch.pretrained import HOME
-from musiclm_pytorch.pretrained.hub import HubModel
+from musiclm_pytorch.pretrained.hub import HubModel, load_processor, load_transformers
 from musiclm_pytorch.trainer.assembly import load_codec
 
 COMMIT = {'main': 'a' * 40, 'v1': 'b' * 40}
@@ -91,8 +99,9 @@ def test_every_kind_of_model(hub, tmp_path):
 def test_what_is_not_there(hub, tmp_path):
     with pytest.raises(FileNotFoundError, match='somebody/else is no folder, and it cannot be had from the Hugging Fa'):
         MuLaN.from_pretrained('somebody/else')
-    with pytest.raises(FileNotFoundError, match='somebody/else is neither the folder of a model nor on the Hugging F'):
-        PretrainedCodec('somebody/else')
+    for load in PretrainedCodec, TransformersSemanticTokenizer, PretrainedMuLaN:
+        with pytest.raises(FileNotFoundError, match='somebody/else is no folder.*if a folder was meant: there is no /'):
+            load('somebody/else')
     (tmp_path / 'parts').mkdir()  # so that this is a path
     with pytest.raises(FileNotFoundError, match='no config.json in parts/mulan'):
         MuLaN.from_pretrained('parts/mulan')
@@ -102,3 +111,41 @@ def test_what_is_not_there(hub, tmp_path):
     with pytest.raises(FileNotFoundError, match='cannot be had'):
         MusicLM.from_pretrained('somebody/tiny', revision='v1')
     assert issubclass(MusicLM, HubModel)
+
+
+def test_no_code_of_a_repository_is_run(hub, tmp_path, monkeypatch):
+    monkeypatch.setattr('builtins.input', lambda prompt: 'y')  # transformers would ask
+    code = dict(AutoConfig='absent.Config', AutoModel='absent.Model', AutoFeatureExtractor='absent.Extractor')
+    make_codec_model('dac').save_pretrained(tmp_path / 'own')
+    for name in 'config.json', 'preprocessor_config.json':
+        (tmp_path / 'own' / name).write_text(json.dumps(dict(model_type='absent', auto_map=code)))
+    hub('somebody/own', tmp_path / 'own')
+    for source in tmp_path / 'own', 'somebody/own':
+        for load in load_transformers, lambda it: load_processor(it, 'AutoFeatureExtractor'):
+            with pytest.raises(ValueError, match='own needs code of its own .auto_map.*') as caught:
+                load(source)
+            assert 'trust_remote_code' not in str(caught.value)
+    with pytest.raises(ValueError, match='own needs code of its own'):
+        TransformersSemanticTokenizer(tmp_path / 'own', layer=1)
+
+
+def test_weights_that_are_not_read(hub, tmp_path):
+    path = tmp_path / 'dac'
+    model = make_codec_model('dac')
+    model.save_pretrained(path)
+    weights = (path / 'model.safetensors').read_bytes()
+    (path / 'model.safetensors').write_bytes(weights[:500])
+    with pytest.raises(ValueError, match='the weights in .*dac are damaged'):
+        PretrainedCodec(path, 3)
+    (path / 'model.safetensors').unlink()
+    hub('somebody/dac', path)
+    for source in path, 'somebody/dac':
+        with pytest.raises(FileNotFoundError, match='dac has no weights, model.safetensors; if it has'):
+            PretrainedCodec(source, 3)
+    torch.save(model.state_dict(), path / 'pytorch_model.bin')
+    told = r'dac holds its weights as a pickle only.* from_pretrained\(...\).save_pretrained\(folder\).* pass that'
+    with pytest.raises(ValueError, match=told):
+        PretrainedCodec(path, 3)
+    (path / 'config.json').write_text('{"model_type": ')
+    with pytest.raises(ValueError, match=r'dac/config.json could not be read: Expecting value'):
+        PretrainedCodec(path, 3)

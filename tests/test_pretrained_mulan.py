@@ -180,5 +180,8 @@ def test_what_is_none(tmp_path):
     (tmp_path / 'config.json').write_text('{"model_type": "bert"}')
     with pytest.raises(ValueError, match="is a 'bert'; joint embeddings that are read are those of model_type clap"):
         PretrainedMuLaN(tmp_path)
+    MODELS['clap']().save_pretrained(tmp_path / 'ours')
+    with pytest.raises(ValueError, match='ours was written by .*; PretrainedMuLaN.from_pretrained reads it'):
+        PretrainedMuLaN(tmp_path / 'ours')
     with pytest.raises(TypeError, match='a Hashes cannot be rebuilt from a folder; pass it again when loading'):
         PretrainedMuLaN(Hashes()).save_pretrained(tmp_path / 'x')

@@ -17,7 +17,7 @@ from musiclm_pytorch.audiolm.convert import is_of
 from musiclm_pytorch.audiolm.semantic import SemanticTokenizer
 from musiclm_pytorch.checks import check_sample_rate, typechecked
 from musiclm_pytorch.mulan.checkpoint import SavedConfig
-from musiclm_pytorch.pretrained.hub import find_encoder, load_transformers, read_settings, save_encoder
+from musiclm_pytorch.pretrained.hub import find_encoder, load_processor, load_transformers, read_settings, save_encoder
 
 
 class Kind(NamedTuple):
@@ -274,11 +274,9 @@ def _load_model(source: str | Path) -> nn.Module:
 
 
 def _load_feature_extractor(source: str | Path, *, required: bool) -> Any:
-    from transformers import AutoFeatureExtractor
-
     try:
-        return AutoFeatureExtractor.from_pretrained(source)
-    except OSError as error:
+        return load_processor(source, 'AutoFeatureExtractor')
+    except FileNotFoundError as error:
         if not required:
             return None
         raise FileNotFoundError(

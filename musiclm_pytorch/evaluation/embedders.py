@@ -20,6 +20,7 @@ from musiclm_pytorch.evaluation import vggish
 from musiclm_pytorch.extras import how_to_install
 from musiclm_pytorch.mulan.model import evaluating
 from musiclm_pytorch.mulan.pretrained import PretrainedMuLaN, own_mulan
+from musiclm_pytorch.pretrained.hub import NO_CODE
 
 
 @runtime_checkable
@@ -161,8 +162,8 @@ class CLAPEmbedder:
         if isinstance(model, (str, Path)):
             path = model
             try:
-                model = ClapModel.from_pretrained(path, local_files_only=True)
-                processor = processor or ClapProcessor.from_pretrained(path, local_files_only=True)
+                model = ClapModel.from_pretrained(path, local_files_only=True, use_safetensors=True, **NO_CODE)
+                processor = processor or ClapProcessor.from_pretrained(path, local_files_only=True, **NO_CODE)
             except OSError as error:
                 raise FileNotFoundError(
                     f'no CLAP model with its processor at {path!s} ({error}); fetch one first, such as with '

@@ -81,7 +81,12 @@ class PretrainedMuLaN(JointEmbedding):
     def __init__(self, model: Any, processor: Any = None):
         nn.Module.__init__(self)
         if isinstance(model, (str, Path)):
-            if (kind := read_settings(model).get('model_type')) != 'clap':
+            settings = read_settings(model)
+            if settings.get('model') == 'PretrainedMuLaN':
+                raise ValueError(
+                    f'{model} was written by PretrainedMuLaN.save_pretrained; PretrainedMuLaN.from_pretrained reads it'
+                )
+            if (kind := settings.get('model_type')) != 'clap':
                 raise ValueError(f'{model} is a {kind!r}; joint embeddings that are read are those of model_type clap')
             model, processor = load_transformers(model, 'ClapModel'), load_processor(model, 'ClapProcessor')
         self.is_clap = getattr(getattr(model, 'config', None), 'model_type', None) == 'clap'

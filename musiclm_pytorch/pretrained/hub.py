@@ -5,13 +5,16 @@ No code of a repository is run, and no pickle is fetched.
 
 from __future__ import annotations
 
+import json
 import re
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from musiclm_pytorch.atomic import checksum_of_file, naming, open_modes
@@ -19,6 +22,11 @@ from musiclm_pytorch.atomic import checksum_of_file, naming, open_modes
 ENCODER_FOLDER = 'encoder'
 HUB_NAME = re.compile(r'[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*')
 FILES = ('*.json', '*.safetensors', '*.txt', '*.md')  # what our folders hold
+NO_CODE = dict(trust_remote_code=False)  # otherwise transformers asks, and runs a repository's code if told so
+CONVERT = (
+    'convert it with from_pretrained(...).save_pretrained(folder) of its class in transformers, beside it what '
+    'prepares its inputs, and pass that folder'
+)
 
 
 def is_hub_name(source: str | Path) -> bool:
@@ -27,13 +35,16 @@ def is_hub_name(source: str | Path) -> bool:
     return is_name and not Path(source).exists() and not Path(source).parent.exists()
 
 
-def find_folder(source: str | Path, revision: str | None = None, subfolder: str | None = None) -> Path:
-    """The folder of a model of ours: one on disk, or that of a repository on the Hub, fetched or in its cache.
+def find_folder(
+    source: str | Path, revision: str | None = None, subfolder: str | None = None, files: Sequence[str] = FILES
+) -> Path:
+    """The folder of a model: one on disk, or that of a repository on the Hub, fetched or in its cache.
 
     Args:
         source: a folder, or `user/name`.
         revision: branch, tag or commit of the repository.
         subfolder: where the model lies within.
+        files: patterns of what is fetched.
 
     Raises FileNotFoundError for a repository that is neither there nor in the cache, ValueError for the revision of a
     folder on disk.
@@ -41,13 +52,14 @@ def find_folder(source: str | Path, revision: str | None = None, subfolder: str 
     if is_hub_name(source):
         from huggingface_hub import snapshot_download
 
-        patterns = [f'{subfolder}/{it}' for it in FILES] if subfolder else [*FILES]
+        patterns = [f'{subfolder}/{it}' for it in files] if subfolder else [*files]
         try:
             source = snapshot_download(str(source), revision=revision, allow_patterns=patterns)
         except OSError as error:  # what huggingface_hub raises for all that goes wrong with a request
             told = ' '.join(str(error).split())
             raise FileNotFoundError(
-                f'{source} is no folder, and it cannot be had from the Hugging Face Hub either: {told:.300}'
+                f'{source} is no folder, and it cannot be had from the Hugging Face Hub either: {told:.300}; if a '
+                f'folder was meant: there is no {Path(source).absolute()}'
             ) from error
         except ValueError as error:
             raise FileNotFoundError(f'{source} is no folder, and no name on the Hugging Face Hub: {error}') from error
@@ -114,17 +126,20 @@ def model_card(model: Any, repo_id: str, figures: Mapping[str, float]) -> str:
 
 
 def read_settings(source: str | Path) -> dict[str, Any]:
-    """The `config.json` of a model of `transformers`. Raises FileNotFoundError if there is none."""
-    from transformers import PreTrainedConfig
+    """The `config.json` of a model of `transformers`, by folder or name on the Hugging Face Hub.
 
-    if Path(source).exists() and not Path(source, 'config.json').is_file():
+    Raises FileNotFoundError if there is none, ValueError for one that is no JSON object.
+    """
+    path = _folder_of(source, ('config.json',)) / 'config.json'
+    if not path.is_file():
         raise FileNotFoundError(f'{source} has no config.json, so it is no folder of a model')
-    if not Path(source).exists() and not is_hub_name(source):
-        raise FileNotFoundError(f'{source} is neither the folder of a model nor on the Hugging Face Hub')
     try:
-        return PreTrainedConfig.get_config_dict(source)[0]
-    except OSError as error:
-        raise FileNotFoundError(f'{source} is neither the folder of a model nor on the Hugging Face Hub') from error
+        settings = json.loads(path.read_text(encoding='utf-8'))
+    except ValueError as error:
+        raise ValueError(f'{path} could not be read: {error}') from error
+    if not isinstance(settings, dict):
+        raise ValueError(f'{path} must hold a JSON object, got {settings!r:.80}')
+    return settings
 
 
 def load_transformers(
@@ -139,19 +154,26 @@ def load_transformers(
         unneeded: how the names of weights end that may be missing.
 
     Raises:
-        FileNotFoundError: no such model. ValueError: a model of another kind, weights that do not fit.
+        FileNotFoundError: no such model. ValueError: a model of another kind or of code of its own, weights that are a
+        pickle, damaged, or do not fit.
     """
     import transformers
 
+    folder = _folder_of(source)
+    if not any(folder.glob('*.safetensors')):
+        if any(folder.glob('*.bin')):
+            raise ValueError(f'{source} holds its weights as a pickle only, which could run code; {CONVERT}')
+        raise FileNotFoundError(f'{source} has no weights, model.safetensors; if it has a pickle instead, {CONVERT}')
     keywords = {} if config is None else dict(config=config)
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()  # it would list what is missing; that is judged here
     try:
-        model, report = getattr(transformers, kind).from_pretrained(
-            source, output_loading_info=True, dtype=torch.float32, **keywords
-        )
+        with _told(source):
+            model, report = getattr(transformers, kind).from_pretrained(
+                folder, output_loading_info=True, dtype=torch.float32, use_safetensors=True, **NO_CODE, **keywords
+            )
     except OSError as error:
-        raise FileNotFoundError(f'{source} is neither the folder of a model nor on the Hugging Face Hub') from error
+        raise ValueError(f'{source} could not be read: {" ".join(str(error).split()):.300}') from error
     finally:
         transformers.logging.set_verbosity(verbosity)
     missing = {it for it in report['missing_keys'] if not it.endswith(tuple(unneeded))}
@@ -164,13 +186,46 @@ def load_transformers(
 
 
 def load_processor(source: str | Path, kind: str) -> Any:
-    """What prepares the inputs of a model: `kind` names the class in `transformers`. Raises FileNotFoundError."""
+    """What prepares the inputs of a model: `kind` names the class in `transformers`.
+
+    Raises FileNotFoundError if there is none, ValueError for one that needs code of its own.
+    """
     import transformers
 
+    folder = _folder_of(source)
     try:
-        return getattr(transformers, kind).from_pretrained(source)
+        with _told(source):
+            return getattr(transformers, kind).from_pretrained(folder, **NO_CODE)
     except OSError as error:
-        raise FileNotFoundError(f'{source} has no {kind}: {" ".join(str(error).split())}') from error
+        raise FileNotFoundError(f'{source} has no {kind}: {" ".join(str(error).split()):.300}') from error
+
+
+def _folder_of(source: str | Path, files: Sequence[str] = FILES) -> Path:
+    """As `find_folder`; raises FileNotFoundError also where the folder is not there."""
+    folder = find_folder(source, files=files)
+    if not folder.exists():
+        raise FileNotFoundError(f'{source} is neither the folder of a model nor on the Hugging Face Hub')
+    return folder
+
+
+@contextmanager
+def _told(source: str | Path) -> Iterator[None]:
+    """Say in our words what `transformers` refuses: it advises to let a repository's code run."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise ValueError(
+            f'the weights in {source} are damaged, they cannot be read as safetensors: {error}; they have to come '
+            'from a copy'
+        ) from error
+    except ValueError as error:
+        if 'trust_remote_code' not in str(error):
+            raise
+        # not `from error`: what it advises would be shown
+        raise ValueError(
+            f'{source} needs code of its own (auto_map in its JSON files), and no code of a repository is run here; '
+            'only what transformers has itself is read'
+        ) from None
 
 
 def save_encoder(folder: Path, *parts: Any) -> dict[str, Any]:
