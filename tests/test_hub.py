@@ -147,5 +147,5 @@ def test_weights_that_are_not_read(hub, tmp_path):
     with pytest.raises(ValueError, match=told):
         PretrainedCodec(path, 3)
     (path / 'config.json').write_text('{"model_type": ')
-    with pytest.raises(ValueError, match=r'dac/config.json could not be read: Expecting value'):
+    with pytest.raises(ValueError, match=r'dac/config.json is damaged, it is no JSON: Expecting value'):
         PretrainedCodec(path, 3)

@@ -10,7 +10,7 @@ from pretrained_parts import CODEC_RATE, CODECS, Sounds, from_waves_to_saved_mus
 from safetensors.torch import load_file
 from test_pipeline import TINY
 
-from musiclm_pytorch import MusicLM, MusicLMRecipe, PretrainedCodec, compute_tokens
+from musiclm_pytorch import MusicLM, MusicLMRecipe, PretrainedCodec, compute_tokens, train_musiclm
 from musiclm_pytorch.audiolm import convert, semantic_transformers
 from musiclm_pytorch.audiolm.fingerprints import fingerprint
 from musiclm_pytorch.audiolm.saving import load_module, save_module
@@ -207,6 +207,30 @@ def test_what_cannot_be_read(tmp_path):
     model.save_pretrained(tmp_path / 'dac', state_dict=state)
     with pytest.raises(ValueError, match='do not fill this DacModel: 2 are missing'):
         PretrainedCodec(tmp_path / 'dac', num_quantizers=3)
+
+
+def test_a_new_run_opens_its_parts_whatever_an_earlier_one_left(tmp_path, music):
+    out = tmp_path / 'out'
+    save_module(PretrainedCodec(make_codec_model('dac'), num_quantizers=3), out / 'codec')
+    (out / 'tokenizer').mkdir()
+    (out / 'tokenizer' / 'config.json').write_text('{}')
+    make_codec_model('dac').save_pretrained(tmp_path / 'dac')
+
+    def begin(name, number, parts):
+        raise InterruptedError(name)
+
+    def train(**sections):
+        content = {key: it for key, it in TINY.items() if key != 'spectral_codec'}
+        train_musiclm(music, out, MusicLMRecipe.from_content(content | sections, 'it'), on_begin=begin)
+
+    with pytest.raises(ValueError, match='num_coarse_quantizers must lie between 1 and 0'):
+        train(pretrained_codec=dict(source=str(tmp_path / 'dac'), num_quantizers=1))
+    with pytest.raises(FileNotFoundError, match='nowhere is neither'):
+        train(tokenizer=dict(model=str(tmp_path / 'nowhere')))
+    assert (out / 'codec' / 'config.json').is_file()  # nothing was moved
+    with pytest.raises(InterruptedError, match='mulan'):
+        train(pretrained_codec=dict(source=str(tmp_path / 'dac'), num_quantizers=3))
+    assert not (out / 'codec').exists()
 
 
 def test_the_table_has_every_part():

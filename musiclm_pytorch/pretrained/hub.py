@@ -5,7 +5,6 @@ No code of a repository is run, and no pickle is fetched.
 
 from __future__ import annotations
 
-import json
 import re
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,7 +16,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from musiclm_pytorch.atomic import checksum_of_file, naming, open_modes
+from musiclm_pytorch.atomic import checksum_of_file, naming, open_modes, read_checked_json
 
 ENCODER_FOLDER = 'encoder'
 HUB_NAME = re.compile(r'[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*')
@@ -133,10 +132,7 @@ def read_settings(source: str | Path) -> dict[str, Any]:
     path = _folder_of(source, ('config.json',)) / 'config.json'
     if not path.is_file():
         raise FileNotFoundError(f'{source} has no config.json, so it is no folder of a model')
-    try:
-        settings = json.loads(path.read_text(encoding='utf-8'))
-    except ValueError as error:
-        raise ValueError(f'{path} could not be read: {error}') from error
+    settings = read_checked_json(path, verify=False)
     if not isinstance(settings, dict):
         raise ValueError(f'{path} must hold a JSON object, got {settings!r:.80}')
     return settings

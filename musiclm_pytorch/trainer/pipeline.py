@@ -107,7 +107,7 @@ def _train(
     names = ('mulan', 'quantizer', 'tokenizer', 'codec', 'tokens', *STAGES, 'musiclm')
     with said_once('musiclm_pytorch.data.datasets', 'musiclm_pytorch.data.reading'):  # of files that are left out
         # what is wrong with the data or the recipe shows here, while everything is where it was
-        parts.open_pretrained()
+        parts.open_pretrained(resume)
         parts.open_mulan(resume)
         with new_results(output, resume=resume, clear=False):
             recipe.save(output)
@@ -190,13 +190,13 @@ class _Parts:
             mulan, dataset, valid_dataset=held_out, results_folder=folder, resume=resume
         )
 
-    def open_pretrained(self) -> None:
-        """Find the models that are trained already, unless they are among the parts."""
+    def open_pretrained(self, resume: bool) -> None:
+        """Find the models that are trained already, unless they are among the parts of the run to resume."""
         self.pretrained_codec = None
-        if 'model' in self.recipe.fitted.tokenizer and not is_whole(self.output / 'tokenizer'):
+        if 'model' in self.recipe.fitted.tokenizer and not (resume and is_whole(self.output / 'tokenizer')):
             build_tokenizer(self.recipe.fitted, None)
         with self.recipe.fitted.section('pretrained_codec') as keywords:
-            if keywords and not is_whole(self.output / 'codec'):
+            if keywords and not (resume and is_whole(self.output / 'codec')):
                 if 'source' not in keywords:
                     raise ValueError('source is missing: the folder of the codec, or its name on the Hugging Face Hub')
                 self.pretrained_codec = load_codec(**keywords)
