@@ -19,6 +19,7 @@ from musiclm_pytorch import (
     TransformersSemanticTokenizer,
 )
 from musiclm_pytorch.evaluation import load_mulan
+from musiclm_pytorch.mulan.pretrained import load_joint
 from musiclm_pytorch.pretrained import HOME
 from musiclm_pytorch.pretrained.hub import HubModel, load_processor, load_transformers
 from musiclm_pytorch.trainer.assembly import load_codec
@@ -86,6 +87,20 @@ def test_every_kind_of_model(hub, tmp_path):
     expected = PretrainedMuLaN(tmp_path / 'clap').get_text_latents(raw_texts=texts)
     assert torch.equal(PretrainedMuLaN('somebody/clap').get_text_latents(raw_texts=texts), expected)
     assert torch.equal(load_mulan('somebody/clap').get_text_latents(raw_texts=texts), expected)
+    PretrainedMuLaN(tmp_path / 'clap').save_pretrained(tmp_path / 'ours')
+    hub('somebody/ours', tmp_path / 'ours')
+    hub('somebody/many', tmp_path / 'ours', revision='v1', subfolder='ours')
+    hub('somebody/many', tmp_path / 'clap', revision='v1', subfolder='clap')
+    at = dict(revision='v1', dtype=torch.float64)
+    joints = [
+        load_joint('somebody/ours'),
+        load_mulan('somebody/ours'),
+        PretrainedMuLaN.from_pretrained('somebody/ours'),
+    ]
+    joints += [load_joint('somebody/many', subfolder=name, **at) for name in ('ours', 'clap')]
+    for joint in joints:
+        torch.testing.assert_close(joint.get_text_latents(raw_texts=texts), expected)
+    assert [next(it.parameters()).dtype for it in joints[2:]] == [torch.float32, torch.float64, torch.float64]
 
     model = make_codec_model('dac')
     model.save_pretrained(tmp_path / 'dac')

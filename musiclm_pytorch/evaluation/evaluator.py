@@ -31,7 +31,6 @@ from musiclm_pytorch.mulan.model import JointEmbedding, evaluating
 from musiclm_pytorch.mulan.pretrained import load_joint, own_mulan
 from musiclm_pytorch.mulan.vocabulary import unknown_words_line
 from musiclm_pytorch.pretrained import find_pretrained
-from musiclm_pytorch.pretrained.hub import is_hub_name, read_settings
 from musiclm_pytorch.quantizer import MULAN_FOLDER
 from musiclm_pytorch.version import __version__
 
@@ -399,12 +398,11 @@ def fingerprint_of(clips: Sequence[Tensor | Path]) -> str:
 def load_mulan(
     folder: str | Path, *, device: str | torch.device = 'cpu', dtype: torch.dtype | None = None
 ) -> JointEmbedding:
-    """The MuLaN in a folder that a MuLaN or a MusicLM was saved to, or of a model that ships, by its name.
+    """The MuLaN, or what stands in its place, in a folder that it or a MusicLM was saved to, or of a model that ships
+    or of the Hugging Face Hub, by its name.
 
     `device`, `dtype` and errors are as in `MuLaN.from_pretrained`.
     """
-    if is_hub_name(folder) and 'model_type' in read_settings(folder):  # a CLAP
-        return load_joint(folder, device=device, dtype=dtype)
     folder = find_pretrained(folder)
     if saved_kind(folder) == 'MusicLM':
         folder = folder / 'quantizer' / MULAN_FOLDER

@@ -22,7 +22,6 @@ from musiclm_pytorch.mulan.text_transformer import VOCAB_SIZE
 from musiclm_pytorch.pretrained.hub import (
     find_encoder,
     find_folder,
-    is_hub_name,
     load_processor,
     load_transformers,
     read_settings,
@@ -82,7 +81,7 @@ class PretrainedMuLaN(JointEmbedding):
         nn.Module.__init__(self)
         if isinstance(model, (str, Path)):
             settings = read_settings(model)
-            if settings.get('model') == 'PretrainedMuLaN':
+            if settings.get('model') == PretrainedMuLaN.__name__:
                 raise ValueError(
                     f'{model} was written by PretrainedMuLaN.save_pretrained; PretrainedMuLaN.from_pretrained reads it'
                 )
@@ -218,19 +217,26 @@ def own_mulan(mulan: Any) -> JointEmbedding:
     return mulan if isinstance(mulan, JointEmbedding) else PretrainedMuLaN(mulan)
 
 
-def load_joint(folder: str | Path, **keywords: Any) -> JointEmbedding:
-    """The MuLaN, or what stands in its place, in a folder; or a CLAP of `transformers`, by its folder or name.
+def load_joint(
+    folder: str | Path,
+    *,
+    revision: str | None = None,
+    subfolder: str | None = None,
+    device: str | torch.device = 'cpu',
+    dtype: torch.dtype | None = None,
+    verify: bool = True,
+) -> JointEmbedding:
+    """The MuLaN, or what stands in its place, in a folder; or a CLAP of `transformers`; by its folder or name.
 
-    Further keywords and errors are as in `MuLaN.from_pretrained`.
+    Further arguments and errors are as in `MuLaN.from_pretrained`.
     """
+    place = placing(device, dtype)
+    folder = find_folder(folder, revision, subfolder)
     kind = saved_kind(folder)
-    if kind == 'PretrainedMuLaN':
-        return PretrainedMuLaN.from_pretrained(folder, **keywords)
-    is_there = is_hub_name(folder) or (Path(folder) / CONFIG_FILE).is_file()
-    if kind is None and is_there and 'model_type' in read_settings(folder):
-        keywords.pop('verify', None)
-        return placing(keywords.get('device', 'cpu'), keywords.get('dtype'))(PretrainedMuLaN(folder))
-    return MuLaN.from_pretrained(folder, **keywords)
+    if kind is None and (folder / CONFIG_FILE).is_file() and 'model_type' in read_settings(folder):
+        return place(PretrainedMuLaN(folder))
+    cls = PretrainedMuLaN if kind == PretrainedMuLaN.__name__ else MuLaN
+    return place(cls.from_pretrained(folder, verify=verify))
 
 
 def pooled(output: Any) -> Tensor:
