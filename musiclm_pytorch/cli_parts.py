@@ -110,6 +110,17 @@ def add_codec_option(parser: argparse.ArgumentParser, why: str) -> None:
     )
 
 
+def open_codec(options: argparse.Namespace):
+    """The codec that the options of `add_codec_option` name; None without one."""
+    from musiclm_pytorch.trainer.assembly import load_codec
+
+    if options.codec is not None:
+        return load_codec(options.codec, options.codec_quantizers)
+    if options.codec_quantizers is not None:
+        raise ValueError('--codec-quantizers needs --codec')
+    return None
+
+
 def run_recipes(options: argparse.Namespace) -> None:
     from musiclm_pytorch.trainer.sections import shipped_recipes
 
@@ -138,12 +149,25 @@ def run_train_quantizer(options: argparse.Namespace) -> None:
 
 
 def run_train_tokenizer(options: argparse.Namespace) -> None:
+    from musiclm_pytorch.mulan.model import MuLaN
     from musiclm_pytorch.trainer.assembly import build_tokenizer, fit_tokenizer
     from musiclm_pytorch.trainer.folders import new_results
 
     names = dict(model='model', codebook_size='codebook_size', layer='layer', max_items='max_items', seed='seed')
-    recipe = _recipe_with('tokenizer', names, options)
-    tokenizer = build_tokenizer(recipe.fitted, None if options.mulan is None else _open_mulan(options))
+    recipe, mulan = _recipe_with('tokenizer', names, options), None
+    if options.mulan is not None:
+        if (model := recipe.fitted.tokenizer.get('model')) is not None:
+            raise ValueError(
+                f'{options.config} has {model} as the model of its section tokenizer, and --mulan names '
+                f'{options.mulan}: leave one of them out'
+            )
+        mulan = _open_mulan(options)
+        if not isinstance(mulan, MuLaN):
+            raise ValueError(
+                f'{options.mulan} is a {type(mulan.model).__name__}, no MuLaN of this package: pass the folder or '
+                'the name of the CLAP as --model'
+            )
+    tokenizer = build_tokenizer(recipe.fitted, mulan)
     missing = fit_tokenizer(recipe.fitted, tokenizer, _open_clips(recipe, options, tokenizer.target_sample_hz))
     with new_results(Path(options.output), resume=False, clear=False):
         tokenizer.save_pretrained(options.output)
@@ -179,13 +203,12 @@ def _open_clips(recipe, options: argparse.Namespace, sample_rate: int):
 
 
 def run_assemble(options: argparse.Namespace) -> None:
-    from musiclm_pytorch.trainer.assembly import assemble_musiclm, load_codec
+    from musiclm_pytorch.trainer.assembly import assemble_musiclm
     from musiclm_pytorch.trainer.folders import new_results
     from musiclm_pytorch.trainer.pipeline_recipe import MusicLMRecipe
 
     settings = {} if options.config is None else MusicLMRecipe.load(options.config).fitted.musiclm
-    codec = None if options.codec is None else load_codec(options.codec, options.codec_quantizers)
-    musiclm = assemble_musiclm(options.parts, codec=codec, **settings)
+    musiclm = assemble_musiclm(options.parts, codec=open_codec(options), **settings)
     with new_results(Path(options.output), resume=False, clear=False):
         musiclm.save_pretrained(options.output)
     print(

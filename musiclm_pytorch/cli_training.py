@@ -6,7 +6,7 @@ import argparse
 import time
 from pathlib import Path
 
-from musiclm_pytorch.cli_parts import add_codec_option
+from musiclm_pytorch.cli_parts import add_codec_option, open_codec
 
 
 def add_training_options(parser: argparse.ArgumentParser) -> None:
@@ -268,7 +268,7 @@ def run_tokens(options: argparse.Namespace) -> None:
     from musiclm_pytorch.audiolm.tokens import compute_tokens
     from musiclm_pytorch.data.opening import open_whole_clips
     from musiclm_pytorch.quantizer import MuLaNEmbedQuantizer
-    from musiclm_pytorch.trainer.assembly import load_codec, model_in
+    from musiclm_pytorch.trainer.assembly import model_in
 
     readers = dict(tokenizer=SemanticTokenizer.from_pretrained, quantizer=MuLaNEmbedQuantizer.from_pretrained)
     modules = {
@@ -276,8 +276,8 @@ def run_tokens(options: argparse.Namespace) -> None:
         for name, read in readers.items()
         if (folder := getattr(options, name)) is not None
     }
-    if options.codec is not None:
-        modules['codec'] = load_codec(options.codec, options.codec_quantizers)
+    if (codec := open_codec(options)) is not None:
+        modules['codec'] = codec
     rates = [it.target_sample_hz for name, it in modules.items() if name != 'quantizer']
     rates += [modules['quantizer'].mulan.sample_rate] if 'quantizer' in modules else []
     if not rates or None in rates:
@@ -304,8 +304,13 @@ def run_train_all(options: argparse.Namespace) -> None:
     recipe = None if options.config is None else MusicLMRecipe.load(options.config)
     if options.seed is not None:
         recipe = (recipe or MusicLMRecipe()).with_seed(options.seed)
-    if options.codec is not None:
-        recipe = (recipe or MusicLMRecipe()).with_pretrained_codec(options.codec, options.codec_quantizers)
+    codec = options.codec
+    if codec is None and options.codec_quantizers is not None:
+        codec = None if recipe is None else recipe.fitted.pretrained_codec.get('source')
+        if codec is None:
+            raise ValueError('--codec-quantizers needs --codec, or a recipe with the section pretrained_codec')
+    if codec is not None:
+        recipe = (recipe or MusicLMRecipe()).with_pretrained_codec(codec, options.codec_quantizers)
     start = time.perf_counter()
     train_musiclm(
         options.data,

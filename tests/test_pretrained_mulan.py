@@ -1,10 +1,13 @@
 """CLAP, MuQ-MuLan and other joint embeddings in the place of a MuLaN: latents, quantizer, music, evaluation, index."""
 
+import json
+import re
+
 import numpy as np
 import pytest
 import soundfile
 import torch
-from pretrained_parts import Sounds, from_waves_to_saved_music
+from pretrained_parts import Sounds, from_waves_to_saved_music, make_codec_model
 from test_embedders import RATE, tiny_clap
 from test_service import served
 from torch import nn
@@ -170,6 +173,29 @@ def test_by_command_line(tmp_path, capsys):
         capsys.readouterr()
         assert main(['search', str(tmp_path / 'index'), 'a calm clip']) == 0
         assert '.wav' in capsys.readouterr().out
+
+
+def test_options_that_do_not_go_together(tmp_path, music, capsys):
+    for part in tiny_clap():
+        part.save_pretrained(tmp_path / 'clap')
+    make_codec_model('dac').save_pretrained(tmp_path / 'dac')
+    tokenizer, codec = tmp_path / 'tokenizer.json', tmp_path / 'codec.json'
+    tokenizer.write_text('{"tokenizer": {"model": "their/model"}}')
+    codec.write_text(json.dumps(dict(pretrained_codec=dict(source=str(tmp_path / 'dac'), num_quantizers=4))))
+    to = ['--output', str(tmp_path / 'out')]
+    fitting = ['train', 'tokenizer', '--data', str(music), '--mulan', str(tmp_path / 'clap'), *to]
+    everything = ['train', 'all', '--data', str(music), *to, '--codec-quantizers']
+    for command, told in (
+        ([*fitting, '--config', str(tokenizer)], f'tokenizer.json has their/model .* --mulan names {tmp_path}/clap'),
+        (fitting, f'{tmp_path}/clap is a ClapModel, no MuLaN of this package: .* as --model'),
+        (['assemble', str(tmp_path), *to, '--codec-quantizers', '3'], '--codec-quantizers needs --codec$'),
+        (['tokens', '--data', str(music), *to, '--codec-quantizers', '3'], '--codec-quantizers needs --codec$'),
+        ([*everything, '3'], 'needs --codec, or a recipe with the section pretrained_codec'),
+        ([*everything, '1', '--config', str(codec)], 'num_coarse_quantizers must lie between 1 and 0'),  # 4 would do
+    ):
+        assert main(command) == 2
+        assert re.search(told, capsys.readouterr().err.strip())
+    assert not (tmp_path / 'out' / 'mulan').exists()
 
 
 def test_what_is_none(tmp_path):
