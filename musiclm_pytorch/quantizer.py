@@ -23,7 +23,7 @@ from musiclm_pytorch.data.collate import collate_for
 from musiclm_pytorch.data.rates import rate_of
 from musiclm_pytorch.mulan import checkpoint
 from musiclm_pytorch.mulan.display import indented
-from musiclm_pytorch.mulan.model import evaluating
+from musiclm_pytorch.mulan.model import JointEmbedding, evaluating
 from musiclm_pytorch.mulan.pretrained import PretrainedMuLaN, load_joint, own_mulan
 from musiclm_pytorch.pretrained.hub import HubModel, find_folder
 
@@ -31,6 +31,7 @@ logger = logging.getLogger(__name__)
 
 MULAN_FOLDER = 'mulan'
 NOT_SAVED = 'mulan_not_saved'  # where a config tells of a joint embedding that has to be given
+PROBE = 'a slow piano melody'  # the text that one without weights is known by
 
 
 @passes_as('AudioConditionerBase')
@@ -326,8 +327,8 @@ class MuLaNEmbedQuantizer(HubModel, nn.Module):
     def save_pretrained(self, folder: str | Path) -> None:
         """Write codebooks, embeddings and, in a folder `mulan` within, MuLaN; for `from_pretrained`.
 
-        Of a joint embedding that nothing here could rebuild, such as MuQ-MuLan, only the name is written: it has to be
-        given to `from_pretrained`.
+        Of a joint embedding that nothing here could rebuild, such as MuQ-MuLan, only class and hash are written: it has
+        to be given to `from_pretrained`.
         """
         if not self.is_fitted:
             raise ValueError('this quantizer has no codebooks yet; call fit before saving it')
@@ -335,8 +336,7 @@ class MuLaNEmbedQuantizer(HubModel, nn.Module):
         weights = {name: it for name, it in self.state_dict().items() if not name.startswith('mulan.')}
         with written_together(folder) as aside:
             if isinstance(self.mulan, PretrainedMuLaN) and not self.mulan.is_clap:
-                told = dict(kind=type(self.mulan.model).__name__, weights=fingerprint(self.mulan)['weights'])
-                config[NOT_SAVED] = told
+                config[NOT_SAVED] = _identity(self.mulan)
             else:
                 self.mulan.save_pretrained(aside / MULAN_FOLDER)
                 config[checkpoint.WITHIN] = checkpoint.checksums_within(aside, [MULAN_FOLDER])
@@ -354,7 +354,8 @@ class MuLaNEmbedQuantizer(HubModel, nn.Module):
         dtype: torch.dtype | None = None,
         verify: bool = True,
     ) -> MuLaNEmbedQuantizer:
-        """Rebuild a quantizer from its folder, in eval mode; `mulan` is used instead of the saved one, if given.
+        """Rebuild a quantizer from its folder, in eval mode; `mulan` is used instead of the saved one, if given, and
+        moved to `device`, but not cast.
 
         The other arguments and errors are as in `MuLaN.from_pretrained`.
         """
@@ -365,19 +366,37 @@ class MuLaNEmbedQuantizer(HubModel, nn.Module):
         )
         if (told := config.content.get(NOT_SAVED)) is not None:
             with config.refused(f'{NOT_SAVED!r} must hold keywords', told):
-                kind, weights_of = told['kind'], told['weights']
+                kind, wanted = told['kind'], torch.tensor(told.get('latent', []))
             if mulan is None:
                 raise ValueError(f'{folder} was saved without its {kind}, which cannot be rebuilt; pass it as mulan')
-            mulan = own_mulan(mulan)
-            if fingerprint(mulan)['weights'] != weights_of:
+            found = _identity(own_mulan(mulan))
+            if found['kind'] != kind:
+                raise ValueError(
+                    f'{folder} was fitted with a {kind}, got a {found["kind"]}; pass the one it was fitted with'
+                )
+            latent = torch.tensor(found.get('latent', []))
+            same = latent.shape == wanted.shape and torch.allclose(latent, wanted, atol=1e-3)
+            if found.get('weights') != told.get('weights') or not same:
                 raise ValueError(f'{folder} was fitted with another {kind}; pass the one that it was fitted with')
-        mulan = load_joint(Path(folder) / MULAN_FOLDER, verify=verify) if mulan is None else own_mulan(mulan)
+        given = mulan is not None
+        mulan = own_mulan(mulan) if given else load_joint(Path(folder) / MULAN_FOLDER, verify=verify)
         quantizer = config.build(cls, 'quantizer', mulan)
         weights |= {f'mulan.{name}': tensor for name, tensor in mulan.state_dict().items()}
         trained = mulan.text.trained_tokens
         checkpoint.load_strictly(quantizer, weights, source=folder)
         mulan.text.trained_tokens = trained  # its weights are its own
-        return place(quantizer.eval())
+        for part in quantizer.eval().children():
+            (checkpoint.placing(device, None) if given and part is mulan else place)(part)
+        return quantizer
+
+
+def _identity(mulan: JointEmbedding) -> dict[str, Any]:
+    """What tells a joint embedding that is not saved from others: its class, and a hash of its weights or, where it has
+    none, what it makes of a text."""
+    found: dict[str, Any] = dict(kind=type(getattr(mulan, 'model', mulan)).__name__)
+    if mulan.state_dict():
+        return found | dict(weights=fingerprint(mulan)['weights'])
+    return found | dict(latent=mulan.get_text_latents(raw_texts=[PROBE])[0].tolist())
 
 
 class ResidualCodebooks(nn.Module):

@@ -90,11 +90,61 @@ def test_the_latent_of_an_item_is_its_own(mulan):
         mulan.get_text_latents(raw_texts='a flute')
 
 
-def test_the_module_given_is_left_alone():
-    model = Hashes().train()
-    PretrainedMuLaN(model).get_audio_latents(torch.randn(1, 400))
+def quantizer_of(model):
+    quantizer = MuLaNEmbedQuantizer(
+        PretrainedMuLaN(model), conditioning_dims=(8,) * 3, rq_num_quantizers=2, codebook_size=4
+    )
+    quantizer.fit(torch.randn(9, 4))
+    return quantizer
+
+
+def test_the_module_given_is_left_alone(tmp_path):
+    class Dropping(Hashes):
+        def get_text_latents(self, raw_texts):
+            return nn.functional.dropout(super().get_text_latents(raw_texts), training=self.training)
+
+    model = Dropping().train()
+    mulan = PretrainedMuLaN(model)
+    mulan.get_audio_latents(torch.randn(1, 400))
+    expected = Hashes().get_text_latents(['a cello'])
+    quantizer = quantizer_of(model)
+    for wrapper in mulan, mulan.eval(), quantizer.train(), quantizer.eval():
+        assert model.training
+        same(getattr(wrapper, 'mulan', wrapper).get_text_latents(raw_texts=['a cello']), expected / expected.norm())
+    quantizer.save_pretrained(tmp_path)
+    loaded = MuLaNEmbedQuantizer.from_pretrained(tmp_path, model, dtype=torch.bfloat16)
+    assert loaded(raw_texts=['a cello'], namespace='fine').dtype == torch.bfloat16
+    assert model.weight.dtype == torch.float32
     assert model.training
     assert model.weight.requires_grad
+
+
+class Letters:
+    """A joint embedding without weights."""
+
+    sample_rate = 2000
+
+    def __init__(self, exponent=1):
+        self.exponent, self.inner = exponent, Hashes()
+
+    def get_audio_latents(self, wavs):
+        return self.inner.get_audio_latents(wavs) ** self.exponent
+
+    def get_text_latents(self, raw_texts):
+        return self.inner.get_text_latents(raw_texts) ** self.exponent
+
+
+def test_a_quantizer_knows_the_model_that_it_was_fitted_with(tmp_path):
+    class Others(Hashes):
+        pass
+
+    for kind, model in dict(Hashes=Hashes(), Letters=Letters()).items():
+        quantizer_of(model).save_pretrained(tmp_path / kind)
+        assert MuLaNEmbedQuantizer.from_pretrained(tmp_path / kind, PretrainedMuLaN(type(model)())).is_fitted
+        with pytest.raises(ValueError, match=f'{kind} was fitted with a {kind}, got a Others'):
+            MuLaNEmbedQuantizer.from_pretrained(tmp_path / kind, Others())
+    with pytest.raises(ValueError, match='was fitted with another Letters'):
+        MuLaNEmbedQuantizer.from_pretrained(tmp_path / 'Letters', PretrainedMuLaN(Letters(exponent=2)))
 
 
 def test_long_audio_is_heard_whole():

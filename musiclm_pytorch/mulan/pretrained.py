@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -112,6 +113,11 @@ class PretrainedMuLaN(JointEmbedding):
     def device(self) -> torch.device:
         return next((it.device for it in self.parameters()), torch.device('cpu'))
 
+    def train(self, mode: bool = True) -> PretrainedMuLaN:
+        """Leaves the mode of the model as it is: that is its owner's, and it computes in eval mode all the same."""
+        self.training = mode
+        return self
+
     def __repr__(self) -> str:
         return (
             f'{type(self).__name__}({type(self.model).__name__}, latents of {self.dim_latent}, {self.sample_rate} Hz)'
@@ -142,7 +148,7 @@ class PretrainedMuLaN(JointEmbedding):
             raise ValueError(
                 f'texts must be one or more strings in a list, got {described(raw_texts if texts is None else texts)}'
             )
-        with evaluating(self):
+        with self._evaluated():
             return l2norm(self._read(list(raw_texts)).float())
 
     def _read(self, texts: list[str]) -> Tensor:
@@ -162,7 +168,7 @@ class PretrainedMuLaN(JointEmbedding):
     @torch.no_grad()
     def embed_pieces(self, pieces: list[Tensor]) -> Tensor:
         """Latents of waves `(samples,)`, none longer than the model was made for, `(n, dim_latent)` of length 1."""
-        with evaluating(self):
+        with self._evaluated():
             return l2norm(self._hear(pieces).float())
 
     def _hear(self, pieces: list[Tensor]) -> Tensor:
@@ -178,6 +184,9 @@ class PretrainedMuLaN(JointEmbedding):
         spectrograms = inputs['input_features'].to(self.device, self.model.dtype)
         longer = torch.zeros(len(pieces), 1, dtype=torch.bool, device=self.device)
         return pooled(self.model.get_audio_features(input_features=spectrograms, is_longer=longer))
+
+    def _evaluated(self) -> AbstractContextManager[None]:
+        return evaluating(self.model) if isinstance(self.model, nn.Module) else nullcontext()
 
     def _temperature(self) -> Tensor:
         return self.model.logit_scale_a.exp() if self.is_clap else torch.tensor(TEMPERATURE)
