@@ -43,10 +43,22 @@ def hub(tmp_path, monkeypatch):
         shutil.copytree(folder, repository / 'snapshots' / COMMIT[revision] / subfolder, dirs_exist_ok=True)
 
     def upload(self, *, repo_id, folder_path, revision, commit_message):
-        put(repo_id, folder_path)
+        if revision is not None and not (cache / f'models--{repo_id.replace("/", "--")}' / 'refs' / revision).exists():
+            raise huggingface_hub.errors.RevisionNotFoundError(revision)
+        put(repo_id, folder_path, revision or 'main')
         return f'https://huggingface.co/{repo_id}/commit/{COMMIT["main"]}: {commit_message}'
 
-    monkeypatch.setattr(huggingface_hub.HfApi, 'create_repo', lambda self, *arguments, **keywords: None)
+    def create_repo(self, repo_id, *, private, exist_ok):
+        (cache / f'models--somebody--{repo_id.removeprefix("somebody/")}').mkdir(exist_ok=exist_ok)
+        return huggingface_hub.RepoUrl(f'https://huggingface.co/somebody/{repo_id.removeprefix("somebody/")}')
+
+    def create_branch(self, repo_id, *, branch, exist_ok):
+        refs = cache / f'models--{repo_id.replace("/", "--")}' / 'refs'
+        refs.mkdir(exist_ok=True)
+        (refs / branch).touch(exist_ok=exist_ok)
+
+    monkeypatch.setattr(huggingface_hub.HfApi, 'create_repo', create_repo)
+    monkeypatch.setattr(huggingface_hub.HfApi, 'create_branch', create_branch)
     monkeypatch.setattr(huggingface_hub.HfApi, 'upload_folder', upload)
     return put
 
@@ -74,6 +86,19 @@ def test_a_model_goes_up_with_a_card_and_comes_back(hub, tmp_path):
     other = MuLaN.from_pretrained('somebody/quantizer', subfolder='mulan', revision='v1', dtype=torch.float64)
     assert (other.audio_to_latents.weight == 0.5).all()
     assert other.audio_to_latents.weight.dtype == torch.float64
+
+
+def test_what_is_uploaded_where(hub, tmp_path):
+    quantizer = make_quantizer()
+    for _ in range(2):
+        quantizer.push_to_hub('quantizer', revision='v1')
+    again = MuLaNEmbedQuantizer.from_pretrained('somebody/quantizer', revision='v1')
+    assert torch.equal(again.cond_embeddings['fine'], quantizer.cond_embeddings['fine'])
+    (card,) = (tmp_path / 'hub').rglob('README.md')
+    assert "from_pretrained('somebody/quantizer')" in card.read_text()
+    with pytest.raises(ValueError, match='no codebooks yet'):
+        MuLaNEmbedQuantizer(quantizer.mulan, conditioning_dims=(8,) * 3).push_to_hub('somebody/empty')
+    assert not list((tmp_path / 'hub').glob('*empty'))
 
 
 def test_every_kind_of_model(hub, tmp_path):

@@ -83,11 +83,11 @@ class HubModel:
         """Upload the model and a card, for `from_pretrained(repo_id)`.
 
         Args:
-            repo_id: `user/name`; the repository is made if there is none.
+            repo_id: `user/name`, or a name of your own; the repository is made if there is none.
             figures: measures by name, for the card: those of an evaluation or a validation.
             private: who may read a repository that is made.
-            revision: branch to commit to.
-            token: by default the one that `hf auth login` keeps.
+            revision: branch to commit to, made if there is none; by default the main one.
+            token: by default that of the environment's `HF_TOKEN`, or the one that `hf auth login` keeps.
 
         Returns:
             address of the commit.
@@ -95,9 +95,11 @@ class HubModel:
         from huggingface_hub import HfApi
 
         api = HfApi(token=token)
-        api.create_repo(repo_id, private=private, exist_ok=True)
         with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder)
+            self.save_pretrained(folder)  # before anything is made that would stay empty
+            repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+            if revision is not None and not revision.startswith('refs/'):
+                api.create_branch(repo_id, branch=revision, exist_ok=True)
             Path(folder, 'README.md').write_text(model_card(self, repo_id, figures or {}), encoding='utf-8')
             commit = api.upload_folder(
                 repo_id=repo_id,
