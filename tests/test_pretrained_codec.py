@@ -82,6 +82,10 @@ def test_loudness_is_a_level_of_its_own():
     torch.testing.assert_close(whole[:, : 18 * 32], first[:, : 18 * 32])
     steps = whole.diff(dim=1).abs()
     assert steps[:, [18 * 32 - 1, 20 * 32 - 1]].max() < 1.5 * steps[:, : 17 * 32].max()
+    assert codec.decode(codes[..., :2]).shape == whole.shape
+    for read in codec.decode, codec.vectors_of:
+        with pytest.raises(ValueError, match='at least 2 of the 3 levels, of which the first is loudness alone; got 1'):
+            read(codes[..., :1])
     with pytest.raises(ValueError, match='gives 2 to 4 levels of codes, got num_quantizers=1'):
         PretrainedCodec(make_codec_model(LOUD), num_quantizers=1)
 

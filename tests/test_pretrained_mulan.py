@@ -15,7 +15,7 @@ from torch import nn
 from musiclm_pytorch import MuLaNEmbedQuantizer, MuLaNIndex, MusicLM, MusicLMEvaluator, PretrainedMuLaN
 from musiclm_pytorch.cli import main
 from musiclm_pytorch.data.audio import resample
-from musiclm_pytorch.evaluation import ZeroShotTagger
+from musiclm_pytorch.evaluation import ZeroShotTagger, load_mulan
 from musiclm_pytorch.evaluation.evaluator import GROUPS
 
 
@@ -179,6 +179,10 @@ def test_from_waves_to_saved_music(name, tmp_path):
         return
     with pytest.raises(ValueError, match='was saved without its Mulan, which cannot be rebuilt; pass it as mulan'):
         MusicLM.from_pretrained(tmp_path / 'music')
+    with pytest.raises(
+        ValueError, match=r'saved without its Mulan, .* pass that object itself, as in MusicLMEvaluator'
+    ):
+        load_mulan(tmp_path / 'music')
     other = Mulan()
     other.inner.weight.data *= 2
     with pytest.raises(ValueError, match='was fitted with another Mulan'):

@@ -172,8 +172,7 @@ class PretrainedCodec(FrameCodec):
 
     @torch.no_grad()
     def vectors_of(self, codes: Tensor) -> Tensor:
-        codes = rearrange(codes[..., self.has_loudness :], 'b t q -> b q t')
-        return rearrange(KINDS[self.kind].vectors(self.model, codes), 'b d t -> b t d')
+        return rearrange(KINDS[self.kind].vectors(self.model, self._own(codes)), 'b d t -> b t d')
 
     def _encode(self, waves: Tensor) -> Tensor:
         """One window, `(b, samples)` to `(b, t, q)`."""
@@ -193,8 +192,7 @@ class PretrainedCodec(FrameCodec):
         """One window, `(b, t, q)` to `(b, samples)`."""
         samples = codes.shape[1] * self.downsample_factor
         with torch.autocast(codes.device.type, enabled=False):
-            own = rearrange(codes[..., self.has_loudness :], 'b t q -> b q t')
-            waves = KINDS[self.kind].decode(self.model, own).audio_values
+            waves = KINDS[self.kind].decode(self.model, self._own(codes)).audio_values
         if waves.ndim == 3:
             waves = reduce(waves, 'b c n -> b n', 'mean')
         # DAC's layers of an odd stride lose some samples at the end
@@ -202,6 +200,16 @@ class PretrainedCodec(FrameCodec):
         if self.has_loudness:
             waves = waves * repeat(self._gain(codes[..., :1]), 'b t 1 -> b (t n)', n=self.downsample_factor)
         return waves
+
+    def _own(self, codes: Tensor) -> Tensor:
+        """The levels that are the model's own, `(b, t, q)` to `(b, q, t)`."""
+        if codes.shape[-1] <= self.has_loudness:
+            first = ', of which the first is loudness alone' if self.has_loudness else ''
+            raise ValueError(
+                f'codes need at least {1 + self.has_loudness} of the {self.num_quantizers} levels{first}; got '
+                f'{codes.shape[-1]}'
+            )
+        return rearrange(codes[..., self.has_loudness :], 'b t q -> b q t')
 
     def _gain(self, loudness: Tensor) -> Tensor:
         """Codes of loudness to root mean squares."""

@@ -24,14 +24,14 @@ from musiclm_pytorch.evaluation.quality import summarise_quality
 from musiclm_pytorch.evaluation.structure import summarise_structure
 from musiclm_pytorch.evaluation.structure_scores import compare_structure
 from musiclm_pytorch.evaluation.tagging import Tagger, ZeroShotTagger, kl_figures
-from musiclm_pytorch.mulan.checkpoint import saved_kind
+from musiclm_pytorch.mulan.checkpoint import CONFIG_FILE, read_json_object, saved_kind
 from musiclm_pytorch.mulan.display import indented
 from musiclm_pytorch.mulan.layers import l2norm
 from musiclm_pytorch.mulan.model import JointEmbedding, evaluating
 from musiclm_pytorch.mulan.pretrained import load_joint, own_mulan
 from musiclm_pytorch.mulan.vocabulary import unknown_words_line
 from musiclm_pytorch.pretrained import find_pretrained
-from musiclm_pytorch.quantizer import MULAN_FOLDER
+from musiclm_pytorch.quantizer import MULAN_FOLDER, NOT_SAVED
 from musiclm_pytorch.version import __version__
 
 logger = logging.getLogger(__name__)
@@ -405,5 +405,11 @@ def load_mulan(
     """
     folder = find_pretrained(folder)
     if saved_kind(folder) == 'MusicLM':
+        told = read_json_object(folder / 'quantizer' / CONFIG_FILE).get(NOT_SAVED)
+        if isinstance(told, dict):
+            raise ValueError(
+                f'{folder} was saved without its {told.get("kind")}, which cannot be rebuilt from a folder: pass that '
+                'object itself, as in MusicLMEvaluator(mulan=...) and MuLaNIndex(...), or name another model'
+            )
         folder = folder / 'quantizer' / MULAN_FOLDER
     return load_joint(folder, device=device, dtype=dtype)
