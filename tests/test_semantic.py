@@ -485,7 +485,8 @@ def test_audiolm_own_tokenizer_goes_on_with_the_same_tokens(tmp_path):
 
 
 def test_mert_is_hubert_by_another_name(tmp_path):
-    import json
+    from safetensors.torch import load_file
+    from transformers import AutoFeatureExtractor, HubertModel
 
     hubert_folder(tmp_path)
     expected = TransformersSemanticTokenizer(tmp_path, CODES, layer=2).features(torch.ones(1, 900).cumsum(dim=1))
@@ -501,9 +502,19 @@ def test_mert_is_hubert_by_another_name(tmp_path):
     tokenizer = TransformersSemanticTokenizer(tmp_path, CODES, layer=2)
     torch.testing.assert_close(tokenizer.features(torch.ones(1, 900).cumsum(dim=1)), expected)
     for option in ('feature_extractor_cqt', 'deepnorm'):
-        (tmp_path / 'config.json').write_text(json.dumps(mert | {option: True}))
-        with pytest.raises(ValueError, match=f'no plain HuBERT: {option}'):
-            TransformersSemanticTokenizer(tmp_path, CODES, layer=2)
+        for kind in ('mert_model', 'hubert'):  # that of one converted by HubertModel
+            (tmp_path / 'config.json').write_text(json.dumps(mert | {option: True, 'model_type': kind}))
+            with pytest.raises(ValueError, match=f'no plain HuBERT: {option}'):
+                TransformersSemanticTokenizer(tmp_path, CODES, layer=2)
+    (tmp_path / 'config.json').write_text(json.dumps(mert))
+    torch.save(load_file(tmp_path / 'model.safetensors'), tmp_path / 'pytorch_model.bin')
+    (tmp_path / 'model.safetensors').unlink()
+    with pytest.raises(ValueError, match='its weights as a pickle only'):
+        TransformersSemanticTokenizer(tmp_path, CODES, layer=2)
+    for kind in HubertModel, AutoFeatureExtractor:  # as docs/parts.md has it
+        kind.from_pretrained(tmp_path).save_pretrained(tmp_path / 'converted')
+    tokenizer = TransformersSemanticTokenizer(tmp_path / 'converted', CODES, layer=2)
+    torch.testing.assert_close(tokenizer.features(torch.ones(1, 900).cumsum(dim=1)), expected)
 
 
 def test_models_that_cannot_be_used(tmp_path):

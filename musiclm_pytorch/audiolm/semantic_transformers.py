@@ -261,14 +261,16 @@ def _load_model(source: str | Path) -> nn.Module:
     if kind in KINDS:
         return _hearing(load_transformers(source, KINDS[kind].model, unneeded=KINDS[kind].unneeded))
     unneeded = ('masked_spec_embed',)
+    # with these off, MERT is HuBERT by another name, also as HubertModel writes it, and none of its own code is needed
+    unlike = [it for it in ('feature_extractor_cqt', 'deepnorm') if settings.get(it)]
+    if kind == 'mert_model' and not settings.get('feat_proj_layer_norm', True):
+        unlike.append('feat_proj_layer_norm off')
+    if unlike:
+        raise ValueError(f'this MERT is no plain HuBERT: {", ".join(unlike)}')
     if kind != 'mert_model':
         return load_transformers(source, unneeded=unneeded)
     from transformers import HubertConfig
 
-    # with these off, MERT is HuBERT by another name, and none of the code in its repository is needed
-    unlike = [it for it in ('feature_extractor_cqt', 'deepnorm') if settings.get(it)]
-    if unlike or not settings.get('feat_proj_layer_norm', True):
-        raise ValueError(f'this MERT is no plain HuBERT: {", ".join(unlike) or "feat_proj_layer_norm off"}')
     config = HubertConfig(**{name: it for name, it in settings.items() if name != 'model_type'})
     return load_transformers(source, 'HubertModel', config=config, unneeded=unneeded)
 
