@@ -7,6 +7,7 @@ import torch
 from test_musiclm import RATE, build_audio_lm, build_quantizer
 
 from musiclm_pytorch import Mix, MusicLM
+from musiclm_pytorch.audiolm.requests import read_prompts
 from musiclm_pytorch.mulan.layers import l2norm
 from musiclm_pytorch.waves import Waves
 
@@ -112,8 +113,10 @@ def test_what_is_no_prompt(musiclm, tmp_path, prompt, error, says):
 
 def test_lists_are_of_one_kind_and_lengths_are_heard(musiclm):
     for given in (['a flute', (2.0, 'an organ')], [(1.0, 'an organ'), 'ab'], [(2.0, 'an organ'), tuple('ab'), 'cd']):
-        with pytest.raises(ValueError, match=r'a story of pairs \(seconds, prompt\) alone, got a list with'):
-            musiclm(given)
+        with pytest.raises(TypeError, match='text is a prompt, a list of prompts, or a story|parameter text='):
+            musiclm(given)  # beartype looks at one item, drawn at random
+        with pytest.raises(TypeError, match=r'a story of pairs \(seconds, prompt\) alone, got a list with'):
+            read_prompts(given)
     for keywords in (dict(num_samples=2), dict(return_scores=True)):
         with pytest.raises(ValueError, match='music that is scored must last .* s at least, .*, got 0.001 s'):
             musiclm('a slow flute', seconds=0.001, **keywords)

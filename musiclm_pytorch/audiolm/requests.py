@@ -73,7 +73,7 @@ def is_prompt(given: Any) -> bool:
 def read_prompts(text: Prompt | Sequence[Prompt] | Story) -> tuple[list[Prompt], Story | None]:
     """The prompts as `read_prompt` gives them, and the story if it is one.
 
-    Raises ValueError for none, an empty one, or a part of a story without length.
+    Raises ValueError for none, an empty one, or a part of a story without length; TypeError for what is neither.
     """
     items = [text] if is_prompt(text) else list(text)
     if not items:
@@ -81,7 +81,7 @@ def read_prompts(text: Prompt | Sequence[Prompt] | Story) -> tuple[list[Prompt],
     is_story = not is_prompt(items[0])
     for item in items:
         if is_prompt(item) == is_story or (is_story and (not isinstance(item, tuple | list) or len(item) != 2)):
-            raise ValueError(
+            raise TypeError(
                 'text is a prompt, a list of prompts, or a story of pairs (seconds, prompt) alone, got a list with '
                 f'{described(item)}'
             )
