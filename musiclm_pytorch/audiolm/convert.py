@@ -41,13 +41,12 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from musiclm_pytorch.audiolm.protocols import Codec, Tokenizer
-from musiclm_pytorch.audiolm.stages import STAGES, StageTransformer
+from musiclm_pytorch.audiolm.stages import STAGES, T5_NAME, StageTransformer
 
 S = TypeVar('S', bound=StageTransformer)
 
 NAME = 'audiolm_pytorch'
 CONFIG = 'built_with'  # where a module of audiolm-pytorch keeps its keywords
-T5_NAME = 'google/t5-v1_1-base'
 
 # The model's published configuration. audiolm-pytorch reads the width; the rest keeps the entry true for others.
 T5_CONFIG = {
@@ -194,8 +193,8 @@ def audiolm_stage(stage: StageTransformer) -> nn.Module:
     return theirs.to(stage.device).train(stage.training)
 
 
-class AudioLMCodec(nn.Module):
-    """A `SoundStream`, an `EncodecWrapper`, or what is called like them, as a `Codec`."""
+class AudioLMPart(nn.Module):
+    """What is called like a codec or tokenizer of audiolm-pytorch, by the names of the protocols."""
 
     def __init__(self, module: nn.Module):
         super().__init__()
@@ -208,6 +207,10 @@ class AudioLMCodec(nn.Module):
     @property
     def frame_rate(self) -> Fraction:
         return Fraction(self.sample_rate, int(self.module.downsample_factor))
+
+
+class AudioLMCodec(AudioLMPart):
+    """A `SoundStream`, an `EncodecWrapper`, or what is called like them, as a `Codec`."""
 
     @property
     def num_quantizers(self) -> int:
@@ -227,20 +230,12 @@ class AudioLMCodec(nn.Module):
         return rearrange(torch.cat([self.module.decode_from_codebook_indices(it) for it in parts]), 'b 1 n -> b n')
 
 
-class AudioLMTokenizer(nn.Module):
+class AudioLMTokenizer(AudioLMPart):
     """A `HubertWithKmeans`, a `FairseqVQWav2Vec`, or what is called like them, as a `Tokenizer`."""
-
-    def __init__(self, module: nn.Module):
-        super().__init__()
-        self.module = module
-
-    @property
-    def sample_rate(self) -> int:
-        return int(self.module.target_sample_hz)
 
     @property
     def frame_rate(self) -> Fraction:
-        return Fraction(self.sample_rate, int(self.module.downsample_factor)) * getattr(self.module, 'groups', 1)
+        return super().frame_rate * getattr(self.module, 'groups', 1)
 
     @property
     def codebook_size(self) -> int:
@@ -284,7 +279,7 @@ def _how_to_adapt(module: Any, protocol: type) -> str:
 
 def unwrapped(module: Any) -> Any:
     """What `own_codec` or `own_tokenizer` was given."""
-    return module.module if isinstance(module, AudioLMCodec | AudioLMTokenizer) else module
+    return module.module if isinstance(module, AudioLMPart) else module
 
 
 # ---------------------------------------------------------------------------------------------------------------

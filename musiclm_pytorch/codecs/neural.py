@@ -123,7 +123,7 @@ class NeuralCodec(SpectrogramCodec):
             raise ValueError(f'quantizer_dropout must lie in [0, 1], got {quantizer_dropout}')
         self.iterations, self.quantizer_dropout = iterations, quantizer_dropout
         bins = self.n_fft // 2 + 1
-        filters = band_filters(self.n_fft, sample_rate, resolved_hz, bands)
+        filters = band_means(self.n_fft, sample_rate, resolved_hz, bands)
         self.register_buffer('analysis', filters, persistent=False)
         self.register_buffer('fft_window', torch.hann_window(self.n_fft), persistent=False)
         hertz = torch.arange(bins) * sample_rate / self.n_fft
@@ -300,7 +300,7 @@ def compress(magnitudes: Tensor) -> Tensor:
     return torch.log1p(magnitudes / FLOOR)
 
 
-def band_filters(n_fft: int, sample_rate: int, resolved_hz: float, bands: int) -> Tensor:
+def band_means(n_fft: int, sample_rate: int, resolved_hz: float, bands: int) -> Tensor:
     """`(d, bins)`: means over bands, a bin each up to `resolved_hz` and of one ratio above."""
     bins = torch.arange(n_fft // 2 + 1)
     resolved = int(resolved_hz * n_fft / sample_rate)
