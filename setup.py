@@ -136,6 +136,7 @@ setup(
         'torchaudio>=2.11,<2.11.1',
         'torchvision>=0.26',  # x-clip requires it
         'tqdm>=4.60',
+        'typing-extensions>=4.10',
         'transformers>=5',
         'vector-quantize-pytorch>=1.20',
         'wandb>=0.19.10',  # audiolm-pytorch requires it; several runs in one process

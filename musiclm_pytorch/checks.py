@@ -39,11 +39,11 @@ CONF = BeartypeConf(is_pep484_tower=True)  # an int where a float is asked for
 
 def keywords_of(target: Callable) -> dict[str, Any]:
     """Names and types of what a function or class can be called with, `*args` and `**keywords` left out."""
-    function = target.__init__ if inspect.isclass(target) else target
-    hints = typing.get_type_hints(function)
+    hints = typing.get_type_hints(target.__init__ if inspect.isclass(target) else target)
     named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    parameters = inspect.signature(function).parameters.values()
-    return {it.name: hints.get(it.name, Any) for it in parameters if it.kind in named and it.name != 'self'}
+    parameters = [it for it in inspect.signature(target).parameters.values() if it.kind in named and it.name != 'self']
+    told = {it.name: Any if it.annotation is inspect.Parameter.empty else it.annotation for it in parameters}
+    return {name: hints.get(name, hint) for name, hint in told.items()}
 
 
 def fitted(value: Any, hint: Any, where: str) -> Any:

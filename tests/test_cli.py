@@ -1,5 +1,6 @@
 """The command `musiclm`."""
 
+import argparse
 import json
 import re
 import runpy
@@ -82,9 +83,9 @@ def test_wrong_usage_exits_with_2(arguments, capsys):
 
 def test_every_option_has_help(monkeypatch):
     parsers = []
-    original = cli.argparse.ArgumentParser.parse_args
+    original = argparse.ArgumentParser.parse_args
     monkeypatch.setattr(
-        cli.argparse.ArgumentParser,
+        argparse.ArgumentParser,
         'parse_args',
         lambda self, *a: parsers.append(self) or original(self, ['--version']),
     )
@@ -117,7 +118,7 @@ def test_every_option_has_help(monkeypatch):
 def parsers_below(parser, name=''):
     """Every subcommand's parser, by its words."""
     for action in parser._actions:
-        if isinstance(action, cli.argparse._SubParsersAction):
+        if isinstance(action, argparse._SubParsersAction):
             assert action._choices_actions
             assert all(it.help for it in action._choices_actions)
             for word, below in action.choices.items():

@@ -14,7 +14,7 @@ import torch
 
 from musiclm_pytorch import Mix, MusicLM, PromptWarning, SyntheticMusic
 from musiclm_pytorch.cli import main
-from musiclm_pytorch.cli_evaluate import read_texts
+from musiclm_pytorch.cli.evaluate import read_texts
 from musiclm_pytorch.evaluation.inputs import texts_by_file
 from musiclm_pytorch.pretrained import HOME, find_pretrained, pretrained_names
 from musiclm_pytorch.waves import Music

@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from test_resume import largest_file
 from test_training_recipes import TINY, written
 
-from musiclm_pytorch import MuLaN, cli, cli_training
+from musiclm_pytorch import MuLaN, cli
+from musiclm_pytorch.cli import training as cli_training
 from musiclm_pytorch.trainer import recipes
 from musiclm_pytorch.trainer.recipes import MuLaNRecipe
 
@@ -126,7 +127,7 @@ def test_overrides(config, tmp_path, monkeypatch):
             ['--config', '{here}/typo.yaml'],
             "typo.yaml: unknown key 'warmup' in section 'training'; did you mean 'warmup_st",
         ),
-        (['--config', '{here}/type.yaml'], r"type.yaml: training.lr must be float, got 'fast' \(str\)"),
+        (['--config', '{here}/type.yaml'], r"type.yaml: training.lr must be float \| None, got 'fast' \(str\)"),
         (['--init-from', '{here}'], 'no config.json in'),
         (['--init-matching-from', '{here}'], 'no config.json in'),
         (['--init-from', '{here}', '--init-matching-from', '{here}'], 'give one of them'),

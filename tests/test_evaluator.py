@@ -439,7 +439,7 @@ def test_texts_that_do_not_fit(folders, capsys, texts, message):
 
 
 def test_texts_as_lines_or_table(folders):
-    from musiclm_pytorch.cli_evaluate import read_texts, sound_files
+    from musiclm_pytorch.cli.evaluate import read_texts, sound_files
 
     files = sound_files(str(folders / 'generated'))
     (folders / 't.txt').write_text('a\nb\nc\n')
@@ -452,7 +452,7 @@ def test_texts_as_lines_or_table(folders):
 
 
 def test_files_of_texts_as_programs_write_them(folders):
-    from musiclm_pytorch.cli_evaluate import read_texts, sound_files
+    from musiclm_pytorch.cli.evaluate import read_texts, sound_files
 
     files = sound_files(str(folders / 'generated'))
     (folders / 't.csv').write_text('\ufefffile,text\r\n0.wav,"one\nline"\r\n1.wav,b\r\n2.wav,c\r\n', encoding='utf-8')
@@ -462,7 +462,7 @@ def test_files_of_texts_as_programs_write_them(folders):
 
 
 def test_files_by_name_and_number(tmp_path):
-    from musiclm_pytorch.cli_evaluate import paired_with, sound_files
+    from musiclm_pytorch.cli.evaluate import paired_with, sound_files
 
     for name in ('clip_10.wav', 'clip_2.wav', 'clip_1.wav', 'notes.txt'):
         (tmp_path / name).touch()

@@ -13,8 +13,8 @@ from conftest import tiny_mulan
 from safetensors.torch import save_file
 
 from musiclm_pytorch.atomic import read_checked_json
-from musiclm_pytorch.cli_search import index as declare_index
-from musiclm_pytorch.cli_search import search as declare_search
+from musiclm_pytorch.cli.search import index as declare_index
+from musiclm_pytorch.cli.search import search as declare_search
 from musiclm_pytorch.data.synthetic import SyntheticMusic
 from musiclm_pytorch.evaluation.evaluator import load_mulan
 from musiclm_pytorch.evaluation.tagging import ZeroShotTagger

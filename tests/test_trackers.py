@@ -12,7 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from wandb.proto.wandb_internal_pb2 import Record
 
 from musiclm_pytorch.distributed import DistributedConfig, DistributedMuLaNTrainer
-from musiclm_pytorch.trainer.loop import Trainer
+from musiclm_pytorch.trainer.trainer import Trainer
 
 
 class LineTrainer(Trainer):

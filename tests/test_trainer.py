@@ -1,9 +1,12 @@
+import dataclasses
+import inspect
 import json
 import logging
 import math
 import random
 import subprocess
 import sys
+import typing
 from pathlib import Path
 
 import numpy
@@ -14,10 +17,19 @@ from torch.utils.data import Dataset
 
 from musiclm_pytorch import MuLaN
 from musiclm_pytorch.mulan.model import PairLatents
-from musiclm_pytorch.trainer import MuLaNTrainer, checkpoints, loop
+from musiclm_pytorch.trainer import (
+    Callback,
+    CodecTrainer,
+    MuLaNTrainer,
+    SemanticTrainer,
+    TrainingConfig,
+    TrainingError,
+    checkpoints,
+)
+from musiclm_pytorch.trainer import trainer as loop
 from musiclm_pytorch.trainer.batches import Batches
+from musiclm_pytorch.trainer.config import TrainingKeywords, field_docs
 from musiclm_pytorch.trainer.grad_cache import grad_cache_backward, join_latents, split_batch
-from musiclm_pytorch.trainer.loop import TrainingError
 from musiclm_pytorch.trainer.retrieval import mean_cosine, retrieval_metrics, similarity_histogram
 from musiclm_pytorch.trainer.schedules import learning_rate
 
@@ -127,6 +139,77 @@ def test_schedules():
     assert rates('linear')[12] == rates('cosine')[12] == pytest.approx(0.2)
     assert rates('cosine')[6] > rates('linear')[6]
     assert learning_rate(0, lr=1.0, schedule='constant', warmup_steps=1000, total_steps=50) == pytest.approx(0.2)
+
+
+def test_a_config_and_keywords_are_the_same(tmp_path):
+    given = dict(num_train_steps=3, batch_size=4, lr=2e-3, warmup_steps=2, use_ema=True, valid_frac=0.25, seed=5)
+    given |= dict(accelerate_kwargs=dict(cpu=True), progress=False)
+    results = []
+    for folder, how in (('a', given), ('b', dict(config=TrainingConfig(**given)))):
+        run = MuLaNTrainer(build(), Tones(), results_folder=tmp_path / folder, **how)
+        run.train()
+        results.append(weights(run.mulan))
+        assert (run.step, run.config.lr, run.config.max_valid_items) == (3, 2e-3, 1024)
+    assert_same(*results)
+    assert MuLaNTrainer(build(), Tones(), config=TrainingConfig(lr=1.0), lr=2.0, results_folder=tmp_path).lr == 2.0
+
+
+def test_fields_are_keywords_and_documented():
+    fields = {it.name for it in dataclasses.fields(TrainingConfig)}
+    assert field_docs().keys() == fields
+    assert typing.get_type_hints(TrainingKeywords) == typing.get_type_hints(TrainingConfig)
+    for kind in (MuLaNTrainer, SemanticTrainer, CodecTrainer):
+        assert fields <= inspect.signature(kind).parameters.keys()
+
+
+@pytest.mark.parametrize(
+    ('fields', 'error', 'message'),
+    [
+        (dict(learning_rat=1.0), TypeError, "MuLaNTrainer: unexpected keyword argument 'learning_rat'"),
+        (dict(warmup_step=1), TypeError, "did you mean 'warmup_steps'"),
+        (dict(lr='fast'), TypeError, r"lr must be float \| None, got 'fast' \(str\)"),
+        (dict(use_ema=1), TypeError, r'use_ema must be bool, got 1 \(int\)'),
+        (dict(log_every=0), ValueError, 'log_every must be greater than 0, got 0'),
+        (dict(num_epochs=1, num_train_steps=1), ValueError, 'pass num_epochs or num_train_steps, got both'),
+    ],
+)
+def test_a_wrong_field_is_named(fields, error, message, tmp_path):
+    with pytest.raises(error, match=message):
+        trainer(tmp_path, **fields)
+
+
+class Seen(Callback):
+    def __init__(self, stop_at=None):
+        self.calls, self.stop_at = [], stop_at
+
+    def on_train_begin(self, trainer, total_steps):
+        self.calls.append(('begin', total_steps))
+
+    def on_step(self, trainer, metrics):
+        self.calls.append(('step', trainer.step))
+        if trainer.step == self.stop_at:
+            trainer.stop()
+
+    def on_validation(self, trainer, metrics):
+        self.calls.append(('validation', trainer.step))
+        assert math.isfinite(metrics['score'])
+
+    def on_checkpoint(self, trainer, folder):
+        self.calls.append(('checkpoint', int(folder.name[5:])))
+        assert (folder / 'state.json').is_file()
+
+    def on_train_end(self, trainer, metrics):
+        self.calls.append(('end', trainer.step))
+
+
+def test_callbacks_are_called_in_order_and_may_end_training(tmp_path):
+    seen = Seen(stop_at=3)
+    run = trainer(tmp_path, callbacks=[seen], validate_every=2, checkpoint_every=2)
+    results = run.train(num_train_steps=8)
+    whole = [('begin', 8), ('step', 1), ('step', 2), ('validation', 2), ('checkpoint', 2), ('step', 3)]
+    assert seen.calls == [*whole, ('validation', 3), ('checkpoint', 3), ('end', 3)]
+    assert 'valid_loss' in results
+    assert (tmp_path / 'last' / 'config.json').is_file()
 
 
 # ---- GradCache ----

@@ -12,7 +12,7 @@ from musiclm_pytorch import MuLaN, MuLaNTrainer, ShardedAudioText, SyntheticMusi
 from musiclm_pytorch.data.opening import open_pairs
 from musiclm_pytorch.data.sources import list_folder
 from musiclm_pytorch.trainer.recipes import MuLaNRecipe
-from musiclm_pytorch.trainer.sections import keywords_of
+from musiclm_pytorch.trainer.config_schema import keywords_of
 
 EXAMPLES = Path(__file__).parents[1] / 'examples' / 'recipes'
 TINY = """
@@ -33,7 +33,7 @@ def test_every_section_takes_the_keywords_of_its_constructors():
     assert {'lr', 'grad_cache_chunk_size', 'use_ema', 'num_workers', 'num_epochs', 'num_train_steps'} <= set(training)
     assert set(keywords_of(MuLaNTrainer)) - set(training) == {
         *('mulan', 'dataset', 'valid_dataset', 'results_folder', 'collate_fn', 'folder'),
-        *('groups', 'group_size', 'groups_after'),
+        *('groups', 'group_size', 'groups_after', 'resume', 'callbacks', 'config'),
     }
     assert {'use_case', 'audio_sample_rate', 'spec_n_mels', 'depth'} <= set(MuLaNRecipe.SECTIONS['audio'].types)
     assert set(MuLaNRecipe.SECTIONS['mulan'].types) == set(keywords_of(MuLaN)) - {
@@ -90,7 +90,7 @@ def test_values_become_what_the_constructors_want(tmp_path):
         ),
         ('mulan: {lr: 0.1}', ValueError, "unknown key 'lr' in section 'mulan'; it belongs to section 'training'"),
         ('audio: {spec_mels: 5}', ValueError, "did you mean 'spec_n_mels'"),
-        ('training: {lr: fast}', TypeError, r"training.lr must be float, got 'fast' \(str\)"),
+        ('training: {lr: fast}', TypeError, r"training.lr must be float \| None, got 'fast' \(str\)"),
         ('training: {use_ema: 1}', TypeError, r'training.use_ema must be bool, got 1 \(int\)'),
         ('audio: {dim: yes}', TypeError, r'audio.dim must be int, got True \(bool\)'),
         ('training: {betas: [0.9]}', TypeError, r'training.betas must be tuple\[float, float\], got \[0.9\]'),

@@ -28,7 +28,7 @@ from musiclm_pytorch.distributed.config import (
 )
 from musiclm_pytorch.mulan.model import MuLaN, PairLatents
 from musiclm_pytorch.trainer.batches import mixed_seed, seed_everything
-from musiclm_pytorch.trainer.loop import Trainer
+from musiclm_pytorch.trainer.config import TrainingConfig
 from musiclm_pytorch.trainer.mulan import MuLaNTrainer
 from musiclm_pytorch.trainer.trackers import check_trackers
 
@@ -52,15 +52,15 @@ class WorldTrainer(MuLaNTrainer):
     Args:
         mulan, dataset: as in `MuLaNTrainer`. With FSDP a sharded copy of `mulan` is trained; `mulan` itself stays whole
             and is given the weights at each validation and at the end.
-        config: how the processes share the work.
-        further keywords: those of `MuLaNTrainer` that `config` does not decide.
+        distributed_config: how the processes share the work.
+        further keywords: those of `MuLaNTrainer` that it does not decide.
     """
 
     def __init__(
         self,
         mulan: MuLaN,
         dataset: Any,
-        config: DistributedConfig,
+        distributed_config: DistributedConfig,
         *,
         resume: bool = False,
         results_folder: str | Path = './results',
@@ -68,10 +68,10 @@ class WorldTrainer(MuLaNTrainer):
         seed: int = 42,
         **keywords: Any,
     ):
+        config = distributed_config
         _check_world(config)
         if config.use_fsdp and keywords.get('use_ema'):
             raise ValueError('use_ema=True needs the whole model in every process; use_fsdp=True shares it out')
-        self.config = config
         self.whole_model = mulan
         if config.sync_batchnorm:
             _synchronise_batchnorm(mulan, config.device_type)
@@ -203,8 +203,7 @@ class DistributedMuLaNTrainer:
         mulan: the model; it holds the trained weights afterwards.
         dataset: as in `MuLaNTrainer`.
         distributed_config: by default what `create_distributed_config` chooses.
-        lr, weight_decay: as in `MuLaNTrainer`.
-        further keywords: those of `MuLaNTrainer`, but for what fields of the config decide (accumulation, clipping,
+        config, further keywords: as of `MuLaNTrainer`, but for what the other config decides (accumulation, clipping,
             precision, compilation, readers). `batch_size` is that of one process: a micro-batch has
             `batch_size * world_size` pairs.
 
@@ -220,18 +219,16 @@ class DistributedMuLaNTrainer:
         dataset: Any,
         distributed_config: DistributedConfig | None = None,
         *,
-        lr: float = 3e-4,
-        weight_decay: float = 0.0,
-        resume: bool = False,
-        force_clear_prev_results: bool | None = None,
-        results_folder: str | Path = './results',
+        config: TrainingConfig | None = None,
         **keywords: Any,
     ):
+        keywords = ({} if config is None else config.changed) | keywords
         for name in keywords:
             if name in DECIDED:
                 raise ValueError(f'{name} is decided by {DECIDED[name]} of the DistributedConfig')
             if name not in _trainer_keywords():
                 raise TypeError(f'unknown keyword {name!r}; those of MuLaNTrainer are {sorted(_trainer_keywords())}')
+        told = TrainingConfig(**{name: it for name, it in keywords.items() if name in vars(TrainingConfig())})
         config = create_distributed_config() if distributed_config is None else distributed_config
         if config.sync_batchnorm:
             _check_batchnorm(mulan, config.device_type)
@@ -239,16 +236,18 @@ class DistributedMuLaNTrainer:
         self.mulan = mulan
         self.dataset = dataset
         self.config = config
-        self.results_folder = Path(results_folder).absolute()
-        self.resume = resume
-        self.clear = bool(force_clear_prev_results)
-        self.keywords = dict(lr=lr, weight_decay=weight_decay, results_folder=self.results_folder, **keywords)
+        self.results_folder = Path(told.results_folder).absolute()
+        self.resume = told.resume
+        self.clear = bool(told.force_clear_prev_results)
+        ours = ('resume', 'force_clear_prev_results')
+        self.keywords = {name: it for name, it in keywords.items() if name not in ours}
+        self.keywords['results_folder'] = self.results_folder
         self.finished_steps = 0
         self.launched = False
         self.trainer: WorldTrainer | None = None
         if is_launched() or dist.is_initialized():
             self.trainer = WorldTrainer(
-                mulan, dataset, config, resume=resume, force_clear_prev_results=self.clear, **self.keywords
+                mulan, dataset, config, resume=self.resume, force_clear_prev_results=self.clear, **self.keywords
             )
 
     @property
@@ -326,10 +325,7 @@ def run_distributed_training(
 
 
 def _trainer_keywords() -> set[str]:
-    kinds = (MuLaNTrainer, Trainer)
-    parameters = [it for kind in kinds for it in inspect.signature(kind.__init__).parameters.values()]
-    own = {'self', 'mulan', 'model', 'step_module', 'dataset', 'grad_accum_every', 'grouping'}
-    return {it.name for it in parameters if it.kind is not inspect.Parameter.VAR_KEYWORD} - own
+    return {*inspect.signature(MuLaNTrainer).parameters} - {'mulan', 'dataset', 'config'}
 
 
 def _check_world(config: DistributedConfig) -> None:

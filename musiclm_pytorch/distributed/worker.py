@@ -55,7 +55,7 @@ def _train(path: Path) -> None:
     from musiclm_pytorch.distributed.collectives import rank
     from musiclm_pytorch.distributed.trainer import WorldTrainer
     from musiclm_pytorch.locking import FolderInUseError
-    from musiclm_pytorch.trainer.loop import TrainingError
+    from musiclm_pytorch.trainer.trainer import TrainingError
 
     # the processes of a machine share its cores
     if 'OMP_NUM_THREADS' not in os.environ:

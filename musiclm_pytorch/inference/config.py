@@ -16,7 +16,7 @@ import torch
 from musiclm_pytorch.atomic import write_text
 from musiclm_pytorch.checks import check_device, check_positive
 from musiclm_pytorch.kernels.processor import half_precision
-from musiclm_pytorch.trainer.sections import fitted, nearest
+from musiclm_pytorch.trainer.config_schema import fitted, nearest
 
 Choice = bool | Literal['auto']
 DEVICE = re.compile(r'auto|cpu|cuda(:\d+)?')

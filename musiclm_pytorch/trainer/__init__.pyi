@@ -1,11 +1,14 @@
+from .callbacks import Callback as Callback
 from .codec import CodecTrainer as CodecTrainer
-from .loop import Trainer as Trainer
+from .config import TrainingConfig as TrainingConfig
 from .mulan import MuLaNTrainer as MuLaNTrainer
 from .recipes import MuLaNRecipe as MuLaNRecipe
 from .stages import CoarseTrainer as CoarseTrainer
 from .stages import FineTrainer as FineTrainer
 from .stages import SemanticTrainer as SemanticTrainer
 from .stages import load_stage as load_stage
+from .trainer import Trainer as Trainer
+from .trainer import TrainingError as TrainingError
 from .upstream import curtail_to_shortest_collate as curtail_to_shortest_collate
 from .upstream import get_dataloader as get_dataloader
 from .upstream import pad_to_longest_fn as pad_to_longest_fn

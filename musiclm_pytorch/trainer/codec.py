@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, random_split
+from typing_extensions import Unpack
 
 from musiclm_pytorch.audiolm.convert import SoundStream
 from musiclm_pytorch.audiolm.saving import describe
@@ -26,7 +27,10 @@ from musiclm_pytorch.distributed.collectives import mean_over_ranks, rank, world
 from musiclm_pytorch.mulan import checkpoint
 from musiclm_pytorch.mulan.model import evaluating
 from musiclm_pytorch.trainer.batches import SeededItems
-from musiclm_pytorch.trainer.loop import Trainer
+from musiclm_pytorch.trainer.callbacks import Callback
+from musiclm_pytorch.trainer.config import TrainingConfig, TrainingKeywords
+from musiclm_pytorch.trainer.streams import default_batch_size
+from musiclm_pytorch.trainer.trainer import Trainer
 
 FITTED_AT_ONCE = 16  # crops whose spectra are computed together, where codebooks begin
 PARTS = ('reconstruction', 'spectral', 'adversarial', 'feature', 'commitment')
@@ -140,13 +144,13 @@ class CodecTrainer(Trainer):
         sample_rate: of its waves in Hz; by default the data set's `sample_rate`. They are resampled.
         seconds: length of the crops.
         valid_dataset: held-out waves, of a rate of their own if they tell one; by default `valid_frac` of the data set.
-        max_valid_items: held-out waves that validation looks at, at most.
         max_gain_db: each crop is made louder or softer by up to this much, at random.
-        max_grad_norm, discriminator_max_grad_norm: largest norms of the gradients of either side.
+        discriminator_max_grad_norm: as `max_grad_norm`, of the other side.
         grad_penalty_every: steps between gradient penalties of the discriminators; None for none.
-        further keywords: those of `Trainer`.
+        callbacks, config, further keywords: as of `Trainer`.
     """
 
+    DEFAULTS = Trainer.DEFAULTS | dict(lr=2e-4, max_valid_items=64)
     saves_last = True
 
     @typechecked
@@ -155,64 +159,49 @@ class CodecTrainer(Trainer):
         codec: SoundStream,
         dataset: Any,
         *,
-        batch_size: int,
         sample_rate: int | None = None,
         seconds: float = 1.0,
         valid_dataset: Any = None,
-        valid_frac: float = 0.05,
-        random_split_seed: int = 42,
-        max_valid_items: int = 64,
         max_gain_db: float = 0.0,
-        lr: float = 2e-4,
-        max_grad_norm: float | None = 0.5,
         discriminator_max_grad_norm: float | None = None,
         grad_penalty_every: int | None = 4,
-        **keywords: Any,
+        callbacks: Sequence[Callback] = (),
+        config: TrainingConfig | None = None,
+        **keywords: Unpack[TrainingKeywords],
     ):
         if isinstance(codec, SpectralCodec):
             raise TypeError('a SpectralCodec is not trained step by step; call its method fit')
         check_positive(
             seconds=seconds,
-            max_valid_items=max_valid_items,
-            max_grad_norm=max_grad_norm,
             discriminator_max_grad_norm=discriminator_max_grad_norm,
             grad_penalty_every=grad_penalty_every,
         )
         if max_gain_db < 0:
             raise ValueError(f'max_gain_db must be 0 at least, got {max_gain_db}')
-        if not 0 <= valid_frac < 1:
-            raise ValueError(f'valid_frac must lie in [0, 1), got {valid_frac}')
+        config = self.complete(config, keywords)
         rate = agreed_rate(dataset, sample_rate)
         multiple = codec.seq_len_multiple_of
         samples = round(seconds * codec.target_sample_hz) // multiple * multiple
         if samples == 0:
             raise ValueError(f'{seconds} s are less than one frame of the codec, {multiple / codec.target_sample_hz} s')
-        if valid_dataset is None and valid_frac > 0:
-            self.held_out_by = dict(valid_frac=valid_frac, random_split_seed=random_split_seed)
+        if valid_dataset is None and config.valid_frac > 0:
+            self.held_out_by = dict(valid_frac=config.valid_frac, random_split_seed=config.random_split_seed)
             if len(dataset) > 1:
-                dataset, valid_dataset = _split(dataset, valid_frac, random_split_seed)
+                dataset, valid_dataset = _split(dataset, config.valid_frac, config.random_split_seed)
         crops = dict(to_rate=codec.target_sample_hz, samples=samples)
         self.codec = codec
         if not isinstance(codec, NeuralCodec):
-            keep_rare_codes(codec, frames=batch_size * samples // multiple)
+            keep_rare_codes(codec, frames=(config.batch_size or default_batch_size(dataset)) * samples // multiple)
         self.valid_crops = None
         if valid_dataset is not None:
             valid_rate = agreed_rate(valid_dataset, None, default=rate)
             self.valid_crops = WaveCrops(valid_dataset, sample_rate=valid_rate, training=False, **crops)
         self.crops = WaveCrops(dataset, sample_rate=rate, training=True, max_gain_db=max_gain_db, **crops)
-        self.max_valid_items = max_valid_items
-        self.clipping = (max_grad_norm, discriminator_max_grad_norm)
         self.grad_penalty_every = grad_penalty_every
-        super().__init__(
-            codec,
-            (_NeuralStep if isinstance(codec, NeuralCodec) else _CodecStep)(codec),
-            self.crops,
-            collate_fn=collate_waves,
-            batch_size=batch_size,
-            lr=lr,
-            max_grad_norm=None,  # both sides are clipped here
-            **keywords,
-        )
+        step = (_NeuralStep if isinstance(codec, NeuralCodec) else _CodecStep)(codec)
+        super().__init__(codec, step, self.crops, collate_fn=collate_waves, callbacks=callbacks, config=config)
+        # both sides are clipped here, each for itself
+        self.clipping, self.max_grad_norm = (config.max_grad_norm, discriminator_max_grad_norm), None
 
     def train(self, *arguments: Any, **keywords: Any) -> dict[str, Any]:
         if isinstance(self.codec, NeuralCodec) and not self.codec.is_fitted:
@@ -250,16 +239,10 @@ class CodecTrainer(Trainer):
     def validate(self) -> dict[str, Any] | None:
         if not self.held_out:
             return None
-        keys = [(0, index) for index in range(rank(), self.held_out, world_size())]
-        items = SeededItems(self.valid_crops, self.seed)
-        loader = DataLoader(items, sampler=keys, batch_size=self.batches.batch_size, collate_fn=collate_waves)
         sums = torch.zeros(2, device=self.device)
         model = self.evaluated_model
         with evaluating(model):
-            for waves in loader:
-                if waves is None:
-                    continue
-                waves = send_to_device(waves, self.device)
+            for waves in self.held_out_batches(self.valid_crops, range(rank(), self.held_out, world_size())):
                 made = model(waves, return_recons_only=True).reshape(waves.shape)
                 distance = mel_distance(waves, made, model.target_sample_hz).sum()
                 sums += torch.stack([distance, sums.new_tensor(len(waves))])

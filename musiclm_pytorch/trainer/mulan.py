@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import send_to_device
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset, random_split
+from torch.utils.data import IterableDataset, random_split
+from typing_extensions import Unpack
 
 from musiclm_pytorch.checks import check_positive, typechecked
 from musiclm_pytorch.data.collate import collate_for
@@ -22,11 +22,12 @@ from musiclm_pytorch.data.shards import ShardedAudioText, ShardItems
 from musiclm_pytorch.distributed.collectives import alone, any_over_ranks, gather_batch, gather_sizes, rank, world_size
 from musiclm_pytorch.mulan import checkpoint
 from musiclm_pytorch.mulan.model import MuLaN, PairLatents, evaluating
-from musiclm_pytorch.trainer.batches import SeededItems
+from musiclm_pytorch.trainer.callbacks import Callback
+from musiclm_pytorch.trainer.config import TrainingConfig, TrainingKeywords
 from musiclm_pytorch.trainer.grad_cache import grad_cache_backward, join_latents, split_batch
 from musiclm_pytorch.trainer.grouping import Grouping
-from musiclm_pytorch.trainer.loop import Trainer, TrainingError, detached
 from musiclm_pytorch.trainer.retrieval import mean_cosine, retrieval_metrics, similarity_histogram
+from musiclm_pytorch.trainer.trainer import Trainer, TrainingError, detached
 from musiclm_pytorch.trainer.upstream import UpstreamNames, moments_by_name, set_moments
 
 logger = logging.getLogger(__name__)
@@ -74,16 +75,12 @@ class MuLaNTrainer(UpstreamNames, Trainer):
         mulan: the model; it is trained in place.
         dataset: pairs: a map-style data set, a list, `ShardedAudioText`, or another `IterableDataset`. If it has a
             `sample_rate`, in Hz, that is the model's.
-        batch_size: pairs a micro-batch and process; by default 32, or what the data set has for each process.
         data_max_length: longest wave in samples; longer ones are cut.
-        valid_frac: share of the data set held out for validation, when there is no `valid_dataset`; what is iterable is
-            not split.
-        valid_dataset: held-out pairs, by index, or `ShardedAudioText`.
-        random_split_seed: of the split.
-        max_valid_items: held-out pairs that validation looks at, at most.
+        valid_dataset: held-out pairs, by index, or `ShardedAudioText`; by default `valid_frac` of the data set. What is
+            iterable is not split.
+        save_model_every: another name of `checkpoint_every`, as upstream had it.
         use_lion: the optimizer Lion.
         use_mixed_precision: fp16 on CUDA, bf16 on a CPU that has instructions for it; `mixed_precision` names one.
-        save_model_every: upstream's name of `checkpoint_every`.
         grad_cache_chunk_size: pairs embedded at a time.
         collapse_after: step from which embeddings that are all alike are an error; at the start they often are.
         compile_model: run both towers through torch.compile.
@@ -92,9 +89,12 @@ class MuLaNTrainer(UpstreamNames, Trainer):
             apart (see `trainer.grouping`).
         group_size: items of one key beside each other in such a batch.
         groups_after: steps before the first such batch: what is easy is learned sooner from random ones.
+        collate_fn: makes a batch of a list of items, in place of `collate_pairs`.
         folder: not used; upstream had it and ignored it.
-        further keywords: those of `Trainer`.
+        callbacks, config, further keywords: as of `Trainer`.
     """
+
+    DEFAULTS = Trainer.DEFAULTS | dict(max_valid_items=1024)
 
     @typechecked
     def __init__(
@@ -102,24 +102,12 @@ class MuLaNTrainer(UpstreamNames, Trainer):
         mulan: MuLaN,
         dataset: Any,
         *,
-        batch_size: int | None = None,
         data_max_length: int | None = None,
         folder: str | Path | None = None,
-        lr: float = 3e-4,
-        grad_accum_every: int = 1,
-        betas: tuple[float, float] = (0.9, 0.99),
-        max_grad_norm: float | None = 0.5,
-        valid_frac: float = 0.05,
         valid_dataset: Any = None,
-        random_split_seed: int = 42,
-        max_valid_items: int = 1024,
         save_model_every: int | None = None,
-        checkpoint_every: int | None = None,
-        results_folder: str | Path = './results',
-        accelerate_kwargs: dict | None = None,
         use_lion: bool = False,
         use_mixed_precision: bool = False,
-        mixed_precision: str | None = None,
         grad_cache_chunk_size: int | None = None,
         compile_model: bool = False,
         collapse_after: int = 500,
@@ -127,17 +115,22 @@ class MuLaNTrainer(UpstreamNames, Trainer):
         group_size: int = 16,
         groups_after: int = 0,
         collate_fn: Callable | None = None,
-        **keywords: Any,
+        callbacks: Sequence[Callback] = (),
+        config: TrainingConfig | None = None,
+        **keywords: Unpack[TrainingKeywords],
     ):
-        check_positive(
-            data_max_length=data_max_length,
-            grad_cache_chunk_size=grad_cache_chunk_size,
-            max_valid_items=max_valid_items,
-        )
-        if save_model_every is not None and checkpoint_every is not None:
-            raise ValueError('save_model_every and checkpoint_every are two names of one number; pass one')
-        if not 0 <= valid_frac < 1:
-            raise ValueError(f'valid_frac must lie in [0, 1), got {valid_frac}')
+        check_positive(data_max_length=data_max_length, grad_cache_chunk_size=grad_cache_chunk_size)
+        if save_model_every is not None:
+            if keywords.get('checkpoint_every') is not None:
+                raise ValueError('save_model_every and checkpoint_every are two names of one number; pass one')
+            keywords['checkpoint_every'] = save_model_every
+        if keywords.get('checkpoint_every', 0) is None:  # as upstream's save_model_every may be
+            del keywords['checkpoint_every']
+        config = self.complete(config, keywords)
+        if use_mixed_precision and config.mixed_precision is None:
+            config = config.updated(mixed_precision='fp16' if torch.cuda.is_available() else 'auto')
+        if use_lion:
+            config = config.updated(optimizer='lion')
         if isinstance(valid_dataset, ShardedAudioText):
             valid_dataset = ShardItems(valid_dataset)
         streamed = isinstance(dataset, IterableDataset)
@@ -152,10 +145,11 @@ class MuLaNTrainer(UpstreamNames, Trainer):
             items = dataset.total
         if items is not None and items < 2:
             raise ValueError(f'the data set has {items} items; a contrast needs at least 2 pairs')
-        if batch_size is not None and batch_size < 2:
-            raise ValueError(f'batch_size must be at least 2 for a contrast, got {batch_size}')
+        if config.batch_size is not None and config.batch_size < 2:
+            raise ValueError(f'batch_size must be at least 2 for a contrast, got {config.batch_size}')
 
-        splits = valid_dataset is None and valid_frac > 0 and not streamed
+        split = dict(valid_frac=config.valid_frac, random_split_seed=config.random_split_seed)
+        splits = valid_dataset is None and config.valid_frac > 0 and not streamed
         if groups is not None:
             groups = check_groups(groups, dataset, splits=splits)
 
@@ -163,26 +157,21 @@ class MuLaNTrainer(UpstreamNames, Trainer):
             logger.warning('%s is not split: without a valid_dataset there is no validation', type(dataset).__name__)
         elif splits and isinstance(dataset, AudioTextDataset):
             # by recording, and with fixed crops
-            dataset, valid_dataset = dataset.split(valid_frac, seed=random_split_seed)
+            dataset, valid_dataset = dataset.split(config.valid_frac, seed=config.random_split_seed)
         elif splits:
-            held_out = int(len(dataset) * valid_frac)
-            generator = torch.Generator().manual_seed(random_split_seed)
+            held_out = int(len(dataset) * config.valid_frac)
+            generator = torch.Generator().manual_seed(config.random_split_seed)
             dataset, valid_dataset = random_split(dataset, [len(dataset) - held_out, held_out], generator=generator)
             groups = None if groups is None else [groups[index] for index in dataset.indices]
-        if mixed_precision is None and use_mixed_precision:
-            mixed_precision = 'fp16' if torch.cuda.is_available() else 'auto'
-        if use_lion:
-            keywords['optimizer'] = 'lion'
 
         self.mulan = mulan
         self.dataset = dataset
         if splits:
-            self.held_out_by = dict(valid_frac=valid_frac, random_split_seed=random_split_seed)
+            self.held_out_by = split
         self.valid_dataset = valid_dataset
-        self.max_valid_items = max_valid_items
         self.collapse_after = collapse_after
         self.grad_cache_chunk_size = grad_cache_chunk_size
-        self.collate_fn = collate_fn or partial(
+        pairs = partial(
             collate_for,
             max_length=data_max_length,
             pad_id=mulan.text.pad_id,
@@ -192,18 +181,10 @@ class MuLaNTrainer(UpstreamNames, Trainer):
             mulan,
             _PairStep(mulan),
             dataset,
-            collate_fn=self.collate_fn,
-            batch_size=batch_size,
-            grad_accum_every=grad_accum_every,
-            lr=lr,
-            betas=betas,
-            max_grad_norm=max_grad_norm,
-            mixed_precision=mixed_precision,
-            results_folder=results_folder,
-            checkpoint_every=checkpoint_every or save_model_every or 1000,
-            grouping=None if groups is None else Grouping(groups, group_size, groups_after * grad_accum_every),
-            accelerate_kwargs=accelerate_kwargs,
-            **keywords,
+            collate_fn=collate_fn or pairs,
+            grouping=None if groups is None else Grouping(groups, group_size, groups_after * config.grad_accum_every),
+            callbacks=callbacks,
+            config=config,
         )
         if compile_model:
             # after the average has copied the model: a compiled forward pass cannot be copied
@@ -294,13 +275,9 @@ class MuLaNTrainer(UpstreamNames, Trainer):
         """Latents of the held-out pairs, embedded by all processes, each its share."""
         total = min(len(self.valid_dataset), self.max_valid_items)
         start, stop = (total * r // world_size() for r in (rank(), rank() + 1))
-        # every validation draws the same crops and captions
-        items = SeededItems(self.valid_dataset, self.seed)
-        keys = [(0, index) for index in range(start, stop)]
-        loader = DataLoader(items, sampler=keys, batch_size=self.batches.batch_size, collate_fn=self.collate_fn)
         model = self.evaluated_model
         with evaluating(model):
-            batches = (send_to_device(batch, self.device) for batch in loader if batch is not None)
+            batches = self.held_out_batches(self.valid_dataset, range(start, stop))
             parts = [no_latents(model), *(model.pair_latents(**batch) for batch in batches)]
         own = join_latents(parts)
         sizes = gather_sizes(len(own.audio), self.device)

@@ -6,14 +6,6 @@ import torch
 from lion_pytorch import Lion
 from torch import nn
 
-OPTIMIZERS = ('adam', 'adamw', 'lion')
-
-
-def check_optimizer(name: str) -> None:
-    """Raise ValueError for a name that is not in `OPTIMIZERS`."""
-    if name not in OPTIMIZERS:
-        raise ValueError(f'unknown optimizer {name!r}; choose one of {", ".join(map(repr, OPTIMIZERS))}')
-
 
 def build_optimizer(
     name: str, model: nn.Module, lr: float, betas: tuple[float, float], weight_decay: float

@@ -17,7 +17,7 @@ from musiclm_pytorch.audiolm.tokens import compute_tokens
 from musiclm_pytorch.musiclm import MusicLM
 from musiclm_pytorch.quantizer import MuLaNEmbedQuantizer
 from musiclm_pytorch.trainer.recipes import FITTED_PARTS, IS_CODE, TRAINED_PARTS, MuLaNRecipe, Recipe, write_recipe
-from musiclm_pytorch.trainer.sections import Section, nearest, read_content, shown
+from musiclm_pytorch.trainer.config_schema import Section, nearest, read_content, shown
 from musiclm_pytorch.trainer.stage_recipes import CoarseRecipe, CodecRecipe, FineRecipe, SemanticRecipe
 
 IS_DATA = 'say --data on the command line'

@@ -14,9 +14,8 @@ from musiclm_pytorch.mulan.audio_transformer import AudioSpectrogramTransformer
 from musiclm_pytorch.mulan.model import MuLaN
 from musiclm_pytorch.mulan.recipes import create_optimized_audiospectrogram_transformer
 from musiclm_pytorch.mulan.text_transformer import TextTransformer
-from musiclm_pytorch.trainer.loop import Trainer
 from musiclm_pytorch.trainer.mulan import MuLaNTrainer
-from musiclm_pytorch.trainer.sections import Section, check_sections, keywords_of, read_content, says_something
+from musiclm_pytorch.trainer.config_schema import Section, check_sections, read_content, says_something
 
 FILE = 'recipe.json'
 # what the recipe of a whole MusicLM may hold: parts with recipes of their own, and sections of what is fitted
@@ -152,7 +151,7 @@ class MuLaNRecipe(Recipe):
             ),
         ),
         'training': Section(
-            (MuLaNTrainer, Trainer),
+            (MuLaNTrainer,),
             refused=dict(
                 mulan="the model is sections 'audio', 'text' and 'mulan'",
                 model="the model is sections 'audio', 'text' and 'mulan'",
@@ -165,10 +164,11 @@ class MuLaNRecipe(Recipe):
                 folder='it does nothing',
                 groups=IS_CODE,
                 grouping=IS_CODE,
+                callbacks=IS_CODE,
+                config='its fields are keys of this section',
                 group_size="it goes with groups, which are Python's",
                 groups_after="it goes with groups, which are Python's",
             ),
-            more=dict(num_epochs=keywords_of(Trainer.train)['num_epochs']),
             groups=(
                 frozenset({'num_epochs', 'num_train_steps'}),
                 frozenset({'checkpoint_every', 'save_model_every'}),

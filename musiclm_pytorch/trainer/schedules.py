@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import math
 
-SCHEDULES = ('constant', 'linear', 'cosine')
-
 
 def learning_rate(
     step: int, *, lr: float, schedule: str, warmup_steps: int, total_steps: int, min_lr_ratio: float = 0.0
@@ -24,8 +22,3 @@ def learning_rate(
     progress = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
     remaining = 1 - progress if schedule == 'linear' else (1 + math.cos(math.pi * progress)) / 2
     return lr * (min_lr_ratio + (1 - min_lr_ratio) * remaining)
-
-
-def check_schedule(schedule: str) -> None:
-    if schedule not in SCHEDULES:
-        raise ValueError(f'unknown lr_scheduler_type {schedule!r}; choose one of {", ".join(map(repr, SCHEDULES))}')

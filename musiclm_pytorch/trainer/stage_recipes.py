@@ -18,10 +18,10 @@ from musiclm_pytorch.data.opening import open_pairs, open_whole_clips
 from musiclm_pytorch.data.shards import ShardedAudioText
 from musiclm_pytorch.quantizer import MuLaNEmbedQuantizer
 from musiclm_pytorch.trainer.codec import CodecTrainer
-from musiclm_pytorch.trainer.loop import Trainer
 from musiclm_pytorch.trainer.recipes import IS_CODE, Recipe
-from musiclm_pytorch.trainer.sections import Section, keywords_of
+from musiclm_pytorch.trainer.config_schema import Section
 from musiclm_pytorch.trainer.stages import CoarseTrainer, FineTrainer, SemanticTrainer, StageTrainer, embeddings_of
+from musiclm_pytorch.trainer.trainer import Trainer
 
 FROM_TOKENS = 'it follows from the tokens'
 FROM_QUANTIZER = 'it follows from --quantizer'
@@ -45,6 +45,8 @@ def _training(trainer: type[Trainer], middle: type[Trainer], **refused: str) -> 
     named = dict(
         step_module=IS_CODE,
         grouping=IS_CODE,
+        callbacks=IS_CODE,
+        config='its fields are keys of this section',
         collate_fn=IS_CODE,
         model="it is section 'model'",
         dataset='say it on the command line',
@@ -52,9 +54,8 @@ def _training(trainer: type[Trainer], middle: type[Trainer], **refused: str) -> 
         resume='say --resume on the command line',
     )
     return Section(
-        (trainer, middle, Trainer),
+        (trainer,),
         refused=named | refused,
-        more=dict(num_epochs=keywords_of(Trainer.train)['num_epochs']),
         groups=(frozenset({'num_epochs', 'num_train_steps'}),),
     )
 

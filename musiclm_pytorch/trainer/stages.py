@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from accelerate.utils import send_to_device
 from einops import rearrange
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from typing_extensions import Unpack
 
 from musiclm_pytorch.atomic import read_tensors, write_tensors
 from musiclm_pytorch.audiolm.convert import own_stage
@@ -23,13 +23,14 @@ from musiclm_pytorch.audiolm.stages import (
     SemanticTransformer,
     StageTransformer,
 )
-from musiclm_pytorch.checks import check_positive, check_probability, typechecked
+from musiclm_pytorch.checks import check_probability, typechecked
 from musiclm_pytorch.distributed.collectives import mean_over_ranks, rank, world_size
 from musiclm_pytorch.mulan import checkpoint
 from musiclm_pytorch.mulan.model import evaluating
 from musiclm_pytorch.quantizer import MuLaNEmbedQuantizer
-from musiclm_pytorch.trainer.batches import SeededItems
-from musiclm_pytorch.trainer.loop import Trainer
+from musiclm_pytorch.trainer.callbacks import Callback
+from musiclm_pytorch.trainer.config import TrainingConfig, TrainingKeywords
+from musiclm_pytorch.trainer.trainer import Trainer
 
 logger = logging.getLogger(__name__)
 
@@ -121,13 +122,13 @@ class StageTrainer(Trainer):
         seconds: length of the crops, by default 30, 10 and 3 s for the three stages.
         text_share: share of the items that are conditioned by their text instead of their audio.
         valid_tokens: held-out tokens; by default `valid_frac` of the items are held out.
-        max_valid_items: held-out items that validation looks at, at most.
-        further keywords: those of `Trainer`.
+        callbacks, config, further keywords: as of `Trainer`.
 
     Raises:
         ValueError: transformer, quantizer and tokens that do not belong together, naming what differs.
     """
 
+    DEFAULTS = Trainer.DEFAULTS | dict(max_valid_items=256)
     saves_last = True
     stage: ClassVar[str]
     kind: ClassVar[type[StageTransformer]]
@@ -138,7 +139,6 @@ class StageTrainer(Trainer):
         transformer: nn.Module,
         tokens: str | Path | TokenCrops,
         *,
-        batch_size: int,
         quantizer: MuLaNEmbedQuantizer | None = None,
         namespace: str | None = None,
         cond_drop_prob: float = 0.1,
@@ -148,18 +148,15 @@ class StageTrainer(Trainer):
         seconds: float | None = None,
         text_share: float = 0.0,
         valid_tokens: str | Path | TokenCrops | None = None,
-        valid_frac: float = 0.05,
-        random_split_seed: int = 42,
-        max_valid_items: int = 256,
-        **keywords: Any,
+        callbacks: Sequence[Callback] = (),
+        config: TrainingConfig | None = None,
+        **keywords: Unpack[TrainingKeywords],
     ):
         transformer = own_stage(transformer, self.kind)
+        config = self.complete(config, keywords)
         check_probability(cond_drop_prob=cond_drop_prob, mask_prob=mask_prob)
-        check_positive(max_valid_items=max_valid_items)
         if prefix_loss_weight < 0:
             raise ValueError(f'prefix_loss_weight must be at least 0, got {prefix_loss_weight}')
-        if not 0 <= valid_frac < 1:
-            raise ValueError(f'valid_frac must lie in [0, 1), got {valid_frac}')
         if transformer.has_condition != (quantizer is not None):
             raise ValueError(
                 'this transformer was built with conditioning and needs the quantizer that gives it'
@@ -182,17 +179,15 @@ class StageTrainer(Trainer):
         for given in (tokens, valid_tokens):
             if given is not None:
                 self._check_tokens(given, transformer, quantizer, embeddings)
-        if valid_tokens is None and valid_frac > 0:
-            self.held_out_by = dict(valid_frac=valid_frac, random_split_seed=random_split_seed)
+        if valid_tokens is None and config.valid_frac > 0:
+            self.held_out_by = dict(valid_frac=config.valid_frac, random_split_seed=config.random_split_seed)
             if len(tokens) > 1:
-                tokens, valid_tokens = tokens.split(valid_frac, seed=random_split_seed)
+                tokens, valid_tokens = tokens.split(config.valid_frac, seed=config.random_split_seed)
 
         self.transformer = transformer
         self.valid_tokens = valid_tokens
-        self.max_valid_items = max_valid_items
         self.unique_consecutive = unique_consecutive
         self.seconds = tokens.seconds
-        self.collate_fn = partial(collate_tokens, unique_consecutive=unique_consecutive)
         stage = Stage(
             transformer,
             embeddings,
@@ -200,7 +195,8 @@ class StageTrainer(Trainer):
             mask_prob=mask_prob,
             prefix_loss_weight=prefix_loss_weight,
         )
-        super().__init__(stage, stage, tokens, collate_fn=self.collate_fn, batch_size=batch_size, **keywords)
+        collate = partial(collate_tokens, unique_consecutive=unique_consecutive)
+        super().__init__(stage, stage, tokens, collate_fn=collate, callbacks=callbacks, config=config)
 
     def _check_tokens(
         self,
@@ -261,14 +257,10 @@ class StageTrainer(Trainer):
         """The mean loss over all held-out tokens, the same crops each time, each process a share."""
         if not self.held_out:
             return None
-        items = SeededItems(self.valid_tokens, self.seed)
-        keys = [(0, index) for index in range(rank(), self.held_out, world_size())]
-        loader = DataLoader(items, sampler=keys, batch_size=self.batches.batch_size, collate_fn=self.collate_fn)
         sums = torch.zeros(2, device=self.device)
         model = self.evaluated_model
         with evaluating(model):
-            for batch in loader:
-                batch = send_to_device(batch, self.device)
+            for batch in self.held_out_batches(self.valid_tokens, range(rank(), self.held_out, world_size())):
                 with self.autocast():
                     loss = model(**batch)
                 labels = model.count_labels(**batch)

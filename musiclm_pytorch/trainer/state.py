@@ -83,6 +83,8 @@ class Resumable:
             checkpoints.write(self.checkpoint_folder, self.step, state)
             checkpoints.prune(self.checkpoint_folder, self.max_checkpoints)
         self.accelerator.wait_for_everyone()
+        if path is None:
+            self.tell('on_checkpoint', self.checkpoint_folder / checkpoints.NAME.format(self.step))
 
     def load(self, path: str | Path) -> None:
         """Go on from a checkpoint: a file or folder of one, or a folder of several, of which the newest is taken."""

@@ -13,7 +13,7 @@ from musiclm_pytorch.inference.config import naming_the_nearest
 from musiclm_pytorch.inference.optimize import OptimizedMuLaN
 from musiclm_pytorch.mulan.model import MuLaN
 from musiclm_pytorch.musiclm import MusicLM
-from musiclm_pytorch.trainer.sections import fitted
+from musiclm_pytorch.trainer.config_schema import fitted
 
 if TYPE_CHECKING:
     from fastapi import FastAPI

@@ -21,7 +21,7 @@ from musiclm_pytorch.audiolm.stages import STAGES
 from musiclm_pytorch.data.audio import AudioFile
 from musiclm_pytorch.inference.service.config import ServiceConfig
 from musiclm_pytorch.musiclm import SAMPLING, MusicLM
-from musiclm_pytorch.trainer.sections import nearest
+from musiclm_pytorch.trainer.config_schema import nearest
 
 JSON, FORM = 'application/json', 'multipart/form-data'
 RETRY_AFTER = 1  # seconds

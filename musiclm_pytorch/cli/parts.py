@@ -122,7 +122,7 @@ def open_codec(options: argparse.Namespace):
 
 
 def run_recipes(options: argparse.Namespace) -> None:
-    from musiclm_pytorch.trainer.sections import shipped_recipes
+    from musiclm_pytorch.trainer.config_schema import shipped_recipes
 
     shipped = shipped_recipes()
     if options.name is None:

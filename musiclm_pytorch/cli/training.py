@@ -6,7 +6,7 @@ import argparse
 import time
 from pathlib import Path
 
-from musiclm_pytorch.cli_parts import add_codec_option, open_codec
+from musiclm_pytorch.cli.parts import add_codec_option, open_codec
 
 
 def add_training_options(parser: argparse.ArgumentParser) -> None:
@@ -193,7 +193,7 @@ def run_train_codec(options: argparse.Namespace) -> None:
 def fits_spectral_codec(config: str | None) -> bool:
     """Whether a recipe is one of every part that has a SpectralCodec for its codec."""
     from musiclm_pytorch.trainer.recipes import is_whole
-    from musiclm_pytorch.trainer.sections import read_content
+    from musiclm_pytorch.trainer.config_schema import read_content
     from musiclm_pytorch.trainer.stage_recipes import CodecRecipe
 
     content = None if config is None else read_content(config)

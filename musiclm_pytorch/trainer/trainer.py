@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import logging
 import math
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import send_to_device
 from ema_pytorch import EMA
 from torch import Tensor, nn
-from torch.utils.data import Dataset
-from tqdm.auto import tqdm
+from torch.utils.data import DataLoader, Dataset
+from typing_extensions import Unpack
 
 from musiclm_pytorch.checks import check_positive
 from musiclm_pytorch.distributed.collectives import gather_sizes, mean_over_ranks
@@ -26,25 +27,45 @@ from musiclm_pytorch.kernels.processor import computes_in_bf16, half_precision
 from musiclm_pytorch.locking import only_writer
 from musiclm_pytorch.mulan.display import size_of
 from musiclm_pytorch.trainer import best, checkpoints
-from musiclm_pytorch.trainer.batches import StandIn
+from musiclm_pytorch.trainer.batches import SeededItems, StandIn
+from musiclm_pytorch.trainer.callbacks import Callback, CallOnStep, ProgressBar
+from musiclm_pytorch.trainer.config import PRECISIONS, TrainingConfig, TrainingKeywords, field_parameters
 from musiclm_pytorch.trainer.grouping import Grouping
 from musiclm_pytorch.trainer.interrupts import end_by, stop_requests
 from musiclm_pytorch.trainer.journal import Journal
-from musiclm_pytorch.trainer.optimizers import build_optimizer, check_optimizer
-from musiclm_pytorch.trainer.schedules import check_schedule, learning_rate
+from musiclm_pytorch.trainer.optimizers import build_optimizer
+from musiclm_pytorch.trainer.schedules import learning_rate
 from musiclm_pytorch.trainer.state import Resumable
 from musiclm_pytorch.trainer.streams import default_batch_size, open_batches
 from musiclm_pytorch.trainer.trackers import check_trackers, tracking
 
 logger = logging.getLogger(__name__)
 
-PRECISIONS = {'no': None, 'bf16': torch.bfloat16, 'fp16': torch.float16}
+DTYPES = {'no': None, 'bf16': torch.bfloat16, 'fp16': torch.float16}
 UNUSABLE_BATCHES = 1000  # in a row, after which a stream without epochs is given up
 
 
 def fast_precision(device: torch.device) -> str:
     """'bf16' where a device computes in it; else 'fp16' on CUDA and 'no' on a CPU."""
     return half_precision(device.type) if device.type == 'cuda' or computes_in_bf16() else 'no'
+
+
+def precision_for(name: str | None, device: torch.device, *, tell: bool = True) -> str:
+    """The precision of that name on a device; of None, what `accelerate launch --mixed_precision` says.
+
+    Raises ValueError for an unknown one, and for fp16 without CUDA.
+    """
+    name = name or os.environ.get('ACCELERATE_MIXED_PRECISION', 'no')
+    if name not in PRECISIONS:
+        raise ValueError(f'unknown mixed_precision {name!r}; choose one of {", ".join(map(repr, PRECISIONS))}')
+    if name == 'fp16' and not torch.cuda.is_available():
+        raise ValueError("mixed_precision='fp16' needs a CUDA device; use 'bf16' on a CPU")
+    if name == 'bf16' and device.type == 'cpu' and not computes_in_bf16() and tell:
+        logger.warning(
+            'this processor has no AVX-512 or AMX instructions for bf16 and emulates it, slowly; '
+            "mixed_precision='auto' takes what is fast"
+        )
+    return fast_precision(device) if name == 'auto' else name
 
 
 class TrainingError(RuntimeError):
@@ -71,37 +92,18 @@ class Trainer(Resumable):
         dataset: a map-style data set, `ShardedAudioText`, or another `IterableDataset`, which is not entered again
             where a run was stopped.
         collate_fn: makes a batch of a list of items.
-        batch_size: items a micro-batch and process; by default 32, or what the data set has for each process.
-        grad_accum_every: micro-batches a step, which has the gradient of one batch of all their items.
-        lr, betas, weight_decay, optimizer: 'adam', 'adamw' or 'lion'; matrices alone are decayed, never gains,
-            biases, embeddings or temperatures.
-        max_grad_norm: largest norm of the gradients, None for no clipping.
-        lr_scheduler_type, warmup_steps, min_lr_ratio: see `schedules.learning_rate`.
-        mixed_precision: 'no', 'bf16' (slow on a CPU without instructions for it), 'fp16' (on CUDA only), or 'auto':
-            what is fast, see `fast_precision`.
-        use_ema, ema_beta, ema_update_every: exponential moving average of the weights, used for validation and the
-            best model.
-        results_folder: where checkpoints, logs and curves go. Nothing in it changes before `train`.
-        resume: go on from the newest checkpoint in the results folder; without one, begin at step 0 and say so. A best
-            model that is there is replaced by a better one only. Without `resume`, what is in the folder is moved
-            aside, to a folder beside it.
-        force_clear_prev_results: True deletes what is in the results folder instead.
-        num_train_steps: steps of `train()` when it is not told otherwise; one epoch if this is None too.
-        checkpoint_every, checkpoint_minutes: steps and minutes after which a checkpoint is written, whichever is over
-            first; None for no clock.
-        max_checkpoints: how many are kept.
-        validate_every: steps between validations; None is once an epoch, or as often as checkpoints where the data set
-            does not tell how long an epoch is.
-        log_with: trackers by Accelerate's names, such as 'tensorboard' or 'wandb'. Each `train()` is a run of its own;
-            to log to one that you have open, pass `train(log_fn=run.log)`.
-        log_every: steps between lines in `metrics.jsonl` and the trackers.
-        num_workers, prefetch_factor: processes that read data, and batches each reads ahead.
-        drop_last: leave out the last, smaller batch of an epoch.
-        seed: of the data order and of everything random in the step.
         grouping: arranges the order of the items; see `trainer.grouping`.
-        accelerate_kwargs: further keywords of `accelerate.Accelerator`.
-        progress: show a progress bar.
+        callbacks: see `Callback`.
+        config: what every training can be told; or leave it out, or parts of it, and pass
+        further keywords: fields of `TrainingConfig`, which come before it.
     """
+
+    #: what fields of `TrainingConfig` that are None by default are for this kind
+    DEFAULTS: ClassVar[Mapping[str, Any]] = dict(lr=3e-4)
+
+    def __init_subclass__(cls, **keywords: Any):
+        super().__init_subclass__(**keywords)
+        cls.__signature__ = _with_fields(cls)
 
     def __init__(
         self,
@@ -110,137 +112,89 @@ class Trainer(Resumable):
         dataset: Dataset,
         *,
         collate_fn: Callable,
-        batch_size: int | None = None,
-        grad_accum_every: int = 1,
-        lr: float = 3e-4,
-        betas: tuple[float, float] = (0.9, 0.99),
-        weight_decay: float = 0.0,
-        optimizer: str = 'adam',
-        max_grad_norm: float | None = 0.5,
-        lr_scheduler_type: str = 'constant',
-        warmup_steps: int = 0,
-        min_lr_ratio: float = 0.0,
-        mixed_precision: str | None = None,
-        use_ema: bool = False,
-        ema_beta: float = 0.999,
-        ema_update_every: int = 1,
-        results_folder: str | Path = './results',
-        resume: bool = False,
-        force_clear_prev_results: bool | None = None,
-        num_train_steps: int | None = None,
-        checkpoint_every: int = 1000,
-        checkpoint_minutes: float | None = 10.0,
-        max_checkpoints: int = 5,
-        validate_every: int | None = None,
-        log_with: str | list[str] | None = None,
-        log_every: int = 10,
-        num_workers: int = 0,
-        prefetch_factor: int | None = None,
-        drop_last: bool = True,
-        seed: int = 42,
         grouping: Grouping | None = None,
-        accelerate_kwargs: dict[str, Any] | None = None,
-        progress: bool = True,
+        callbacks: Sequence[Callback] = (),
+        config: TrainingConfig | None = None,
+        **keywords: Unpack[TrainingKeywords],
     ):
-        check_positive(
-            batch_size=batch_size,
-            grad_accum_every=grad_accum_every,
-            lr=lr,
-            max_grad_norm=max_grad_norm,
-            checkpoint_every=checkpoint_every,
-            checkpoint_minutes=checkpoint_minutes,
-            max_checkpoints=max_checkpoints,
-            validate_every=validate_every,
-            log_every=log_every,
-            num_train_steps=num_train_steps,
+        config = self.complete(config, keywords)
+        self.config = config
+        # as attributes too, which a program may change while it trains: trainer.lr, trainer.checkpoint_every …
+        vars(self).update(vars(config))
+        self.results_folder = Path(config.results_folder)
+        self.schedule = dict(
+            schedule=config.lr_scheduler_type, warmup_steps=config.warmup_steps, min_lr_ratio=config.min_lr_ratio
         )
-        check_schedule(lr_scheduler_type)
-        check_optimizer(optimizer)
-        if weight_decay < 0 or warmup_steps < 0 or seed < 0:
-            raise ValueError(
-                f'weight_decay, warmup_steps and seed must be at least 0, got {weight_decay}, {warmup_steps}, {seed}'
-            )
-        # where nothing is said, as `accelerate launch --mixed_precision` says
-        mixed_precision = mixed_precision or os.environ.get('ACCELERATE_MIXED_PRECISION', 'no')
-        if mixed_precision not in (*PRECISIONS, 'auto'):
-            choices = ', '.join(map(repr, [*PRECISIONS, 'auto']))
-            raise ValueError(f'unknown mixed_precision {mixed_precision!r}; choose one of {choices}')
-        if mixed_precision == 'fp16' and not torch.cuda.is_available():
-            raise ValueError("mixed_precision='fp16' needs a CUDA device; use 'bf16' on a CPU")
-
-        # Accelerate keeps one precision for all that a process does; here each trainer has its own
-        self.accelerator = Accelerator(
-            mixed_precision='no',
-            log_with=log_with,
-            project_dir=str(results_folder),
-            **(accelerate_kwargs or {}),
-        )
-        self.mixed_precision = fast_precision(self.device) if mixed_precision == 'auto' else mixed_precision
-        emulated = self.mixed_precision == 'bf16' and self.device.type == 'cpu' and not computes_in_bf16()
-        if emulated and self.is_main:
-            logger.warning(
-                'this processor has no AVX-512 or AMX instructions for bf16 and emulates it, slowly; '
-                "mixed_precision='auto' takes what is fast"
-            )
-        self.results_folder = Path(results_folder)
-        self.seed = seed
-        self.lr = lr
-        self.schedule = dict(schedule=lr_scheduler_type, warmup_steps=warmup_steps, min_lr_ratio=min_lr_ratio)
-        self.grad_accum_every = grad_accum_every
-        self.max_grad_norm = max_grad_norm
-        self.checkpoint_every = checkpoint_every
-        self.checkpoint_minutes = checkpoint_minutes
-        self.max_checkpoints = max_checkpoints
-        self.log_every = log_every
-        self.progress = progress
-        self.num_train_steps = num_train_steps
+        self.collate_fn = collate_fn
+        self.callbacks = [*callbacks]
         self.step = 0
         self.position = 0  # in the data, in batches of this process
+        self.running: Sequence[Callback] = self.callbacks
         self.own_data: tuple[int, Iterator[Any]] | None = None  # of `train_step`, and where it stands
         self.best: float | None = None  # score of the best model so far
         self.validated: int | None = None  # step of the last validation
         self.results_opened = False
 
+        # Accelerate keeps one precision for all that a process does; here each trainer has its own
+        self.accelerator = Accelerator(
+            mixed_precision='no',
+            log_with=config.log_with,
+            project_dir=str(config.results_folder),
+            **(config.accelerate_kwargs or {}),
+        )
+        self.mixed_precision = precision_for(config.mixed_precision, self.device, tell=self.is_main)
         handler = self.accelerator.scaler_handler
         scaling = {} if handler is None else handler.to_kwargs()
         self.scaler = torch.amp.GradScaler(self.device.type, **scaling) if self.mixed_precision == 'fp16' else None
 
         if self.is_main:
-            check_trackers(log_with, self.results_folder)
+            check_trackers(config.log_with, self.results_folder)
         # the first process alone may know that a launcher has started all of them again
-        self.resume = bool(gather_sizes(int(resume), self.device)[0])
-        self.clear = bool(force_clear_prev_results)
+        self.resume = bool(gather_sizes(int(config.resume), self.device)[0])
+        self.clear = bool(config.force_clear_prev_results)
 
-        batch_size = default_batch_size(dataset) if batch_size is None else batch_size
         self.batches = open_batches(
             dataset,
             grouping,
-            batch_size=batch_size,
+            batch_size=config.batch_size or default_batch_size(dataset),
             collate_fn=collate_fn,
-            seed=seed,
-            drop_last=drop_last,
-            num_workers=num_workers,
-            prefetch_factor=prefetch_factor,
+            seed=config.seed,
+            drop_last=config.drop_last,
+            num_workers=config.num_workers,
+            prefetch_factor=config.prefetch_factor,
             pin_memory=self.device.type == 'cuda',
         )
         self.steps_an_epoch = None  # of a stream, nobody knows
         if self.batches.batches_an_epoch is not None:
-            self.steps_an_epoch = max(1, self.batches.batches_an_epoch // grad_accum_every)
-        self.validate_every = validate_every or self.steps_an_epoch or checkpoint_every
+            self.steps_an_epoch = max(1, self.batches.batches_an_epoch // config.grad_accum_every)
+        self.validate_every = config.validate_every or self.steps_an_epoch or config.checkpoint_every
 
         self.model = model.to(self.device)
         self.ema = None
-        if use_ema:
+        if config.use_ema:
             self.ema = EMA(
-                model, beta=ema_beta, update_every=ema_update_every, update_after_step=0, include_online_model=False
+                model,
+                beta=config.ema_beta,
+                update_every=config.ema_update_every,
+                update_after_step=0,
+                include_online_model=False,
             )
         self.step_module = self.distribute(step_module)
-        self.optimizer_name = optimizer
-        self.optimizer = build_optimizer(optimizer, model, lr, betas, weight_decay)
+        self.optimizer_name = config.optimizer
+        self.optimizer = build_optimizer(config.optimizer, model, config.lr, config.betas, config.weight_decay)
         self.journal = Journal(self.results_folder) if self.is_main else None
 
         if self.resume:
             self.go_on()
+
+    @classmethod
+    def complete(cls, config: TrainingConfig | None, keywords: Mapping[str, Any]) -> TrainingConfig:
+        """A config with keywords in it, and what is left open as is usual for this kind of trainer."""
+        try:
+            config = (TrainingConfig() if config is None else config).updated(**keywords)
+        except TypeError as error:
+            raise TypeError(f'{cls.__name__}: {error}') from None
+        return config.updated(**{name: it for name, it in cls.DEFAULTS.items() if getattr(config, name) is None})
 
     # what a subclass gives
 
@@ -285,7 +239,7 @@ class Trainer(Resumable):
         return self.accelerator.prepare(step_module)
 
     def autocast(self) -> contextlib.AbstractContextManager:
-        dtype, handler = PRECISIONS[self.mixed_precision], self.accelerator.autocast_handler
+        dtype, handler = DTYPES[self.mixed_precision], self.accelerator.autocast_handler
         keywords = {'enabled': True} if handler is None else handler.to_kwargs()
         return contextlib.nullcontext() if dtype is None else torch.autocast(self.device.type, dtype=dtype, **keywords)
 
@@ -326,6 +280,12 @@ class Trainer(Resumable):
             for name, value in metrics.items():
                 sums[name] = sums.get(name, 0.0) + value * share
         return {name: mean_over_ranks(value).item() for name, value in sums.items()}
+
+    def held_out_batches(self, dataset: Dataset, indices: Iterable[int]) -> Iterator[Any]:
+        """Batches of held-out items, alike at each validation, on the device; what cannot be read is left out."""
+        items, keys = SeededItems(dataset, self.seed), [(0, index) for index in indices]
+        loader = DataLoader(items, sampler=keys, batch_size=self.batches.batch_size, collate_fn=self.collate_fn)
+        return (send_to_device(batch, self.device) for batch in loader if batch is not None)
 
     def clip_gradients(self) -> float:
         if self.scaler is not None:
@@ -376,20 +336,11 @@ class Trainer(Resumable):
         Raises:
             FolderInUseError: another training writes into the results folder. TrainingError: it cannot go on.
         """
-        if num_epochs is not None and num_train_steps is not None:
-            raise ValueError(f'pass num_epochs or num_train_steps, got both: {num_epochs} and {num_train_steps}')
-        check_positive(num_epochs=num_epochs, num_train_steps=num_train_steps)
-        if num_epochs is None and num_train_steps is None:
-            num_train_steps = self.num_train_steps
-        if num_train_steps is None and self.steps_an_epoch is None:
-            raise ValueError('the data set does not tell how long an epoch is; pass num_train_steps')
-        total = num_train_steps or math.ceil((num_epochs or 1) * self.steps_an_epoch)
-
+        total = self.total_steps(num_epochs, num_train_steps)
         results: dict[str, Any] = {}
         data = self.batches.iterate(self.position)
-        bar = tqdm(
-            total=total, initial=min(self.step, total), disable=not (self.progress and self.is_main), unit='step'
-        )
+        bar = ProgressBar()
+        self.running = [bar, *([] if log_fn is None else [CallOnStep(log_fn)]), *self.callbacks]
         if with_validation and self.is_main:
             best.warn_of_few(self.held_out, self.least_held_out)
         with contextlib.ExitStack() as stack:
@@ -397,24 +348,23 @@ class Trainer(Resumable):
                 stack.enter_context(only_writer(self.results_folder))
             with self.opening_results():
                 stack.enter_context(self.tracking(total))
-            stack.enter_context(bar)
+            stack.callback(bar.close)
             stop = stack.enter_context(stop_requests())
-            stopped, saved, saved_at = 0, self.step, time.monotonic()
+            stopped, saved, saved_at, self.stopping = 0, self.step, time.monotonic(), False
+            self.tell('on_train_begin', total)
             while self.step < total and not stopped:
                 results |= self.optimize(data, total)
-                bar.update()
-                bar.set_postfix(loss=f'{results["loss"]:.3f}', lr=f'{results["lr"]:.1e}')
-                if log_fn is not None:
-                    log_fn(results)
+                self.tell('on_step', results)
                 # before the checkpoint: a run that goes on from it has this behind it
                 if with_validation and (self.step % self.validate_every == 0 or self.step == total):
                     results |= self.run_validation()
-                stopped, due = self.agree(stop.number, time.monotonic() - saved_at)
+                stopped, ended, due = self.agree(stop.number, time.monotonic() - saved_at)
                 if due or stopped or self.step % self.checkpoint_every == 0:
                     self.save()
                     saved, saved_at = self.step, time.monotonic()
+                total = self.step if ended else total
             if self.step >= total:
-                # resumed at its end, a run may have this to do still
+                # resumed at its end, or ended sooner, a run may have this to do still
                 if with_validation and self.validated != self.step:
                     results |= self.run_validation()
                     saved = None
@@ -424,7 +374,8 @@ class Trainer(Resumable):
                     self.save_model(self.results_folder / 'last')
             if self.journal is not None:
                 self.journal.draw()
-            stopped, _ = self.agree(stop.number, 0.0)
+            self.tell('on_train_end', results)
+            stopped, *_ = self.agree(stop.number, 0.0)
         if stopped:
             where = 'the end of training' if self.step >= total else f'step {self.step} of {total}'
             end_by(
@@ -435,21 +386,40 @@ class Trainer(Resumable):
             )
         return results
 
-    def agree(self, stop: int, seconds: float) -> tuple[int, bool]:
-        """What all processes do after a step: the signal that ends training, whichever of them it has reached, and
-        whether a checkpoint is due by the clock of the first, `seconds` after the last one."""
+    def total_steps(self, num_epochs: int | None = None, num_train_steps: int | None = None) -> int:
+        """Steps of the whole run: of so many epochs or steps, or as the trainer was told, or one epoch."""
+        if num_epochs is None and num_train_steps is None:
+            num_epochs, num_train_steps = self.num_epochs, self.num_train_steps
+        elif num_epochs is not None and num_train_steps is not None:
+            raise ValueError(f'pass num_epochs or num_train_steps, got both: {num_epochs} and {num_train_steps}')
+        check_positive(num_epochs=num_epochs, num_train_steps=num_train_steps)
+        if num_train_steps is None and self.steps_an_epoch is None:
+            raise ValueError('the data set does not tell how long an epoch is; pass num_train_steps')
+        return num_train_steps or math.ceil((num_epochs or 1) * self.steps_an_epoch)
+
+    def tell(self, hook: str, *arguments: Any) -> None:
+        """Call a hook of all callbacks."""
+        for callback in self.running:
+            getattr(callback, hook)(self, *arguments)
+
+    def stop(self) -> None:
+        """End training after the step, as if it had its length: for callbacks."""
+        self.stopping = True
+
+    def agree(self, stop: int, seconds: float) -> tuple[int, bool, bool]:
+        """What all processes do after a step: the signal that ends training, whichever of them it has reached, whether
+        one has called `stop`, and whether a checkpoint is due by the clock of the first, `seconds` after the last."""
         due = self.checkpoint_minutes is not None and seconds >= 60 * self.checkpoint_minutes
-        told = gather_sizes(2 * stop + due, self.device)
-        return max(it // 2 for it in told), bool(told[0] % 2)
+        told = gather_sizes(4 * stop + 2 * self.stopping + due, self.device)
+        return max(it // 4 for it in told), any(it // 2 % 2 for it in told), bool(told[0] % 2)
 
     def train_step(self) -> dict[str, float]:
         """One step, with a checkpoint where one is due by steps: for a loop of your own, in place of `train`.
 
-        Returns the metrics of the step, `loss` among them. The schedule is that of `num_train_steps`, or of one epoch.
+        Returns the metrics of the step, `loss` among them. The schedule is that of the config's steps or epochs, or
+        of one epoch.
         """
-        total = self.num_train_steps or self.steps_an_epoch
-        if total is None:
-            raise ValueError('the data set does not tell how long an epoch is; build the trainer with num_train_steps')
+        total = self.total_steps()
         with self.opening_results():
             if self.own_data is None or self.own_data[0] != self.position:
                 self.own_data = (self.position, self.batches.iterate(self.position))
@@ -519,6 +489,7 @@ class Trainer(Resumable):
                 found = dict(step=self.step, held_out=self.held_out) | metrics
                 best.write(self.best_folder, self.save_model, replace=self.best is not None, found=found)
             self.best = metrics['score']
+        self.tell('on_validation', metrics)
         return {f'valid_{name}': value for name, value in metrics.items()}
 
     # logs
@@ -532,6 +503,16 @@ class Trainer(Resumable):
             self.journal.write(part, self.step, metrics)
         numbers = {f'{part}/{name}': value for name, value in metrics.items() if isinstance(value, (int, float))}
         self.accelerator.log(numbers, step=self.step)
+
+
+def _with_fields(kind: type[Trainer]) -> inspect.Signature:
+    """A trainer's signature with the fields of `TrainingConfig` among its keywords, for help, editors and recipes."""
+    _, *own = inspect.signature(kind.__init__).parameters.values()
+    named = {it.name: it for it in own if it.kind is not inspect.Parameter.VAR_KEYWORD}
+    return inspect.Signature([*named.values(), *([] if len(named) == len(own) else field_parameters(named))])
+
+
+Trainer.__signature__ = _with_fields(Trainer)
 
 
 def detached(loss: Tensor) -> float:

@@ -13,13 +13,13 @@ import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from musiclm_pytorch.cli_app import app
-from musiclm_pytorch.cli_evaluate import compare, evaluate
-from musiclm_pytorch.cli_generate import discard_output, generate, stream
-from musiclm_pytorch.cli_parts import assemble, recipes, train_quantizer, train_tokenizer
-from musiclm_pytorch.cli_search import index, search
-from musiclm_pytorch.cli_serve import serve
-from musiclm_pytorch.cli_training import (
+from musiclm_pytorch.cli.app import app
+from musiclm_pytorch.cli.evaluate import compare, evaluate
+from musiclm_pytorch.cli.generate import discard_output, generate, stream
+from musiclm_pytorch.cli.parts import assemble, recipes, train_quantizer, train_tokenizer
+from musiclm_pytorch.cli.search import index, search
+from musiclm_pytorch.cli.serve import serve
+from musiclm_pytorch.cli.training import (
     add_training_options,
     overrides_of,
     tell_best,
@@ -127,7 +127,7 @@ def code_of(error: Exception) -> int:
 
 def user_errors() -> tuple[type[Exception], ...]:
     """What is told in a line. TrainingError counts where training is loaded, which is not done for its sake."""
-    loop = sys.modules.get('musiclm_pytorch.trainer.loop')
+    loop = sys.modules.get('musiclm_pytorch.trainer.trainer')
     return OSError, ValueError, TypeError, ImportError, *([loop.TrainingError] if loop else [])
 
 
@@ -282,6 +282,3 @@ TRAININGS = [
     train_all,
 ]
 SUBCOMMANDS = [shard, train, tokens, assemble, recipes, generate, stream, evaluate, compare, index, search, serve, app]
-
-if __name__ == '__main__':
-    sys.exit(main())

@@ -10,7 +10,7 @@ import threading
 import warnings
 from pathlib import Path
 
-from musiclm_pytorch.cli_generate import add_model_option
+from musiclm_pytorch.cli.generate import add_model_option
 from musiclm_pytorch.extras import how_to_install
 
 

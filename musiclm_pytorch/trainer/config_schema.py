@@ -1,8 +1,12 @@
-"""Sections of a recipe: keywords from a file, checked against the signatures of what they are keywords of."""
+"""The schema of recipes: sections of keywords, checked against the signatures of what they are keywords of.
+
+The signatures are all there is to declare: Python's `inspect` reads them and beartype checks values by their hints.
+jsonargparse 4.53 was tried in its place: it loads the constructors, hence torch, to tell `--help`, takes a key given twice
+without a word, does not name file or nearest key, and would rename every option that has a dash.
+"""
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -12,6 +16,7 @@ from typing import Any
 import yaml
 
 from musiclm_pytorch.checks import fitted, keywords_of, shown
+from musiclm_pytorch.trainer.config import nearest
 
 SHIPPED = Path(__file__).resolve().parent / 'shipped_recipes'
 
@@ -88,11 +93,6 @@ def check_section(values: Any, name: str, sections: Mapping[str, Section], sourc
 def says_something(value: Any) -> bool:
     """Whether a value of a key in a group decides what the group is about: null and false leave it open."""
     return value is not None and value is not False
-
-
-def nearest(name: Any, known: Mapping[str, Any]) -> str:
-    close = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
-    return f'did you mean {close[0]!r}?' if close else f'known are {", ".join(sorted(known))}'
 
 
 def shipped_recipes() -> dict[str, Path]:

@@ -1,0 +1,3 @@
+"""The command `musiclm`."""
+
+from musiclm_pytorch.cli.entry import main as main
