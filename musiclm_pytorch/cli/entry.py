@@ -139,7 +139,12 @@ def shard(subcommands) -> None:
         description='Pack audio and captions into tar shards of the WebDataset format. Interrupted, the same command '
         'goes on where it was.',
     )
-    parser.add_argument('source', metavar='SOURCE', help='a folder, a .csv or .jsonl manifest, or the CSV of MusicCaps')
+    parser.add_argument(
+        'source',
+        metavar='SOURCE',
+        help='a folder, a .csv or .jsonl manifest, or the CSV of MusicCaps; or "synthetic" or "scores", music made '
+        'here, which is then made once rather than at every reading',
+    )
     parser.add_argument('-o', '--output', metavar='FOLDER', required=True, help='where the shards go')
     parser.add_argument(
         '--audio-folder',
@@ -149,16 +154,36 @@ def shard(subcommands) -> None:
     parser.add_argument(
         '--shard-size', metavar='N', type=int, default=1000, help='clips a shard (default: %(default)s)'
     )
+    made = parser.add_argument_group('of "synthetic" and "scores"')
+    made.add_argument('--clips', metavar='N', type=int, help='how many (default: 20000)')
+    made.add_argument('--seconds', metavar='SECONDS', type=float, help='length of each (default: 10)')
+    made.add_argument('--sample-rate', metavar='HZ', type=int, help='default: 24000')
+    made.add_argument('--split', choices=['train', 'valid'], help='valid is music and phrasings that train has not')
+    made.add_argument('--seed', metavar='N', type=int, help='another seed, other clips (default: 0)')
+    made.add_argument('--sound-font', metavar='FILE', action='append', help='of "scores": a .sf2 or .sf3, or several')
     parser.set_defaults(run=run_shard, prog=parser.prog)
 
 
 def run_shard(options: argparse.Namespace) -> None:
+    from musiclm_pytorch.data.opening import GENERATED
     from musiclm_pytorch.data.shard_writer import write_shards
     from musiclm_pytorch.data.sources import list_clips
 
-    listing = list_clips(options.source, options.audio_folder)
-    for name, reason in listing.skipped.items():
-        logging.getLogger(__name__).warning('skipped %s: %s', name, reason)
+    given = {name: getattr(options, name) for name in ('seconds', 'sample_rate', 'split', 'seed', 'sound_font')}
+    given = {name: it for name, it in dict(length=options.clips, **given).items() if it is not None}
+    if options.source in GENERATED:
+        if options.audio_folder is not None:
+            raise ValueError(f'"{options.source}" is made here; --audio-folder belongs to a manifest')
+        if options.source != 'scores' and 'sound_font' in given:
+            raise ValueError(f'--sound-font belongs to "scores", not to "{options.source}"')
+        listing = GENERATED[options.source](**dict(length=20_000, seconds=10.0, sample_rate=24000) | given)
+    elif given:
+        names = ', '.join('--clips' if name == 'length' else f'--{name.replace("_", "-")}' for name in given)
+        raise ValueError(f'{names}: files have these already; they are of "synthetic" and "scores"')
+    else:
+        listing = list_clips(options.source, options.audio_folder)
+        for name, reason in listing.skipped.items():
+            logging.getLogger(__name__).warning('skipped %s: %s', name, reason)
     index = write_shards(
         listing,
         options.output,

@@ -112,6 +112,11 @@ def train_all(models) -> None:
         help='where the audio of a manifest lies, if not beside it; MusicCaps needs it',
     )
     parser.add_argument(
+        '--valid-data',
+        metavar='SOURCE',
+        help='held-out pairs for MuLaN, as --data (default: a share of --data; none for shards)',
+    )
+    parser.add_argument(
         '--config',
         metavar='FILE',
         help='a recipe of every part: a YAML or JSON file, or a name that `musiclm recipes` lists, such as '
@@ -317,6 +322,7 @@ def run_train_all(options: argparse.Namespace) -> None:
         options.output,
         recipe,
         audio_folder=options.audio_folder,
+        valid_data=options.valid_data,
         resume=options.resume,
         on_part=lambda name, seconds: print(f'{name}: {seconds:.0f} s', flush=True),
         on_begin=lambda name, number, parts: print(f'part {number} of {parts}, {name}', flush=True),

@@ -194,6 +194,19 @@ class NeuralCodec(SpectrogramCodec):
     def vectors_of(self, codes: Tensor) -> Tensor:
         return self.quantizer.vectors_of(codes)
 
+    def with_first_levels(self, num_quantizers: int) -> NeuralCodec:
+        """A copy that has the first levels of codes alone: fewer bits a second, the same codes in these levels.
+
+        Raises ValueError for more levels than there are, or none.
+        """
+        if not 0 < num_quantizers <= self.num_quantizers:
+            raise ValueError(f'num_quantizers must lie between 1 and {self.num_quantizers}, got {num_quantizers}')
+        fewer = NeuralCodec(**{**self.config, 'num_quantizers': num_quantizers})
+        levels = ('quantizer.codebooks', 'quantizer.counts')
+        weights = {name: it[:num_quantizers] if name in levels else it for name, it in self.state_dict().items()}
+        fewer.load_state_dict(weights)
+        return fewer.to(self.device).train(self.training)
+
     # training
 
     @torch.no_grad()

@@ -20,6 +20,7 @@ from musiclm_pytorch.data.audio import AudioFile
 from musiclm_pytorch.data.clips import Clip, ClipTable, Listing
 from musiclm_pytorch.data.collate import mono, split_item
 from musiclm_pytorch.data.datasets import AudioTextDataset
+from musiclm_pytorch.data.generated import GeneratedMusic
 from musiclm_pytorch.data.rates import agreed_rate
 from musiclm_pytorch.data.reading import finite, logger
 from musiclm_pytorch.data.shard_reader import AUDIO_CHECKSUM, NOTE_CHECKSUM, checksum_of_note
@@ -45,7 +46,8 @@ def write_shards(
 
     A clip that is a whole file is stored as it is, byte by byte. A part of a file is cut out at its own rate and
     channels and stored as FLAC (of 16 or 24 bits, as the file has; as WAV of floats where samples exceed 1). Nothing
-    is cropped or drawn at random: that is the reader's. Every clip is decoded once; one that does not decode is
+    is cropped or drawn at random: that is the reader's. Of `SyntheticMusic` and `ScoreMusic`, waves are kept in 16 bits,
+    with all the captions that they give a clip. Every clip is decoded once; one that does not decode is
     skipped, named in the log and noted in the index.
 
     A shard is written aside and renamed, then noted in `index.json`. If writing is interrupted, the same call goes on
@@ -169,7 +171,9 @@ class Samples:
 
     def fingerprint(self) -> str:
         digest = hashlib.sha256()
-        if self.clips is None:
+        if isinstance(self.items, GeneratedMusic):
+            digest.update(repr(self.items).encode())
+        elif self.clips is None:
             digest.update(f'{type(self.items).__name__} {len(self)} {self.rate}'.encode())
         for clip in self.clips or ():
             fields = [clip.recording, clip.path.name, clip.start, clip.end, *clip.captions]
@@ -189,17 +193,25 @@ class Samples:
         return clip.name, {suffix: audio, 'json': as_json(note, audio)}
 
     def _from_item(self, place: int) -> dict[str, bytes] | str:
-        item = self.items[place]
+        generated = isinstance(self.items, GeneratedMusic)
+        try:
+            item = self.items[place]
+        except ValueError as error:
+            if not generated:
+                raise
+            return str(error)  # a sound font may lack an instrument, or some of its notes
         if item is None:
             return 'the data set gives None for it'
         wave, text = split_item(item, f'item {place}')
         if wave is None or not isinstance(text, str):
             raise TypeError(f'item {place} must be a wave and a string; token ids need the tokenizer they came from')
         try:
-            suffix, audio = encoded(finite(mono(wave, f'item {place}'), f'item {place}')[None], self.rate, 'PCM_24')
+            samples = finite(mono(wave, f'item {place}'), f'item {place}')[None]
+            suffix, audio = encoded(samples, self.rate, 'PCM_16' if generated else 'PCM_24')
         except ValueError as error:
             return str(error)
-        return {suffix: audio, 'json': as_json(dict(captions=[text]), audio)}
+        captions = self.items.captions(place) if generated else [text]
+        return {suffix: audio, 'json': as_json(dict(captions=captions), audio)}
 
 
 def stored(clip: Clip) -> tuple[str, bytes]:

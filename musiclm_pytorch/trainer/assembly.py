@@ -19,6 +19,7 @@ from musiclm_pytorch.audiolm.semantic_transformers import TransformersSemanticTo
 from musiclm_pytorch.audiolm.spectral_codec import SpectralCodec
 from musiclm_pytorch.audiolm.stages import STAGES
 from musiclm_pytorch.checks import fitted, typechecked
+from musiclm_pytorch.codecs.neural import NeuralCodec
 from musiclm_pytorch.codecs.pretrained import PretrainedCodec
 from musiclm_pytorch.mulan.checkpoint import CONFIG_FILE, read_config, saved_kind
 from musiclm_pytorch.mulan.model import MuLaN
@@ -34,11 +35,30 @@ def fit_quantizer(
 ) -> tuple[MuLaNEmbedQuantizer, list[float]]:
     """A quantizer by the section `quantizer`, and what `MuLaNEmbedQuantizer.fit` tells of it."""
     with recipe.section('quantizer') as keywords:
+        if keywords.pop('trained_words_only', False):
+            mulan = with_trained_words(mulan)
         built, fitted = split_keywords(keywords, MuLaNEmbedQuantizer)
         seed_everything(fitted.get('seed', 0))
         quantizer = MuLaNEmbedQuantizer(mulan, conditioning_dims=conditioning_dims, **built)
         with counted(clips, 'quantizer', fitted.get('max_items')) as clips:
             return quantizer, quantizer.fit(clips, **fitted)
+
+
+def with_trained_words(mulan: MuLaN) -> MuLaN:
+    """The same MuLaN without the embeddings of words that it was never trained on, and without what predicts words.
+
+    Raises ValueError for one that has no record of them.
+    """
+    known = mulan.text.known_ids()
+    if known is None:
+        raise ValueError('this MuLaN has no record of the words that it was trained on; leave out trained_words_only')
+    text = mulan.text
+    if text.config['known_tokens'] is None:
+        text = text.with_known_tokens(known.nonzero().flatten().tolist())
+    smaller = MuLaN(mulan.audio, text, **mulan.config | dict(word_prediction_weight=0.0))
+    weights = mulan.state_dict() | {f'text.{name}': it for name, it in text.state_dict().items()}
+    smaller.load_state_dict({name: it for name, it in weights.items() if not name.startswith('words.')})
+    return smaller.eval()
 
 
 def build_tokenizer(recipe: FittedRecipe, mulan: MuLaN | None) -> SemanticTokenizer:
@@ -113,6 +133,8 @@ def assemble_musiclm(
     codec: nn.Module | None = None,
     windows: tuple[float, float, float] | None = None,
     sampling: dict[str, Any] | None = None,
+    knows: str | None = None,
+    usual_score: float | None = None,
 ) -> MusicLM:
     """A MusicLM of the parts in the folders `quantizer`, `tokenizer`, `codec`, `semantic`, `coarse` and `fine`.
 
@@ -121,7 +143,8 @@ def assemble_musiclm(
     Args:
         parts: the folder that they are in.
         codec: the one to use, in place of the folder `codec`.
-        windows, sampling: as of `MusicLM`; the windows by default those of the crops that the stages were trained on.
+        windows, sampling, knows, usual_score: as of `MusicLM`; the windows by default those of the crops that the
+            stages were trained on.
 
     Returns:
         the model, in eval mode, on the CPU.
@@ -147,6 +170,8 @@ def assemble_musiclm(
         mulan_embed_quantizer=quantizer,
         windows=windows or tuple(float(told[name]['seconds']) for name in STAGES),
         sampling=sampling,
+        knows=knows,
+        usual_score=usual_score,
         tokenizer=SemanticTokenizer.from_pretrained(parts / 'tokenizer'),
         codec=load_codec(parts / 'codec') if codec is None else codec,
         unique_consecutive=unique['semantic'],
@@ -156,18 +181,22 @@ def assemble_musiclm(
 
 def load_codec(source: str | Path, num_quantizers: int | None = None) -> nn.Module:
     """The codec in a folder, the best one if it was trained there; or one of `transformers`, by its folder or its name
-    on the Hugging Face Hub, of which `num_quantizers` levels are used.
+    on the Hugging Face Hub. Of these, and of a `NeuralCodec`, the first `num_quantizers` levels are used, if given.
 
     Raises FileNotFoundError if there is none, ValueError for a folder that holds something else.
     """
     folder = model_in(Path(source))
     if saved_kind(folder) is None:
         return PretrainedCodec(str(source), **({} if num_quantizers is None else dict(num_quantizers=num_quantizers)))
-    if num_quantizers is not None:
-        raise ValueError(
-            f'the levels of the codec in {folder} are settled; num_quantizers is for those of transformers'
-        )
-    return load_module(folder)
+    codec = load_module(folder)
+    if num_quantizers is None:
+        return codec
+    if isinstance(codec, NeuralCodec):
+        return codec.with_first_levels(num_quantizers)
+    raise ValueError(
+        f'the levels of the codec in {folder} are settled; num_quantizers is for a NeuralCodec and those of '
+        'transformers'
+    )
 
 
 def model_in(folder: Path) -> Path:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from torch.utils.data import Dataset
 
 from musiclm_pytorch.atomic import read_checked_json, write_json
@@ -51,6 +52,7 @@ def train_musiclm(
     recipe: MusicLMRecipe | None = None,
     *,
     audio_folder: str | Path | None = None,
+    valid_data: str | Path | None = None,
     resume: bool = False,
     on_part: Callable[[str, float], None] | None = None,
     on_begin: Callable[[str, int, int], None] | None = None,
@@ -66,6 +68,7 @@ def train_musiclm(
         output: where everything goes.
         recipe: of every part; the default one, or with `resume` the one in `output`, if it is left out.
         audio_folder: where the audio of a manifest lies, if not beside it; MusicCaps needs it.
+        valid_data: held-out pairs for MuLaN, as `data`; by default a share of `data`, and none of shards.
         resume: go on from what is in `output`; otherwise that is moved aside.
         on_part: called with each part's name and the seconds that it took.
         on_begin: called before each part with its name, its number from 1 on, and how many there are.
@@ -83,7 +86,7 @@ def train_musiclm(
             'musiclm tokens, then musiclm train semantic, coarse, fine'
         )
     with only_writer(output):
-        return _train(data, Path(output), recipe, audio_folder, resume, on_part, on_begin)
+        return _train(data, Path(output), recipe, audio_folder, valid_data, resume, on_part, on_begin)
 
 
 def _train(
@@ -91,6 +94,7 @@ def _train(
     output: Path,
     recipe: MusicLMRecipe | None,
     audio_folder: str | Path | None,
+    valid_data: str | Path | None,
     resume: bool,
     on_part: Callable[[str, float], None] | None,
     on_begin: Callable[[str, int, int], None] | None,
@@ -103,7 +107,7 @@ def _train(
             known = moved_aside(output, FILE)
             hint = '' if known is None else f'; an earlier run is in {known}'
             logger.warning('nothing to resume in %s: every part is trained from its beginning%s', output, hint)
-    parts = _Parts(source['data'], output, recipe, source['audio_folder'])
+    parts = _Parts(source['data'], output, recipe, source['audio_folder'], valid_data)
     names = ('mulan', 'quantizer', 'tokenizer', 'codec', 'tokens', *STAGES, 'musiclm')
     with said_once('musiclm_pytorch.data.datasets', 'musiclm_pytorch.data.reading'):  # of files that are left out
         # what is wrong with the data or the recipe shows here, while everything is where it was
@@ -170,8 +174,16 @@ def check_source(path: Path, source: dict[str, str | None]) -> None:
 class _Parts:
     """The parts in order, each in its folder; what is there already is not made again."""
 
-    def __init__(self, data: str, output: Path, recipe: MusicLMRecipe, audio_folder: str | None):
+    def __init__(
+        self,
+        data: str,
+        output: Path,
+        recipe: MusicLMRecipe,
+        audio_folder: str | None,
+        valid_data: str | Path | None,
+    ):
         self.data, self.output, self.recipe, self.audio_folder = data, output, recipe, audio_folder
+        self.valid_data = None if valid_data is None else str(valid_data)
 
     def open_mulan(self, resume: bool) -> None:
         """Build the trainer of the first part, unless that is finished."""
@@ -183,8 +195,8 @@ class _Parts:
         seed_everything(recipe.seed)
         mulan = recipe.build_model()
         held_out = None
-        if self.data in GENERATED:
-            held_out = recipe.open_data(self.data, mulan, training=False)
+        if self.valid_data is not None or self.data in GENERATED:
+            held_out = recipe.open_data(self.valid_data or self.data, mulan, training=False)
         dataset = recipe.open_data(self.data, mulan, audio_folder=self.audio_folder)
         self.mulan_trainer = recipe.build_trainer(
             mulan, dataset, valid_dataset=held_out, results_folder=folder, resume=resume
@@ -271,8 +283,9 @@ class _Parts:
 
     def musiclm(self) -> MusicLM:
         with self.recipe.fitted.section('musiclm') as keywords:
+            dtype = getattr(torch, keywords.pop('dtype', 'float32'))
             musiclm = assemble_musiclm(self.output, **{**keywords, 'windows': self.recipe.windows})
-        musiclm.save_pretrained(self.output / 'musiclm')
+        musiclm.save_pretrained(self.output / 'musiclm', dtype=dtype)
         return musiclm
 
     def clips(self, sample_rate: int) -> Dataset:

@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from musiclm_pytorch.audiolm.crops import STAGE_SECONDS
 from musiclm_pytorch.audiolm.semantic_mulan import MuLaNSemanticTokenizer
@@ -44,6 +44,7 @@ class FittedRecipe(Recipe):
                 data=IS_DATA,
                 sample_rate=FROM_MULAN,
             ),
+            more=dict(trained_words_only=bool),
         ),
         'tokenizer': Section(
             (MuLaNSemanticTokenizer, MuLaNSemanticTokenizer.fit, TransformersSemanticTokenizer),
@@ -66,7 +67,11 @@ class FittedRecipe(Recipe):
             ),
             more=dict(synthetic_length=int, synthetic_seconds=float),
         ),
-        'musiclm': Section((MusicLM,), refused=dict.fromkeys(MUSICLM_PARTS, IS_OWN)),
+        'musiclm': Section(
+            (MusicLM,),
+            refused=dict.fromkeys(MUSICLM_PARTS, IS_OWN),
+            more=dict(dtype=Literal['float32', 'float16', 'bfloat16']),
+        ),
     }
 
     quantizer: dict[str, Any] = field(default_factory=dict)
