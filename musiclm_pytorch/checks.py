@@ -58,8 +58,12 @@ def fitted(value: Any, hint: Any, where: str) -> Any:
     for candidate in candidates:
         if is_bearable(candidate, hint, conf=CONF):
             return candidate
-    expected = hint.__name__ if inspect.isclass(hint) and not typing.get_args(hint) else str(hint)
-    raise TypeError(f'{where} must be {expected.replace("pathlib.", "")}, got {shown(value)}')
+    raise TypeError(f'{where} must be {shown_hint(hint)}, got {shown(value)}')
+
+
+def shown_hint(hint: Any) -> str:
+    told = hint.__name__ if inspect.isclass(hint) and not typing.get_args(hint) else str(hint)
+    return told.replace('pathlib.', '').replace('typing.', '')
 
 
 def shown(value: Any) -> str:

@@ -14,7 +14,7 @@ from test_resume import largest_file
 from test_training_recipes import TINY, written
 
 from musiclm_pytorch import MuLaN, cli
-from musiclm_pytorch.cli import training as cli_training
+from musiclm_pytorch.cli.options import OVERRIDES
 from musiclm_pytorch.trainer import recipes
 from musiclm_pytorch.trainer.recipes import MuLaNRecipe
 
@@ -111,10 +111,12 @@ def test_overrides(config, tmp_path, monkeypatch):
     )
     options |= dict(checkpoint_every=5, checkpoint_minutes=2.5, log_with='tensorboard')
     given = [word for name, value in options.items() for word in (f'--{name.replace("_", "-")}', value)]
+    fields = ['--training.warmup_steps', '7', '--training.betas=[0.5, 0.75]', '--training.max_grad_norm', 'null']
     with pytest.raises(Taken):
-        run('--data', 'synthetic', '--config', config, '--output', tmp_path / 'out', *given)
-    assert set(options) | {'epochs'} == set(cli_training.OVERRIDES)
-    assert {name: taken[cli_training.OVERRIDES[name]] for name in options} == options
+        run('--data', 'synthetic', '--config', config, '--output', tmp_path / 'out', *given, *fields)
+    assert (taken['warmup_steps'], taken['betas'], taken['max_grad_norm']) == (7, (0.5, 0.75), None)
+    assert set(options) | {'epochs'} == set(OVERRIDES)
+    assert {name: taken[OVERRIDES[name]] for name in options} == options
 
 
 @pytest.mark.parametrize(
@@ -128,6 +130,9 @@ def test_overrides(config, tmp_path, monkeypatch):
             "typo.yaml: unknown key 'warmup' in section 'training'; did you mean 'warmup_st",
         ),
         (['--config', '{here}/type.yaml'], r"type.yaml: training.lr must be float \| None, got 'fast' \(str\)"),
+        (['--training.warmup', '5'], "command line: unknown key 'warmup' in .*'training'; did you mean 'warmup_steps'"),
+        (['--audio.dim', 'wide'], r"the command line: audio.dim must be int, got 'wide' \(str\)"),
+        (['--train.lr', '1'], "the command line: unknown section 'train'; did you mean 'training'"),
         (['--init-from', '{here}'], 'no config.json in'),
         (['--init-matching-from', '{here}'], 'no config.json in'),
         (['--init-from', '{here}', '--init-matching-from', '{here}'], 'give one of them'),
@@ -216,10 +221,18 @@ def test_a_run_is_not_resumed_with_another_model(config, tmp_path, capsys):
 
 @pytest.mark.parametrize(
     'arguments',
-    [[], ['mulan'], ['soup'], ['mulan', '--data', 'x', '--output', 'y', '--steps', '1', '--epochs', '1']],
+    [
+        [],
+        ['mulan'],
+        ['soup'],
+        ['mulan', '--data', 'x', '--output', 'y', '--steps', '1', '--epochs', '1'],
+        ['mulan', '--data', 'x', '--output', 'y', '--training.lr'],
+        ['mulan', '--data', 'x', '--output', 'y', '--training.betas', '[1'],
+        ['mulan', '--data', 'x', '--output', 'y', '--lrs', '1'],
+    ],
 )
 def test_wrong_usage_exits_with_2(arguments, capsys):
     with pytest.raises(SystemExit) as stopped:
         cli.main(['train', *arguments])
     assert stopped.value.code == 2
-    assert 'usage: musiclm train' in capsys.readouterr().err
+    assert 'usage: musiclm' in capsys.readouterr().err

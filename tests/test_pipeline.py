@@ -5,10 +5,12 @@ import json
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 from test_cli_stages import CODEC
 
-from musiclm_pytorch import MusicLM, MusicLMRecipe, train_musiclm
+from musiclm_pytorch import MusicLM, MusicLMRecipe, ShardedAudioText, SyntheticMusic, train_musiclm
 from musiclm_pytorch.cli import main
+from musiclm_pytorch.data.shards import ShardItems
 from musiclm_pytorch.trainer import pipeline
 from musiclm_pytorch.trainer.pipeline_recipe import FittedRecipe
 from musiclm_pytorch.trainer.recipes import FITTED_PARTS, MuLaNRecipe
@@ -211,7 +213,7 @@ def test_the_recipe_of_a_whole_serves_its_parts(config):
 def test_recipes_that_ship(capsys):
     assert main(['recipes']) == 0
     names = {line.split()[0] for line in capsys.readouterr().out.splitlines()}
-    assert names == {'codec_neural', 'mulan_small', 'musiclm_small'}
+    assert names == {'codec_neural', 'mulan_small', 'musiclm_small', 'musiclm_tiny'}
     assert main(['recipes', 'mulan_small']) == 0
     assert yaml.safe_load(capsys.readouterr().out)['audio']['use_case'] == 'tonal'
     assert main(['recipes', 'large']) == 2
@@ -221,7 +223,88 @@ def test_recipes_that_ship(capsys):
         MuLaNRecipe.load('large')
 
 
-def test_the_small_recipe_is_valid():
-    recipe = MusicLMRecipe.load('musiclm_small')
+@pytest.mark.parametrize('name', ['musiclm_small', 'musiclm_tiny'])
+def test_the_shipped_recipes_are_valid(name):
+    recipe = MusicLMRecipe.load(name)
     assert recipe.conditioning_dims == [192, 192, 160]
     assert recipe.windows == (5.0, 0.32, 0.96)
+
+
+def test_tiny_is_what_its_recipe_makes():
+    recipe, tiny = MusicLMRecipe.load('musiclm_tiny'), MusicLM.from_pretrained('tiny')
+    assert recipe.fitted.musiclm['knows'] == tiny.knows
+    assert tiny.sampling == {**tiny.sampling, **recipe.fitted.musiclm['sampling']}
+    assert recipe.windows == tiny.windows
+    for name, stage in tiny.stages.items():
+        model = getattr(recipe, name).model
+        assert {key: stage.config[key] for key in model} == model
+    quantizer = recipe.fitted.quantizer
+    assert (tiny.mulan_embed_quantizer.num_codebooks, tiny.mulan_embed_quantizer.codebook_size) == (
+        quantizer['rq_num_quantizers'],
+        quantizer['codebook_size'],
+    )
+    assert tiny.tokenizer.codebook_size == recipe.fitted.tokenizer['codebook_size']
+
+
+def test_keys_are_listed(capsys):
+    assert main(['recipes', '--keys']) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert 'mulan.training.warmup_steps: int = 0' in lines
+    assert 'quantizer.trained_words_only: bool' in lines
+    assert main(['recipes', 'fine', '--keys']) == 0
+    assert 'model.num_coarse_quantizers: int' in capsys.readouterr().out.splitlines()
+    assert main(['recipes', 'fines', '--keys']) == 2
+    assert "unknown part 'fines'; did you mean 'fine'" in capsys.readouterr().err
+
+
+def test_keys_on_the_command_line(tmp_path, config, monkeypatch, capsys):
+    taken = []
+    monkeypatch.setattr(pipeline, 'train_musiclm', lambda data, output, recipe, **_: taken.append(recipe))
+    command = ['train', 'all', '--data', 'synthetic', '--output', str(tmp_path / 'out'), '--config', str(config)]
+    assert main([*command, '--semantic.training.lr', '1e-3', '--quantizer.codebook_size=8']) == 0
+    assert (taken[0].semantic.training['lr'], taken[0].fitted.quantizer['codebook_size']) == (1e-3, 8)
+    assert taken[0].semantic.training['seconds'] == 0.5
+    assert main([*command, '--pretrained_codec.source', 'elsewhere']) == 0  # takes the place of the spectral codec
+    assert 'spectral_codec' not in taken[1].to_dict()
+    capsys.readouterr()
+    assert main([*command, '--semantics.training.lr', '1']) == 2
+    assert "the command line: unknown part 'semantics'; did you mean 'semantic'" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(['recipes', '--training.lr', '1'])
+    assert 'musiclm recipes takes no recipe, hence no --training' in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_generated_music_is_rendered_once_and_a_run_begins_with_another(tmp_path):
+    made = dict(synthetic_length=6, synthetic_seconds=1.0, synthetic_seed=3, synthetic_mentions=dict(drums=1.0))
+    content = TINY | dict(
+        mulan=TINY['mulan']
+        | dict(
+            data=dict(max_seconds=1.0, synthetic_length=12, synthetic_valid_length=4, group_by=['drums']),
+            training=dict(**STEPS, group_size=2),
+        ),
+        quantizer=dict(rq_num_quantizers=2, codebook_size=2, trained_words_only=True),
+        tokens=dict(**made, synthetic_rendered=8000),
+        musiclm=dict(dtype='float16', usual_score_prompts=3, knows='drums'),
+    )
+    recipe = MusicLMRecipe.from_content(content, 'the recipe')
+    one = train_musiclm('synthetic', tmp_path / 'one', recipe)
+    shards = ShardItems(ShardedAudioText(tmp_path / 'one' / 'clips', sample_rate=8000))
+    music = SyntheticMusic(6, seed=3, seconds=1.0, sample_rate=8000, mentions=dict(drums=1.0))
+    assert {item['caption'] for item in shards} == {music.text(index) for index in range(6)}
+    saved = MusicLM.from_pretrained(tmp_path / 'one' / 'musiclm')
+    assert (saved.knows, saved.usual_score) == ('drums', one.usual_score)
+    assert -1 < one.usual_score < 1
+    text = one.mulan_embed_quantizer.mulan.text
+    assert len(text.config['known_tokens']) == len(text.token_emb.weight) - 1 < 40
+    weights = load_file(tmp_path / 'one' / 'musiclm' / 'semantic' / 'model.safetensors')
+    assert {it.dtype for it in weights.values()} == {torch.float16}
+
+    still = {name: dict(training=dict(lr=1e-12)) for name in ('mulan', 'semantic', 'coarse', 'fine')}
+    other = train_musiclm(
+        'synthetic', tmp_path / 'two', recipe.updated(still, 'a test'), begin_with=tmp_path / 'one' / 'musiclm'
+    )
+    for part in ('codec', 'tokenizer', 'semantic', 'fine'):
+        before, after = (getattr(it, part).state_dict() for it in (saved, other))
+        assert before.keys() == after.keys()
+        assert all((before[name].float() - it.float()).abs().max() < 1e-6 for name, it in after.items()), part

@@ -10,37 +10,29 @@ import threading
 import warnings
 from pathlib import Path
 
-from musiclm_pytorch.cli.generate import add_model_option
+from musiclm_pytorch.cli.options import add_device, add_model, command, option
 from musiclm_pytorch.extras import how_to_install
 
 
 def app(subcommands) -> None:
     """`musiclm app`: a web page with prompt, players, spectrograms and scores."""
-    parser = subcommands.add_parser(
+    parser = command(
+        subcommands,
         'app',
-        help='serve a web page that makes music',
-        description='Serve a web page: prompts and stories to players, spectrograms, scores and downloads. It needs no '
-        f'network, and one request at a time makes music. Needs {how_to_install("app")}.',
+        run_app,
+        'serve a web page that makes music',
+        'Serve a web page: prompts and stories to players, spectrograms, scores and downloads. It needs no network, '
+        f'and one request at a time makes music. Needs {how_to_install("app")}.',
     )
-    add_model_option(parser)
-    parser.add_argument(
-        '--host',
-        metavar='HOST',
-        default='127.0.0.1',
-        help='where it is served; 0.0.0.0 is every network of this machine (default: %(default)s, this machine alone)',
-    )
-    parser.add_argument('--port', metavar='N', type=int, default=7860, help='(default: %(default)s)')
-    parser.add_argument('--device', default='cpu', help='such as cuda (default: %(default)s)')
-    parser.add_argument(
-        '--max-seconds', metavar='S', type=float, default=30.0, help='the longest music (default: %(default)g)'
-    )
-    parser.add_argument(
-        '--max-samples', metavar='N', type=int, default=8, help='the most pieces at once (default: %(default)s)'
-    )
-    parser.add_argument(
-        '--share', action='store_true', help="a public address as well, through Gradio's servers, for anyone to use"
-    )
-    parser.set_defaults(run=run_app, prog=parser.prog)
+    add_model(parser)
+    host = 'where it is served: this machine alone; 0.0.0.0 is every network of it'
+    option(parser, '--host', metavar='HOST', default='127.0.0.1', help=host)
+    option(parser, '--port', metavar='N', default=7860, help='of the page')
+    add_device(parser)
+    option(parser, '--max-seconds', metavar='S', default=30.0, help='the longest music')
+    option(parser, '--max-samples', metavar='N', default=8, help='the most pieces at once')
+    share = "a public address as well, through Gradio's servers, for anyone to use"
+    option(parser, '--share', action='store_true', help=share)
 
 
 def run_app(options: argparse.Namespace) -> None:

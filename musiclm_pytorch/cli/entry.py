@@ -11,23 +11,15 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 from musiclm_pytorch.cli.app import app
+from musiclm_pytorch.cli.data import shard, tokens
 from musiclm_pytorch.cli.evaluate import compare, evaluate
 from musiclm_pytorch.cli.generate import discard_output, generate, stream
-from musiclm_pytorch.cli.parts import assemble, recipes, train_quantizer, train_tokenizer
+from musiclm_pytorch.cli.options import split_fields
 from musiclm_pytorch.cli.search import index, search
 from musiclm_pytorch.cli.serve import serve
-from musiclm_pytorch.cli.training import (
-    add_training_options,
-    overrides_of,
-    tell_best,
-    tokens,
-    train_all,
-    train_codec,
-    train_stage,
-)
+from musiclm_pytorch.cli.training import assemble, recipes, train
 from musiclm_pytorch.version import __version__
 
 
@@ -45,7 +37,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     subcommands = parser.add_subparsers(dest='command', required=True, metavar='COMMAND')
     for declare in SUBCOMMANDS:
         declare(subcommands)
-    options = parser.parse_args(arguments)
+    try:
+        words, fields = split_fields(sys.argv[1:] if arguments is None else arguments)
+    except ValueError as error:
+        parser.error(str(error))
+    options = parser.parse_args(words)
+    if fields and 'takes_fields' not in options:
+        parser.error(f'{options.prog} takes no recipe, hence no --{next(iter(fields))}.…')
+    options.fields = fields
     logging.basicConfig(level=logging.WARNING, format='%(message)s')
     with ended_by_signals() as signals:
         try:
@@ -131,179 +130,4 @@ def user_errors() -> tuple[type[Exception], ...]:
     return OSError, ValueError, TypeError, ImportError, *([loop.TrainingError] if loop else [])
 
 
-def shard(subcommands) -> None:
-    """`musiclm shard`: a folder, a manifest or MusicCaps to tar files."""
-    parser = subcommands.add_parser(
-        'shard',
-        help='pack audio and captions into tar shards',
-        description='Pack audio and captions into tar shards of the WebDataset format. Interrupted, the same command '
-        'goes on where it was.',
-    )
-    parser.add_argument(
-        'source',
-        metavar='SOURCE',
-        help='a folder, a .csv or .jsonl manifest, or the CSV of MusicCaps; or "synthetic" or "scores", music made '
-        'here, which is then made once rather than at every reading',
-    )
-    parser.add_argument('-o', '--output', metavar='FOLDER', required=True, help='where the shards go')
-    parser.add_argument(
-        '--audio-folder',
-        metavar='FOLDER',
-        help='where the audio of a manifest lies, if not beside it; MusicCaps needs it',
-    )
-    parser.add_argument(
-        '--shard-size', metavar='N', type=int, default=1000, help='clips a shard (default: %(default)s)'
-    )
-    made = parser.add_argument_group('of "synthetic" and "scores"')
-    made.add_argument('--clips', metavar='N', type=int, help='how many (default: 20000)')
-    made.add_argument('--seconds', metavar='SECONDS', type=float, help='length of each (default: 10)')
-    made.add_argument('--sample-rate', metavar='HZ', type=int, help='default: 24000')
-    made.add_argument('--split', choices=['train', 'valid'], help='valid is music and phrasings that train has not')
-    made.add_argument('--seed', metavar='N', type=int, help='another seed, other clips (default: 0)')
-    made.add_argument('--sound-font', metavar='FILE', action='append', help='of "scores": a .sf2 or .sf3, or several')
-    parser.set_defaults(run=run_shard, prog=parser.prog)
-
-
-def run_shard(options: argparse.Namespace) -> None:
-    from musiclm_pytorch.data.opening import GENERATED
-    from musiclm_pytorch.data.shard_writer import write_shards
-    from musiclm_pytorch.data.sources import list_clips
-
-    given = {name: getattr(options, name) for name in ('seconds', 'sample_rate', 'split', 'seed', 'sound_font')}
-    given = {name: it for name, it in dict(length=options.clips, **given).items() if it is not None}
-    if options.source in GENERATED:
-        if options.audio_folder is not None:
-            raise ValueError(f'"{options.source}" is made here; --audio-folder belongs to a manifest')
-        if options.source != 'scores' and 'sound_font' in given:
-            raise ValueError(f'--sound-font belongs to "scores", not to "{options.source}"')
-        listing = GENERATED[options.source](**dict(length=20_000, seconds=10.0, sample_rate=24000) | given)
-    elif given:
-        names = ', '.join('--clips' if name == 'length' else f'--{name.replace("_", "-")}' for name in given)
-        raise ValueError(f'{names}: files have these already; they are of "synthetic" and "scores"')
-    else:
-        listing = list_clips(options.source, options.audio_folder)
-        for name, reason in listing.skipped.items():
-            logging.getLogger(__name__).warning('skipped %s: %s', name, reason)
-    index = write_shards(
-        listing,
-        options.output,
-        shard_size=options.shard_size,
-        on_shard=lambda number, count: print(f'shard {number} of {count}', flush=True),
-    )
-    clips, shards = (sum(it) for it in zip(*((shard['samples'], shard['samples'] > 0) for shard in index['shards'])))
-    print(f'{clips} clips in {shards} shards under {options.output}; {len(index["skipped"])} skipped')
-
-
-def train(subcommands) -> None:
-    """`musiclm train`: a subcommand of its own for each kind of model."""
-    parser = subcommands.add_parser('train', help='train a model', description='Train a model on audio and captions.')
-    models = parser.add_subparsers(dest='model', required=True, metavar='MODEL')
-    for declare in TRAININGS:
-        declare(models)
-
-
-def train_mulan(models) -> None:
-    """`musiclm train mulan`: from data and a recipe to a trained MuLaN."""
-    parser = models.add_parser(
-        'mulan',
-        help='MuLaN, the joint embedding of music and text',
-        description='Train MuLaN. Works as it is under `torchrun` and `accelerate launch` too.',
-    )
-    data = 'a folder, a .csv or .jsonl manifest, a folder of tar shards, the CSV of MusicCaps, "synthetic" or "scores"'
-    parser.add_argument('--data', metavar='SOURCE', required=True, help=f'pairs of audio and text: {data}')
-    parser.add_argument(
-        '--audio-folder',
-        metavar='FOLDER',
-        help='where the audio of a manifest lies, if not beside it; MusicCaps needs it',
-    )
-    parser.add_argument(
-        '--valid-data',
-        metavar='SOURCE',
-        help='held-out pairs, as --data (default: a share of --data; none for shards)',
-    )
-    parser.add_argument(
-        '--valid-audio-folder', metavar='FOLDER', help='the same for --valid-data as --audio-folder for --data'
-    )
-    add_training_options(parser)
-    parser.add_argument(
-        '--init-from',
-        metavar='FOLDER',
-        help='start from the model in this folder, written by save_pretrained; then the sections audio, text and mulan '
-        'of a recipe are not used',
-    )
-    parser.add_argument(
-        '--init-matching-from',
-        metavar='FOLDER',
-        help='build the model of the recipe, and take over from the model in this folder what fits, such as one of '
-        'another vocabulary; what does not is named',
-    )
-    parser.add_argument('--batch-size', type=int, metavar='N', help='pairs a micro-batch and process')
-    parser.add_argument(
-        '--grad-cache-chunk-size', type=int, metavar='N', help='pairs embedded at a time: less memory, the same step'
-    )
-    parser.set_defaults(run=run_train_mulan, prog=parser.prog)
-
-
-def run_train_mulan(options: argparse.Namespace) -> None:
-    from musiclm_pytorch.data.opening import GENERATED
-    from musiclm_pytorch.mulan.model import MuLaN
-    from musiclm_pytorch.trainer.batches import seed_everything
-    from musiclm_pytorch.trainer.recipes import FILE, MuLaNRecipe
-
-    output = Path(options.output)
-    if options.config is None and options.resume and (output / FILE).is_file():
-        options.config = output / FILE
-    recipe = MuLaNRecipe.default() if options.config is None else MuLaNRecipe.load(options.config)
-    recipe = recipe.updated(training=overrides_of(options))
-
-    seed_everything(recipe.seed)
-    if None not in (options.init_from, options.init_matching_from):
-        raise ValueError('--init-from takes a model as it is, --init-matching-from what fits of it; give one of them')
-    if options.init_from is None:
-        mulan = recipe.build_model()
-        if options.init_matching_from is not None:
-            mulan.load_matching(options.init_matching_from)
-    else:
-        mulan = MuLaN.from_pretrained(options.init_from)
-        recipe = recipe.with_model_of(mulan)
-    dataset = recipe.open_data(options.data, mulan, audio_folder=options.audio_folder)
-    valid_dataset = None
-    if options.valid_data is not None or options.data in GENERATED:
-        valid_dataset = recipe.open_data(
-            options.valid_data or options.data, mulan, audio_folder=options.valid_audio_folder, training=False
-        )
-    trainer = recipe.build_trainer(
-        mulan, dataset, valid_dataset=valid_dataset, results_folder=output, resume=options.resume
-    )
-    if trainer.is_main and trainer.step > 0:
-        print(f'going on from step {trainer.step}', flush=True)
-    trainer.train(**recipe.train_keywords)
-    if trainer.is_main:
-        report(trainer)
-
-
-def report(trainer) -> None:
-    """What came out of a training of MuLaN, in a few lines."""
-    print(f'{trainer.step} steps done; checkpoints and metrics.jsonl are in {trainer.results_folder}')
-    best = tell_best(trainer)
-    if best is None:
-        print('no held-out pairs, hence no best model; give --valid-data')
-        return
-    for way in ('audio_to_text', 'text_to_audio'):
-        numbers = ', '.join(f'{label} {best[f"{way}_{name}"]:.3g}' for name, label in METRICS.items())
-        print(f'{way.replace("_", " ")}: {numbers}')
-
-
-METRICS = dict(recall_at_1='R@1', recall_at_5='R@5', recall_at_10='R@10', median_rank='median rank', map_at_10='mAP@10')
-
-TRAININGS = [
-    train_mulan,
-    train_quantizer,
-    train_tokenizer,
-    train_codec,
-    train_stage('semantic', 'semantic tokens from conditioning'),
-    train_stage('coarse', 'coarse acoustic tokens from semantic ones'),
-    train_stage('fine', 'fine acoustic tokens from coarse ones'),
-    train_all,
-]
 SUBCOMMANDS = [shard, train, tokens, assemble, recipes, generate, stream, evaluate, compare, index, search, serve, app]

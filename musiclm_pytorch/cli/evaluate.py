@@ -10,60 +10,58 @@ import logging
 import re
 from pathlib import Path
 
+from musiclm_pytorch.cli.options import ANY_MULAN, add_device, add_model, add_output, command, option
+
 logger = logging.getLogger(__name__)
 
 
 def evaluate(subcommands) -> None:
     """`musiclm evaluate`: sound files and their texts to a report."""
-    parser = subcommands.add_parser(
+    parser = command(
+        subcommands,
         'evaluate',
-        help='measure generated music',
-        description='Measure quality, fit to the text and structure of generated music: report.json, figures.csv, '
-        'clips.csv, and report.html with plots and players, which needs no other file. Files that cannot be read are '
-        'told and left out.',
+        run_evaluate,
+        'measure generated music',
+        'Measure quality, fit to the text and structure of generated music: report.json, figures.csv, clips.csv, and '
+        'report.html with plots and players, which needs no other file. Files that cannot be read are told and left '
+        'out.',
     )
-    parser.add_argument('--generated', metavar='FOLDER', required=True, help='sound files, taken by their names')
-    parser.add_argument(
+    option(parser, '--generated', metavar='FOLDER', required=True, help='sound files, taken by their names')
+    option(
+        parser,
         '--texts',
         metavar='FILE',
         help='what each was made from: a .txt with a line a file, by name; a .json of file names, each with its text '
         'or with an object that has it under "prompt", as `musiclm generate` writes; or a .csv with the columns file '
         'and text. Without it the fit to the text is left out',
     )
-    parser.add_argument('--reference', metavar='FOLDER', help='sound files of real music to compare with')
-    parser.add_argument(
-        '--paired', action='store_true', help='each reference file belongs to the generated file of the same name'
-    )
-    parser.add_argument('-o', '--output', metavar='FOLDER', required=True, help='where the report goes')
-    parser.add_argument(
-        '--model',
-        metavar='FOLDER',
-        default='tiny',
-        help='the MuLaN that judges: a folder of a MuLaN or of a MusicLM, or the name of one that ships (default: '
-        '%(default)s)',
-    )
-    parser.add_argument('--clap', metavar='FOLDER', help='a CLAP on disk, for its score and distances')
-    parser.add_argument('--vggish', metavar='FILE', help="VGGish's weights on disk, for its distances")
-    parser.add_argument('--encodec', metavar='FILE', help="EnCodec's weights on disk, for its distances")
-    parser.add_argument('--passt', metavar='FILE', help="PaSST's weights on disk, for the divergence of its tags")
-    parser.add_argument('--seed', metavar='N', type=int, default=0, help='of resampling (default: %(default)s)')
-    parser.add_argument('--device', help='such as cuda (default: cpu)', default='cpu')
-    parser.add_argument('--players', metavar='N', type=int, default=12, help='clips on the page (default: %(default)s)')
-    parser.add_argument('--overwrite', action='store_true', help='write over a report that is in the folder already')
-    parser.set_defaults(run=run_evaluate, prog=parser.prog)
+    option(parser, '--reference', metavar='FOLDER', help='sound files of real music to compare with')
+    paired = 'each reference file belongs to the generated file of the same name'
+    option(parser, '--paired', action='store_true', help=paired)
+    add_output(parser, 'where the report goes', '-o')
+    add_model(parser, f'the MuLaN that judges: {ANY_MULAN}')
+    option(parser, '--clap', metavar='FOLDER', help='a CLAP on disk, for its score and distances')
+    option(parser, '--vggish', metavar='FILE', help="VGGish's weights on disk, for its distances")
+    option(parser, '--encodec', metavar='FILE', help="EnCodec's weights on disk, for its distances")
+    option(parser, '--passt', metavar='FILE', help="PaSST's weights on disk, for the divergence of its tags")
+    option(parser, '--seed', metavar='N', default=0, help='of resampling')
+    add_device(parser)
+    option(parser, '--players', metavar='N', default=12, help='clips on the page')
+    option(parser, '--overwrite', action='store_true', help='write over a report that is in the folder already')
 
 
 def compare(subcommands) -> None:
     """`musiclm compare`: reports side by side."""
-    parser = subcommands.add_parser(
+    parser = command(
+        subcommands,
         'compare',
-        help='put evaluations side by side',
-        description='Put reports of `musiclm evaluate` side by side: comparison.json, comparison.csv, comparison.html.',
+        run_compare,
+        'put evaluations side by side',
+        'Put reports of `musiclm evaluate` side by side: comparison.json, comparison.csv, comparison.html.',
     )
-    parser.add_argument('reports', metavar='FOLDER', nargs='+', help='reports; NAME=FOLDER gives a run a name')
-    parser.add_argument('-o', '--output', metavar='FOLDER', required=True, help='where the comparison goes')
-    parser.add_argument('--overwrite', action='store_true', help='write over a comparison that is there already')
-    parser.set_defaults(run=run_compare, prog=parser.prog)
+    option(parser, 'reports', metavar='FOLDER', nargs='+', help='reports; NAME=FOLDER gives a run a name')
+    add_output(parser, 'where the comparison goes', '-o')
+    option(parser, '--overwrite', action='store_true', help='write over a comparison that is there already')
 
 
 def run_evaluate(options: argparse.Namespace) -> None:

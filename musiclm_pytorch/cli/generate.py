@@ -12,25 +12,29 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from musiclm_pytorch.cli.options import add_device, add_model, add_output, command, option
 from musiclm_pytorch.version import __version__
 
 if TYPE_CHECKING:
     from musiclm_pytorch.gallery import Clip
 
+NEGATIVE = 'what the music is to keep away from, words or @FILE'
+
 
 def generate(subcommands) -> None:
     """`musiclm generate`: prompts to WAV files and a page."""
-    parser = subcommands.add_parser(
+    parser = command(
+        subcommands,
         'generate',
-        help='make music that fits the words',
-        description='Make music for one prompt or more: sound files, a page with players, spectrograms and the scores '
-        'by which MuLaN ranks the samples of a prompt, and prompts.json, which holds what makes each piece again. The '
-        'first sample of a prompt is that of the highest score. What is made is written prompt by prompt: Ctrl-C '
-        'leaves what is done.',
+        run_generate,
+        'make music that fits the words',
+        'Make music for one prompt or more: sound files, a page with players, spectrograms and the scores by which '
+        'MuLaN ranks the samples of a prompt, and prompts.json, which holds what makes each piece again. The first '
+        'sample of a prompt is that of the highest score. What is made is written prompt by prompt: Ctrl-C leaves what '
+        'is done.',
     )
-    parser.add_argument(
-        'prompts', metavar='PROMPT', nargs='*', help='what the music is like, in quotes; @FILE for a sound to be like'
-    )
+    prompts = 'what the music is like, in quotes; @FILE for a sound to be like'
+    option(parser, 'prompts', metavar='PROMPT', nargs='*', help=prompts)
     parser.add_argument(
         '--mix',
         metavar=('WEIGHT', 'PROMPT'),
@@ -38,16 +42,12 @@ def generate(subcommands) -> None:
         action='append',
         help='a prompt with its weight; all of these are one prompt together',
     )
-    parser.add_argument('--negative', metavar='PROMPT', help='what the music is to keep away from, words or @FILE')
-    parser.add_argument('-o', '--output', metavar='FOLDER', required=True, help='where files and page go')
-    add_model_option(parser)
-    parser.add_argument(
-        '--num-samples', metavar='N', type=int, default=1, help='pieces a prompt (default: %(default)s)'
-    )
-    parser.add_argument(
-        '--seconds', metavar='S', type=float, default=10.0, help='length, the prime included (default: %(default)s)'
-    )
-    parser.add_argument('--seed', metavar='N', type=int, default=0, help='another seed, other music (default: 0)')
+    option(parser, '--negative', metavar='PROMPT', help=NEGATIVE)
+    add_output(parser, 'where files and page go', '-o')
+    add_model(parser)
+    option(parser, '--num-samples', metavar='N', default=1, help='pieces a prompt')
+    option(parser, '--seconds', metavar='S', default=10.0, help='length, the prime included')
+    option(parser, '--seed', metavar='N', default=0, help='another seed, other music')
     for name, kind, what in (
         ('temperature', float, 'temperature'),
         ('top-k', int, 'only the k likeliest tokens'),
@@ -55,40 +55,37 @@ def generate(subcommands) -> None:
         ('cond-scale', float, 'guidance by the prompt; 1 is none'),
         ('negative-scale', float, 'guidance away from --negative (default: 1)'),
     ):
-        parser.add_argument(
-            f'--{name}', metavar='X', type=kind, nargs='+', help=f'{what}: one number, or one for each of three stages'
-        )
-    parser.add_argument('--prime', metavar='FILE', help='a sound file to go on from')
-    parser.add_argument(
+        each = f'{what}: one number, or one for each of three stages'
+        option(parser, f'--{name}', metavar='X', type=kind, nargs='+', help=each)
+    option(parser, '--prime', metavar='FILE', help='a sound file to go on from')
+    option(
+        parser,
         '--max-batch',
         metavar='N',
-        type=int,
         help='pieces made at a time: fewer need less memory, more take less time, and prompts are then written '
         'together (default: those of a prompt)',
     )
-    parser.add_argument(
-        '--format', choices=('wav', 'flac', 'ogg', 'mp3'), default='wav', help='of the files (default: %(default)s)'
-    )
-    parser.add_argument('--device', default='cpu', help='such as cuda (default: %(default)s)')
-    parser.add_argument('--overwrite', action='store_true', help='write over a page that is in the folder already')
-    parser.set_defaults(run=run_generate, prog=parser.prog)
+    option(parser, '--format', choices=('wav', 'flac', 'ogg', 'mp3'), default='wav', help='of the files')
+    add_device(parser)
+    option(parser, '--overwrite', action='store_true', help='write over a page that is in the folder already')
 
 
 def stream(subcommands) -> None:
     """`musiclm stream`: a prompt to a WAV that grows, for a player."""
-    parser = subcommands.add_parser(
+    parser = command(
+        subcommands,
         'stream',
-        help='play music while it is made',
-        description='Make music for a prompt without end and write it to the standard output while it is made, as a '
-        'WAV: musiclm stream "a slow piano" | ffplay -nodisp -i -',
+        run_stream,
+        'play music while it is made',
+        'Make music for a prompt without end and write it to the standard output while it is made, as a WAV: musiclm '
+        'stream "a slow piano" | ffplay -nodisp -i -',
     )
-    parser.add_argument('prompt', metavar='PROMPT', help='as of `musiclm generate`')
-    add_model_option(parser)
-    parser.add_argument('--seconds', metavar='S', type=float, help='end after so many (default: never)')
-    parser.add_argument('--seed', metavar='N', type=int, default=0, help='another seed, other music (default: 0)')
-    parser.add_argument('--negative', metavar='PROMPT', help='what the music is to keep away from, words or @FILE')
-    parser.add_argument('--device', default='cpu', help='such as cuda (default: %(default)s)')
-    parser.set_defaults(run=run_stream, prog=parser.prog)
+    option(parser, 'prompt', metavar='PROMPT', help='as of `musiclm generate`')
+    add_model(parser)
+    option(parser, '--seconds', metavar='S', help='end after so many (default: never)')
+    option(parser, '--seed', metavar='N', default=0, help='another seed, other music')
+    option(parser, '--negative', metavar='PROMPT', help=NEGATIVE)
+    add_device(parser)
 
 
 def run_stream(options: argparse.Namespace) -> None:
@@ -118,15 +115,6 @@ def run_stream(options: argparse.Namespace) -> None:
 def discard_output() -> None:
     """Let what waits to be printed, and cannot be, go nowhere: else the interpreter tries once more at its end."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def add_model_option(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        '--model',
-        metavar='FOLDER',
-        default='tiny',
-        help='a folder written by MusicLM.save_pretrained, or the name of a model that ships (default: %(default)s)',
-    )
 
 
 def run_generate(options: argparse.Namespace) -> None:

@@ -7,60 +7,49 @@ import logging
 import os
 from pathlib import Path
 
+from musiclm_pytorch.cli.options import ANY_MULAN, add_device, add_model, add_output, command, option
+
 logger = logging.getLogger(__name__)
 
 
 def index(subcommands) -> None:
     """`musiclm index`: sound files to an index of their latents."""
-    parser = subcommands.add_parser(
+    parser = command(
+        subcommands,
         'index',
-        help='make a folder of music searchable',
-        description='Embed all sound files under a folder with MuLaN, for `musiclm search`. Files that cannot be read '
-        'are told and left out.',
+        run_index,
+        'make a folder of music searchable',
+        'Embed all sound files under a folder with MuLaN, for `musiclm search`. Files that cannot be read are told and '
+        'left out.',
     )
-    parser.add_argument('folder', metavar='FOLDER', help='sound files, in folders within, too')
-    parser.add_argument('-o', '--output', metavar='INDEX', required=True, help='the folder that the index goes into')
-    parser.add_argument(
-        '--model',
-        metavar='FOLDER',
-        default='tiny',
-        help='the MuLaN that listens: a folder of a MuLaN or of a MusicLM, or the name of one that ships (default: '
-        '%(default)s)',
-    )
-    parser.add_argument(
-        '--window', metavar='S', type=float, help='seconds heard at once (default: 10, or what the model takes)'
-    )
-    parser.add_argument('--hop', metavar='S', type=float, help='seconds from window to window (default: --window)')
-    parser.add_argument(
-        '--batch-size', metavar='N', type=int, default=16, help='windows embedded at a time (default: %(default)s)'
-    )
-    parser.add_argument('--device', help='such as cuda (default: cpu)', default='cpu')
-    parser.add_argument('--overwrite', action='store_true', help='write over an index that is there already')
-    parser.set_defaults(run=run_index, prog=parser.prog)
+    option(parser, 'folder', metavar='FOLDER', help='sound files, in folders within, too')
+    add_output(parser, 'the folder that the index goes into', '-o', metavar='INDEX')
+    add_model(parser, f'the MuLaN that listens: {ANY_MULAN}')
+    option(parser, '--window', metavar='S', help='seconds heard at once (default: 10, or what the model takes)')
+    option(parser, '--hop', metavar='S', help='seconds from window to window (default: --window)')
+    option(parser, '--batch-size', metavar='N', default=16, help='windows embedded at a time')
+    add_device(parser)
+    option(parser, '--overwrite', action='store_true', help='write over an index that is there already')
 
 
 def search(subcommands) -> None:
     """`musiclm search`: words or a sound file to the nearest clips of an index."""
-    parser = subcommands.add_parser(
+    parser = command(
+        subcommands,
         'search',
-        help='find music by words or by sound',
-        description='The clips of an index that fit a text best, or that sound most like a file, with their cosines.',
+        run_search,
+        'find music by words or by sound',
+        'The clips of an index that fit a text best, or that sound most like a file, with their cosines.',
     )
-    parser.add_argument('index', metavar='INDEX', help='a folder written by `musiclm index`')
-    parser.add_argument('text', metavar='TEXT', nargs='?', help='what the music is like')
-    parser.add_argument('--audio', metavar='FILE', help='a sound file to search by, instead of a text')
-    parser.add_argument('-k', metavar='N', type=int, default=10, help='clips to show (default: %(default)s)')
-    parser.add_argument(
-        '--tags', metavar='N', type=int, default=0, help='words to show beside each clip (default: %(default)s)'
-    )
-    parser.add_argument(
-        '--model', metavar='FOLDER', help='where the MuLaN lies now (default: where it was when the index was made)'
-    )
-    parser.add_argument(
-        '--backend', choices=('auto', 'faiss', 'torch'), default='auto', help='all give the same (default: %(default)s)'
-    )
-    parser.add_argument('--device', help='such as cuda (default: cpu)', default='cpu')
-    parser.set_defaults(run=run_search, prog=parser.prog)
+    option(parser, 'index', metavar='INDEX', help='a folder written by `musiclm index`')
+    option(parser, 'text', metavar='TEXT', nargs='?', help='what the music is like')
+    option(parser, '--audio', metavar='FILE', help='a sound file to search by, instead of a text')
+    option(parser, '-k', metavar='N', default=10, help='clips to show')
+    option(parser, '--tags', metavar='N', default=0, help='words to show beside each clip')
+    model = 'where the MuLaN lies now (default: where it was when the index was made)'
+    option(parser, '--model', metavar='FOLDER', help=model)
+    option(parser, '--backend', choices=('auto', 'faiss', 'torch'), default='auto', help='all give the same')
+    add_device(parser)
 
 
 def run_index(options: argparse.Namespace) -> None:

@@ -6,6 +6,8 @@ import argparse
 import contextlib
 import warnings
 
+from musiclm_pytorch.cli.options import SHIPPED, add_device, add_model, command, option
+
 # the fields of ServiceConfig, which is not loaded for `--help`; a test compares the defaults
 LIMITS = {
     'max-requests': (64, 'requests in progress at once; one more is answered 503'),
@@ -23,27 +25,21 @@ LIMITS = {
 
 def serve(subcommands) -> None:
     """`musiclm serve`: embed, rank, generate over HTTP."""
-    parser = subcommands.add_parser(
+    parser = command(
+        subcommands,
         'serve',
-        help='embed, rank and make music over HTTP',
-        description='Serve a model over HTTP: POST /embed, /rank and /generate, GET /stream, / and /health. A MuLaN '
-        'alone makes no music. There are no users and no encryption: beyond this machine, put a proxy in front.',
+        run_serve,
+        'embed, rank and make music over HTTP',
+        'Serve a model over HTTP: POST /embed, /rank and /generate, GET /stream, / and /health. A MuLaN alone makes no '
+        'music. There are no users and no encryption: beyond this machine, put a proxy in front.',
     )
-    parser.add_argument(
-        '--model',
-        metavar='FOLDER',
-        default='tiny',
-        help='a folder of a MusicLM or of a MuLaN, or the name of a model that ships (default: %(default)s)',
-    )
-    parser.add_argument('--host', default='127.0.0.1', help='address to listen at (default: %(default)s)')
-    parser.add_argument('--port', metavar='N', type=int, default=8000, help='0 takes a free one (default: %(default)s)')
-    parser.add_argument('--device', default='cpu', help='such as cuda (default: %(default)s)')
+    add_model(parser, f'a folder of a MusicLM or of a MuLaN, or {SHIPPED}')
+    option(parser, '--host', metavar='HOST', default='127.0.0.1', help='address to listen at')
+    option(parser, '--port', metavar='N', default=8000, help='0 takes a free one')
+    add_device(parser)
     limits = parser.add_argument_group('limits')
     for name, (default, what) in LIMITS.items():
-        metavar = 'S' if isinstance(default, float) else 'N'
-        what = f'{what} (default: %(default)s)'
-        limits.add_argument(f'--{name}', metavar=metavar, type=type(default), default=default, help=what)
-    parser.set_defaults(run=run_serve, prog=parser.prog)
+        option(limits, f'--{name}', metavar='S' if isinstance(default, float) else 'N', default=default, help=what)
 
 
 def run_serve(options: argparse.Namespace) -> None:

@@ -1,4 +1,4 @@
-"""What the subcommands of training share, and those of the codec, the tokens, the stages and the whole."""
+"""The subcommands of training, of recipes, and of the whole put together."""
 
 from __future__ import annotations
 
@@ -6,154 +6,280 @@ import argparse
 import time
 from pathlib import Path
 
-from musiclm_pytorch.cli.parts import add_codec_option, open_codec
-
-
-def add_training_options(parser: argparse.ArgumentParser) -> None:
-    """The options that every training has."""
-    parser.add_argument(
-        '--config',
-        metavar='FILE',
-        help='a recipe: a YAML or JSON file, or a name that `musiclm recipes` lists; also one for `musiclm train all`, '
-        'of which this part is taken. What it leaves out is as in the default recipe',
-    )
-    parser.add_argument('--output', metavar='FOLDER', required=True, help='where checkpoints, logs and the model go')
-    parser.add_argument(
-        '--resume',
-        action='store_true',
-        help='go on from the newest checkpoint under --output, if there is one, by the recipe there if there is no '
-        '--config; without --resume, what is under --output is moved aside',
-    )
-    length = parser.add_mutually_exclusive_group()
-    length.add_argument('--steps', type=int, metavar='N', help='steps of the whole run')
-    length.add_argument('--epochs', type=int, metavar='N', help='passes over the data, in the whole run')
-    parser.add_argument('--lr', type=float, metavar='RATE', help='highest learning rate')
-    parser.add_argument('--seed', type=int, metavar='N', help='of the weights, the order of the data and the dropout')
-    parser.add_argument('--precision', choices=['no', 'bf16', 'fp16', 'auto'], help='mixed precision; fp16 needs CUDA')
-    parser.add_argument('--workers', type=int, metavar='N', help='processes that read data')
-    parser.add_argument('--validate-every', type=int, metavar='N', help='steps between validations (default: an epoch)')
-    parser.add_argument('--checkpoint-every', type=int, metavar='N', help='steps between checkpoints')
-    parser.add_argument(
-        '--checkpoint-minutes', type=float, metavar='N', help='minutes between checkpoints, if these are over sooner'
-    )
-    parser.add_argument(
-        '--log-with', metavar='NAME', help="a tracker by Accelerate's name, such as tensorboard or wandb"
-    )
-
-
-# options that stand for a key of the section 'training'
-OVERRIDES = dict(
-    steps='num_train_steps',
-    epochs='num_epochs',
-    batch_size='batch_size',
-    lr='lr',
-    seed='seed',
-    precision='mixed_precision',
-    workers='num_workers',
-    grad_cache_chunk_size='grad_cache_chunk_size',
-    validate_every='validate_every',
-    checkpoint_every='checkpoint_every',
-    checkpoint_minutes='checkpoint_minutes',
-    log_with='log_with',
+from musiclm_pytorch.cli.data import open_codec
+from musiclm_pytorch.cli.options import (
+    PAIRS,
+    add_codec,
+    add_config,
+    add_data,
+    add_output,
+    add_training,
+    command,
+    option,
+    overrides_of,
 )
 
+WHOLE = 'musiclm train all'
+COMMAND_LINE = 'the command line'  # what errors begin with
+STAGES = dict(
+    semantic='semantic tokens from conditioning',
+    coarse='coarse acoustic tokens from semantic ones',
+    fine='fine acoustic tokens from coarse ones',
+)
+METRICS = dict(recall_at_1='R@1', recall_at_5='R@5', recall_at_10='R@10', median_rank='median rank', map_at_10='mAP@10')
 
-def overrides_of(options: argparse.Namespace) -> dict:
-    values = {key: getattr(options, name, None) for name, key in OVERRIDES.items()}
-    return {key: value for key, value in values.items() if value is not None}
+
+def train(subcommands) -> None:
+    """`musiclm train`: a subcommand of its own for each kind of model."""
+    parser = subcommands.add_parser('train', help='train a model', description='Train a model on audio and captions.')
+    models = parser.add_subparsers(dest='model', required=True, metavar='MODEL')
+    train_mulan(models)
+    train_quantizer(models)
+    train_tokenizer(models)
+    train_codec(models)
+    for stage, what in STAGES.items():
+        train_stage(models, stage, what)
+    train_all(models)
 
 
-def train_stage(stage: str, description: str):
-    """`musiclm train semantic|coarse|fine`: from cached tokens and a recipe to a trained stage."""
+def train_mulan(models) -> None:
+    """`musiclm train mulan`: from data and a recipe to a trained MuLaN."""
+    parser = command(
+        models,
+        'mulan',
+        run_train_mulan,
+        'MuLaN, the joint embedding of music and text',
+        'Train MuLaN. Works as it is under `torchrun` and `accelerate launch` too.',
+    )
+    add_data(parser, PAIRS)
+    valid = 'held-out pairs, as --data (default: a share of --data; none for shards)'
+    option(parser, '--valid-data', metavar='SOURCE', help=valid)
+    also = 'the same for --valid-data as --audio-folder for --data'
+    option(parser, '--valid-audio-folder', metavar='FOLDER', help=also)
+    add_training(parser, 'grad_cache_chunk_size')
+    option(
+        parser,
+        '--init-from',
+        metavar='FOLDER',
+        help='start from the model in this folder, written by save_pretrained; then the sections audio, text and mulan '
+        'of a recipe are not used',
+    )
+    option(
+        parser,
+        '--init-matching-from',
+        metavar='FOLDER',
+        help='build the model of the recipe, and take over from the model in this folder what fits, such as one of '
+        'another vocabulary; what does not is named',
+    )
 
-    def declare(models) -> None:
-        parser = models.add_parser(stage, help=description, description=f'Train the {stage} stage: {description}.')
-        parser.add_argument('--tokens', metavar='FOLDER', required=True, help='tokens, made by `musiclm tokens`')
-        parser.add_argument('--valid-tokens', metavar='FOLDER', help='held-out tokens (default: a share of --tokens)')
-        parser.add_argument(
-            '--quantizer',
-            metavar='FOLDER',
-            help='the fitted quantizer that conditions the stage; without it, the stage has no conditioning',
+
+def train_quantizer(models) -> None:
+    """`musiclm train quantizer`: codebooks for the latents of a trained MuLaN."""
+    parser = command(
+        models,
+        'quantizer',
+        run_train_quantizer,
+        'the quantizer between MuLaN and the stages',
+        'Fit the codebooks of the quantizer to the latents of audio and captions.',
+    )
+    add_fitting(parser, 'quantizer')
+    dims = 'widths of the semantic, coarse and fine stage (default: 512)'
+    option(parser, '--dims', metavar='N', nargs=3, help=dims)
+    option(parser, '--quantizers', metavar='N', help='levels (default: 8)')
+    option(parser, '--codebook-size', metavar='N', help='codes a level (default: 1024)')
+
+
+def train_tokenizer(models) -> None:
+    """`musiclm train tokenizer`: k-means over what a trained MuLaN or another audio model hears."""
+    parser = command(
+        models,
+        'tokenizer',
+        run_train_tokenizer,
+        'the semantic tokenizer',
+        "Fit the semantic tokenizer: k-means over the hidden states of a trained MuLaN's audio tower, or of an audio "
+        'model of transformers.',
+    )
+    add_fitting(parser, 'tokenizer')
+    option(parser, '--codebook-size', metavar='N', help='different tokens (default: 1024)')
+    layer = "of the audio tower (default: MuLaN's patches, the 7th of another model)"
+    option(parser, '--layer', metavar='N', help=layer)
+
+
+def add_fitting(parser: argparse.ArgumentParser, part: str) -> None:
+    source = parser.add_mutually_exclusive_group(required=True)
+    what = 'a trained MuLaN, or the folder of its training'
+    if part == 'tokenizer':
+        option(
+            source,
+            '--model',
+            metavar='SOURCE',
+            help='HuBERT, MERT, w2v-BERT, Whisper, CLAP or their like: the folder of a model of transformers, or its '
+            'name on the Hugging Face Hub',
         )
-        add_training_options(parser)
-        parser.add_argument('--batch-size', type=int, metavar='N', help='crops a micro-batch and process')
-        parser.set_defaults(run=run_train_stage, prog=parser.prog, stage=stage)
-
-    return declare
+    else:
+        what += '; or a CLAP of transformers, its folder or its name on the Hugging Face Hub'
+    option(source, '--mulan', metavar='SOURCE', help=what)
+    add_data(parser)
+    add_config(parser, f"a recipe of every part, as for `{WHOLE}`, whose section '{part}' counts")
+    add_output(parser, f'where the {part} goes')
+    option(parser, '--max-items', metavar='N', help='clips of --data used (default: all)')
+    option(parser, '--seed', metavar='N', help='of the k-means')
 
 
 def train_codec(models) -> None:
     """`musiclm train codec`: from audio and a recipe to a codec."""
-    parser = models.add_parser(
+    parser = command(
+        models,
         'codec',
-        help='the codec, waves to tokens and back',
-        description='Train a SoundStream, or a NeuralCodec by the recipe codec_neural; or, by a recipe of every part '
-        'that has no part codec, such as musiclm_small, fit a SpectralCodec, which takes a CPU half a minute.',
+        run_train_codec,
+        'the codec, waves to tokens and back',
+        'Train a SoundStream, or a NeuralCodec by the recipe codec_neural; or, by a recipe of every part that has no '
+        'part codec, such as musiclm_small, fit a SpectralCodec, which takes a CPU half a minute.',
     )
-    parser.add_argument('--data', metavar='SOURCE', required=True, help='as for `musiclm train mulan`')
-    add_training_options(parser)
-    parser.add_argument('--batch-size', type=int, metavar='N', help='crops a micro-batch and process')
-    parser.set_defaults(run=run_train_codec, prog=parser.prog)
+    add_data(parser, audio_folder=False)
+    add_training(parser)
+
+
+def train_stage(models, stage: str, what: str) -> None:
+    """`musiclm train semantic|coarse|fine`: from cached tokens and a recipe to a trained stage."""
+    parser = command(models, stage, run_train_stage, what, f'Train the {stage} stage: {what}.', stage=stage)
+    option(parser, '--tokens', metavar='FOLDER', required=True, help='tokens, made by `musiclm tokens`')
+    option(parser, '--valid-tokens', metavar='FOLDER', help='held-out tokens (default: a share of --tokens)')
+    condition = 'the fitted quantizer that conditions the stage; without it, the stage has no conditioning'
+    option(parser, '--quantizer', metavar='FOLDER', help=condition)
+    add_training(parser)
 
 
 def train_all(models) -> None:
     """`musiclm train all`: from pairs of audio and text to a MusicLM."""
-    parser = models.add_parser(
+    parser = command(
+        models,
         'all',
-        help='every part of MusicLM in turn, and the whole put together',
-        description='Train MuLaN, quantizer, semantic tokenizer, codec and the three stages, each in a folder of its '
-        'own under --output; the model is in the folder musiclm there. Interrupted, the same command with --resume '
-        'goes on where it was.',
+        run_train_all,
+        'every part of MusicLM in turn, and the whole put together',
+        'Train MuLaN, quantizer, semantic tokenizer, codec and the three stages, each in a folder of its own under '
+        '--output; the model is in the folder musiclm there. Interrupted, the same command with --resume goes on where '
+        'it was.',
     )
-    parser.add_argument('--data', metavar='SOURCE', required=True, help='as for `musiclm train mulan`')
-    parser.add_argument(
-        '--audio-folder',
+    add_data(parser)
+    valid = 'held-out pairs for MuLaN, as --data (default: a share of --data; none for shards)'
+    option(parser, '--valid-data', metavar='SOURCE', help=valid)
+    add_config(
+        parser,
+        'a recipe of every part: a YAML or JSON file, or a name that `musiclm recipes` lists, such as musiclm_small; '
+        'what it leaves out is as in the default recipe',
+    )
+    add_output(parser, 'where everything goes')
+    resume = 'go on with the run under --output, by the recipe there; otherwise what is there is moved aside'
+    option(parser, '--resume', action='store_true', help=resume)
+    option(parser, '--seed', metavar='N', help='of every part, instead of those of the recipe')
+    add_codec(parser, 'instead of the one of the recipe')
+    option(
+        parser,
+        '--begin-with',
         metavar='FOLDER',
-        help='where the audio of a manifest lies, if not beside it; MusicCaps needs it',
+        help='a MusicLM of the same sizes, or the name of one that ships: its codec and semantic tokenizer are taken '
+        'as they are, the stages go on from its weights, and MuLaN from what fits of them',
     )
-    parser.add_argument(
-        '--valid-data',
-        metavar='SOURCE',
-        help='held-out pairs for MuLaN, as --data (default: a share of --data; none for shards)',
-    )
-    parser.add_argument(
-        '--config',
-        metavar='FILE',
-        help='a recipe of every part: a YAML or JSON file, or a name that `musiclm recipes` lists, such as '
-        'musiclm_small; what it leaves out is as in the default recipe',
-    )
-    parser.add_argument('--output', metavar='FOLDER', required=True, help='where everything goes')
-    parser.add_argument(
-        '--resume',
-        action='store_true',
-        help='go on with the run under --output, by the recipe there; otherwise what is there is moved aside',
-    )
-    parser.add_argument('--seed', type=int, metavar='N', help='of every part, instead of those of the recipe')
-    add_codec_option(parser, 'instead of the one of the recipe')
-    parser.set_defaults(run=run_train_all, prog=parser.prog)
 
 
-def tokens(subcommands) -> None:
-    """`musiclm tokens`: what the stages are trained on, computed once."""
-    parser = subcommands.add_parser(
-        'tokens',
-        help='compute the tokens that the stages are trained on',
-        description='Compute tokens of whole clips. Interrupted, the same command goes on where it was.',
+def assemble(subcommands) -> None:
+    """`musiclm assemble`: trained parts to a MusicLM."""
+    parser = command(
+        subcommands,
+        'assemble',
+        run_assemble,
+        'put the trained parts of a MusicLM together',
+        'Put a MusicLM together from the folders quantizer, tokenizer, codec, semantic, coarse and fine under PARTS, '
+        'each written by the training of that name. Of what was trained, the best model is taken.',
     )
-    parser.add_argument('--data', metavar='SOURCE', required=True, help='as for `musiclm train mulan`')
-    parser.add_argument('-o', '--output', metavar='FOLDER', required=True, help='where the tokens go')
-    for name, what in (('tokenizer', 'semantic tokenizer'), ('quantizer', 'quantizer')):
-        parser.add_argument(f'--{name}', metavar='FOLDER', help=f'a trained {what}, for its tokens')
-    add_codec_option(parser, 'for its tokens')
-    parser.add_argument('--batch-size', type=int, metavar='N', default=8, help='waves at a time (default: %(default)s)')
-    parser.add_argument(
-        '--synthetic', nargs=2, metavar=('N', 'SECONDS'), default=('20000', '10'), help='clips of "--data synthetic"'
+    option(parser, 'parts', metavar='PARTS', help='the folder that the parts are in')
+    add_output(parser, 'where the MusicLM goes', '-o')
+    add_config(parser, f"a recipe of every part, as for `{WHOLE}`; its section 'musiclm' counts: windows, sampling …")
+    add_codec(parser, 'where the parts have none')
+    held_out = 'held-out pairs, as --data of the trainings: what `usual_score_prompts` of the section is measured on'
+    option(parser, '--valid-data', metavar='SOURCE', help=held_out)
+
+
+def recipes(subcommands) -> None:
+    """`musiclm recipes`: those that come with the package."""
+    parser = command(
+        subcommands,
+        'recipes',
+        run_recipes,
+        'list the recipes that come with the package, or print one',
+        'List the recipes that come with the package, or print one. --config of every training takes their names; to '
+        'change one, print it into a file: musiclm recipes musiclm_small > my.yaml',
     )
-    parser.add_argument(
-        '--aside', action='store_true', help='tokens of something else under --output are moved aside, not an error'
-    )
-    # each kind of tokens lets one writer in: another process may compute another kind
-    parser.set_defaults(run=run_tokens, prog=parser.prog, shares_output=True)
+    option(parser, 'name', metavar='NAME', nargs='?', help='the recipe to print; with --keys a part, such as mulan')
+    keys = 'list the keys that a recipe may have, with their types and defaults'
+    option(parser, '--keys', action='store_true', help=keys)
+
+
+# ---- what they do ----
+
+
+def read_recipe(kind, options: argparse.Namespace):
+    """The recipe named by the options, the one of an interrupted run, or the default one; with the options in it."""
+    from musiclm_pytorch.trainer.config_schema import check_sections
+    from musiclm_pytorch.trainer.recipes import FILE
+
+    if options.config is None and options.resume and (Path(options.output) / FILE).is_file():
+        options.config = Path(options.output) / FILE
+    recipe = kind.default() if options.config is None else kind.load(options.config)
+    fields = check_sections(options.fields, kind.SECTIONS, COMMAND_LINE)
+    return recipe.updated(training=overrides_of(options)).updated(**fields)
+
+
+def read_whole(options: argparse.Namespace, **sections: dict):
+    """The recipe of every part named by the options, or the default one; with the options in it."""
+    from musiclm_pytorch.trainer.pipeline_recipe import MusicLMRecipe
+
+    recipe = MusicLMRecipe() if options.config is None else MusicLMRecipe.load(options.config)
+    return recipe.updated(sections, COMMAND_LINE).updated(options.fields, COMMAND_LINE)
+
+
+def write_results(output: str, save) -> None:
+    """Let `save` write into a folder of its own; what was there is moved aside."""
+    from musiclm_pytorch.trainer.folders import new_results
+
+    with new_results(Path(output), resume=False, clear=False):
+        save(output)
+
+
+def run_train_mulan(options: argparse.Namespace) -> None:
+    from musiclm_pytorch.data.opening import GENERATED
+    from musiclm_pytorch.mulan.model import MuLaN
+    from musiclm_pytorch.trainer.batches import seed_everything
+    from musiclm_pytorch.trainer.recipes import MuLaNRecipe
+
+    recipe = read_recipe(MuLaNRecipe, options)
+    seed_everything(recipe.seed)
+    if None not in (options.init_from, options.init_matching_from):
+        raise ValueError('--init-from takes a model as it is, --init-matching-from what fits of it; give one of them')
+    if options.init_from is None:
+        mulan = recipe.build_model()
+        if options.init_matching_from is not None:
+            mulan.load_matching(options.init_matching_from)
+    else:
+        mulan = MuLaN.from_pretrained(options.init_from)
+        recipe = recipe.with_model_of(mulan)
+    dataset = recipe.open_data(options.data, mulan, audio_folder=options.audio_folder)
+    valid_dataset = None
+    if options.valid_data is not None or options.data in GENERATED:
+        valid_dataset = recipe.open_data(
+            options.valid_data or options.data, mulan, audio_folder=options.valid_audio_folder, training=False
+        )
+    trainer = run_trainer(recipe, options, mulan, dataset, valid_dataset=valid_dataset)
+    if not trainer.is_main:
+        return
+    print(f'{trainer.step} steps done; checkpoints and metrics.jsonl are in {trainer.results_folder}')
+    if (best := tell_best(trainer)) is None:
+        print('no held-out pairs, hence no best model; give --valid-data')
+        return
+    for way in ('audio_to_text', 'text_to_audio'):
+        numbers = ', '.join(f'{label} {best[f"{way}_{name}"]:.3g}' for name, label in METRICS.items())
+        print(f'{way.replace("_", " ")}: {numbers}')
 
 
 def run_train_stage(options: argparse.Namespace) -> None:
@@ -164,95 +290,43 @@ def run_train_stage(options: argparse.Namespace) -> None:
     recipe = read_recipe(STAGE_RECIPES[options.stage], options)
     quantizer = None if options.quantizer is None else MuLaNEmbedQuantizer.from_pretrained(options.quantizer)
     seed_everything(recipe.seed)
-    trainer = recipe.build_trainer(
-        recipe.build_model(options.tokens, quantizer),
-        options.tokens,
-        valid_tokens=options.valid_tokens,
-        quantizer=quantizer,
-        results_folder=Path(options.output),
-        resume=options.resume,
-    )
-    run_trainer(recipe, trainer)
+    model, held_out = recipe.build_model(options.tokens, quantizer), options.valid_tokens
+    report(run_trainer(recipe, options, model, options.tokens, valid_tokens=held_out, quantizer=quantizer))
 
 
 def run_train_codec(options: argparse.Namespace) -> None:
     from musiclm_pytorch.trainer.batches import seed_everything
     from musiclm_pytorch.trainer.stage_recipes import CodecRecipe
 
-    if fits_spectral_codec(options.config):
+    if fits_spectral_codec(options):
         run_fit_spectral_codec(options)
         return
     recipe = read_recipe(CodecRecipe, options)
     seed_everything(recipe.seed)
     codec = recipe.build_model()
-    trainer = recipe.build_trainer(
-        codec,
-        recipe.open_data(options.data, codec),
-        sample_rate=codec.target_sample_hz,
-        results_folder=Path(options.output),
-        resume=options.resume,
-    )
-    run_trainer(recipe, trainer)
+    data = recipe.open_data(options.data, codec)
+    report(run_trainer(recipe, options, codec, data, sample_rate=codec.target_sample_hz))
 
 
-def fits_spectral_codec(config: str | None) -> bool:
-    """Whether a recipe is one of every part that has a SpectralCodec for its codec."""
-    from musiclm_pytorch.trainer.recipes import is_whole
-    from musiclm_pytorch.trainer.config_schema import read_content
-    from musiclm_pytorch.trainer.stage_recipes import CodecRecipe
-
-    content = None if config is None else read_content(config)
-    if not is_whole(content, CodecRecipe.SECTIONS) or content.get('codec') is not None:
-        return False
-    if content.get('pretrained_codec') is not None:
-        raise ValueError(f'{config} takes a codec that is trained already; there is none to train')
-    return True
-
-
-def run_fit_spectral_codec(options: argparse.Namespace) -> None:
-    from musiclm_pytorch.audiolm.saving import save_module
-    from musiclm_pytorch.data.opening import open_whole_clips
-    from musiclm_pytorch.trainer.assembly import build_spectral_codec, fit_spectral_codec
-    from musiclm_pytorch.trainer.folders import new_results
-    from musiclm_pytorch.trainer.pipeline_recipe import MusicLMRecipe
-
-    if unused := sorted(overrides_of(options).keys() - {'seed'}):
-        raise ValueError(
-            f'{options.config} has a SpectralCodec, which is fitted at once: {unused[0]} means nothing to it'
-        )
-    recipe = MusicLMRecipe.load(options.config)
-    fitted = recipe.fitted.updated(spectral_codec={} if options.seed is None else dict(seed=options.seed))
-    codec = build_spectral_codec(fitted)
-    missing = fit_spectral_codec(
-        fitted, codec, open_whole_clips(options.data, sample_rate=codec.target_sample_hz, **recipe.synthetic)
-    )
-    with new_results(Path(options.output), resume=False, clear=False):
-        save_module(codec, options.output)
-    print(f'{len(missing)} levels of {codec.codebook_size} codes, in {options.output}')
-    print(f'{missing[-1]:.1%} of the variance of the spectra is missing after the last level')
-
-
-def read_recipe(kind, options: argparse.Namespace):
-    """The recipe named by the options, the one of an interrupted run, or the default one."""
-    from musiclm_pytorch.trainer.recipes import FILE
-
-    if options.config is None and options.resume and (Path(options.output) / FILE).is_file():
-        options.config = Path(options.output) / FILE
-    recipe = kind.default() if options.config is None else kind.load(options.config)
-    return recipe.updated(training=overrides_of(options))
-
-
-def run_trainer(recipe, trainer) -> None:
+def run_trainer(recipe, options: argparse.Namespace, model, data, **keywords):
+    """Train a model by a recipe; gives the trainer."""
+    trainer = recipe.build_trainer(model, data, results_folder=Path(options.output), resume=options.resume, **keywords)
     if trainer.is_main and trainer.step > 0:
         print(f'going on from step {trainer.step}', flush=True)
-    results = trainer.train(**recipe.train_keywords)
-    if trainer.is_main:
-        print(f'{trainer.step} steps done; checkpoints, metrics.jsonl and the model are in {trainer.results_folder}')
-        if results:
-            found = {name: results[name] for name in ('loss', 'valid_loss') if name in results}
-            print(', '.join(f'{name.replace("_", " ")} {value:.4g}' for name, value in found.items()))
-        if trainer.held_out:
-            tell_best(trainer)
+    trainer.last_results = trainer.train()
+    return trainer
+
+
+def report(trainer) -> None:
+    """What came out of a training of a stage or a codec, in a few lines."""
+    if not trainer.is_main:
+        return
+    print(f'{trainer.step} steps done; checkpoints, metrics.jsonl and the model are in {trainer.results_folder}')
+    if results := trainer.last_results:
+        found = {name: results[name] for name in ('loss', 'valid_loss') if name in results}
+        print(', '.join(f'{name.replace("_", " ")} {value:.4g}' for name, value in found.items()))
+    if trainer.held_out:
+        tell_best(trainer)
 
 
 def tell_best(trainer) -> dict | None:
@@ -268,38 +342,95 @@ def tell_best(trainer) -> dict | None:
     return found
 
 
-def run_tokens(options: argparse.Namespace) -> None:
-    from musiclm_pytorch.audiolm.semantic import SemanticTokenizer
-    from musiclm_pytorch.audiolm.tokens import compute_tokens
-    from musiclm_pytorch.data.opening import open_whole_clips
-    from musiclm_pytorch.quantizer import MuLaNEmbedQuantizer
+def fits_spectral_codec(options: argparse.Namespace) -> bool:
+    """Whether a recipe is one of every part that has a SpectralCodec for its codec."""
+    from musiclm_pytorch.trainer.config_schema import read_content
+    from musiclm_pytorch.trainer.recipes import is_whole
+    from musiclm_pytorch.trainer.stage_recipes import CodecRecipe
+
+    content = None if options.config is None else read_content(options.config)
+    if not is_whole(content, CodecRecipe.SECTIONS) or content.get('codec') is not None:
+        return False
+    if content.get('pretrained_codec') is not None:
+        raise ValueError(f'{options.config} takes a codec that is trained already; there is none to train')
+    return True
+
+
+def run_fit_spectral_codec(options: argparse.Namespace) -> None:
+    from musiclm_pytorch.audiolm.saving import save_module
+    from musiclm_pytorch.trainer.assembly import build_spectral_codec, fit_spectral_codec
+
+    if unused := sorted(overrides_of(options).keys() - {'seed'}):
+        raise ValueError(
+            f'{options.config} has a SpectralCodec, which is fitted at once: {unused[0]} means nothing to it'
+        )
+    recipe = read_whole(options, spectral_codec={} if options.seed is None else dict(seed=options.seed))
+    codec = build_spectral_codec(recipe.fitted)
+    options.audio_folder = None
+    missing = fit_spectral_codec(recipe.fitted, codec, open_clips(recipe, options, codec.target_sample_hz))
+    write_results(options.output, lambda folder: save_module(codec, folder))
+    print(f'{len(missing)} levels of {codec.codebook_size} codes, in {options.output}')
+    print(f'{missing[-1]:.1%} of the variance of the spectra is missing after the last level')
+
+
+def run_train_quantizer(options: argparse.Namespace) -> None:
+    from musiclm_pytorch.trainer.assembly import fit_quantizer
+
+    names = dict(quantizers='rq_num_quantizers', codebook_size='codebook_size', max_items='max_items', seed='seed')
+    recipe, mulan = read_whole(options, quantizer=given(options, names)), open_mulan(options)
+    clips = open_clips(recipe, options, mulan.sample_rate)
+    quantizer, missing = fit_quantizer(recipe.fitted, mulan, clips, options.dims or recipe.conditioning_dims)
+    write_results(options.output, quantizer.save_pretrained)
+    print(f'{len(missing)} levels of {quantizer.codebook_size} codes, in {options.output}')
+    print(f'{missing[-1]:.1%} of the squared length of the latents are missing after the last level')
+
+
+def run_train_tokenizer(options: argparse.Namespace) -> None:
+    from musiclm_pytorch.mulan.model import MuLaN
+    from musiclm_pytorch.trainer.assembly import build_tokenizer, fit_tokenizer
+
+    names = {name: name for name in ('model', 'codebook_size', 'layer', 'max_items', 'seed')}
+    recipe, mulan = read_whole(options, tokenizer=given(options, names)), None
+    if options.mulan is not None:
+        if (model := recipe.fitted.tokenizer.get('model')) is not None:
+            raise ValueError(
+                f'{options.config} has {model} as the model of its section tokenizer, and --mulan names '
+                f'{options.mulan}: leave one of them out'
+            )
+        mulan = open_mulan(options)
+        if not isinstance(mulan, MuLaN):
+            raise ValueError(
+                f'{options.mulan} is a {type(mulan.model).__name__}, no MuLaN of this package: pass the folder or '
+                'the name of the CLAP as --model'
+            )
+    tokenizer = build_tokenizer(recipe.fitted, mulan)
+    missing = fit_tokenizer(recipe.fitted, tokenizer, open_clips(recipe, options, tokenizer.target_sample_hz))
+    write_results(options.output, tokenizer.save_pretrained)
+    rate = tokenizer.target_sample_hz / tokenizer.downsample_factor
+    print(f'{tokenizer.codebook_size} semantic tokens, {rate:.3g} a second, in {options.output}')
+    print(f'{missing:.1%} of the variance of the features is missing')
+
+
+def given(options: argparse.Namespace, names: dict[str, str]) -> dict:
+    """Keys of a section, from the options that were given."""
+    return {key: it for name, key in names.items() if (it := getattr(options, name)) is not None}
+
+
+def open_mulan(options: argparse.Namespace):
+    from musiclm_pytorch.mulan.pretrained import load_joint
     from musiclm_pytorch.trainer.assembly import model_in
 
-    readers = dict(tokenizer=SemanticTokenizer.from_pretrained, quantizer=MuLaNEmbedQuantizer.from_pretrained)
-    modules = {
-        name: read(model_in(Path(folder)))
-        for name, read in readers.items()
-        if (folder := getattr(options, name)) is not None
-    }
-    if (codec := open_codec(options)) is not None:
-        modules['codec'] = codec
-    rates = [it.target_sample_hz for name, it in modules.items() if name != 'quantizer']
-    rates += [modules['quantizer'].mulan.sample_rate] if 'quantizer' in modules else []
-    if not rates or None in rates:
-        raise ValueError('give at least one of --tokenizer, --codec and --quantizer, each of a known sample rate')
-    length, seconds = options.synthetic
-    dataset = open_whole_clips(
-        options.data, sample_rate=max(rates), synthetic_length=int(length), synthetic_seconds=float(seconds)
-    )
-    compute_tokens(
-        dataset,
-        options.output,
-        sample_rate=max(rates),
-        batch_size=options.batch_size,
-        on_change='aside' if options.aside else 'error',
-        **modules,
-    )
-    print(f'tokens of {len(dataset)} clips are in {options.output}')
+    mulan = load_joint(model_in(Path(options.mulan)))
+    if mulan.sample_rate is None:
+        raise ValueError('the model does not know its sample rate; build it with audio_sample_rate')
+    return mulan
+
+
+def open_clips(recipe, options: argparse.Namespace, sample_rate: int):
+    from musiclm_pytorch.data.opening import open_whole_clips
+
+    audio_folder = options.audio_folder
+    return open_whole_clips(options.data, sample_rate=sample_rate, audio_folder=audio_folder, **recipe.synthetic)
 
 
 def run_train_all(options: argparse.Namespace) -> None:
@@ -309,6 +440,8 @@ def run_train_all(options: argparse.Namespace) -> None:
     recipe = None if options.config is None else MusicLMRecipe.load(options.config)
     if options.seed is not None:
         recipe = (recipe or MusicLMRecipe()).with_seed(options.seed)
+    if options.fields:
+        recipe = (recipe or MusicLMRecipe()).updated(options.fields, COMMAND_LINE)
     codec = options.codec
     if codec is None and options.codec_quantizers is not None:
         codec = None if recipe is None else recipe.fitted.pretrained_codec.get('source')
@@ -323,10 +456,50 @@ def run_train_all(options: argparse.Namespace) -> None:
         recipe,
         audio_folder=options.audio_folder,
         valid_data=options.valid_data,
+        begin_with=options.begin_with,
         resume=options.resume,
         on_part=lambda name, seconds: print(f'{name}: {seconds:.0f} s', flush=True),
         on_begin=lambda name, number, parts: print(f'part {number} of {parts}, {name}', flush=True),
     )
     print(f'all of it: {time.perf_counter() - start:.0f} s')
-    folder = Path(options.output) / 'musiclm'
+    tell_model(Path(options.output) / 'musiclm')
+
+
+def run_assemble(options: argparse.Namespace) -> None:
+    import torch
+
+    from musiclm_pytorch.trainer.assembly import assemble_musiclm, measure_usual_score
+
+    recipe = read_whole(options)
+    settings = dict(recipe.fitted.musiclm)
+    dtype, prompts = getattr(torch, settings.pop('dtype', 'float32')), settings.pop('usual_score_prompts', None)
+    if (prompts is None) != (options.valid_data is None):
+        raise ValueError('usual_score_prompts and --valid-data belong together: how many captions, and which')
+    musiclm = assemble_musiclm(options.parts, codec=open_codec(options), **settings)
+    if prompts is not None:
+        pairs = recipe.mulan.open_data(options.valid_data, musiclm.mulan_embed_quantizer.mulan, training=False)
+        musiclm.usual_score = measure_usual_score(musiclm, pairs, prompts)
+    write_results(options.output, lambda folder: musiclm.save_pretrained(folder, dtype=dtype))
+    tell_model(options.output)
+
+
+def tell_model(folder: str | Path) -> None:
     print(f'the model is in {folder}; hear it with: musiclm generate "a slow piano melody" --model {folder} -o out')
+
+
+def run_recipes(options: argparse.Namespace) -> None:
+    from musiclm_pytorch.trainer.config_schema import shipped_recipes
+
+    if options.keys:
+        from musiclm_pytorch.trainer.pipeline_recipe import list_keys
+
+        print('\n'.join(list_keys(options.name)))
+        return
+    shipped = shipped_recipes()
+    if options.name is None:
+        for name, path in shipped.items():
+            print(f'{name:16} {path.read_text(encoding="utf-8").partition(". ")[0].removeprefix("# ")}')
+    elif options.name in shipped:
+        print(shipped[options.name].read_text(encoding='utf-8'), end='')
+    else:
+        raise ValueError(f'there is no recipe {options.name!r} in the package, which has {", ".join(shipped)}')

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from torch.utils.data import Dataset
@@ -31,6 +32,7 @@ def open_pairs(
     mixed_shards: int = 16,
     synthetic_length: int = 20_000,
     synthetic_valid_length: int = 256,
+    mentions: Mapping[str, float] | None = None,
 ) -> Dataset:
     """The data set at `source`: a folder, a manifest, MusicCaps' CSV (with `audio_folder`), shards, 'synthetic', which
     is `SyntheticMusic`, or 'scores', which is `ScoreMusic` with the sound font that it finds.
@@ -45,6 +47,7 @@ def open_pairs(
         check_headers: as in `AudioTextDataset`; shards and generated music have nothing to check.
         mixed_shards: as in `ShardedAudioText`.
         synthetic_length, synthetic_valid_length: items of what is generated, in training and outside of it.
+        mentions: of what is generated, the share of the captions that tell an attribute, as in `SyntheticMusic`.
 
     Raises:
         FileNotFoundError, ValueError: nothing is there, or nothing usable.
@@ -55,7 +58,7 @@ def open_pairs(
             raise ValueError(f'{source} music has no length of its own; give max_seconds')
         length, split = (synthetic_length, 'train') if training else (synthetic_valid_length, 'valid')
         make = GENERATED[str(source)]
-        return make(length, seed=seed, seconds=max_seconds, sample_rate=sample_rate, split=split)
+        return make(length, seed=seed, seconds=max_seconds, sample_rate=sample_rate, split=split, mentions=mentions)
     path = Path(source)
     if audio_folder is None and (path.suffix == '.tar' or (path.is_dir() and any(path.glob('*.tar')))):
         return ShardedAudioText(source, **crops, training=training, mixed_shards=mixed_shards)
@@ -72,11 +75,14 @@ def open_whole_clips(
     audio_folder: str | Path | None = None,
     synthetic_length: int = 20_000,
     synthetic_seconds: float = 10.0,
+    synthetic_seed: int = 0,
+    synthetic_mentions: Mapping[str, float] | None = None,
 ) -> Dataset:
     """The same for what is computed once: items by index, alike at each visit, clips from beginning to end.
 
     Args:
         synthetic_length, synthetic_seconds: clips of what is generated, of its split 'train', and how long each is.
+        synthetic_seed, synthetic_mentions: their seed, and what their captions tell, as `mentions` of `open_pairs`.
         others: as in `open_pairs`.
     """
     generated = str(source) in GENERATED
@@ -87,5 +93,7 @@ def open_whole_clips(
         training=generated,
         max_seconds=synthetic_seconds if generated else None,
         synthetic_length=synthetic_length,
+        seed=synthetic_seed if generated else 0,
+        mentions=synthetic_mentions,
     )
     return ShardItems(dataset) if isinstance(dataset, ShardedAudioText) else dataset

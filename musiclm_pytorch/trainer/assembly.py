@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
@@ -21,13 +23,19 @@ from musiclm_pytorch.audiolm.stages import STAGES
 from musiclm_pytorch.checks import fitted, typechecked
 from musiclm_pytorch.codecs.neural import NeuralCodec
 from musiclm_pytorch.codecs.pretrained import PretrainedCodec
+from musiclm_pytorch.data.collate import split_item
+from musiclm_pytorch.data.generated import GeneratedMusic
+from musiclm_pytorch.data.shards import ShardedAudioText, ShardItems
 from musiclm_pytorch.mulan.checkpoint import CONFIG_FILE, read_config, saved_kind
 from musiclm_pytorch.mulan.model import MuLaN
+from musiclm_pytorch.mulan.vocabulary import PromptWarning
 from musiclm_pytorch.musiclm import MusicLM
 from musiclm_pytorch.quantizer import MuLaNEmbedQuantizer
 from musiclm_pytorch.trainer.batches import seed_everything
 from musiclm_pytorch.trainer.pipeline_recipe import FittedRecipe
 from musiclm_pytorch.trainer.stages import load_stage
+
+PROMPTS_AT_ONCE = 25  # where scores are measured
 
 
 def fit_quantizer(
@@ -177,6 +185,26 @@ def assemble_musiclm(
         unique_consecutive=unique['semantic'],
         **stages,
     ).eval()
+
+
+def measure_usual_score(musiclm: MusicLM, pairs: Dataset, count: int) -> float:
+    """The score that 95 % of single samples reach, for the first captions of held-out pairs, of the length that the
+    semantic stage sees."""
+    if isinstance(pairs, ShardedAudioText):
+        pairs = ShardItems(pairs)
+    indices = range(min(count, len(pairs)))
+    if isinstance(pairs, GeneratedMusic):  # its captions need no music
+        prompts = [pairs.text(index) for index in indices]
+    else:
+        prompts = [split_item(item, 'a held-out pair')[1] for item in map(pairs.__getitem__, indices) if item]
+    scores = []
+    with warnings.catch_warnings(), tqdm(total=len(prompts), desc='usual score', unit='prompt', disable=None) as bar:
+        warnings.simplefilter('ignore', PromptWarning)
+        for start in range(0, len(prompts), PROMPTS_AT_ONCE):
+            some = prompts[start : start + PROMPTS_AT_ONCE]
+            scores.append(musiclm(some, 1, seconds=musiclm.windows[0], seed=start, return_scores=True).scores[:, 0])
+            bar.update(len(some))
+    return round(torch.cat(scores).quantile(0.05).item(), 3)
 
 
 def load_codec(source: str | Path, num_quantizers: int | None = None) -> nn.Module:

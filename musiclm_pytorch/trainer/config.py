@@ -27,8 +27,8 @@ class TrainingConfig:
     `MuLaNTrainer(mulan, dataset, lr=1e-3)` is `MuLaNTrainer(mulan, dataset, config=TrainingConfig(lr=1e-3))`.
 
     Attributes:
-        num_train_steps: steps of `train()` when it is not told otherwise.
-        num_epochs: passes over the data in place of steps; if both are None, one.
+        num_train_steps: steps of the whole run, where `train` is not told otherwise.
+        num_epochs: passes over the data, in the whole run; one where neither is given.
         batch_size: items a micro-batch and process; by default 32, or what the data set has for each process.
         grad_accum_every: micro-batches a step, which has the gradient of one batch of all their items.
         lr: highest learning rate; by default 3e-4, of a codec 2e-4.

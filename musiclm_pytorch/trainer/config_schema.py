@@ -1,12 +1,13 @@
 """The schema of recipes: sections of keywords, checked against the signatures of what they are keywords of.
 
-The signatures are all there is to declare: Python's `inspect` reads them and beartype checks values by their hints.
-jsonargparse 4.53 was tried in its place: it loads the constructors, hence torch, to tell `--help`, takes a key given twice
-without a word, does not name file or nearest key, and would rename every option that has a dash.
+The signatures are all there is to declare: Python's `inspect` reads them, and beartype checks values by their hints.
+jsonargparse (4.53) was tried in its place: to tell `--help` it has to load the constructors, hence torch; it takes a
+key given twice without a word, names neither file nor nearest key, and knows no option with a dash.
 """
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from musiclm_pytorch.checks import fitted, keywords_of, shown
+from musiclm_pytorch.checks import fitted, keywords_of, shown, shown_hint
 from musiclm_pytorch.trainer.config import nearest
 
 SHIPPED = Path(__file__).resolve().parent / 'shipped_recipes'
@@ -45,6 +46,16 @@ class Section:
             for name, hint in keywords_of(target).items():
                 types.setdefault(name, hint)
         return {name: hint for name, hint in types.items() if name not in self.refused}
+
+    def described(self) -> dict[str, tuple[str, Any]]:
+        """The type of each valid key, in words, and its default."""
+        defaults = {}
+        for target in self.targets:
+            for name, it in inspect.signature(target).parameters.items():
+                defaults.setdefault(name, it.default)
+        return {
+            name: (shown_hint(hint), defaults.get(name, inspect.Parameter.empty)) for name, hint in self.types.items()
+        }
 
     def alternatives(self, key: str) -> set[str]:
         """Other keys that say the same thing."""

@@ -14,15 +14,18 @@ from torch.utils.data import Dataset
 
 from musiclm_pytorch.atomic import read_checked_json, write_json
 from musiclm_pytorch.audiolm.convert import own_codec
-from musiclm_pytorch.audiolm.saving import save_module
+from musiclm_pytorch.audiolm.saving import load_module, save_module
 from musiclm_pytorch.audiolm.semantic import SemanticTokenizer
 from musiclm_pytorch.audiolm.stages import STAGES
 from musiclm_pytorch.audiolm.tokens import compute_tokens
 from musiclm_pytorch.checks import typechecked
 from musiclm_pytorch.data.opening import GENERATED, open_whole_clips
+from musiclm_pytorch.data.shard_writer import write_shards
 from musiclm_pytorch.locking import only_writer
+from musiclm_pytorch.mulan.checkpoint import load_strictly
 from musiclm_pytorch.mulan.model import MuLaN
 from musiclm_pytorch.musiclm import MusicLM
+from musiclm_pytorch.pretrained import find_pretrained
 from musiclm_pytorch.quantizer import MuLaNEmbedQuantizer
 from musiclm_pytorch.trainer.assembly import (
     assemble_musiclm,
@@ -33,6 +36,7 @@ from musiclm_pytorch.trainer.assembly import (
     fit_tokenizer,
     is_whole,
     load_codec,
+    measure_usual_score,
     model_in,
 )
 from musiclm_pytorch.trainer.batches import seed_everything
@@ -53,6 +57,7 @@ def train_musiclm(
     *,
     audio_folder: str | Path | None = None,
     valid_data: str | Path | None = None,
+    begin_with: str | Path | None = None,
     resume: bool = False,
     on_part: Callable[[str, float], None] | None = None,
     on_begin: Callable[[str, int, int], None] | None = None,
@@ -69,6 +74,8 @@ def train_musiclm(
         recipe: of every part; the default one, or with `resume` the one in `output`, if it is left out.
         audio_folder: where the audio of a manifest lies, if not beside it; MusicCaps needs it.
         valid_data: held-out pairs for MuLaN, as `data`; by default a share of `data`, and none of shards.
+        begin_with: a MusicLM of the same sizes, its folder or the name of one that ships: its codec and its semantic
+            tokenizer are taken as they are, the stages go on from its weights, and MuLaN from what fits of them.
         resume: go on from what is in `output`; otherwise that is moved aside.
         on_part: called with each part's name and the seconds that it took.
         on_begin: called before each part with its name, its number from 1 on, and how many there are.
@@ -86,7 +93,8 @@ def train_musiclm(
             'musiclm tokens, then musiclm train semantic, coarse, fine'
         )
     with only_writer(output):
-        return _train(data, Path(output), recipe, audio_folder, valid_data, resume, on_part, on_begin)
+        begin = None if begin_with is None else find_pretrained(begin_with)
+        return _train(data, Path(output), recipe, audio_folder, valid_data, begin, resume, on_part, on_begin)
 
 
 def _train(
@@ -95,6 +103,7 @@ def _train(
     recipe: MusicLMRecipe | None,
     audio_folder: str | Path | None,
     valid_data: str | Path | None,
+    begin_with: Path | None,
     resume: bool,
     on_part: Callable[[str, float], None] | None,
     on_begin: Callable[[str, int, int], None] | None,
@@ -107,7 +116,7 @@ def _train(
             known = moved_aside(output, FILE)
             hint = '' if known is None else f'; an earlier run is in {known}'
             logger.warning('nothing to resume in %s: every part is trained from its beginning%s', output, hint)
-    parts = _Parts(source['data'], output, recipe, source['audio_folder'], valid_data)
+    parts = _Parts(source['data'], output, recipe, source['audio_folder'], valid_data, begin_with)
     names = ('mulan', 'quantizer', 'tokenizer', 'codec', 'tokens', *STAGES, 'musiclm')
     with said_once('musiclm_pytorch.data.datasets', 'musiclm_pytorch.data.reading'):  # of files that are left out
         # what is wrong with the data or the recipe shows here, while everything is where it was
@@ -181,7 +190,9 @@ class _Parts:
         recipe: MusicLMRecipe,
         audio_folder: str | None,
         valid_data: str | Path | None,
+        begin_with: Path | None,
     ):
+        self.begin_with = begin_with
         self.data, self.output, self.recipe, self.audio_folder = data, output, recipe, audio_folder
         self.valid_data = None if valid_data is None else str(valid_data)
 
@@ -194,9 +205,9 @@ class _Parts:
             return
         seed_everything(recipe.seed)
         mulan = recipe.build_model()
-        held_out = None
-        if self.valid_data is not None or self.data in GENERATED:
-            held_out = recipe.open_data(self.valid_data or self.data, mulan, training=False)
+        if self.begin_with is not None:
+            mulan.load_matching(self.begin_with / 'quantizer' / 'mulan')
+        held_out = self.held_out(mulan)
         dataset = recipe.open_data(self.data, mulan, audio_folder=self.audio_folder)
         self.mulan_trainer = recipe.build_trainer(
             mulan, dataset, valid_dataset=held_out, results_folder=folder, resume=resume
@@ -231,6 +242,9 @@ class _Parts:
         folder = self.output / 'tokenizer'
         if is_whole(folder):
             return
+        if self.begin_with is not None:
+            SemanticTokenizer.from_pretrained(self.begin_with / 'tokenizer').save_pretrained(folder)
+            return
         mulan = MuLaN.from_pretrained(model_in(self.output / 'mulan'))
         tokenizer = build_tokenizer(self.recipe.fitted, mulan)
         fit_tokenizer(self.recipe.fitted, tokenizer, self.clips(tokenizer.target_sample_hz))
@@ -241,6 +255,9 @@ class _Parts:
         if self.recipe.fitted.pretrained_codec:
             if self.pretrained_codec is not None:
                 save_module(self.pretrained_codec, folder)
+        elif self.begin_with is not None:
+            if not is_whole(folder):
+                save_module(load_module(self.begin_with / 'codec'), folder)
         elif recipe is None:
             if is_whole(folder):
                 return
@@ -276,6 +293,9 @@ class _Parts:
         quantizer, tokens = self.load_quantizer(), self.output / 'tokens'
         seed_everything(recipe.seed)
         transformer = recipe.build_model(tokens, quantizer)
+        if self.begin_with is not None:
+            weights = load_module(self.begin_with / name).state_dict()
+            load_strictly(transformer, weights, source=self.begin_with / name)
         trainer = recipe.build_trainer(
             transformer, tokens, quantizer=quantizer, results_folder=folder, resume=holds_something(folder)
         )
@@ -284,15 +304,30 @@ class _Parts:
     def musiclm(self) -> MusicLM:
         with self.recipe.fitted.section('musiclm') as keywords:
             dtype = getattr(torch, keywords.pop('dtype', 'float32'))
+            prompts = keywords.pop('usual_score_prompts', None)
             musiclm = assemble_musiclm(self.output, **{**keywords, 'windows': self.recipe.windows})
+            if prompts is not None:
+                pairs = self.held_out(musiclm.mulan_embed_quantizer.mulan)
+                if pairs is None:
+                    raise ValueError('usual_score_prompts needs held-out captions: give valid_data (--valid-data)')
+                musiclm.usual_score = measure_usual_score(musiclm, pairs, prompts)
         musiclm.save_pretrained(self.output / 'musiclm', dtype=dtype)
         return musiclm
 
     def clips(self, sample_rate: int) -> Dataset:
         """Whole clips, for what is fitted and for the tokens."""
-        return open_whole_clips(
-            self.data, sample_rate=sample_rate, audio_folder=self.audio_folder, **self.recipe.synthetic
-        )
+        data, synthetic = self.data, self.recipe.synthetic
+        rate = self.recipe.fitted.tokens.get('synthetic_rendered')
+        if rate is not None and data in GENERATED:
+            data = str(self.output / 'clips')
+            write_shards(open_whole_clips(self.data, sample_rate=rate, **synthetic), data)
+        return open_whole_clips(data, sample_rate=sample_rate, audio_folder=self.audio_folder, **synthetic)
+
+    def held_out(self, mulan: MuLaN) -> Dataset | None:
+        """Pairs that MuLaN is validated on; None where it is by a share of the data."""
+        if self.valid_data is None and self.data not in GENERATED:
+            return None
+        return self.recipe.mulan.open_data(self.valid_data or self.data, mulan, training=False)
 
     def load_quantizer(self) -> MuLaNEmbedQuantizer:
         return MuLaNEmbedQuantizer.from_pretrained(self.output / 'quantizer')

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -16,20 +16,32 @@ from musiclm_pytorch.audiolm.stages import STAGES
 from musiclm_pytorch.audiolm.tokens import compute_tokens
 from musiclm_pytorch.musiclm import MusicLM
 from musiclm_pytorch.quantizer import MuLaNEmbedQuantizer
+from musiclm_pytorch.trainer.config import nearest
+from musiclm_pytorch.trainer.config_schema import Section, check_sections, read_content, shown
 from musiclm_pytorch.trainer.recipes import FITTED_PARTS, IS_CODE, TRAINED_PARTS, MuLaNRecipe, Recipe, write_recipe
-from musiclm_pytorch.trainer.config_schema import Section, nearest, read_content, shown
 from musiclm_pytorch.trainer.stage_recipes import CoarseRecipe, CodecRecipe, FineRecipe, SemanticRecipe
 
 IS_DATA = 'say --data on the command line'
 FROM_MULAN = 'it follows from the part mulan'
 FROM_STAGES = 'it follows from the parts semantic, coarse and fine'
 IS_OWN = 'the pipeline sees to it'
+# of generated music: how many clips are used whole, how they are made, and the rate, in Hz, at which they are kept
+SYNTHETIC = dict(
+    synthetic_length=int,
+    synthetic_seconds=float,
+    synthetic_seed=int,
+    synthetic_mentions=dict[str, float],
+    synthetic_rendered=int,
+)
+CODEC_PARTS = ('codec', 'spectral_codec', 'pretrained_codec')
 MUSICLM_PARTS = ('audio_lm', 'mulan_embed_quantizer', *STAGES, 'codec', 'tokenizer', 'unique_consecutive')
 
 
-@dataclass(frozen=True)
 class FittedRecipe(Recipe):
     """What is fitted rather than trained, and how it is put together: keywords of constructors and of `fit`.
+
+    Of generated music, `tokens.synthetic_rendered` is a rate in Hz: its clips are rendered once, into shards, for all
+    parts but MuLaN. `musiclm.usual_score_prompts` is how many held-out captions `usual_score` is measured on.
 
     The section `tokenizer` is of a `TransformersSemanticTokenizer` if it has the key `model`, else of MuLaN's.
     """
@@ -65,21 +77,18 @@ class FittedRecipe(Recipe):
                 on_change=IS_OWN,
                 texts=IS_OWN,
             ),
-            more=dict(synthetic_length=int, synthetic_seconds=float),
+            more=SYNTHETIC,
         ),
         'musiclm': Section(
             (MusicLM,),
             refused=dict.fromkeys(MUSICLM_PARTS, IS_OWN),
-            more=dict(dtype=Literal['float32', 'float16', 'bfloat16']),
+            more=dict(dtype=Literal['float32', 'float16', 'bfloat16'], usual_score_prompts=int),
         ),
     }
 
-    quantizer: dict[str, Any] = field(default_factory=dict)
-    tokenizer: dict[str, Any] = field(default_factory=dict)
-    spectral_codec: dict[str, Any] = field(default_factory=dict)
-    pretrained_codec: dict[str, Any] = field(default_factory=dict)
-    tokens: dict[str, Any] = field(default_factory=lambda: dict(synthetic_length=20_000, synthetic_seconds=10.0))
-    musiclm: dict[str, Any] = field(default_factory=dict)
+    DEFAULT: ClassVar[Mapping[str, Mapping[str, Any]]] = dict(
+        tokens=dict(synthetic_length=20_000, synthetic_seconds=10.0)
+    )
 
 
 RECIPES = {it.part: it for it in (MuLaNRecipe, CodecRecipe, SemanticRecipe, CoarseRecipe, FineRecipe)}
@@ -126,6 +135,13 @@ class MusicLMRecipe:
 
     @classmethod
     def from_content(cls, content: Any, source: str) -> MusicLMRecipe:
+        return cls().updated(content, source)
+
+    def updated(self, content: Any, source: str) -> MusicLMRecipe:
+        """The recipe with what `content`, such as a file, says of some keys of some parts; errors begin with `source`.
+
+        A codec of another kind takes the place of the one that there was.
+        """
         content = {} if content is None else content
         known = (*TRAINED_PARTS, *FITTED_PARTS)
         if not isinstance(content, Mapping):
@@ -133,20 +149,29 @@ class MusicLMRecipe:
         for name in content:
             if name not in known:
                 raise ValueError(f'{source}: unknown part {name!r}; {nearest(name, known)}')
-        if len([name for name in ('codec', 'spectral_codec', 'pretrained_codec') if content.get(name) is not None]) > 1:
+        content = {name: it for name, it in content.items() if it is not None}
+        codecs = [name for name in CODEC_PARTS if name in content]
+        if len(codecs) > 1:
             raise ValueError(
                 f'{source}: codec trains a SoundStream or a NeuralCodec, spectral_codec fits a SpectralCodec, '
                 'pretrained_codec takes one that is trained; keep one'
             )
-        parts: dict[str, Any] = {
-            name: kind.from_content(content[name], f'{source}, part {name}')
-            for name, kind in RECIPES.items()
-            if content.get(name) is not None
-        }
-        fitted = {name: content[name] for name in FittedRecipe.SECTIONS if content.get(name) is not None}
-        parts['fitted'] = FittedRecipe.from_content(fitted, source)
+        parts: dict[str, Any] = {}
+        for name, kind in RECIPES.items():
+            if name in content:
+                where = f'{source}, part {name}'
+                own = getattr(self, name) or kind.default()
+                checked = check_sections(content[name], kind.SECTIONS, where)
+                parts[name] = kind(**own.updated(**checked).to_dict(), source=where)
+        fitted = {name: it for name, it in content.items() if name in FITTED_PARTS}
+        checked = check_sections(fitted, FittedRecipe.SECTIONS, source)
+        before = self.fitted.to_dict()
+        if codecs:  # of the others, nothing is left
+            before |= {name: {} for name in CODEC_PARTS if name in before and name not in codecs}
+            parts.setdefault('codec', None)
+        parts['fitted'] = FittedRecipe(**before, source=source).updated(**checked)
         try:
-            return cls(**parts)
+            return replace(self, **parts)
         except (TypeError, ValueError) as error:
             raise type(error)(f'{source}: {error}') from error
 
@@ -165,18 +190,15 @@ class MusicLMRecipe:
 
     def with_seed(self, seed: int) -> MusicLMRecipe:
         """The same, every part of it by this seed."""
-        parts = {
-            it.name: getattr(self, it.name).updated(training=dict(seed=seed))
-            for it in fields(self)
-            if it.name != 'fitted' and getattr(self, it.name) is not None
-        }
+        trained = {name: dict(training=dict(seed=seed)) for name in RECIPES if getattr(self, name) is not None}
         seeded = {name: dict(seed=seed) for name in ('quantizer', 'tokenizer', 'spectral_codec')}
-        return type(self)(**parts, fitted=self.fitted.updated(**seeded))
+        parts = {name: getattr(self, name).updated(**it) for name, it in trained.items()}
+        return replace(self, **parts, fitted=self.fitted.updated(**seeded))
 
     def with_pretrained_codec(self, source: str, num_quantizers: int | None = None) -> MusicLMRecipe:
         """The same with a codec that is trained already."""
         section = dict(source=source) | ({} if num_quantizers is None else dict(num_quantizers=num_quantizers))
-        return replace(self, codec=None, fitted=replace(self.fitted, pretrained_codec=section))
+        return replace(self, codec=None, fitted=FittedRecipe(**self.fitted.to_dict() | dict(pretrained_codec=section)))
 
     def check_levels(self, levels: int) -> None:
         """Raise ValueError unless a codec of so many levels has some for the coarse stage and some for the fine one."""
@@ -208,8 +230,8 @@ class MusicLMRecipe:
 
     @property
     def synthetic(self) -> dict[str, Any]:
-        """How many clips of "synthetic" are used whole, and how long: keywords of `open_whole_clips`."""
-        names = ('synthetic_length', 'synthetic_seconds')
+        """How clips of "synthetic" and "scores" are made that are used whole: keywords of `open_whole_clips`."""
+        names = SYNTHETIC.keys() - {'synthetic_rendered'}
         return {name: it for name, it in self.fitted.tokens.items() if name in names}
 
     @property
@@ -217,3 +239,22 @@ class MusicLMRecipe:
         """Seconds that each stage sees when music is made: those of its crops, unless the part musiclm says others."""
         crops = (getattr(self, name).training.get('seconds') or STAGE_SECONDS[name] for name in STAGES)
         return self.fitted.musiclm.get('windows') or tuple(float(seconds) for seconds in crops)
+
+
+def list_keys(part: str | None = None) -> list[str]:
+    """A line for each key that the recipe of a whole may have, or that of one part, with its type and default.
+
+    Raises ValueError for an unknown part.
+    """
+    sections = {name: kind.SECTIONS for name, kind in RECIPES.items()} | {'': FittedRecipe.SECTIONS}
+    if part is not None:
+        if part not in RECIPES and part not in FITTED_PARTS:
+            raise ValueError(f'unknown part {part!r}; {nearest(part, (*TRAINED_PARTS, *FITTED_PARTS))}')
+        sections = {'': RECIPES[part].SECTIONS if part in RECIPES else {part: FittedRecipe.SECTIONS[part]}}
+    lines = []
+    for name, own in sections.items():
+        for section, schema in own.items():
+            for key, (hint, default) in schema.described().items():
+                told = '' if default is inspect.Parameter.empty else f' = {default!r}'
+                lines.append(f'{f"{name}.{section}.{key}".lstrip(".")}: {hint}{told}')
+    return lines

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import copy
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import FrozenInstanceError
 from pathlib import Path
 from typing import Any, ClassVar
 
+from torch import nn
+
 from musiclm_pytorch.atomic import write_json
+from musiclm_pytorch.data.generated import GeneratedMusic
 from musiclm_pytorch.data.opening import open_pairs
 from musiclm_pytorch.mulan.audio_transformer import AudioSpectrogramTransformer
 from musiclm_pytorch.mulan.model import MuLaN
 from musiclm_pytorch.mulan.recipes import create_optimized_audiospectrogram_transformer
 from musiclm_pytorch.mulan.text_transformer import TextTransformer
-from musiclm_pytorch.trainer.mulan import MuLaNTrainer
+from musiclm_pytorch.trainer.config import TrainingConfig
 from musiclm_pytorch.trainer.config_schema import Section, check_sections, read_content, says_something
+from musiclm_pytorch.trainer.mulan import MuLaNTrainer
+from musiclm_pytorch.trainer.trainer import Trainer
 
 FILE = 'recipe.json'
 # what the recipe of a whole MusicLM may hold: parts with recipes of their own, and sections of what is fitted
@@ -31,21 +37,32 @@ def write_recipe(content: Mapping[str, Any], folder: str | Path) -> Path:
     return path
 
 
-@dataclass(frozen=True)
 class Recipe:
-    """What every recipe does; a subclass has a field for each of its `SECTIONS`, a dict of keywords.
+    """Sections of keywords, checked when it is made and frozen from then on; each is an attribute, a dict.
 
-    Keys and types are checked when a recipe is made.
+    Args:
+        sections: of those in `SECTIONS`; the others are as by default.
+        source: what errors begin with.
     """
 
-    SECTIONS: ClassVar[Mapping[str, Section]] = {}
     part: ClassVar[str]  # its name in the recipe of a whole MusicLM
+    SECTIONS: ClassVar[Mapping[str, Section]] = {}
+    DEFAULT: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
 
-    source: str = field(default='the recipe', kw_only=True, compare=False)
+    def __init__(self, *, source: str = 'the recipe', **sections: Any):
+        content = copy.deepcopy({name: self.DEFAULT.get(name, {}) for name in self.SECTIONS} | sections)
+        vars(self).update(check_sections(content, self.SECTIONS, source), source=source)
 
-    def __post_init__(self):
-        for name, values in check_sections(self.to_dict(), self.SECTIONS, self.source).items():
-            object.__setattr__(self, name, values)
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise FrozenInstanceError(f'cannot assign to field {name!r}; use updated')
+
+    def __eq__(self, other: object) -> bool:
+        return type(self) is type(other) and self.to_dict() == other.to_dict()
+
+    __hash__ = None
+
+    def __repr__(self) -> str:
+        return f'{type(self).__name__}({", ".join(f"{name}={it!r}" for name, it in self.to_dict().items())})'
 
     @classmethod
     def load(cls, path: str | Path) -> Recipe:
@@ -82,7 +99,7 @@ class Recipe:
         return type(self)(**content, source=self.source)
 
     def to_dict(self) -> dict[str, dict[str, Any]]:
-        return {it.name: getattr(self, it.name) for it in fields(self) if it.name != 'source'}
+        return {name: getattr(self, name) for name in self.SECTIONS}
 
     def save(self, folder: str | Path) -> Path:
         """Write `recipe.json` into a folder; `load` reads it."""
@@ -107,30 +124,61 @@ def is_whole(content: Any, sections: Mapping[str, Section]) -> bool:
     return len(same) < len(content) or all(isinstance(it, Mapping) and it.keys() <= sections.keys() for it in same)
 
 
-DEFAULT = {
-    'audio': dict(dim=256, depth=4, use_case='music', audio_sample_rate=16000, support_variable_length=True),
-    'text': dict(dim=256, depth=4),
-    'mulan': dict(dim_latent=128),
-    'data': dict(max_seconds=10.0),
-    'training': dict(
-        num_epochs=20,
-        lr=5e-4,
-        optimizer='adamw',
-        weight_decay=0.05,
-        lr_scheduler_type='cosine',
-        warmup_steps=500,
-        use_ema=True,
-        checkpoint_every=500,
-        seed=42,
-    ),
-}
+def training_section(trainer: type[Trainer], model: str, **refused: str) -> Section:
+    """The section `training`: keywords of a trainer, but for what the command line and the other sections say."""
+    names = ('step_module', 'collate_fn', 'grouping', 'callbacks')
+    elsewhere = dict(
+        dataset='say --data on the command line',
+        valid_dataset='say --valid-data on the command line',
+        results_folder='say --output on the command line',
+        resume='say --resume on the command line',
+        config='its fields are keys of this section',
+        folder='it does nothing',
+    )
+    ways = (
+        {'num_epochs', 'num_train_steps'},
+        {'checkpoint_every', 'save_model_every'},
+        {'mixed_precision', 'use_mixed_precision'},
+        {'optimizer', 'use_lion'},
+    )
+    return Section(
+        (trainer,),
+        refused=dict.fromkeys(names, IS_CODE) | dict(model=model) | elsewhere | refused,
+        groups=tuple(map(frozenset, ways)),
+    )
 
 
-@dataclass(frozen=True)
-class MuLaNRecipe(Recipe):
-    """Sections `audio`, `text` and `mulan` (the model), `data` and `training`."""
+class TrainedRecipe(Recipe):
+    """A recipe with the section `training`, of which a trainer is built."""
 
-    part: ClassVar[str] = 'mulan'
+    trainer: ClassVar[Callable[..., Trainer]]
+
+    @property
+    def seed(self) -> int:
+        return self.training.get('seed', TrainingConfig.seed)
+
+    @property
+    def train_keywords(self) -> dict[str, int]:
+        """How long to train: keywords of `Trainer.train`, which the trainer was built with, too."""
+        return {key: it for key in ('num_epochs', 'num_train_steps') if (it := self.training.get(key)) is not None}
+
+    def build_trainer(self, model: nn.Module, data: Any, **keywords: Any) -> Trainer:
+        """A trainer; `keywords` are those that do not stand in a recipe."""
+        with self.section('training') as training:
+            trainer = self.trainer(model, data, **training, **keywords)
+        trainer.recipe = self
+        return trainer
+
+
+class MuLaNRecipe(TrainedRecipe):
+    """Sections `audio`, `text` and `mulan` (the model), `data` and `training`.
+
+    The key `group_by` of `data` names labels of generated music, such as [instrument, register]: clips that are alike
+    in them become the `groups` of `MuLaNTrainer`.
+    """
+
+    part = 'mulan'
+    trainer = MuLaNTrainer
     SECTIONS: ClassVar[Mapping[str, Section]] = {
         'audio': Section((create_optimized_audiospectrogram_transformer, AudioSpectrogramTransformer)),
         'text': Section((TextTransformer,)),
@@ -149,44 +197,32 @@ class MuLaNRecipe(Recipe):
                 sample_rate="it is audio_sample_rate in section 'audio'",
                 training='it follows from what the data is for: --data or --valid-data',
             ),
+            more=dict(group_by=list[str]),
         ),
-        'training': Section(
-            (MuLaNTrainer,),
-            refused=dict(
-                mulan="the model is sections 'audio', 'text' and 'mulan'",
-                model="the model is sections 'audio', 'text' and 'mulan'",
-                step_module=IS_CODE,
-                collate_fn=IS_CODE,
-                dataset='say --data on the command line',
-                valid_dataset='say --valid-data on the command line',
-                results_folder='say --output on the command line',
-                resume='say --resume on the command line',
-                folder='it does nothing',
-                groups=IS_CODE,
-                grouping=IS_CODE,
-                callbacks=IS_CODE,
-                config='its fields are keys of this section',
-                group_size="it goes with groups, which are Python's",
-                groups_after="it goes with groups, which are Python's",
-            ),
-            groups=(
-                frozenset({'num_epochs', 'num_train_steps'}),
-                frozenset({'checkpoint_every', 'save_model_every'}),
-                frozenset({'mixed_precision', 'use_mixed_precision'}),
-                frozenset({'optimizer', 'use_lion'}),
-            ),
+        'training': training_section(
+            MuLaNTrainer,
+            "the model is sections 'audio', 'text' and 'mulan'",
+            mulan="the model is sections 'audio', 'text' and 'mulan'",
+            groups="name labels by group_by in section 'data', or build the trainer in Python",
         ),
     }
-
-    audio: dict[str, Any] = field(default_factory=lambda: dict(DEFAULT['audio']))
-    text: dict[str, Any] = field(default_factory=lambda: dict(DEFAULT['text']))
-    mulan: dict[str, Any] = field(default_factory=lambda: dict(DEFAULT['mulan']))
-    data: dict[str, Any] = field(default_factory=lambda: dict(DEFAULT['data']))
-    training: dict[str, Any] = field(default_factory=lambda: dict(DEFAULT['training']))
-
-    @property
-    def seed(self) -> int:
-        return self.training.get('seed', DEFAULT['training']['seed'])
+    DEFAULT: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        'audio': dict(dim=256, depth=4, use_case='music', audio_sample_rate=16000, support_variable_length=True),
+        'text': dict(dim=256, depth=4),
+        'mulan': dict(dim_latent=128),
+        'data': dict(max_seconds=10.0),
+        'training': dict(
+            num_epochs=20,
+            lr=5e-4,
+            optimizer='adamw',
+            weight_decay=0.05,
+            lr_scheduler_type='cosine',
+            warmup_steps=500,
+            use_ema=True,
+            checkpoint_every=500,
+            seed=42,
+        ),
+    }
 
     def build_model(self) -> MuLaN:
         """A new model, with weights drawn from torch's generator."""
@@ -199,28 +235,33 @@ class MuLaNRecipe(Recipe):
 
     def with_model_of(self, mulan: MuLaN) -> MuLaNRecipe:
         """The recipe of a model that was built elsewhere."""
-        sections = {name: getattr(self, name) for name in ('data', 'training')}
         model = dict(audio=mulan.audio.config, text=mulan.text.config, mulan=mulan.config)
-        return MuLaNRecipe(**model, **sections, source=self.source)
+        return MuLaNRecipe(**self.to_dict() | model, source=self.source)
 
     def open_data(self, data: str, mulan: MuLaN, *, audio_folder: str | None = None, training: bool = True) -> Any:
         """The data set at `data`, as the model wants it; see `open_pairs`."""
         if mulan.sample_rate is None:
             raise ValueError('the model does not know its sample rate; build it with audio_sample_rate')
         with self.section('data') as keywords:
+            keywords.pop('group_by', None)
             return open_pairs(
                 data, sample_rate=mulan.sample_rate, audio_folder=audio_folder, training=training, **keywords
             )
 
-    def build_trainer(self, mulan: MuLaN, dataset: Any, **keywords: Any) -> MuLaNTrainer:
-        """A trainer; `keywords` are those that do not stand in a recipe. Its length is `train_keywords`."""
-        with self.section('training') as training:
-            training.pop('num_epochs', None)
-            trainer = MuLaNTrainer(mulan, dataset, **training, **keywords)
-        trainer.recipe = self
-        return trainer
+    def build_trainer(self, model: MuLaN, data: Any, **keywords: Any) -> MuLaNTrainer:
+        if names := self.data.get('group_by'):
+            with self.section('data'):
+                keywords['groups'] = groups_of(data, names)
+        return super().build_trainer(model, data, **keywords)
 
-    @property
-    def train_keywords(self) -> dict[str, int]:
-        """How long to train: keywords of `Trainer.train`."""
-        return {key: it for key in ('num_epochs', 'num_train_steps') if (it := self.training.get(key)) is not None}
+
+def groups_of(dataset: Any, names: list[str]) -> list[tuple]:
+    """What the items of generated music have in common by these labels. Raises ValueError for data without them."""
+    if not isinstance(dataset, GeneratedMusic):
+        raise ValueError(
+            f'group_by needs the labels of "synthetic" or "scores", which a {type(dataset).__name__} has not'
+        )
+    known = dataset.labels(0)
+    if unknown := [name for name in names if not hasattr(known, name)]:
+        raise ValueError(f'group_by: {dataset!r} has no label {unknown[0]!r}')
+    return [tuple(getattr(labels, name) for name in names) for labels in map(dataset.labels, range(len(dataset)))]

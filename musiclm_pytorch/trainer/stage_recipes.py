@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -18,10 +17,9 @@ from musiclm_pytorch.data.opening import open_pairs, open_whole_clips
 from musiclm_pytorch.data.shards import ShardedAudioText
 from musiclm_pytorch.quantizer import MuLaNEmbedQuantizer
 from musiclm_pytorch.trainer.codec import CodecTrainer
-from musiclm_pytorch.trainer.recipes import IS_CODE, Recipe
 from musiclm_pytorch.trainer.config_schema import Section
+from musiclm_pytorch.trainer.recipes import IS_CODE, TrainedRecipe, training_section
 from musiclm_pytorch.trainer.stages import CoarseTrainer, FineTrainer, SemanticTrainer, StageTrainer, embeddings_of
-from musiclm_pytorch.trainer.trainer import Trainer
 
 FROM_TOKENS = 'it follows from the tokens'
 FROM_QUANTIZER = 'it follows from --quantizer'
@@ -41,166 +39,103 @@ TRAINING = dict(
 )
 
 
-def _training(trainer: type[Trainer], middle: type[Trainer], **refused: str) -> Section:
-    named = dict(
-        step_module=IS_CODE,
-        grouping=IS_CODE,
-        callbacks=IS_CODE,
-        config='its fields are keys of this section',
-        collate_fn=IS_CODE,
-        model="it is section 'model'",
-        dataset='say it on the command line',
-        results_folder='say --output on the command line',
-        resume='say --resume on the command line',
-    )
-    return Section(
-        (trainer,),
-        refused=named | refused,
-        groups=(frozenset({'num_epochs', 'num_train_steps'}),),
-    )
+class StageRecipe(TrainedRecipe):
+    """What the recipes of the three stages do: sections `model` and `training`.
 
+    `SIZES` names keywords of the transformer that follow from the tokens, with the stream and its fact.
+    """
 
-def _sections(trainer: type[StageTrainer], **refused: str) -> dict[str, Section]:
-    conditioning = dict.fromkeys(('has_condition', 'audio_text_condition', 'cond_dim'), FROM_QUANTIZER)
-    texts = dict(t5_name='stages are conditioned by MuLaN', cond_drop_prob="it is a key of section 'training'")
-    return dict(
-        model=Section((trainer.kind, StageTransformer), refused=conditioning | texts | refused),
-        training=_training(
-            trainer,
-            StageTrainer,
-            transformer="it is section 'model'",
-            tokens='say --tokens on the command line',
-            valid_tokens='say --valid-tokens on the command line',
-            quantizer='say --quantizer on the command line',
-        ),
-    )
+    trainer: ClassVar[type[StageTrainer]]
+    SIZES: ClassVar[Mapping[str, tuple[str, str]]]
 
-
-@dataclass(frozen=True)
-class ModelRecipe(Recipe):
-    """Sections `model` and `training`."""
-
-    trainer: ClassVar[type[Trainer]]
-
-    model: dict[str, Any] = field(default_factory=dict)
-    training: dict[str, Any] = field(default_factory=lambda: dict(TRAINING))
-
-    @property
-    def seed(self) -> int:
-        return self.training.get('seed', TRAINING['seed'])
-
-    @property
-    def train_keywords(self) -> dict[str, int]:
-        """How long to train: keywords of `Trainer.train`."""
-        return {key: it for key in ('num_epochs', 'num_train_steps') if (it := self.training.get(key)) is not None}
-
-    def build_trainer(self, model: nn.Module, data: Any, **keywords: Any) -> Trainer:
-        """A trainer; `keywords` are those that do not stand in a recipe."""
-        with self.section('training') as training:
-            training.pop('num_epochs', None)
-            trainer = self.trainer(model, data, **training, **keywords)
-        trainer.recipe = self
-        return trainer
-
-
-@dataclass(frozen=True)
-class StageRecipe(ModelRecipe):
-    """What the recipes of the three stages do."""
-
-    model: dict[str, Any] = field(default_factory=lambda: dict(dim=512, depth=6))
-
-    def sizes(self, tokens: Path) -> dict[str, int]:
-        """Keywords of the transformer that follow from the tokens."""
-        raise NotImplementedError
+    def __init_subclass__(cls):
+        super().__init_subclass__()
+        told = dict.fromkeys(('has_condition', 'audio_text_condition', 'cond_dim'), FROM_QUANTIZER)
+        told |= dict(t5_name='stages are conditioned by MuLaN', cond_drop_prob="it is a key of section 'training'")
+        cls.part = cls.trainer.stage
+        cls.SECTIONS = dict(
+            model=Section((cls.trainer.kind, StageTransformer), refused=told | dict.fromkeys(cls.SIZES, FROM_TOKENS)),
+            training=training_section(
+                cls.trainer,
+                "it is section 'model'",
+                transformer="it is section 'model'",
+                tokens='say --tokens on the command line',
+                valid_tokens='say --valid-tokens on the command line',
+                quantizer='say --quantizer on the command line',
+            ),
+        )
+        coarse = {} if cls.part == 'semantic' else dict(num_coarse_quantizers=3)
+        cls.DEFAULT = dict(model=dict(dim=512, depth=6) | coarse, training=TRAINING)
 
     def build_model(self, tokens: str | Path, quantizer: MuLaNEmbedQuantizer | None) -> nn.Module:
         """A new transformer for a cache of tokens, with weights drawn from torch's and Python's generators."""
-        keywords: dict[str, Any] = {}
+        found = {name: self.fact(Path(tokens), name) for name in self.SIZES}
         if quantizer is not None:
-            namespace = self.training.get('namespace') or self.trainer.stage
-            keywords = dict(audio_text_condition=True, cond_dim=embeddings_of(quantizer, namespace).shape[-1])
-        keywords |= self.sizes(Path(tokens))
+            namespace = self.training.get('namespace') or self.part
+            found |= dict(audio_text_condition=True, cond_dim=embeddings_of(quantizer, namespace).shape[-1])
         with self.section('model') as model:
-            return self.trainer.kind(**{**model, **keywords}).scale_initial_weights()
+            return self.trainer.kind(**{**model, **found}).scale_initial_weights()
 
-
-@dataclass(frozen=True)
-class SemanticRecipe(StageRecipe):
-    part: ClassVar[str] = 'semantic'
-    SECTIONS: ClassVar[Mapping[str, Section]] = _sections(SemanticTrainer, num_semantic_tokens=FROM_TOKENS)
-    trainer: ClassVar[type[Trainer]] = SemanticTrainer
-
-    def sizes(self, tokens: Path) -> dict[str, int]:
-        return dict(num_semantic_tokens=_facts(tokens, 'semantic')['codebook_size'])
-
-
-@dataclass(frozen=True)
-class CoarseRecipe(StageRecipe):
-    part: ClassVar[str] = 'coarse'
-    SECTIONS: ClassVar[Mapping[str, Section]] = _sections(
-        CoarseTrainer, num_semantic_tokens=FROM_TOKENS, codebook_size=FROM_TOKENS
-    )
-    trainer: ClassVar[type[Trainer]] = CoarseTrainer
-
-    model: dict[str, Any] = field(default_factory=lambda: dict(dim=512, depth=6, num_coarse_quantizers=3))
-
-    def sizes(self, tokens: Path) -> dict[str, int]:
-        return dict(
-            num_semantic_tokens=_facts(tokens, 'semantic')['codebook_size'],
-            codebook_size=_facts(tokens, 'codec')['codebook_size'],
-        )
-
-
-@dataclass(frozen=True)
-class FineRecipe(StageRecipe):
-    part: ClassVar[str] = 'fine'
-    SECTIONS: ClassVar[Mapping[str, Section]] = _sections(
-        FineTrainer, num_fine_quantizers=FROM_TOKENS, codebook_size=FROM_TOKENS
-    )
-    trainer: ClassVar[type[Trainer]] = FineTrainer
-
-    model: dict[str, Any] = field(default_factory=lambda: dict(dim=512, depth=6, num_coarse_quantizers=3))
-
-    def sizes(self, tokens: Path) -> dict[str, int]:
-        facts, coarse = _facts(tokens, 'codec'), self.model.get('num_coarse_quantizers', 3)
-        if not 0 < coarse < facts['quantizers']:
+    def fact(self, tokens: Path, name: str) -> int:
+        stream, what = self.SIZES[name]
+        found = read_stream(tokens / stream)['facts'][what]
+        if name != 'num_fine_quantizers':
+            return found
+        coarse = self.model.get('num_coarse_quantizers', 3)
+        if not 0 < coarse < found:
             raise ValueError(
-                f"{self.source}, section 'model': num_coarse_quantizers must lie between 1 and "
-                f'{facts["quantizers"] - 1}, one less than the quantizers of the codec, got {coarse}'
+                f"{self.source}, section 'model': num_coarse_quantizers must lie between 1 and {found - 1}, one less "
+                f'than the quantizers of the codec, got {coarse}'
             )
-        return dict(codebook_size=facts['codebook_size'], num_fine_quantizers=facts['quantizers'] - coarse)
+        return found - coarse
+
+
+class SemanticRecipe(StageRecipe):
+    trainer = SemanticTrainer
+    SIZES: ClassVar = dict(num_semantic_tokens=('semantic', 'codebook_size'))
+
+
+class CoarseRecipe(StageRecipe):
+    trainer = CoarseTrainer
+    SIZES: ClassVar = SemanticRecipe.SIZES | dict(codebook_size=('codec', 'codebook_size'))
+
+
+class FineRecipe(StageRecipe):
+    trainer = FineTrainer
+    SIZES: ClassVar = dict(codebook_size=('codec', 'codebook_size'), num_fine_quantizers=('codec', 'quantizers'))
 
 
 CODECS = dict(soundstream=SoundStream, neural=NeuralCodec)
 
 
-@dataclass(frozen=True)
-class CodecRecipe(ModelRecipe):
+class CodecRecipe(TrainedRecipe):
     """The key `kind` of its model says which of `CODECS` it is; the other keys are those of that codec."""
 
-    part: ClassVar[str] = 'codec'
+    part = 'codec'
+    trainer = CodecTrainer
     SECTIONS: ClassVar[Mapping[str, Section]] = dict(
         model=Section(
             (SoundStream, NeuralCodec),
             refused=dict(stft_discriminator=IS_CODE),
             more=dict(kind=Literal['soundstream', 'neural']),
         ),
-        training=_training(
+        training=training_section(
             CodecTrainer,
-            CodecTrainer,
+            "it is section 'model'",
             codec="it is section 'model'",
             valid_dataset='a share of --data is held out',
             sample_rate='the data tell',
         ),
     )
-    trainer: ClassVar[type[Trainer]] = CodecTrainer
-
-    model: dict[str, Any] = field(default_factory=lambda: dict(codebook_size=1024, target_sample_hz=16000))
+    DEFAULT: ClassVar[Mapping[str, Mapping[str, Any]]] = dict(
+        model=dict(codebook_size=1024, target_sample_hz=16000), training=TRAINING
+    )
 
     def updated(self, **sections: Mapping[str, Any]) -> CodecRecipe:
         """As of every recipe; a codec of another kind begins with the defaults of its own."""
         kind = sections.get('model', {}).get('kind', self.kind)
-        return super(CodecRecipe, self if kind == self.kind else replace(self, model={})).updated(**sections)
+        base = self if kind == self.kind else CodecRecipe(**self.to_dict() | dict(model={}), source=self.source)
+        return super(CodecRecipe, base).updated(**sections)
 
     @property
     def kind(self) -> str:
@@ -229,7 +164,3 @@ class CodecRecipe(ModelRecipe):
 
 
 STAGE_RECIPES = dict(semantic=SemanticRecipe, coarse=CoarseRecipe, fine=FineRecipe)
-
-
-def _facts(tokens: Path, stream: str) -> dict[str, Any]:
-    return read_stream(tokens / stream)['facts']

@@ -1,0 +1,137 @@
+"""The subcommands of data: `musiclm shard` and `musiclm tokens`."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from pathlib import Path
+
+from musiclm_pytorch.cli.options import AUDIO_FOLDER, add_codec, add_data, add_output, command, option
+
+
+def shard(subcommands) -> None:
+    """`musiclm shard`: a folder, a manifest or MusicCaps to tar files."""
+    parser = command(
+        subcommands,
+        'shard',
+        run_shard,
+        'pack audio and captions into tar shards',
+        'Pack audio and captions into tar shards of the WebDataset format. Interrupted, the same command goes on where '
+        'it was.',
+    )
+    option(
+        parser,
+        'source',
+        metavar='SOURCE',
+        help='a folder, a .csv or .jsonl manifest, or the CSV of MusicCaps; or "synthetic" or "scores", music made '
+        'here, which is then made once rather than at every reading',
+    )
+    add_output(parser, 'where the shards go', '-o')
+    option(parser, '--audio-folder', metavar='FOLDER', help=AUDIO_FOLDER)
+    option(parser, '--shard-size', metavar='N', default=1000, help='clips a shard')
+    made = parser.add_argument_group('of "synthetic" and "scores"')
+    option(made, '--clips', metavar='N', help='how many (default: 20000)')
+    option(made, '--seconds', metavar='S', help='length of each (default: 10)')
+    option(made, '--sample-rate', metavar='HZ', help='default: 24000')
+    option(made, '--split', choices=['train', 'valid'], help='valid is music and phrasings that train has not')
+    option(made, '--seed', metavar='N', help='another seed, other clips (default: 0)')
+    option(made, '--sound-font', metavar='FILE', action='append', help='of "scores": a .sf2 or .sf3, or several')
+
+
+def run_shard(options: argparse.Namespace) -> None:
+    from musiclm_pytorch.data.opening import GENERATED
+    from musiclm_pytorch.data.shard_writer import write_shards
+    from musiclm_pytorch.data.sources import list_clips
+
+    given = {name: getattr(options, name) for name in ('seconds', 'sample_rate', 'split', 'seed', 'sound_font')}
+    given = {name: it for name, it in dict(length=options.clips, **given).items() if it is not None}
+    if options.source in GENERATED:
+        if options.audio_folder is not None:
+            raise ValueError(f'"{options.source}" is made here; --audio-folder belongs to a manifest')
+        if options.source != 'scores' and 'sound_font' in given:
+            raise ValueError(f'--sound-font belongs to "scores", not to "{options.source}"')
+        listing = GENERATED[options.source](**dict(length=20_000, seconds=10.0, sample_rate=24000) | given)
+    elif given:
+        names = ', '.join('--clips' if name == 'length' else f'--{name.replace("_", "-")}' for name in given)
+        raise ValueError(f'{names}: files have these already; they are of "synthetic" and "scores"')
+    else:
+        listing = list_clips(options.source, options.audio_folder)
+        for name, reason in listing.skipped.items():
+            logging.getLogger(__name__).warning('skipped %s: %s', name, reason)
+    index = write_shards(
+        listing,
+        options.output,
+        shard_size=options.shard_size,
+        on_shard=lambda number, count: print(f'shard {number} of {count}', flush=True),
+    )
+    clips, shards = (sum(it) for it in zip(*((shard['samples'], shard['samples'] > 0) for shard in index['shards'])))
+    print(f'{clips} clips in {shards} shards under {options.output}; {len(index["skipped"])} skipped')
+
+
+def tokens(subcommands) -> None:
+    """`musiclm tokens`: what the stages are trained on, computed once."""
+    parser = command(
+        subcommands,
+        'tokens',
+        run_tokens,
+        'compute the tokens that the stages are trained on',
+        'Compute tokens of whole clips. Interrupted, the same command goes on where it was.',
+        # each kind of tokens lets one writer in: another process may compute another kind
+        shares_output=True,
+    )
+    add_data(parser, audio_folder=False)
+    add_output(parser, 'where the tokens go', '-o')
+    for name, what in (('tokenizer', 'semantic tokenizer'), ('quantizer', 'quantizer')):
+        option(parser, f'--{name}', metavar='FOLDER', help=f'a trained {what}, for its tokens')
+    add_codec(parser, 'for its tokens')
+    option(parser, '--batch-size', metavar='N', default=8, help='waves at a time')
+    parser.add_argument(
+        '--synthetic', nargs=2, metavar=('N', 'SECONDS'), default=('20000', '10'), help='clips of "--data synthetic"'
+    )
+    aside = 'tokens of something else under --output are moved aside, not an error'
+    option(parser, '--aside', action='store_true', help=aside)
+
+
+def run_tokens(options: argparse.Namespace) -> None:
+    from musiclm_pytorch.audiolm.semantic import SemanticTokenizer
+    from musiclm_pytorch.audiolm.tokens import compute_tokens
+    from musiclm_pytorch.data.opening import open_whole_clips
+    from musiclm_pytorch.quantizer import MuLaNEmbedQuantizer
+    from musiclm_pytorch.trainer.assembly import model_in
+
+    readers = dict(tokenizer=SemanticTokenizer.from_pretrained, quantizer=MuLaNEmbedQuantizer.from_pretrained)
+    modules = {
+        name: read(model_in(Path(folder)))
+        for name, read in readers.items()
+        if (folder := getattr(options, name)) is not None
+    }
+    if (codec := open_codec(options)) is not None:
+        modules['codec'] = codec
+    rates = [it.target_sample_hz for name, it in modules.items() if name != 'quantizer']
+    rates += [modules['quantizer'].mulan.sample_rate] if 'quantizer' in modules else []
+    if not rates or None in rates:
+        raise ValueError('give at least one of --tokenizer, --codec and --quantizer, each of a known sample rate')
+    length, seconds = options.synthetic
+    dataset = open_whole_clips(
+        options.data, sample_rate=max(rates), synthetic_length=int(length), synthetic_seconds=float(seconds)
+    )
+    compute_tokens(
+        dataset,
+        options.output,
+        sample_rate=max(rates),
+        batch_size=options.batch_size,
+        on_change='aside' if options.aside else 'error',
+        **modules,
+    )
+    print(f'tokens of {len(dataset)} clips are in {options.output}')
+
+
+def open_codec(options: argparse.Namespace):
+    """The codec that the options of `add_codec` name; None without one."""
+    from musiclm_pytorch.trainer.assembly import load_codec
+
+    if options.codec is not None:
+        return load_codec(options.codec, options.codec_quantizers)
+    if options.codec_quantizers is not None:
+        raise ValueError('--codec-quantizers needs --codec')
+    return None

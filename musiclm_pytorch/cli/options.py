@@ -1,0 +1,161 @@
+"""How subcommands declare their options, in a line each, and what several of them share. Loads nothing heavy."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import typing
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from musiclm_pytorch.trainer.config import CHOICES, TrainingConfig, field_docs
+
+KINDS: dict[str, type] = dict(N=int, HZ=int, S=float, X=float)  # what an option takes, by its metavar; else a string
+FIELD = re.compile(r'--(\w+(?:\.\w+)+)(?:=(.*))?', re.DOTALL)
+
+AUDIO_FOLDER = 'where the audio of a manifest lies, if not beside it; MusicCaps needs it'
+PAIRS = (
+    'pairs of audio and text: a folder, a .csv or .jsonl manifest, a folder of tar shards, the CSV of MusicCaps, '
+    '"synthetic" or "scores"'
+)
+SHIPPED = 'the name of a model that ships'
+ANY_MULAN = 'a folder of a MuLaN or of a MusicLM, or the name of one that ships'
+# options of trainings that stand for a field of TrainingConfig, whose documentation is their help
+OVERRIDES = dict(
+    steps='num_train_steps',
+    epochs='num_epochs',
+    batch_size='batch_size',
+    lr='lr',
+    seed='seed',
+    precision='mixed_precision',
+    workers='num_workers',
+    validate_every='validate_every',
+    checkpoint_every='checkpoint_every',
+    checkpoint_minutes='checkpoint_minutes',
+    log_with='log_with',
+    grad_cache_chunk_size='grad_cache_chunk_size',
+)
+
+
+def command(parsers: Any, name: str, run: Callable, help: str, description: str, **defaults: Any) -> Any:
+    """A subcommand that `run` does the work of."""
+    parser = parsers.add_parser(name, help=help, description=description)
+    parser.set_defaults(run=run, prog=parser.prog, **defaults)
+    return parser
+
+
+def option(parser: Any, *names: str, metavar: str | None = None, help: str, **keywords: Any) -> None:
+    """An option or an argument; its default stands in the help unless it is none."""
+    if 'action' not in keywords or keywords['action'] == 'append':
+        keywords |= dict(type=KINDS.get(metavar, str)) if 'type' not in keywords else {}
+        keywords |= {} if 'choices' in keywords else dict(metavar=metavar)
+    if keywords.get('default') is not None:
+        help += ' (default: %(default)s)'
+    parser.add_argument(*names, help=help, **keywords)
+
+
+def add_model(parser: Any, what: str = f'a folder written by MusicLM.save_pretrained, or {SHIPPED}') -> None:
+    option(parser, '--model', metavar='FOLDER', default='tiny', help=what)
+
+
+def add_device(parser: Any) -> None:
+    option(parser, '--device', default='cpu', help='such as cuda')
+
+
+def add_output(parser: Any, help: str, *short: str, metavar: str = 'FOLDER') -> None:
+    option(parser, *short, '--output', metavar=metavar, required=True, help=help)
+
+
+def add_data(parser: Any, help: str = 'as for `musiclm train mulan`', *, audio_folder: bool = True) -> None:
+    option(parser, '--data', metavar='SOURCE', required=True, help=help)
+    if audio_folder:
+        option(parser, '--audio-folder', metavar='FOLDER', help=AUDIO_FOLDER)
+
+
+def add_config(parser: Any, what: str) -> None:
+    """A recipe; from then on, any key of it is an option too."""
+    option(parser, '--config', metavar='FILE', help=what)
+    example = '--mulan.training.lr 1e-3' if 'every part' in what else '--training.warmup_steps 100'
+    parser.epilog = f'Any key of the recipe is an option too, such as {example}; `musiclm recipes --keys` lists them.'
+    parser.set_defaults(takes_fields=True)
+
+
+def add_codec(parser: Any, why: str) -> None:
+    """Which trained codec is used."""
+    option(
+        parser,
+        '--codec',
+        metavar='SOURCE',
+        help=f'a trained codec, {why}: its folder, or that of an EnCodec, a DAC or a Mimi of transformers, or its name '
+        'on the Hugging Face Hub, such as facebook/encodec_24khz',
+    )
+    what = 'levels of it that are used: of a codec of transformers (default: 8), or of a NeuralCodec (default: all)'
+    option(parser, '--codec-quantizers', metavar='N', help=what)
+
+
+def add_training(parser: Any, *more: str) -> None:
+    """The options that every training has."""
+    add_config(
+        parser,
+        'a recipe: a YAML or JSON file, or a name that `musiclm recipes` lists; also one for `musiclm train all`, of '
+        'which this part is taken. What it leaves out is as in the default recipe',
+    )
+    add_output(parser, 'where checkpoints, logs and the model go')
+    option(
+        parser,
+        '--resume',
+        action='store_true',
+        help='go on from the newest checkpoint under --output, if there is one, by the recipe there if there is no '
+        '--config; without --resume, what is under --output is moved aside',
+    )
+    length = parser.add_mutually_exclusive_group()
+    docs = field_docs() | dict(grad_cache_chunk_size='pairs embedded at a time: less memory, the same step')
+    hints = typing.get_type_hints(TrainingConfig)
+    for name, field in OVERRIDES.items():
+        if field not in hints and name not in more:
+            continue
+        kinds = {int: 'N', float: 'X'}
+        found = [kinds[it] for it in kinds if it in (hints.get(field, int), *typing.get_args(hints.get(field)))]
+        choices = dict(choices=CHOICES[field]) if field in CHOICES else dict(metavar=found[0] if found else 'NAME')
+        target = length if name in ('steps', 'epochs') else parser
+        option(
+            target,
+            f'--{name.replace("_", "-")}',
+            help=docs[field].partition('. ')[0].rstrip('.').replace('%', '%%'),
+            **choices,
+        )
+
+
+def overrides_of(options: argparse.Namespace) -> dict[str, Any]:
+    values = {key: getattr(options, name, None) for name, key in OVERRIDES.items()}
+    return {key: value for key, value in values.items() if value is not None}
+
+
+def split_fields(arguments: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
+    """Arguments, and the keys of a recipe among them: `--training.lr 1e-3` is `{'training': {'lr': '1e-3'}}`.
+
+    Raises ValueError for a key without a value, and for one that cannot be read.
+    """
+    rest, fields, words = [], {}, iter(arguments)
+    for word in words:
+        if word == '--':
+            rest += [word, *words]
+            break
+        found = FIELD.fullmatch(word)
+        if found is None:
+            rest.append(word)
+            continue
+        import yaml
+
+        value = next(words, None) if found[2] is None else found[2]
+        if value is None:
+            raise ValueError(f'{word} needs a value')
+        *parts, key = found[1].split('.')
+        section = fields
+        for part in parts:
+            section = section.setdefault(part, {})
+        try:
+            section[key] = yaml.safe_load(value)
+        except (yaml.YAMLError, AttributeError, TypeError) as error:
+            raise ValueError(f'{word} {value!r} cannot be read: {" ".join(str(error).split())}') from error
+    return rest, fields
