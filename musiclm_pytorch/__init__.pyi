@@ -63,6 +63,7 @@ from .open_clip import create_mulan_open_clip_model as create_mulan_open_clip_mo
 from .quantizer import MuLaNEmbedQuantizer as MuLaNEmbedQuantizer
 from .trainer.assembly import assemble_musiclm as assemble_musiclm
 from .trainer.codec import CodecTrainer as CodecTrainer
+from .trainer.config import TrainingConfig as TrainingConfig
 from .trainer.mulan import MuLaNTrainer as MuLaNTrainer
 from .trainer.pipeline import train_musiclm as train_musiclm
 from .trainer.pipeline_recipe import MusicLMRecipe as MusicLMRecipe

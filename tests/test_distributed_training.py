@@ -24,7 +24,7 @@ from musiclm_pytorch.distributed import (
     run_distributed_training,
 )
 from musiclm_pytorch.distributed.trainer import WorldTrainer
-from musiclm_pytorch.trainer import MuLaNTrainer, checkpoints
+from musiclm_pytorch.trainer import MuLaNTrainer, TrainingConfig, checkpoints
 from musiclm_pytorch.trainer.journal import Journal
 
 TESTS = Path(__file__).parent
@@ -456,6 +456,10 @@ def test_wrong_settings_of_the_trainer(tmp_path):
     config = DistributedConfig(world_size=2, backend='gloo', sync_batchnorm=True)
     with pytest.raises(TypeError, match="unknown keyword 'batchsize'"):
         DistributedMuLaNTrainer(still_mulan(), StillTones(), config, batchsize=4)
+    with pytest.raises(ValueError, match='grad_accum_every is decided by gradient_accumulation_steps'):
+        DistributedMuLaNTrainer(still_mulan(), StillTones(), config=TrainingConfig(grad_accum_every=2))
+    with pytest.raises(ValueError, match='a TrainingConfig goes into DistributedMuLaNTrainer'):
+        run_distributed_training(still_mulan(), StillTones(), config=TrainingConfig())
     with pytest.raises(ValueError, match='grad_accum_every is decided by gradient_accumulation_steps'):
         DistributedMuLaNTrainer(still_mulan(), StillTones(), config, grad_accum_every=4)
     with pytest.raises(TypeError):

@@ -249,8 +249,9 @@ def test_tiny_is_what_its_recipe_makes():
 def test_keys_are_listed(capsys):
     assert main(['recipes', '--keys']) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert 'mulan.training.warmup_steps: int = 0' in lines
+    assert 'mulan.training.warmup_steps: int = 500' in lines
     assert 'quantizer.trained_words_only: bool' in lines
+    assert 'semantic.training.text_share: float = 0.0' in lines
     assert main(['recipes', 'fine', '--keys']) == 0
     assert 'model.num_coarse_quantizers: int' in capsys.readouterr().out.splitlines()
     assert main(['recipes', 'fines', '--keys']) == 2

@@ -151,7 +151,9 @@ def test_a_config_and_keywords_are_the_same(tmp_path):
         results.append(weights(run.mulan))
         assert (run.step, run.config.lr, run.config.max_valid_items) == (3, 2e-3, 1024)
     assert_same(*results)
-    assert MuLaNTrainer(build(), Tones(), config=TrainingConfig(lr=1.0), lr=2.0, results_folder=tmp_path).lr == 2.0
+    config = TrainingConfig(lr=1.0, num_train_steps=3, batch_size=4)
+    run = MuLaNTrainer(build(), Tones(), config=config, lr=2.0, num_epochs=2, results_folder=tmp_path)
+    assert (run.lr, run.batches.batch_size, run.total_steps()) == (2.0, 4, 2 * run.steps_an_epoch)
 
 
 def test_fields_are_keywords_and_documented():

@@ -17,9 +17,10 @@ from musiclm_pytorch.cli.data import shard, tokens
 from musiclm_pytorch.cli.evaluate import compare, evaluate
 from musiclm_pytorch.cli.generate import discard_output, generate, stream
 from musiclm_pytorch.cli.options import split_fields
+from musiclm_pytorch.cli.parts import assemble, recipes
 from musiclm_pytorch.cli.search import index, search
 from musiclm_pytorch.cli.serve import serve
-from musiclm_pytorch.cli.training import assemble, recipes, train
+from musiclm_pytorch.cli.training import train
 from musiclm_pytorch.version import __version__
 
 

@@ -6,6 +6,7 @@ import argparse
 import re
 import typing
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from musiclm_pytorch.trainer.config import CHOICES, TrainingConfig, field_docs
@@ -20,6 +21,8 @@ PAIRS = (
 )
 SHIPPED = 'the name of a model that ships'
 ANY_MULAN = 'a folder of a MuLaN or of a MusicLM, or the name of one that ships'
+WHOLE = 'musiclm train all'
+COMMAND_LINE = 'the command line'  # what errors begin with
 # options of trainings that stand for a field of TrainingConfig, whose documentation is their help
 OVERRIDES = dict(
     steps='num_train_steps',
@@ -159,3 +162,42 @@ def split_fields(arguments: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
         except (yaml.YAMLError, AttributeError, TypeError) as error:
             raise ValueError(f'{word} {value!r} cannot be read: {" ".join(str(error).split())}') from error
     return rest, fields
+
+
+def read_recipe(kind, options: argparse.Namespace):
+    """The recipe named by the options, the one of an interrupted run, or the default one; with the options in it."""
+    from musiclm_pytorch.trainer.config_schema import check_sections
+    from musiclm_pytorch.trainer.recipes import FILE
+
+    if options.config is None and options.resume and (Path(options.output) / FILE).is_file():
+        options.config = Path(options.output) / FILE
+    recipe = kind.default() if options.config is None else kind.load(options.config)
+    fields = check_sections(options.fields, kind.SECTIONS, COMMAND_LINE)
+    return recipe.updated(training=overrides_of(options)).updated(**fields)
+
+
+def read_whole(options: argparse.Namespace, **sections: dict):
+    """The recipe of every part named by the options, or the default one; with the options in it."""
+    from musiclm_pytorch.trainer.pipeline_recipe import MusicLMRecipe
+
+    recipe = MusicLMRecipe() if options.config is None else MusicLMRecipe.load(options.config)
+    return recipe.updated(sections, COMMAND_LINE).updated(options.fields, COMMAND_LINE)
+
+
+def write_results(output: str, save) -> None:
+    """Let `save` write into a folder of its own; what was there is moved aside."""
+    from musiclm_pytorch.trainer.folders import new_results
+
+    with new_results(Path(output), resume=False, clear=False):
+        save(output)
+
+
+def open_clips(recipe, options: argparse.Namespace, sample_rate: int):
+    from musiclm_pytorch.data.opening import open_whole_clips
+
+    audio_folder = options.audio_folder
+    return open_whole_clips(options.data, sample_rate=sample_rate, audio_folder=audio_folder, **recipe.synthetic)
+
+
+def tell_model(folder: str | Path) -> None:
+    print(f'the model is in {folder}; hear it with: musiclm generate "a slow piano melody" --model {folder} -o out')

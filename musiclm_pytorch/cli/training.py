@@ -1,4 +1,4 @@
-"""The subcommands of training, of recipes, and of the whole put together."""
+"""The subcommands of what is trained step by step, and of all parts in turn."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import argparse
 import time
 from pathlib import Path
 
-from musiclm_pytorch.cli.data import open_codec
 from musiclm_pytorch.cli.options import (
+    COMMAND_LINE,
     PAIRS,
     add_codec,
     add_config,
@@ -15,12 +15,16 @@ from musiclm_pytorch.cli.options import (
     add_output,
     add_training,
     command,
+    open_clips,
     option,
     overrides_of,
+    read_recipe,
+    read_whole,
+    tell_model,
+    write_results,
 )
+from musiclm_pytorch.cli.parts import train_quantizer, train_tokenizer
 
-WHOLE = 'musiclm train all'
-COMMAND_LINE = 'the command line'  # what errors begin with
 STAGES = dict(
     semantic='semantic tokens from conditioning',
     coarse='coarse acoustic tokens from semantic ones',
@@ -71,59 +75,6 @@ def train_mulan(models) -> None:
         help='build the model of the recipe, and take over from the model in this folder what fits, such as one of '
         'another vocabulary; what does not is named',
     )
-
-
-def train_quantizer(models) -> None:
-    """`musiclm train quantizer`: codebooks for the latents of a trained MuLaN."""
-    parser = command(
-        models,
-        'quantizer',
-        run_train_quantizer,
-        'the quantizer between MuLaN and the stages',
-        'Fit the codebooks of the quantizer to the latents of audio and captions.',
-    )
-    add_fitting(parser, 'quantizer')
-    dims = 'widths of the semantic, coarse and fine stage (default: 512)'
-    option(parser, '--dims', metavar='N', nargs=3, help=dims)
-    option(parser, '--quantizers', metavar='N', help='levels (default: 8)')
-    option(parser, '--codebook-size', metavar='N', help='codes a level (default: 1024)')
-
-
-def train_tokenizer(models) -> None:
-    """`musiclm train tokenizer`: k-means over what a trained MuLaN or another audio model hears."""
-    parser = command(
-        models,
-        'tokenizer',
-        run_train_tokenizer,
-        'the semantic tokenizer',
-        "Fit the semantic tokenizer: k-means over the hidden states of a trained MuLaN's audio tower, or of an audio "
-        'model of transformers.',
-    )
-    add_fitting(parser, 'tokenizer')
-    option(parser, '--codebook-size', metavar='N', help='different tokens (default: 1024)')
-    layer = "of the audio tower (default: MuLaN's patches, the 7th of another model)"
-    option(parser, '--layer', metavar='N', help=layer)
-
-
-def add_fitting(parser: argparse.ArgumentParser, part: str) -> None:
-    source = parser.add_mutually_exclusive_group(required=True)
-    what = 'a trained MuLaN, or the folder of its training'
-    if part == 'tokenizer':
-        option(
-            source,
-            '--model',
-            metavar='SOURCE',
-            help='HuBERT, MERT, w2v-BERT, Whisper, CLAP or their like: the folder of a model of transformers, or its '
-            'name on the Hugging Face Hub',
-        )
-    else:
-        what += '; or a CLAP of transformers, its folder or its name on the Hugging Face Hub'
-    option(source, '--mulan', metavar='SOURCE', help=what)
-    add_data(parser)
-    add_config(parser, f"a recipe of every part, as for `{WHOLE}`, whose section '{part}' counts")
-    add_output(parser, f'where the {part} goes')
-    option(parser, '--max-items', metavar='N', help='clips of --data used (default: all)')
-    option(parser, '--seed', metavar='N', help='of the k-means')
 
 
 def train_codec(models) -> None:
@@ -183,68 +134,7 @@ def train_all(models) -> None:
     )
 
 
-def assemble(subcommands) -> None:
-    """`musiclm assemble`: trained parts to a MusicLM."""
-    parser = command(
-        subcommands,
-        'assemble',
-        run_assemble,
-        'put the trained parts of a MusicLM together',
-        'Put a MusicLM together from the folders quantizer, tokenizer, codec, semantic, coarse and fine under PARTS, '
-        'each written by the training of that name. Of what was trained, the best model is taken.',
-    )
-    option(parser, 'parts', metavar='PARTS', help='the folder that the parts are in')
-    add_output(parser, 'where the MusicLM goes', '-o')
-    add_config(parser, f"a recipe of every part, as for `{WHOLE}`; its section 'musiclm' counts: windows, sampling …")
-    add_codec(parser, 'where the parts have none')
-    held_out = 'held-out pairs, as --data of the trainings: what `usual_score_prompts` of the section is measured on'
-    option(parser, '--valid-data', metavar='SOURCE', help=held_out)
-
-
-def recipes(subcommands) -> None:
-    """`musiclm recipes`: those that come with the package."""
-    parser = command(
-        subcommands,
-        'recipes',
-        run_recipes,
-        'list the recipes that come with the package, or print one',
-        'List the recipes that come with the package, or print one. --config of every training takes their names; to '
-        'change one, print it into a file: musiclm recipes musiclm_small > my.yaml',
-    )
-    option(parser, 'name', metavar='NAME', nargs='?', help='the recipe to print; with --keys a part, such as mulan')
-    keys = 'list the keys that a recipe may have, with their types and defaults'
-    option(parser, '--keys', action='store_true', help=keys)
-
-
 # ---- what they do ----
-
-
-def read_recipe(kind, options: argparse.Namespace):
-    """The recipe named by the options, the one of an interrupted run, or the default one; with the options in it."""
-    from musiclm_pytorch.trainer.config_schema import check_sections
-    from musiclm_pytorch.trainer.recipes import FILE
-
-    if options.config is None and options.resume and (Path(options.output) / FILE).is_file():
-        options.config = Path(options.output) / FILE
-    recipe = kind.default() if options.config is None else kind.load(options.config)
-    fields = check_sections(options.fields, kind.SECTIONS, COMMAND_LINE)
-    return recipe.updated(training=overrides_of(options)).updated(**fields)
-
-
-def read_whole(options: argparse.Namespace, **sections: dict):
-    """The recipe of every part named by the options, or the default one; with the options in it."""
-    from musiclm_pytorch.trainer.pipeline_recipe import MusicLMRecipe
-
-    recipe = MusicLMRecipe() if options.config is None else MusicLMRecipe.load(options.config)
-    return recipe.updated(sections, COMMAND_LINE).updated(options.fields, COMMAND_LINE)
-
-
-def write_results(output: str, save) -> None:
-    """Let `save` write into a folder of its own; what was there is moved aside."""
-    from musiclm_pytorch.trainer.folders import new_results
-
-    with new_results(Path(output), resume=False, clear=False):
-        save(output)
 
 
 def run_train_mulan(options: argparse.Namespace) -> None:
@@ -373,66 +263,6 @@ def run_fit_spectral_codec(options: argparse.Namespace) -> None:
     print(f'{missing[-1]:.1%} of the variance of the spectra is missing after the last level')
 
 
-def run_train_quantizer(options: argparse.Namespace) -> None:
-    from musiclm_pytorch.trainer.assembly import fit_quantizer
-
-    names = dict(quantizers='rq_num_quantizers', codebook_size='codebook_size', max_items='max_items', seed='seed')
-    recipe, mulan = read_whole(options, quantizer=given(options, names)), open_mulan(options)
-    clips = open_clips(recipe, options, mulan.sample_rate)
-    quantizer, missing = fit_quantizer(recipe.fitted, mulan, clips, options.dims or recipe.conditioning_dims)
-    write_results(options.output, quantizer.save_pretrained)
-    print(f'{len(missing)} levels of {quantizer.codebook_size} codes, in {options.output}')
-    print(f'{missing[-1]:.1%} of the squared length of the latents are missing after the last level')
-
-
-def run_train_tokenizer(options: argparse.Namespace) -> None:
-    from musiclm_pytorch.mulan.model import MuLaN
-    from musiclm_pytorch.trainer.assembly import build_tokenizer, fit_tokenizer
-
-    names = {name: name for name in ('model', 'codebook_size', 'layer', 'max_items', 'seed')}
-    recipe, mulan = read_whole(options, tokenizer=given(options, names)), None
-    if options.mulan is not None:
-        if (model := recipe.fitted.tokenizer.get('model')) is not None:
-            raise ValueError(
-                f'{options.config} has {model} as the model of its section tokenizer, and --mulan names '
-                f'{options.mulan}: leave one of them out'
-            )
-        mulan = open_mulan(options)
-        if not isinstance(mulan, MuLaN):
-            raise ValueError(
-                f'{options.mulan} is a {type(mulan.model).__name__}, no MuLaN of this package: pass the folder or '
-                'the name of the CLAP as --model'
-            )
-    tokenizer = build_tokenizer(recipe.fitted, mulan)
-    missing = fit_tokenizer(recipe.fitted, tokenizer, open_clips(recipe, options, tokenizer.target_sample_hz))
-    write_results(options.output, tokenizer.save_pretrained)
-    rate = tokenizer.target_sample_hz / tokenizer.downsample_factor
-    print(f'{tokenizer.codebook_size} semantic tokens, {rate:.3g} a second, in {options.output}')
-    print(f'{missing:.1%} of the variance of the features is missing')
-
-
-def given(options: argparse.Namespace, names: dict[str, str]) -> dict:
-    """Keys of a section, from the options that were given."""
-    return {key: it for name, key in names.items() if (it := getattr(options, name)) is not None}
-
-
-def open_mulan(options: argparse.Namespace):
-    from musiclm_pytorch.mulan.pretrained import load_joint
-    from musiclm_pytorch.trainer.assembly import model_in
-
-    mulan = load_joint(model_in(Path(options.mulan)))
-    if mulan.sample_rate is None:
-        raise ValueError('the model does not know its sample rate; build it with audio_sample_rate')
-    return mulan
-
-
-def open_clips(recipe, options: argparse.Namespace, sample_rate: int):
-    from musiclm_pytorch.data.opening import open_whole_clips
-
-    audio_folder = options.audio_folder
-    return open_whole_clips(options.data, sample_rate=sample_rate, audio_folder=audio_folder, **recipe.synthetic)
-
-
 def run_train_all(options: argparse.Namespace) -> None:
     from musiclm_pytorch.trainer.pipeline import train_musiclm
     from musiclm_pytorch.trainer.pipeline_recipe import MusicLMRecipe
@@ -463,43 +293,3 @@ def run_train_all(options: argparse.Namespace) -> None:
     )
     print(f'all of it: {time.perf_counter() - start:.0f} s')
     tell_model(Path(options.output) / 'musiclm')
-
-
-def run_assemble(options: argparse.Namespace) -> None:
-    import torch
-
-    from musiclm_pytorch.trainer.assembly import assemble_musiclm, measure_usual_score
-
-    recipe = read_whole(options)
-    settings = dict(recipe.fitted.musiclm)
-    dtype, prompts = getattr(torch, settings.pop('dtype', 'float32')), settings.pop('usual_score_prompts', None)
-    if (prompts is None) != (options.valid_data is None):
-        raise ValueError('usual_score_prompts and --valid-data belong together: how many captions, and which')
-    musiclm = assemble_musiclm(options.parts, codec=open_codec(options), **settings)
-    if prompts is not None:
-        pairs = recipe.mulan.open_data(options.valid_data, musiclm.mulan_embed_quantizer.mulan, training=False)
-        musiclm.usual_score = measure_usual_score(musiclm, pairs, prompts)
-    write_results(options.output, lambda folder: musiclm.save_pretrained(folder, dtype=dtype))
-    tell_model(options.output)
-
-
-def tell_model(folder: str | Path) -> None:
-    print(f'the model is in {folder}; hear it with: musiclm generate "a slow piano melody" --model {folder} -o out')
-
-
-def run_recipes(options: argparse.Namespace) -> None:
-    from musiclm_pytorch.trainer.config_schema import shipped_recipes
-
-    if options.keys:
-        from musiclm_pytorch.trainer.pipeline_recipe import list_keys
-
-        print('\n'.join(list_keys(options.name)))
-        return
-    shipped = shipped_recipes()
-    if options.name is None:
-        for name, path in shipped.items():
-            print(f'{name:16} {path.read_text(encoding="utf-8").partition(". ")[0].removeprefix("# ")}')
-    elif options.name in shipped:
-        print(shipped[options.name].read_text(encoding='utf-8'), end='')
-    else:
-        raise ValueError(f'there is no recipe {options.name!r} in the package, which has {", ".join(shipped)}')

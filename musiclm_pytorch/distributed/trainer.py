@@ -228,7 +228,8 @@ class DistributedMuLaNTrainer:
                 raise ValueError(f'{name} is decided by {DECIDED[name]} of the DistributedConfig')
             if name not in _trainer_keywords():
                 raise TypeError(f'unknown keyword {name!r}; those of MuLaNTrainer are {sorted(_trainer_keywords())}')
-        told = TrainingConfig(**{name: it for name, it in keywords.items() if name in vars(TrainingConfig())})
+        told = {name: it for name, it in keywords.items() if it is not None and name in vars(TrainingConfig())}
+        told = TrainingConfig(**told)
         config = create_distributed_config() if distributed_config is None else distributed_config
         if config.sync_batchnorm:
             _check_batchnorm(mulan, config.device_type)
@@ -317,6 +318,10 @@ def run_distributed_training(
     fields = {name: keywords.pop(name) for name in list(keywords) if name in names}
     if world_size is not None:
         fields['world_size'] = world_size
+    if 'config' in keywords:
+        raise ValueError(
+            'learning_rate and batch_size are said here; a TrainingConfig goes into DistributedMuLaNTrainer'
+        )
     if distributed_config is not None and fields:
         raise ValueError(f'pass distributed_config or its fields, not both; got {", ".join(sorted(fields))} too')
     config = create_distributed_config(**fields) if distributed_config is None else distributed_config

@@ -130,6 +130,10 @@ class TrainingConfig:
         """The same with other values for some fields. Raises TypeError for what is no field, naming the nearest."""
         for name in fields.keys() - {it.name for it in dataclasses.fields(self)}:
             raise TypeError(f'unexpected keyword argument {name!r}; {nearest(name, self.__dict__)}')
+        # two ways to say how long: one takes the place of the other
+        for name, other in (('num_epochs', 'num_train_steps'), ('num_train_steps', 'num_epochs')):
+            if fields.get(name) is not None:
+                fields.setdefault(other, None)
         return dataclasses.replace(self, **fields)
 
     @property

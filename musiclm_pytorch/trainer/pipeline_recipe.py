@@ -246,15 +246,18 @@ def list_keys(part: str | None = None) -> list[str]:
 
     Raises ValueError for an unknown part.
     """
-    sections = {name: kind.SECTIONS for name, kind in RECIPES.items()} | {'': FittedRecipe.SECTIONS}
+    kinds: dict[str, type[Recipe]] = {**RECIPES, '': FittedRecipe}
     if part is not None:
         if part not in RECIPES and part not in FITTED_PARTS:
             raise ValueError(f'unknown part {part!r}; {nearest(part, (*TRAINED_PARTS, *FITTED_PARTS))}')
-        sections = {'': RECIPES[part].SECTIONS if part in RECIPES else {part: FittedRecipe.SECTIONS[part]}}
+        kinds = {'': RECIPES.get(part, FittedRecipe)}
     lines = []
-    for name, own in sections.items():
-        for section, schema in own.items():
+    for name, kind in kinds.items():
+        for section, schema in kind.SECTIONS.items():
+            if part in FITTED_PARTS and section != part:
+                continue
             for key, (hint, default) in schema.described().items():
+                default = kind.DEFAULT.get(section, {}).get(key, default)
                 told = '' if default is inspect.Parameter.empty else f' = {default!r}'
                 lines.append(f'{f"{name}.{section}.{key}".lstrip(".")}: {hint}{told}')
     return lines
