@@ -297,7 +297,7 @@ def test_generated_music_is_rendered_once_and_a_run_begins_with_another(tmp_path
     assert (saved.knows, saved.usual_score) == ('drums', one.usual_score)
     assert -1 < one.usual_score < 1
     text = one.mulan_embed_quantizer.mulan.text
-    assert len(text.config['known_tokens']) == len(text.token_emb.weight) - 1 < 40
+    assert len(text.config['known_tokens']) == len(text.token_emb.weight) - 1 < 200
     weights = load_file(tmp_path / 'one' / 'musiclm' / 'semantic' / 'model.safetensors')
     assert {it.dtype for it in weights.values()} == {torch.float16}
 

@@ -4,46 +4,43 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tqdm.auto import tqdm
 
-if TYPE_CHECKING:
-    from musiclm_pytorch.trainer.trainer import Trainer
-
 
 class Callback:
-    """Hooks of a training; a subclass has those that it wants. Of several processes, each calls them.
+    """Hooks of a training; a subclass has those that it wants. Each process calls them with its `Trainer`.
 
     `trainer.step` is the number of steps done, `trainer.model` what is trained, `trainer.evaluated_model` its average,
     where there is one. `trainer.stop()` ends training after the step, with a validation and a checkpoint as at its end.
     What a hook raises ends training, too, without them.
     """
 
-    def on_train_begin(self, trainer: Trainer, total_steps: int) -> None:
+    def on_train_begin(self, trainer: Any, total_steps: int) -> None:
         """The results folder is open, and the first step comes next."""
 
-    def on_step(self, trainer: Trainer, metrics: dict[str, Any]) -> None:
+    def on_step(self, trainer: Any, metrics: dict[str, Any]) -> None:
         """A step of the optimizer was made; `loss`, `lr`, `seconds` and others, and those of the last validation."""
 
-    def on_validation(self, trainer: Trainer, metrics: dict[str, Any]) -> None:
+    def on_validation(self, trainer: Any, metrics: dict[str, Any]) -> None:
         """Held-out data were looked at; `score` decides which model is best, higher is better."""
 
-    def on_checkpoint(self, trainer: Trainer, folder: Path) -> None:
+    def on_checkpoint(self, trainer: Any, folder: Path) -> None:
         """A checkpoint was written."""
 
-    def on_train_end(self, trainer: Trainer, metrics: dict[str, Any]) -> None:
+    def on_train_end(self, trainer: Any, metrics: dict[str, Any]) -> None:
         """Training is over, or was stopped with a checkpoint."""
 
 
 class ProgressBar(Callback):
     """Steps, loss and learning rate in a terminal."""
 
-    def on_train_begin(self, trainer: Trainer, total_steps: int) -> None:
+    def on_train_begin(self, trainer: Any, total_steps: int) -> None:
         hidden = not (trainer.progress and trainer.is_main)
         self.bar = tqdm(total=total_steps, initial=min(trainer.step, total_steps), disable=hidden, unit='step')
 
-    def on_step(self, trainer: Trainer, metrics: dict[str, Any]) -> None:
+    def on_step(self, trainer: Any, metrics: dict[str, Any]) -> None:
         self.bar.update()
         self.bar.set_postfix(loss=f'{metrics["loss"]:.3f}', lr=f'{metrics["lr"]:.1e}')
 
@@ -58,5 +55,5 @@ class CallOnStep(Callback):
     def __init__(self, function: Callable[[dict[str, Any]], None]):
         self.function = function
 
-    def on_step(self, trainer: Trainer, metrics: dict[str, Any]) -> None:
+    def on_step(self, trainer: Any, metrics: dict[str, Any]) -> None:
         self.function(metrics)

@@ -227,7 +227,7 @@ class _Parts:
 
     def mulan(self) -> None:
         if self.mulan_trainer is not None:
-            self.mulan_trainer.train(**self.recipe.mulan.train_keywords)
+            self.mulan_trainer.train()
 
     def quantizer(self) -> None:
         folder = self.output / 'quantizer'
@@ -271,7 +271,7 @@ class _Parts:
             rate = codec.target_sample_hz
             resume = holds_something(folder)
             trainer = recipe.build_trainer(codec, dataset, sample_rate=rate, results_folder=folder, resume=resume)
-            trainer.train(**recipe.train_keywords)
+            trainer.train()
 
     def tokens(self) -> None:
         modules = dict(
@@ -299,7 +299,7 @@ class _Parts:
         trainer = recipe.build_trainer(
             transformer, tokens, quantizer=quantizer, results_folder=folder, resume=holds_something(folder)
         )
-        trainer.train(**recipe.train_keywords)
+        trainer.train()
 
     def musiclm(self) -> MusicLM:
         with self.recipe.fitted.section('musiclm') as keywords:
