@@ -162,6 +162,7 @@ def test_fields_are_keywords_and_documented():
     assert typing.get_type_hints(TrainingKeywords) == typing.get_type_hints(TrainingConfig)
     for kind in (MuLaNTrainer, SemanticTrainer, CodecTrainer):
         assert fields <= inspect.signature(kind).parameters.keys()
+    assert [inspect.signature(it).parameters['lr'].default for it in (MuLaNTrainer, CodecTrainer)] == [3e-4, 2e-4]
 
 
 @pytest.mark.parametrize(

@@ -509,7 +509,9 @@ def _with_fields(kind: type[Trainer]) -> inspect.Signature:
     """A trainer's signature with the fields of `TrainingConfig` among its keywords, for help, editors and recipes."""
     _, *own = inspect.signature(kind.__init__).parameters.values()
     named = {it.name: it for it in own if it.kind is not inspect.Parameter.VAR_KEYWORD}
-    return inspect.Signature([*named.values(), *([] if len(named) == len(own) else field_parameters(named))])
+    fields = [] if len(named) == len(own) else field_parameters(named)
+    fields = [it.replace(default=kind.DEFAULTS.get(it.name, it.default)) for it in fields]
+    return inspect.Signature([*named.values(), *fields])
 
 
 Trainer.__signature__ = _with_fields(Trainer)
