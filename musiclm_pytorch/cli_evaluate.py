@@ -18,7 +18,7 @@ def evaluate(subcommands) -> None:
     parser = subcommands.add_parser(
         'evaluate',
         help='measure generated music',
-        description='Measure quality, fit to the text and structure of generated music: report.json, figures.csv, '
+        description='Measure quality, text–audio alignment and structure of generated music: report.json, figures.csv, '
         'clips.csv, and report.html with plots and players, which needs no other file. Files that cannot be read are '
         'told and left out.',
     )
@@ -28,7 +28,7 @@ def evaluate(subcommands) -> None:
         metavar='FILE',
         help='what each was made from: a .txt with a line a file, by name; a .json of file names, each with its text '
         'or with an object that has it under "prompt", as `musiclm generate` writes; or a .csv with the columns file '
-        'and text. Without it the fit to the text is left out',
+        'and text. Without it text–audio alignment is left out',
     )
     parser.add_argument('--reference', metavar='FOLDER', help='sound files of real music to compare with')
     parser.add_argument(
@@ -105,7 +105,7 @@ def run_evaluate(options: argparse.Namespace) -> None:
 
 
 def run_compare(options: argparse.Namespace) -> None:
-    from musiclm_pytorch.evaluation.compare import compare_reports
+    from musiclm_pytorch.evaluation.report import compare_reports
 
     reports = {}
     for word in options.reports:
