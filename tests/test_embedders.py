@@ -552,6 +552,7 @@ class Strange(Exception):
 
 def failing_worker(rank, folder):
     """Measures sets with a clip that only rank 1 has and cannot measure, then a sound one."""
+    (Path(folder) / f'broken.{rank}').write_bytes(b'no sound')
     os.environ.update(MASTER_ADDR='127.0.0.1')
     torch.set_num_threads(1)
     # a rank that waited for another that failed gives up
@@ -560,7 +561,7 @@ def failing_worker(rank, folder):
     clips = [torch.full((100,), 1.0 + index / 10) for index in range(4)]
     lines = []
     for last, embedder in (
-        (Path(folder) / 'nothing.wav', Picky()),
+        (Path(folder) / f'broken.{rank}', Picky()),
         (3 * clips[3], Picky()),
         (3 * clips[3], Picky(Strange)),
         (clips[3], Picky()),
@@ -578,8 +579,8 @@ def test_what_goes_wrong_on_one_rank_is_raised_on_all(tmp_path):
     mp.start_processes(failing_worker, args=(str(tmp_path),), nprocs=2, start_method='spawn')
     lines = [Path(tmp_path, f'{rank}.txt').read_text().split('\n') for rank in range(2)]
     assert lines[0] == lines[1]
-    missing, loud, strange, fine = lines[0]
-    assert missing == f'FileNotFoundError: rank 1: no audio file at {tmp_path}/nothing.wav'
+    broken, loud, strange, fine = lines[0]
+    assert broken.startswith(f'ValueError: rank 1: {tmp_path}/broken.1 cannot be read as audio')
     assert loud == 'ValueError: rank 1: clip 3: picky cannot embed it: waves[0] is too loud'
     assert strange.startswith("RuntimeError: rank 1: Strange: ('waves[1] is too loud'")
     assert fine == f'[0, 1, 2, 3] {math.prod((1, 1.1, 1.2, 1.3)) ** 0.25:.3f}'

@@ -369,17 +369,17 @@ def everything(tiny):
     metrics += [KernelAudioDistance(embedder), TagDivergence(embedder, paired=True), ZeroCrossings(), Lengths()]
     return [
         *metrics,
-        Tagging(ZeroShotTagger(tiny, ('piano', 'flute')), torch.arange(16).reshape(8, 2) % 3 == 0, embedder=embedder),
+        Tagging(ZeroShotTagger(tiny, ('piano', 'flute')), torch.arange(8).reshape(4, 2) % 3 == 0, embedder=embedder),
     ]
 
 
 def test_shards_of_a_set_add_up_to_the_whole(tiny):
-    music = SyntheticMusic(8, seconds=2.0, sample_rate=RATE, split='valid')
-    waves, texts = map(list, zip(*(music[index] for index in range(8))))
+    music = SyntheticMusic(4, seconds=2.0, sample_rate=RATE, split='valid')
+    waves, texts = map(list, zip(*(music[index] for index in range(4))))
     whole, *shards = (Evaluator(everything(tiny), batch_size=3) for _ in range(3))
     whole.update(music)  # a data set, read as it goes
     whole.update(waves[::-1], sample_rate=RATE, is_reference=True)
-    for shard, places in zip(shards, (slice(5), slice(5, 8))):
+    for shard, places in zip(shards, (slice(3), slice(3, 4))):
         start = places.start or 0
         shard.update(waves[places], texts[places], sample_rate=RATE, first_index=start)
         shard.update(waves[::-1][places], sample_rate=RATE, is_reference=True, first_index=start)
@@ -391,11 +391,11 @@ def test_shards_of_a_set_add_up_to_the_whole(tiny):
     found, wanted = (to_json(it.compute()) for it in (shards[0], whole))
     assert_alike(found, wanted)
     assert wanted['audio_quality']['frechet_audio_distance']['mulan']['value'] == pytest.approx(0, abs=1e-6)
-    assert wanted['music_structure']['samples']['value'] == 16 * 2 * RATE
-    assert wanted['tagging']['roc_auc']['count'] == 8
-    rows = whole.clip_rows(list('abcdefgh'), texts)
-    assert_alike(shards[0].clip_rows(list('abcdefgh'), texts), rows)
-    assert {'cosine', 'loudness', 'tempo', 'zero_crossings'} <= rows[7].keys()
+    assert wanted['music_structure']['samples']['value'] == 8 * 2 * RATE
+    assert wanted['tagging']['roc_auc']['count'] == 4
+    rows = whole.clip_rows(list('abcd'), texts)
+    assert_alike(shards[0].clip_rows(list('abcd'), texts), rows)
+    assert {'cosine', 'loudness', 'tempo', 'zero_crossings'} <= rows[3].keys()
     whole.reset()
     with pytest.raises(ValueError, match='no clips to measure'):
         whole.compute()

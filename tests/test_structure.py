@@ -380,8 +380,8 @@ def test_distance_of_distributions():
         compare_structure([], reference)
 
 
-def test_figures_are_the_fields_that_are():
-    assert tuple(it.name for it in fields(StructureResult) if it.type == 'Figure') == STRUCTURE_VALUES
+def test_values_are_the_fields_that_are():
+    assert tuple(it.name for it in fields(StructureResult) if it.type == 'MetricValue') == STRUCTURE_VALUES
     with pytest.raises(ValueError, match='no clips'):
         summarise_structure([])
     with pytest.raises(TypeError, match='32768'):

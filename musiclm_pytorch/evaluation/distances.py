@@ -35,10 +35,7 @@ class GaussianStatistics:
     """Count, mean and scatter of frames, gathered as they come, in float64 on the CPU and in O(dim²) memory.
 
     The scatter is taken about the mean of each block, and blocks are merged (Chan, Golub and LeVeque, 1983), so that
-    nothing is lost where the mean is far from zero.
-
-    Args:
-        dim: width of a frame.
+    nothing is lost where the mean is far from zero. `dim` is the width of a frame.
     """
 
     @typechecked
@@ -134,9 +131,7 @@ class ThinnedStatistics:
     because the frames of a clip resemble each other. Up to rounding, nothing depends on the order of the clips or on
     how they are sharded across processes.
 
-    Args:
-        dim: width of a frame.
-        seed: of the groups and of the subsets.
+    `dim` is the width of a frame, and `seed` that of the groups and of the subsets.
     """
 
     @typechecked
@@ -203,10 +198,8 @@ def frechet_distance(a: GaussianStatistics, b: GaussianStatistics) -> float:
     """The Fréchet distance of two Gaussians (Dowson and Landau, 1982), in squared units of the frames, at least 0.
 
     |μa - μb|² + Tr(Σa + Σb - 2 (Σa Σb)^½). With Σ = F Fᵀ, the trace of the root is the sum of the singular values of
-    Faᵀ Fb, which is real and stable whatever the rank: there may be fewer frames than dimensions.
-
-    Raises:
-        ValueError: different widths, or fewer than 2 frames on a side.
+    Faᵀ Fb, which is real and stable whatever the rank: there may be fewer frames than dimensions. Raises ValueError for
+    different widths, or fewer than 2 frames on a side.
     """
     check_widths(a, b)
     return _distance(_gaussian(a), _gaussian(b))
@@ -290,10 +283,7 @@ class FrameReservoir:
     the frames with the smallest numbers stay. So the sample depends neither on the order of the clips nor on how they
     are sharded across processes.
 
-    Args:
-        dim: width of a frame.
-        max_frames: size of the sample; fewer frames are kept whole.
-        seed: of the draw.
+    `dim` is the width of a frame, `max_frames` the size of the sample, and `seed` that of the draw.
     """
 
     @typechecked
@@ -321,10 +311,7 @@ class FrameReservoir:
 
     @typechecked
     def update(self, frames: Tensor, clip: int) -> None:
-        """Add the frames `(n, dim)` of a clip; `clip` is its index in the whole set, the same whichever rank has it.
-
-        Raises ValueError for another shape, NaN, infinity or a negative index, TypeError for integers.
-        """
+        """As `ThinnedStatistics.update`."""
         check_frames(frames, self.dim)
         keys = torch.from_numpy(np.random.default_rng(clip_seed(self.seed, clip)).random(len(frames)))
         self._seen += len(frames)
@@ -369,14 +356,9 @@ class FrameReservoir:
 def median_distance(frames: Tensor, clips: Tensor | None = None) -> float:
     """The median of the Euclidean distances between frames `(n, d)` of different clips; of an even number the lower.
 
-    Beyond `MEDIAN_FRAMES` frames, as many of them, evenly spread over the clips, stand for all, which bounds the
-    memory.
-
-    Args:
-        frames: `(n, d)`.
-        clips: `(n,)` int64, which clip each is of; without, each is one of its own.
-
-    Raises ValueError with fewer than 2 clips.
+    `clips` `(n,)` int64 tells which clip each is of; without it, each is one of its own. Beyond `MEDIAN_FRAMES` frames,
+    as many of them, evenly spread over the clips, stand for all, which bounds the memory. Raises ValueError with fewer
+    than 2 clips.
     """
     clips = check_clips(frames, clips, 'clips')
     if (number := len(clips.unique())) < 2:
@@ -407,14 +389,9 @@ def kernel_distance(
     nothing of each other, and frames of one clip resemble each other: within a set, only frames of different clips are
     compared. Memory of O(ROWS · (m + n)).
 
-    Args:
-        reference, generated: frames.
-        bandwidth: in units of the frames.
-        reference_clips, generated_clips: `(m,)` and `(n,)` int64, which clip of its set each frame is of; without, each
-            is one of its own.
-
-    Raises:
-        ValueError: fewer than 2 clips on a side, different widths, NaN or infinity, a bandwidth of 0.
+    `reference_clips` `(m,)` and `generated_clips` `(n,)` int64 tell which clip of its set each frame is of; without
+    them, each is one of its own. Raises ValueError for fewer than 2 clips on a side, different widths, NaN or infinity,
+    and a bandwidth of 0.
     """
     for frames in (reference, generated):
         check_frames(frames, reference.shape[-1])
@@ -532,9 +509,8 @@ def check_widths(a: Any, b: Any) -> None:
 
 def too_few_frames(reference: int, generated: int) -> str:
     """Why a distance is not defined, or ''."""
-    if min(reference, generated) >= 2:
-        return ''
-    return f'a distance needs at least 2 frames on each side, got {reference} of reference and {generated} generated'
+    reason = f'a distance needs at least 2 frames on each side, got {reference} of reference and {generated} generated'
+    return reason if min(reference, generated) < 2 else ''
 
 
 def too_few_clips(reference: Tensor, generated: Tensor) -> str:

@@ -276,13 +276,8 @@ class EnCodecEmbedder:
 class VGGishEmbedder:
     """VGGish's embeddings of 0.96 s each, of width 128, before their last activation; what is left over is dropped.
 
-    Args:
-        path: a local copy of torchvggish's weights, `vggish-10086976.pth`.
-        batch_size: patches embedded at a time.
-        device: where to compute.
-
-    Raises:
-        FileNotFoundError: no such file. ValueError: weights that do not fit.
+    `path` is a local copy of torchvggish's weights, `vggish-10086976.pth`; `batch_size` patches are embedded at a time.
+    Raises FileNotFoundError for no such file, ValueError for weights that do not fit.
     """
 
     name, sample_rate, dim = 'vggish', VGGISH_RATE, 128

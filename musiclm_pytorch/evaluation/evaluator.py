@@ -23,7 +23,7 @@ from musiclm_pytorch.evaluation.clip_metrics import MusicStructure, SignalQualit
 from musiclm_pytorch.evaluation.distances import FrechetAudioDistance, KernelAudioDistance
 from musiclm_pytorch.evaluation.embedders import CLAPEmbedder, Embedder, MuLaNEmbedder
 from musiclm_pytorch.evaluation.inputs import check_names, check_texts, evaluation_clips, list_clips
-from musiclm_pytorch.evaluation.metric import GROUPS, Metric, MetricValue, checked_seed, to_json, undefined
+from musiclm_pytorch.evaluation.metric import GROUPS, Metric, as_value, checked_seed, to_json, undefined
 from musiclm_pytorch.evaluation.tagging import TagDivergence, Tagger
 from musiclm_pytorch.mulan.checkpoint import CONFIG_FILE, read_json_object, saved_kind
 from musiclm_pytorch.mulan.display import indented
@@ -214,10 +214,6 @@ class Evaluator:
 def check_apart(seen: set[int], added: set[int]) -> None:
     if both := seen & added:
         raise ValueError(f'clip {min(both)} comes twice; tell shards of a set apart by first_index')
-
-
-def as_value(found: Any) -> MetricValue:
-    return found if isinstance(found, MetricValue) else MetricValue(found)
 
 
 def each_value(found: Mapping[str, Any], function: Callable[[Any], Any]) -> dict[str, Any]:

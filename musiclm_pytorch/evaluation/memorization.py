@@ -246,9 +246,7 @@ def approximate_match_costs(first: Tensor, second: Tensor, distances: np.ndarray
     Exact: two sequences of one length are histograms of as many equal parts, and some best transport moves each part
     whole, so it is an assignment of tokens to tokens. (MusicLM approximates it by Sinkhorn's algorithm.)
 
-    Args:
-        first, second: `(n, t)` int64 tokens.
-        distances: `(c, c)` between tokens, at least 0.
+    `first` and `second` are `(n, t)` int64 tokens, and `distances` `(c, c)` between tokens are at least 0.
     """
     from scipy.optimize import linear_sum_assignment
 
@@ -269,11 +267,8 @@ def approximate_match_costs(first: Tensor, second: Tensor, distances: np.ndarray
 def codebook_distances(tokenizer: nn.Module, metric: str = 'euclidean') -> np.ndarray:
     """Distances between the k-means centres of a semantic tokenizer, `(c, c)` float64.
 
-    Args:
-        tokenizer: one of `audiolm.semantic`, or audiolm-pytorch's `HubertWithKmeans`.
-        metric: 'euclidean', as in MusicLM and as frames choose their centre, or 'cosine', 1 less the cosine.
-
-    Raises TypeError for a tokenizer without centres.
+    `metric` is 'euclidean', as in MusicLM and as frames choose their centre, or 'cosine', 1 less the cosine. Raises
+    TypeError for a tokenizer without centres.
     """
     from scipy.spatial.distance import cdist
 

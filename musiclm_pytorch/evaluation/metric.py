@@ -87,12 +87,7 @@ def mean_value(
 
     Values that are not finite are left out and counted in the detail 'left_out'. With one value there is no interval.
 
-    Args:
-        values: `(n,)`.
-        unit: of the values.
-        seed: of the resampling.
-        missing: what to say if no value is left.
-        details: further facts.
+    `seed` is that of the resampling, `missing` what to say if no value is left, and `details` are further facts.
     """
     values = np.asarray(values, dtype=np.float64)
     kept = values[np.isfinite(values)]
@@ -283,19 +278,20 @@ class ClipMetric(Metric):
         return [side[index] for index in sorted(side)]
 
     def compute(self) -> dict[str, Any]:
-        means = mean_of_clips([as_values(it) for it in self.found()], seed=self.seed)
+        clips = [{name: as_value(it) for name, it in found.items()} for found in self.found()]
+        means = mean_of_clips(clips, seed=self.seed)
         return {self.name: means} if self.name else means
 
     def clip_values(self, is_reference: bool) -> dict[int, dict[str, Any]]:
         clips = self._side(is_reference).items()
-        return {index: {name: it.value for name, it in as_values(found).items()} for index, found in clips}
+        return {index: {name: as_value(it).value for name, it in found.items()} for index, found in clips}
 
     def _side(self, is_reference: bool) -> dict[int, Any]:
         return self.state['reference_clips' if is_reference else 'clips']
 
 
-def as_values(found: Mapping[str, MetricValue | float]) -> dict[str, MetricValue]:
-    return {name: it if isinstance(it, MetricValue) else MetricValue(it) for name, it in found.items()}
+def as_value(number: MetricValue | float) -> MetricValue:
+    return number if isinstance(number, MetricValue) else MetricValue(number)
 
 
 def embedding_rows(embeddings: Mapping[int, Tensor], clips: Sequence[int] | None = None) -> tuple[list[int], Tensor]:
