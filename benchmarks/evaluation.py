@@ -40,10 +40,14 @@ import torch
 
 from musiclm_pytorch import MuLaN, TextTransformer, create_optimized_audiospectrogram_transformer
 from musiclm_pytorch.data.audio import resample
+from musiclm_pytorch.evaluation.distances import (
+    FrameReservoir,
+    GaussianStatistics,
+    ThinnedStatistics,
+    frechet_distance,
+)
 from musiclm_pytorch.evaluation.embedders import MuLaNEmbedder
-from musiclm_pytorch.evaluation.embedding import embed_clips
-from musiclm_pytorch.evaluation.frechet import GaussianStatistics, ThinnedStatistics, frechet_distance
-from musiclm_pytorch.evaluation.kernel import FrameReservoir
+from musiclm_pytorch.evaluation.inputs import embed_clips
 
 ROOT = Path(__file__).resolve().parent.parent
 CLIPS, FRAMES, DIM = 10_000, 10, 128

@@ -40,8 +40,8 @@ from torch import nn
 from musiclm_pytorch import MusicLM, SyntheticMusic, generate_coarse, generate_fine
 from musiclm_pytorch.audiolm.sampling import Sampling
 from musiclm_pytorch.data.attributes import INSTRUMENTS, MusicLabels
-from musiclm_pytorch.evaluation.figures import to_json
-from musiclm_pytorch.evaluation.memory import memorisation, training_clips
+from musiclm_pytorch.evaluation.memorization import memorisation, training_clips
+from musiclm_pytorch.evaluation.metric import to_json
 
 ROOT = Path(__file__).resolve().parent.parent
 ASKED = ('instrument', 'tempo', 'register', 'drums')

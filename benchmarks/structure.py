@@ -24,9 +24,14 @@ import torch
 from threadpoolctl import threadpool_limits  # a requirement of scikit-learn
 
 from musiclm_pytorch import SyntheticMusic
-from musiclm_pytorch.evaluation.figures import to_json
-from musiclm_pytorch.evaluation.structure import StructureResult, structure_of, summarise_structure
-from musiclm_pytorch.evaluation.structure_scores import StructureTruth, score_structure
+from musiclm_pytorch.evaluation.clip_metrics import (
+    StructureResult,
+    StructureTruth,
+    score_structure,
+    structure_of,
+    summarise_structure,
+)
+from musiclm_pytorch.evaluation.metric import to_json
 
 ROOT = Path(__file__).resolve().parent.parent
 SETTINGS = {'5 s, 16 kHz': (5.0, 16000), '10 s, 22.05 kHz': (10.0, 22050)}

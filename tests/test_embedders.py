@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from conftest import tiny_mulan
 
 from musiclm_pytorch.data.audio import resample
-from musiclm_pytorch.evaluation import vggish
+from musiclm_pytorch.evaluation.distances import GaussianStatistics
 from musiclm_pytorch.evaluation.embedders import (
     CLAPEmbedder,
     Embedder,
@@ -25,10 +25,12 @@ from musiclm_pytorch.evaluation.embedders import (
     MuLaNEmbedder,
     VGGishEmbedder,
     batches_by_length,
+    vggish_patches,
 )
-from musiclm_pytorch.evaluation.embedding import embed_clips
-from musiclm_pytorch.evaluation.measuring import TaggerEmbedder, measure
-from musiclm_pytorch.evaluation.tagging import ZeroShotTagger
+from musiclm_pytorch.evaluation.evaluator import Evaluator
+from musiclm_pytorch.evaluation.inputs import embed_clips
+from musiclm_pytorch.evaluation.metric import Metric
+from musiclm_pytorch.evaluation.tagging import TagDivergence, TaggerEmbedder, ZeroShotTagger
 
 RATE = 8000
 
@@ -319,13 +321,13 @@ def plain_log_mel(samples):
 
 
 def test_vggish_features_are_their_definition():
-    wave = noise(vggish.MIN_SAMPLES + 100)
-    found = vggish.log_mel_patches(wave)
+    wave = noise(VGGishEmbedder.min_samples + 100)
+    found = vggish_patches(wave)
     assert found.shape == (1, 96, 64)
     np.testing.assert_allclose(found[0, :4], plain_log_mel(wave.double().numpy()[: 400 + 3 * 160]), atol=1e-4)
-    assert len(vggish.log_mel_patches(noise(15600 + 95 * 160))) == 1
-    assert len(vggish.log_mel_patches(noise(15600 + 96 * 160))) == 2
-    assert torch.equal(vggish.log_mel_patches(torch.zeros(15600)), torch.full((1, 96, 64), math.log(0.01)))
+    assert len(vggish_patches(noise(15600 + 95 * 160))) == 1
+    assert len(vggish_patches(noise(15600 + 96 * 160))) == 2
+    assert torch.equal(vggish_patches(torch.zeros(15600)), torch.full((1, 96, 64), math.log(0.01)))
 
 
 @pytest.fixture
@@ -369,7 +371,7 @@ def test_vggish_is_its_network_on_patches(vggish_weights):
     waves = noise(15600, 50000)
     found = embedder.embed(waves)
     assert [frames.shape for frames in found] == [(1, 128), (3, 128)]
-    agree(found[1:], [torch.stack([plain_vggish(it, state) for it in vggish.log_mel_patches(waves[1])])], atol=1e-4)
+    agree(found[1:], [torch.stack([plain_vggish(it, state) for it in vggish_patches(waves[1])])], atol=1e-4)
     assert (found[1] < 0).any()
     agree(found, embedded_alone(embedder, waves), atol=1e-4)
     assert embedder.embed([]) == []
@@ -506,23 +508,37 @@ def test_clips_go_by_their_indices_in_a_larger_set():
 # ---- sets of clips ----
 
 
-def measured(clips, embedders=()):
-    keywords = dict(quality=not embedders, structure=False, embedders=list(embedders))
-    return measure(clips, RATE, **keywords, batch_size=2, seed=0, progress=False, label='test')
+class Loudest(Metric):
+    """The logarithm of the loudest sample of each clip, by an embedder of one number."""
+
+    def __init__(self, embedder):
+        self.embedders = [embedder]
+        super().__init__()
+
+    def initial_state(self):
+        return dict(loudest={}, statistics=GaussianStatistics(1))
+
+    def update(self, clip):
+        (embedder,) = self.embedders
+        self.state['loudest'][clip.index] = clip.frames[embedder.name].item()
+        self.state['statistics'].update(clip.frames[embedder.name])
+
+    def compute(self):
+        return dict(mean=self.state['statistics'].mean.exp().item())
 
 
-def test_a_tagger_has_no_statistics_and_leaves_short_clips_out():
+def evaluated(clips, metric):
+    Evaluator([metric], batch_size=2).update(clips, sample_rate=RATE)
+    return metric
+
+
+def test_a_tagger_leaves_short_clips_out():
     model = tiny_mulan(dict(audio_sample_rate=RATE), dict(num_tokens=49408))
     tagger = ZeroShotTagger(model, ('a', 'b', 'c'))
     clips = noise(4000, tagger.min_samples - 1, 3000)
-    found = measured(clips, [MuLaNEmbedder(model), TaggerEmbedder(tagger)])
-    assert list(found.statistics) == list(found.samples) == ['mulan']
-    assert len(found.statistics['mulan']) == len(found.samples['mulan']) == 2
-    assert set(found.means['tags']) == {0, 2}
-    assert 'tags needs at least' in found.missing['tags'][1]
-    tags = found.means['tags'][2] / found.means['tags'][2].sum()
-    torch.testing.assert_close(tags, tagger.probabilities(clips[2:])[0], atol=1e-5, rtol=1e-4)
-
+    found = evaluated(clips, TagDivergence(tagger)).state['generated']
+    assert set(found) == {0, 2}
+    torch.testing.assert_close(found[2] / found[2].sum(), tagger.probabilities(clips[2:])[0], atol=1e-5, rtol=1e-4)
     with pytest.raises(ValueError, match='the tagger does not know the rate'):
         TaggerEmbedder(ZeroShotTagger(tiny_mulan(text=dict(num_tokens=49408)), ('a',)))
 
@@ -536,6 +552,7 @@ class Strange(Exception):
 
 def failing_worker(rank, folder):
     """Measures sets with a clip that only rank 1 has and cannot measure, then a sound one."""
+    (Path(folder) / f'broken.{rank}').write_bytes(b'no sound')
     os.environ.update(MASTER_ADDR='127.0.0.1')
     torch.set_num_threads(1)
     # a rank that waited for another that failed gives up
@@ -544,17 +561,14 @@ def failing_worker(rank, folder):
     clips = [torch.full((100,), 1.0 + index / 10) for index in range(4)]
     lines = []
     for last, embedder in (
-        (Path(folder) / 'nothing.wav', Picky()),
+        (Path(folder) / f'broken.{rank}', Picky()),
         (3 * clips[3], Picky()),
         (3 * clips[3], Picky(Strange)),
         (clips[3], Picky()),
     ):
         try:
-            found = measured([*clips[:3], last], [embedder])
-            mean = found.statistics['picky'].total().mean.exp().item()
-            lines.append(
-                f'{sorted(found.means["picky"])} {found.samples["picky"].clips.sort().values.tolist()} {mean:.3f}'
-            )
+            found = evaluated([*clips[:3], last], Loudest(embedder))
+            lines.append(f'{sorted(found.state["loudest"])} {found.compute()["mean"]:.3f}')
         except Exception as error:
             lines.append(f'{type(error).__name__}: {error}')
     Path(folder, f'{rank}.txt').write_text('\n'.join(lines))
@@ -565,13 +579,13 @@ def test_what_goes_wrong_on_one_rank_is_raised_on_all(tmp_path):
     mp.start_processes(failing_worker, args=(str(tmp_path),), nprocs=2, start_method='spawn')
     lines = [Path(tmp_path, f'{rank}.txt').read_text().split('\n') for rank in range(2)]
     assert lines[0] == lines[1]
-    missing, loud, strange, fine = lines[0]
-    assert missing == f'FileNotFoundError: rank 1: no audio file at {tmp_path}/nothing.wav'
+    broken, loud, strange, fine = lines[0]
+    assert broken.startswith(f'ValueError: rank 1: {tmp_path}/broken.1 cannot be read as audio')
     assert loud == 'ValueError: rank 1: clip 3: picky cannot embed it: waves[0] is too loud'
     assert strange.startswith("RuntimeError: rank 1: Strange: ('waves[1] is too loud'")
-    assert fine == f'[0, 1, 2, 3] [0, 1, 2, 3] {math.prod((1, 1.1, 1.2, 1.3)) ** 0.25:.3f}'
+    assert fine == f'[0, 1, 2, 3] {math.prod((1, 1.1, 1.2, 1.3)) ** 0.25:.3f}'
     with pytest.raises(ValueError, match='^clip 1: picky'):  # alone, as it is
-        measured([torch.ones(100), 3 * torch.ones(100)], [Picky()])
+        evaluated([torch.ones(100), 3 * torch.ones(100)], Loudest(Picky()))
 
 
 def test_reader_stays_near_the_models_and_ends_with_them():

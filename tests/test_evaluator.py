@@ -16,10 +16,22 @@ from conftest import tiny_mulan
 from musiclm_pytorch import MusicLMEvaluator, SyntheticMusic
 from musiclm_pytorch.cli import main
 from musiclm_pytorch.data.audio import resample
-from musiclm_pytorch.evaluation.compare import compare_reports
+from musiclm_pytorch.evaluation import (
+    ClipMetric,
+    Evaluator,
+    FrechetAudioDistance,
+    KernelAudioDistance,
+    Metric,
+    MusicStructure,
+    SignalQuality,
+    TagDivergence,
+    Tagging,
+    TextAudioAlignment,
+)
 from musiclm_pytorch.evaluation.embedders import MuLaNEmbedder
 from musiclm_pytorch.evaluation.evaluator import GROUPS, load_mulan
-from musiclm_pytorch.evaluation.report import figures_in, write_report
+from musiclm_pytorch.evaluation.metric import to_json
+from musiclm_pytorch.evaluation.report import compare_reports, figures_in, write_report
 from musiclm_pytorch.evaluation.tagging import MUSIC_TAGS, ZeroShotTagger
 
 RATE = 16000
@@ -304,6 +316,117 @@ def assert_alike(found, wanted):
         assert found == pytest.approx(wanted, rel=1e-3, abs=1e-5)
     else:
         assert found == wanted
+
+
+# ---- metrics of one's own ----
+
+
+class ZeroCrossings(ClipMetric):
+    """How often a second a wave changes its sign: a metric as a user writes it."""
+
+    def measure(self, wave, sample_rate):
+        return dict(zero_crossings=(wave.sign().diff() != 0).sum().item() * sample_rate / len(wave))
+
+
+class Lengths(Metric):
+    """Without a value a clip: sums of numbers and tensors, and a list."""
+
+    group = 'music_structure'
+
+    def initial_state(self):
+        return dict(seconds=0.0, samples=torch.zeros(()), texts=[])
+
+    def update(self, clip):
+        self.state['seconds'] += len(clip.wave) / clip.sample_rate
+        self.state['samples'] += len(clip.wave)
+        self.state['texts'] += [clip.text] * (clip.text is not None)
+
+    def compute(self):
+        return dict(seconds=self.state['seconds'], samples=self.state['samples'].item(), texts=len(self.state['texts']))
+
+
+def test_a_metric_of_ones_own_stands_beside_the_others(tiny, pairs, tmp_path):
+    waves, texts = pairs
+    evaluator = MusicLMEvaluator(mulan=tiny, metrics=[ZeroCrossings(), Lengths()])
+    asked = dict(sample_rate=RATE, groups=['audio_quality', 'music_structure'])
+    for _ in range(2):  # nothing is left over from an evaluation before
+        found = evaluator.evaluate(waves[:3], waves[3:5], texts=texts[:3], **asked)
+    own = [row['zero_crossings'] for row in found['clips']]
+    assert own == [ZeroCrossings().measure(wave, RATE)['zero_crossings'] for wave in waves[:3]]
+    assert found['audio_quality']['zero_crossings']['value'] == pytest.approx(sum(own) / 3)
+    assert found['audio_quality']['zero_crossings']['low'] <= found['audio_quality']['zero_crossings']['value']
+    assert found['music_structure']['seconds'] == dict(value=10.0)  # of 5 clips
+    assert [len(found[rows]) for rows in ('clips', 'reference_clips')] == [3, 2]
+    page = write_report(found, tmp_path / 'out').read_text()
+    assert 'zero crossings' in page
+    plain = MusicLMEvaluator(mulan=tiny).evaluate(waves[:3], waves[3:5], texts=texts[:3], **asked)
+    assert plain['audio_quality'].items() <= found['audio_quality'].items()
+
+
+def everything(tiny):
+    embedder = MuLaNEmbedder(tiny, 1.0)
+    metrics = [SignalQuality(), MusicStructure(), TextAudioAlignment(embedder), FrechetAudioDistance(embedder)]
+    metrics += [KernelAudioDistance(embedder), TagDivergence(embedder, paired=True), ZeroCrossings(), Lengths()]
+    return [
+        *metrics,
+        Tagging(ZeroShotTagger(tiny, ('piano', 'flute')), torch.arange(8).reshape(4, 2) % 3 == 0, embedder=embedder),
+    ]
+
+
+def test_shards_of_a_set_add_up_to_the_whole(tiny):
+    music = SyntheticMusic(4, seconds=2.0, sample_rate=RATE, split='valid')
+    waves, texts = map(list, zip(*(music[index] for index in range(4))))
+    whole, *shards = (Evaluator(everything(tiny), batch_size=3) for _ in range(3))
+    whole.update(music)  # a data set, read as it goes
+    whole.update(waves[::-1], sample_rate=RATE, is_reference=True)
+    for shard, places in zip(shards, (slice(3), slice(3, 4))):
+        start = places.start or 0
+        shard.update(waves[places], texts[places], sample_rate=RATE, first_index=start)
+        shard.update(waves[::-1][places], sample_rate=RATE, is_reference=True, first_index=start)
+    with pytest.raises(ValueError, match='clip 0 comes twice; tell shards of a set apart by first_index'):
+        shards[0].merge(shards[0])
+    with pytest.raises(ValueError, match='clips of clip 0 are in both; give clips of shards their own indices'):
+        shards[0].metrics[0].merge(shards[0].metrics[0])
+    shards[0].merge(shards[1])
+    found, wanted = (to_json(it.compute()) for it in (shards[0], whole))
+    assert_alike(found, wanted)
+    assert wanted['audio_quality']['frechet_audio_distance']['mulan']['value'] == pytest.approx(0, abs=1e-6)
+    assert wanted['music_structure']['samples']['value'] == 8 * 2 * RATE
+    assert wanted['tagging']['roc_auc']['count'] == 4
+    rows = whole.clip_rows(list('abcd'), texts)
+    assert_alike(shards[0].clip_rows(list('abcd'), texts), rows)
+    assert {'cosine', 'loudness', 'tempo', 'zero_crossings'} <= rows[3].keys()
+    whole.reset()
+    with pytest.raises(ValueError, match='no clips to measure'):
+        whole.compute()
+
+
+def test_what_goes_wrong_leaves_the_evaluator_as_it_was(tiny, pairs):
+    waves, _ = pairs
+    evaluator = Evaluator([SignalQuality(), FrechetAudioDistance(MuLaNEmbedder(tiny))], reference=False)
+    for part in (waves[:1], waves[1:2]):  # batch after batch
+        evaluator.update(part, sample_rate=RATE)
+    before = to_json(evaluator.compute())
+    assert before['audio_quality']['frechet_infinity']['mulan'] == dict(value=None, reason='it needs reference audio')
+    broken = torch.tensor([0.0, float('nan')])
+    for message, call in [
+        (r'\[1\] holds NaN', lambda: evaluator.update([waves[2], broken], sample_rate=RATE)),
+        ('clip 1 comes twice', lambda: evaluator.update(waves[:3], sample_rate=RATE, first_index=1)),
+        ('pass sample_rate in Hz', lambda: evaluator.update(waves)),
+        ('first_index must be 0 or more', lambda: evaluator.update(waves, sample_rate=8, first_index=-1)),
+        ('with reference=True', lambda: evaluator.update(waves, sample_rate=8, is_reference=True)),
+        ('the same metrics', lambda: evaluator.merge(Evaluator([SignalQuality()]))),
+        ('at least one metric', lambda: Evaluator([])),
+        ("names, got .'mulan', 'mulan'", lambda: Evaluator(everything(tiny) + everything(tiny))),
+        ('group of a metric must be one of', lambda: MusicLMEvaluator(tiny, metrics=everything(tiny)[-1:])),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            call()
+        assert to_json(evaluator.compute()) == before
+    twice = Evaluator([SignalQuality(), SignalQuality()])
+    twice.update(waves[:1], sample_rate=RATE)
+    with pytest.raises(ValueError, match='two metrics are named audio_quality.signal.loudness'):
+        twice.compute()
 
 
 # ---- on disk ----

@@ -8,16 +8,19 @@ import pytest
 import scipy.linalg
 import torch
 
-from musiclm_pytorch.evaluation import kernel
-from musiclm_pytorch.evaluation.frechet import (
-    GROUPS,
+from musiclm_pytorch.evaluation import distances
+from musiclm_pytorch.evaluation.distances import (
+    NUM_GROUPS,
+    FrameReservoir,
     GaussianStatistics,
     ThinnedStatistics,
     frechet_audio_distance,
     frechet_distance,
     frechet_infinity,
+    kernel_audio_distance,
+    kernel_distance,
+    median_distance,
 )
-from musiclm_pytorch.evaluation.kernel import FrameReservoir, kernel_audio_distance, kernel_distance, median_distance
 
 
 def drawn(*shape, seed=0):
@@ -104,7 +107,7 @@ def test_what_ranks_send_is_no_more_than_it_must_be():
         thinned.update(drawn(40, 64, seed=clip), clip)
         reservoir.update(drawn(40, 64, seed=clip), clip)
     # of each group a scatter and a mean, of each frame its number, clip and values
-    assert len(pickle.dumps(thinned)) < 1.05 * GROUPS * 8 * 64 * 65
+    assert len(pickle.dumps(thinned)) < 1.05 * NUM_GROUPS * 8 * 64 * 65
     assert len(pickle.dumps(reservoir)) < 1.2 * 100 * (8 + 8 + 4 * 64)
     torch.testing.assert_close(pickle.loads(pickle.dumps(thinned)).total().covariance, thinned.total().covariance)
 
@@ -286,7 +289,7 @@ def plain_median_distance(x, clips):
 @pytest.mark.parametrize(('m', 'n', 'dim'), [(2, 2, 1), (13, 7, 3), (31, 40, 16)])
 @pytest.mark.parametrize('rows', [512, 4])
 def test_kernel_distance_is_its_definition(monkeypatch, m, n, dim, rows):
-    monkeypatch.setattr(kernel, 'ROWS', rows)
+    monkeypatch.setattr(distances, 'ROWS', rows)
     x, y = drawn(m, dim).float() + 50, drawn(n, dim, seed=1).float() * 1.5 + 50.3
     bandwidth = plain_median_distance(x, range(m))
     assert median_distance(x) == pytest.approx(bandwidth)
@@ -296,7 +299,7 @@ def test_kernel_distance_is_its_definition(monkeypatch, m, n, dim, rows):
 
 @pytest.mark.parametrize('rows', [512, 4])
 def test_frames_of_one_clip_are_not_compared(monkeypatch, rows):
-    monkeypatch.setattr(kernel, 'ROWS', rows)
+    monkeypatch.setattr(distances, 'ROWS', rows)
     x, y = drawn(13, 3).float(), drawn(11, 3, seed=1).float() + 0.3
     x_clips, y_clips = torch.tensor([0, 4, 0, 2, 2, 2, 9, 0, 4, 4, 1, 2, 0]), torch.arange(11) % 4
     bandwidth = plain_median_distance(x, x_clips.tolist())
@@ -310,7 +313,7 @@ def test_frames_of_one_clip_are_not_compared(monkeypatch, rows):
 def test_bandwidth_of_many_frames_is_near_that_of_all(monkeypatch):
     frames = drawn(600, 3) + torch.linspace(0, 3, 600)[:, None]
     whole = median_distance(frames)
-    monkeypatch.setattr(kernel, 'MEDIAN_FRAMES', 150)
+    monkeypatch.setattr(distances, 'MEDIAN_FRAMES', 150)
     assert median_distance(frames) == pytest.approx(whole, rel=0.05)
     assert median_distance(frames) != whole
     # one frame of another clip among many is always there
@@ -381,9 +384,9 @@ def test_reservoir_keeps_everything_that_fits_and_little_more():
     reservoir = FrameReservoir(2, 10)
     for clip in range(1000):
         reservoir.update(drawn(7, 2, seed=clip), clip)
-        assert sum(map(len, reservoir._frames)) < 2 * 10 + 7
+        assert sum(len(frames) for _, _, frames in reservoir._pieces) < 2 * 10 + 7
         # nor an empty tensor for each clip that brings nothing
-        assert len(reservoir._frames) == len(reservoir._keys) == len(reservoir._clips) <= 1 + 2 * 10
+        assert len(reservoir._pieces) <= 1 + 2 * 10
 
 
 def test_kernel_figure():

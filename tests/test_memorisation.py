@@ -13,12 +13,11 @@ from musiclm_pytorch import MusicLM, evaluation
 from musiclm_pytorch.audiolm.generate import generate_semantic
 from musiclm_pytorch.audiolm.sampling import Sampling
 from musiclm_pytorch.audiolm.semantic_mulan import MuLaNSemanticTokenizer
-from musiclm_pytorch.evaluation.memory import (
+from musiclm_pytorch.evaluation.memorization import (
+    Memorization,
     approximate_match_costs,
     codebook_distances,
     continuations,
-    exact_matches,
-    match_figures,
     memorisation,
     negative_pairs,
     training_clips,
@@ -29,6 +28,17 @@ CODES = 40
 
 def tokens(n, t, codes=CODES, seed=0):
     return torch.randint(codes, (n, t), generator=torch.Generator().manual_seed(seed))
+
+
+def matches(generated, training, distances, **keywords):
+    """Of sequences that come in two shards, merged."""
+    metric, other = (Memorization(distances, **keywords) for _ in range(2))
+    metric.update(generated[:2], training[:2])
+    if len(generated) > 2:
+        other.update(generated[2:], training[2:])
+    metric.merge(other)
+    assert torch.equal(torch.stack(metric.state['generated']), generated)
+    return metric.compute()
 
 
 @pytest.fixture
@@ -73,23 +83,23 @@ def test_cost_knows_no_order():
 
 def test_copies_near_copies_and_strangers(distances):
     training = tokens(60, 25)
-    found = match_figures(training, training, distances)
+    found = matches(training, training, distances)
     assert found['exact'].value == found['approximate'].value == found['same_token'].value == 1
     assert found['exact'].low > 0.9  # Wilson: not sure of all clips there are
 
     near = training ^ 1  # the nearest centre of each
-    found = match_figures(near, training, distances)
+    found = matches(near, training, distances)
     assert found['exact'].value == found['same_token'].value == 0
     assert found['approximate'].value == 1
     assert found['approximate'].details['median_cost'] < 0.1 < found['approximate'].details['threshold']
 
-    found = match_figures(tokens(60, 25, seed=9), training, distances)
+    found = matches(tokens(60, 25, seed=9), training, distances)
     assert found['exact'].value == 0
     assert found['approximate'].value < 0.05
     assert found['exact'].high > 0.01
 
     mixed = torch.cat((training[:15], near[15:30], tokens(30, 25, seed=9)))
-    found = match_figures(mixed, training, distances)
+    found = matches(mixed, training, distances)
     assert found['exact'].value == 0.25
     assert found['approximate'].value == pytest.approx(0.5, abs=0.05)
 
@@ -97,7 +107,7 @@ def test_copies_near_copies_and_strangers(distances):
 @pytest.mark.parametrize('rate', [0.0, 0.003, 0.05, 0.3])
 def test_threshold_keeps_the_rate_of_false_positives(distances, rate):
     generated, training = tokens(40, 15, seed=3), tokens(40, 15, seed=4)
-    details = match_figures(generated, training, distances, false_positive_rate=rate)['approximate'].details
+    details = matches(generated, training, distances, false_positive_rate=rate)['approximate'].details
     pairs = [(i, j) for i in range(40) for j in range(40) if i != j]
     costs = [approximate_match_costs(generated[[i]], training[[j]], distances)[0] for i, j in pairs]
     assert details['negatives'] == len(pairs)
@@ -125,14 +135,14 @@ def test_negatives_are_drawn_by_the_seed_and_never_of_the_same_clip():
 def test_without_negatives_nothing_is_near(distances):
     training = tokens(3, 5)
     for lone in (training[:1], training[[0, 0, 0]]):
-        found = match_figures(lone, lone, distances, prompt_length=2)
+        found = matches(lone, lone, distances, details=dict(prompt_length=2))
         assert found['exact'].value == 1
         assert found['approximate'].value is None
         assert 'no negatives' in found['approximate'].reason
         assert found['approximate'].details == dict(prompt_length=2)
     # generated alike whatever the clip, and clips of the same tokens in another order
     turned = torch.stack((training[0], training[0].roll(1)))
-    found = match_figures(turned, turned, distances)
+    found = matches(turned, turned, distances)
     assert 'cost nothing' in found['approximate'].reason
 
 
@@ -140,7 +150,7 @@ def test_wilson_interval_of_known_counts():
     generated = tokens(10, 3)
     training = generated.clone()
     training[:7, 1] = (training[:7, 1] + 1) % CODES
-    figure = exact_matches(generated, training)
+    figure = matches(generated, training, np.ones((CODES, CODES)))['exact']
     # Wilson (1927) in closed form
     n, share, z = 10, 0.3, 1.959964
     middle = (share + z**2 / (2 * n)) / (1 + z**2 / n)
@@ -319,6 +329,8 @@ def test_bad_requests(musiclm, clips, distances):
     with pytest.raises(ValueError, match='one semantic token needs'):
         training_clips(musiclm, [torch.zeros(10)], sample_rate=RATE)
     with pytest.raises(ValueError, match=r'generated has shape \(2, 3\), but is compared with \(2, 4\)'):
-        match_figures(tokens(2, 3), tokens(2, 4), distances)
+        matches(tokens(2, 3), tokens(2, 4), distances)
     with pytest.raises(ValueError, match='neither of them 0'):
-        exact_matches(tokens(2, 3)[:, :0], tokens(2, 3)[:, :0])
+        matches(tokens(2, 3)[:, :0], tokens(2, 3)[:, :0], distances)
+    with pytest.raises(ValueError, match='no sequences to compare'):
+        Memorization(distances).compute()

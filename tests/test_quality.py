@@ -7,8 +7,8 @@ import pytest
 import torch
 from scipy import signal
 
-from musiclm_pytorch.evaluation.figures import Figure, to_json
-from musiclm_pytorch.evaluation.quality import signal_quality, summarise_quality
+from musiclm_pytorch.evaluation.clip_metrics import SignalQuality, signal_quality
+from musiclm_pytorch.evaluation.metric import EvaluationClip, MetricValue, mean_of_clips, to_json
 
 RATE = 16000
 
@@ -164,31 +164,38 @@ def test_no_sample_is_left_out_of_the_spectrum(samples):
 # ---- summary and bad input ----
 
 
-def test_summary_counts_silent_and_clipped_clips_and_keeps_each():
+def summary(waves, **keywords):
+    metric = SignalQuality(**keywords)
+    for index, wave in enumerate(waves):
+        metric.update(EvaluationClip(index, f'clip {index}', wave, RATE))
+    return metric.compute()['signal']
+
+
+def test_summary_counts_silent_and_clipped_clips():
     waves = [torch.zeros(RATE), tone(997, seconds=1.0), tone(997, seconds=1.0, level=0.1), 4 * noise(1.0)]
     waves.append(noise(1.0, 4.0).clamp(-1, 1))
-    clips = [signal_quality(wave, RATE) for wave in waves]
-    found = summarise_quality(clips, seed=3)
+    found = summary(waves, seed=3)
     assert (found['silent_clips'].value, found['silent_clips'].count) == (1, 5)
     assert found['clipped_clips'].value == 1
-    values = [clip['loudness'].value for clip in clips[1:]]
+    values = [signal_quality(wave, RATE)['loudness'].value for wave in waves[1:]]
     assert found['loudness'].value == pytest.approx(np.mean(values))
     assert found['loudness'].low < found['loudness'].value < found['loudness'].high
     assert (found['loudness'].count, found['loudness'].unit) == (4, 'LUFS')
     assert found['loudness'].details == {'left_out': 1}
-    assert found['clips'] == clips
-    assert to_json(found)['clips'][0]['loudness'] == {'value': None, 'reason': 'the clip is silent'}
 
 
 def test_summary_of_silence_has_no_loudness():
-    found = summarise_quality([signal_quality(torch.zeros(RATE), RATE)] * 3)
-    assert found['loudness'].value is None
-    assert found['loudness'].reason == 'the clip is silent'
-    assert found['silent_clips'].value == 3
+    found = summary([torch.zeros(RATE)] * 3)
+    assert to_json(found)['loudness'] == {'value': None, 'reason': 'the clip is silent', 'left_out': 3}
+    assert float(found['silent_clips']) == 3
+    with pytest.raises(ValueError, match='no value: the clip is silent'):
+        float(found['loudness'])
     with pytest.raises(ValueError, match='no clips'):
-        summarise_quality([])
-    with pytest.raises(ValueError, match=r"clip 1 has the figures \['peak'\]"):
-        summarise_quality([signal_quality(torch.zeros(9), RATE), {'peak': Figure(1.0)}])
+        summary([])
+    with pytest.raises(ValueError, match=r"clip 1 has the values \['peak'\]"):
+        mean_of_clips([signal_quality(torch.zeros(9), RATE), {'peak': MetricValue(1.0)}])
+    with pytest.raises(ValueError, match='clip 0: wave has no samples'):
+        summary([torch.zeros(0)])
 
 
 @pytest.mark.parametrize(

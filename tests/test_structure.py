@@ -10,12 +10,29 @@ import pytest
 import torch
 
 from musiclm_pytorch import SyntheticMusic
-from musiclm_pytorch.evaluation.figures import Figure, to_json, undefined
-from musiclm_pytorch.evaluation.form import find_boundaries, novelty, repetition
-from musiclm_pytorch.evaluation.structure import FIGURES, StructureResult, structure_of, summarise_structure
-from musiclm_pytorch.evaluation.structure_scores import StructureTruth, compare_structure, score_structure
-from musiclm_pytorch.evaluation.tempo import find_tempo, mel_power, onset_strength
-from musiclm_pytorch.evaluation.tonality import PROFILES, entropy_bits, find_key, folding, tonality
+from musiclm_pytorch.evaluation.clip_metrics import (
+    STRUCTURE_VALUES,
+    StructureResult,
+    StructureTruth,
+    compare_structure,
+    score_structure,
+    structure_of,
+    summarise_structure,
+)
+from musiclm_pytorch.evaluation.metric import MetricValue, to_json, undefined
+from musiclm_pytorch.evaluation.music_analysis import (
+    PROFILES,
+    entropy_bits,
+    find_boundaries,
+    find_key,
+    find_tempo,
+    folding,
+    mel_power,
+    novelty,
+    onset_strength,
+    repetition,
+    tonality,
+)
 
 RATE = 16000
 
@@ -40,9 +57,9 @@ def strokes(times, seconds: float, rate: int = RATE) -> torch.Tensor:
 
 def result(**given) -> StructureResult:
     """A result with these values."""
-    figures = {name: undefined('not measured') for name in FIGURES}
-    figures |= {name: Figure(it, unit='u') for name, it in given.items() if name in FIGURES}
-    return StructureResult(10.0, **figures, **{name: it for name, it in given.items() if name not in FIGURES})
+    figures = {name: undefined('not measured') for name in STRUCTURE_VALUES}
+    figures |= {name: MetricValue(it, unit='u') for name, it in given.items() if name in STRUCTURE_VALUES}
+    return StructureResult(10.0, **figures, **{name: it for name, it in given.items() if name not in STRUCTURE_VALUES})
 
 
 def joined(seed: int = 0) -> torch.Tensor:
@@ -237,7 +254,7 @@ def test_form_is_undefined_in_four_seconds():
 def test_frames_of_long_clips_are_merged(monkeypatch):
     wave = torch.cat([joined()[:-11], torch.zeros(RATE)])
     whole = structure_of(wave, RATE)
-    monkeypatch.setattr('musiclm_pytorch.evaluation.form.MOST_FRAMES', 100)
+    monkeypatch.setattr('musiclm_pytorch.evaluation.music_analysis.MOST_FRAMES', 100)
     merged = structure_of(wave, RATE)
     assert whole.boundaries != merged.boundaries
     assert merged.boundaries[0] == pytest.approx(whole.boundaries[0], abs=0.2)
@@ -275,7 +292,7 @@ def test_rate_and_loudness_and_offset_change_little():
     other = torch.from_numpy(librosa.resample(wave.numpy(), orig_sr=44100, target_sr=16000))
     for again in (structure_of(other, 16000), structure_of(0.1 * wave + 0.2, 44100)):
         assert again.key == found.key
-        for name in FIGURES:
+        for name in STRUCTURE_VALUES:
             assert getattr(again, name).value == pytest.approx(getattr(found, name).value, rel=0.02, abs=0.02), name
 
 
@@ -320,7 +337,7 @@ def test_scores_are_those_of_each_pair():
             boundaries_3=2 / 3,
         )
     )
-    half = [replace(found[0], tempo=Figure(105.0)), result(tonic=0, mode='major')]
+    half = [replace(found[0], tempo=MetricValue(105.0)), result(tonic=0, mode='major')]
     scores = score_structure(half, [StructureTruth(tempo=100), StructureTruth(tonic=0, mode='major')])
     assert (scores['tempo_4'].value, scores['tempo_8'].value, scores['tempo_8'].count) == (0, 1, 1)
     assert scores['key_exact'].value == 1
@@ -344,7 +361,7 @@ def test_distance_of_distributions():
     reference = [result(tempo=tempo, repetition=0.5) for tempo in (100.0, 110.0, 130.0)]
     generated = [result(tempo=tempo, segments=2.0) for tempo in (137.0, 107.0, 117.0)] + [result()]
     found = compare_structure(generated, reference)
-    assert list(found) == list(FIGURES)
+    assert list(found) == list(STRUCTURE_VALUES)
     assert found['tempo'].value == pytest.approx(7)
     assert found['tempo'].unit == 'u'
     expected = dict(
@@ -363,8 +380,8 @@ def test_distance_of_distributions():
         compare_structure([], reference)
 
 
-def test_figures_are_the_fields_that_are():
-    assert tuple(it.name for it in fields(StructureResult) if it.type == 'Figure') == FIGURES
+def test_values_are_the_fields_that_are():
+    assert tuple(it.name for it in fields(StructureResult) if it.type == 'MetricValue') == STRUCTURE_VALUES
     with pytest.raises(ValueError, match='no clips'):
         summarise_structure([])
     with pytest.raises(TypeError, match='32768'):

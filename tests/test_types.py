@@ -54,6 +54,6 @@ def test_a_users_script_sees_real_types(tmp_path):
     assert 'audio_transformer: musiclm_pytorch.mulan.audio_transformer.AudioSpectrogramTransformer' in told, checked
     assert 'Revealed type is "musiclm_pytorch.musiclm.MusicLM"' in told
     assert "'batch_size'?: int | None" in told
-    assert re.search('Revealed type is "def .a: musiclm_pytorch.evaluation.frechet.GaussianStatistics', told)
+    assert re.search('Revealed type is "def .a: musiclm_pytorch.evaluation.distances.GaussianStatistics', told)
     assert 'Unexpected keyword argument "dim_latents" for "MuLaN"' in told
     assert 'Module has no attribute "MuLan"' in told

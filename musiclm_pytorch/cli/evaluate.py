@@ -22,9 +22,9 @@ def evaluate(subcommands) -> None:
         'evaluate',
         run_evaluate,
         'measure generated music',
-        'Measure quality, fit to the text and structure of generated music: report.json, figures.csv, clips.csv, and '
-        'report.html with plots and players, which needs no other file. Files that cannot be read are told and left '
-        'out.',
+        'Measure quality, text–audio alignment and structure of generated music: report.json, figures.csv, clips.csv, '
+        'and report.html with plots and players, which needs no other file. Files that cannot be read are told and '
+        'left out.',
     )
     option(parser, '--generated', metavar='FOLDER', required=True, help='sound files, taken by their names')
     option(
@@ -33,7 +33,7 @@ def evaluate(subcommands) -> None:
         metavar='FILE',
         help='what each was made from: a .txt with a line a file, by name; a .json of file names, each with its text '
         'or with an object that has it under "prompt", as `musiclm generate` writes; or a .csv with the columns file '
-        'and text. Without it the fit to the text is left out',
+        'and text. Without it text–audio alignment is left out',
     )
     option(parser, '--reference', metavar='FOLDER', help='sound files of real music to compare with')
     paired = 'each reference file belongs to the generated file of the same name'
@@ -103,7 +103,7 @@ def run_evaluate(options: argparse.Namespace) -> None:
 
 
 def run_compare(options: argparse.Namespace) -> None:
-    from musiclm_pytorch.evaluation.compare import compare_reports
+    from musiclm_pytorch.evaluation.report import compare_reports
 
     reports = {}
     for word in options.reports:

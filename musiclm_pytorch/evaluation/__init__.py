@@ -1,4 +1,4 @@
-"""Measuring generated music: quality, fit to the text, structure, memorisation. Names are imported on first use."""
+"""Metrics of music: quality, text–audio alignment, structure, memorization. Names are imported on first use."""
 
 import lazy_loader
 

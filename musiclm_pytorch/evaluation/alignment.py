@@ -6,6 +6,7 @@ import itertools
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,7 +14,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from musiclm_pytorch.checks import check_positive, typechecked
-from musiclm_pytorch.evaluation.figures import Figure, mean_figure, undefined
+from musiclm_pytorch.evaluation.embedders import CLAPEmbedder, MuLaNEmbedder
+from musiclm_pytorch.evaluation.metric import (
+    EvaluationClip,
+    Metric,
+    MetricValue,
+    embedding_rows,
+    mean_value,
+    undefined,
+)
 
 RECALLS = (1, 5, 10)
 # latents in half precision are this far from length 1
@@ -25,6 +34,73 @@ TIE = 1e-12
 PAIRS_AT_ONCE = 2_000_000  # cosines held at a time: bounds the memory for many clips
 
 
+class TextAudioAlignment(Metric):
+    """`alignment_figures` of clips and the texts that they were made from, by what an embedder makes of both.
+
+    Args:
+        embedder: of audio and text.
+        name: of the mean cosine.
+        prefix: of all names.
+        seed: of the bootstrap and the permutations.
+    """
+
+    group = 'text_audio_alignment'
+    uses_reference = False
+
+    @typechecked
+    def __init__(
+        self,
+        embedder: MuLaNEmbedder | CLAPEmbedder,
+        name: str = 'mulan_cycle_consistency',
+        prefix: str = '',
+        seed: int = 0,
+    ):
+        self.embedder, self.embedders, self.name, self.prefix, self.seed = embedder, (embedder,), name, prefix, seed
+        self._embedded: dict[str, Tensor] = {}  # by text, which costs as much as audio
+        super().__init__()
+
+    def initial_state(self) -> dict[str, Any]:
+        return dict(latents={}, texts={}, missing={})
+
+    def update(self, clip: EvaluationClip) -> None:
+        if clip.is_reference:
+            return
+        if clip.text is None:
+            raise ValueError('text–audio alignment needs texts, one a clip; pass them, or leave this metric out')
+        if self.embedder.name in clip.frames:
+            self.state['latents'][clip.index] = clip.embedding(self.embedder.name)
+            self.state['texts'][clip.index] = clip.text
+        else:
+            self.state['missing'][clip.index] = clip.missing[self.embedder.name]
+
+    def compute(self) -> dict[str, MetricValue]:
+        pairs = self._pairs()
+        if pairs:
+            found = alignment_figures(*pairs, name=self.name, seed=self.seed)
+        else:
+            one = F.normalize(torch.ones(1, 2), dim=-1)
+            _, reason = min(self.state['missing'].items(), default=(0, 'there is none'))
+            reason = f'no clip can be embedded, such as the first: {reason}'
+            found = dict.fromkeys(alignment_figures(one, one, name=self.name), undefined(reason))
+        return {self.prefix + name: it for name, it in found.items() if name != 'cosines'}
+
+    def clip_values(self, is_reference: bool) -> dict[int, dict[str, Any]]:
+        clips = sorted(self.state['latents'])
+        if is_reference or not clips:
+            return {}
+        audio, text, _ = check_pairs(*self._pairs())
+        cosines = dict(zip(clips, (audio * text).sum(dim=1).tolist()))
+        return {index: {f'{self.prefix}cosine': cosines.get(index)} for index in (*clips, *self.state['missing'])}
+
+    def _pairs(self) -> tuple[Tensor, Tensor, list[str]] | None:
+        """Latents of audio and of text, and the texts, of the clips that have them."""
+        clips, audio = embedding_rows(self.state['latents'])
+        texts = [self.state['texts'][index] for index in clips]
+        if new := [text for text in dict.fromkeys(texts) if text not in self._embedded]:
+            self._embedded |= zip(new, self.embedder.embed_texts(new))
+        return (audio, torch.stack([self._embedded[text] for text in texts]), texts) if clips else None
+
+
 @typechecked
 def alignment_figures(
     audio_latents: Tensor,
@@ -34,7 +110,7 @@ def alignment_figures(
     name: str = 'mulan_cycle_consistency',
     seed: int = 0,
     permutations: int = 10_000,
-) -> dict[str, Figure | list[float]]:
+) -> dict[str, MetricValue | list[float]]:
     """How near clips are to their own texts, and how much nearer than to others'.
 
     The mean cosine between the latents of texts and of the audio made from them is what MusicLM calls MuLan cycle
@@ -53,7 +129,7 @@ def alignment_figures(
             is exact.
 
     Returns:
-        `cosines`, a list with one a pair, and figures:
+        `cosines`, a list with one a pair, and numbers:
 
         - `name`: the mean cosine of the pairs, with its bootstrap interval.
         - `audio_to_text_recall_at_1`, `…_5`, `…_10` and `audio_to_text_median_rank`: of the own text among all texts,
@@ -67,36 +143,31 @@ def alignment_figures(
         ValueError: shapes that do not match, no pair, NaN, or latents that are not of length 1.
     """
     check_positive(permutations=permutations)
-    audio, text = check_pairs(audio_latents, text_latents)
+    audio, text, groups = check_pairs(audio_latents, text_latents, texts)
     n = len(audio)
-    if texts is not None and len(texts) != n:
-        raise ValueError(f'got {len(texts)} texts for {n} pairs of latents; pass one text a pair')
-    first: dict[str | int, int] = {}
-    groups = torch.tensor([first.setdefault(text, i) for i, text in enumerate(range(n) if texts is None else texts)])
-    # one text, one latent: embedded in different batches they differ in the last bits
-    text = text[groups]
-
     own = (audio * text).sum(dim=1)
-    figures: dict[str, Figure | list[float]] = {'cosines': own.tolist()}
-    figures[name] = mean_figure(own.numpy(), seed=seed)
+    found: dict[str, MetricValue | list[float]] = {'cosines': own.tolist()}
+    found[name] = mean_value(own.numpy(), seed=seed)
     audio_ranks, sums = compare_with_others(audio, text, groups)
     text_ranks, _ = compare_with_others(text, audio, groups)
     others = n - groups.bincount(minlength=n)[groups]  # of each clip
     for direction, ranks in (('audio_to_text', audio_ranks), ('text_to_audio', text_ranks)):
-        for kind, figure in retrieval_figures(ranks, 1 + int(others.min()), seed=seed).items():
-            figures[f'{direction}_{kind}'] = figure
+        for kind, value in retrieval_values(ranks, 1 + int(others.min()), seed=seed).items():
+            found[f'{direction}_{kind}'] = value
     if others.any():
         margins = own - sums / others
-        figures['margin'] = mean_figure(
+        found['margin'] = mean_value(
             margins.numpy(), seed=seed, **permutation_test(audio, text, groups, seed=seed, permutations=permutations)
         )
     else:
-        figures['margin'] = undefined('all clips have the same text, so there is no other to compare with')
-    return figures
+        found['margin'] = undefined('all clips have the same text, so there is no other to compare with')
+    return found
 
 
-def check_pairs(audio_latents: Tensor, text_latents: Tensor) -> tuple[Tensor, Tensor]:
-    """Both as `(n, d)` float64 of length 1 on the CPU."""
+def check_pairs(
+    audio_latents: Tensor, text_latents: Tensor, texts: Sequence[str] | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Both as `(n, d)` float64 of length 1 on the CPU, and `(n,)`, the first pair that has the text of each."""
     if audio_latents.ndim != 2 or audio_latents.shape != text_latents.shape:
         raise ValueError(
             'audio and text latents must come in pairs of one shape (n, d), got '
@@ -116,7 +187,13 @@ def check_pairs(audio_latents: Tensor, text_latents: Tensor) -> tuple[Tensor, Te
                 f'torch.nn.functional.normalize({side}, dim=-1), and no NaN'
             )
         sides.append(F.normalize(latents, dim=-1))
-    return sides[0], sides[1]
+    n = len(audio_latents)
+    if texts is not None and len(texts) != n:
+        raise ValueError(f'got {len(texts)} texts for {n} pairs of latents; pass one text a pair')
+    first: dict[str | int, int] = {}
+    groups = torch.tensor([first.setdefault(text, i) for i, text in enumerate(range(n) if texts is None else texts)])
+    # one text, one latent: embedded in different batches they differ in the last bits
+    return sides[0], sides[1][groups], groups
 
 
 def compare_with_others(queries: Tensor, candidates: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
@@ -137,22 +214,22 @@ def compare_with_others(queries: Tensor, candidates: Tensor, groups: Tensor) -> 
     return ranks, sums
 
 
-def retrieval_figures(ranks: Tensor, candidates: int, *, seed: int) -> dict[str, Figure]:
+def retrieval_values(ranks: Tensor, candidates: int, *, seed: int) -> dict[str, MetricValue]:
     """Recalls and median of ranks `(n,)` among at least so many candidates."""
-    figures = {}
+    found = {}
     for k in RECALLS:
         if candidates > k:
             hits = (ranks <= k).double().numpy()
-            figures[f'recall_at_{k}'] = mean_figure(hits, seed=seed)
+            found[f'recall_at_{k}'] = mean_value(hits, seed=seed)
         else:
             reason = f'the first {k} of {candidates} candidates are all: it takes more than {k} different texts'
-            figures[f'recall_at_{k}'] = undefined(reason)
+            found[f'recall_at_{k}'] = undefined(reason)
     if candidates > 1:
         # the lower of the two in the middle, as in trainer.retrieval
-        figures['median_rank'] = Figure(float(ranks.median()), count=len(ranks))
+        found['median_rank'] = MetricValue(float(ranks.median()), count=len(ranks))
     else:
-        figures['median_rank'] = undefined('there is no other text to rank against')
-    return figures
+        found['median_rank'] = undefined('there is no other text to rank against')
+    return found
 
 
 def permutation_test(

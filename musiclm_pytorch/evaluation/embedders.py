@@ -5,7 +5,9 @@ No embedder downloads anything: weights come from a model in memory or from loca
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -16,11 +18,19 @@ from torch.nn.utils.rnn import pad_sequence
 
 from musiclm_pytorch.checks import check_audio, check_positive, described, typechecked
 from musiclm_pytorch.data.audio import windows
-from musiclm_pytorch.evaluation import vggish
 from musiclm_pytorch.extras import how_to_install
 from musiclm_pytorch.mulan.model import evaluating
 from musiclm_pytorch.mulan.pretrained import PretrainedMuLaN, own_mulan
+from musiclm_pytorch.mulan.vocabulary import unknown_words_line
 from musiclm_pytorch.pretrained.hub import NO_CODE
+
+logger = logging.getLogger(__name__)
+
+TEXTS_AT_ONCE = 64
+# VGGish: Hz; samples of a window (25 ms), between two (10 ms) and of the transform; mel bands and their range in Hz;
+# what keeps the logarithm of silence finite; frames of a patch (0.96 s)
+VGGISH_RATE, VGGISH_WINDOW, VGGISH_HOP, VGGISH_FFT = 16000, 400, 160, 512
+VGGISH_BANDS, VGGISH_LOWEST, VGGISH_HIGHEST, VGGISH_OFFSET, VGGISH_PATCH = 64, 125.0, 7500.0, 0.01, 96
 
 
 @runtime_checkable
@@ -124,6 +134,22 @@ class MuLaNEmbedder:
                 latents[rows] = self.mulan.get_audio_latents(wavs, **given).cpu()
         return list(latents.split(counts))
 
+    @torch.no_grad()
+    def embed_texts(self, texts: Sequence[str]) -> Tensor:
+        """MuLaN's latents of texts, `(n, dim)` float32 on the CPU; a text gives the same wherever it stands.
+
+        Words that MuLaN does not know are told in the log: what it says of these texts means little.
+        """
+        different = list(dict.fromkeys(text_list(texts)))
+        unknown = [words for text in different if (words := self.mulan.text.unknown_words(text))]
+        if unknown:
+            line = unknown_words_line(list(dict.fromkeys(chain.from_iterable(unknown))), None)
+            logger.warning('%s, in %d of %d different texts', line, len(unknown), len(different))
+        with evaluating(self.mulan):
+            latents = latents_of_texts(self.mulan, different, TEXTS_AT_ONCE)
+        places = {text: place for place, text in enumerate(different)}
+        return latents[[places[text] for text in texts]]
+
 
 class CLAPEmbedder:
     """The audio and text embeddings of CLAP (arXiv 2211.06687), of length 1, by transformers' `ClapModel`.
@@ -191,10 +217,7 @@ class CLAPEmbedder:
     @typechecked
     def embed_texts(self, texts: Sequence[str]) -> Tensor:
         """Embed texts as `(n, dim)` float32 on the CPU, of length 1; a text is cut where the text tower ends."""
-        if isinstance(texts, str) or not texts:
-            raise ValueError(f'texts must be one or more strings in a list, got {described(texts)}')
-        batches = (list(texts[start : start + self.batch_size]) for start in range(0, len(texts), self.batch_size))
-        return torch.cat([self.mulan.get_text_latents(raw_texts=batch).cpu() for batch in batches])
+        return latents_of_texts(self.mulan, text_list(texts), self.batch_size)
 
 
 class EnCodecEmbedder:
@@ -253,22 +276,18 @@ class EnCodecEmbedder:
 class VGGishEmbedder:
     """VGGish's embeddings of 0.96 s each, of width 128, before their last activation; what is left over is dropped.
 
-    Args:
-        path: a local copy of torchvggish's weights, `vggish-10086976.pth`.
-        batch_size: patches embedded at a time.
-        device: where to compute.
-
-    Raises:
-        FileNotFoundError: no such file. ValueError: weights that do not fit.
+    `path` is a local copy of torchvggish's weights, `vggish-10086976.pth`; `batch_size` patches are embedded at a time.
+    Raises FileNotFoundError for no such file, ValueError for weights that do not fit.
     """
 
-    name, sample_rate, dim, min_samples = 'vggish', vggish.SAMPLE_RATE, vggish.DIM, vggish.MIN_SAMPLES
+    name, sample_rate, dim = 'vggish', VGGISH_RATE, 128
+    min_samples = VGGISH_WINDOW + (VGGISH_PATCH - 1) * VGGISH_HOP
 
     @typechecked
     def __init__(self, path: str | Path, batch_size: int = 32, device: str | torch.device = 'cpu'):
         check_positive(batch_size=batch_size)
         with torch.device('meta'):
-            model = vggish.VGGish()
+            model = VGGish()
         url = 'https://github.com/harritaylor/torchvggish/releases/download/v0.1/vggish-10086976.pth'
         model.load_state_dict(read_weights(path, model, f'VGGish, fetched from {url}'), assign=True)
         self.model, self.batch_size, self.device = model.eval().to(device), batch_size, device
@@ -278,9 +297,71 @@ class VGGishEmbedder:
     def embed(self, waves: list[Tensor]) -> list[Tensor]:
         """See `Embedder.embed`."""
         check_waves(self, waves)
-        patches = [vggish.log_mel_patches(wave.to(self.device)) for wave in waves]
+        patches = [vggish_patches(wave.to(self.device)) for wave in waves]
         found = [self.model(batch).cpu() for batch in torch.cat(patches).split(self.batch_size)] if waves else []
         return list(torch.cat(found).split([len(own) for own in patches])) if waves else []
+
+
+class VGGish(nn.Module):
+    """The network of the first Fréchet audio distance (arXiv 1609.09430), under the weight names of torchvggish, whose
+    package downloads weights when it is built and needs resampy.
+
+    Patches `(n, 96, 64)` to embeddings `(n, 128)`, before their last activation and without the PCA of YouTube-8M, as
+    the toolkits that report FAD by VGGish take them; torchvggish itself goes on to a ReLU.
+    """
+
+    def __init__(self):
+        super().__init__()
+        layers, width = [], 1
+        for block in ((64,), (128,), (256, 256), (512, 512)):
+            for channels in block:
+                layers += [nn.Conv2d(width, channels, 3, padding=1), nn.ReLU()]
+                width = channels
+            layers.append(nn.MaxPool2d(2))
+        self.features = nn.Sequential(*layers)
+        self.embeddings = nn.Sequential(
+            nn.Linear(512 * 6 * 4, 4096), nn.ReLU(), nn.Linear(4096, 4096), nn.ReLU(), nn.Linear(4096, 128)
+        )
+
+    def forward(self, patches: Tensor) -> Tensor:
+        features = self.features(rearrange(patches, 'n t f -> n 1 t f'))
+        # TensorFlow's order, which the weights were trained in
+        return self.embeddings(rearrange(features, 'n c t f -> n (t f c)'))
+
+
+def vggish_patches(wave: Tensor) -> Tensor:
+    """VGGish's patches `(n, 96, 64)` of a wave `(samples,)` at 16 kHz: log of mel bands of magnitudes, every 10 ms.
+
+    Patches of 0.96 s follow each other without overlap, frames are not padded, and what is left over is dropped.
+    """
+    window = torch.hann_window(VGGISH_WINDOW, periodic=True, device=wave.device)
+    magnitudes = torch.fft.rfft(wave.float().unfold(-1, VGGISH_WINDOW, VGGISH_HOP) * window, n=VGGISH_FFT).abs()
+    mel = torch.log(magnitudes @ vggish_mel_filters().to(magnitudes) + VGGISH_OFFSET)
+    return rearrange(mel[: len(mel) // VGGISH_PATCH * VGGISH_PATCH], '(n t) f -> n t f', t=VGGISH_PATCH)
+
+
+def vggish_mel_filters() -> Tensor:
+    """`(257, 64)` float64: triangles whose sides are straight over mel, not over Hz as usual elsewhere."""
+
+    def to_mel(frequencies: Tensor) -> Tensor:
+        return 1127.0 * torch.log1p(frequencies / 700.0)
+
+    bins = to_mel(torch.linspace(0, VGGISH_RATE / 2, VGGISH_FFT // 2 + 1, dtype=torch.float64))[:, None]
+    low, high = to_mel(torch.tensor([VGGISH_LOWEST, VGGISH_HIGHEST], dtype=torch.float64)).tolist()
+    edges = torch.linspace(low, high, VGGISH_BANDS + 2, dtype=torch.float64)
+    left, centre, right = edges[:-2], edges[1:-1], edges[2:]
+    return torch.minimum((bins - left) / (centre - left), (right - bins) / (right - centre)).clamp(min=0)
+
+
+def text_list(texts: Sequence[str]) -> list[str]:
+    if isinstance(texts, str) or not texts:
+        raise ValueError(f'texts must be one or more strings in a list, got {described(texts)}')
+    return list(texts)
+
+
+def latents_of_texts(mulan: nn.Module, texts: list[str], batch_size: int) -> Tensor:
+    batches = (texts[start : start + batch_size] for start in range(0, len(texts), batch_size))
+    return torch.cat([mulan.get_text_latents(raw_texts=batch).cpu() for batch in batches])
 
 
 def check_waves(embedder: Embedder, waves: list[Tensor]) -> None:

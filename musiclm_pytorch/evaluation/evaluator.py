@@ -1,45 +1,259 @@
-"""One call that measures generated music: quality, fit to the text, structure."""
+"""Metrics over a set of clips, in one pass and over all processes; and the evaluation of generated music with them."""
 
 from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Collection, Sequence
-from itertools import chain
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils.data import Dataset, IterableDataset
+from tqdm.auto import tqdm
 
 from musiclm_pytorch.checks import check_device, check_positive, check_sample_rate, typechecked
-from musiclm_pytorch.evaluation.alignment import alignment_figures
+from musiclm_pytorch.distributed.collectives import rank, world_size
+from musiclm_pytorch.evaluation.alignment import TextAudioAlignment
+from musiclm_pytorch.evaluation.clip_metrics import MusicStructure, SignalQuality
+from musiclm_pytorch.evaluation.distances import FrechetAudioDistance, KernelAudioDistance
 from musiclm_pytorch.evaluation.embedders import CLAPEmbedder, Embedder, MuLaNEmbedder
-from musiclm_pytorch.evaluation.figures import Figure, to_json, undefined
-from musiclm_pytorch.evaluation.frechet import frechet_audio_distance, frechet_infinity
-from musiclm_pytorch.evaluation.inputs import check_texts, list_clips
-from musiclm_pytorch.evaluation.kernel import kernel_audio_distance
-from musiclm_pytorch.evaluation.measuring import Measured, TaggerEmbedder, measure
-from musiclm_pytorch.evaluation.quality import summarise_quality
-from musiclm_pytorch.evaluation.structure import summarise_structure
-from musiclm_pytorch.evaluation.structure_scores import compare_structure
-from musiclm_pytorch.evaluation.tagging import Tagger, ZeroShotTagger, kl_figures
+from musiclm_pytorch.evaluation.inputs import check_names, check_texts, evaluation_clips, list_clips
+from musiclm_pytorch.evaluation.metric import GROUPS, Metric, as_value, checked_seed, to_json, undefined
+from musiclm_pytorch.evaluation.tagging import TagDivergence, Tagger
 from musiclm_pytorch.mulan.checkpoint import CONFIG_FILE, read_json_object, saved_kind
 from musiclm_pytorch.mulan.display import indented
-from musiclm_pytorch.mulan.layers import l2norm
-from musiclm_pytorch.mulan.model import JointEmbedding, evaluating
+from musiclm_pytorch.mulan.model import JointEmbedding
 from musiclm_pytorch.mulan.pretrained import load_joint, own_mulan
-from musiclm_pytorch.mulan.vocabulary import unknown_words_line
 from musiclm_pytorch.pretrained import find_pretrained
 from musiclm_pytorch.quantizer import MULAN_FOLDER, NOT_SAVED
 from musiclm_pytorch.version import __version__
 
 logger = logging.getLogger(__name__)
 
-GROUPS = ('audio_quality', 'text_audio_alignment', 'music_structure')
 USUAL_RATE = 16000  # Hz, where neither the caller nor the model tells
 WINDOW, HOP = 10.0, 1.0  # seconds: MuLaN's windows and their stride (MusicLM, arXiv 2301.11325, section 4.1)
-TEXTS_AT_ONCE = 64
+RAISED_AGAIN = (FileNotFoundError, OSError, ValueError, TypeError)
+
+
+class Evaluator:
+    """Any metrics over one set of clips, or generated clips and a reference, in one pass over each.
+
+        evaluator = Evaluator([SignalQuality(), FrechetAudioDistance(embedder)])
+        evaluator.update(SyntheticMusic(1000))
+        evaluator.update(reference_files, is_reference=True)
+        evaluator.compute()['audio_quality']['frechet_audio_distance']['mulan'].value
+
+    A clip is read once, in a background thread, and embedded once by each embedder that a metric asks for. Evaluators
+    of shards, whose clips are numbered apart by `first_index`, add up by `merge`.
+
+    Under torch.distributed every rank makes the same calls with the same arguments; the clips are sharded across ranks,
+    and every rank has what one process would have.
+
+    Args:
+        metrics: each of its own names.
+        reference: whether reference clips will come, too; if not, metrics that need them say so, and cost nothing.
+        batch_size: clips embedded at a time.
+        progress: show progress bars.
+
+    Raises:
+        ValueError: no metrics, or two embedders of one name.
+    """
+
+    @typechecked
+    def __init__(
+        self, metrics: Sequence[Metric], *, reference: bool = True, batch_size: int = 16, progress: bool = False
+    ):
+        check_positive(batch_size=batch_size)
+        if not metrics:
+            raise ValueError('there is nothing to measure; pass at least one metric')
+        self.metrics, self.reference, self.batch_size, self.progress = list(metrics), reference, batch_size, progress
+        check_names(self.embedders(self.metrics))
+        self.reset()
+
+    @staticmethod
+    def embedders(metrics: Sequence[Metric]) -> list[Embedder]:
+        """Those that metrics ask for, each once."""
+        return list({id(it): it for metric in metrics for it in metric.embedders}.values())
+
+    def reset(self) -> None:
+        """Forget all clips."""
+        self.seen: dict[bool, set[int]] = {False: set(), True: set()}  # clips, by whether they are of the reference
+        for metric in self.metrics:
+            metric.reset()
+
+    @typechecked
+    def update(
+        self,
+        audio: Any,
+        texts: Sequence[str] | None = None,
+        *,
+        sample_rate: int | None = None,
+        audio_lengths: Any = None,
+        is_reference: bool = False,
+        first_index: int | None = None,
+    ) -> None:
+        """Add clips.
+
+        Args:
+            audio: waves and files as in `MusicLMEvaluator.evaluate`; or a torch data set of waves `(samples,)`, alone
+                or with their texts, which is read as it goes.
+            texts: what each clip was made from.
+            sample_rate: of the waves, in Hz; by default that of the data set. Files tell their own.
+            audio_lengths: true lengths in samples, where waves are padded.
+            is_reference: whether these are of the reference.
+            first_index: place of the first clip in the set, where these are a shard of it; by default they follow those
+                that came before.
+
+        Raises:
+            as `MusicLMEvaluator.evaluate`; on every rank what goes wrong on one. What was there before stays.
+        """
+        clips, name = audio, 'reference_audio' if is_reference else 'generated_audio'
+        if isinstance(audio, IterableDataset):
+            raise TypeError(f'{name} must have a length and take indices, which {type(audio).__name__} does not')
+        if isinstance(audio, Dataset):
+            sample_rate = getattr(audio, 'sample_rate', None) if sample_rate is None else sample_rate
+        else:
+            clips = list_clips(audio, audio_lengths, name=name, lengths=name.replace('audio', 'lengths'))
+            if sample_rate is None and all(isinstance(clip, Path) for clip in clips):
+                sample_rate = USUAL_RATE  # of no use: files tell their own
+        if texts is not None:
+            texts = check_texts(texts, len(clips))
+        if sample_rate is None:
+            raise ValueError(f'nothing tells the rate of the waves of {name}; pass sample_rate in Hz')
+        check_sample_rate(sample_rate)
+        if is_reference and not self.reference:
+            raise ValueError('reference clips come to an evaluator without reference; build it with reference=True')
+        seen = self.seen[is_reference]
+        first = max(seen, default=-1) + 1 if first_index is None else first_index
+        if first < 0:
+            raise ValueError(f'first_index must be 0 or more, got {first}')
+        check_apart(seen, added := set(range(first, first + len(clips))))
+
+        def source(place: int) -> tuple[int, Path | tuple[Tensor, int], str | None]:
+            clip, text = clips[place], None
+            if isinstance(clip, Mapping):
+                clip, text = clip['wave'], clip.get('caption')
+            elif isinstance(clip, tuple | list):
+                clip, text = clip[:2]
+            text = text if texts is None else texts[place]
+            return first + place, clip if isinstance(clip, Path) else (clip, sample_rate), text
+
+        metrics = [it for it in self.metrics if it.uses_reference or not is_reference]
+        metrics = [it for it in metrics if self.reference or not it.needs_reference]
+        before = [metric.state for metric in self.metrics]
+        found: list[dict[str, Any]] | Exception
+        for metric in self.metrics:
+            metric.reset()
+        try:
+            own = range(rank(), len(clips), world_size())
+            stream = evaluation_clips(map(source, own), self.embedders(metrics), self.batch_size)
+            bar = dict(desc=name.removesuffix('_audio'), disable=not self.progress or rank() > 0, leave=False)
+            with closing(stream):  # its reader ends here, whatever happens
+                for clip in tqdm(stream, unit='clip', total=len(own), **bar):
+                    for metric in metrics:
+                        metric.update(replace(clip, is_reference=is_reference))
+            found = [metric.state for metric in self.metrics]
+        except Exception as error:  # the other ranks, too, must know, or they would wait for what was found
+            found = error
+        finally:
+            for metric, state in zip(self.metrics, before):
+                metric.state = state
+        for states in over_ranks(found):
+            for metric, state in zip(self.metrics, states):
+                metric.merge_state(state)
+        seen |= added
+
+    def merge(self, other: Evaluator) -> None:
+        """Add what another, of the same metrics, has seen of other clips.
+
+        Raises ValueError for other metrics, and for a clip that both have.
+        """
+        if list(map(type, self.metrics)) != list(map(type, other.metrics)):
+            raise ValueError('evaluators with the same metrics, in the same order, can be merged')
+        for side, theirs in other.seen.items():
+            check_apart(self.seen[side], theirs)
+        for metric, theirs in zip(self.metrics, other.metrics):
+            metric.merge(theirs)
+        for side in self.seen:
+            self.seen[side] |= other.seen[side]
+
+    def compute(self) -> dict[str, dict[str, Any]]:
+        """The numbers of all metrics, as `MetricValue`, by group and name.
+
+        Metrics that need a reference say so where there is none. Raises ValueError before the first clip, and for two
+        metrics of one name.
+        """
+        if not self.seen[False]:
+            raise ValueError('there are no clips to measure; update comes first')
+        results: dict[str, dict[str, Any]] = {}
+        for metric in self.metrics:
+            found = metric.compute()
+            if metric.needs_reference and not self.seen[True]:
+                found = each_value(found, lambda _: undefined('it needs reference audio'))
+            join(results.setdefault(metric.group, {}), each_value(found, as_value), metric.group)
+        return results
+
+    def clip_rows(
+        self, names: Sequence[str], texts: Sequence[str] | None = None, *, is_reference: bool = False
+    ) -> list[dict[str, Any]]:
+        """A row for each clip: its name, its text, and what the metrics say of it, None where that is not defined."""
+        rows = [dict(name=name) for name in names]
+        for row, text in zip(rows, texts or ()):
+            row['text'] = text
+        for metric in self.metrics:
+            for index, values in metric.clip_values(is_reference).items():
+                rows[index] |= values
+        return rows
+
+
+def check_apart(seen: set[int], added: set[int]) -> None:
+    if both := seen & added:
+        raise ValueError(f'clip {min(both)} comes twice; tell shards of a set apart by first_index')
+
+
+def each_value(found: Mapping[str, Any], function: Callable[[Any], Any]) -> dict[str, Any]:
+    """A function of each value in nested dictionaries."""
+    nested = {name: isinstance(it, Mapping) for name, it in found.items()}
+    return {name: each_value(it, function) if nested[name] else function(it) for name, it in found.items()}
+
+
+def join(results: dict[str, Any], found: Mapping[str, Any], path: str) -> None:
+    """Add nested dictionaries to others. Raises ValueError for a value that is there already."""
+    for name, it in found.items():
+        if name not in results:
+            results[name] = it
+        elif isinstance(it, Mapping) and isinstance(results[name], dict):
+            join(results[name], it, f'{path}.{name}')
+        else:
+            raise ValueError(f'two metrics are named {path}.{name}; give one another name')
+
+
+def over_ranks(found: list[dict[str, Any]] | Exception) -> list[list[dict[str, Any]]]:
+    """What each rank found, on every rank.
+
+    Raises the first error that a rank comes with, on every rank, naming that rank: as one of `RAISED_AGAIN` if it is
+    one, else as a RuntimeError that names its type.
+    """
+    if world_size() == 1:
+        if isinstance(found, Exception):
+            raise found
+        return [found]
+    own = found
+    if isinstance(found, Exception):  # as types that take a message alone, and that may be sent
+        kind = next((kind for kind in RAISED_AGAIN if isinstance(found, kind)), RuntimeError)
+        own = kind, str(found) if kind in RAISED_AGAIN else f'{type(found).__name__}: {found}'
+    parts: list[Any] = [None] * world_size()
+    dist.all_gather_object(parts, own)
+    for place, part in enumerate(parts):
+        if isinstance(part, tuple):
+            kind, message = part
+            raise kind(f'rank {place}: {message}') from (found if isinstance(found, Exception) else None)
+    return parts
 
 
 class MusicLMEvaluator:
@@ -49,12 +263,12 @@ class MusicLMEvaluator:
         results = evaluator.comprehensive_evaluation(texts, generated_audio, reference_audio)
         results['text_audio_alignment']['mulan_cycle_consistency']  # {'value': 0.41, 'low': 0.38, 'high': 0.44, …}
 
-    Results are nested dictionaries that JSON takes. A figure is a dictionary with `value`, which is None where the
-    figure is not defined, and then `reason`; where there are any, with the bounds `low` and `high` of its 95 %
+    Results are nested dictionaries that JSON takes. A metric is a dictionary with `value`, which is None where the
+    metric is not defined, and then `reason`; where there are any, with the bounds `low` and `high` of its 95 %
     bootstrap interval over clips, the `count` of clips, the `unit`, and what it is to be read by (see
-    `evaluation.figures`).
+    `evaluation.metric`).
 
-    Under torch.distributed every rank makes the same calls with the same arguments; the clips are dealt out, and every
+    Under torch.distributed every rank makes the same calls with the same arguments; the clips are sharded, and every
     rank has the results of one process.
 
     Args:
@@ -62,6 +276,7 @@ class MusicLMEvaluator:
         device: where to compute, such as 'cuda'; the model is moved there. By default where it is.
         embedders: further ones for the distances, such as `VGGishEmbedder`; a `CLAPEmbedder` gives the CLAP score, too.
         tagger: for the divergence of tags from the reference; by default MuLaN itself, zero-shot.
+        metrics: of your own, beside those of each group; see `Metric`.
         batch_size: clips embedded at a time.
         seed: of all resampling.
         name: what reports call this MuLaN, such as the folder that it came from.
@@ -79,6 +294,7 @@ class MusicLMEvaluator:
         *,
         embedders: Sequence[Embedder] = (),
         tagger: Tagger | None = None,
+        metrics: Sequence[Metric] = (),
         batch_size: int = 16,
         seed: int = 0,
         name: str = 'MuLaN',
@@ -86,14 +302,15 @@ class MusicLMEvaluator:
     ):
         mulan = own_mulan(mulan)
         check_positive(batch_size=batch_size)
-        if seed < 0:
-            raise ValueError(f'seed must be 0 or more, got {seed}')
+        checked_seed(seed)
         if device is not None:
             mulan.to(check_device(device))
         names = ['mulan', 'tags', *(it.name for it in embedders)]
         if len(set(names)) < len(names):
             raise ValueError(f'embedders need names of their own, got {", ".join(names)}')
-        self.mulan, self.embedders, self.tagger = mulan, list(embedders), tagger
+        if wrong := [metric.group for metric in metrics if metric.group not in GROUPS]:
+            raise ValueError(f'the group of a metric must be one of {", ".join(GROUPS)}, got {wrong[0]!r}')
+        self.mulan, self.embedders, self.tagger, self.metrics = mulan, list(embedders), tagger, list(metrics)
         self.batch_size, self.seed, self.name, self.progress = batch_size, seed, name, progress
 
     def __repr__(self) -> str:
@@ -138,7 +355,7 @@ class MusicLMEvaluator:
         reference_lengths: Any = None,
         sample_rate: int | None = None,
         paired: bool = False,
-        groups: Collection[str] = GROUPS,
+        groups: Collection[str] = tuple(GROUPS),
     ) -> dict[str, Any]:
         """Measure generated clips.
 
@@ -154,7 +371,7 @@ class MusicLMEvaluator:
             groups: which of 'audio_quality', 'text_audio_alignment' and 'music_structure' to compute.
 
         Returns:
-            a dictionary of figures for each group; `clips` and, with references, `reference_clips`: a row for each clip
+            a dictionary of metrics for each group; `clips` and, with references, `reference_clips`: a row for each clip
             with its own values; `about`: what it was computed with.
 
             - audio_quality: `frechet_audio_distance`, `frechet_infinity`, `kernel_audio_distance`, each by embedder;
@@ -171,12 +388,10 @@ class MusicLMEvaluator:
         unknown = set(groups) - set(GROUPS)
         if unknown or not groups:
             raise ValueError(f'groups must be some of {", ".join(GROUPS)}, got {sorted(unknown) or "none"}')
-        generated = list_clips(generated_audio, audio_lengths)
-        reference = None
+        generated, reference = list_clips(generated_audio, audio_lengths), None
         if reference_audio is not None:
-            reference = list_clips(
-                reference_audio, reference_lengths, name='reference_audio', lengths='reference_lengths'
-            )
+            names = dict(name='reference_audio', lengths='reference_lengths')
+            reference = list_clips(reference_audio, reference_lengths, **names)
         if paired and len(reference or ()) != len(generated):
             raise ValueError(
                 f'got {len(generated)} generated and {len(reference or ())} reference clips, which are no pairs; leave '
@@ -185,133 +400,43 @@ class MusicLMEvaluator:
         if texts is not None:
             texts = check_texts(texts, len(generated))
         elif 'text_audio_alignment' in groups:
-            raise ValueError('the fit to the text needs texts, one a clip; pass them, or other groups')
+            raise ValueError('text–audio alignment needs texts, one a clip; pass them, or other groups')
         rate = self.rate_of(sample_rate)
 
-        mulan = MuLaNEmbedder(self.mulan, **self.windows(rate), batch_size=self.batch_size, sample_rate=rate)
-        own = self.measure(generated, rate, groups, mulan, 'generated', has_reference=reference is not None)
-        other = None
-        if reference is not None and set(groups) - {'text_audio_alignment'}:
-            kept = [group for group in groups if group != 'text_audio_alignment']
-            other = self.measure(reference, rate, kept, mulan, 'reference', has_reference=True)
+        metrics = [it for it in self.metrics_of(rate, paired) if it.group in groups]
+        compared = reference is not None and any(it.uses_reference for it in metrics)
+        settings = dict(reference=compared, batch_size=self.batch_size, progress=self.progress)
+        evaluator = Evaluator(metrics, **settings)
+        evaluator.update(generated, texts, sample_rate=rate)
+        if compared:
+            evaluator.update(reference, sample_rate=rate, is_reference=True)
 
-        results: dict[str, Any] = dict(about=self.about(rate, generated, reference))
-        if 'audio_quality' in groups:
-            results['audio_quality'] = self.quality(own, other, paired)
-        if 'text_audio_alignment' in groups:
-            results['text_audio_alignment'] = self.alignment(own, texts)
-        if 'music_structure' in groups:
-            results['music_structure'] = structure_group(own, other, self.seed)
-        cosines = results.get('text_audio_alignment', {}).pop('cosines', {})
-        results['clips'] = rows(generated, own, texts, cosines)
-        if other is not None:
-            results['reference_clips'] = rows(reference, other, None, {})
+        found = evaluator.compute()
+        results = dict(about=self.about(rate, generated, reference)) | {it: found[it] for it in GROUPS if it in found}
+        results['clips'] = evaluator.clip_rows(names_of(generated), texts)
+        if compared:
+            results['reference_clips'] = evaluator.clip_rows(names_of(reference), is_reference=True)
         return to_json(results)
 
-    def measure(
-        self,
-        clips: list[Tensor | Path],
-        rate: int,
-        groups: Collection[str],
-        mulan: MuLaNEmbedder,
-        label: str,
-        *,
-        has_reference: bool,
-    ) -> Measured:
-        """All that the groups need of some clips."""
-        embedders: list[Embedder] = []
-        distances = 'audio_quality' in groups and has_reference
-        if distances or 'text_audio_alignment' in groups:
-            embedders.append(mulan)
-            embedders += [it for it in self.embedders if distances or isinstance(it, CLAPEmbedder)]
-        if distances and self.tagger is not None:
-            embedders.append(TaggerEmbedder(self.tagger))
-        return measure(
-            clips,
-            rate,
-            quality='audio_quality' in groups,
-            structure='music_structure' in groups,
-            embedders=embedders,
-            batch_size=self.batch_size,
-            seed=self.seed,
-            progress=self.progress,
-            label=label,
-        )
+    def metrics_of(self, rate: int, paired: bool) -> list[Metric]:
+        """All metrics, of waves at a rate in Hz."""
+        seed = dict(seed=self.seed)
+        mulan = MuLaNEmbedder(self.mulan, **self.windows(rate), batch_size=self.batch_size, sample_rate=rate)
+        claps = [it for it in self.embedders if isinstance(it, CLAPEmbedder)]
+        return [
+            TextAudioAlignment(mulan, **seed),
+            *(TextAudioAlignment(it, 'score', f'{it.name}_', **seed) for it in claps),
+            *(FrechetAudioDistance(it, **seed) for it in (mulan, *self.embedders)),
+            *(KernelAudioDistance(it, **seed) for it in (mulan, *self.embedders)),
+            TagDivergence(self.tagger or mulan, paired=paired, **seed),
+            SignalQuality(**seed),
+            MusicStructure(**seed),
+            *self.metrics,
+        ]
 
-    def quality(self, own: Measured, other: Measured | None, paired: bool) -> dict[str, Any]:
-        found: dict[str, Any] = {}
-        measures = dict(
-            frechet_audio_distance=lambda name: frechet_audio_distance(
-                other.statistics[name].total(), own.statistics[name].total(), embedding=name
-            ),
-            frechet_infinity=lambda name: frechet_infinity(
-                other.statistics[name].total(), own.statistics[name], embedding=name
-            ),
-            kernel_audio_distance=lambda name: kernel_audio_distance(
-                other.samples[name], own.samples[name], embedding=name
-            ),
-        )
-        names = ['mulan', *(it.name for it in self.embedders)]
-        for measure_name, distance in measures.items():
-            found[measure_name] = {
-                name: undefined('it needs reference audio') if other is None else distance(name) for name in names
-            }
-        found['tags'] = self.tags(own, other, paired)
-        signal = summarise_quality([own.quality[index] for index in sorted(own.quality)], seed=self.seed)
-        found['signal'] = {name: it for name, it in signal.items() if name != 'clips'}
-        return found
-
-    def tags(self, own: Measured, other: Measured | None, paired: bool) -> dict[str, Figure]:
-        """Divergences between the tags of generated and reference clips."""
-        if other is None:
-            return dict(kl=undefined('it needs reference audio'))
-        name = 'mulan' if self.tagger is None else 'tags'
-        places, other_places = own.means[name], other.means[name]
-        if paired:  # where both have one
-            places = other_places = places.keys() & other_places.keys()
-        (_, own_rows), (_, other_rows) = own.rows(name, places), other.rows(name, other_places)
-        if not len(own_rows) or not len(other_rows):
-            return dict(kl=undefined('no clip is long enough for the tagger'))
-        if self.tagger is None:
-            tagger = ZeroShotTagger(self.mulan)
-            own_rows, other_rows = tagger.probabilities_of(own_rows), tagger.probabilities_of(other_rows)
-        else:  # of length 1 as all means, but what adds up to 1 is a distribution
-            own_rows, other_rows = (it / it.sum(dim=1, keepdim=True) for it in (own_rows, other_rows))
-        return kl_figures(own_rows, other_rows, paired=paired, seed=self.seed)
-
-    def alignment(self, own: Measured, texts: list[str]) -> dict[str, Any]:
-        kept, audio = own.rows('mulan', own.means['mulan'])
-        if kept:
-            told = [texts[index] for index in kept]
-            found: dict[str, Any] = alignment_figures(audio, self.embed_texts(told), told, seed=self.seed)
-            found['cosines'] = dict(zip(kept, found['cosines']))
-        else:
-            found = nothing_aligned(own.missing['mulan'][0], 'mulan_cycle_consistency')
-        for embedder in self.embedders:
-            if isinstance(embedder, CLAPEmbedder):
-                kept, audio = own.rows(embedder.name, own.means[embedder.name])
-                told = [texts[index] for index in kept]
-                if kept:
-                    clap = alignment_figures(audio, embedder.embed_texts(told), told, name='score', seed=self.seed)
-                else:
-                    clap = nothing_aligned(own.missing[embedder.name][0], 'score')
-                found |= {f'clap_{name}': it for name, it in clap.items() if name != 'cosines'}
-        return found
-
-    @torch.no_grad()
     def embed_texts(self, texts: list[str]) -> Tensor:
-        """MuLaN's latents of texts, `(n, dim_latent)`; a text gives the same wherever it stands. Words that MuLaN does
-        not know are told in the log: what it says of these texts means little."""
-        different = list(dict.fromkeys(texts))
-        unknown = [words for text in different if (words := self.mulan.text.unknown_words(text))]
-        if unknown:
-            line = unknown_words_line(list(dict.fromkeys(chain.from_iterable(unknown))), None)
-            logger.warning('%s, in %d of %d different texts', line, len(unknown), len(different))
-        batches = [different[i : i + TEXTS_AT_ONCE] for i in range(0, len(different), TEXTS_AT_ONCE)]
-        with evaluating(self.mulan):
-            latents = torch.cat([self.mulan.get_text_latents(raw_texts=batch).cpu() for batch in batches])
-        places = {text: place for place, text in enumerate(different)}
-        return latents[[places[text] for text in texts]]
+        """As `MuLaNEmbedder.embed_texts`."""
+        return MuLaNEmbedder(self.mulan, sample_rate=self.mulan.sample_rate or USUAL_RATE).embed_texts(texts)
 
     def rate_of(self, sample_rate: int | None) -> int:
         """The rate of the waves in Hz."""
@@ -351,39 +476,8 @@ class MusicLMEvaluator:
         )
 
 
-def nothing_aligned(reason: str, name: str) -> dict[str, Figure]:
-    """The figures of `alignment_figures` where no clip can be embedded."""
-    one = l2norm(torch.ones(1, 2))
-    names = [it for it in alignment_figures(one, one, name=name) if it != 'cosines']
-    return dict.fromkeys(names, undefined(f'no clip can be embedded, such as the first: {reason}'))
-
-
-def structure_group(own: Measured, other: Measured | None, seed: int) -> dict[str, Any]:
-    sides = dict(generated=own) | ({} if other is None else dict(reference=other))
-    results = {side: [it.structure[index] for index in sorted(it.structure)] for side, it in sides.items()}
-    found: dict[str, Any] = {side: summarise_structure(it, seed=seed) for side, it in results.items()}
-    if other is not None:
-        found['distance'] = compare_structure(results['generated'], results['reference'])
-    return found
-
-
-def rows(
-    clips: Sequence[Tensor | Path], found: Measured, texts: list[str] | None, cosines: dict[int, float]
-) -> list[dict[str, Any]]:
-    """The values of each clip: numbers, the key as a word, None where a value is not defined."""
-    table = []
-    for index, clip in enumerate(clips):
-        row: dict[str, Any] = dict(name=clip.name if isinstance(clip, Path) else f'clip {index}')
-        if texts is not None:
-            row['text'] = texts[index]
-        if cosines:
-            row['cosine'] = cosines.get(index)
-        row |= {name: it.value for name, it in found.quality.get(index, {}).items()}
-        if index in found.structure:
-            structure = found.structure[index]
-            row |= {name: it.value for name, it in structure.figures().items()} | dict(key=structure.key)
-        table.append(row)
-    return table
+def names_of(clips: Sequence[Tensor | Path]) -> list[str]:
+    return [clip.name if isinstance(clip, Path) else f'clip {index}' for index, clip in enumerate(clips)]
 
 
 def fingerprint_of(clips: Sequence[Tensor | Path]) -> str:

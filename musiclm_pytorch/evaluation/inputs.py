@@ -1,16 +1,40 @@
-"""What an evaluation is given, in the forms that users have it: waves as a list of checked mono clips, and texts."""
+"""What an evaluation is given, in the forms that users have it, and clips on their way: read ahead and embedded."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import csv
+import logging
+import math
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from musiclm_pytorch.checks import as_tensor, check_audio, check_channels, check_lengths, described
-from musiclm_pytorch.data.audio import AudioFile
+from musiclm_pytorch.checks import (
+    as_tensor,
+    check_audio,
+    check_channels,
+    check_lengths,
+    check_positive,
+    check_sample_rate,
+    described,
+    typechecked,
+)
+from musiclm_pytorch.data.audio import AudioFile, resample
+from musiclm_pytorch.evaluation.embedders import Embedder, too_short
+from musiclm_pytorch.evaluation.metric import EvaluationClip
+
+logger = logging.getLogger(__name__)
+
+# a sound file, which is mixed down to mono, or a wave `(samples,)` and its rate in Hz
+Source: TypeAlias = str | Path | tuple[Tensor, int]
 
 
 def list_clips(
@@ -78,20 +102,37 @@ def read_clip(clip: Tensor | Path, sample_rate: int) -> tuple[Tensor, int]:
     """The wave `(samples,)` of a clip and its rate in Hz: that of the file, or `sample_rate`."""
     if isinstance(clip, Tensor):
         return clip, sample_rate
-    with AudioFile(clip) as file:
-        wave, rate = file.read(0, len(file)), file.sample_rate
+    wave, rate, name = read_source(clip, '')
     if len(wave) == 0:
-        raise ValueError(f'{clip} has no samples')
-    check_wave(wave, str(clip))
+        raise ValueError(f'{name} has no samples')
     return wave, rate
 
 
+def read_source(source: Source, name: str) -> tuple[Tensor, int, str]:
+    """The mono wave of a file, or of a pair of wave and rate which errors call `name`; its rate, and its name."""
+    if isinstance(source, (str, Path)):
+        with AudioFile(source) as file:
+            wave, rate, name = file.read(0, len(file)), file.sample_rate, file.name
+    else:
+        if not isinstance(source, tuple) or len(source) != 2:
+            raise TypeError(f'{name} must be a path or a pair of a wave and its rate, got {type(source).__name__}')
+        wave, rate = source
+        check_sample_rate(rate)
+        check_audio(wave, ndim=1, shape='(samples,)', name=name)
+    wave = wave.detach().float()
+    check_wave(wave, name)
+    return wave, rate, name
+
+
 def check_wave(wave: Tensor, name: str) -> None:
-    wrong = ~torch.isfinite(wave)
-    if wrong.any():
-        raise ValueError(
-            f'{name} holds NaN or infinity, first at sample {int(wrong.nonzero()[0])}; mend it or leave the clip out'
-        )
+    if not is_finite(wave):
+        first = int((~torch.isfinite(wave)).nonzero()[0])
+        raise ValueError(f'{name} holds NaN or infinity, first at sample {first}; mend it or leave the clip out')
+
+
+def is_finite(values: Tensor) -> bool:
+    # one sum tells, at a fraction of the time of isfinite().all(); it may overflow where no value does
+    return math.isfinite(values.sum().item()) or bool(values.isfinite().all())
 
 
 def check_texts(texts: Any, clips: int) -> list[str]:
@@ -127,3 +168,231 @@ def texts_by_file(content: Any, source: str) -> dict[str, str]:
                 f'fits sounds and mixtures is not measured; got {content[name]!r:.80}'
             )
     return texts
+
+
+# ---- clips on their way ----
+
+
+class EmbeddedClip(NamedTuple):
+    """One clip.
+
+    index: its place among the sources, from 0, or the one of `indices`
+    frames: by the name of an embedder, `(n, dim)` float32 on the CPU
+    missing: by the name of an embedder, why there are no frames: the clip is too short for it
+    """
+
+    index: int
+    frames: dict[str, Tensor]
+    missing: dict[str, str]
+
+
+@typechecked
+def embed_clips(
+    sources: Iterable[Source],
+    embedders: Sequence[Embedder],
+    *,
+    batch_size: int = 16,
+    prefetch: int = 2,
+    indices: Iterable[int] | None = None,
+) -> Iterator[EmbeddedClip]:
+    """Embed clips, one after another in their order, by one or more embedders.
+
+    A clip is read once and resampled to the rate of each embedder in a background thread, which is at most `prefetch`
+    batches ahead; no more than `prefetch` + 1 batches of waves are in memory. `sources` may be a generator; it runs in
+    that thread, too. Neighbours of one length share a batch best: sort the sources if their lengths differ a lot.
+
+    Args:
+        sources: paths of sound files, or pairs of a mono wave and its rate.
+        embedders: with different names.
+        batch_size: clips embedded at a time.
+        prefetch: batches read ahead.
+        indices: one a source, where these are a part of a set: what the clips and errors call them.
+
+    Yields:
+        an `EmbeddedClip` a source. A clip that is too short for an embedder has no frames by it, but a reason.
+
+    Raises:
+        ValueError: no embedders, two of one name; and, when it gets there, more or fewer indices than sources, a file
+        that does not decode, NaN or infinity in samples or frames, and what an embedder cannot take, naming the clip
+        (its file or index) and the embedder. FileNotFoundError. Whatever goes wrong in the thread reaches the caller.
+    """
+    check_positive(batch_size=batch_size, prefetch=prefetch)
+    check_names(embedders)
+    if not embedders:
+        raise ValueError('embedders must be one or more of different names, got none')
+    numbered = enumerate(sources) if indices is None else zip(indices, sources, strict=True)
+    clips = evaluation_clips(((index, source, None) for index, source in numbered), embedders, batch_size, prefetch)
+    return (EmbeddedClip(clip.index, dict(clip.frames), dict(clip.missing)) for clip in clips)
+
+
+def check_names(embedders: Sequence[Embedder]) -> None:
+    names = [embedder.name for embedder in embedders]
+    if len(set(names)) < len(names):
+        raise ValueError(f'embedders must be one or more of different names, got {names}')
+
+
+def evaluation_clips(
+    sources: Iterable[tuple[int, Source, str | None]], embedders: Sequence[Embedder], batch_size: int, prefetch: int = 2
+) -> Iterator[EvaluationClip]:
+    """Clips with their waves and what each embedder gives, of indices, sources and texts; see `embed_clips`."""
+    sources = iter(sources)
+    rates = {embedder.sample_rate for embedder in embedders}
+
+    def read() -> list[tuple[EvaluationClip, dict[int, Tensor]]]:
+        batch = []
+        for index, source, text in islice(sources, batch_size):
+            wave, rate, name = read_source(source, f'clip {index}')
+            by_rate = {to: resample(wave, rate, to) for to in rates}
+            batch.append((EvaluationClip(index, name, wave, rate, text), by_rate))
+        return batch
+
+    reader = ThreadPoolExecutor(1, 'clip-reader')
+    try:
+        ahead = deque(reader.submit(read) for _ in range(prefetch))
+        while batch := ahead.popleft().result():
+            ahead.append(reader.submit(read))
+            yield from embed_batch(batch, embedders)
+    finally:
+        reader.shutdown(cancel_futures=True)
+
+
+def embed_batch(
+    batch: list[tuple[EvaluationClip, dict[int, Tensor]]], embedders: Sequence[Embedder]
+) -> Iterator[EvaluationClip]:
+    """Clips with their frames, from their waves by rate. What goes wrong names the clip and the embedder."""
+    frames: list[dict[str, Tensor]] = [{} for _ in batch]
+    missing: list[dict[str, str]] = [{} for _ in batch]
+    for embedder in embedders:
+        waves = {place: waves[embedder.sample_rate] for place, (_, waves) in enumerate(batch)}
+        fits = {place: wave for place, wave in waves.items() if len(wave) >= embedder.min_samples}
+        for place in waves.keys() - fits.keys():
+            missing[place][embedder.name] = too_short(embedder, len(waves[place]))
+        try:
+            found = embedder.embed(list(fits.values()))
+        except ValueError as error:
+            # in a batch, the error tells at best the place: each alone tells which clip it was
+            if len(batch) > 1:
+                for one in batch:
+                    list(embed_batch([one], [embedder]))
+            names = ', '.join(batch[place][0].name for place in fits)
+            raise ValueError(f'{names}: {embedder.name} cannot embed it: {error}') from error
+        for place, own in zip(fits, found):
+            if not is_finite(own):
+                raise ValueError(
+                    f'{batch[place][0].name}: {embedder.name} gives NaN or infinity for it; are its samples within '
+                    '[-1, 1]?'
+                )
+            frames[place][embedder.name] = own
+    for (clip, _), own, without in zip(batch, frames, missing):
+        yield replace(clip, frames=own, missing=without)
+
+
+# ---- MagnaTagATune (Law et al., 2009): clips with the tags that people gave them ----
+
+# the 50 tags that most clips have, in that order
+TOP_TAGS = (
+    *('guitar', 'classical', 'slow', 'techno', 'strings', 'drums', 'electronic', 'rock', 'fast', 'piano', 'ambient'),
+    *('beat', 'violin', 'vocal', 'synth', 'female', 'indian', 'opera', 'male', 'singing', 'vocals', 'no vocals'),
+    *('harpsichord', 'loud', 'quiet', 'flute', 'woman', 'male vocal', 'no vocal', 'pop', 'soft', 'sitar', 'solo'),
+    *('man', 'classic', 'choir', 'voice', 'new age', 'dance', 'male voice', 'female vocal', 'beats', 'harp', 'cello'),
+    *('no voice', 'weird', 'country', 'metal', 'female voice', 'choral'),
+)
+# the usual split, by the folder that a clip lies in
+SPLITS = dict(train='0123456789ab', valid='c', test='def')
+ID, PATH = 'clip_id', 'mp3_path'
+
+
+class MagnaTagATune(NamedTuple):
+    """Clips of a split.
+
+    paths: `n` of the sound files
+    tags: the names of the columns of `truth`
+    truth: `(n, tags)` bool, whether a clip has a tag
+    """
+
+    paths: list[Path]
+    tags: tuple[str, ...]
+    truth: np.ndarray
+
+
+@typechecked
+def read_magnatagatune(
+    annotations: str | Path,
+    folder: str | Path | None = None,
+    split: str = 'test',
+    *,
+    tags: Sequence[str] = TOP_TAGS,
+    untagged: bool = True,
+) -> MagnaTagATune:
+    """The clips of a split, in the order of the file.
+
+    The split is the usual one by folders: 0 to b are for training, c for validation, d to f for the test.
+
+    Args:
+        annotations: MagnaTagATune's `annotations_final.csv`: columns parted by tabs, `clip_id`, one a tag with 0 or 1,
+            and last `mp3_path`.
+        folder: what the paths in it, such as `f/some-piece.mp3`, lie in. Then each file must be there; the empty ones
+            (three clips are, all of them for training) are left out. Without, the paths stay as they are and nothing
+            is looked at.
+        split: 'train', 'valid' or 'test'.
+        tags: those asked for, by default the 50 most frequent ones that papers measure.
+        untagged: keep clips that have none of the tags. Papers differ here; both are in use.
+
+    Raises:
+        FileNotFoundError: no such annotations, or a clip that is not in `folder`. ValueError: an unknown split, a file
+        that is not like that, or a split without clips.
+    """
+    if split not in SPLITS:
+        raise ValueError(f'split must be one of {", ".join(map(repr, SPLITS))}, got {split!r}')
+    if isinstance(tags, str) or not tags:
+        raise ValueError(f'tags must be a list of names, got {tags!r}')
+    if not Path(annotations).is_file():
+        raise FileNotFoundError(
+            f"no file at {annotations}; it should be MagnaTagATune's annotations_final.csv, which is downloaded apart "
+            'from the audio'
+        )
+    paths, rows = [], []
+    for path, truth in read_rows(Path(annotations), tags):
+        if path.parts[0] not in SPLITS[split] or not (untagged or any(truth)):
+            continue
+        if folder is not None:
+            path = Path(folder) / path
+            if not path.is_file():
+                raise FileNotFoundError(
+                    f'{annotations} names {path}, which is not there; pass the folder that holds the folders 0 to f'
+                )
+            if path.stat().st_size == 0:
+                logger.warning('left out %s, which is empty', path)
+                continue
+        paths.append(path)
+        rows.append(truth)
+    if not paths:
+        raise ValueError(f'{annotations} has no clip of the split {split!r}; is it the whole annotations_final.csv?')
+    return MagnaTagATune(paths, tuple(tags), np.array(rows, dtype=bool))
+
+
+def read_rows(annotations: Path, tags: Sequence[str]) -> Iterator[tuple[Path, list[bool]]]:
+    """The path and the truth of each clip."""
+    hint = "; it should be MagnaTagATune's annotations_final.csv, unchanged"
+    with open(annotations, newline='', encoding='utf-8') as file:
+        table = csv.reader(file, delimiter='\t')
+        try:
+            header = next(table, [])
+            if len(header) < 3 or (header[0], header[-1]) != (ID, PATH):
+                raise ValueError(f'{annotations} has no columns {ID} … {PATH}, parted by tabs{hint}')
+            if missing := [tag for tag in tags if tag not in header[1:-1]]:
+                raise ValueError(f'{annotations} has no column for the tags {", ".join(map(repr, missing))}{hint}')
+            places = [header.index(tag) for tag in tags]
+            for row in table:
+                where = f'line {table.line_num} of {annotations}'
+                if len(row) != len(header):
+                    raise ValueError(f'{where} has {len(row)} columns, not {len(header)}{hint}')
+                if wrong := [row[place] for place in places if row[place] not in ('0', '1')]:
+                    raise ValueError(f'{where} has {wrong[0]!r} in the column of a tag, not 0 or 1{hint}')
+                path = Path(row[-1])
+                # a path out of the folder would read any file
+                if len(path.parts) != 2 or path.parts[0] not in (*''.join(SPLITS.values()),):
+                    raise ValueError(f'{where} has the path {row[-1]!r}, not one in the folders 0 to f{hint}')
+                yield path, [row[place] == '1' for place in places]
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise ValueError(f'{annotations} cannot be read as a table: {error}{hint}') from error

@@ -1,4 +1,4 @@
-"""An evaluation on disk: JSON, tables and a page in a single file to look at and to listen to."""
+"""Evaluations on disk: JSON, tables and a page in a single file to look at and listen to; and several side by side."""
 
 from __future__ import annotations
 
@@ -7,27 +7,26 @@ import csv
 import html
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import soundfile
 from matplotlib.figure import Figure as Plot
 
-from musiclm_pytorch.atomic import write_together
+from musiclm_pytorch.atomic import read_checked_json, write_together
 from musiclm_pytorch.checks import typechecked
 from musiclm_pytorch.evaluation.inputs import list_clips, read_clip
+from musiclm_pytorch.evaluation.metric import GROUPS
 from musiclm_pytorch.gallery import draw
+from musiclm_pytorch.waves import sound_bytes
 
 RESULTS, FIGURES, CLIPS, PAGE_FILE = 'report.json', 'figures.csv', 'clips.csv', 'report.html'
-GROUPS = dict(
-    audio_quality='Audio quality',
-    text_audio_alignment='Fit to the text',
-    music_structure='Music structure',
-)
+COMPARISON, TABLE, COMPARISON_PAGE = 'comparison.json', 'comparison.csv', 'comparison.html'
+# facts that have to be equal where metrics of runs are compared; a run without references has no word in the last two
+SETTINGS = ('mulan', 'seed', 'sample_rate', 'reference', 'tagger')
 # what is drawn of every clip: key of its row, label
 PANELS = dict(cosine='cosine with its text', loudness='loudness, LUFS', tempo='tempo, BPM', bandwidth='bandwidth, Hz')
-# figures whose names are not their paths' words
+# metrics whose names are not their paths' words
 NAMES = dict(
     frechet_audio_distance='Fréchet audio distance',
     frechet_infinity='FAD∞',
@@ -85,8 +84,7 @@ def write_report(
     Raises:
         FileExistsError: the folder has a report already.
     """
-    folder = Path(folder)
-    check_free(folder, RESULTS, overwrite)
+    check_free(Path(folder), RESULTS, overwrite)
     if not {'about', 'clips'} <= results.keys():
         raise ValueError(
             'results must be those of MusicLMEvaluator.evaluate, with about and clips, not of one group alone'
@@ -98,21 +96,76 @@ def write_report(
         raise ValueError(
             f'got {len(clips)} clips for results of {len(results["clips"])}; pass those that were evaluated'
         )
-    body = [about(results['about']), image(plot_clips(results), 'distributions over clips'), tables(results)]
+    facts = results['about']
+    body = [about(facts), image(plot_clips(results), 'distributions over clips')]
+    heads = ('value', '95 % interval', 'clips', '')
+    body += [table_html(group, heads, metric_cells(metrics)) for group, metrics in groups_of(results).items()]
     if clips[:players]:
-        rate = sample_rate or results['about']['sample_rate']
         body.append('<h2>Clips</h2>')
+        rate = sample_rate or facts['sample_rate']
         body += [player(clip, rate, row) for clip, row in zip(clips[:players], results['clips'])]
-    folder.mkdir(parents=True, exist_ok=True)
-    write_together(
-        {
-            folder / RESULTS: json.dumps(results, indent=2, allow_nan=False) + '\n',  # a folder with it is whole
-            folder / FIGURES: table_csv(figure_rows(results)),
-            folder / CLIPS: table_csv(results['clips']),
-            folder / PAGE_FILE: page(title, body),
+    rows = []
+    for group, metrics in groups_of(results).items():
+        for path, metric in metrics.items():
+            known = {key: metric.get(key) for key in ('value', *BOUNDS)}
+            rows.append(dict(group=group, figure='.'.join(path), **known, details=json.dumps(details_of(metric))))
+    texts = {
+        RESULTS: json.dumps(results, indent=2, allow_nan=False) + '\n',  # a folder with it is whole
+        FIGURES: table_csv(rows),
+        CLIPS: table_csv(results['clips']),
+    }
+    return write_page(folder, PAGE_FILE, title, body, texts)
+
+
+@typechecked
+def compare_reports(
+    reports: Mapping[str, str | Path], folder: str | Path, *, title: str = 'Comparison', overwrite: bool = False
+) -> Path:
+    """Put evaluations side by side: `comparison.json`, `comparison.csv` and `comparison.html`.
+
+    Args:
+        reports: the folder that `write_report` wrote, for each name of a run.
+        folder: where the files go.
+        overwrite: write over a comparison that is there already.
+
+    Returns:
+        the path of the page.
+
+    Raises:
+        FileNotFoundError: a folder without a report. FileExistsError: the folder has a comparison already.
+        ValueError: fewer than two runs, or runs that another MuLaN, seed, sample rate, tagger or set of reference clips
+            was used for: their metrics cannot be compared.
+    """
+    if len(reports) < 2:
+        raise ValueError(f'a comparison needs two reports at least, got {len(reports)}')
+    check_free(Path(folder), COMPARISON, overwrite)
+    runs = {name: read_report(path) for name, path in reports.items()}
+    check_comparable(runs)
+    rows: list[dict[str, Any]] = []  # one for each metric that any run has
+    found = {name: groups_of(run) for name, run in runs.items()}
+    for group in GROUPS:
+        own = {name: groups.get(group, {}) for name, groups in found.items()}
+        for path in dict.fromkeys(path for metrics in own.values() for path in metrics):
+            of_runs = {name: metrics.get(path) for name, metrics in own.items()}
+            rows.append(dict(group=group, figure='.'.join(path), runs=of_runs))
+    body = [image(plot_intervals(rows, list(runs)), 'metrics with their intervals')]
+    for group in dict.fromkeys(row['group'] for row in rows):
+        cells = {
+            tuple(row['figure'].split('.')): [f'<td class="run">{run_cell(it)}</td>' for it in row['runs'].values()]
+            for row in rows
+            if row['group'] == group
         }
-    )
-    return folder / PAGE_FILE
+        body.append(table_html(group, runs, cells))
+    flat = []
+    for row in rows:
+        columns = {
+            f'{name} {key}': None if metric is None else metric.get(key)
+            for name, metric in row['runs'].items()
+            for key in ('value', 'low', 'high')
+        }
+        flat.append(dict(group=row['group'], figure=row['figure']) | columns)
+    texts = {COMPARISON: json.dumps(rows, indent=2) + '\n', TABLE: table_csv(flat)}
+    return write_page(folder, COMPARISON_PAGE, title, body, texts)
 
 
 def check_free(folder: Path, name: str, overwrite: bool) -> None:
@@ -123,20 +176,32 @@ def check_free(folder: Path, name: str, overwrite: bool) -> None:
         )
 
 
-def about(facts: Mapping[str, Any]) -> str:
-    """A line on what the figures depend on: what judged, and beside what."""
-    parts = [f'{facts["clips"]} clips', f'judged by {facts["name"]} ({facts["mulan"]})', f'tags by {facts["tagger"]}']
-    if facts['reference_clips']:
-        parts.append(f'{facts["reference_clips"]} clips of reference ({facts["reference"]})')
-    parts += [f'seed {facts["seed"]}', f'musiclm-pytorch {facts["musiclm_pytorch"]}']
-    return f'<p><small>{html.escape(", ".join(parts))}</small></p>'
+def read_report(folder: str | Path) -> dict[str, Any]:
+    """The results in a folder that `write_report` wrote. Raises FileNotFoundError, ValueError for another file."""
+    path = Path(folder) / RESULTS
+    if not path.is_file():
+        raise FileNotFoundError(f'no {RESULTS} in {folder}; expected a folder written by `musiclm evaluate`')
+    results = read_checked_json(path)
+    if not isinstance(results, dict) or not isinstance(results.get('about'), dict):
+        raise ValueError(f'{path} is not a report of this package')
+    return results
 
 
-# ---- tables ----
+def check_comparable(runs: Mapping[str, Mapping[str, Any]]) -> None:
+    for setting in SETTINGS:
+        found = {name: run['about'].get(setting) for name, run in runs.items()}
+        if setting in ('reference', 'tagger'):
+            found = {name: it for name, it in found.items() if runs[name]['about'].get('reference') is not None}
+        if len({json.dumps(it) for it in found.values()}) > 1:
+            told = ', '.join(f'{name} {it!r}' for name, it in found.items())
+            raise ValueError(f'these reports were made with another {setting}: {told}; evaluate all runs in one way')
+
+
+# ---- metrics in words and tables ----
 
 
 def figures_in(results: Mapping[str, Any], path: tuple[str, ...] = ()) -> dict[tuple[str, ...], Mapping[str, Any]]:
-    """All figures of nested results, by their path."""
+    """All metrics of nested results, by their path."""
     if 'value' in results:
         return {path: results}
     found = {}
@@ -146,80 +211,88 @@ def figures_in(results: Mapping[str, Any], path: tuple[str, ...] = ()) -> dict[t
     return found
 
 
-def figure_rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """A row for each figure of the three groups; what else is known of it stands in 'details', as JSON."""
-    rows = []
-    for group in GROUPS:
-        for path, figure in figures_in(results.get(group, {})).items():
-            details = {key: it for key, it in figure.items() if key not in ('value', *BOUNDS)}
-            known = {key: figure.get(key) for key in ('value', *BOUNDS)}
-            rows.append(dict(group=group, figure='.'.join(path), **known, details=json.dumps(details)))
-    return rows
+def groups_of(results: Mapping[str, Any]) -> dict[str, dict[tuple[str, ...], Mapping[str, Any]]]:
+    """The metrics of each group that was computed."""
+    return {group: found for group in GROUPS if (found := figures_in(results.get(group, {})))}
+
+
+def about(facts: Mapping[str, Any]) -> str:
+    """A line on what the metrics depend on: what judged, and beside what."""
+    parts = [f'{facts["clips"]} clips', f'judged by {facts["name"]} ({facts["mulan"]})', f'tags by {facts["tagger"]}']
+    if facts['reference_clips']:
+        parts.append(f'{facts["reference_clips"]} clips of reference ({facts["reference"]})')
+    parts += [f'seed {facts["seed"]}', f'musiclm-pytorch {facts["musiclm_pytorch"]}']
+    return f'<p><small>{html.escape(", ".join(parts))}</small></p>'
 
 
 def table_csv(rows: Sequence[Mapping[str, Any]]) -> str:
     """Rows as CSV, with every column that any of them has."""
-    columns = list(dict.fromkeys(name for row in rows for name in row))
     text = io.StringIO()
-    writer = csv.DictWriter(text, columns, lineterminator='\n')
+    writer = csv.DictWriter(text, list(dict.fromkeys(name for row in rows for name in row)), lineterminator='\n')
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue()
 
 
-def tables(results: Mapping[str, Any]) -> str:
-    """A table of figures for each group that was computed."""
-    parts = []
-    for group, heading in GROUPS.items():
-        found = figures_in(results.get(group, {}))
-        if not found:
-            continue
-        rows = []
-        for path, figure in found.items():
-            note = figure.get('reason') or details_of(figure)
-            cells = ''.join(f'<td class="number">{html.escape(it)}</td>' for it in (shown(figure), range_of(figure)))
-            count = figure.get('count', '')
-            rows.append(
-                f'<tr><td>{html.escape(label(path))}</td>{cells}<td class="number">{count}</td>'
-                f'<td><small>{html.escape(note)}</small></td></tr>'
-            )
-        head = '<tr><th></th><th>value</th><th>95 % interval</th><th>clips</th><th></th></tr>'
-        parts.append(f'<h2>{heading}</h2>\n<table>{head}\n' + '\n'.join(rows) + '\n</table>')
-    return '\n'.join(parts)
+def table_html(group: str, heads: Iterable[str], cells: Mapping[tuple[str, ...], Sequence[str]]) -> str:
+    """A group's heading, and a table with a line of cells for each metric, by its path."""
+    head = ''.join(f'<th>{html.escape(it)}</th>' for it in ('', *heads))
+    lines = [f'<tr><td>{html.escape(label(path))}</td>{"".join(line)}</tr>' for path, line in cells.items()]
+    return f'<h2>{GROUPS[group]}</h2>\n<table><tr>{head}</tr>\n' + '\n'.join(lines) + '\n</table>'
+
+
+def metric_cells(metrics: Mapping[tuple[str, ...], Mapping[str, Any]]) -> dict[tuple[str, ...], list[str]]:
+    """Value, interval, count of clips, and what else is known, as cells of a table."""
+    found = {}
+    for path, metric in metrics.items():
+        facts = {key: it for key, it in details_of(metric).items() if isinstance(it, int | float | str) and it != ''}
+        told = (f'{key.replace("_", " ")} {in_digits(it)}' for key, it in facts.items())
+        numbers = (shown(metric), range_of(metric), str(metric.get('count', '')))
+        found[path] = [f'<td class="number">{html.escape(it)}</td>' for it in numbers]
+        found[path].append(f'<td><small>{html.escape(metric.get("reason") or ", ".join(told))}</small></td>')
+    return found
+
+
+def run_cell(metric: Mapping[str, Any] | None) -> str:
+    """What a run has for a metric, with its interval or the reason why it has none."""
+    if metric is None:
+        return '<small>not measured</small>'
+    note = metric.get('reason') or range_of(metric)
+    return f'{html.escape(shown(metric))}<br><small>{html.escape(note)}</small>'
 
 
 def label(path: tuple[str, ...]) -> str:
-    """The path of a figure in words."""
+    """The path of a metric in words."""
     return ', '.join(NAMES.get(part, part.replace('_', ' ')) for part in path)
 
 
-def shown(figure: Mapping[str, Any]) -> str:
+def shown(metric: Mapping[str, Any]) -> str:
     """The value with four digits and its unit, or that there is none."""
-    if figure['value'] is None:
+    if metric['value'] is None:
         return 'not defined'
-    return f'{figure["value"]:.4g} {figure.get("unit", "")}'.strip()
+    return f'{metric["value"]:.4g} {metric.get("unit", "")}'.strip()
 
 
-def range_of(figure: Mapping[str, Any]) -> str:
-    return '' if figure.get('low') is None else f'{figure["low"]:.4g} to {figure["high"]:.4g}'
+def range_of(metric: Mapping[str, Any]) -> str:
+    return '' if metric.get('low') is None else f'{metric["low"]:.4g} to {metric["high"]:.4g}'
 
 
-def details_of(figure: Mapping[str, Any]) -> str:
-    """The details that are single numbers or words."""
-    kept = {key: it for key, it in figure.items() if key not in ('value', *BOUNDS)}
-    kept = {key: it for key, it in kept.items() if isinstance(it, int | float | str) and it != ''}
-    numbers = (f'{it:.4g}' if isinstance(it, float) else str(it) for it in kept.values())
-    return ', '.join(f'{key.replace("_", " ")} {number}' for key, number in zip(kept, numbers))
+def details_of(metric: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: it for key, it in metric.items() if key not in ('value', *BOUNDS)}
 
 
-# ---- pictures and sounds ----
+def in_digits(value: Any) -> str:
+    return f'{value:.4g}' if isinstance(value, float) else str(value)
+
+
+# ---- pictures, sounds, pages ----
 
 
 def plot_clips(results: Mapping[str, Any]) -> Plot:
     """How each panel's value is spread over the clips, generated and of reference."""
-    figure = Plot(figsize=(10, 5), layout='constrained')
+    plot = Plot(figsize=(10, 5), layout='constrained')
     sides = {'generated': results['clips'], 'reference': results.get('reference_clips', [])}
-    for axes, (key, name) in zip(figure.subplots(2, 2).flat, PANELS.items()):
+    for axes, (key, name) in zip(plot.subplots(2, 2).flat, PANELS.items()):
         values = {side: [row[key] for row in rows if row.get(key) is not None] for side, rows in sides.items()}
         values = {side: it for side, it in values.items() if it}
         axes.set(xlabel=name, ylabel='share of clips')
@@ -230,40 +303,66 @@ def plot_clips(results: Mapping[str, Any]) -> Plot:
             axes.hist(it, bins=20, range=spread, weights=[1 / len(it)] * len(it), alpha=0.6, label=side, color=colour)
         if len(values) > 1:
             axes.legend(frameon=False)
-    return figure
+    return plot
+
+
+def plot_intervals(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> Plot:
+    """The metrics that differ and have an interval in every run, each on a scale of its own, one line a run."""
+    kept = [row for row in rows if all(it is not None and it.get('low') is not None for it in row['runs'].values())]
+    kept = [row for row in kept if len({metric['value'] for metric in row['runs'].values()}) > 1]
+    lines = max(1, -(-len(kept) // 4))
+    plot = Plot(figsize=(11, 0.6 + (0.5 + 0.28 * len(names)) * lines), layout='constrained')
+    cells = list(plot.subplots(lines, 4, squeeze=False).flat)
+    for axes, row in zip(cells, kept):
+        for place, metric in enumerate(row['runs'].values()):
+            value, low, high = metric['value'], metric['low'], metric['high']
+            # a percentile interval need not hold the mean
+            spread = [[max(0.0, value - low)], [max(0.0, high - value)]]
+            axes.errorbar(value, place, xerr=spread, fmt='o', capsize=3, color=COLOURS[place % len(COLOURS)])
+        axes.set_title(label(tuple(row['figure'].split('.'))), fontsize=8)
+        plain = [name.replace('$', r'\$') for name in names]  # no formulas
+        axes.set(yticks=range(len(names)), yticklabels=plain, ylim=(-0.6, len(names) - 0.4))
+        axes.tick_params(labelsize=7)
+        axes.locator_params(axis='x', nbins=4)
+        axes.invert_yaxis()
+    for axes in cells[len(kept) :]:
+        axes.set_axis_off()
+    return plot
 
 
 def image(plot: Plot, name: str) -> str:
     """A picture within the page."""
     buffer = io.BytesIO()
     plot.savefig(buffer, format='png', dpi=90)
-    return f'<img src="{inline(buffer, "image/png")}" alt="{html.escape(name)}">'
+    return f'<img src="{inline(buffer.getvalue(), "image/png")}" alt="{html.escape(name)}">'
 
 
-def inline(buffer: io.BytesIO, kind: str) -> str:
-    return f'data:{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}'
+def inline(content: bytes, kind: str) -> str:
+    return f'data:{kind};base64,{base64.b64encode(content).decode()}'
 
 
 def player(clip: Any, sample_rate: int, row: Mapping[str, Any]) -> str:
-    """Text, figures, spectrogram and player of a clip; its sound is within the page, as 16-bit FLAC."""
+    """Text, numbers, spectrogram and player of a clip; its sound is within the page, as 16-bit FLAC."""
     wave, rate = read_clip(clip, sample_rate)
-    sound, plot = io.BytesIO(), Plot(figsize=(9, 1.8), layout='constrained')
-    soundfile.write(sound, wave.clamp(-1, 1).numpy(), rate, format='FLAC', subtype='PCM_16')
+    plot = Plot(figsize=(9, 1.8), layout='constrained')
     draw(plot.subplots(), wave, rate)
-    numbers = ((key, it) for key, it in row.items() if isinstance(it, float))
-    note = ', '.join(f'{key.replace("_", " ")} {it:.4g}' for key, it in numbers)
-    text = str(row.get('text') or row['name'])
+    note = ', '.join(f'{key.replace("_", " ")} {it:.4g}' for key, it in row.items() if isinstance(it, float))
+    text, sound = str(row.get('text') or row['name']), inline(sound_bytes(wave, rate, '.flac'), 'audio/flac')
     return (
         f'<figure><figcaption>{html.escape(text)} <small>{html.escape(note)}</small></figcaption>\n'
         f'{image(plot, f"mel spectrogram of {text}")}\n'
-        f'<audio controls preload="none" src="{inline(sound, "audio/flac")}"></audio></figure>'
+        f'<audio controls preload="none" src="{sound}"></audio></figure>'
     )
 
 
-def page(title: str, body: Sequence[str]) -> str:
-    parts = '\n'.join(body)
-    return (
+def write_page(folder: str | Path, name: str, title: str, body: Sequence[str], texts: Mapping[str, str]) -> Path:
+    """Write a page of these parts, and other files of a folder beside it; all of them or none. Returns its path."""
+    folder, heading = Path(folder), html.escape(title)
+    page = (
         '<!doctype html>\n<html lang="en">\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width">\n'
-        f'<title>{html.escape(title)}</title>\n<style>{STYLE}</style>\n<h1>{html.escape(title)}</h1>\n{parts}\n</html>\n'
+        f'<title>{heading}</title>\n<style>{STYLE}</style>\n<h1>{heading}</h1>\n' + '\n'.join(body) + '\n</html>\n'
     )
+    folder.mkdir(parents=True, exist_ok=True)
+    write_together({folder / file: text for file, text in {**texts, name: page}.items()})
+    return folder / name

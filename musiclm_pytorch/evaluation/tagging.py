@@ -1,4 +1,4 @@
-"""What music is tagged as: taggers, how their outputs on two sets diverge, and how right they are."""
+"""What music is tagged as: taggers, how their outputs on two sets diverge, and how right they are about known tags."""
 
 from __future__ import annotations
 
@@ -7,15 +7,26 @@ import io
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from einops import rearrange
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 from musiclm_pytorch.checks import check_audio, check_finite, check_positive, described, typechecked
-from musiclm_pytorch.evaluation.figures import Figure, mean_figure
+from musiclm_pytorch.evaluation.embedders import Embedder, MuLaNEmbedder
+from musiclm_pytorch.evaluation.inputs import evaluation_clips
+from musiclm_pytorch.evaluation.metric import (
+    EvaluationClip,
+    Metric,
+    MetricValue,
+    embedding_rows,
+    mean_value,
+    percentile_interval,
+    undefined,
+)
 from musiclm_pytorch.extras import how_to_install
 from musiclm_pytorch.mulan.layers import l2norm
 from musiclm_pytorch.mulan.model import evaluating
@@ -35,6 +46,7 @@ EPSILON = 1e-6  # of audiocraft's KL
 # PaSST: what its published weights were trained on
 PASST_RATE, PASST_SECONDS, PASST_CLASSES = 32000, 10, 527
 PASST_SHORTEST = 4801  # samples: 16 frames of 10 ms, one patch
+RESAMPLES = 200  # of clips, for the intervals of areas
 HOP = 1.0  # seconds between MuLaN's windows, or less, so that short windows leave nothing out
 
 
@@ -109,7 +121,7 @@ class ZeroShotTagger:
     @typechecked
     def scores(self, waves: Sequence[Tensor]) -> Tensor:
         """Cosine of each wave `(samples,)` at `sample_rate` with each tag, `(n, tags)` float32 on the CPU."""
-        check_waves(waves, shortest=self.min_samples)
+        check_tagger_waves(waves, shortest=self.min_samples)
         if self.sample_rate is None:
             raise ValueError(
                 'this MuLaN does not know its sample rate, so no wave can be brought to it; build the audio tower '
@@ -192,7 +204,7 @@ class PaSSTTagger:
     @torch.no_grad()
     def probabilities(self, waves: Sequence[Tensor]) -> Tensor:
         """Softmax over the classes of each wave `(samples,)` at 32 kHz, `(n, 527)` float32 on the CPU."""
-        check_waves(waves, shortest=self.min_samples)
+        check_tagger_waves(waves, shortest=self.min_samples)
         found = []
         for wave in waves:
             parts = [it for it in wave.float().split(PASST_SECONDS * PASST_RATE) if len(it) >= PASST_SHORTEST]
@@ -210,10 +222,70 @@ def quiet():
         yield
 
 
+class TaggerEmbedder:
+    """A tagger as an embedder: one frame a clip, its distribution over the tags."""
+
+    name = 'tags'
+
+    def __init__(self, tagger: Tagger):
+        if tagger.sample_rate is None:
+            raise ValueError(
+                'the tagger does not know the rate of the waves that it takes; give one that does, such as a '
+                'ZeroShotTagger of a MuLaN that was built with audio_sample_rate'
+            )
+        self.tagger = tagger
+        self.sample_rate, self.dim, self.min_samples = tagger.sample_rate, len(tagger.tags), tagger.min_samples
+
+    def embed(self, waves: list[Tensor]) -> list[Tensor]:
+        return list(self.tagger.probabilities(waves)[:, None]) if waves else []
+
+
+# ---- divergence of tags ----
+
+
+class TagDivergence(Metric):
+    """`kl_figures` of the tags of generated and of reference clips.
+
+    Args:
+        tagger: whose distributions are compared; or a `MuLaNEmbedder`, whose MuLaN then tags zero-shot.
+        paired: whether the reference clip i belongs to the generated clip i.
+        seed: of the bootstrap.
+    """
+
+    needs_reference = True
+
+    def __init__(self, tagger: Tagger | MuLaNEmbedder, *, paired: bool = False, seed: int = 0):
+        self.paired, self.seed = paired, seed
+        self.embedder: Embedder = tagger if isinstance(tagger, MuLaNEmbedder) else TaggerEmbedder(tagger)
+        self.embedders = (self.embedder,)
+        super().__init__()
+
+    def initial_state(self) -> dict[str, Any]:
+        return dict(generated={}, reference={})
+
+    def update(self, clip: EvaluationClip) -> None:
+        if self.embedder.name in clip.frames:
+            side = 'reference' if clip.is_reference else 'generated'
+            self.state[side][clip.index] = clip.embedding(self.embedder.name)
+
+    def compute(self) -> dict[str, dict[str, MetricValue]]:
+        sides = [self.state['generated'], self.state['reference']]
+        both = sides[0].keys() & sides[1].keys()  # pairs are where both have one
+        rows = [embedding_rows(side, both if self.paired else None)[1] for side in sides]
+        if not all(map(len, rows)):
+            return dict(tags=dict(kl=undefined('no clip is long enough for the tagger')))
+        if isinstance(self.embedder, MuLaNEmbedder):
+            tagger = ZeroShotTagger(self.embedder.mulan)
+            rows = [tagger.probabilities_of(it) for it in rows]
+        else:  # of length 1 as all means, but what adds up to 1 is a distribution
+            rows = [it / it.sum(dim=1, keepdim=True) for it in rows]
+        return dict(tags=kl_figures(*rows, paired=self.paired, seed=self.seed))
+
+
 @typechecked
 def kl_figures(
     generated_probs: Tensor | np.ndarray, reference_probs: Tensor | np.ndarray, *, paired: bool = True, seed: int = 0
-) -> dict[str, Figure]:
+) -> dict[str, MetricValue]:
     """Kullback-Leibler divergence, in nats, between a tagger's outputs on generated and on reference audio.
 
     As in audiocraft's `kld.py`: KL(p ‖ q) = Σ p · (log p − log(q + 1e-6)), which may be a little below 0.
@@ -248,16 +320,18 @@ def kl_figures(
     if not paired:
         counts = dict(generated=len(generated), reference=len(reference))
         generated, reference = (it.mean(axis=0, keepdims=True) for it in (generated, reference))
-    figures = {}
+    found = {}
     for name, p, q in (
         ('reference_generated', reference, generated),
         ('generated_reference', generated, reference),
     ):
         values = divergences(p, q)
-        figures[prefix + name] = (
-            mean_figure(values, unit='nats', seed=seed) if paired else Figure(values[0], unit='nats', details=counts)
+        found[prefix + name] = (
+            mean_value(values, unit='nats', seed=seed)
+            if paired
+            else MetricValue(values[0], unit='nats', details=counts)
         )
-    return figures
+    return found
 
 
 def divergences(p: np.ndarray, q: np.ndarray) -> np.ndarray:
@@ -267,12 +341,184 @@ def divergences(p: np.ndarray, q: np.ndarray) -> np.ndarray:
     return (xlogy(p, p) - p * np.log(q + EPSILON)).sum(axis=1)
 
 
+# ---- how right a tagger is ----
+
+
+class Tagging(Metric):
+    """`tagging_figures` of clips whose tags are known, by a zero-shot tagger.
+
+    Args:
+        tagger: whose tags are the columns of `truth`.
+        truth: `(n, tags)`, whether a clip has a tag, by the index of the clip.
+        embedder: of its MuLaN, to share with other metrics; by default of the tagger's windows.
+        seed: of the bootstrap.
+    """
+
+    group = 'tagging'
+    uses_reference = False
+
+    @typechecked
+    def __init__(
+        self,
+        tagger: ZeroShotTagger,
+        truth: Tensor | np.ndarray,
+        *,
+        embedder: MuLaNEmbedder | None = None,
+        seed: int = 0,
+    ):
+        if truth.ndim != 2 or truth.shape[1] != len(tagger.tags):
+            raise ValueError(
+                f'truth must have the shape (files, tags), (…, {len(tagger.tags)}), got {tuple(truth.shape)}'
+            )
+        self.tagger, self.truth, self.seed = tagger, truth, seed
+        windows = dict(window_seconds=tagger.window, hop_seconds=tagger.hop, batch_size=tagger.batch_size)
+        self.embedders = (MuLaNEmbedder(tagger.mulan, **windows) if embedder is None else embedder,)
+        super().__init__()
+
+    def initial_state(self) -> dict[str, Any]:
+        return dict(scores={})
+
+    def update(self, clip: EvaluationClip) -> None:
+        """Raises ValueError for a clip that is too short, or beyond the truth."""
+        if clip.is_reference:
+            return
+        if reason := clip.missing.get('mulan'):
+            raise ValueError(f'{clip.name}: {reason}; leave it out')
+        if clip.index >= len(self.truth):
+            raise ValueError(f'{clip.name} has the index {clip.index}, but there is truth of {len(self.truth)} clips')
+        self.state['scores'][clip.index] = self.tagger.scores_of(clip.embedding('mulan')[None])[0]
+
+    def compute(self) -> dict[str, MetricValue | dict[str, MetricValue]]:
+        clips, scores = embedding_rows(self.state['scores'])
+        return tagging_figures(scores, self.truth[clips], self.tagger.tags, seed=self.seed)
+
+
+@typechecked
+def tagging_figures(
+    scores: Tensor | np.ndarray, truth: Tensor | np.ndarray, tags: Sequence[str], *, seed: int = 0
+) -> dict[str, MetricValue | dict[str, MetricValue]]:
+    """How well scores find the clips of each tag: areas under the ROC and the precision-recall curve (scikit-learn).
+
+    Args:
+        scores: `(n, tags)`, higher where a tag is likelier; of any scale.
+        truth: `(n, tags)`, whether a clip has a tag.
+        tags: their names.
+        seed: of the bootstrap.
+
+    Returns:
+        `roc_auc` and `pr_auc` (average precision), the means over the tags that have clips with and without them, with
+        the number of these in the details and a 95 % percentile bootstrap interval over clips, in which a resample
+        leaves out the tags that it has no clips with, or none without; and the same of each tag as `roc_auc_by_tag` and
+        `pr_auc_by_tag`, with its `share` of the clips: the PR-AUC of scores that know nothing.
+
+    Raises:
+        ValueError: shapes that do not match, scores that are not finite, truth that is neither bool nor 0 and 1.
+    """
+    check_tags(tags)
+    scores, truth = (it.detach().cpu().numpy() if isinstance(it, Tensor) else it for it in (scores, truth))
+    if scores.ndim != 2 or scores.shape != truth.shape or scores.shape[1] != len(tags) or len(scores) == 0:
+        raise ValueError(
+            f'scores and truth must have the shape (clips, {len(tags)}), a column a tag, got {scores.shape} and '
+            f'{truth.shape}'
+        )
+    if not np.isfinite(scores).all():
+        raise ValueError(f'scores[{np.argwhere(~np.isfinite(scores))[0][0]}] hold NaN or infinity')
+    if not np.isin(truth, (0, 1)).all():
+        raise ValueError('truth must hold True and False, or 1 and 0')
+    truth = truth.astype(bool)
+    found: dict[str, Any] = {}
+    means = resampled_means(scores, truth, seed)
+    for name, own in areas_of(scores, truth).items():
+        by_tag = {}
+        for tag, value, share in zip(tags, own, truth.mean(axis=0).tolist()):
+            if np.isfinite(value):
+                by_tag[tag] = MetricValue(value, count=len(scores), details=dict(share=share))
+            else:
+                by_tag[tag] = undefined(f'{"every" if share else "no"} clip has the tag', share=share)
+        counted = dict(tags_counted=int(np.isfinite(own).sum()), tags_given=len(tags))
+        if counted['tags_counted']:
+            low_high = percentile_interval(means[name]) if len(means[name]) else ()
+            found[name] = MetricValue(np.nanmean(own), *low_high, count=len(scores), details=counted)
+        else:
+            found[name] = undefined('no tag has clips with and without it', **counted)
+        found[f'{name}_by_tag'] = by_tag
+    return found
+
+
+def areas_of(scores: np.ndarray, truth: np.ndarray) -> dict[str, np.ndarray]:
+    """`roc_auc` and `pr_auc` of each tag, `(tags,)`, from `(n, tags)`; NaN where all clips have it, or none."""
+    from sklearn.metrics import average_precision_score, roc_auc_score
+
+    both = truth.any(axis=0) & ~truth.all(axis=0)
+    found = {}
+    for name, measure in dict(roc_auc=roc_auc_score, pr_auc=average_precision_score).items():
+        found[name] = np.full(truth.shape[1], np.nan)
+        if both.any():
+            found[name][both] = measure(truth[:, both], scores[:, both], average=None)
+    return found
+
+
+def resampled_means(scores: np.ndarray, truth: np.ndarray, seed: int) -> dict[str, np.ndarray]:
+    """Means of the areas over tags, of `RESAMPLES` draws of clips; those of a draw that has no tag are left out."""
+    random, n = np.random.default_rng(seed), len(scores)
+    draws = (random.integers(n, size=n) for _ in range(RESAMPLES))
+    areas = [areas_of(scores[drawn], truth[drawn]) for drawn in draws]
+    kept = [it for it in areas if np.isfinite(it['roc_auc']).any()]
+    return {name: np.array([np.nanmean(it[name]) for it in kept]) for name in ('roc_auc', 'pr_auc')}
+
+
+@typechecked
+def tagging_of_files(
+    tagger: ZeroShotTagger,
+    paths: Sequence[str | Path],
+    truth: Tensor | np.ndarray,
+    *,
+    batch_size: int = 16,
+    seed: int = 0,
+    progress: bool = False,
+) -> dict[str, MetricValue | dict[str, MetricValue]]:
+    """How well MuLaN finds the tags of sound files, such as those of MagnaTagATune; a batch of them at a time.
+
+        clips = read_magnatagatune('annotations_final.csv', 'mp3')
+        tagging_of_files(ZeroShotTagger(mulan, clips.tags), clips.paths, clips.truth)['roc_auc']
+
+    Args:
+        tagger: whose tags are the columns of `truth`.
+        paths: the `n` sound files.
+        truth: `(n, tags)`, whether a clip has a tag.
+        batch_size: files read and embedded at a time.
+        seed: of the bootstrap.
+        progress: show a progress bar.
+
+    Returns:
+        what `tagging_figures` gives.
+
+    Raises:
+        ValueError: a truth of another shape, a file that does not decode or is too short, naming it; a MuLaN that does
+        not know its sample rate. FileNotFoundError.
+    """
+    metric = Tagging(tagger, truth, seed=seed)
+    if len(truth) != len(paths) or not paths:
+        raise ValueError(
+            f'truth must have the shape (files, tags), ({len(paths)}, {len(tagger.tags)}), and there must be files, '
+            f'got {tuple(truth.shape)}'
+        )
+    sources = ((index, path, None) for index, path in enumerate(paths))
+    clips = evaluation_clips(sources, metric.embedders, batch_size)
+    for clip in tqdm(clips, desc='tagging', unit='clip', total=len(paths), disable=not progress, leave=False):
+        metric.update(clip)
+    return metric.compute()
+
+
+# ---- checks ----
+
+
 def check_tags(tags: Sequence[str]) -> None:
     if isinstance(tags, str) or not tags or len(set(tags)) != len(tags):
         raise ValueError(f'tags must be one or more different names, got {described(tags)}')
 
 
-def check_waves(waves: Sequence[Tensor], shortest: int) -> None:
+def check_tagger_waves(waves: Sequence[Tensor], shortest: int) -> None:
     """Raise TypeError or ValueError unless there are waves, each `(samples,)`, finite and no shorter than that."""
     if len(waves) == 0:
         raise ValueError('there are no waves to tag; pass at least one')

@@ -11,7 +11,7 @@ by optimal transport between their histograms; how small, continuations of clips
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,7 +23,7 @@ from musiclm_pytorch.audiolm.generate import generate_semantic
 from musiclm_pytorch.audiolm.sampling import Sampling
 from musiclm_pytorch.checks import check_audio, check_positive, check_probability, check_sample_rate, typechecked
 from musiclm_pytorch.data.audio import resample
-from musiclm_pytorch.evaluation.figures import Figure, mean_figure, undefined
+from musiclm_pytorch.evaluation.metric import Metric, MetricValue, checked_seed, mean_value, undefined
 from musiclm_pytorch.mulan.model import evaluating
 from musiclm_pytorch.musiclm import RANKING_WINDOW, MusicLM
 
@@ -46,7 +46,7 @@ class TrainingClips(NamedTuple):
 def training_clips(musiclm: MusicLM, waves: Sequence[Tensor], sample_rate: int) -> TrainingClips:
     """Tokens and conditioning of waves `(samples,)` at `sample_rate` Hz.
 
-    MuLaN hears clips of up to 10 s at once, of longer ones the mean over windows (MusicLM, section 3.2).
+    MuLaN's context is 10 s, and of longer clips the mean over windows is taken (MusicLM, section 3.2).
 
     Raises ValueError for no waves, or one too short for a token.
     """
@@ -85,7 +85,7 @@ def memorisation(
     negatives: int = 10_000,
     max_batch: int = 32,
     seed: int = 0,
-) -> dict[int, dict[str, Figure]]:
+) -> dict[int, dict[str, MetricValue]]:
     """How often training clips are said again, the longer the prompt taken from them.
 
     Args:
@@ -93,12 +93,12 @@ def memorisation(
         tokens, indices: of clips that it was trained on, as `training_clips` gives them.
         prompt_lengths: tokens of each clip that are given, 0 too; MusicLM took 0 to 250, up to 10 s.
         new_tokens: tokens compared after the prompt (125 in MusicLM, 5 s); None for all that remain.
-        distances, false_positive_rate, negatives, seed: as in `match_figures`; `distances` by default those of the
+        distances, false_positive_rate, negatives, seed: as in `Memorization`; `distances` by default those of the
             tokenizer's centres.
         max_batch: clips continued at a time.
 
     Returns:
-        for each prompt length what `match_figures` gives, with `prompt_length` in the details.
+        for each prompt length what `Memorization` gives, with `prompt_length` in the details.
 
     Raises:
         ValueError: clips too short for a prompt and what follows, shapes that do not match.
@@ -117,20 +117,13 @@ def memorisation(
                 'give longer clips, shorter prompts, or new_tokens=None for all that remain'
             )
     distances = codebook_distances(unwrapped(musiclm.tokenizer)) if distances is None else distances
-    figures = {}
+    found = {}
     for prompt in prompt_lengths:
         end = total if new_tokens is None else prompt + new_tokens
-        said = continuations(musiclm, tokens, indices, prompt, end, max_batch=max_batch)
-        figures[prompt] = match_figures(
-            said,
-            tokens[:, prompt:end],
-            distances,
-            false_positive_rate=false_positive_rate,
-            negatives=negatives,
-            seed=seed,
-            prompt_length=prompt,
-        )
-    return figures
+        metric = Memorization(distances, false_positive_rate, negatives, seed, dict(prompt_length=prompt))
+        metric.update(continuations(musiclm, tokens, indices, prompt, end, max_batch=max_batch), tokens[:, prompt:end])
+        found[prompt] = metric.compute()
+    return found
 
 
 def continuations(
@@ -157,71 +150,81 @@ def continuations(
     return torch.cat(found)
 
 
-@typechecked
-def match_figures(
-    generated: Tensor,
-    training: Tensor,
-    distances: np.ndarray,
-    *,
-    false_positive_rate: float = 1e-4,
-    negatives: int = 10_000,
-    seed: int = 0,
-    **details: Any,
-) -> dict[str, Figure]:
+class Memorization(Metric):
     """How many generated sequences are those of training, exactly and nearly.
 
     Args:
-        generated, training: `(n, t)` int64 tokens; row i belongs to row i.
         distances: `(c, c)` between tokens, such as `codebook_distances` gives.
         false_positive_rate: the share of negatives, generated sequences beside those of other training clips, that may
             pass for near. With fewer negatives than 1 / `false_positive_rate`, none may. MusicLM calibrated its
             threshold on such pairs too.
         negatives: compared at most, drawn from all ordered pairs of clips whose training sequences differ.
         seed: of that draw, and of the bootstrap.
-        details: facts to keep with each figure.
+        details: facts to keep with each value.
 
-    Returns:
-        `exact`, the share of sequences that are equal; `approximate`, the share at a cost below the threshold, the
-        equal ones among them, with the `threshold`, the number of `negatives` and of `false_positives` among them, and
-        the median costs in the details; both with Wilson intervals, for these shares are near 0. `same_token`, the mean
-        share of places with the same token, with its bootstrap interval.
+    Computes `exact`, the share of sequences that are equal; `approximate`, the share at a cost below the threshold, the
+    equal ones among them, with the `threshold`, the number of `negatives` and of `false_positives` among them, and the
+    median costs in the details; both with Wilson intervals, for these shares are near 0. `same_token`, the mean share
+    of places with the same token, with its bootstrap interval.
     """
-    check_positive(negatives=negatives)
-    check_probability(false_positive_rate=false_positive_rate)
-    check_tokens(generated, 'generated', like=training)
-    generated, training = generated.cpu(), training.cpu()
-    return dict(
-        exact=exact_matches(generated, training, **details),
-        approximate=_approximate(generated, training, distances, false_positive_rate, negatives, seed, details),
-        same_token=mean_figure((generated == training).double().mean(dim=1).numpy(), seed=seed, **details),
-    )
 
+    group = 'memorization'
 
-@typechecked
-def exact_matches(generated: Tensor, training: Tensor, **details: Any) -> Figure:
-    """The share of rows of `(n, t)` tokens that are equal throughout."""
-    check_tokens(generated, 'generated', like=training)
-    return share_figure((generated.cpu() == training.cpu()).all(dim=1).numpy(), **details)
+    @typechecked
+    def __init__(
+        self,
+        distances: np.ndarray,
+        false_positive_rate: float = 1e-4,
+        negatives: int = 10_000,
+        seed: int = 0,
+        details: Mapping[str, Any] | None = None,
+    ):
+        check_positive(negatives=negatives)
+        check_probability(false_positive_rate=false_positive_rate)
+        self.distances, self.false_positive_rate, self.negatives = distances, false_positive_rate, negatives
+        self.seed, self.details = checked_seed(seed), dict(details or {})
+        super().__init__()
 
+    def initial_state(self) -> dict[str, list[Tensor]]:
+        return dict(generated=[], training=[])
 
-def _approximate(generated, training, distances, false_positive_rate, negatives, seed, details) -> Figure:
-    costs = approximate_match_costs(generated, training, distances)
-    own, other = negative_pairs(training, negatives, seed)
-    if len(own) == 0:
-        return undefined('without a second, different clip there are no negatives to set a threshold by', **details)
-    strangers = approximate_match_costs(generated[own], training[other], distances)
-    # as many as this may lie below; those as dear as the threshold do not
-    threshold = float(np.sort(strangers)[int(false_positive_rate * len(strangers))])
-    details = details | dict(
-        threshold=threshold,
-        negatives=len(strangers),
-        false_positives=int((strangers < threshold).sum()),
-        median_cost=float(np.median(costs)),
-        median_cost_of_negatives=float(np.median(strangers)),
-    )
-    if threshold == 0:
-        return undefined('clips that do not belong together cost nothing, as copies do', **details)
-    return share_figure(costs < threshold, **details)
+    @typechecked
+    def update(self, generated: Tensor, training: Tensor) -> None:
+        """Add `(n, t)` int64 tokens; row i belongs to row i."""
+        check_tokens(generated, 'generated', like=training)
+        self.state['generated'] += generated.cpu()
+        self.state['training'] += training.cpu()
+
+    def compute(self) -> dict[str, MetricValue]:
+        if not self.state['generated']:
+            raise ValueError('there are no sequences to compare; update comes first')
+        generated, training = (torch.stack(self.state[name]) for name in ('generated', 'training'))
+        same = generated == training
+        return dict(
+            exact=share_value(same.all(dim=1).numpy(), **self.details),
+            approximate=self._approximate(generated, training),
+            same_token=mean_value(same.double().mean(dim=1).numpy(), seed=self.seed, **self.details),
+        )
+
+    def _approximate(self, generated: Tensor, training: Tensor) -> MetricValue:
+        costs = approximate_match_costs(generated, training, self.distances)
+        own, other = negative_pairs(training, self.negatives, self.seed)
+        if len(own) == 0:
+            reason = 'without a second, different clip there are no negatives to set a threshold by'
+            return undefined(reason, **self.details)
+        strangers = approximate_match_costs(generated[own], training[other], self.distances)
+        # as many as this may lie below; those as dear as the threshold do not
+        threshold = float(np.sort(strangers)[int(self.false_positive_rate * len(strangers))])
+        details = self.details | dict(
+            threshold=threshold,
+            negatives=len(strangers),
+            false_positives=int((strangers < threshold).sum()),
+            median_cost=float(np.median(costs)),
+            median_cost_of_negatives=float(np.median(strangers)),
+        )
+        if threshold == 0:
+            return undefined('clips that do not belong together cost nothing, as copies do', **details)
+        return share_value(costs < threshold, **details)
 
 
 def negative_pairs(training: Tensor, count: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -243,9 +246,7 @@ def approximate_match_costs(first: Tensor, second: Tensor, distances: np.ndarray
     Exact: two sequences of one length are histograms of as many equal parts, and some best transport moves each part
     whole, so it is an assignment of tokens to tokens. (MusicLM approximates it by Sinkhorn's algorithm.)
 
-    Args:
-        first, second: `(n, t)` int64 tokens.
-        distances: `(c, c)` between tokens, at least 0.
+    `first` and `second` are `(n, t)` int64 tokens, and `distances` `(c, c)` between tokens are at least 0.
     """
     from scipy.optimize import linear_sum_assignment
 
@@ -266,11 +267,8 @@ def approximate_match_costs(first: Tensor, second: Tensor, distances: np.ndarray
 def codebook_distances(tokenizer: nn.Module, metric: str = 'euclidean') -> np.ndarray:
     """Distances between the k-means centres of a semantic tokenizer, `(c, c)` float64.
 
-    Args:
-        tokenizer: one of `audiolm.semantic`, or audiolm-pytorch's `HubertWithKmeans`.
-        metric: 'euclidean', as in MusicLM and as frames choose their centre, or 'cosine', 1 less the cosine.
-
-    Raises TypeError for a tokenizer without centres.
+    `metric` is 'euclidean', as in MusicLM and as frames choose their centre, or 'cosine', 1 less the cosine. Raises
+    TypeError for a tokenizer without centres.
     """
     from scipy.spatial.distance import cdist
 
@@ -286,12 +284,12 @@ def codebook_distances(tokenizer: nn.Module, metric: str = 'euclidean') -> np.nd
     return distances.clip(min=0)
 
 
-def share_figure(hits: np.ndarray, **details: Any) -> Figure:
+def share_value(hits: np.ndarray, **details: Any) -> MetricValue:
     """The share of hits with its 95 % Wilson interval. The bootstrap's would be empty where none or all hit."""
     from scipy.stats import binomtest
 
     low, high = binomtest(int(hits.sum()), len(hits)).proportion_ci(0.95, method='wilson')
-    return Figure(float(hits.mean()), max(0.0, low), min(1.0, high), len(hits), details=details)
+    return MetricValue(float(hits.mean()), max(0.0, low), min(1.0, high), len(hits), details=details)
 
 
 def check_tokens(tokens: Tensor, name: str, like: Tensor | None = None) -> None:
