@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from musiclm_pytorch.distributed.collectives import rank, world_size
+from musiclm_pytorch.collectives import rank, world_size
 from musiclm_pytorch.evaluation.embedders import Embedder
 from musiclm_pytorch.evaluation.embedding import EmbeddedClip, embed_clips
 from musiclm_pytorch.evaluation.figures import Figure

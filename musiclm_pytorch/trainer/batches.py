@@ -10,7 +10,7 @@ import numpy
 import torch
 from torch.utils.data import Dataset
 
-from musiclm_pytorch.distributed.collectives import rank, world_size
+from musiclm_pytorch.collectives import rank, world_size
 from musiclm_pytorch.trainer.checkpoints import random_states, restore_random_states
 from musiclm_pytorch.trainer.grouping import Grouping
 from musiclm_pytorch.trainer.interrupts import loaded
