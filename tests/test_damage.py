@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_mulan
-from stage_parts import make_quantizer
+from helpers.models import tiny_mulan
+from helpers.stage_parts import make_quantizer
 
 from musiclm_pytorch import MuLaN, MuLaNEmbedQuantizer
 from musiclm_pytorch.allocation import AllocationLimit

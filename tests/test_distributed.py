@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from conftest import tiny_mulan
+from helpers.models import tiny_mulan
 from torch import nn
 
 import musiclm_pytorch.collectives as collectives

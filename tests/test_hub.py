@@ -6,9 +6,9 @@ import shutil
 import huggingface_hub
 import pytest
 import torch
-from pretrained_parts import make_codec_model
-from stage_parts import make_quantizer
-from test_embedders import tiny_clap
+from helpers.clap import tiny_clap
+from helpers.pretrained_parts import make_codec_model
+from helpers.stage_parts import make_quantizer
 
 from musiclm_pytorch import (
     MuLaN,

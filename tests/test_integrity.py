@@ -4,8 +4,8 @@ import json
 
 import pytest
 import torch
-from conftest import tiny_mulan
-from stage_parts import make_quantizer
+from helpers.models import tiny_mulan
+from helpers.stage_parts import make_quantizer
 
 from musiclm_pytorch import MuLaN, MuLaNEmbedQuantizer, MuLaNIndex
 from musiclm_pytorch.atomic import CHECKSUM, read_checked_json, read_tensors, write_checked_json, write_tensors

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from test_spectral_codec import RATE, Notes, check_saved_and_in_audiolm, distance, notes
+from helpers.notes import RATE, Notes, check_saved_and_in_audiolm, distance, notes
 
 from musiclm_pytorch.audiolm.saving import load_module
 from musiclm_pytorch.codecs import NeuralCodec, mel_distance

@@ -19,11 +19,11 @@ from urllib.parse import urlparse
 from urllib.request import url2pathname
 
 import pytest
+from helpers.files import ROOT, tracked_files
 from packaging.markers import default_environment
 from packaging.requirements import Requirement
 from packaging.version import Version
 
-ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = 'musiclm_pytorch'
 
 
@@ -127,13 +127,6 @@ def foreign_text(name: str, text: str) -> Iterator[str]:
             yield f"{name}:{number} names a registry's host: leave it to pip's configuration"
 
 
-def tracked_files() -> list[Path]:
-    listing = subprocess.run(['git', 'ls-files', '-z'], cwd=ROOT, capture_output=True, text=True)
-    if listing.returncode:
-        pytest.skip('not a git checkout')
-    return [ROOT / name for name in listing.stdout.split('\0') if name and (ROOT / name).is_file()]
-
-
 def test_no_tracked_file_is_bound_to_a_machine():
     found, read = [], 0
     for path in tracked_files():
@@ -155,6 +148,13 @@ def test_text_bound_to_a_machine_is_found():
         assert len(list(foreign_text('file', 'first line\n' + text.format(**parts)))) == 1, text
     for text in ('tree/root/leaf', '~/work/x', '../home', '/workspace', 'homework', './work/', '/roots'):
         assert list(foreign_text('file', text)) == [], text
+
+
+def test_no_test_file_imports_another():
+    files = [*Path(__file__).parent.glob('*.py')]
+    found = [(it.name, *re.findall(r'^ *(?:from|import) (test_\w+|conftest)', it.read_text(), re.M)) for it in files]
+    # which their own worker processes may do
+    assert [it for it in found if {*it[1:]} - {it[0].removesuffix('.py')}] == []
 
 
 # ---------------------------------------------------------------------------------------------------------------

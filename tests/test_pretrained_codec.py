@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from pretrained_parts import CODEC_RATE, CODECS, Sounds, from_waves_to_saved_music, make_codec_model
+from helpers.pipeline import TINY
+from helpers.pretrained_parts import CODEC_RATE, CODECS, Sounds, from_waves_to_saved_music, make_codec_model
 from safetensors.torch import load_file
-from test_pipeline import TINY
 
 from musiclm_pytorch import MusicLM, MusicLMRecipe, PretrainedCodec, compute_tokens, train_musiclm
 from musiclm_pytorch.audiolm import convert, semantic_transformers

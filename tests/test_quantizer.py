@@ -4,7 +4,7 @@ import warnings
 
 import pytest
 import torch
-from conftest import build_golden, tiny_mulan
+from helpers.models import build_golden, tiny_mulan
 from sklearn.cluster import KMeans
 
 from musiclm_pytorch import MuLaNEmbedQuantizer

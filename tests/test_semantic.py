@@ -5,10 +5,10 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_audio, tiny_mulan
-from test_embedders import tiny_clap
-from test_fairseq_stand_in import make_checkpoint, make_hubert, reference_layers, save_kmeans
-from test_pipeline import TINY
+from helpers.clap import tiny_clap
+from helpers.hubert import make_checkpoint, make_hubert, reference_layers, save_kmeans
+from helpers.models import tiny_audio, tiny_mulan
+from helpers.pipeline import TINY
 from torchaudio.functional import resample
 from transformers import (
     SeamlessM4TFeatureExtractor,
@@ -667,7 +667,7 @@ def test_features_are_those_of_the_part_that_hears(kind, tmp_path):
 
 @pytest.mark.parametrize('kind', ['hubert', 'whisper', 'clap'])
 def test_from_waves_to_saved_music(kind, tmp_path):
-    from pretrained_parts import from_waves_to_saved_music
+    from helpers.pretrained_parts import from_waves_to_saved_music
 
     tokenizer = build(kind, tmp_path)
     loaded = from_waves_to_saved_music(tmp_path, tokenizer=tokenizer)

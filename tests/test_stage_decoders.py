@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from audiolm_stages import (
+from helpers.audiolm_stages import (
     COARSE,
     CODES,
     FINE,

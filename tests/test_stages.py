@@ -8,16 +8,20 @@ from itertools import islice
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from safetensors.torch import load_file
-from stage_parts import (
+from helpers.stage_parts import (
+    STAGES,
     Clips,
     ClockCodec,
     ClockTokenizer,
     draw_items,
     gradients_of_step,
     make_quantizer,
+    make_trainer,
     make_transformer,
+    transformer_for,
 )
+from helpers.training import weights
+from safetensors.torch import load_file
 
 from musiclm_pytorch.audiolm import stages
 from musiclm_pytorch.audiolm.convert import (
@@ -31,11 +35,8 @@ from musiclm_pytorch.audiolm.convert import (
 from musiclm_pytorch.audiolm.crops import PAD, TokenCrops, collate_tokens
 from musiclm_pytorch.audiolm.stages import CoarseTransformer, FineTransformer, forgetful_mask, with_end
 from musiclm_pytorch.audiolm.tokens import compute_tokens
-from musiclm_pytorch.trainer import CoarseTrainer, FineTrainer, SemanticTrainer
 from musiclm_pytorch.trainer.batches import StandIn
 from musiclm_pytorch.trainer.stages import Stage, load_stage
-
-STAGES = dict(semantic=SemanticTrainer, coarse=CoarseTrainer, fine=FineTrainer)
 
 
 @pytest.fixture(scope='module')
@@ -155,27 +156,6 @@ def tokens(tmp_path_factory):
         quantizer=make_quantizer(), progress=False,
     )  # fmt: skip
     return folder
-
-
-def transformer_for(stage, conditioned=True, **keywords):
-    return make_transformer(stage, tokens=512, codes=1024, conditioned=conditioned, **keywords)
-
-
-def make_trainer(folder, tokens, stage='semantic', transformer=None, quantizer=None, conditioned=True, **keywords):
-    defaults = dict(
-        batch_size=2, lr=1e-3, seconds=0.2, results_folder=folder, accelerate_kwargs=dict(cpu=True), progress=False,
-        valid_frac=0.25,
-    )  # fmt: skip
-    return STAGES[stage](
-        transformer or transformer_for(stage, conditioned),
-        tokens,
-        quantizer=quantizer or (make_quantizer() if conditioned else None),
-        **{**defaults, **keywords},
-    )
-
-
-def weights(module):
-    return {name: tensor.clone() for name, tensor in module.state_dict().items()}
 
 
 @pytest.mark.parametrize('stage', STAGES)

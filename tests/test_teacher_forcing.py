@@ -3,11 +3,11 @@
 import copy
 import random
 
-import audiolm_stages as stages
 import pytest
 import torch
 import torch.nn.functional as F
-from audiolm_stages import COARSE, CODES, FINE, SEMANTIC
+from helpers import audiolm_stages as stages
+from helpers.audiolm_stages import COARSE, CODES, FINE, SEMANTIC
 from hyper_connections.hyper_connections import HyperConnections
 from torch import nn
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.recipes import TINY, written
 
 from musiclm_pytorch import MuLaN, MuLaNTrainer, ShardedAudioText, SyntheticMusic, write_shards
 from musiclm_pytorch.data.opening import open_pairs
@@ -15,17 +16,6 @@ from musiclm_pytorch.trainer.recipes import MuLaNRecipe
 from musiclm_pytorch.trainer.sections import keywords_of
 
 EXAMPLES = Path(__file__).parents[1] / 'examples' / 'recipes'
-TINY = """
-audio: {dim: 32, depth: 1, heads: 2, dim_head: 8, audio_sample_rate: 8000, spec_hop_length: 400}
-text: {dim: 24, depth: 1, heads: 2, dim_head: 8, max_seq_len: 32}
-mulan: {dim_latent: 16}
-"""
-
-
-def written(folder, text, name='recipe.yaml'):
-    path = folder / name
-    path.write_text(text, encoding='utf-8')
-    return path
 
 
 def test_every_section_takes_the_keywords_of_its_constructors():
