@@ -19,18 +19,11 @@ def musiclm():
     return MusicLM(build_audio_lm(), build_quantizer())
 
 
-def test_one_prompt(musiclm):
-    music = musiclm('a slow flute', num_samples=3, seconds=0.5, seed=1)
-    assert music.shape == (1, RATE // 2)
-    assert music.dtype == torch.float32
-    assert music.isfinite().all()
-    assert music.std() > 0
-
-
 def test_the_best_is_what_mulan_finds_nearest(musiclm):
     prompts = ['a slow flute', 'fast drums', 'an organ']
     waves, scores = musiclm(prompts, num_samples=4, seconds=0.5, seed=1, return_all=True, return_scores=True)
     assert waves.shape == (3, 4, 800)
+    assert waves.dtype == torch.float32
     assert scores.shape == (3, 4)
     mulan = musiclm.mulan_embed_quantizer.mulan
     for i, prompt in enumerate(prompts):
@@ -40,14 +33,6 @@ def test_the_best_is_what_mulan_finds_nearest(musiclm):
     best = musiclm(prompts, num_samples=4, seconds=0.5, seed=1)
     assert torch.equal(best, waves[torch.arange(3), scores.argmax(dim=1)])
     assert len({wave.sum().item() for wave in waves[0]}) == 4
-
-
-def test_seeds_and_batches(musiclm):
-    keywords = dict(num_samples=3, seconds=0.4, return_all=True)
-    first = musiclm(['a', 'b'], seed=5, **keywords)
-    assert torch.equal(first, musiclm(['a', 'b'], seed=5, **keywords))
-    assert not torch.equal(first, musiclm(['a', 'b'], seed=6, **keywords))
-    torch.testing.assert_close(musiclm(['a', 'b'], seed=5, max_batch=2, **keywords), first, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize(
@@ -153,18 +138,13 @@ def test_the_text_matters(musiclm):
     assert len(waves.unique(dim=0)) > 1
 
 
-def test_longer_than_every_window():
+@pytest.mark.parametrize('unique_consecutive', [False, True])
+def test_longer_than_every_window(unique_consecutive):
     torch.manual_seed(0)
-    musiclm = MusicLM(build_audio_lm(), build_quantizer(), windows=(1.0, 0.5, 0.2))
-    music = musiclm('a', seconds=2.3, seed=1)
+    audio_lm = build_audio_lm(unique_consecutive=unique_consecutive)
+    music = MusicLM(audio_lm, build_quantizer(), windows=(1.0, 0.5, 0.2))('a', seconds=2.3, seed=1)
     assert music.shape == (1, round(2.3 * RATE))
     assert music[:, -200:].std() > 0
-
-
-def test_without_repetitions_of_semantic_tokens():
-    torch.manual_seed(0)
-    musiclm = MusicLM(build_audio_lm(unique_consecutive=True), build_quantizer(), windows=(1.0, 0.5, 0.2))
-    assert musiclm('a', seconds=1.2, seed=1).shape == (1, round(1.2 * RATE))
 
 
 def test_goes_on_from_a_prime(musiclm, tmp_path):

@@ -20,7 +20,7 @@ from helpers.stage_parts import (
     make_transformer,
     transformer_for,
 )
-from helpers.training import weights
+from helpers.training import assert_same, weights
 from safetensors.torch import load_file
 
 from musiclm_pytorch.audiolm import stages
@@ -181,10 +181,8 @@ def test_a_tiny_batch_is_learned_by_heart(tmp_path, tokens, stage):
     other, other_quantizer = transformer_for(stage, heads=4, dim_head=16, seed=8), make_quantizer()
     other.load_state_dict(load_file(tmp_path / 'last' / 'model.safetensors'), strict=True)
     load_stage(tmp_path / 'last', other, other_quantizer)
-    for name, tensor in transformer.state_dict().items():
-        assert torch.equal(other.state_dict()[name], tensor)
-    for namespace, embeddings in quantizer.cond_embeddings.items():
-        assert torch.equal(other_quantizer.cond_embeddings[namespace], embeddings)
+    assert_same(weights(other), weights(transformer))
+    assert_same(weights(other_quantizer.cond_embeddings), weights(quantizer.cond_embeddings))
 
 
 @pytest.mark.parametrize(
@@ -268,17 +266,12 @@ def test_resuming_equals_never_having_stopped(tmp_path, tokens, stage, name):
     )
     assert resumed.step == 6
     resumed.train(num_train_steps=8)
-    for found, expected in (
-        (resumed.model, straight.model),
-        *([(resumed.ema.ema_model, straight.ema.ema_model)] if straight.ema else []),
-    ):
-        expected = weights(expected)
-        assert weights(found).keys() == expected.keys()
-        assert all(torch.equal(tensor, expected[key]) for key, tensor in weights(found).items())
+    assert_same(weights(resumed.model), weights(straight.model))
+    if straight.ema:
+        assert_same(weights(resumed.ema.ema_model), weights(straight.ema.ema_model))
     assert torch.equal(quantizer.cond_embeddings[stage], straight.model.embeddings)
     for which in ('best', 'last'):
-        saved = [load_file(tmp_path / run / which / 'model.safetensors') for run in ('straight', 'stopped')]
-        assert all(torch.equal(tensor, saved[1][key]) for key, tensor in saved[0].items())
+        assert_same(*(load_file(tmp_path / run / which / 'model.safetensors') for run in ('straight', 'stopped')))
 
 
 def test_masks_and_dropping_in_training_only_and_still_after_validation(tmp_path, tokens, monkeypatch):
@@ -349,7 +342,7 @@ def test_validation_leaves_training_as_it_is(tmp_path, tokens):
         run = make_trainer(tmp_path / str(with_validation), tokens, validate_every=2)
         run.train(num_train_steps=5, with_validation=with_validation)
         results.append(weights(run.model))
-    assert all(torch.equal(tensor, results[1][name]) for name, tensor in results[0].items())
+    assert_same(*results)
 
 
 def test_mixed_precision_and_repetitions(tmp_path, tokens, precision_free):
