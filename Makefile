@@ -42,9 +42,10 @@ demo: $(STAMP) ## make music for two prompts, and a page to hear and see it: out
 bench: $(STAMP) ## MuLaN's speed and memory
 	$(RUN) benchmarks/mulan.py $(ARGS)
 
-lint: $(STAMP) ## what CI checks of the style
+lint: $(STAMP) ## what CI checks of style and imports
 	$(RUN) -m ruff format --check .
 	$(RUN) -m ruff check .
+	$(VENV)/bin/lint-imports --no-cache
 
 format: $(STAMP) ## put the style right
 	$(RUN) -m ruff format .

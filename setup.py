@@ -64,6 +64,7 @@ EXTRAS = {
         'fastapi>=0.115.12',
         'gradio>=6',
         'httpx>=0.27',
+        'import-linter>=2.6',
         'mido>=1.3',
         'mir-eval>=0.8',
         'mypy>=1.15',

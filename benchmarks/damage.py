@@ -74,9 +74,9 @@ from musiclm_pytorch.audiolm.spectral_codec import SpectralCodec
 from musiclm_pytorch.audiolm.tokens import compute_tokens
 from musiclm_pytorch.data.datasets import AudioTextDataset
 from musiclm_pytorch.pretrained import find_pretrained
+from musiclm_pytorch.trainer.config_schema import shipped_recipes
 from musiclm_pytorch.trainer.pipeline_recipe import MusicLMRecipe
 from musiclm_pytorch.trainer.recipes import MuLaNRecipe
-from musiclm_pytorch.trainer.config_schema import shipped_recipes
 
 RATE = 8000
 OUTCOMES = ('sound', 'error', 'told', 'edit', 'samples', 'silent', 'unnamed', 'memory', 'hang')

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from helpers.music import stop_at_once
 
 from musiclm_pytorch import MusicLM, StopGeneration
 from musiclm_pytorch.cli import main
@@ -180,10 +181,6 @@ def test_work_that_is_stopped_gives_back_what_is_done(tiny, maker):
     whole = maker.from_prompt('a lofi organ', 0.5, num_samples=2, seed=4)
     assert all(torch.equal(clip.wave, other.wave) for clip, other in zip(clips, whole))
     assert maker.from_story([[0.5, PROMPT]], num_samples=3, seed=4, report=stop_at_once) == []
-
-
-def stop_at_once(*_):
-    raise StopGeneration
 
 
 def test_messages_tell_names_and_no_folders():

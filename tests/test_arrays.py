@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_mulan
-from test_musiclm import RATE, build_audio_lm, build_quantizer
+from helpers.models import tiny_mulan
+from helpers.music import RATE, build_audio_lm, build_quantizer
 
 from musiclm_pytorch import MuLaNEmbedQuantizer, MuLaNSemanticTokenizer, MusicLM
 from musiclm_pytorch.audiolm.spectral_codec import SpectralCodec

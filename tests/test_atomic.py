@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_mulan
+from helpers.models import tiny_mulan
 
 import musiclm_pytorch
 from musiclm_pytorch import MuLaNIndex

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from conftest import tiny_mulan
+from helpers.models import tiny_mulan
 from torch.utils.data import DataLoader
 from torchaudio import functional
 

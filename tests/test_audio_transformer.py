@@ -3,7 +3,7 @@ import warnings
 
 import pytest
 import torch
-from conftest import tiny_audio
+from helpers.models import tiny_audio
 from torch import nn
 
 from musiclm_pytorch import create_optimized_audiospectrogram_transformer

@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from conftest import tiny_mulan
+from helpers.models import tiny_mulan
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 

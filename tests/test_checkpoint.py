@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import tiny_mulan
+from helpers.models import tiny_mulan
 
 from musiclm_pytorch import MuLaN, MuLaNEmbedQuantizer, MuLaNSemanticTokenizer, MusicLM
 from musiclm_pytorch.atomic import read_checked_json

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_datasets import ramp, write
+from helpers.sounds import ramp, write
 
 from musiclm_pytorch import ShardedAudioText, cli
 

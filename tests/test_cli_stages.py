@@ -3,7 +3,8 @@
 import json
 
 import pytest
-from stage_parts import make_quantizer
+from helpers.recipes import CODEC
+from helpers.stage_parts import make_quantizer
 
 from musiclm_pytorch import MuLaNEmbedQuantizer
 from musiclm_pytorch.audiolm.crops import TokenCrops
@@ -11,12 +12,6 @@ from musiclm_pytorch.audiolm.saving import load_module
 from musiclm_pytorch.cli import main
 from musiclm_pytorch.trainer.stage_recipes import STAGE_RECIPES, CodecRecipe
 
-CODEC = dict(
-    codebook_size=8, channels=4, strides=[4, 10], channel_mults=[1, 2], codebook_dim=8, rq_num_quantizers=3,
-    use_local_attn=False, target_sample_hz=8000, multi_spectral_window_powers_of_two=[6],
-    multi_spectral_n_ffts=128, multi_spectral_n_mels=8,
-    complex_stft_discr_kwargs=dict(channels=2, n_fft=256, hop_length=64, win_length=256),
-)  # fmt: skip
 SHORT = ['--steps', '2', '--batch-size', '2']
 
 

@@ -9,31 +9,19 @@ import sys
 import time
 
 import pytest
+from helpers.files import largest_file
+from helpers.recipes import SHORT, run, written
 from safetensors.torch import load_file
-from test_resume import largest_file
-from test_training_recipes import TINY, written
 
 from musiclm_pytorch import MuLaN, cli
 from musiclm_pytorch.cli.options import OVERRIDES
 from musiclm_pytorch.trainer import recipes
 from musiclm_pytorch.trainer.recipes import MuLaNRecipe
 
-SHORT = (
-    TINY
-    + """
-data: {max_seconds: 1.0, synthetic_length: 12, synthetic_valid_length: 6}
-training: {batch_size: 4, num_train_steps: 4, checkpoint_every: 2, progress: false, accelerate_kwargs: {cpu: true}}
-"""
-)
-
 
 @pytest.fixture
 def config(tmp_path):
     return written(tmp_path, SHORT)
-
-
-def run(*arguments):
-    return cli.main(['train', 'mulan', *map(str, arguments)])
 
 
 def weights(folder):

@@ -5,7 +5,7 @@ import logging
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_mulan
+from helpers.models import tiny_mulan
 from torch.utils.data import DataLoader
 
 from musiclm_pytorch import collate_pairs

@@ -6,7 +6,7 @@ here, and where the trainer compiles (`test_contract.py`).
 
 import pytest
 import torch
-from conftest import tiny_audio, tiny_mulan, tiny_text
+from helpers.models import tiny_audio, tiny_mulan, tiny_text
 
 pytestmark = pytest.mark.slow
 

@@ -2,19 +2,12 @@
 
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-import test_musiclm as parts
 import torch
-from conftest import tiny_mulan
-
-CONTRACT = Path(__file__).parent / 'contract'
-
-
-def run(piece, **names):
-    exec(compile((CONTRACT / piece).read_text(), piece, 'exec'), names)
-    return names
+from helpers import music as parts
+from helpers.contract import CONTRACT, run
+from helpers.models import tiny_mulan
 
 
 @pytest.mark.slow
@@ -46,8 +39,8 @@ sys.path.insert(0, {tests!r})
 from pathlib import Path
 import soundfile
 import torch
-import test_fairseq_stand_in as hubert
-from conftest import tiny_mulan
+from helpers import hubert
+from helpers.models import tiny_mulan
 from musiclm_pytorch import MuLaNEmbedQuantizer
 
 settings = hubert.make_settings('base', encoder_layers=9)
@@ -87,8 +80,8 @@ TRAINER = """
 import sys
 sys.path.insert(0, {tests!r})
 import torch
-from conftest import tiny_mulan
-from test_contract import run
+from helpers.models import tiny_mulan
+from helpers.contract import run
 
 # of one length and without augmentation, or each new shape is compiled anew
 still = dict(spec_aug_stretch_factor=1, spec_aug_freq_mask=0, spec_aug_time_mask=0, patch_dropout_prob=0.0)
@@ -170,8 +163,8 @@ DISTRIBUTED = """
 import sys
 sys.path.insert(0, {tests!r})
 import torch
-from conftest import tiny_mulan
-from test_contract import run
+from helpers.models import tiny_mulan
+from helpers.contract import run
 
 mulan = tiny_mulan(dict(depth=1), dict(depth=1))
 before = mulan.audio_to_latents.weight.clone()

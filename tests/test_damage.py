@@ -15,8 +15,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_mulan
-from stage_parts import make_quantizer
+from helpers.models import tiny_mulan
+from helpers.stage_parts import make_quantizer
+from helpers.training import assert_same
 
 from musiclm_pytorch import MuLaN, MuLaNEmbedQuantizer
 from musiclm_pytorch.allocation import AllocationLimit
@@ -130,8 +131,7 @@ def test_a_model_written_over_is_the_old_or_the_new_one_wherever_it_stops(tmp_pa
             with pytest.raises(KeyboardInterrupt):
                 new.save_pretrained(tmp_path)
         found = MuLaN.from_pretrained(tmp_path).state_dict()
-        expected = (new if after else old).state_dict()
-        assert all(torch.equal(found[name], it) for name, it in expected.items())
+        assert_same(found, (new if after else old).state_dict())
 
 
 def test_a_folder_of_several_models_is_never_a_mixture(tmp_path, monkeypatch):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from helpers.sounds import RATE, damage, noise, ramp, write
 from torch.utils.data import DataLoader
 
 from musiclm_pytorch import AudioTextDataset
@@ -17,25 +18,7 @@ from musiclm_pytorch.data.clips import Clip
 from musiclm_pytorch.data.collate import collate_pairs
 from musiclm_pytorch.data.sources import list_musiccaps
 
-RATE = 8000
 FORMATS = ['wav', 'flac', 'ogg', 'mp3']
-
-
-def ramp(seconds, rate=RATE, channels=1):
-    """A wave whose samples tell where they are from: rising from 0 to 0.5."""
-    return np.repeat(np.linspace(0, 0.5, round(seconds * rate), dtype='float32')[:, None], channels, axis=1)
-
-
-def noise(seconds, rate=RATE, channels=1, seed=0):
-    return (np.random.default_rng(seed).standard_normal((round(seconds * rate), channels)) * 0.1).astype('float32')
-
-
-def write(path, samples, rate=RATE, caption='a sound', **keywords):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    soundfile.write(path, samples, rate, **keywords)
-    if caption is not None:
-        path.with_suffix('.txt').write_text(caption)
-    return path
 
 
 def opened(folder, **keywords):
@@ -229,12 +212,6 @@ def test_musiccaps(tmp_path):
 
 
 # ---- faults ----
-
-
-def damage(path):
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2 :] = bytes(len(content) - len(content) // 2)
-    path.write_bytes(content)
 
 
 def test_unusable_files_are_skipped_counted_and_named(tmp_path, caplog):

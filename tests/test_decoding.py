@@ -4,7 +4,7 @@ from fractions import Fraction
 
 import pytest
 import torch
-from audiolm_stages import (
+from helpers.audiolm_stages import (
     COARSE,
     CODES,
     FINE,

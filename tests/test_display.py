@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_datasets import ramp, write
+from helpers.sounds import ramp, write
 from torch import nn
 
 import musiclm_pytorch

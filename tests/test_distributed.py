@@ -6,11 +6,11 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from conftest import tiny_mulan
+from helpers.models import tiny_mulan
 from torch import nn
 
+import musiclm_pytorch.collectives as collectives
 from musiclm_pytorch import MultiLayerContrastiveLoss, SigmoidContrastiveLearning, SoftmaxContrastiveLearning
-from musiclm_pytorch.distributed import collectives
 
 KINDS = {
     'softmax': dict(decoupled_contrastive_learning=False),

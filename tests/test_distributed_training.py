@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_mulan
+from helpers.models import tiny_mulan
+from helpers.training import weights
 from torch.utils.data import Dataset
 
 from musiclm_pytorch import MuLaN
@@ -50,10 +51,6 @@ def still_mulan(**keywords):
     torch.manual_seed(3)
     still = dict(patch_dropout_prob=0.0, spec_aug_stretch_factor=1, spec_aug_freq_mask=0, spec_aug_time_mask=0)
     return tiny_mulan(dict(depth=1, **still), dict(depth=1), **keywords)
-
-
-def weights(module):
-    return {name: tensor.clone() for name, tensor in module.state_dict().items()}
 
 
 def largest_difference(found, expected):

@@ -12,9 +12,9 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from conftest import tiny_mulan
-from test_package import tracked_files
-from test_service import served
+from helpers.files import tracked_files
+from helpers.models import tiny_mulan
+from helpers.serving import served
 
 from musiclm_pytorch.cli import main
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from conftest import tiny_mulan
+from helpers.models import tiny_mulan
 
 from musiclm_pytorch import MusicLM
 from musiclm_pytorch.evaluation.evaluator import load_mulan

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import soundfile
 import torch
-from conftest import tiny_mulan
+from helpers.models import tiny_mulan
 
 from musiclm_pytorch import MusicLMEvaluator, SyntheticMusic
 from musiclm_pytorch.cli import main

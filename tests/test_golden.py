@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import build_golden
+from helpers.models import build_golden
 
 NAMES = ('softmax_decoupled', 'softmax_hierarchical', 'sigmoid_hierarchical')
 

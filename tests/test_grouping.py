@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_trainer import Tones, assert_same, build, trainer, weights
+from helpers.training import Tones, assert_same, build, trainer, weights
 
 from musiclm_pytorch import MuLaNTrainer
 from musiclm_pytorch.trainer.batches import Batches

@@ -6,9 +6,10 @@ import shutil
 import huggingface_hub
 import pytest
 import torch
-from pretrained_parts import make_codec_model
-from stage_parts import make_quantizer
-from test_embedders import tiny_clap
+from helpers.clap import tiny_clap
+from helpers.pretrained_parts import make_codec_model
+from helpers.stage_parts import make_quantizer
+from helpers.training import assert_same
 
 from musiclm_pytorch import (
     MuLaN,
@@ -68,7 +69,7 @@ def test_a_model_goes_up_with_a_card_and_comes_back(hub, tmp_path):
     address = quantizer.push_to_hub('somebody/quantizer', figures=dict(recall_at_1=0.51234))
     assert address.endswith(f'{COMMIT["main"]}: Upload MuLaNEmbedQuantizer')
     again = MuLaNEmbedQuantizer.from_pretrained('somebody/quantizer')
-    assert all(torch.equal(a, b) for a, b in zip(quantizer.state_dict().values(), again.state_dict().values()))
+    assert_same(again.state_dict(), quantizer.state_dict())
     (card,) = (tmp_path / 'hub').rglob('README.md')
     told = card.read_text()
     assert told.startswith('---\n')

@@ -5,7 +5,7 @@ import json
 import os
 
 import pytest
-from test_datasets import ramp, write
+from helpers.sounds import ramp, write
 
 from musiclm_pytorch import AudioTextDataset
 from musiclm_pytorch.data.clips import Clip, ClipTable

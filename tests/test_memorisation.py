@@ -6,8 +6,8 @@ import random
 import numpy as np
 import pytest
 import torch
+from helpers.music import RATE, build_audio_lm, build_quantizer
 from scipy.optimize import linprog
-from test_musiclm import RATE, build_audio_lm, build_quantizer
 
 from musiclm_pytorch import MusicLM, evaluation
 from musiclm_pytorch.audiolm.generate import generate_semantic

@@ -4,7 +4,7 @@ import math
 import pytest
 import soundfile
 import torch
-from conftest import GOLDEN, build_golden, state_of, tiny_audio, tiny_mulan, tiny_text
+from helpers.models import GOLDEN, build_golden, state_of, tiny_audio, tiny_mulan, tiny_text
 from torchaudio import functional
 
 from musiclm_pytorch import MuLaN, TextTransformer

@@ -4,7 +4,8 @@ import math
 
 import pytest
 import torch
-from test_spectral_codec import RATE, Notes, check_saved_and_in_audiolm, distance, notes
+from helpers.notes import RATE, Notes, check_saved_and_in_audiolm, distance, notes
+from helpers.training import assert_same
 
 from musiclm_pytorch.audiolm.saving import load_module
 from musiclm_pytorch.codecs import NeuralCodec, mel_distance
@@ -152,8 +153,7 @@ def test_training_makes_it_better_and_goes_on_as_if_never_stopped(tmp_path):
     assert sum(found[-10:]) < 0.7 * sum(found[:10])
     train(tmp_path / 'stopped', stopped, 20)
     train(tmp_path / 'stopped', resumed, 40, seed=9, resume=True)
-    expected = straight.state_dict()
-    assert all(torch.equal(tensor, expected[name]) for name, tensor in resumed.state_dict().items())
+    assert_same(resumed.state_dict(), straight.state_dict())
     loaded, wave = load_module(tmp_path / 'stopped' / 'last'), notes(1)
     assert torch.equal(loaded.decode(loaded.encode(wave)), resumed.eval().decode(resumed.encode(wave)))
 

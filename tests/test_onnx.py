@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import tiny_mulan
+from helpers.models import tiny_mulan
 
 from musiclm_pytorch.inference import onnx as exporting
 from musiclm_pytorch.inference.config import InferenceConfig

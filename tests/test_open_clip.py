@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
-from conftest import tiny_mulan
+from helpers.models import tiny_mulan
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -391,7 +391,7 @@ def test_new_model_has_the_sizes_asked_for():
 
 
 def test_contract_runs_as_it_stands():
-    from test_contract import run  # which the workers below need not import
+    from helpers.contract import run  # which the workers below need not import
 
     texts = ['a calm piano', 'fast drums']
     for given_texts in (texts, torch.randint(1, 1000, (2, 7))):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import tiny_mulan
+from helpers.models import tiny_mulan
 from torch import nn
 
 from musiclm_pytorch.inference import benchmark, optimize

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import soundfile
 import torch
-from conftest import tiny_mulan
+from helpers.models import tiny_mulan
 from packaging.requirements import Requirement
 from safetensors import safe_open
 

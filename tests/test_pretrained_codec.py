@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from pretrained_parts import CODEC_RATE, CODECS, Sounds, from_waves_to_saved_music, make_codec_model
+from helpers.pipeline import TINY
+from helpers.pretrained_parts import CODEC_RATE, CODECS, Sounds, from_waves_to_saved_music, make_codec_model
+from helpers.training import assert_same
 from safetensors.torch import load_file
-from test_pipeline import TINY
 
 from musiclm_pytorch import MusicLM, MusicLMRecipe, PretrainedCodec, compute_tokens, train_musiclm
 from musiclm_pytorch.audiolm import convert, semantic_transformers
@@ -174,7 +175,7 @@ def test_by_command_line(tmp_path, music, capsys):
     (out / 'codec').rename(tmp_path / 'codec')
     assert main(['assemble', str(out), '-o', str(tmp_path / 'whole'), '--codec', str(tmp_path / 'codec')]) == 0
     again = MusicLM.from_pretrained(tmp_path / 'whole')
-    assert all(torch.equal(a, b) for a, b in zip(musiclm.state_dict().values(), again.state_dict().values()))
+    assert_same(again.state_dict(), musiclm.state_dict())
     assert main(['assemble', str(out), '-o', str(tmp_path / 'x'), '--codec', str(tmp_path / 'codec'), *given[2:]]) == 2
     assert 'are settled' in capsys.readouterr().err
 

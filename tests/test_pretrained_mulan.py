@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from pretrained_parts import Sounds, from_waves_to_saved_music, make_codec_model
-from test_embedders import RATE, tiny_clap
-from test_service import served
+from helpers.clap import RATE, tiny_clap
+from helpers.pretrained_parts import Sounds, from_waves_to_saved_music, make_codec_model
+from helpers.serving import served
 from torch import nn
 
 from musiclm_pytorch import MuLaNEmbedQuantizer, MuLaNIndex, MusicLM, MusicLMEvaluator, PretrainedMuLaN

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from test_musiclm import RATE, build_audio_lm, build_quantizer
+from helpers.music import RATE, build_audio_lm, build_quantizer
 
 from musiclm_pytorch import Mix, MusicLM
 from musiclm_pytorch.audiolm.requests import read_prompts

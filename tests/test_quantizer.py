@@ -4,7 +4,8 @@ import warnings
 
 import pytest
 import torch
-from conftest import build_golden, tiny_mulan
+from helpers.models import build_golden, tiny_mulan
+from helpers.training import assert_same, weights
 from sklearn.cluster import KMeans
 
 from musiclm_pytorch import MuLaNEmbedQuantizer
@@ -79,13 +80,13 @@ def test_fit_tells_what_each_level_leaves():
 
 
 def test_fitted_codebooks_stay(fitted):
-    before = {name: it.clone() for name, it in fitted.rq.state_dict().items()}
+    before = weights(fitted.rq)
     fitted.train()
     with warnings.catch_warnings():
         warnings.simplefilter('error')
         for seed in range(3):
             fitted(latents=latents(30, seed=seed + 5))
-    assert all(torch.equal(before[name], it) for name, it in fitted.rq.state_dict().items())
+    assert_same(weights(fitted.rq), before)
     assert not fitted.mulan.training
 
 

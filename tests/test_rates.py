@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from conftest import tiny_mulan
-from test_spectral_codec import notes
+from helpers.models import tiny_mulan
+from helpers.notes import notes
 from torch.utils.data import ConcatDataset, Subset
 
 from musiclm_pytorch import MuLaNEmbedQuantizer, MuLaNSemanticTokenizer, MuLaNTrainer, SyntheticMusic

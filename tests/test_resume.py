@@ -2,7 +2,6 @@
 
 import logging
 import os
-import resource
 import shutil
 import signal
 import subprocess
@@ -12,8 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.files import largest_file
+from helpers.training import Tones, assert_same, build, scrambled, trainer, weights
 from safetensors.torch import load_file
-from test_trainer import Tones, assert_same, build, scrambled, trainer, weights
 
 from musiclm_pytorch import MuLaN
 from musiclm_pytorch.atomic import write_checked_json
@@ -274,17 +274,6 @@ def test_the_journal_forgets_what_a_run_went_back_behind(tmp_path):
     assert [line['step'] for line in journal.read('train')] == [30]
 
 
-@contextmanager
-def largest_file(size):
-    """No file of this process grows beyond `size`: as on a full disk, writing fails in the middle."""
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-
-
 def test_a_checkpoint_that_does_not_fit_leaves_what_was_there(tmp_path):
     run = trained(tmp_path)
     with (
@@ -390,7 +379,7 @@ CRASHES = """
 import hashlib, os, signal, sys
 sys.path.insert(0, {tests!r})
 import torch
-from test_trainer import trainer
+from helpers.training import trainer
 from musiclm_pytorch.trainer.journal import Journal
 
 torch.set_num_threads(1)

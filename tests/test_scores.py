@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from sound_font import write_sound_font
+from helpers.sound_font import write_sound_font
 
 from musiclm_pytorch import ScoreLabels, ScoreMusic
 from musiclm_pytorch.data.attributes import generator

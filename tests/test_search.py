@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from conftest import tiny_mulan
+from helpers.models import tiny_mulan
 from safetensors.torch import save_file
 
 from musiclm_pytorch.atomic import read_checked_json

@@ -5,10 +5,11 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_audio, tiny_mulan
-from test_embedders import tiny_clap
-from test_fairseq_stand_in import make_checkpoint, make_hubert, reference_layers, save_kmeans
-from test_pipeline import TINY
+from helpers.clap import tiny_clap
+from helpers.hubert import make_checkpoint, make_hubert, reference_layers, save_kmeans
+from helpers.models import tiny_audio, tiny_mulan
+from helpers.pipeline import TINY
+from helpers.training import assert_same, weights
 from torchaudio.functional import resample
 from transformers import (
     SeamlessM4TFeatureExtractor,
@@ -247,7 +248,7 @@ def test_saved_and_rebuilt(tokenizer, tmp_path):
 
 def train_a_step(wrapper, wave):
     wrapper.train()
-    before = {name: it.clone() for name, it in wrapper.wav2vec.state_dict().items()}
+    before = weights(wrapper.wav2vec)
     optimizer = torch.optim.SGD(wrapper.transformer.parameters(), lr=0.1)
     losses = []
     for _ in range(2):
@@ -258,7 +259,7 @@ def train_a_step(wrapper, wave):
         losses.append(float(loss.detach()))
     assert all(np.isfinite(losses))
     assert sum(float(it.grad.abs().sum()) for it in wrapper.transformer.parameters() if it.grad is not None) > 0
-    assert all(torch.equal(it, before[name]) for name, it in wrapper.wav2vec.state_dict().items())
+    assert_same(weights(wrapper.wav2vec), before)
 
 
 def test_the_semantic_stage_trains_with_it(tokenizer):
@@ -667,7 +668,7 @@ def test_features_are_those_of_the_part_that_hears(kind, tmp_path):
 
 @pytest.mark.parametrize('kind', ['hubert', 'whisper', 'clap'])
 def test_from_waves_to_saved_music(kind, tmp_path):
-    from pretrained_parts import from_waves_to_saved_music
+    from helpers.pretrained_parts import from_waves_to_saved_music
 
     tokenizer = build(kind, tmp_path)
     loaded = from_waves_to_saved_music(tmp_path, tokenizer=tokenizer)

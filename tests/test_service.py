@@ -16,7 +16,6 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
 from urllib.parse import unquote
 
 import httpx
@@ -24,9 +23,9 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-import uvicorn
-from conftest import tiny_mulan
-from test_musiclm import build_audio_lm, build_quantizer
+from helpers.models import tiny_mulan
+from helpers.music import build_audio_lm, build_quantizer
+from helpers.serving import WAITS, served
 
 from musiclm_pytorch import Mix, MusicLM
 from musiclm_pytorch.cli import main
@@ -36,27 +35,6 @@ from musiclm_pytorch.inference.service.worker import Abandoned, ModelWorker
 ROOT = Path(__file__).resolve().parents[1]
 RATE = 800  # of the small MuLaN; the music has twice as much
 TEXTS = ['a slow flute', 'fast drums', '', 'one deep and cathedral organ, très grave']
-WAITS = 60  # seconds after which a test gives up on what hangs
-
-
-@contextlib.contextmanager
-def served(model, **limits):
-    """A server with a model, a client of it and the application."""
-    app = create_service(model, ServiceConfig(**limits))
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None))
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    while not server.started:
-        assert thread.is_alive()
-        time.sleep(0.01)
-    address = server.servers[0].sockets[0].getsockname()
-    try:
-        with httpx.Client(base_url=f'http://127.0.0.1:{address[1]}', timeout=WAITS) as client:
-            yield SimpleNamespace(client=client, app=app, worker=app.state.worker, address=address)
-    finally:
-        server.should_exit = True
-        thread.join(WAITS)
-    assert not thread.is_alive()
 
 
 @contextlib.contextmanager

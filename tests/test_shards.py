@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import webdataset
-from test_datasets import damage, noise, ramp, write
+from helpers.sounds import damage, noise, ramp, write
 from torch.utils.data import DataLoader, IterableDataset
 
 from musiclm_pytorch import AudioTextDataset, ShardedAudioText, collate_pairs, write_shards

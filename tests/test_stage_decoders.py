@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from audiolm_stages import (
+from helpers.audiolm_stages import (
     COARSE,
     CODES,
     FINE,
@@ -22,6 +22,7 @@ from audiolm_stages import (
     semantic_logits,
     semantic_stage,
 )
+from helpers.training import assert_same, weights
 
 from musiclm_pytorch.audiolm.convert import own_stage
 from musiclm_pytorch.audiolm.decode_step import FusedStep
@@ -52,6 +53,23 @@ def conditioning(options: dict, batch: int, seed: int = 0) -> torch.Tensor | Non
     return given
 
 
+def case(name: str, **options):
+    """A stage, what is given ahead, tokens of three samples, and a function of a conditioning to the uncached logits
+    before each token."""
+    if name == 'semantic':
+        stage, ids = semantic_stage(**options), codes(3, 9, num=SEMANTIC)
+        return stage, (), ids, lambda conditions=None: semantic_logits(stage, ids[:, :-1], conditions)
+    if name == 'coarse':
+        stage, logits = coarse_stage(**options), coarse_logits
+        ahead, tokens = codes(3, 7, num=SEMANTIC), codes(3, 4, COARSE)
+        ahead[1, 5:], ahead[2, 3] = -1, SEMANTIC
+    else:
+        stage, logits = fine_stage(**options), fine_logits
+        ahead, tokens = codes(3, 5, COARSE), codes(3, 5, FINE, seed=1)
+        ahead[1, 4:], ahead[2, 3, 1] = -1, CODES
+    return stage, (ahead,), tokens, lambda conditions=None: logits(stage, ahead, tokens.flatten(1)[:, :-1], conditions)
+
+
 @torch.inference_mode()
 def decoded(stage, *given: torch.Tensor, tokens: torch.Tensor, known: int, **keywords) -> torch.Tensor:
     """Logits (b, n, c) before each of the tokens (b, …) after the first `known` ones, decoded one by one."""
@@ -70,7 +88,6 @@ def step(request, monkeypatch):
     """Tokens computed operator by operator, or by the kernel, however few they are."""
     if request.param == 'kernel':
         monkeypatch.setattr('musiclm_pytorch.audiolm.decode_step.WORTH_LOADING', 0)
-    return request.param
 
 
 def assert_equal(found: torch.Tensor, wanted: torch.Tensor) -> None:
@@ -79,31 +96,20 @@ def assert_equal(found: torch.Tensor, wanted: torch.Tensor) -> None:
 
 
 @pytest.mark.parametrize('options', OPTIONS.values(), ids=OPTIONS.keys())
-@pytest.mark.parametrize('known', [0, 4])
-def test_semantic(options, known):
-    stage, ids, conditions = semantic_stage(**options), codes(2, 9, num=SEMANTIC), conditioning(options, 2)
-    found = decoded(stage, tokens=ids, known=known, conditioning=conditions)
-    assert_equal(found, semantic_logits(stage, ids, conditions)[:, known:-1])
-
-
-@pytest.mark.parametrize('options', OPTIONS.values(), ids=OPTIONS.keys())
-@pytest.mark.parametrize('known', [0, 2 * COARSE])
-def test_coarse(options, known, step):
-    stage, conditions = coarse_stage(**options), conditioning(options, 3)
-    semantic_ids, tokens = codes(3, 7, num=SEMANTIC), codes(3, 4, COARSE)
-    semantic_ids[1, 5:], semantic_ids[2, 3] = -1, SEMANTIC
-    found = decoded(stage, semantic_ids, tokens=tokens, known=known, conditioning=conditions)
-    assert_equal(found, coarse_logits(stage, semantic_ids, tokens.flatten(1)[:, :-1], conditions)[:, known:])
-
-
-@pytest.mark.parametrize('options', OPTIONS.values(), ids=OPTIONS.keys())
-@pytest.mark.parametrize('known', [0, 2 * FINE])
-def test_fine(options, known):
-    stage, conditions = fine_stage(**options), conditioning(options, 3)
-    coarse, tokens = codes(3, 5, COARSE), codes(3, 5, FINE, seed=1)
-    coarse[1, 4:], coarse[2, 3, 1] = -1, CODES
-    found = decoded(stage, coarse, tokens=tokens, known=known, conditioning=conditions)
-    assert_equal(found, fine_logits(stage, coarse, tokens.flatten(1)[:, :-1], conditions)[:, known:])
+@pytest.mark.parametrize(
+    ('name', 'known', 'step'),
+    [
+        *(('semantic', known, 'plain') for known in (0, 4)),
+        *itertools.product(['coarse'], (0, 2 * COARSE), ('plain', 'kernel')),
+        *(('fine', known, 'plain') for known in (0, 2 * FINE)),
+    ],
+    indirect=['step'],
+)
+def test_every_option(name, options, known, step):
+    stage, given, tokens, logits = case(name, **options)
+    conditions = conditioning(options, 3)
+    found = decoded(stage, *given, tokens=tokens, known=known, conditioning=conditions)
+    assert_equal(found, logits(conditions)[:, known:])
 
 
 @pytest.mark.parametrize('condition', ['cross', 'projected', 'prefix'])
@@ -111,36 +117,20 @@ def test_guidance_of_the_coarse_stage_is_that_of_forward_with_cond_scale(conditi
     stage, text_embeds = coarse_stage(**CONDITIONS[condition]), conditioning(CONDITIONS[condition], 2)
     semantic_ids, tokens = codes(2, 6, num=SEMANTIC), codes(2, 4, COARSE)
     found = decoded(stage, semantic_ids, tokens=tokens, known=0, conditioning=text_embeds, cond_scale=2.5)
+    given = dict(semantic_token_ids=semantic_ids, coarse_token_ids=tokens.flatten(1)[:, :-1], text_embeds=text_embeds)
     with torch.inference_mode():
-        _, wanted = stage.forward_with_cond_scale(
-            semantic_token_ids=semantic_ids,
-            coarse_token_ids=tokens.flatten(1)[:, :-1],
-            text_embeds=text_embeds,
-            cond_scale=2.5,
-        )
+        _, wanted = stage.forward_with_cond_scale(**given, cond_scale=2.5)
     assert_equal(found, wanted)
     assert (found - coarse_logits(stage, semantic_ids, tokens.flatten(1)[:, :-1], text_embeds)).abs().max() > 0.1
 
 
 @pytest.mark.parametrize('condition', ['cross', 'projected', 'prefix'])
-@pytest.mark.parametrize('stage_name', ['semantic', 'fine'])
-def test_guidance_leads_away_from_a_conditioning_of_zeros(stage_name, condition):
-    options = CONDITIONS[condition]
-    text_embeds = conditioning(options, 2)
-    given = dict(conditioning=text_embeds, cond_scale=3.0)
-    if stage_name == 'semantic':
-        stage, tokens, known = semantic_stage(**options), codes(2, 8, num=SEMANTIC), 3
-        found = decoded(stage, tokens=tokens, known=known, **given)
-        conditioned, null = (
-            semantic_logits(stage, tokens[:, :-1], it) for it in (text_embeds, torch.zeros_like(text_embeds))
-        )
-    else:
-        stage, coarse, tokens, known = fine_stage(**options), codes(2, 4, COARSE), codes(2, 4, FINE), 0
-        found = decoded(stage, coarse, tokens=tokens, known=known, **given)
-        conditioned, null = (
-            fine_logits(stage, coarse, tokens.flatten(1)[:, :-1], it)
-            for it in (text_embeds, torch.zeros_like(text_embeds))
-        )
+@pytest.mark.parametrize(('name', 'known'), [('semantic', 3), ('fine', 0)])
+def test_guidance_leads_away_from_a_conditioning_of_zeros(name, known, condition):
+    stage, given, tokens, logits = case(name, **CONDITIONS[condition])
+    text_embeds = conditioning(CONDITIONS[condition], 3)
+    found = decoded(stage, *given, tokens=tokens, known=known, conditioning=text_embeds, cond_scale=3.0)
+    conditioned, null = logits(text_embeds), logits(torch.zeros_like(text_embeds))
     assert (conditioned - null).abs().max() > 0.05
     assert_equal(found, (null + (conditioned - null) * 3.0)[:, known:])
 
@@ -150,63 +140,53 @@ def test_guidance_leads_away_from_a_conditioning_of_zeros(stage_name, condition)
 def test_guidance_leads_away_from_a_negative_conditioning(cond_scale, condition, step):
     """In the stage that masks rows of zeros, with and without guidance by the conditioning."""
     options = CONDITIONS[condition]
-    stage, given, avoided = coarse_stage(**options), conditioning(options, 2), conditioning(options, 2, seed=5)
-    semantic_ids, tokens = codes(2, 6, num=SEMANTIC), codes(2, 4, COARSE)
-    logits = [
-        coarse_logits(stage, semantic_ids, tokens.flatten(1)[:, :-1], it)
-        for it in (given, avoided, torch.zeros_like(given))
-    ]
-    conditioned, negative, null = logits
+    stage, ahead, tokens, logits = case('coarse', **options)
+    given, avoided = conditioning(options, 3), conditioning(options, 3, seed=5)
+    conditioned, negative, null = logits(given), logits(avoided), logits(torch.zeros_like(given))
     assert (conditioned - negative).abs().max() > 0.05
-    found = decoded(
-        stage, semantic_ids, tokens=tokens, known=0, conditioning=given, negative=avoided, cond_scale=cond_scale,
-        negative_scale=0.5,
-    )  # fmt: skip
+    scales = dict(cond_scale=cond_scale, negative_scale=0.5)
+    found = decoded(stage, *ahead, tokens=tokens, known=0, conditioning=given, negative=avoided, **scales)
     assert_equal(found, null + (conditioned - null) * cond_scale + (conditioned - negative) * 0.5)
 
 
 def test_prompt_longer_than_its_blocks(monkeypatch):
     monkeypatch.setattr('musiclm_pytorch.audiolm.stages.PROMPT_BLOCK', 4)
     monkeypatch.setattr('musiclm_pytorch.audiolm.transformer.PositionBias.ROWS', 3)
-    stage, coarse, tokens = fine_stage(), codes(2, 5, COARSE), codes(2, 5, FINE, seed=1)
-    wanted = fine_logits(stage, coarse, tokens.flatten(1)[:, :-1])
-    assert_equal(decoded(stage, coarse, tokens=tokens, known=FINE), wanted[:, FINE:])
+    stage, given, tokens, logits = case('fine')
+    assert_equal(decoded(stage, *given, tokens=tokens, known=FINE), logits()[:, FINE:])
 
 
 def test_null_keys_in_self_attention():
-    stage, ids = semantic_stage(num_null_kv=2, rel_pos_bias=False), codes(2, 6, num=SEMANTIC)
-    assert_equal(decoded(stage, tokens=ids, known=2), semantic_logits(stage, ids)[:, 2:-1])
+    stage, _, ids, logits = case('semantic', num_null_kv=2, rel_pos_bias=False)
+    assert_equal(decoded(stage, tokens=ids, known=2), logits()[:, 2:])
     with pytest.raises(ValueError, match='num_null_kv'):
         own_stage(semantic_stage(num_null_kv=1, flash_attn=True))
 
 
 def test_a_position_without_features_leaves_no_trace(step):
     """Zeros have no direction: neither the norm of hyper-connections nor a row without keys may give NaN."""
-    stage = coarse_stage()
+    stage, given, tokens, logits = case('coarse')
+    assert (given[0] == 0).any()
     with torch.no_grad():
         stage.semantic_embedding.weight[0] = 0
-    semantic_ids, tokens = codes(2, 5, num=SEMANTIC), codes(2, 3, COARSE)
-    semantic_ids[0, 2:] = -1
-    found = decoded(stage, semantic_ids, tokens=tokens, known=COARSE)
-    assert_equal(found, coarse_logits(stage, semantic_ids, tokens.flatten(1)[:, :-1])[:, COARSE:])
+    assert_equal(decoded(stage, *given, tokens=tokens, known=COARSE), logits()[:, COARSE:])
 
 
 def test_generating_leaves_the_stage_as_it_was():
     stage = own_stage(coarse_stage(**CONDITIONS['cross'], attn_dropout=0.5, ff_dropout=0.5)).train()
-    before = {name: tensor.clone() for name, tensor in stage.state_dict().items()}
+    before = weights(stage)
     given = dict(text_embeds=conditioning(CONDITIONS['cross'], 2), max_length=2, min_length=2)
     ids = codes(2, 5, num=SEMANTIC)
     found = [generate_coarse(stage, ids, sampling=Sampling(temperature=0), **given).tokens for _ in range(2)]
     assert torch.equal(found[0], found[1])  # no dropout
     assert stage.training
-    for name, tensor in stage.state_dict().items():
-        torch.testing.assert_close(tensor, before[name], rtol=0, atol=0)
+    assert_same(weights(stage), before)
 
 
 def test_bfloat16_stays_near():
-    stage, coarse, tokens = fine_stage(), codes(2, 5, COARSE), codes(2, 5, FINE, seed=1)
-    wanted = fine_logits(stage, coarse, tokens.flatten(1)[:, :-1])[:, FINE:]
-    found = decoded(own_stage(stage).bfloat16(), coarse, tokens=tokens, known=FINE)
+    stage, given, tokens, logits = case('fine')
+    wanted = logits()[:, FINE:]
+    found = decoded(own_stage(stage).bfloat16(), *given, tokens=tokens, known=FINE)
     assert found.dtype == torch.float32
     assert (found - wanted).square().mean().sqrt() < 0.05 * wanted.std()
 
@@ -276,19 +256,18 @@ def test_threads_sleep_between_tokens_work_side_by_side_and_end(monkeypatch):
 
 @pytest.mark.slow
 def test_compiled():
-    stage, ids = semantic_stage(), codes(2, 6, num=SEMANTIC)
-    assert_equal(decoded(stage, tokens=ids, known=3, compile=True), semantic_logits(stage, ids)[:, 3:-1])
+    stage, _, ids, logits = case('semantic')
+    assert_equal(decoded(stage, tokens=ids, known=3, compile=True), logits()[:, 3:])
 
 
 @pytest.mark.parametrize('condition', CONDITIONS)
 def test_fixed_shapes(monkeypatch, condition):
     """What is compiled, as it is before."""
     monkeypatch.setattr(torch, 'compile', lambda function: function)
-    options = CONDITIONS[condition]
-    stage, coarse, tokens = fine_stage(**options), codes(2, 5, COARSE), codes(2, 5, FINE, seed=1)
-    coarse[1, 4:], text_embeds = -1, conditioning(options, 2)
-    found = decoded(stage, coarse, tokens=tokens, known=FINE, conditioning=text_embeds, compile=True)
-    assert_equal(found, fine_logits(stage, coarse, tokens.flatten(1)[:, :-1], text_embeds)[:, FINE:])
+    stage, given, tokens, logits = case('fine', **CONDITIONS[condition])
+    text_embeds = conditioning(CONDITIONS[condition], 3)
+    found = decoded(stage, *given, tokens=tokens, known=FINE, conditioning=text_embeds, compile=True)
+    assert_equal(found, logits(text_embeds)[:, FINE:])
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')

@@ -8,16 +8,20 @@ from itertools import islice
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from safetensors.torch import load_file
-from stage_parts import (
+from helpers.stage_parts import (
+    STAGES,
     Clips,
     ClockCodec,
     ClockTokenizer,
     draw_items,
     gradients_of_step,
     make_quantizer,
+    make_trainer,
     make_transformer,
+    transformer_for,
 )
+from helpers.training import assert_same, weights
+from safetensors.torch import load_file
 
 from musiclm_pytorch.audiolm import stages
 from musiclm_pytorch.audiolm.convert import (
@@ -31,11 +35,8 @@ from musiclm_pytorch.audiolm.convert import (
 from musiclm_pytorch.audiolm.crops import PAD, TokenCrops, collate_tokens
 from musiclm_pytorch.audiolm.stages import CoarseTransformer, FineTransformer, forgetful_mask, with_end
 from musiclm_pytorch.audiolm.tokens import compute_tokens
-from musiclm_pytorch.trainer import CoarseTrainer, FineTrainer, SemanticTrainer
 from musiclm_pytorch.trainer.batches import StandIn
 from musiclm_pytorch.trainer.stages import Stage, load_stage
-
-STAGES = dict(semantic=SemanticTrainer, coarse=CoarseTrainer, fine=FineTrainer)
 
 
 @pytest.fixture(scope='module')
@@ -157,27 +158,6 @@ def tokens(tmp_path_factory):
     return folder
 
 
-def transformer_for(stage, conditioned=True, **keywords):
-    return make_transformer(stage, tokens=512, codes=1024, conditioned=conditioned, **keywords)
-
-
-def make_trainer(folder, tokens, stage='semantic', transformer=None, quantizer=None, conditioned=True, **keywords):
-    defaults = dict(
-        batch_size=2, lr=1e-3, seconds=0.2, results_folder=folder, accelerate_kwargs=dict(cpu=True), progress=False,
-        valid_frac=0.25,
-    )  # fmt: skip
-    return STAGES[stage](
-        transformer or transformer_for(stage, conditioned),
-        tokens,
-        quantizer=quantizer or (make_quantizer() if conditioned else None),
-        **{**defaults, **keywords},
-    )
-
-
-def weights(module):
-    return {name: tensor.clone() for name, tensor in module.state_dict().items()}
-
-
 @pytest.mark.parametrize('stage', STAGES)
 def test_a_tiny_batch_is_learned_by_heart(tmp_path, tokens, stage):
     """And several trainers live in one process; the quantizer's embeddings of the stage move, the others stay."""
@@ -201,10 +181,8 @@ def test_a_tiny_batch_is_learned_by_heart(tmp_path, tokens, stage):
     other, other_quantizer = transformer_for(stage, heads=4, dim_head=16, seed=8), make_quantizer()
     other.load_state_dict(load_file(tmp_path / 'last' / 'model.safetensors'), strict=True)
     load_stage(tmp_path / 'last', other, other_quantizer)
-    for name, tensor in transformer.state_dict().items():
-        assert torch.equal(other.state_dict()[name], tensor)
-    for namespace, embeddings in quantizer.cond_embeddings.items():
-        assert torch.equal(other_quantizer.cond_embeddings[namespace], embeddings)
+    assert_same(weights(other), weights(transformer))
+    assert_same(weights(other_quantizer.cond_embeddings), weights(quantizer.cond_embeddings))
 
 
 @pytest.mark.parametrize(
@@ -288,17 +266,12 @@ def test_resuming_equals_never_having_stopped(tmp_path, tokens, stage, name):
     )
     assert resumed.step == 6
     resumed.train(num_train_steps=8)
-    for found, expected in (
-        (resumed.model, straight.model),
-        *([(resumed.ema.ema_model, straight.ema.ema_model)] if straight.ema else []),
-    ):
-        expected = weights(expected)
-        assert weights(found).keys() == expected.keys()
-        assert all(torch.equal(tensor, expected[key]) for key, tensor in weights(found).items())
+    assert_same(weights(resumed.model), weights(straight.model))
+    if straight.ema:
+        assert_same(weights(resumed.ema.ema_model), weights(straight.ema.ema_model))
     assert torch.equal(quantizer.cond_embeddings[stage], straight.model.embeddings)
     for which in ('best', 'last'):
-        saved = [load_file(tmp_path / run / which / 'model.safetensors') for run in ('straight', 'stopped')]
-        assert all(torch.equal(tensor, saved[1][key]) for key, tensor in saved[0].items())
+        assert_same(*(load_file(tmp_path / run / which / 'model.safetensors') for run in ('straight', 'stopped')))
 
 
 def test_masks_and_dropping_in_training_only_and_still_after_validation(tmp_path, tokens, monkeypatch):
@@ -369,7 +342,7 @@ def test_validation_leaves_training_as_it_is(tmp_path, tokens):
         run = make_trainer(tmp_path / str(with_validation), tokens, validate_every=2)
         run.train(num_train_steps=5, with_validation=with_validation)
         results.append(weights(run.model))
-    assert all(torch.equal(tensor, results[1][name]) for name, tensor in results[0].items())
+    assert_same(*results)
 
 
 def test_mixed_precision_and_repetitions(tmp_path, tokens, precision_free):

@@ -6,8 +6,15 @@ from functools import partial
 import pytest
 import torch
 import torch.multiprocessing as mp
-from stage_parts import Clips, ClockCodec, ClockTokenizer, draw_items, gradients_of_step, make_quantizer
-from test_stages import make_trainer
+from helpers.stage_parts import (
+    Clips,
+    ClockCodec,
+    ClockTokenizer,
+    draw_items,
+    gradients_of_step,
+    make_quantizer,
+    make_trainer,
+)
 
 from musiclm_pytorch.audiolm.crops import TokenCrops, collate_tokens
 from musiclm_pytorch.audiolm.tokens import compute_tokens

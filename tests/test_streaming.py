@@ -5,7 +5,7 @@ import threading
 import pytest
 import torch
 from einops import rearrange
-from test_musiclm import RATE, build_audio_lm, build_quantizer
+from helpers.music import RATE, build_audio_lm, build_quantizer
 from torch import nn
 
 from musiclm_pytorch import MusicLM, PromptWarning

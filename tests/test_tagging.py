@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from conftest import tiny_mulan
+from helpers.models import tiny_mulan
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 from musiclm_pytorch.evaluation import tagging

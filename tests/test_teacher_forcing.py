@@ -3,11 +3,12 @@
 import copy
 import random
 
-import audiolm_stages as stages
 import pytest
 import torch
 import torch.nn.functional as F
-from audiolm_stages import COARSE, CODES, FINE, SEMANTIC
+from helpers import audiolm_stages as stages
+from helpers.audiolm_stages import COARSE, CODES, FINE, SEMANTIC
+from helpers.training import assert_same
 from hyper_connections.hyper_connections import HyperConnections
 from torch import nn
 
@@ -203,16 +204,14 @@ def test_weights_go_both_ways(stage, name):
     ours.float()
     back = audiolm_stage(ours)
     assert type(back) is type(theirs)
-    for key, weight in theirs.state_dict().items():
-        assert torch.equal(back.state_dict()[key], weight)
+    assert_same(back.state_dict(), theirs.state_dict())
     fresh = []
     for kind in (type(theirs), type(ours)):
         torch.manual_seed(3)
         random.seed(3)
         fresh.append(kind(**convert.keywords_of(theirs)).state_dict())
-    for one, other in zip(*(it.items() for it in fresh), strict=True):
-        assert one[0] == other[0]
-        assert torch.equal(one[1], other[1])
+    assert [*fresh[0]] == [*fresh[1]]
+    assert_same(*fresh)
 
 
 def test_what_is_no_stage():

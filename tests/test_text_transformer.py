@@ -2,7 +2,7 @@ import copy
 
 import pytest
 import torch
-from conftest import tiny_mulan, tiny_text
+from helpers.models import tiny_mulan, tiny_text
 
 from musiclm_pytorch import MuLaN, TextTransformer
 from musiclm_pytorch.mulan.text_transformer import VOCAB_SIZE

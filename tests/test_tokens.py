@@ -5,7 +5,7 @@ import random
 import numpy
 import pytest
 import torch
-from stage_parts import RATE, Clips, ClockCodec, ClockTokenizer, clock, make_quantizer
+from helpers.stage_parts import LENGTHS, RATE, Clips, ClockCodec, ClockTokenizer, clock, compute, make_quantizer
 from torch.utils.data import DataLoader
 
 from musiclm_pytorch import SyntheticMusic
@@ -13,17 +13,6 @@ from musiclm_pytorch.audiolm.convert import SoundStream
 from musiclm_pytorch.audiolm.crops import PAD, TokenCrops, collate_tokens
 from musiclm_pytorch.audiolm.fingerprints import fingerprint
 from musiclm_pytorch.audiolm.tokens import compute_tokens
-
-LENGTHS = (2.0, 9.6, None, 4.0, 4.0)
-
-
-def compute(folder, dataset=None, **keywords):
-    keywords = dict(tokenizer=ClockTokenizer(), codec=ClockCodec()) | keywords
-    return compute_tokens(
-        Clips(LENGTHS) if dataset is None else dataset,
-        folder,
-        **{**dict(shard_size=2, window_seconds=3, progress=False), **keywords},
-    )
 
 
 def files(folder):

@@ -7,7 +7,7 @@ import struct
 import pytest
 import torch
 import wandb
-from conftest import tiny_mulan
+from helpers.models import tiny_mulan
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from wandb.proto.wandb_internal_pb2 import Record
 

@@ -3,17 +3,15 @@ import inspect
 import json
 import logging
 import math
-import random
 import subprocess
 import sys
 import typing
 from pathlib import Path
 
-import numpy
 import pytest
 import torch
-from conftest import tiny_mulan
-from torch.utils.data import Dataset
+from helpers.models import tiny_mulan
+from helpers.training import Tones, assert_same, build, scrambled, trainer, weights
 
 from musiclm_pytorch import MuLaN
 from musiclm_pytorch.mulan.model import PairLatents
@@ -32,45 +30,6 @@ from musiclm_pytorch.trainer.config import TrainingKeywords, field_docs
 from musiclm_pytorch.trainer.grad_cache import grad_cache_backward, join_latents, split_batch
 from musiclm_pytorch.trainer.retrieval import mean_cosine, retrieval_metrics, similarity_histogram
 from musiclm_pytorch.trainer.schedules import learning_rate
-
-
-class Tones(Dataset):
-    """Tones of as many pitches as there are items, with ids that name the pitch; phases are random."""
-
-    def __init__(self, size=24):
-        self.size = size
-
-    def __len__(self):
-        return self.size
-
-    def __getitem__(self, index):
-        phase = random.random() + numpy.random.rand() + torch.rand(())  # noqa: NPY002 - users' data sets do
-        wave = torch.sin((index + 1) * torch.arange(1200) * 0.1 + phase)
-        return wave, torch.tensor([index + 1, 50, index + 1])
-
-
-def build(**keywords):
-    torch.manual_seed(3)
-    audio = dict(depth=1, support_variable_length=True, attn_dropout=0.1, ff_dropout=0.1)
-    return tiny_mulan(audio, dict(depth=1, ff_dropout=0.1), **keywords)
-
-
-def trainer(folder, mulan=None, **keywords):
-    defaults = dict(
-        batch_size=4, lr=1e-3, results_folder=folder, accelerate_kwargs=dict(cpu=True), progress=False, valid_frac=0.25
-    )
-    return MuLaNTrainer(mulan or build(), Tones(), **{**defaults, **keywords})
-
-
-def weights(module):
-    return {name: tensor.clone() for name, tensor in module.state_dict().items()}
-
-
-def assert_same(found, expected):
-    assert found.keys() == expected.keys()
-    for name, tensor in expected.items():
-        assert torch.equal(found[name], tensor), name
-
 
 # ---- learning ----
 
@@ -351,12 +310,6 @@ def test_resuming_equals_never_having_stopped(tmp_path, name):
     assert first == second
 
 
-def scrambled(mulan):
-    for parameter in mulan.parameters():
-        torch.nn.init.normal_(parameter)
-    return mulan
-
-
 def test_validation_does_not_change_training(tmp_path):
     results = []
     for i, with_validation in enumerate((True, False)):
@@ -440,7 +393,8 @@ import os, random, signal, sys, time
 from pathlib import Path
 sys.path.insert(0, {tests!r})
 import torch
-from test_trainer import checkpoints, trainer
+from musiclm_pytorch.trainer import checkpoints
+from helpers.training import trainer
 
 torch.set_num_threads(1)
 folder, draw, reached = Path(sys.argv[1]) / 'checkpoints', random.Random(0), 0

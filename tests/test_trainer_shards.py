@@ -10,10 +10,10 @@ from functools import partial
 import pytest
 import torch
 import torch.multiprocessing as mp
-from conftest import tiny_mulan
-from test_cli_train import SHORT, run
-from test_datasets import noise, ramp, write
-from test_trainer import assert_same, weights
+from helpers.models import tiny_mulan
+from helpers.recipes import SHORT, run
+from helpers.sounds import noise, ramp, write
+from helpers.training import assert_same, weights
 from torch.utils.data import IterableDataset
 
 from musiclm_pytorch import MuLaNTrainer, ShardedAudioText, write_shards

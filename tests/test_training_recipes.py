@@ -6,6 +6,7 @@ import re
 
 import pytest
 import torch
+from helpers.recipes import TINY, written
 
 from musiclm_pytorch import MuLaN, MuLaNTrainer, ShardedAudioText, SyntheticMusic, write_shards
 from musiclm_pytorch.data.opening import open_pairs
@@ -14,17 +15,6 @@ from musiclm_pytorch.trainer.config_schema import SHIPPED, keywords_of
 from musiclm_pytorch.trainer.recipes import MuLaNRecipe
 
 EXAMPLES = [path for path in SHIPPED.iterdir() if path.name.startswith('mulan_')]
-TINY = """
-audio: {dim: 32, depth: 1, heads: 2, dim_head: 8, audio_sample_rate: 8000, spec_hop_length: 400}
-text: {dim: 24, depth: 1, heads: 2, dim_head: 8, max_seq_len: 32}
-mulan: {dim_latent: 16}
-"""
-
-
-def written(folder, text, name='recipe.yaml'):
-    path = folder / name
-    path.write_text(text, encoding='utf-8')
-    return path
 
 
 def test_every_section_takes_the_keywords_of_its_constructors():

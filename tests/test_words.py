@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import tiny_mulan
+from helpers.models import tiny_mulan
 
 from musiclm_pytorch import MuLaN
 from musiclm_pytorch.mulan.words import WordPrediction

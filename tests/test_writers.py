@@ -15,9 +15,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from test_resume import largest_file
-from test_tokens import compute
-from test_trainer import trainer
+from helpers.files import largest_file
+from helpers.stage_parts import compute
+from helpers.training import trainer
 
 import musiclm_pytorch
 from musiclm_pytorch import MusicLM, atomic

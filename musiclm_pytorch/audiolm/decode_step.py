@@ -7,22 +7,16 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Callable
 from functools import partial
 from types import ModuleType
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from musiclm_pytorch.audiolm.transformer import Cache, PositionBias, Step, Transformer
 from musiclm_pytorch.kernels import fast_kernels_allowed
-
-if TYPE_CHECKING:
-    from musiclm_pytorch.audiolm.transformer import Cache, PositionBias, Transformer
-
-Step = Callable[[Tensor, 'PositionBias'], Tensor]
 
 # Up to so many rows, the weights' way through the memory takes longer than the arithmetic.
 MOST_ROWS = 16

@@ -9,6 +9,7 @@ Legend: `b` batch, `n` tokens, `j` keys, `h` heads, `d` features, `s` residual s
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -17,7 +18,6 @@ import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
-from musiclm_pytorch.audiolm.decode_step import Step
 from musiclm_pytorch.kernels import fast_kernels_allowed
 from musiclm_pytorch.kernels.block_attention import block_causal_attention, blocks, plain_attention
 from musiclm_pytorch.kernels.residual_streams import add, mix
@@ -25,6 +25,8 @@ from musiclm_pytorch.mulan import layers
 
 # (projection, static, scale) of a width connection
 Mixing = tuple[Tensor, Tensor, Tensor]
+# the features of a token `(b, 1, d)` and the position bias to those above all layers; `decode_step.py` has them
+Step = Callable[[Tensor, 'PositionBias'], Tensor]
 
 
 class Transformer(nn.Module):

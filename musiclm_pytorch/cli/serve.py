@@ -47,7 +47,8 @@ def run_serve(options: argparse.Namespace) -> None:
         raise ValueError(f'--port must lie between 0 and 65535, got {options.port}')
 
     from musiclm_pytorch.checks import check_device
-    from musiclm_pytorch.inference.service.config import ServiceConfig, create_service, require
+    from musiclm_pytorch.inference.service.config import ServiceConfig
+    from musiclm_pytorch.inference.service.creation import create_service, require
     from musiclm_pytorch.mulan.vocabulary import PromptWarning
 
     require('fastapi', 'python_multipart', 'uvicorn')

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from einops import einsum
 from torch import Tensor, nn
 
-from musiclm_pytorch.distributed.collectives import mean_over_ranks
+from musiclm_pytorch.collectives import mean_over_ranks
 
 BATCH = 4096  # vectors looked at in one step of the k-means
 DEAD = 0.02  # of the mean count of a codebook's codes: codes that less comes to are given another place

@@ -21,11 +21,11 @@ from typing import Any
 
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
+from musiclm_pytorch import collectives
 from musiclm_pytorch.atomic import read_checked_json
 from musiclm_pytorch.checks import check_positive, fitted, typechecked
 from musiclm_pytorch.data.reading import ClipReader, logger
 from musiclm_pytorch.data.shard_reader import Shard
-from musiclm_pytorch.distributed import collectives
 from musiclm_pytorch.extras import how_to_install
 
 INDEX = 'index.json'

@@ -18,8 +18,8 @@ from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwar
 from torch import Tensor, nn
 
 from musiclm_pytorch.checks import typechecked
+from musiclm_pytorch.collectives import gather_sizes
 from musiclm_pytorch.distributed import sharding
-from musiclm_pytorch.distributed.collectives import gather_sizes
 from musiclm_pytorch.distributed.config import (
     DistributedConfig,
     create_distributed_config,

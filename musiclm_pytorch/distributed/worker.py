@@ -51,8 +51,8 @@ def run(folder: str) -> None:
 def _train(path: Path) -> None:
     import torch
 
+    from musiclm_pytorch.collectives import rank
     from musiclm_pytorch.distributed import launch
-    from musiclm_pytorch.distributed.collectives import rank
     from musiclm_pytorch.distributed.trainer import WorldTrainer
     from musiclm_pytorch.locking import FolderInUseError
     from musiclm_pytorch.trainer.trainer import TrainingError

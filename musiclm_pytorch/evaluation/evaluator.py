@@ -17,7 +17,7 @@ from torch.utils.data import Dataset, IterableDataset
 from tqdm.auto import tqdm
 
 from musiclm_pytorch.checks import check_device, check_positive, check_sample_rate, typechecked
-from musiclm_pytorch.distributed.collectives import rank, world_size
+from musiclm_pytorch.collectives import rank, world_size
 from musiclm_pytorch.evaluation.alignment import TextAudioAlignment
 from musiclm_pytorch.evaluation.clip_metrics import MusicStructure, SignalQuality
 from musiclm_pytorch.evaluation.distances import FrechetAudioDistance, KernelAudioDistance

@@ -10,5 +10,5 @@ from .packaging import DeploymentPackager as DeploymentPackager
 from .search import Match as Match
 from .search import MuLaNIndex as MuLaNIndex
 from .service.config import ServiceConfig as ServiceConfig
-from .service.config import create_service as create_service
+from .service.creation import create_service as create_service
 from .synthesis import synthesise as synthesise

@@ -15,7 +15,7 @@ from einops import einsum, rearrange
 from torch import Tensor, nn
 
 from musiclm_pytorch.checks import check_positive
-from musiclm_pytorch.distributed.collectives import gather_batch, gather_sizes, mean_over_ranks, rank, world_size
+from musiclm_pytorch.collectives import gather_batch, gather_sizes, mean_over_ranks, rank, world_size
 from musiclm_pytorch.mulan.layers import LayerNorm, l2norm, masked_mean
 
 # CLIP's bound (arXiv 2103.00020, section 2.5); beyond it the logits of cosines make training unstable

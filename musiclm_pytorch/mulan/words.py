@@ -7,7 +7,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from musiclm_pytorch.distributed.collectives import mean_over_ranks, world_size
+from musiclm_pytorch.collectives import mean_over_ranks, world_size
 
 # Of the words' embeddings. Logits begin with a deviation of about a half, so that each word pulls at the latents from
 # the first step on; from zeros, one that nothing tells of yet would have to be found by chance.

@@ -1,4 +1,9 @@
-"""The order of the data: a function of seed, epoch and position, so that a run can be resumed anywhere in it."""
+"""The order of the data: a function of seed, epoch and position, so that a run can be resumed anywhere in it.
+
+torchdata's StatefulDataLoader (0.11.0, on torch 2.11 and 2.14) is no substitute: with workers, items that draw at
+random come back with other draws after its `load_state_dict`. And its state fits the same number of workers only,
+AssertionError otherwise, where a run here resumes with any number.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +15,7 @@ import numpy
 import torch
 from torch.utils.data import Dataset
 
-from musiclm_pytorch.distributed.collectives import rank, world_size
+from musiclm_pytorch.collectives import rank, world_size
 from musiclm_pytorch.trainer.checkpoints import random_states, restore_random_states
 from musiclm_pytorch.trainer.grouping import Grouping
 from musiclm_pytorch.trainer.interrupts import loaded

@@ -19,11 +19,11 @@ from musiclm_pytorch.audiolm.spectral_codec import SpectralCodec
 from musiclm_pytorch.checks import check_positive, typechecked
 from musiclm_pytorch.codecs.distance import mel_distance
 from musiclm_pytorch.codecs.neural import NeuralCodec
+from musiclm_pytorch.collectives import mean_over_ranks, rank, world_size
 from musiclm_pytorch.data.audio import resample
 from musiclm_pytorch.data.collate import mono, split_item
 from musiclm_pytorch.data.datasets import AudioTextDataset
 from musiclm_pytorch.data.rates import agreed_rate
-from musiclm_pytorch.distributed.collectives import mean_over_ranks, rank, world_size
 from musiclm_pytorch.mulan import checkpoint
 from musiclm_pytorch.mulan.model import evaluating
 from musiclm_pytorch.trainer.batches import SeededItems

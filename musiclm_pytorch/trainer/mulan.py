@@ -15,11 +15,11 @@ from torch.utils.data import IterableDataset, random_split
 from typing_extensions import Unpack
 
 from musiclm_pytorch.checks import check_positive, typechecked
+from musiclm_pytorch.collectives import alone, any_over_ranks, gather_batch, gather_sizes, rank, world_size
 from musiclm_pytorch.data.collate import collate_for
 from musiclm_pytorch.data.datasets import AudioTextDataset
 from musiclm_pytorch.data.rates import check_rate
 from musiclm_pytorch.data.shards import ShardedAudioText, ShardItems
-from musiclm_pytorch.distributed.collectives import alone, any_over_ranks, gather_batch, gather_sizes, rank, world_size
 from musiclm_pytorch.mulan import checkpoint
 from musiclm_pytorch.mulan.model import MuLaN, PairLatents, evaluating
 from musiclm_pytorch.trainer.callbacks import Callback

@@ -24,7 +24,7 @@ from musiclm_pytorch.audiolm.stages import (
     StageTransformer,
 )
 from musiclm_pytorch.checks import check_probability, typechecked
-from musiclm_pytorch.distributed.collectives import mean_over_ranks, rank, world_size
+from musiclm_pytorch.collectives import mean_over_ranks, rank, world_size
 from musiclm_pytorch.mulan import checkpoint
 from musiclm_pytorch.mulan.model import evaluating
 from musiclm_pytorch.quantizer import MuLaNEmbedQuantizer

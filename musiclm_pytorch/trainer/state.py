@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object
 
-from musiclm_pytorch.distributed.collectives import world_size
+from musiclm_pytorch.collectives import world_size
 from musiclm_pytorch.trainer import best, checkpoints
 from musiclm_pytorch.trainer.folders import moved_aside, new_results
 

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch.utils.data import IterableDataset
 
+from musiclm_pytorch.collectives import rank, world_size
 from musiclm_pytorch.data.shards import ShardedAudioText
-from musiclm_pytorch.distributed.collectives import rank, world_size
 from musiclm_pytorch.trainer.batches import Batches, mixed_seed
 from musiclm_pytorch.trainer.grouping import Grouping
 from musiclm_pytorch.trainer.interrupts import loaded

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 from typing_extensions import Unpack
 
 from musiclm_pytorch.checks import check_positive
-from musiclm_pytorch.distributed.collectives import gather_sizes, mean_over_ranks
+from musiclm_pytorch.collectives import gather_sizes, mean_over_ranks
 from musiclm_pytorch.kernels.processor import computes_in_bf16, half_precision
 from musiclm_pytorch.locking import only_writer
 from musiclm_pytorch.mulan.display import size_of

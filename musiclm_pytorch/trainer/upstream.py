@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from musiclm_pytorch.distributed.collectives import world_size
+from musiclm_pytorch.collectives import world_size
 
 
 def pad_to_longest_fn(data: Sequence[Any]) -> tuple[Any, ...]:

@@ -1,22 +1,14 @@
-"""What the HTTP service allows, and how it is made."""
+"""What the HTTP service allows."""
 
 from __future__ import annotations
 
 import typing
 from dataclasses import asdict, dataclass
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from musiclm_pytorch.checks import check_positive
-from musiclm_pytorch.extras import how_to_install
 from musiclm_pytorch.inference.config import naming_the_nearest
-from musiclm_pytorch.inference.optimize import OptimizedMuLaN
-from musiclm_pytorch.mulan.model import MuLaN
-from musiclm_pytorch.musiclm import MusicLM
 from musiclm_pytorch.trainer.config_schema import fitted
-
-if TYPE_CHECKING:
-    from fastapi import FastAPI
 
 
 @dataclass(frozen=True)
@@ -61,31 +53,3 @@ class ServiceConfig:
 
 
 ServiceConfig.__init__ = naming_the_nearest(ServiceConfig.__init__)
-
-
-def create_service(model: MuLaN | OptimizedMuLaN | MusicLM, config: ServiceConfig | None = None) -> FastAPI:
-    """An application for uvicorn or another ASGI server, which embeds, ranks and, given a MusicLM, makes music.
-
-        uvicorn.run(create_service(MusicLM.from_pretrained('tiny')))
-
-    Nothing that is sent is written to disk. One thread runs the model.
-
-    Raises:
-        ImportError: FastAPI or python-multipart is missing. ValueError: a MuLaN that takes no sound files or no words,
-            a MusicLM whose quantizer is not fitted.
-    """
-    require('fastapi', 'python_multipart')
-    from musiclm_pytorch.inference.service.app import build
-
-    return build(model, ServiceConfig() if config is None else config)
-
-
-def require(*packages: str) -> None:
-    """Raises ImportError, naming the extra, unless these are installed."""
-    for package in packages:
-        try:
-            import_module(package)
-        except ImportError as error:
-            raise ImportError(
-                f'the HTTP service needs {package}, which is not installed: {how_to_install("serve")}'
-            ) from error

@@ -3,11 +3,13 @@
 import random
 
 import torch
-from conftest import tiny_mulan
 from torch import nn
 
+from helpers.models import tiny_mulan
 from musiclm_pytorch import MuLaNEmbedQuantizer
 from musiclm_pytorch.audiolm.stages import CoarseTransformer, FineTransformer, SemanticTransformer
+from musiclm_pytorch.audiolm.tokens import compute_tokens
+from musiclm_pytorch.trainer import CoarseTrainer, FineTrainer, SemanticTrainer
 
 RATE = 1200
 SCALE = 64.0  # seconds at which a wave that tells the time reaches 1
@@ -109,3 +111,35 @@ def gradients_of_step(trainer, batches):
     metrics = trainer.compute_gradients(batches)
     named = trainer.model.named_parameters()
     return metrics['loss'], {name: it.grad.clone() for name, it in named if it.grad is not None}
+
+
+LENGTHS = (2.0, 9.6, None, 4.0, 4.0)
+
+
+def compute(folder, dataset=None, **keywords):
+    keywords = dict(tokenizer=ClockTokenizer(), codec=ClockCodec()) | keywords
+    return compute_tokens(
+        Clips(LENGTHS) if dataset is None else dataset,
+        folder,
+        **{**dict(shard_size=2, window_seconds=3, progress=False), **keywords},
+    )
+
+
+STAGES = dict(semantic=SemanticTrainer, coarse=CoarseTrainer, fine=FineTrainer)
+
+
+def transformer_for(stage, conditioned=True, **keywords):
+    return make_transformer(stage, tokens=512, codes=1024, conditioned=conditioned, **keywords)
+
+
+def make_trainer(folder, tokens, stage='semantic', transformer=None, quantizer=None, conditioned=True, **keywords):
+    defaults = dict(
+        batch_size=2, lr=1e-3, seconds=0.2, results_folder=folder, accelerate_kwargs=dict(cpu=True), progress=False,
+        valid_frac=0.25,
+    )  # fmt: skip
+    return STAGES[stage](
+        transformer or transformer_for(stage, conditioned),
+        tokens,
+        quantizer=quantizer or (make_quantizer() if conditioned else None),
+        **{**defaults, **keywords},
+    )

@@ -1,9 +1,9 @@
 """Other people's models, tiny and random, as their own configs build them, and the way from waves to saved music."""
 
 import torch
-from stage_parts import RATE, make_quantizer, make_transformer
 from transformers import DacConfig, DacModel, EncodecConfig, EncodecModel, MimiConfig, MimiModel
 
+from helpers.stage_parts import RATE, make_quantizer, make_transformer
 from musiclm_pytorch import (
     CoarseTrainer,
     FineTrainer,
