@@ -10,7 +10,7 @@ import threading
 import warnings
 from pathlib import Path
 
-from musiclm_pytorch.cli_generate import add_model_option
+from musiclm_pytorch.cli_generate import add_model_option, add_place_options, place_of
 from musiclm_pytorch.extras import how_to_install
 
 
@@ -30,7 +30,7 @@ def app(subcommands) -> None:
         help='where it is served; 0.0.0.0 is every network of this machine (default: %(default)s, this machine alone)',
     )
     parser.add_argument('--port', metavar='N', type=int, default=7860, help='(default: %(default)s)')
-    parser.add_argument('--device', default='cpu', help='such as cuda (default: %(default)s)')
+    add_place_options(parser)
     parser.add_argument(
         '--max-seconds', metavar='S', type=float, default=30.0, help='the longest music (default: %(default)g)'
     )
@@ -51,7 +51,7 @@ def run_app(options: argparse.Namespace) -> None:
 
     check_device(options.device)
     warnings.simplefilter('ignore', PromptWarning)  # the page tells it
-    musiclm = MusicLM.from_pretrained(options.model).to(options.device)
+    musiclm = MusicLM.from_pretrained(options.model, **place_of(options))
     with tempfile.TemporaryDirectory(prefix='musiclm-app-') as folder:
         os.environ.setdefault('GRADIO_TEMP_DIR', folder)  # so that what was made goes with the page
         name = Path(options.model).resolve().name  # where the folder lies concerns no visitor

@@ -69,7 +69,7 @@ def generate(subcommands) -> None:
     parser.add_argument(
         '--format', choices=('wav', 'flac', 'ogg', 'mp3'), default='wav', help='of the files (default: %(default)s)'
     )
-    parser.add_argument('--device', default='cpu', help='such as cuda (default: %(default)s)')
+    add_place_options(parser)
     parser.add_argument('--overwrite', action='store_true', help='write over a page that is in the folder already')
     parser.set_defaults(run=run_generate, prog=parser.prog)
 
@@ -87,7 +87,7 @@ def stream(subcommands) -> None:
     parser.add_argument('--seconds', metavar='S', type=float, help='end after so many (default: never)')
     parser.add_argument('--seed', metavar='N', type=int, default=0, help='another seed, other music (default: 0)')
     parser.add_argument('--negative', metavar='PROMPT', help='what the music is to keep away from, words or @FILE')
-    parser.add_argument('--device', default='cpu', help='such as cuda (default: %(default)s)')
+    add_place_options(parser)
     parser.set_defaults(run=run_stream, prog=parser.prog)
 
 
@@ -100,7 +100,7 @@ def run_stream(options: argparse.Namespace) -> None:
     from musiclm_pytorch.waves import pcm_bytes, wav_header
 
     check_device(options.device)
-    musiclm = MusicLM.from_pretrained(options.model).to(options.device)
+    musiclm = MusicLM.from_pretrained(options.model, **place_of(options))
     negative = None if options.negative is None else prompt_of(options.negative)
     with musiclm.stream(
         prompt_of(options.prompt), seconds=options.seconds, seed=options.seed, negative=negative
@@ -118,6 +118,24 @@ def run_stream(options: argparse.Namespace) -> None:
 def discard_output() -> None:
     """Let what waits to be printed, and cannot be, go nowhere: else the interpreter tries once more at its end."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def add_place_options(parser: argparse.ArgumentParser) -> None:
+    """Where a model computes, and in what."""
+    parser.add_argument('--device', default='cpu', help='such as cuda (default: %(default)s)')
+    parser.add_argument(
+        '--dtype',
+        choices=('float32', 'bfloat16', 'auto'),
+        default='float32',
+        help='of the weights; auto: bfloat16 for large stages where the processor gains by it (default: %(default)s)',
+    )
+
+
+def place_of(options: argparse.Namespace) -> dict[str, Any]:
+    """The same as keywords of `from_pretrained`."""
+    import torch
+
+    return dict(device=options.device, dtype=dict(float32=None, bfloat16=torch.bfloat16, auto='auto')[options.dtype])
 
 
 def add_model_option(parser: argparse.ArgumentParser) -> None:
@@ -145,7 +163,7 @@ def run_generate(options: argparse.Namespace) -> None:
     from musiclm_pytorch.mulan.vocabulary import PromptWarning
     from musiclm_pytorch.musiclm import MusicLM
 
-    musiclm = MusicLM.from_pretrained(options.model).to(options.device)
+    musiclm = MusicLM.from_pretrained(options.model, **place_of(options))
     sampling = {
         name: it for name in (*musiclm.sampling, 'negative_scale') if (it := getattr(options, name)) is not None
     }

@@ -5,6 +5,9 @@ from __future__ import annotations
 import argparse
 import contextlib
 import warnings
+from typing import Any
+
+from musiclm_pytorch.cli_generate import add_place_options, place_of
 
 # the fields of ServiceConfig, which is not loaded for `--help`; a test compares the defaults
 LIMITS = {
@@ -37,7 +40,7 @@ def serve(subcommands) -> None:
     )
     parser.add_argument('--host', default='127.0.0.1', help='address to listen at (default: %(default)s)')
     parser.add_argument('--port', metavar='N', type=int, default=8000, help='0 takes a free one (default: %(default)s)')
-    parser.add_argument('--device', default='cpu', help='such as cuda (default: %(default)s)')
+    add_place_options(parser)
     limits = parser.add_argument_group('limits')
     for name, (default, what) in LIMITS.items():
         metavar = 'S' if isinstance(default, float) else 'N'
@@ -58,7 +61,7 @@ def run_serve(options: argparse.Namespace) -> None:
     names = [name.replace('-', '_') for name in LIMITS]
     config = ServiceConfig(**{name: getattr(options, name) for name in names})
     check_device(options.device)
-    app = create_service(load_model(options.model).to(options.device), config)
+    app = create_service(load_model(options.model, **place_of(options)), config)
     warnings.simplefilter('ignore', PromptWarning)  # who asked is told in the answer
 
     from musiclm_pytorch.inference.service.server import Server
@@ -67,12 +70,14 @@ def run_serve(options: argparse.Namespace) -> None:
         Server(app, host=options.host, port=options.port).run()
 
 
-def load_model(folder: str):
-    """The MusicLM or the MuLaN in a folder, or the model of that name that ships."""
+def load_model(folder: str, dtype: Any, **place: Any):
+    """The MusicLM or the MuLaN in a folder, or the model of that name that ships; 'auto' says nothing to a MuLaN."""
     from musiclm_pytorch.mulan.checkpoint import saved_kind
     from musiclm_pytorch.mulan.model import MuLaN
     from musiclm_pytorch.musiclm import MusicLM
     from musiclm_pytorch.pretrained import find_pretrained
 
     folder = find_pretrained(folder)
-    return (MusicLM if saved_kind(folder) == 'MusicLM' else MuLaN).from_pretrained(folder)
+    if saved_kind(folder) == 'MusicLM':
+        return MusicLM.from_pretrained(folder, dtype=dtype, **place)
+    return MuLaN.from_pretrained(folder, dtype=None if dtype == 'auto' else dtype, **place)
