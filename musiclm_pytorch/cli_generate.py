@@ -169,7 +169,8 @@ def run_generate(options: argparse.Namespace) -> None:
     }
     sampling = musiclm.sampling | {name: it[0] if len(it) == 1 else tuple(it) for name, it in sampling.items()}
     negative = None if options.negative is None else prompt_of(options.negative)
-    how = dict(model=options.model, version=__version__, seconds=options.seconds, prime=options.prime)
+    how = dict(model=options.model, dtype=options.dtype, version=__version__)
+    how |= dict(seconds=options.seconds, prime=options.prime)
     how |= dict(negative=options.negative, **sampling)
     remarks = musiclm.prompt_warnings([prompt for _, prompt in given])
     for prompt, remark in zip(prompts, remarks):
