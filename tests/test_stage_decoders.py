@@ -1,5 +1,6 @@
 """Logits with kept keys and values are those of audiolm-pytorch's uncached forward, at every position."""
 
+import copy
 import itertools
 import math
 import threading
@@ -248,7 +249,7 @@ def test_a_compiled_token_is_that_of_the_plain_operators(monkeypatch, batch, thr
     ids=['cross', 'prefix', 'no bias'],
 )
 def test_a_compiled_token_reads_half_precision(monkeypatch, batch, options):
-    """Beside the plain operators on the same rounded weights, which round what they give, too."""
+    """Beside the plain operators in float32 on the same rounded weights."""
     options = dict(audio_text_condition=True, heads=4) | options
     stage = own_stage(coarse_stage(**options)).bfloat16()
     before = [it.data_ptr() for it in stage.parameters()]
@@ -256,11 +257,13 @@ def test_a_compiled_token_reads_half_precision(monkeypatch, batch, options):
     semantic_ids[0, 5:] = -1
     given = dict(tokens=tokens, known=COARSE, conditioning=embeds(batch, 4, options['dim']))
     monkeypatch.setattr('musiclm_pytorch.audiolm.decode_step.WORTH_LOADING', math.inf)
-    wanted = decoded(stage, semantic_ids, **given)
+    wanted = decoded(copy.deepcopy(stage).float(), semantic_ids, **given)
+    plain = (decoded(stage, semantic_ids, **given) - wanted).square().mean().sqrt()
     monkeypatch.setattr('musiclm_pytorch.audiolm.decode_step.WORTH_LOADING', 0)
     found = decoded(stage, semantic_ids, **given)
     assert found.dtype == torch.float32
-    assert (found - wanted).square().mean().sqrt() < 0.02 * wanted.std()
+    # what the plain operators give is rounded, too
+    assert (found - wanted).square().mean().sqrt() < 1.1 * plain < 0.1 * wanted.std()
     assert torch.equal(decoded(stage, semantic_ids, **given), found)
     assert before == [it.data_ptr() for it in stage.parameters()]
 

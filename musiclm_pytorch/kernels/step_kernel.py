@@ -187,37 +187,34 @@ def read_as(x, out):
         out[i] = in_kind_of(x[i], out)
 
 
-one_by_one, two_by_one, four_by_one = tile(1, 1), tile(2, 1), tile(4, 1)
-one_by_four, two_by_four, four_by_two, four_by_four = tile(1, 4), tile(2, 4), tile(4, 2), tile(4, 4)
+one_by_one, four_by_one, one_by_eight = tile(1, 1), tile(4, 1), tile(1, 8)
+four_by_two, four_by_four = tile(4, 2), tile(4, 4)
 
 
 @njit(**OPTIONS)
 def product(x, weight, out, first, last):
     """out[:, first:last] = x @ weight[first:last].T, reading the weights once, from their begin to their end."""
     rows = len(x)
-    for o in range(first, last, 4):
-        is_whole, r = o + 4 <= last, 0
+    for o in range(first, last, 8):
+        is_whole, r = o + 8 <= last, 0
         while r < rows:
-            count = 4 if r + 4 <= rows else 2 if r + 2 <= rows else 1
+            # two or three rows are faster one by one: the memory brings the next weights meanwhile
+            is_four = r + 4 <= rows
             if not is_whole:
                 for each in range(o, last):
-                    if count == 4:
+                    if is_four:
                         four_by_one(x, weight, out, r, each)
-                    elif count == 2:
-                        two_by_one(x, weight, out, r, each)
                     else:
                         one_by_one(x, weight, out, r, each)
-            elif count == 4:
-                if LANES == 8:  # of AVX2, which has 16 registers
-                    four_by_two(x, weight, out, r, o)
-                    four_by_two(x, weight, out, r, o + 2)
-                else:
-                    four_by_four(x, weight, out, r, o)
-            elif count == 2:
-                two_by_four(x, weight, out, r, o)
+            elif not is_four:
+                one_by_eight(x, weight, out, r, o)
+            elif LANES == 8:  # of AVX2, which has 16 registers
+                for each in range(o, o + 8, 2):
+                    four_by_two(x, weight, out, r, each)
             else:
-                one_by_four(x, weight, out, r, o)
-            r += count
+                four_by_four(x, weight, out, r, o)
+                four_by_four(x, weight, out, r, o + 4)
+            r += 4 if is_four else 1
 
 
 @njit(**OPTIONS)

@@ -13,11 +13,14 @@ import llvmlite.binding
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
+from numba.core.registry import cpu_target
 from numba.extending import intrinsic
 
-FEATURES = llvmlite.binding.get_host_cpu_features()
-HAS_DOT = bool(FEATURES.get('avx512bf16') and FEATURES.get('avx512bw'))
-LANES = 16 if FEATURES.get('avx512f') else 8 if FEATURES.get('avx') else 4  # float32 numbers of a vector
+# what numba compiles for, which settings of its own may change
+_FEATURES = cpu_target.target_context.codegen().magic_tuple()[2].split(',')
+LANES = 16 if '+avx512f' in _FEATURES else 8 if '+avx' in _FEATURES else 4  # float32 numbers of a vector
+# before 16, LLVM has another signature for it
+HAS_DOT = {'+avx512bf16', '+avx512bw'} <= {*_FEATURES} and llvmlite.binding.llvm_version_info[0] >= 16
 FETCHED = 8192  # bytes ahead of those that are read, so that the memory is busy where a row of weights ends
 
 FLOAT, INT32, INT16, BYTE = ir.FloatType(), ir.IntType(32), ir.IntType(16), ir.IntType(8).as_pointer()
@@ -73,8 +76,7 @@ class Tile:
     def __init__(self, context, builder, signature, args, rows: int, outputs: int):
         self.context, self.builder, self.rows, self.outputs = context, builder, rows, outputs
         x, weight, out, first_row, self.first = args
-        self.wide, self.dots = (kind.dtype == types.float32 for kind in signature.args[1::-1])
-        self.dots = not self.dots
+        self.wide, self.dots = signature.args[1].dtype == types.float32, signature.args[0].dtype != types.float32
         self.lanes = 32 if self.dots else LANES  # numbers that are loaded at once
         self.sums_kind = ir.VectorType(FLOAT, LANES)
         self.weights, self.size = self._rows_of(signature.args[1], weight, self.first, outputs)
@@ -126,14 +128,14 @@ class Tile:
         if self.dots:
             pairs = ir.VectorType(BFloat(), self.lanes)
             weights, inputs = ([self.builder.bitcast(it, pairs) for it in them] for them in (weights, inputs))
-            name, before = 'llvm.x86.avx512bf16.dpbf16ps.512', True
+            name = 'llvm.x86.avx512bf16.dpbf16ps.512'
         else:
             weights = weights if self.wide else [self._widened(it) for it in weights]
-            name, before = f'llvm.fmuladd.v{LANES}f32', False
+            name = f'llvm.fmuladd.v{LANES}f32'
         added = []
         for x in inputs:
             for weight, total in zip(weights, sums[len(added) :]):
-                args = (total, x, weight) if before else (x, weight, total)
+                args = (total, x, weight) if self.dots else (x, weight, total)
                 added.append(self._call(name, self.sums_kind, *args))
         return added
 
