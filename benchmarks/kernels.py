@@ -7,23 +7,33 @@ Both forms run in turns, in one process and in processor time, so that whatever 
 ratio is the median of those of neighbours, and the numbers of both have to agree. A case is `mulan:seconds:batch` (a
 training step), `embed:seconds:batch`, `stage:frames:batch` (a training step of the coarse stage, dim 512, depth 6) or
 `decode:rows` (24 frames of it); `-bf16` after the name computes in bfloat16. What is for CUDA is not measured here.
+
+    python benchmarks/kernels.py --cases halves:1 halves:4 halves:8
+
+`halves:rows` is `decode` with the stage that `dtype='auto'` makes, and `float32` the same in float32: how many times as
+long that takes, how far the logits of the two lie apart (root mean square over their spread; 0.05 at most), and the
+share of the weights' memory.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import statistics
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import mulan as mulan_benchmark
 import torch
 from torch import Tensor
 
-CASES = ['mulan:3:4', 'mulan-bf16:3:4', 'embed:10:2', 'stage:120:2', 'stage-bf16:120:2', 'decode:1', 'decode:8']
+CASES = ['mulan:3:4', 'mulan-bf16:3:4', 'embed:10:2', 'stage:120:2', 'stage-bf16:120:2']
+CASES += ['decode:1', 'decode:8', 'halves:1', 'halves:4', 'halves:8']
 CODES, COARSE = 1024, 3
 NEVER = 'fast_kernels_allowed', lambda: False
 MULAN = {
@@ -36,6 +46,49 @@ STAGE = {
     'linear': MULAN['linear'],
 }
 DECODING = {'step_kernel': ('musiclm_pytorch.audiolm.decode_step', 'WORTH_LOADING', float('inf'))}
+
+
+def halves(rows: int) -> tuple[dict[str, Callable[[], Tensor]], float, float]:
+    """Decoding in float32 and as `dtype='auto'` says, the distance of their logits, and the share of memory."""
+    from musiclm_pytorch.audiolm.decode_step import fastest_dtype
+
+    decode, _ = case_of(f'decode:{rows}')
+    whole = decode.keywords['stage']
+    half = copy.deepcopy(whole).to(fastest_dtype(whole))
+    ids, embeds = decode.keywords['semantic'], decode.keywords['text_embeds']
+    tokens = torch.randint(CODES, (12 * COARSE, rows))
+
+    @torch.inference_mode()
+    def logits(stage: torch.nn.Module) -> Tensor:
+        given = dict(max_tokens=12 * COARSE, conditioning=embeds, total_tokens=24 * COARSE)
+        state = stage.prefill(ids, torch.zeros(rows, 0, dtype=torch.long), **given)
+        found = []
+        for own in tokens:
+            found.append(stage.next_logits(state))
+            if len(found) < len(tokens):
+                stage.decode_step(state, own)
+        return torch.stack(found)
+
+    wanted, found = logits(whole), logits(half)
+    sizes = [sum(it.numel() * it.itemsize for it in stage.parameters()) for stage in (half, whole)]
+    runs = {name: partial(decode, stage=stage) for name, stage in dict(auto=half, float32=whole).items()}
+    return runs, ((found - wanted).square().mean().sqrt() / wanted.std()).item(), sizes[0] / sizes[1]
+
+
+def measure_halves(name: str, repeats: int) -> None:
+    torch.manual_seed(0)
+    runs, error, memory = halves(int(name.partition(':')[2]))
+    if error > 0.05:
+        raise SystemExit(f'{name}: the logits differ by {error:.1e}')
+    times: dict[str, list[float]] = {path: [] for path in runs}
+    for _ in range(repeats + 1):
+        for path, run in runs.items():
+            start = time.process_time()
+            run()
+            times[path].append(time.process_time() - start)
+    ratio = statistics.median(slow / fast for slow, fast in zip(times['float32'][1:], times['auto'][1:]))
+    told = f'{statistics.median(times["auto"][1:]):.2f} s | {ratio:.2f} | {error:.0e}'
+    print(f'| {name}, {memory:.2f} of the memory | float32 | {told} |', flush=True)
 
 
 def case_of(name: str) -> tuple[Callable[[], Tensor], dict]:
@@ -83,7 +136,11 @@ def case_of(name: str) -> tuple[Callable[[], Tensor], dict]:
     if what == 'decode':
         stage.eval()
         given = dict(text_embeds=embeds, max_length=frames, min_length=frames, sampling=Sampling(temperature=0))
-        return lambda: generate_coarse(stage, semantic, **given).tokens.float(), DECODING
+
+        def decode(stage: torch.nn.Module, semantic: Tensor, **given: Any) -> Tensor:
+            return generate_coarse(stage, semantic, **given).tokens.float()
+
+        return partial(decode, stage=stage, semantic=semantic, **given), DECODING
 
     def train() -> Tensor:
         with autocast:
@@ -125,4 +182,4 @@ if __name__ == '__main__':
     print(f'load {Path("/proc/loadavg").read_text().split()[0]}, torch {torch.__version__}')
     print('| case | without | with all | times as long | numbers within |\n|---|---|---|---|---|')
     for case in arguments.cases:
-        measure(case, arguments.repeats)
+        (measure_halves if case.startswith('halves') else measure)(case, arguments.repeats)

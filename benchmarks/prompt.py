@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -66,8 +67,11 @@ def measure_files() -> dict:
     return dict(count=len(files), files=sorted(files))
 
 
-def measure_tokens(rows: int) -> dict:
-    """Tokens a second of the three stages as `MusicLM` calls them, dim 512, depth 6, float32, samples side by side."""
+def measure_tokens(rows: int, auto: bool = False) -> dict:
+    """Tokens a second of the three stages as `MusicLM` calls them, dim 512, depth 6, samples side by side.
+
+    In float32, or as `dtype='auto'` has them in a checkout that knows it.
+    """
     import torch
 
     import musiclm_pytorch
@@ -86,6 +90,11 @@ def measure_tokens(rows: int) -> dict:
         coarse=kinds.CoarseTransformer(num_semantic_tokens=CODES, **coarse, **sizes).eval(),
         fine=kinds.FineTransformer(num_fine_quantizers=FINE, **coarse, **sizes).eval(),
     )
+    if auto and find_spec('musiclm_pytorch.audiolm.decode_step'):
+        from musiclm_pytorch.audiolm.decode_step import fastest_dtype
+
+        for stage in stages.values():
+            stage.to(fastest_dtype(stage))
     embeds = torch.randn(rows, 8, 512)
     ids, codes = torch.randint(0, CODES, (rows, 48)), torch.randint(0, CODES, (rows, FRAMES, COARSE))
     runs = dict(
@@ -167,7 +176,7 @@ def main(args: argparse.Namespace) -> None:
     sides = dict(before=args.before, now=ROOT)
     tasks = dict(files=(1, 1), import_time=(args.rounds, 1), generate=(args.rounds, 1))
     tasks |= dict(step=(args.rounds, 1))
-    tasks |= {f'tokens {rows}': (args.rounds, args.threads) for rows in (1, 4, 8)}
+    tasks |= {f'tokens {rows}{kind}': (args.rounds, args.threads) for kind in ('', ' auto') for rows in (1, 4, 8)}
     report = {}
     for task, (rounds, threads) in tasks.items():
         if args.only and task.split()[0] not in args.only:
@@ -200,6 +209,6 @@ if __name__ == '__main__':
     if arguments.child:
         measures = dict(import_time=measure_import, generate=measure_generate, files=measure_files, step=measure_step)
         name, *rest = arguments.child
-        print(json.dumps(measure_tokens(int(rest[0])) if name == 'tokens' else measures[name]()))
+        print(json.dumps(measure_tokens(int(rest[0]), 'auto' in rest) if name == 'tokens' else measures[name]()))
     else:
         main(arguments)

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -26,6 +26,7 @@ from musiclm_pytorch.audiolm.convert import (
     own_tokenizer,
     unwrapped,
 )
+from musiclm_pytorch.audiolm.decode_step import fastest_dtype
 from musiclm_pytorch.audiolm.generate import generate_coarse, generate_fine, generate_semantic
 from musiclm_pytorch.audiolm.requests import (
     CountPerStage,
@@ -721,15 +722,18 @@ class MusicLM(HubModel, nn.Module):
         revision: str | None = None,
         subfolder: str | None = None,
         device: str | torch.device = 'cpu',
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | Literal['auto'] | None = None,
         verify: bool = True,
     ) -> MusicLM:
         """Rebuild everything from a folder that `save_pretrained` wrote, in eval mode.
 
         `MusicLM.from_pretrained('tiny')` is the model that ships with the package. `mulan` is used instead of the saved
         one. The other arguments and errors are as in `MuLaN.from_pretrained`; waves are float32 whatever the `dtype`.
+
+        With `dtype='auto'`, stages whose weights decoding waits for are cast to bfloat16, half of the memory, where the
+        processor computes in it; all else is as it is without. Music of a seed is then other music than in float32.
         """
-        place = placing(device, dtype)
+        place = placing(device, None if dtype == 'auto' else dtype)
         folder = find_pretrained(folder, revision, subfolder)
         needed, optional = ('windows', 'unique_consecutive'), ('sampling', 'knows', 'usual_score')
         settings = read_config(folder, 'MusicLM', needed, optional, verify)
@@ -745,7 +749,11 @@ class MusicLM(HubModel, nn.Module):
             hints = keywords_of(cls)
             values = {key: fitted(it, hints[key], key) for key, it in values.items()}
             musiclm = cls(mulan_embed_quantizer=quantizer, sampling=sampling, **values, **parts)
-        return place(musiclm.eval())
+        musiclm = place(musiclm.eval())
+        if dtype == 'auto':
+            for stage in musiclm.stages.values():
+                stage.to(fastest_dtype(stage))
+        return musiclm
 
 
 def parts_of(audio_lm: nn.Module) -> tuple[dict[str, nn.Module | None], bool]:

@@ -179,3 +179,21 @@ def test_a_musiclm_in_half_precision_makes_music(saved):
     assert all(it.dtype == torch.float32 for it in half.tokenizer.kmeans.buffers() if it.is_floating_point())
     latents = (load_mulan(saved, dtype=dtype).get_text_latents(raw_texts=['a flute']) for dtype in (None, torch.half))
     torch.testing.assert_close(*latents, atol=2e-2, rtol=0)
+
+
+def test_auto_halves_the_stages_that_gain(saved, tmp_path, monkeypatch):
+    def kinds(musiclm):
+        stages = {it.dtype for stage in musiclm.stages.values() for it in stage.parameters()}
+        return stages, musiclm.mulan_embed_quantizer.cond_embeddings['fine'].dtype
+
+    assert kinds(MusicLM.from_pretrained(saved, dtype='auto')) == ({torch.float32}, torch.float32)  # too small
+    monkeypatch.setattr('musiclm_pytorch.audiolm.decode_step.WORTH_HALVING', 0)
+    for can, dtype in ((False, torch.float32), (True, torch.bfloat16)):
+        monkeypatch.setattr('musiclm_pytorch.audiolm.decode_step.computes_in_bf16', lambda can=can: can)
+        musiclm = MusicLM.from_pretrained(saved, dtype='auto')
+        assert kinds(musiclm) == ({dtype}, torch.float32)
+    musiclm.save_pretrained(tmp_path / 'half')
+    again = MusicLM.from_pretrained(tmp_path / 'half', dtype='auto')
+    assert torch.equal(*(it('a slow low organ', seconds=0.5, seed=1) for it in (musiclm, again)))
+    with pytest.raises(TypeError, match="'int4'"):
+        MusicLM.from_pretrained(saved, dtype='int4')

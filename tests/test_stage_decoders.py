@@ -1,5 +1,6 @@
 """Logits with kept keys and values are those of audiolm-pytorch's uncached forward, at every position."""
 
+import copy
 import itertools
 import math
 import threading
@@ -215,6 +216,61 @@ def test_a_compiled_token_is_that_of_the_plain_operators(monkeypatch, batch, thr
         torch.set_num_threads(before)
     assert kinds == [FusedStep if batch <= 16 else type(None), type(None)]
     assert_equal(found, wanted)
+
+
+@pytest.mark.parametrize('batch', [1, 2, 7, 16])
+@pytest.mark.parametrize(
+    'options',
+    [
+        dict(heads=3, dim_head=7, dim=40),
+        dict(dim=64, num_residual_streams=1, cond_as_self_attn_prefix=True),
+        dict(dim=72, rel_pos_bias=False),
+    ],
+    ids=['cross', 'prefix', 'no bias'],
+)
+def test_a_compiled_token_reads_half_precision(monkeypatch, batch, options):
+    """Beside the plain operators in float32 on the same rounded weights."""
+    options = dict(audio_text_condition=True, heads=4) | options
+    stage = own_stage(coarse_stage(**options)).bfloat16()
+    before = [it.data_ptr() for it in stage.parameters()]
+    semantic_ids, tokens = codes(batch, 7, num=SEMANTIC), codes(batch, 4, COARSE)
+    semantic_ids[0, 5:] = -1
+    given = dict(tokens=tokens, known=COARSE, conditioning=embeds(batch, 4, options['dim']))
+    monkeypatch.setattr('musiclm_pytorch.audiolm.decode_step.WORTH_LOADING', math.inf)
+    wanted = decoded(copy.deepcopy(stage).float(), semantic_ids, **given)
+    plain = (decoded(stage, semantic_ids, **given) - wanted).square().mean().sqrt()
+    monkeypatch.setattr('musiclm_pytorch.audiolm.decode_step.WORTH_LOADING', 0)
+    found = decoded(stage, semantic_ids, **given)
+    assert found.dtype == torch.float32
+    # what the plain operators give is rounded, too
+    assert (found - wanted).square().mean().sqrt() < 1.1 * plain < 0.1 * wanted.std()
+    assert torch.equal(decoded(stage, semantic_ids, **given), found)
+    assert before == [it.data_ptr() for it in stage.parameters()]
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+def test_a_product_of_the_kernel_is_the_same_whatever_is_beside_it(monkeypatch, dtype):
+    """Bit by bit, in any number of rows and outputs; sizes that are no multiple of anything."""
+    monkeypatch.setattr('musiclm_pytorch.audiolm.decode_step.WORTH_LOADING', 0)
+    stage = own_stage(semantic_stage()).to(dtype).eval()
+    step = stage.prefill(codes(1, 1, num=SEMANTIC), max_tokens=4).cache.step
+    generator = torch.Generator().manual_seed(0)
+    for size, outputs in ((5, 3), (33, 8), (149, 18)):
+        x, bias = torch.randn(16, size, generator=generator), torch.randn(outputs, generator=generator)
+        weight = torch.randn(outputs, size, generator=generator).to(dtype)
+        whole = step.linear(x, weight, bias)
+        wanted = x.to(step.reads).double() @ weight.double().T + bias
+        torch.testing.assert_close(whole.double(), wanted, rtol=0, atol=1e-4)
+        for rows in range(1, 16):
+            assert torch.equal(step.linear(x[:rows], weight, bias), whole[:rows])
+        assert torch.equal(step.linear(x, weight[1:], bias[1:]), whole[:, 1:])
+
+
+def test_half_precision_tells_positions_apart():
+    stage = own_stage(semantic_stage()).bfloat16()
+    table = stage.transformer.rel_pos_bias(400)
+    assert table.dtype == torch.float32
+    assert (table[:, 301:] != table[:, 300:-1]).any(dim=0).all()
 
 
 def test_keys_beyond_the_vectors_of_the_kernel(step):

@@ -12,11 +12,11 @@ from types import ModuleType
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from musiclm_pytorch.audiolm.transformer import Cache, PositionBias, Step, Transformer
 from musiclm_pytorch.kernels import fast_kernels_allowed
+from musiclm_pytorch.kernels.processor import computes_in_bf16
 
 # Up to so many rows, the weights' way through the memory takes longer than the arithmetic.
 MOST_ROWS = 16
@@ -25,7 +25,17 @@ DIM_A_THREAD = 64
 # Tokens of a sample times parameters for which loading the kernel, a second or two, pays. What it computes may differ
 # in the last bits, so this depends on what is asked for alone: the same again is computed in the same way.
 WORTH_LOADING = 5e8
+# Parameters of a stage that no cache holds beside all else, so that half of their bytes is half of the time.
+WORTH_HALVING = 2**22
 MASKED = -1e30  # added to the score of a key that is not seen; finite, for a query may see no key at all
+
+
+def fastest_dtype(stage: nn.Module) -> torch.dtype:
+    """That of the weights in which a stage decodes fastest: bfloat16 for a large one, on a CPU that computes in it."""
+    weights = list(stage.parameters())
+    gains = weights[0].device.type == 'cpu' and sys.platform == 'linux' and computes_in_bf16()
+    is_large = sum(it.numel() for it in weights) >= WORTH_HALVING
+    return torch.bfloat16 if gains and is_large else weights[0].dtype
 
 
 def step_for(transformer: Transformer, cache: Cache, rows: int, tokens: int, compile: bool = False) -> Step | None:
@@ -39,7 +49,9 @@ def step_for(transformer: Transformer, cache: Cache, rows: int, tokens: int, com
     weights = list(transformer.parameters())
     if sum(it.numel() for it in weights) * tokens < WORTH_LOADING or rows > MOST_ROWS:
         return None
-    if any(it.device.type != 'cpu' or it.dtype != torch.float32 or not it.is_contiguous() for it in weights):
+    if any(it.device.type != 'cpu' or not it.is_contiguous() for it in weights):
+        return None
+    if {it.dtype for it in weights} not in ({torch.float32}, {torch.bfloat16}):
         return None
     return FusedStep(transformer, cache, rows) if fast_kernels_allowed() and sys.platform == 'linux' else None
 
@@ -81,27 +93,29 @@ class FixedStep:
 
 
 class FusedStep:
-    """By `step_kernel.py`, as one call that threads share, on a CPU in float32, with the weights in place."""
+    """By `step_kernel.py`, as one call that threads share, on a CPU, with the weights in place.
+
+    These are float32 or bfloat16; sums, keys and values are float32.
+    """
 
     def __init__(self, transformer: Transformer, cache: Cache, rows: int):
         from musiclm_pytorch.kernels import step_kernel as kernel  # numba takes a second
 
         # not to own what owns this, so that its threads end as soon as nobody needs them
-        self.cache, self.kernel, self.copies = weakref.proxy(cache), kernel, {}
+        self.cache, self.kernel = weakref.proxy(cache), kernel
         layers = [[None if it is None else (it.branch, mix) for it, mix in zip(layer, mixing)]
                   for layer, mixing in zip(transformer.layers, cache.mixing)]  # fmt: skip
         dim, heads, dim_head = transformer.dim, transformer.heads, transformer.dim_head
         hidden, streams = layers[0][2][0][5].in_features, transformer.num_residual_streams
         threads = max(1, min(torch.get_num_threads(), dim // DIM_A_THREAD))
-        self.crew = kernel.Crew(threads)
+        weights = str(transformer.norm.gamma.dtype).removeprefix('torch.')
+        self.reads = getattr(torch, kernel.inputs_of(weights))
+        self.crew = kernel.Crew(threads, weights)
         places, num_cross = cache.keys[0].shape[1], cache.cross[0][0].shape[1] if cache.cross else 0
 
         def additive(mask: Tensor | None, size: int) -> Tensor:
             shown = torch.zeros(rows, size)
             return shown if mask is None else shown.masked_fill_(~mask, MASKED)
-
-        def padded(size: int) -> int:
-            return size + -size % kernel.PAD_TO
 
         self.residual, self.output = torch.zeros(rows, streams, dim), torch.zeros(rows, dim)
         self.no_bias = torch.zeros(heads, places)
@@ -109,23 +123,27 @@ class FusedStep:
             kernel.RESIDUAL: self.residual,
             kernel.SPARE: torch.zeros(rows, streams, dim),
             kernel.MIXING: torch.zeros(rows, streams, streams + 2),
-            kernel.INPUT: torch.zeros(rows, padded(dim)),
-            kernel.NORMED: torch.zeros(rows, padded(dim)),
-            kernel.QUERIES: torch.zeros(rows, padded(heads * dim_head)),
+            kernel.INPUT: torch.zeros(rows, dim),
+            kernel.NORMED: torch.zeros(rows, dim),
+            kernel.QUERIES: torch.zeros(rows, heads * dim_head),
             kernel.KEY_VALUE: torch.zeros(rows, 2 * dim_head),
             kernel.FIRST_VALUES: torch.zeros(rows, dim_head),
-            kernel.ATTENDED: torch.zeros(rows, padded(heads * dim_head)),
+            kernel.ATTENDED: torch.zeros(rows, heads * dim_head),
             kernel.OUTPUT: self.output,
             kernel.BOTH: torch.zeros(rows, 2 * hidden),
-            kernel.GATED: torch.zeros(rows, padded(hidden)),
+            kernel.GATED: torch.zeros(rows, hidden),
             kernel.SCORES: torch.zeros(threads, heads, max(places, num_cross)),
             kernel.MASK: additive(cache.mask, places),
             kernel.CROSS_MASK: additive(cache.cross_mask, num_cross),
-            kernel.FINAL_GAMMA: transformer.norm.gamma,
-            kernel.FINAL_BETA: transformer.norm.beta,
+            kernel.FINAL_GAMMA: transformer.norm.gamma.float(),
+            kernel.FINAL_BETA: transformer.norm.beta.float(),
         }
+        for name in ('INPUT', 'NORMED', 'ATTENDED', 'GATED'):
+            own = scratch[getattr(kernel, name)]
+            scratch[getattr(kernel, f'READ_{name}')] = own.to(self.reads)  # itself where that is float32
         self.mixing = [[None if it is None else _transposed(it[1]) for it in layer] for layer in layers]
         self.cross = [(k.contiguous(), v.contiguous()) for k, v in cache.cross]
+        self.small: list[Tensor] = []  # float32 copies of what is no matrix
         self.table = self._addresses(kernel, layers)
 
         self.job = np.zeros(kernel.NUM_FIELDS, dtype=np.int64)
@@ -157,8 +175,9 @@ class FusedStep:
 
         def put(columns: np.ndarray, **tensors: Tensor) -> None:
             for name, tensor in tensors.items():
-                if name in ('TO_Q', 'TO_KV', 'TO_OUT', 'TO_HIDDEN', 'FROM_HIDDEN'):
-                    tensor = self._in_rows(tensor)
+                if name in ('GAMMA', 'BETA', 'HIDDEN_GAMMA', 'HIDDEN_BETA'):
+                    tensor = tensor.float()
+                    self.small.append(tensor)
                 columns[getattr(kernel, name)] = tensor.data_ptr()
 
         for index, (row, layer, mixing) in enumerate(zip(table, layers, self.mixing)):
@@ -176,20 +195,10 @@ class FusedStep:
                 HIDDEN_GAMMA=hidden_norm.gamma, HIDDEN_BETA=hidden_norm.beta, FROM_HIDDEN=to_out.weight)  # fmt: skip
         return table
 
-    def _in_rows(self, weight: Tensor) -> Tensor:
-        """A weight as the kernel reads it: in place, or a copy with zeros behind each row, up to a multiple."""
-        if (missing := -weight.shape[1] % self.kernel.PAD_TO) == 0:
-            return weight
-        place = weight.data_ptr()  # not `id`: a level's weights are a new view at each look
-        if place not in self.copies:
-            self.copies[place] = F.pad(weight.detach(), (0, missing))
-        return self.copies[place]
-
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """x Wᵀ + b for `x (b, d)`."""
-        weight = self._in_rows(weight)
-        x = F.pad(x, (0, missing)).contiguous() if (missing := weight.shape[1] - x.shape[1]) else x.contiguous()
-        out = x.new_empty(len(x), len(weight))
+        x, weight = x.to(self.reads).contiguous(), weight.contiguous()
+        out = torch.empty(len(x), len(weight))
         sizes = len(x), weight.shape[1], len(weight)
         job = np.array((*sizes, *(it.data_ptr() for it in (x, weight, out))), dtype=np.int64)
         self.crew.run(self.kernel.LINEAR, job)
@@ -209,4 +218,4 @@ class FusedStep:
 
 def _transposed(mixing: tuple[Tensor, Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor] | None:
     """As the kernel reads it: the dynamic weights `(k, d)`."""
-    return None if mixing is None else (mixing[0].t().contiguous(), mixing[1].contiguous(), mixing[2].contiguous())
+    return None if mixing is None else tuple(it.float().contiguous() for it in (mixing[0].t(), *mixing[1:]))

@@ -381,7 +381,7 @@ class HyperConnection(nn.Module):
 
     def mixing(self) -> Mixing:
         """What `mix` takes: the weights of the width connection, and beside them those of the depth connection."""
-        dynamic = torch.cat((self.dynamic_alpha_fn, self.dynamic_beta_fn[:, None]), dim=1)
+        dynamic = at_least_float32(torch.cat((self.dynamic_alpha_fn, self.dynamic_beta_fn[:, None]), dim=1))
         static = torch.cat((self.static_alpha, self.static_beta[:, None]), dim=1)
         scales = [self.dynamic_alpha_scale] * (static.shape[1] - 1)
         return self.norm.gain[:, None] * dynamic, static, torch.stack((*scales, self.dynamic_beta_scale))
@@ -403,7 +403,7 @@ class RMSNormGain(nn.Module):
 
     @property
     def gain(self) -> Tensor:
-        return (self.gamma + 1) * len(self.gamma) ** 0.5
+        return (at_least_float32(self.gamma) + 1) * len(self.gamma) ** 0.5
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -477,15 +477,17 @@ class RelativePositionBias(nn.Module):
 
 def run_position_mlp(layers: nn.Module, x: Tensor) -> Tensor:
     """`(h, n)` of positions `(n, …)`."""
-    x = x.to(next(layers.parameters()).dtype)
     # half precision tells no positions apart beyond 256
+    dtype = torch.promote_types(next(layers.parameters()).dtype, torch.float32)
+    x = x.to(dtype)
     with torch.autocast(x.device.type, enabled=False):
         for layer in [it for it in layers.modules() if not list(it.children())]:
-            x = layer(x)
-            if isinstance(layer, nn.SiLU):
+            if isinstance(layer, nn.Linear):
+                x = F.linear(x, layer.weight.to(dtype), layer.bias.to(dtype))
+            else:
                 # positions are numbers up to some thousands, many of which it takes almost to zero
-                x = without_denormals(x)
-    return at_least_float32(x.t()).contiguous()
+                x = without_denormals(layer(x))
+    return x.t().contiguous()
 
 
 def at_least_float32(x: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import threading
 import warnings
 from pathlib import Path
 
-from musiclm_pytorch.cli.options import add_device, add_model, command, option
+from musiclm_pytorch.cli.options import add_model, add_place, command, option, place_of
 from musiclm_pytorch.extras import how_to_install
 
 
@@ -28,7 +28,7 @@ def app(subcommands) -> None:
     host = 'where it is served: this machine alone; 0.0.0.0 is every network of it'
     option(parser, '--host', metavar='HOST', default='127.0.0.1', help=host)
     option(parser, '--port', metavar='N', default=7860, help='of the page')
-    add_device(parser)
+    add_place(parser)
     option(parser, '--max-seconds', metavar='S', default=30.0, help='the longest music')
     option(parser, '--max-samples', metavar='N', default=8, help='the most pieces at once')
     share = "a public address as well, through Gradio's servers, for anyone to use"
@@ -43,7 +43,7 @@ def run_app(options: argparse.Namespace) -> None:
 
     check_device(options.device)
     warnings.simplefilter('ignore', PromptWarning)  # the page tells it
-    musiclm = MusicLM.from_pretrained(options.model).to(options.device)
+    musiclm = MusicLM.from_pretrained(options.model, **place_of(options))
     with tempfile.TemporaryDirectory(prefix='musiclm-app-') as folder:
         os.environ.setdefault('GRADIO_TEMP_DIR', folder)  # so that what was made goes with the page
         name = Path(options.model).resolve().name  # where the folder lies concerns no visitor

@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from musiclm_pytorch.cli.options import add_device, add_model, add_output, command, option
+from musiclm_pytorch.cli.options import add_model, add_output, add_place, command, option, place_of
 from musiclm_pytorch.version import __version__
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ def generate(subcommands) -> None:
         'together (default: those of a prompt)',
     )
     option(parser, '--format', choices=('wav', 'flac', 'ogg', 'mp3'), default='wav', help='of the files')
-    add_device(parser)
+    add_place(parser)
     option(parser, '--overwrite', action='store_true', help='write over a page that is in the folder already')
 
 
@@ -85,7 +85,7 @@ def stream(subcommands) -> None:
     option(parser, '--seconds', metavar='S', help='end after so many (default: never)')
     option(parser, '--seed', metavar='N', default=0, help='another seed, other music')
     option(parser, '--negative', metavar='PROMPT', help=NEGATIVE)
-    add_device(parser)
+    add_place(parser)
 
 
 def run_stream(options: argparse.Namespace) -> None:
@@ -97,7 +97,7 @@ def run_stream(options: argparse.Namespace) -> None:
     from musiclm_pytorch.waves import pcm_bytes, wav_header
 
     check_device(options.device)
-    musiclm = MusicLM.from_pretrained(options.model).to(options.device)
+    musiclm = MusicLM.from_pretrained(options.model, **place_of(options))
     negative = None if options.negative is None else prompt_of(options.negative)
     with musiclm.stream(
         prompt_of(options.prompt), seconds=options.seconds, seed=options.seed, negative=negative
@@ -133,13 +133,14 @@ def run_generate(options: argparse.Namespace) -> None:
     from musiclm_pytorch.mulan.vocabulary import PromptWarning
     from musiclm_pytorch.musiclm import MusicLM
 
-    musiclm = MusicLM.from_pretrained(options.model).to(options.device)
+    musiclm = MusicLM.from_pretrained(options.model, **place_of(options))
     sampling = {
         name: it for name in (*musiclm.sampling, 'negative_scale') if (it := getattr(options, name)) is not None
     }
     sampling = musiclm.sampling | {name: it[0] if len(it) == 1 else tuple(it) for name, it in sampling.items()}
     negative = None if options.negative is None else prompt_of(options.negative)
-    how = dict(model=options.model, version=__version__, seconds=options.seconds, prime=options.prime)
+    how = dict(model=options.model, dtype=options.dtype, version=__version__)
+    how |= dict(seconds=options.seconds, prime=options.prime)
     how |= dict(negative=options.negative, **sampling)
     remarks = musiclm.prompt_warnings([prompt for _, prompt in given])
     for prompt, remark in zip(prompts, remarks):

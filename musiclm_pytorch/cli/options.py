@@ -65,6 +65,21 @@ def add_device(parser: Any) -> None:
     option(parser, '--device', default='cpu', help='such as cuda')
 
 
+def add_place(parser: Any) -> None:
+    """Where a model computes, and in what."""
+    add_device(parser)
+    dtypes = ('float32', 'bfloat16', 'auto')
+    what = 'of the weights; auto: bfloat16 for large stages where the processor gains by it'
+    option(parser, '--dtype', choices=dtypes, default='float32', help=what)
+
+
+def place_of(options: argparse.Namespace) -> dict[str, Any]:
+    """The same as keywords of `from_pretrained`."""
+    import torch
+
+    return dict(device=options.device, dtype=dict(float32=None, bfloat16=torch.bfloat16, auto='auto')[options.dtype])
+
+
 def add_output(parser: Any, help: str, *short: str, metavar: str = 'FOLDER') -> None:
     option(parser, *short, '--output', metavar=metavar, required=True, help=help)
 

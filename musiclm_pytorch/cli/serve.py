@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import contextlib
 import warnings
+from typing import Any
 
-from musiclm_pytorch.cli.options import SHIPPED, add_device, add_model, command, option
+from musiclm_pytorch.cli.options import SHIPPED, add_model, add_place, command, option, place_of
 
 # the fields of ServiceConfig, which is not loaded for `--help`; a test compares the defaults
 LIMITS = {
@@ -36,7 +37,7 @@ def serve(subcommands) -> None:
     add_model(parser, f'a folder of a MusicLM or of a MuLaN, or {SHIPPED}')
     option(parser, '--host', metavar='HOST', default='127.0.0.1', help='address to listen at')
     option(parser, '--port', metavar='N', default=8000, help='0 takes a free one')
-    add_device(parser)
+    add_place(parser)
     limits = parser.add_argument_group('limits')
     for name, (default, what) in LIMITS.items():
         option(limits, f'--{name}', metavar='S' if isinstance(default, float) else 'N', default=default, help=what)
@@ -55,7 +56,7 @@ def run_serve(options: argparse.Namespace) -> None:
     names = [name.replace('-', '_') for name in LIMITS]
     config = ServiceConfig(**{name: getattr(options, name) for name in names})
     check_device(options.device)
-    app = create_service(load_model(options.model).to(options.device), config)
+    app = create_service(load_model(options.model, **place_of(options)), config)
     warnings.simplefilter('ignore', PromptWarning)  # who asked is told in the answer
 
     from musiclm_pytorch.inference.service.server import Server
@@ -64,12 +65,14 @@ def run_serve(options: argparse.Namespace) -> None:
         Server(app, host=options.host, port=options.port).run()
 
 
-def load_model(folder: str):
-    """The MusicLM or the MuLaN in a folder, or the model of that name that ships."""
+def load_model(folder: str, dtype: Any, **place: Any):
+    """The MusicLM or the MuLaN in a folder, or the model of that name that ships; 'auto' says nothing to a MuLaN."""
     from musiclm_pytorch.mulan.checkpoint import saved_kind
     from musiclm_pytorch.mulan.model import MuLaN
     from musiclm_pytorch.musiclm import MusicLM
     from musiclm_pytorch.pretrained import find_pretrained
 
     folder = find_pretrained(folder)
-    return (MusicLM if saved_kind(folder) == 'MusicLM' else MuLaN).from_pretrained(folder)
+    if saved_kind(folder) == 'MusicLM':
+        return MusicLM.from_pretrained(folder, dtype=dtype, **place)
+    return MuLaN.from_pretrained(folder, dtype=None if dtype == 'auto' else dtype, **place)

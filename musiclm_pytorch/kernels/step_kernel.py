@@ -17,20 +17,18 @@ from threading import Thread
 
 import numpy as np
 from llvmlite import ir
-from numba import carray, njit, types
+from numba import carray, njit, typeof, types
 from numba.core import cgutils
 from numba.extending import intrinsic
+
+from musiclm_pytorch.kernels.tile import HAS_DOT, LANES, in_kind_of, tile
 
 # Sums may be reordered, which vector instructions need; NaN and infinity keep their meaning.
 MATHS = {'reassoc', 'contract', 'nsz', 'arcp'}
 OPTIONS = dict(fastmath=MATHS, error_model='numpy', boundscheck=False)
 
-# Rows of weights and of what they are multiplied with are a multiple of this long (zeros behind), so that no loop has
-# a remainder: LLVM makes four vectors of 16 at a time.
-PAD_TO = 64
-# float32 numbers ahead of the one that is read, so that the memory is busy where a row of weights ends
+# float32 numbers ahead of the one that is read, so that the memory is busy meanwhile
 FETCHED = 2048
-BLOCK = 16  # outputs that are computed for all rows before the next ones
 EPS = np.float32(1e-5)  # of layer norm
 
 # columns of the table of addresses, a row a layer
@@ -74,8 +72,13 @@ NUM_COLUMNS = 29
     SCORES,
     FINAL_GAMMA,
     FINAL_BETA,
+    # the inputs of products, in the kind of numbers that they read; in float32 the same places as above
+    READ_INPUT,
+    READ_NORMED,
+    READ_ATTENDED,
+    READ_GATED,
     NUM_FIELDS,
-) = range(33)
+) = range(37)
 
 # What the threads of a crew share: how many they are; how often one has come to a barrier; how many jobs there have
 # been, and which is at hand; whether one is about to come, or none any more; and for each thread whether it sleeps.
@@ -139,6 +142,12 @@ def pointer_to_addresses(typing_context, address):
 
 
 @intrinsic
+def pointer_like(typing_context, address, like):
+    """An address as a pointer to numbers of the kind of an array."""
+    return types.CPointer(like.dtype)(types.int64, like), _cast
+
+
+@intrinsic
 def prefetch(typing_context, array, index):
     """Ask for the cache line of `array.flat[index]`, which may lie behind its end, into the second level."""
 
@@ -167,51 +176,45 @@ def vector(address, size):
 
 
 @njit(**OPTIONS)
-def padded(size):
-    return (size + PAD_TO - 1) // PAD_TO * PAD_TO
+def matrix_like(address, rows, columns, like):
+    return carray(pointer_like(address, like), (rows, columns))
+
+
+@njit(**OPTIONS)
+def read_as(x, out):
+    """x in the kind of numbers of `out`, which is x itself where they are the same."""
+    for i in range(out.size):
+        out[i] = in_kind_of(x[i], out)
+
+
+one_by_one, four_by_one, one_by_eight = tile(1, 1), tile(4, 1), tile(1, 8)
+four_by_two, four_by_four = tile(4, 2), tile(4, 4)
 
 
 @njit(**OPTIONS)
 def product(x, weight, out, first, last):
-    """out[:, first:last] = x @ weight[first:last].T, reading the weights once, from their begin to their end.
-
-    By blocks of outputs, whose weights stay in the second level of the cache, and four rows, which stay in the first.
-    """
-    rows, size = len(x), weight.shape[1]
-    for begin in range(first, last, BLOCK):
-        end = min(begin + BLOCK, last)
-        r = 0
+    """out[:, first:last] = x @ weight[first:last].T, reading the weights once, from their begin to their end."""
+    rows = len(x)
+    for o in range(first, last, 8):
+        is_whole, r = o + 8 <= last, 0
         while r < rows:
+            # two or three rows are faster one by one: the memory brings the next weights meanwhile
             is_four = r + 4 <= rows
-            for o in range(begin, end):
-                if r == 0:
-                    for i in range(0, size, 16):
-                        prefetch(weight, o * size + i + FETCHED)
-                if is_four:
-                    four_rows(x, weight[o], out, r, o)
-                else:
-                    one_row(x[r], weight[o], out, r, o)
+            if not is_whole:
+                for each in range(o, last):
+                    if is_four:
+                        four_by_one(x, weight, out, r, each)
+                    else:
+                        one_by_one(x, weight, out, r, each)
+            elif not is_four:
+                one_by_eight(x, weight, out, r, o)
+            elif LANES == 8:  # of AVX2, which has 16 registers
+                for each in range(o, o + 8, 2):
+                    four_by_two(x, weight, out, r, each)
+            else:
+                four_by_four(x, weight, out, r, o)
+                four_by_four(x, weight, out, r, o + 4)
             r += 4 if is_four else 1
-
-
-@njit(**OPTIONS)
-def four_rows(x, w, out, r, o):
-    x0, x1, x2, x3 = x[r], x[r + 1], x[r + 2], x[r + 3]
-    sum0 = sum1 = sum2 = sum3 = np.float32(0)
-    for i in range(w.size):
-        sum0 += w[i] * x0[i]
-        sum1 += w[i] * x1[i]
-        sum2 += w[i] * x2[i]
-        sum3 += w[i] * x3[i]
-    out[r, o], out[r + 1, o], out[r + 2, o], out[r + 3, o] = sum0, sum1, sum2, sum3
-
-
-@njit(**OPTIONS)
-def one_row(x, w, out, r, o):
-    total = np.float32(0)
-    for i in range(w.size):
-        total += w[i] * x[i]
-    out[r, o] = total
 
 
 @njit(**OPTIONS)
@@ -384,7 +387,7 @@ def share_of(size, thread, threads):
 
 
 @njit(**OPTIONS)
-def token(job, crew, thread):
+def token(job, crew, thread, weight, read):
     threads = crew[THREADS]
     dim, heads, dim_head, hidden = job[DIM], job[HEADS], job[DIM_HEAD], job[HIDDEN]
     num_streams, rows, at, width = job[STREAMS], job[ROWS], job[AT], job[WIDTH]
@@ -393,11 +396,14 @@ def token(job, crew, thread):
     residual = carray(pointer_to(job[RESIDUAL]), (rows, num_streams, dim))
     spare = carray(pointer_to(job[SPARE]), (rows, num_streams, dim))
     mixing = carray(pointer_to(job[MIXING]), (rows, num_streams, num_streams + 2))
-    x, normed = matrix(job[INPUT], rows, padded(dim)), matrix(job[NORMED], rows, padded(dim))
-    queries, attended = matrix(job[QUERIES], rows, padded(inner)), matrix(job[ATTENDED], rows, padded(inner))
+    x, normed = matrix(job[INPUT], rows, dim), matrix(job[NORMED], rows, dim)
+    queries, attended = matrix(job[QUERIES], rows, inner), matrix(job[ATTENDED], rows, inner)
     key_value, first_values = matrix(job[KEY_VALUE], rows, 2 * dim_head), matrix(job[FIRST_VALUES], rows, dim_head)
     output, both = matrix(job[OUTPUT], rows, dim), matrix(job[BOTH], rows, 2 * hidden)
-    gated = matrix(job[GATED], rows, padded(hidden))
+    gated = matrix(job[GATED], rows, hidden)
+    read_x, read_normed = matrix_like(job[READ_INPUT], rows, dim, read), matrix_like(job[READ_NORMED], rows, dim, read)
+    read_attended = matrix_like(job[READ_ATTENDED], rows, inner, read)
+    read_gated = matrix_like(job[READ_GATED], rows, hidden, read)
     scores = carray(pointer_to(job[SCORES]), (threads, heads, max(width, num_cross_keys)))[thread]
     bias, cross_mask = matrix(job[BIAS], heads, job[BIAS_WIDTH]), matrix(job[CROSS_MASK], rows, num_cross_keys)
     mask = matrix(job[MASK], rows, width)
@@ -418,9 +424,11 @@ def token(job, crew, thread):
                 depth_connection(residual[row], mixing[row], spare[row], output[row])
             width_connection(residual[row], columns, mixing[row], x[row])
             layer_norm(x[row], vector(columns[GAMMA], dim), vector(columns[BETA], dim), normed[row], dim)
+            read_as(normed[row], read_normed[row])
+            read_as(x[row], read_x[row])
         barrier(crew)
-        product(normed, matrix(columns[TO_Q], inner, padded(dim)), queries, first_q, last_q)
-        product(x, matrix(columns[TO_KV], 2 * dim_head, padded(dim)), key_value, first_kv, last_kv)
+        product(read_normed, matrix_like(columns[TO_Q], inner, dim, weight), queries, first_q, last_q)
+        product(read_x, matrix_like(columns[TO_KV], 2 * dim_head, dim, weight), key_value, first_kv, last_kv)
         barrier(crew)
         k = carray(pointer_to(columns[KEYS]), (rows, width, dim_head))
         v = carray(pointer_to(columns[VALUES]), (rows, width, dim_head))
@@ -447,8 +455,9 @@ def token(job, crew, thread):
                 num_keys,
                 attended[row, own],
             )
+            read_as(attended[row, own], read_attended[row, own])
         barrier(crew)
-        product(attended, matrix(columns[TO_OUT], dim, padded(inner)), output, first_out, last_out)
+        product(read_attended, matrix_like(columns[TO_OUT], dim, inner, weight), output, first_out, last_out)
         barrier(crew)
 
         # cross-attention
@@ -458,8 +467,9 @@ def token(job, crew, thread):
                 depth_connection(residual[row], mixing[row], spare[row], output[row])
                 width_connection(residual[row], columns, mixing[row], x[row])
                 layer_norm(x[row], vector(columns[GAMMA], dim), vector(columns[BETA], dim), normed[row], dim)
+            read_as(normed[row], read_normed[row])
             barrier(crew)
-            product(normed, matrix(columns[TO_Q], inner, padded(dim)), queries, first_q, last_q)
+            product(read_normed, matrix_like(columns[TO_Q], inner, dim, weight), queries, first_q, last_q)
             barrier(crew)
             k = carray(pointer_to(columns[KEYS]), (rows, num_cross_keys, dim_head))
             v = carray(pointer_to(columns[VALUES]), (rows, num_cross_keys, dim_head))
@@ -477,8 +487,9 @@ def token(job, crew, thread):
                     num_cross_keys,
                     attended[row, own],
                 )
+                read_as(attended[row, own], read_attended[row, own])
             barrier(crew)
-            product(attended, matrix(columns[TO_OUT], dim, padded(inner)), output, first_out, last_out)
+            product(read_attended, matrix_like(columns[TO_OUT], dim, inner, weight), output, first_out, last_out)
             barrier(crew)
 
         # feedforward
@@ -487,10 +498,11 @@ def token(job, crew, thread):
             depth_connection(residual[row], mixing[row], spare[row], output[row])
             width_connection(residual[row], columns, mixing[row], x[row])
             layer_norm(x[row], vector(columns[GAMMA], dim), vector(columns[BETA], dim), normed[row], dim)
+            read_as(normed[row], read_normed[row])
         barrier(crew)
-        weight = matrix(columns[TO_HIDDEN], 2 * hidden, padded(dim))
-        product(normed, weight, both, first_hidden, last_hidden)
-        product(normed, weight, both, hidden + first_hidden, hidden + last_hidden)
+        to_hidden = matrix_like(columns[TO_HIDDEN], 2 * hidden, dim, weight)
+        product(read_normed, to_hidden, both, first_hidden, last_hidden)
+        product(read_normed, to_hidden, both, hidden + first_hidden, hidden + last_hidden)
         for row in range(rows):
             own, gate, result = both[row, :hidden], both[row, hidden:], gated[row]
             for i in range(first_hidden, last_hidden):
@@ -499,8 +511,9 @@ def token(job, crew, thread):
         gamma, beta = vector(columns[HIDDEN_GAMMA], hidden), vector(columns[HIDDEN_BETA], hidden)
         for row in range(first_row, last_row):
             layer_norm(gated[row], gamma, beta, gated[row], hidden)
+            read_as(gated[row], read_gated[row])
         barrier(crew)
-        product(gated, matrix(columns[FROM_HIDDEN], dim, padded(hidden)), output, first_out, last_out)
+        product(read_gated, matrix_like(columns[FROM_HIDDEN], dim, hidden, weight), output, first_out, last_out)
         barrier(crew)
 
     gamma, beta = vector(job[FINAL_GAMMA], dim), vector(job[FINAL_BETA], dim)
@@ -515,30 +528,27 @@ def token(job, crew, thread):
 
 
 @njit(**OPTIONS)
-def linear(job, crew, thread):
+def linear(job, crew, thread, weight, read):
     rows, size, num_out = job[0], job[1], job[2]
-    x, weight, out = matrix(job[3], rows, size), matrix(job[4], num_out, size), matrix(job[5], rows, num_out)
     first, last = share_of(num_out, thread, crew[THREADS])
-    product(x, weight, out, first, last)
+    x, weights = matrix_like(job[3], rows, size, read), matrix_like(job[4], num_out, size, weight)
+    product(x, weights, matrix(job[5], rows, num_out), first, last)
 
 
-def compiled(signature):
+def compiled(function):
     """As a function that Python may call, without its lock; kept for later where there is a place to keep it."""
-
-    def decorate(function):
-        try:
-            return njit(signature, nogil=True, cache=True, **OPTIONS)(function)
-        except RuntimeError:  # neither the folder of this file nor the user's can be written
-            return njit(signature, nogil=True, **OPTIONS)(function)
-
-    return decorate
+    try:
+        return njit(nogil=True, cache=True, **OPTIONS)(function)
+    except RuntimeError:  # neither the folder of this file nor the user's can be written
+        return njit(nogil=True, **OPTIONS)(function)
 
 
-@compiled(types.int64(types.int64[::1], types.int64, types.int64))
-def work(crew, thread, done):
+@compiled
+def work(crew, thread, done, weight, read):
     """Compute shares of jobs: of the one at hand, if this is thread 0, or of all that come, until none has for a while.
 
     done: how many jobs this thread has worked on; returns how many it has now.
+    weight, read: arrays of the kinds of numbers that weights have, and that products read beside them.
     """
     if thread == 0:
         count(crew, ISSUED, 1)
@@ -560,30 +570,39 @@ def work(crew, thread, done):
                 count(crew, ASLEEP + thread, -1)
             continue
         if crew[KIND] == TOKEN:
-            token(carray(pointer_to_addresses(crew[ADDRESS]), (NUM_FIELDS,)), crew, thread)
+            token(carray(pointer_to_addresses(crew[ADDRESS]), (NUM_FIELDS,)), crew, thread, weight, read)
         else:
-            linear(carray(pointer_to_addresses(crew[ADDRESS]), (6,)), crew, thread)
+            linear(carray(pointer_to_addresses(crew[ADDRESS]), (6,)), crew, thread, weight, read)
         barrier(crew)
         done, looks = done + 1, 0
         if thread == 0:
             return done
 
 
-@compiled(types.void(types.int64[::1]))
+@compiled
 def hold(crew):
     """Let no thread fall asleep until `HELD` is 0 again."""
     count(crew, HELD, 1)
 
 
+def inputs_of(weights: str) -> str:
+    """The kind of numbers that products with such weights read beside them."""
+    return 'bfloat16' if weights == 'bfloat16' and HAS_DOT else 'float32'
+
+
 class Crew:
     """The calling thread and those that it shares jobs with; these sleep where there are none, and end with it."""
 
-    def __init__(self, threads: int):
+    def __init__(self, threads: int, weights: str):
+        """weights: the kind of numbers that they have, 'float32' or 'bfloat16'."""
+        kinds = [np.float32 if it == 'float32' else np.uint16 for it in (weights, inputs_of(weights))]
+        self.kinds = tuple(np.empty(0, it) for it in kinds)
         self.shared = np.zeros(ASLEEP + threads, dtype=np.int64)
         self.shared[THREADS] = threads
+        work.compile(tuple(map(typeof, (self.shared, 0, 0, *self.kinds))))  # of these kinds alone
         self.queues = [SimpleQueue() for _ in range(threads - 1)]
         for number, queue in enumerate(self.queues, start=1):
-            Thread(target=self._serve, args=(self.shared, number, queue), daemon=True).start()
+            Thread(target=self._serve, args=(self.shared, number, queue, self.kinds), daemon=True).start()
         weakref.finalize(self, self._dismiss, self.shared, self.queues)
 
     def run(self, kind: int, job: np.ndarray) -> None:
@@ -596,15 +615,15 @@ class Crew:
                 if shared[ASLEEP + number]:
                     queue.put(None)
             # one call, for no signal may come between a job and the share of this thread, on which others wait
-            work(shared, 0, 0)
+            work(shared, 0, 0, *self.kinds)
         finally:
             shared[HELD] = 0
 
     @staticmethod
-    def _serve(shared: np.ndarray, number: int, queue: SimpleQueue) -> None:
+    def _serve(shared: np.ndarray, number: int, queue: SimpleQueue, kinds: tuple) -> None:
         done = 0
         while not shared[STOPPED]:
-            done = work(shared, number, done)
+            done = work(shared, number, done, *kinds)
             queue.get()
 
     @staticmethod
