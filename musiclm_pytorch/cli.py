@@ -17,6 +17,7 @@ from musiclm_pytorch.cli_app import app
 from musiclm_pytorch.cli_evaluate import compare, evaluate
 from musiclm_pytorch.cli_generate import discard_output, generate, stream
 from musiclm_pytorch.cli_parts import assemble, recipes, train_quantizer, train_tokenizer
+from musiclm_pytorch.cli_play import infill, train_melody
 from musiclm_pytorch.cli_search import index, search
 from musiclm_pytorch.cli_serve import serve
 from musiclm_pytorch.cli_training import (
@@ -273,6 +274,7 @@ METRICS = dict(recall_at_1='R@1', recall_at_5='R@5', recall_at_10='R@10', median
 
 TRAININGS = [
     train_mulan,
+    train_melody,
     train_quantizer,
     train_tokenizer,
     train_codec,
@@ -281,7 +283,8 @@ TRAININGS = [
     train_stage('fine', 'fine acoustic tokens from coarse ones'),
     train_all,
 ]
-SUBCOMMANDS = [shard, train, tokens, assemble, recipes, generate, stream, evaluate, compare, index, search, serve, app]
+SUBCOMMANDS = [shard, train, tokens, assemble, recipes, generate, infill, stream, evaluate, compare, index, search]
+SUBCOMMANDS += [serve, app]
 
 if __name__ == '__main__':
     sys.exit(main())

@@ -59,6 +59,7 @@ def generate(subcommands) -> None:
             f'--{name}', metavar='X', type=kind, nargs='+', help=f'{what}: one number, or one for each of three stages'
         )
     parser.add_argument('--prime', metavar='FILE', help='a sound file to go on from')
+    parser.add_argument('--melody', metavar='FILE', help='a sound file, such as of a hum, whose melody to follow')
     parser.add_argument(
         '--max-batch',
         metavar='N',
@@ -152,7 +153,7 @@ def run_generate(options: argparse.Namespace) -> None:
     sampling = musiclm.sampling | {name: it[0] if len(it) == 1 else tuple(it) for name, it in sampling.items()}
     negative = None if options.negative is None else prompt_of(options.negative)
     how = dict(model=options.model, version=__version__, seconds=options.seconds, prime=options.prime)
-    how |= dict(negative=options.negative, **sampling)
+    how |= dict(melody=options.melody, negative=options.negative, **sampling)
     remarks = musiclm.prompt_warnings([prompt for _, prompt in given])
     for prompt, remark in zip(prompts, remarks):
         if remark:
@@ -175,6 +176,7 @@ def run_generate(options: argparse.Namespace) -> None:
                     num_samples=options.num_samples,
                     seconds=options.seconds,
                     seed=options.seed + done * options.num_samples,
+                    melody=None if options.melody is None else Path(options.melody),
                     prime_wave_path=options.prime,
                     max_batch=options.max_batch,
                     return_all=True,

@@ -34,6 +34,10 @@ def train_quantizer(models) -> None:
     )
     parser.add_argument('--quantizers', type=int, metavar='N', help='levels (default: 8)')
     parser.add_argument('--codebook-size', type=int, metavar='N', help='codes a level (default: 1024)')
+    parser.add_argument('--melody', metavar='FOLDER', help='what `musiclm train melody` wrote, for the semantic stage')
+    parser.add_argument(
+        '--melody-windows', type=int, metavar='N', default=30, help='of it that a crop of that stage has at most (30)'
+    )
     parser.set_defaults(run=run_train_quantizer, prog=parser.prog)
 
 
@@ -135,6 +139,7 @@ def run_recipes(options: argparse.Namespace) -> None:
 
 
 def run_train_quantizer(options: argparse.Namespace) -> None:
+    from musiclm_pytorch.codecs.melody import MelodyQuantizer
     from musiclm_pytorch.trainer.assembly import fit_quantizer
     from musiclm_pytorch.trainer.folders import new_results
 
@@ -142,6 +147,8 @@ def run_train_quantizer(options: argparse.Namespace) -> None:
     recipe, mulan = _recipe_with('quantizer', names, options), _open_mulan(options)
     clips = _open_clips(recipe, options, mulan.sample_rate)
     quantizer, missing = fit_quantizer(recipe.fitted, mulan, clips, options.dims or recipe.conditioning_dims)
+    if options.melody is not None:
+        quantizer.add_melody(MelodyQuantizer.from_pretrained(options.melody), options.melody_windows)
     with new_results(Path(options.output), resume=False, clear=False):
         quantizer.save_pretrained(options.output)
     print(f'{len(missing)} levels of {quantizer.codebook_size} codes, in {options.output}')

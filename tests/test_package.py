@@ -54,6 +54,7 @@ ROOMS = [
     'cli_parts',
     'cli_training',
     'cli_generate',
+    'cli_play',
     'cli_evaluate',
     'cli_search',
     'cli_serve',

@@ -1,5 +1,6 @@
 from .codec import CodecTrainer as CodecTrainer
 from .loop import Trainer as Trainer
+from .melody import MelodyTrainer as MelodyTrainer
 from .mulan import MuLaNTrainer as MuLaNTrainer
 from .recipes import MuLaNRecipe as MuLaNRecipe
 from .stages import CoarseTrainer as CoarseTrainer
