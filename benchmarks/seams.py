@@ -1,7 +1,12 @@
-"""What happens where a story's prompt changes, and where music goes on from a prime: measured for `obedience.py`."""
+"""What happens where a story's prompt changes, and where music goes on from a prime: measured for `obedience.py`. And
+where a gap that was filled begins and ends:
+
+    python benchmarks/seams.py --clips 8
+"""
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable, Collection
 
 import numpy as np
@@ -12,7 +17,7 @@ from musiclm_pytorch import MusicLM, SyntheticMusic
 from musiclm_pytorch.data.attributes import MusicLabels
 from musiclm_pytorch.musiclm import CROSSFADE
 
-PART, STORY = 5.0, (5.0, 15.0)  # seconds
+PART, STORY, GAP = 5.0, (5.0, 15.0), (2.0, 4.0)  # seconds
 NEAR = 0.07  # seconds on either side of a seam in which a break would be
 # (waves, their own labels, the other part's) → which are nearer to their own
 Nearer = Callable[[Tensor, list[MusicLabels], list[MusicLabels]], np.ndarray]
@@ -88,6 +93,27 @@ def primes(musiclm: MusicLM, clips: int) -> dict[str, dict[str, float]]:
     return rows
 
 
+def infills(musiclm: MusicLM, clips: int) -> dict[str, dict[str, float]]:
+    """Held-out clips of six seconds whose seconds 2 to 4 are made anew under their caption, and seams on both sides."""
+    rate, (start, end) = musiclm.sample_rate, GAP
+    music = SyntheticMusic(clips, seed=11, seconds=6.0, sample_rate=rate, split='valid')
+    real, texts = zip(*(music[i] for i in range(clips)))
+    places = slice(round(start * rate), round(end * rate))
+    made: dict[str, list[Tensor]] = {'the clips': list(real)}
+    for i, (wave, text) in enumerate(zip(real, texts)):
+        for name, count in (('filled, of 8 candidates', 8), ('filled, of the first one', 1)):
+            filled = musiclm.infill((wave, rate), start, end, text, num_samples=count, seed=8 * i)
+            made.setdefault(name, []).append(filled)
+        cut = wave.clone()
+        cut[places] = musiclm(text, seconds=end - start, seed=8 * i)[0]
+        made.setdefault('another piece cut in', []).append(cut)
+    rows = {}
+    for name, waves in made.items():
+        for side, at in (('begins', start), ('ends', end)):
+            rows[f'{name}, where the gap {side}'] = seam(torch.stack(waves), at, rate)
+    return rows
+
+
 def seam(waves: Tensor, at: float, rate: int, fade: float = 0.0) -> dict[str, float]:
     """Medians over `(b, samples)`: the step of loudness between the half seconds before and after, in dB, and the
     largest spectral flux near the seam, the last `fade` seconds before it included, over its usual largest in as long a
@@ -118,3 +144,11 @@ def show(rows: dict[str, dict[str, float]]) -> None:
             columns = tuple(row)
             print('\n| | ' + ' | '.join(it.replace('_', ' ') for it in columns) + ' |\n|' + '---|' * (len(columns) + 1))
         print(f'| {name} | ' + ' | '.join(f'{value:.2f}' for value in row.values()) + ' |', flush=True)
+
+
+if __name__ == '__main__':
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--model', default='tiny', help='a folder, or the name of a model that ships')
+    parser.add_argument('--clips', type=int, default=8)
+    options = parser.parse_args()
+    show(infills(MusicLM.from_pretrained(options.model), options.clips))

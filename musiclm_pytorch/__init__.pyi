@@ -23,11 +23,13 @@ from .audiolm.stages import FineTransformer as FineTransformer
 from .audiolm.stages import SemanticTransformer as SemanticTransformer
 from .audiolm.streaming import MusicStream as MusicStream
 from .audiolm.tokens import compute_tokens as compute_tokens
+from .codecs.melody import MelodyQuantizer as MelodyQuantizer
 from .codecs.neural import NeuralCodec as NeuralCodec
 from .codecs.pretrained import PretrainedCodec as PretrainedCodec
 from .data.attributes import MusicLabels as MusicLabels
 from .data.collate import collate_pairs as collate_pairs
 from .data.datasets import AudioTextDataset as AudioTextDataset
+from .data.melodies import MelodyPairs as MelodyPairs
 from .data.scores.dataset import ScoreMusic as ScoreMusic
 from .data.scores.labels import ScoreLabels as ScoreLabels
 from .data.shard_writer import write_shards as write_shards
@@ -49,6 +51,7 @@ from .mulan.audio_transformer import AudioSpectrogramTransformer as AudioSpectro
 from .mulan.contrastive import MultiLayerContrastiveLoss as MultiLayerContrastiveLoss
 from .mulan.contrastive import SigmoidContrastiveLearning as SigmoidContrastiveLearning
 from .mulan.contrastive import SoftmaxContrastiveLearning as SoftmaxContrastiveLearning
+from .mulan.melody import MelodyEncoder as MelodyEncoder
 from .mulan.model import MuLaN as MuLaN
 from .mulan.pretrained import PretrainedMuLaN as PretrainedMuLaN
 from .mulan.recipes import (
@@ -64,6 +67,7 @@ from .quantizer import MuLaNEmbedQuantizer as MuLaNEmbedQuantizer
 from .trainer.assembly import assemble_musiclm as assemble_musiclm
 from .trainer.codec import CodecTrainer as CodecTrainer
 from .trainer.config import TrainingConfig as TrainingConfig
+from .trainer.melody import MelodyTrainer as MelodyTrainer
 from .trainer.mulan import MuLaNTrainer as MuLaNTrainer
 from .trainer.pipeline import train_musiclm as train_musiclm
 from .trainer.pipeline_recipe import MusicLMRecipe as MusicLMRecipe

@@ -27,7 +27,14 @@ from musiclm_pytorch.audiolm.convert import (
     unwrapped,
 )
 from musiclm_pytorch.audiolm.decode_step import fastest_dtype
-from musiclm_pytorch.audiolm.generate import generate_coarse, generate_fine, generate_semantic
+from musiclm_pytorch.audiolm.generate import (
+    Embeds,
+    continued_windows,
+    generate_coarse,
+    generate_fine,
+    generate_semantic,
+)
+from musiclm_pytorch.audiolm.infilling import log_likelihood
 from musiclm_pytorch.audiolm.requests import (
     CountPerStage,
     Mix,
@@ -35,17 +42,19 @@ from musiclm_pytorch.audiolm.requests import (
     PerStage,
     ProcessorPerStage,
     Prompt,
+    Sound,
     Story,
     read_prime,
     read_prompt,
     read_prompts,
     read_sampling,
     read_seconds,
+    read_sound,
     words_in,
 )
 from musiclm_pytorch.audiolm.sampling import Progress, Sampling, StopGeneration, counted_steps
 from musiclm_pytorch.audiolm.saving import load_module, save_module
-from musiclm_pytorch.audiolm.seam import CHANGE, CHANGE_GUIDANCE, join, steps_in
+from musiclm_pytorch.audiolm.seam import CHANGE, CHANGE_GUIDANCE, FADE, join, steps_in
 from musiclm_pytorch.audiolm.semantic import SemanticTokenizer
 from musiclm_pytorch.audiolm.stages import STAGES, CoarseTransformer, FineTransformer, SemanticTransformer
 from musiclm_pytorch.audiolm.streaming import DECODED_BEFORE, SHORTEST_CODED, MusicStream, StageStream, decode
@@ -71,6 +80,8 @@ CROSSFADE = 0.3
 SETTLE = 3.0
 # seconds of a prime at least by whose sound what follows is conditioned, too: less tells no timbre
 HEARD = 1.0
+# seconds of the right side of a gap by which candidates for it are judged
+SEEN = 1.0
 # seconds at the end of a prime that are made again: tokens and codes there look beyond it, and tell of an end
 REMADE = 0.1
 
@@ -248,6 +259,7 @@ class MusicLM(HubModel, nn.Module):
         negative: Prompt | None = None,
         negative_scale: PerStage = 1.0,
         logits_processor: ProcessorPerStage = None,
+        melody: Path | Sound | Tensor | None = None,
         prime_wave: Tensor | np.ndarray | None = None,
         prime_wave_input_sample_hz: int | None = None,
         prime_wave_path: str | Path | None = None,
@@ -274,6 +286,9 @@ class MusicLM(HubModel, nn.Module):
             logits_processor: a function of the tokens drawn so far in a window, `(b, n)` int64, levels taking turns,
                 and the logits of the next ones, `(b, c)`, that gives logits; one for all stages, or three, None among
                 them.
+            melody: a sound whose melody the music is to follow from its beginning on, such as someone who hums: a
+                `Path` of a file, the pair of a wave and its rate in Hz, or `Waves`. The model must have been trained
+                with melodies, see `MuLaNEmbedQuantizer.add_melody`. Longer music goes on without.
             prime_wave, prime_wave_input_sample_hz: music to go on from, a floating-point tensor or numpy array
                 `(samples,)` or `(channels, samples)`, and its rate in Hz; or
             prime_wave_path: the file that it is in. The music begins with these samples (the mean of the channels, at
@@ -297,7 +312,7 @@ class MusicLM(HubModel, nn.Module):
 
         Raises:
             ValueError: an empty prompt, a length that is not positive or no longer than the prime, an unfitted
-                quantizer, a prime without a rate.
+                quantizer, a prime without a rate, a melody for a model that knows none.
 
         Warns (`PromptWarning`) of words that the model does not know, and of music that does not come near its prompt;
         see `prompt_warnings`.
@@ -320,6 +335,7 @@ class MusicLM(HubModel, nn.Module):
             self._check_heard(seconds, 'music that is scored')
         avoided = [] if negative is None else [read_prompt(negative)]
         prime = read_prime(prime_wave, prime_wave_input_sample_hz, prime_wave_path, seconds=seconds)
+        melody = None if melody is None else self._melody_codes(melody)
         warn_of(self.prompt_warnings(prompts + avoided))
 
         with evaluating(self):
@@ -349,7 +365,7 @@ class MusicLM(HubModel, nn.Module):
                     parts = [Part(0.0, seconds, indices[prompt_of], sounds[prompt_of])]
                 try:
                     codes = self._generate(
-                        parts, avoided, samplings, prime, [generators[row] for row in rows], progress
+                        parts, avoided, samplings, prime, [generators[row] for row in rows], progress, melody
                     )
                     with counted_steps(progress, 'waves', len(rows)) as advance:
                         for own in zip(*(it.split(1) for it in codes)):
@@ -439,6 +455,124 @@ class MusicLM(HubModel, nn.Module):
         conditions = partial(self._conditions, negative=negative)
         return MusicStream(stages, self.codec, conditions, text, seconds=seconds, seed=seed)
 
+    @typechecked
+    @torch.no_grad()
+    def infill(
+        self,
+        wave: Path | Sound | Tensor,
+        start: float,
+        end: float,
+        text: Prompt,
+        *,
+        num_samples: int = 8,
+        temperature: PerStage | None = None,
+        top_k: CountPerStage = None,
+        top_p: PerStage | None = None,
+        cond_scale: PerStage | None = None,
+        seed: int | None = None,
+        progress: Progress = False,
+    ) -> Waves:
+        """A sound with other music from second `start` to `end`; both sides are kept as they are.
+
+            music = musiclm.infill(Path('in.wav'), 2.0, 4.0, 'a calm piano')
+
+        The stages go on from the left side, as from a prime, and make `num_samples` candidates without knowledge of the
+        right one. That chooses among them: the semantic and the coarse stage tell how likely the tokens of its first
+        second are after each candidate, and the one of the highest mean log-probability is taken. Coarse and fine stage
+        are conditioned on the mean of what MuLaN hears in both sides and reads in the prompt, as with a prime.
+
+        What was made is crossfaded over 40 ms on either side, the last ones of the left and the first ones of the
+        right, and comes as loud as each; over half of the gap it finds its own loudness. All other samples are those
+        given: the mean of the channels, at `sample_rate`.
+
+        Args:
+            wave: a `Path` of a file, the pair of a wave, as `prime_wave`, and its rate in Hz, or `Waves`.
+            start, end: of the gap in seconds, 0 to the sound's length. At either end there is one side only.
+            text: what the gap is to be like, a prompt as of `forward`.
+            num_samples: candidates.
+            others: as of `forward`.
+
+        Returns:
+            `(samples,)` float32 at `sample_rate`.
+
+        Raises:
+            ValueError: a gap that lies not within the sound or is shorter than a token, stages trained on semantic
+                tokens without repetitions, which tell no times, and what `forward` raises.
+        """
+        check_positive(num_samples=num_samples)
+        self._check_fitted()
+        if self.unique_consecutive:
+            raise ValueError(
+                'these stages know semantic tokens without repetitions, which tell no times, so they fill no gap; '
+                'train them with unique_consecutive=False'
+            )
+        samplings = self._samplings(temperature=temperature, top_k=top_k, top_p=top_p, cond_scale=cond_scale)
+        given = resample(*read_sound(wave, name='wave'), self.sample_rate)[0].to(self.device)
+        rate, length = self.sample_rate, given.shape[0] / self.sample_rate
+        least = float(1 / min(self.semantic_rate, self.frame_rate))
+        if not (start >= 0 and end <= length and end - start >= least):  # NaN is neither
+            raise ValueError(
+                f'the gap from {start:g} to {end:g} s must lie within the sound of {length:.3g} s and last '
+                f'{least:.3g} s at least'
+            )
+        first, last = round(start * rate), round(end * rate)
+        prompt = read_prompt(text)
+        warn_of(self.prompt_warnings([prompt]))
+        # the rest of the semantic stage's window is for the gap
+        begin = max(0.0, start - self.windows[0] / 2)
+        left, right = given[round(begin * rate) : first], given[last:]
+        # seconds of a candidate: up to the end of the gap, and with what is crossfaded
+        made = end - begin, min(end + FADE, length) - begin
+        generators = [torch.Generator(self.device).manual_seed(it) for it in seeds_of(seed, num_samples)]
+        with evaluating(self):
+            wanted, sides = self._latents([prompt]), torch.cat((left, right))
+            indices = sounds = self.mulan_embed_quantizer.indices(latents=wanted)
+            if len(sides) >= HEARD * rate:
+                latents = l2norm(wanted + self._hear(sides[None], rate))
+                sounds = self.mulan_embed_quantizer.indices(latents=latents)
+            indices, sounds = (repeat(it, '1 q -> b q', b=num_samples) for it in (indices, sounds))
+            part = Part(0.0, made[1], indices, sounds)
+            prime = (left[None], rate) if len(left) else None
+            semantic, *codes = self._encode_prime(prime, num_samples)
+            shared = dict(generator=generators, progress=progress)
+            (semantic,) = self._generate_semantic([part], semantic, None, samplings, None, shared)
+            (codes,) = self._generate_codes([part], [semantic], *codes, None, samplings, shared)
+            best = self._leads_to(right, semantic, codes, part, made[0]).argmax()
+            filled = decode(self.codec, codes[best, None])[0, : round(made[1] * rate)]
+        whole = torch.cat((given[: first - len(left)], filled))
+        if first:
+            whole = join(given[:first], whole, rate, settle=(end - start) / 2)
+        if len(right):  # the same from the other side
+            whole = F.pad(whole, (0, len(given) - len(whole)))
+            whole = join(right.flip(0), whole.flip(0), rate, settle=(end - start) / 2).flip(0)
+        return Waves.of(whole, rate)
+
+    def _leads_to(self, right: Tensor, semantic: Tensor, codes: Tensor, part: Part, end: float) -> Tensor:
+        """How likely the beginning of a wave `(samples,)` is after each candidate, of which `end` seconds count: the
+        mean log-probability of its semantic tokens, and that of its coarse codes, added, `(b,)`."""
+        b, levels = len(semantic), self.coarse.num_levels
+        seen = min(SEEN, *(it / 2 for it in self.windows[:2]))
+        following = right[: round((seen + REMADE) * self.sample_rate)]
+        prime = (following[None], self.sample_rate) if len(following) else None
+        next_semantic, next_coarse, _ = self._encode_prime(prime, b)
+        known = math.ceil(end * self.semantic_rate), math.ceil(end * self.frame_rate)
+        semantic = torch.cat((semantic[:, : known[0]], next_semantic), dim=1)
+        coarse = torch.cat((codes[:, : known[1], :levels], next_coarse), dim=1)
+        likely = torch.zeros(b, device=semantic.device)
+        if next_semantic.shape[1]:
+            begin = max(0, semantic.shape[1] - round(self.windows[0] * self.semantic_rate))
+            condition = self._conditioning('semantic', part.indices)
+            own = semantic[:, begin:]
+            likely += log_likelihood(self.semantic, own, known=known[0] - begin, conditioning=condition)
+        if next_coarse.shape[1]:
+            begin, per_frame = max(0, coarse.shape[1] - round(self.windows[1] * self.frame_rate)), self.semantic_rate
+            per_frame /= self.frame_rate
+            seen = semantic[:, math.floor(begin * per_frame) : math.ceil(coarse.shape[1] * per_frame)]
+            condition = self._conditioning('coarse', part.sounds)
+            own = coarse[:, begin:]
+            likely += log_likelihood(self.coarse, seen, own, known=known[1] - begin, conditioning=condition)
+        return likely
+
     def _conditions(self, text: Prompt, negative: Prompt | None) -> dict[str, tuple[Tensor | None, Tensor | None]]:
         """The conditioning of each stage by one prompt, and by one to keep away from."""
         prompts = [read_prompt(it) for it in (text, negative) if it is not None]
@@ -490,17 +624,28 @@ class MusicLM(HubModel, nn.Module):
         prime: tuple[Tensor, int] | None,
         generators: list[torch.Generator],
         progress: Progress,
+        melody: Tensor | None = None,
     ) -> list[Tensor]:
         """Codes of all levels for each part, `(b, t, q)`, from the beginning of the music to its end.
 
         Each part goes on from the one before under a conditioning of its own, `CROSSFADE` seconds before that ends.
         """
-        semantic, coarse, fine = self._encode_prime(prime, len(generators))
-        semantic_known, coarse_known = semantic.shape[1], coarse.shape[1]
-        unique_consecutive = self.unique_consecutive
+        semantic, *codes = self._encode_prime(prime, len(generators))
         shared = dict(generator=generators, progress=progress)
+        semantics = self._generate_semantic(parts, semantic, avoided, samplings, melody, shared)
+        return self._generate_codes(parts, semantics, *codes, avoided, samplings, shared)
 
-        semantics = []
+    def _generate_semantic(
+        self,
+        parts: list[Part],
+        semantic: Tensor,
+        avoided: Tensor | None,
+        samplings: list[Sampling],
+        melody: Tensor | None,
+        shared: dict[str, Any],
+    ) -> list[Tensor]:
+        """Semantic tokens `(b, n)` of each part, which go on from those of a prime."""
+        semantics, semantic_known, unique_consecutive = [], semantic.shape[1], self.unique_consecutive
         for begin, end, indices, _ in parts:
             length, window = math.ceil(end * self.semantic_rate), round(self.windows[0] * self.semantic_rate)
             steps = [(length, samplings[0], None)]
@@ -512,22 +657,34 @@ class MusicLM(HubModel, nn.Module):
                 steps.insert(0, (first, samplings[0].guided(CHANGE_GUIDANCE), seen))
             for stop, sampling, seen in steps:
                 if stop > semantic.shape[1]:
+                    sight = dict(window=window if stop > window else None, overlap=window // 2, prime_overlap=seen)
+                    begins = [it.start for it in continued_windows(stop, prime=semantic.shape[1], **sight)]
                     semantic = generate_semantic(
                         self.stages['semantic'],
                         max_length=stop,
                         min_length=stop,
-                        text_embeds=self._conditioning('semantic', indices),
+                        text_embeds=self._semantic_conditioning(indices, melody, begins),
                         negative_embeds=self._conditioning('semantic', avoided),
                         prime=semantic,
                         sampling=sampling,
-                        window=window if stop > window else None,
-                        overlap=window // 2,
-                        prime_overlap=seen,
+                        **sight,
                         **shared,
                     ).tokens
             semantics.append(semantic)
+        return semantics
 
-        coarses = []
+    def _generate_codes(
+        self,
+        parts: list[Part],
+        semantics: list[Tensor],
+        coarse: Tensor,
+        fine: Tensor,
+        avoided: Tensor | None,
+        samplings: list[Sampling],
+        shared: dict[str, Any],
+    ) -> list[Tensor]:
+        """Codes `(b, t, q)` of each part, of its semantic tokens, which go on from coarse and fine ones of a prime."""
+        coarses, coarse_known, unique_consecutive = [], coarse.shape[1], self.unique_consecutive
         for (begin, end, _, sounds), semantic in zip(parts, semantics):
             length, window = math.ceil(end * self.frame_rate), round(self.windows[1] * self.frame_rate)
             # without repetitions, no one knows which tokens belong to a window
@@ -578,6 +735,29 @@ class MusicLM(HubModel, nn.Module):
         if indices is None or not self.stages[name].has_condition:
             return None
         return self.mulan_embed_quantizer.embed(indices, name)
+
+    def _semantic_conditioning(self, indices: Tensor, melody: Tensor | None, begins: list[int]) -> Embeds:
+        """That of windows that begin at these tokens; each is told of the melody from its own time on."""
+        if melody is None:
+            return self._conditioning('semantic', indices)
+        quantizer = self.mulan_embed_quantizer
+        hop = Fraction(str(quantizer.melody.encoder.hop)) * self.semantic_rate  # in tokens
+        told = [melody[:, round(begin / hop) :].expand(len(indices), -1, -1) for begin in begins]
+        return [quantizer.embed(indices, 'semantic', own) for own in told]
+
+    def _melody_codes(self, melody: Path | Sound | Tensor) -> Tensor:
+        """The codes of a melody, `(1, m, q)`."""
+        if (quantizer := self.mulan_embed_quantizer.melody) is None or not self.semantic.has_condition:
+            raise ValueError(
+                'this model has no melody encoder: fit a MelodyQuantizer, give it to add_melody of the '
+                'MuLaNEmbedQuantizer, and train the semantic stage with that'
+            )
+        if self.unique_consecutive:
+            raise ValueError(
+                'these stages know semantic tokens without repetitions, which tell no times, so they follow no melody; '
+                'train them with unique_consecutive=False'
+            )
+        return quantizer(*read_sound(melody, name='melody'))
 
     def _latents(self, prompts: list[Prompt]) -> Tensor:
         """MuLaN's latents of prompts as `read_prompts` gives them, `(p, d)`."""

@@ -18,7 +18,9 @@ from torch.utils.data import DataLoader
 from musiclm_pytorch.atomic import written_together
 from musiclm_pytorch.audiolm.convert import passes_as
 from musiclm_pytorch.audiolm.fingerprints import fingerprint
+from musiclm_pytorch.audiolm.stages import PAD
 from musiclm_pytorch.checks import as_tensor, check_positive, check_probability, records_config, typechecked
+from musiclm_pytorch.codecs.melody import MelodyEmbedding, MelodyQuantizer
 from musiclm_pytorch.data.collate import collate_for
 from musiclm_pytorch.data.rates import rate_of
 from musiclm_pytorch.mulan import checkpoint
@@ -29,7 +31,8 @@ from musiclm_pytorch.pretrained.hub import HubModel, find_folder
 
 logger = logging.getLogger(__name__)
 
-MULAN_FOLDER = 'mulan'
+MULAN_FOLDER, MELODY_FOLDER = 'mulan', 'melody'
+MELODY_NAMESPACE = 'semantic'  # of the stage that melodies condition, as in MusicLM
 NOT_SAVED = 'mulan_not_saved'  # where a config tells of a joint embedding that has to be given
 PROBE = 'a slow piano melody'  # the text that one without weights is known by
 
@@ -50,7 +53,7 @@ class MuLaNEmbedQuantizer(HubModel, nn.Module):
     refuses to work in eval mode. Loading a state dict counts as fitting.
 
     `parameters()` are the conditioning embeddings alone, which are trained with their stages; MuLaN is never trained
-    here.
+    here. With `add_melody`, the conditioning of the semantic stage also tells a melody.
 
     Args:
         mulan: a trained MuLaN, a `PretrainedMuLaN`, or a module that this takes.
@@ -104,6 +107,7 @@ class MuLaNEmbedQuantizer(HubModel, nn.Module):
         self.sample_rate = sample_rate
 
         self.rq = ResidualCodebooks(self.dim, rq_num_quantizers, codebook_size, decay=rq_ema_decay)
+        self.melody = self.melody_embedding = None
         self.frozen = False
         self.warned = False
         self.register_load_state_dict_post_hook(_freeze_if_fitted)
@@ -115,11 +119,15 @@ class MuLaNEmbedQuantizer(HubModel, nn.Module):
 
     def parameters(self, recurse: bool = True):
         """The conditioning embeddings: what an optimizer of a stage trains beside its transformer."""
-        return self.cond_embeddings.parameters(recurse)
+        yield from self.cond_embeddings.parameters(recurse)
+        if self.melody_embedding is not None:
+            yield from self.melody_embedding.parameters(recurse)
 
     def train(self, mode: bool = True) -> MuLaNEmbedQuantizer:
         super().train(mode)
         self.mulan.eval()
+        if self.melody is not None:
+            self.melody.eval()
         if self.frozen:
             self.rq.eval()
         return self
@@ -141,6 +149,31 @@ class MuLaNEmbedQuantizer(HubModel, nn.Module):
             f'  conditioning: {spaces},\n'
             f'  of {indented(self.mulan)})'
         )
+
+    @typechecked
+    def add_melody(self, melody: MelodyQuantizer, windows: int = 30) -> MuLaNEmbedQuantizer:
+        """Let the semantic stage be conditioned by melodies, too: the rows of its windows follow those of MuLaN, zeros
+        where there is no melody. A stage has to be trained with it, from tokens with a stream of melodies.
+
+        Args:
+            melody: a fitted one.
+            windows: of a melody, that the stage is told of at once: those that begin within the stage's window.
+
+        Returns:
+            this quantizer.
+
+        Raises ValueError without the namespace 'semantic', without codebooks, or if there is one already.
+        """
+        check_positive(windows=windows)
+        melody.check_fitted()
+        self._check_namespace(MELODY_NAMESPACE)
+        if self.melody is not None:
+            raise ValueError(f'this quantizer has a melody already, {self.melody!r}; build another quantizer')
+        dim = self.conditioning_dims[self.namespaces.index(MELODY_NAMESPACE)]
+        self.melody = melody.to(self.device).eval()
+        self.melody_embedding = MelodyEmbedding(melody.num_quantizers, melody.codebook_size, windows, dim)
+        self.melody_embedding.to(self.device)
+        return self
 
     def set_default_namespace(self, namespace: str) -> None:
         """Choose the namespace of calls that do not name one. Raises ValueError for an unknown one."""
@@ -170,7 +203,8 @@ class MuLaNEmbedQuantizer(HubModel, nn.Module):
             audio_lengths, sample_rate: of `wavs`, as in `MuLaN.get_audio_latents`.
 
         Returns:
-            `(b, rq_num_quantizers, conditioning dim)` float32, differentiable with respect to the embeddings.
+            `(b, rq_num_quantizers, conditioning dim)` float32, differentiable with respect to the embeddings; with
+            `add_melody`, that of the semantic stage has as many rows of zeros behind as a melody has.
         """
         namespace = self._default_namespace if namespace is None else self._check_namespace(namespace)
         indices = self.indices(
@@ -210,11 +244,20 @@ class MuLaNEmbedQuantizer(HubModel, nn.Module):
             self._warn_or_refuse()
         return self.rq(latents)
 
-    def embed(self, indices: Tensor, namespace: str | None = None) -> Tensor:
-        """The conditioning of codes `(b, q)`: `(b, q, conditioning dim)`."""
+    def embed(self, indices: Tensor, namespace: str | None = None, melody: Tensor | None = None) -> Tensor:
+        """The conditioning of codes `(b, q)`: `(b, q, conditioning dim)`.
+
+        With `add_melody`, that of the semantic stage has the rows of a melody behind: of codes `melody (b, m, q)`, -1
+        where there is none, or zeros without.
+        """
         namespace = self._default_namespace if namespace is None else self._check_namespace(namespace)
         levels = torch.arange(self.num_codebooks, device=indices.device)
-        return self.cond_embeddings[namespace][levels, indices]
+        conditioning = self.cond_embeddings[namespace][levels, indices]
+        if self.melody is None or namespace != MELODY_NAMESPACE:
+            return conditioning
+        if melody is None:
+            melody = indices.new_full((len(indices), 0, self.melody.num_quantizers), PAD)
+        return torch.cat((conditioning, self.melody_embedding(melody)), dim=1)
 
     # codebooks
 
@@ -325,7 +368,8 @@ class MuLaNEmbedQuantizer(HubModel, nn.Module):
     # saving
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write codebooks, embeddings and, in a folder `mulan` within, MuLaN; for `from_pretrained`.
+        """Write codebooks, embeddings and, in folders `mulan` and `melody` within, MuLaN and what `add_melody` was
+        given; for `from_pretrained`.
 
         Of a joint embedding that nothing here could rebuild, such as MuQ-MuLan, only class and hash are written: it has
         to be given to `from_pretrained`.
@@ -333,13 +377,20 @@ class MuLaNEmbedQuantizer(HubModel, nn.Module):
         if not self.is_fitted:
             raise ValueError('this quantizer has no codebooks yet; call fit before saving it')
         config: dict[str, Any] = dict(model='MuLaNEmbedQuantizer', quantizer=self.config)
-        weights = {name: it for name, it in self.state_dict().items() if not name.startswith('mulan.')}
+        weights = {name: it for name, it in self.state_dict().items() if not name.startswith(('mulan.', 'melody.'))}
         with written_together(folder) as aside:
+            within = []
+            if self.melody is not None:
+                self.melody.save_pretrained(aside / MELODY_FOLDER)
+                config[MELODY_FOLDER] = dict(windows=len(self.melody_embedding.positions))
+                within.append(MELODY_FOLDER)
             if isinstance(self.mulan, PretrainedMuLaN) and not self.mulan.is_clap:
                 config[NOT_SAVED] = _identity(self.mulan)
             else:
                 self.mulan.save_pretrained(aside / MULAN_FOLDER)
-                config[checkpoint.WITHIN] = checkpoint.checksums_within(aside, [MULAN_FOLDER])
+                within.append(MULAN_FOLDER)
+            if within:
+                config[checkpoint.WITHIN] = checkpoint.checksums_within(aside, within)
             checkpoint.write_folder(aside, config, weights)
 
     @classmethod
@@ -362,7 +413,7 @@ class MuLaNEmbedQuantizer(HubModel, nn.Module):
         place = checkpoint.placing(device, dtype)
         folder = find_folder(folder, revision, subfolder)
         config, weights = checkpoint.read_folder(
-            folder, 'MuLaNEmbedQuantizer', parts=('quantizer',), optional=(NOT_SAVED,), verify=verify
+            folder, 'MuLaNEmbedQuantizer', parts=('quantizer',), optional=(NOT_SAVED, MELODY_FOLDER), verify=verify
         )
         if (told := config.content.get(NOT_SAVED)) is not None:
             with config.refused(f'{NOT_SAVED!r} must hold keywords', told):
@@ -381,6 +432,10 @@ class MuLaNEmbedQuantizer(HubModel, nn.Module):
         given = mulan is not None
         mulan = own_mulan(mulan) if given else load_joint(Path(folder) / MULAN_FOLDER, verify=verify)
         quantizer = config.build(cls, 'quantizer', mulan)
+        if MELODY_FOLDER in config.content:
+            melody = MelodyQuantizer.from_pretrained(Path(folder) / MELODY_FOLDER, verify=verify)
+            config.build(quantizer.add_melody, MELODY_FOLDER, melody)
+            weights |= {f'melody.{name}': tensor for name, tensor in melody.state_dict().items()}
         weights |= {f'mulan.{name}': tensor for name, tensor in mulan.state_dict().items()}
         trained = mulan.text.trained_tokens
         checkpoint.load_strictly(quantizer, weights, source=folder)

@@ -79,13 +79,17 @@ class Waves(Tensor):
 
 def sound_bytes(wave: Tensor, sample_rate: int, suffix: str = '.wav') -> bytes:
     """The bytes of a sound file with `(samples,)`; what lies beyond [-1, 1] is clipped."""
-    formats = soundfile.available_formats()
-    name = suffix.removeprefix('.').upper()
-    if name not in ('WAV', 'FLAC', 'OGG', 'MP3') or name not in formats:
-        raise ValueError(f'music can be written as .wav, .flac, .ogg or .mp3, not as {suffix!r}')
-    file = io.BytesIO()
+    file, name = io.BytesIO(), format_of(suffix)
     soundfile.write(file, wave.detach().cpu().float().clamp(-1, 1).numpy(), sample_rate, format=name)
     return file.getvalue()
+
+
+def format_of(suffix: str) -> str:
+    """libsndfile's name of a format that music is written in. Raises ValueError for any other ending."""
+    name = suffix.removeprefix('.').upper()
+    if name not in ('WAV', 'FLAC', 'OGG', 'MP3') or name not in soundfile.available_formats():
+        raise ValueError(f'music can be written as .wav, .flac, .ogg or .mp3, not as {suffix!r}')
+    return name
 
 
 def wav_header(sample_rate: int, samples: int | None = None) -> bytes:

@@ -92,7 +92,7 @@ def test_every_option_has_help(monkeypatch):
     with pytest.raises(SystemExit):
         cli.main([])
     commands = dict(parsers_below(parsers[0]))
-    trainings = ('mulan', 'quantizer', 'tokenizer', 'codec', 'semantic', 'coarse', 'fine', 'all')
+    trainings = ('mulan', 'melody', 'quantizer', 'tokenizer', 'codec', 'semantic', 'coarse', 'fine', 'all')
     assert set(commands) == {
         'shard',
         'tokens',
@@ -100,6 +100,7 @@ def test_every_option_has_help(monkeypatch):
         'recipes',
         'train',
         'generate',
+        'infill',
         'evaluate',
         'compare',
         'index',

@@ -285,3 +285,26 @@ def test_the_card_tells_what_the_folder_holds():
     card = (HOME / 'tiny' / 'README.md').read_text()
     for word in ('command', 'seed', 'cores', 'loss', 'judge'):
         assert word in card.lower()
+
+
+def test_infill_keeps_both_sides_of_a_file(tiny, tmp_path, capsys):
+    wave = 0.1 * torch.randn(32000, generator=torch.Generator().manual_seed(0))
+    soundfile.write(tmp_path / 'in.wav', wave.numpy(), 16000)
+    command = ['infill', str(tmp_path / 'in.wav'), 'a slow flute', '--num-samples', '2', '--start', '0.5']
+    assert main([*command, '--end', '1', '-o', str(tmp_path / 'out.flac')]) == 0
+    assert capsys.readouterr().out == f'{tmp_path / "out.flac"}\n'
+    made, rate = soundfile.read(tmp_path / 'out.flac', dtype='int16')
+    given, _ = soundfile.read(tmp_path / 'in.wav', dtype='int16')
+    assert (rate, len(made)) == (16000, 32000)
+    for kept in (slice(0, 7360), slice(16640, None)):  # but for 40 ms
+        assert abs(made[kept].astype(int) - given[kept]).max() <= 1
+    assert (made[8000:16000] != given[8000:16000]).mean() > 0.9
+    for given, told in (
+        (['--end', '3', '-o', str(tmp_path / 'no.wav')], 'the gap from 0.5 to 3 s must lie within the sound of 2 s'),
+        (['--end', '1', '-o', str(tmp_path / 'no.txt')], "or .mp3, not as '.txt'"),
+    ):
+        assert main([*command, *given]) == 2
+        assert told in capsys.readouterr().err
+    assert {path.name for path in tmp_path.iterdir()} == {'in.wav', 'out.flac'}
+    assert main(['generate', 'a flute', '--melody', str(tmp_path / 'in.wav'), '-o', str(tmp_path / 'out')]) == 2
+    assert 'this model has no melody encoder' in capsys.readouterr().err

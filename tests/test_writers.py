@@ -167,6 +167,7 @@ COMMANDS = {
 MOVES_ASIDE = ('assemble', 'quantizer', 'tokenizer')
 TRAININGS = {name: f'train {name} --data nothing' for name in ('mulan', 'codec', 'all')}
 TRAININGS |= {name: f'train {name} --tokens nothing' for name in ('semantic', 'coarse', 'fine')}
+TRAININGS['melody'] = 'train melody'
 
 
 def words(name, output, **places):

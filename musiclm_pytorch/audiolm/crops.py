@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -31,8 +31,8 @@ class TokenCrops(Dataset):
     """What a stage is trained on, from a cache that `compute_tokens` filled.
 
     Items are dicts of int64 tensors: `semantic (n,)` and `codec (t, q)`, as the stage needs them, of one crop, and
-    with `conditioning` the `(q,)` codes of MuLaN. Crops begin where frames of both streams begin, and clips shorter
-    than a crop are whole. What the data set could not read is left out.
+    with `conditioning` the `(q,)` codes of MuLaN, with `melody` the `(m, q)` codes of its windows. Crops begin where
+    frames of all streams begin, and clips shorter than a crop are whole. What the data set could not read is left out.
 
     Args:
         folder: the cache.
@@ -40,6 +40,7 @@ class TokenCrops(Dataset):
         seconds: length of the crops; by default 30, 10 and 3 s for the three stages.
         conditioning: give MuLaN's codes too, those of the window nearest to the middle of the crop.
         text_share: share of the items that have the codes of their text instead.
+        melody: give the codes of melodies too, of the windows that begin within the crop; it begins with one.
         training: draw crops at random; otherwise the middle of each clip.
         items: indices of the data set that are used, all by default.
 
@@ -56,6 +57,7 @@ class TokenCrops(Dataset):
         seconds: float | None = None,
         conditioning: bool = True,
         text_share: float = 0.0,
+        melody: bool = False,
         training: bool = True,
         items: Sequence[int] | None = None,
     ):
@@ -71,6 +73,7 @@ class TokenCrops(Dataset):
         self.seconds = STAGE_SECONDS[stage] if seconds is None else seconds
         self.conditioning = conditioning
         self.text_share = text_share
+        self.melody = melody
         self.training = training
         self.timed = STAGE_STREAMS[stage]
         names = [*self.timed]
@@ -78,6 +81,8 @@ class TokenCrops(Dataset):
             names.append('audio')
         if conditioning and text_share > 0:
             names.append('text')
+        if melody:
+            names.append('melody')
         self.streams = {name: _Stream(self.folder / name) for name in names}
         self._check_streams()
 
@@ -87,8 +92,8 @@ class TokenCrops(Dataset):
         self.items = np.flatnonzero(present)
         if len(self.items) == 0:
             raise ValueError(f'{self.folder} has no item with tokens for the stage {stage!r}')
-        # the least time after which frames of both streams begin together
-        rates = [self.streams[name].rate for name in self.timed]
+        # the least time after which frames of all streams begin together
+        rates = [self.streams[name].rate for name in (*self.timed, *(('melody',) if melody else ()))]
         common = Fraction(math.gcd(*(r.numerator for r in rates)), math.lcm(*(r.denominator for r in rates)))
         self.grid = 1 / common
         for name, rate in zip(self.timed, rates):
@@ -107,9 +112,9 @@ class TokenCrops(Dataset):
         """What is known of a stream: `codebook_size`, `quantizers` and others."""
         return self.streams[name].about['facts']
 
-    def frames(self, name: str) -> int:
+    def frames(self, name: str, rounded: Callable[[Fraction], int] = math.floor) -> int:
         """Frames of a stream that a crop holds."""
-        return math.floor(Fraction(str(self.seconds)) * self.streams[name].rate)
+        return rounded(Fraction(str(self.seconds)) * self.streams[name].rate)
 
     def __repr__(self) -> str:
         streams = ', '.join(self.streams)
@@ -135,6 +140,10 @@ class TokenCrops(Dataset):
             crop['semantic'] = rearrange(crop['semantic'], 'n g -> (n g)')  # groups stand one after another
         if self.conditioning:
             crop['conditioning'] = self._codes(item, float(start) + self.seconds / 2)
+        if self.melody:
+            stream = self.streams['melody']
+            first = int(start * stream.rate)
+            crop['melody'] = stream.read(item, first, first + self.frames('melody', math.ceil))
         return crop
 
     def _codes(self, item: int, middle: float) -> Tensor:
@@ -158,7 +167,8 @@ class TokenCrops(Dataset):
         return tuple(self._of(np.sort(self.items[chosen]), training) for chosen, training in parts)
 
     def _of(self, items: np.ndarray, training: bool) -> TokenCrops:
-        keywords = dict(seconds=self.seconds, conditioning=self.conditioning, text_share=self.text_share)
+        names = 'seconds', 'conditioning', 'text_share', 'melody'
+        keywords = {name: getattr(self, name) for name in names}
         return TokenCrops(self.folder, self.stage, training=training, items=items.tolist(), **keywords)
 
 
@@ -227,7 +237,8 @@ class _Stream:
 
 
 def collate_tokens(items: list[dict[str, Tensor]], unique_consecutive: bool = False) -> dict[str, Tensor]:
-    """A batch, padded with `PAD`: `semantic (b, n)`, `codec (b, t, q)`, `conditioning (b, q)`, as items have them.
+    """A batch, padded with `PAD`: `semantic (b, n)`, `codec (b, t, q)`, `conditioning (b, q)`, `melody (b, m, q)`, as
+    items have them.
 
     With `unique_consecutive` repeated semantic tokens are left out.
     """

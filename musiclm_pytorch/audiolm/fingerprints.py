@@ -13,7 +13,7 @@ from musiclm_pytorch.data.collate import split_item
 PLAIN = (bool, int, float, str)
 # what training the stages changes of a quantizer, and what says how it is used rather than what it computes
 CHANGING = (
-    *('cond_embeddings', 'conditioning_dims', 'namespaces', 'cond_drop_prob'),
+    *('cond_embeddings', 'conditioning_dims', 'namespaces', 'cond_drop_prob', 'melody', 'melody_embedding'),
     *('training', 'warned', 'frozen', 'source', 'name_or_path'),
 )
 PROBES = 4  # items of a data set that are looked at
@@ -22,7 +22,7 @@ PROBES = 4  # items of a data set that are looked at
 def fingerprint(module: nn.Module) -> dict[str, str]:
     """The kind of a module, and hashes of its weights and of its settings, as far as they are plain attributes.
 
-    The conditioning embeddings of a quantizer do not count: its codes are the same without them.
+    The conditioning embeddings of a quantizer do not count, nor does its melody: its codes are the same without them.
     """
     weights = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
@@ -33,7 +33,7 @@ def fingerprint(module: nn.Module) -> dict[str, str]:
         f'{name}.{key}={value!r}'
         for name, child in module.named_modules()
         for key, value in sorted(vars(child).items())
-        if not key.startswith('_') and key not in CHANGING and _is_plain(value)
+        if not key.startswith('_') and key not in CHANGING and name.split('.')[0] not in CHANGING and _is_plain(value)
     ]
     return dict(kind=type(module).__name__, weights=weights.hexdigest()[:16], settings=_hash('\n'.join(settings)))
 

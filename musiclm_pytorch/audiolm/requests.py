@@ -105,13 +105,8 @@ def read_prompt(prompt: Prompt) -> Prompt:
         if not prompt.strip():
             raise ValueError(f'a prompt must say something, got {prompt!r}')
         return prompt
-    if isinstance(prompt, Path):
-        with AudioFile(prompt) as file:
-            prompt = file.read(0, len(file)), file.sample_rate
-    elif rate := getattr(prompt, 'sample_rate', None):
-        prompt = prompt, rate
-    if isinstance(prompt, tuple):
-        return read_wave(*prompt, name='the wave of a prompt')
+    if isinstance(prompt, Path | tuple) or getattr(prompt, 'sample_rate', None):
+        return read_sound(prompt, name='the wave of a prompt')
     latent = as_tensor(prompt)
     if latent.ndim != 1 or not latent.is_floating_point():
         raise ValueError(
@@ -120,6 +115,22 @@ def read_prompt(prompt: Prompt) -> Prompt:
         )
     check_finite(latent[None], 'a latent holds NaN or infinity')
     return latent.float()
+
+
+def read_sound(sound: Path | Sound | Tensor, *, name: str) -> Sound:
+    """A file, a wave with its rate, or `Waves`, as `(1, samples)` and its rate in Hz.
+
+    Raises ValueError for what is no wave, TypeError for one that does not tell its rate, FileNotFoundError for a
+    missing file.
+    """
+    if isinstance(sound, Path):
+        with AudioFile(sound) as file:
+            sound = file.read(0, len(file)), file.sample_rate
+    elif rate := getattr(sound, 'sample_rate', None):
+        sound = sound, rate
+    if not isinstance(sound, tuple):
+        raise TypeError(f'{name} must tell its rate: pass the pair of it and its rate in Hz, got {described(sound)}')
+    return read_wave(*sound, name=name)
 
 
 def words_in(prompt: Prompt) -> list[str]:

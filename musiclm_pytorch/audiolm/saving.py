@@ -20,6 +20,7 @@ KINDS = {
     'PretrainedCodec': 'musiclm_pytorch.codecs.pretrained',
     'SpectralCodec': 'musiclm_pytorch.audiolm.spectral_codec',
     'SoundStream': convert.__name__,
+    'MelodyEncoder': 'musiclm_pytorch.mulan.melody',
     **{it.__name__: it.__module__ for it in STAGES.values()},
 }
 

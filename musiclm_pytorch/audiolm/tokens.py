@@ -1,7 +1,7 @@
 """The tokens of a data set, computed once and kept on disk, so that a step of a stage costs its transformer alone.
 
-A cache is a folder with one folder a stream: `semantic` ids, `codec` ids, and MuLaN's codes of the `audio` and of the
-`text`. Each stream holds what it was computed with and from, and its shards:
+A cache is a folder with one folder a stream: `semantic` ids, `codec` ids, MuLaN's codes of the `audio` and of the
+`text`, and codes of the `melody`. Each stream holds what it was computed with and from, and its shards:
 
     tokens/codec/stream.json
     tokens/codec/00000.safetensors    values (frames, q), ends (items,): where each item's frames end
@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,7 @@ SHARD = '{:05d}.safetensors'
 CONTEXT_SECONDS = 1.0  # on both sides of a window of long audio, so that its edges are tokenized as its middle is
 SIZES = ('quantizers', 'codebook_size')
 FACTS = dict(semantic=(*SIZES, 'rate'), codec=(*SIZES, 'rate'), audio=(*SIZES, 'seconds', 'hop'), text=SIZES)
+FACTS |= dict(melody=(*SIZES, 'rate'))
 ON_CHANGE = ('error', 'aside')
 
 
@@ -91,7 +93,8 @@ def compute_tokens(
             fills streams of its own.
         tokenizer: a `Tokenizer`, or `HubertWithKmeans` of audiolm-pytorch.
         codec: a `Codec`, or `SoundStream` or `EncodecWrapper` of audiolm-pytorch.
-        quantizer: a fitted `MuLaNEmbedQuantizer`; gives codes of windows of the audio and, with `texts`, of the texts.
+        quantizer: a fitted `MuLaNEmbedQuantizer`; gives codes of windows of the audio and, with `texts`, of the texts,
+            and with a melody those of melodies.
         sample_rate: of the waves in Hz; by default the data set's `sample_rate`. Each module gets its own rate.
         batch_size: waves of equal length computed at a time.
         shard_size: items of the data set a shard.
@@ -135,6 +138,8 @@ def compute_tokens(
         streams.append(_audio_stream(quantizer, rate, batch_size, mulan_seconds, mulan_hop))
         if texts:
             streams.append(_text_stream(quantizer, batch_size))
+        if quantizer.melody is not None:
+            streams.append(_melody_stream(quantizer.melody, rate, batch_size))
     if not streams:
         raise ValueError('nothing to compute: pass a tokenizer, a codec or a quantizer')
 
@@ -225,6 +230,15 @@ def _text_stream(quantizer: nn.Module, batch_size: int) -> Stream:
 
     facts = dict(quantizers=quantizer.num_codebooks, codebook_size=quantizer.codebook_size)
     return Stream('text', compute, facts, fingerprint(quantizer))
+
+
+def _melody_stream(melody: nn.Module, rate: int, batch_size: int) -> Stream:
+    def compute(items: list[Item]) -> list[Tensor]:
+        codes = partial(melody, sample_rate=rate)
+        return _in_batches([item.wave for item in items], codes, batch_size, _device_of(melody))
+
+    facts = dict(rate=str(1 / Fraction(str(melody.encoder.hop))), quantizers=melody.num_quantizers)
+    return Stream('melody', compute, facts | dict(codebook_size=melody.codebook_size), fingerprint(melody))
 
 
 def _initialised(module: nn.Module) -> nn.Module:

@@ -18,6 +18,7 @@ from musiclm_pytorch.cli.evaluate import compare, evaluate
 from musiclm_pytorch.cli.generate import discard_output, generate, stream
 from musiclm_pytorch.cli.options import split_fields
 from musiclm_pytorch.cli.parts import assemble, recipes
+from musiclm_pytorch.cli.play import infill
 from musiclm_pytorch.cli.search import index, search
 from musiclm_pytorch.cli.serve import serve
 from musiclm_pytorch.cli.training import train
@@ -131,4 +132,5 @@ def user_errors() -> tuple[type[Exception], ...]:
     return OSError, ValueError, TypeError, ImportError, *([loop.TrainingError] if loop else [])
 
 
-SUBCOMMANDS = [shard, train, tokens, assemble, recipes, generate, stream, evaluate, compare, index, search, serve, app]
+SUBCOMMANDS = [shard, train, tokens, assemble, recipes, generate, infill, stream, evaluate, compare, index, search]
+SUBCOMMANDS += [serve, app]

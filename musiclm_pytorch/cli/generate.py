@@ -58,6 +58,8 @@ def generate(subcommands) -> None:
         each = f'{what}: one number, or one for each of three stages'
         option(parser, f'--{name}', metavar='X', type=kind, nargs='+', help=each)
     option(parser, '--prime', metavar='FILE', help='a sound file to go on from')
+    melody = 'a sound file, such as of a hum, whose melody to follow'
+    option(parser, '--melody', metavar='FILE', help=melody)
     option(
         parser,
         '--max-batch',
@@ -141,7 +143,7 @@ def run_generate(options: argparse.Namespace) -> None:
     negative = None if options.negative is None else prompt_of(options.negative)
     how = dict(model=options.model, dtype=options.dtype, version=__version__)
     how |= dict(seconds=options.seconds, prime=options.prime)
-    how |= dict(negative=options.negative, **sampling)
+    how |= dict(melody=options.melody, negative=options.negative, **sampling)
     remarks = musiclm.prompt_warnings([prompt for _, prompt in given])
     for prompt, remark in zip(prompts, remarks):
         if remark:
@@ -164,6 +166,7 @@ def run_generate(options: argparse.Namespace) -> None:
                     num_samples=options.num_samples,
                     seconds=options.seconds,
                     seed=options.seed + done * options.num_samples,
+                    melody=None if options.melody is None else Path(options.melody),
                     prime_wave_path=options.prime,
                     max_batch=options.max_batch,
                     return_all=True,

@@ -24,6 +24,7 @@ from musiclm_pytorch.cli.options import (
     write_results,
 )
 from musiclm_pytorch.cli.parts import train_quantizer, train_tokenizer
+from musiclm_pytorch.cli.play import train_melody
 
 STAGES = dict(
     semantic='semantic tokens from conditioning',
@@ -38,6 +39,7 @@ def train(subcommands) -> None:
     parser = subcommands.add_parser('train', help='train a model', description='Train a model on audio and captions.')
     models = parser.add_subparsers(dest='model', required=True, metavar='MODEL')
     train_mulan(models)
+    train_melody(models)
     train_quantizer(models)
     train_tokenizer(models)
     train_codec(models)

@@ -2,6 +2,7 @@ from .attributes import MusicLabels as MusicLabels
 from .clips import Clip as Clip
 from .collate import collate_pairs as collate_pairs
 from .datasets import AudioTextDataset as AudioTextDataset
+from .melodies import MelodyPairs as MelodyPairs
 from .opening import open_pairs as open_pairs
 from .scores.dataset import ScoreMusic as ScoreMusic
 from .scores.labels import ScoreLabels as ScoreLabels

@@ -1,6 +1,7 @@
 from .callbacks import Callback as Callback
 from .codec import CodecTrainer as CodecTrainer
 from .config import TrainingConfig as TrainingConfig
+from .melody import MelodyTrainer as MelodyTrainer
 from .mulan import MuLaNTrainer as MuLaNTrainer
 from .recipes import MuLaNRecipe as MuLaNRecipe
 from .stages import CoarseTrainer as CoarseTrainer

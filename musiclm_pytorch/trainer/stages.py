@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -18,16 +19,18 @@ from musiclm_pytorch.audiolm.convert import own_stage
 from musiclm_pytorch.audiolm.crops import TokenCrops, collate_tokens
 from musiclm_pytorch.audiolm.fingerprints import fingerprint
 from musiclm_pytorch.audiolm.stages import (
+    PAD,
     CoarseTransformer,
     FineTransformer,
     SemanticTransformer,
     StageTransformer,
 )
 from musiclm_pytorch.checks import check_probability, typechecked
+from musiclm_pytorch.codecs.melody import MelodyEmbedding
 from musiclm_pytorch.collectives import mean_over_ranks, rank, world_size
 from musiclm_pytorch.mulan import checkpoint
 from musiclm_pytorch.mulan.model import evaluating
-from musiclm_pytorch.quantizer import MuLaNEmbedQuantizer
+from musiclm_pytorch.quantizer import MELODY_NAMESPACE, MuLaNEmbedQuantizer
 from musiclm_pytorch.trainer.callbacks import Callback
 from musiclm_pytorch.trainer.config import TrainingConfig, TrainingKeywords
 from musiclm_pytorch.trainer.trainer import Trainer
@@ -35,6 +38,7 @@ from musiclm_pytorch.trainer.trainer import Trainer
 logger = logging.getLogger(__name__)
 
 CONDITIONING_FILE = 'conditioning.safetensors'
+MELODY = 'melody.'  # begins the names of its embeddings there
 
 
 class Stage(nn.Module):
@@ -42,7 +46,7 @@ class Stage(nn.Module):
 
     The embeddings are the quantizer's own parameter, so that training them here trains them there. In training, the
     conditioning of a share of the items is all zeros, which is the null condition of guidance when sampling
-    (classifier-free guidance, arXiv 2207.12598).
+    (classifier-free guidance, arXiv 2207.12598); of a further share, only that by the melody.
     """
 
     def __init__(
@@ -53,29 +57,35 @@ class Stage(nn.Module):
         cond_drop_prob: float,
         mask_prob: float,
         prefix_loss_weight: float,
+        melody: MelodyEmbedding | None = None,
+        melody_drop_prob: float = 0.0,
     ):
         super().__init__()
         self.transformer = transformer
         self.embeddings = embeddings
+        self.melody, self.melody_drop_prob = melody, melody_drop_prob
         self.cond_drop_prob = cond_drop_prob
         self.mask_prob = mask_prob
         self.prefix_loss_weight = prefix_loss_weight
 
     def forward(
-        self, semantic: Tensor | None = None, codec: Tensor | None = None, conditioning: Tensor | None = None
+        self,
+        semantic: Tensor | None = None,
+        codec: Tensor | None = None,
+        conditioning: Tensor | None = None,
+        melody: Tensor | None = None,
     ) -> Tensor:
-        """The loss of a batch of tokens `(b, n)`, `(b, t, q)` and MuLaN's codes `(b, q)`, as `collate_tokens` gives."""
+        """The loss of a batch of tokens `(b, n)`, `(b, t, q)`, MuLaN's codes `(b, q)` and those of melodies
+        `(b, m, q)`, as `collate_tokens` gives."""
         return self.transformer.loss(
             *self.ids_of(semantic, codec),
-            conditioning=self.embed(conditioning),
+            conditioning=self.embed(conditioning, melody),
             # forgetful masking whenever training, never in validation
             mask_prob=self.mask_prob if self.training else 0.0,
             prefix_loss_weight=self.prefix_loss_weight,
         )
 
-    def count_labels(
-        self, semantic: Tensor | None = None, codec: Tensor | None = None, conditioning: Tensor | None = None
-    ) -> Tensor:
+    def count_labels(self, semantic: Tensor | None = None, codec: Tensor | None = None, **_: Tensor) -> Tensor:
         """The number of labels of a batch, which its loss is the mean over."""
         ids = self.ids_of(semantic, codec)
         return self.transformer.count_labels(*ids, prefix_loss_weight=self.prefix_loss_weight)
@@ -89,11 +99,16 @@ class Stage(nn.Module):
             return semantic, codec[..., :q]
         return codec[..., :q], codec[..., q : q + self.transformer.num_fine_quantizers]
 
-    def embed(self, codes: Tensor | None) -> Tensor | None:
-        """`(b, q)` codes to `(b, q, d)` conditioning, some items' dropped in training."""
+    def embed(self, codes: Tensor | None, melody: Tensor | None = None) -> Tensor | None:
+        """`(b, q)` codes to `(b, n, d)` conditioning, some items' dropped in training."""
         if self.embeddings is None:
             return None
         conditioning = self.embeddings[torch.arange(codes.shape[1], device=codes.device), codes]
+        if self.melody is not None:
+            if self.training:
+                dropped = torch.rand(len(codes), device=codes.device) < self.melody_drop_prob
+                melody = melody.masked_fill(rearrange(dropped, 'b -> b 1 1'), PAD)
+            conditioning = torch.cat((conditioning, self.melody(melody)), dim=1)
         if not self.training or self.cond_drop_prob == 0:
             return conditioning
         kept = torch.rand(len(codes), device=codes.device) >= self.cond_drop_prob
@@ -111,9 +126,11 @@ class StageTrainer(Trainer):
         transformer: ours, or audiolm-pytorch's module; it is trained in place.
         tokens: a cache that `compute_tokens` filled, or `TokenCrops` of it.
         quantizer: the fitted quantizer that the cache was computed with, for a transformer with conditioning. Its
-            embeddings of `namespace` are trained with the stage, in place.
+            embeddings of `namespace` are trained with the stage, in place; of one with a melody, those of melodies with
+            the semantic stage.
         namespace: of the stage's embeddings; by default the stage's name.
         cond_drop_prob: share of the items that are trained without conditioning, for guidance when sampling.
+        melody_drop_prob: share of the items that are trained without their melody, so that text alone does, too.
         mask_prob: share of earlier tokens that attention does not see in training.
         prefix_loss_weight: of the loss of the tokens that the stage is given, semantic ones for coarse and coarse ones
             for fine; 0 leaves it out.
@@ -142,6 +159,7 @@ class StageTrainer(Trainer):
         quantizer: MuLaNEmbedQuantizer | None = None,
         namespace: str | None = None,
         cond_drop_prob: float = 0.1,
+        melody_drop_prob: float = 0.3,
         mask_prob: float = 0.15,
         prefix_loss_weight: float = 1.0,
         unique_consecutive: bool = False,
@@ -154,7 +172,7 @@ class StageTrainer(Trainer):
     ):
         transformer = own_stage(transformer, self.kind)
         config = self.complete(config, keywords)
-        check_probability(cond_drop_prob=cond_drop_prob, mask_prob=mask_prob)
+        check_probability(cond_drop_prob=cond_drop_prob, mask_prob=mask_prob, melody_drop_prob=melody_drop_prob)
         if prefix_loss_weight < 0:
             raise ValueError(f'prefix_loss_weight must be at least 0, got {prefix_loss_weight}')
         if transformer.has_condition != (quantizer is not None):
@@ -165,11 +183,18 @@ class StageTrainer(Trainer):
                 'pass no quantizer'
             )
         self.namespace = namespace or self.stage
-        embeddings = None
+        embeddings = melody = None
         if quantizer is not None:
             embeddings = embeddings_of(quantizer, self.namespace)
+            melody = melody_of(quantizer, self.namespace)
 
-        crops = partial(TokenCrops, stage=self.stage, conditioning=quantizer is not None, text_share=text_share)
+        crops = partial(
+            TokenCrops,
+            stage=self.stage,
+            conditioning=quantizer is not None,
+            text_share=text_share,
+            melody=melody is not None,
+        )
         if not isinstance(tokens, TokenCrops):
             tokens = crops(tokens, seconds=seconds)
         elif seconds is not None or text_share:
@@ -194,6 +219,8 @@ class StageTrainer(Trainer):
             cond_drop_prob=cond_drop_prob,
             mask_prob=mask_prob,
             prefix_loss_weight=prefix_loss_weight,
+            melody=melody,
+            melody_drop_prob=melody_drop_prob,
         )
         collate = partial(collate_tokens, unique_consecutive=unique_consecutive)
         super().__init__(stage, stage, tokens, collate_fn=collate, callbacks=callbacks, config=config)
@@ -221,6 +248,21 @@ class StageTrainer(Trainer):
                 )
         if quantizer is None:
             return
+        if tokens.melody != (melody_of(quantizer, self.namespace) is not None):
+            raise ValueError(
+                f'TokenCrops with melody={tokens.melody} do not fit a quantizer '
+                f'{"without" if tokens.melody else "with"} a melody for this stage'
+            )
+        if tokens.melody and tokens.frames('melody', math.ceil) > (own := len(quantizer.melody_embedding.positions)):
+            raise ValueError(
+                f'crops of {tokens.seconds:g} s hold {tokens.frames("melody", math.ceil)} windows of melody, more than '
+                f"the quantizer's {own}; say more windows to add_melody"
+            )
+        if tokens.melody and tokens.streams['melody'].about['module'] != fingerprint(quantizer.melody):
+            raise ValueError(
+                f'the melodies in {tokens.folder} were computed with another MelodyQuantizer; compute them again with '
+                'the one of this quantizer'
+            )
         for name in {'audio', 'text'} & {*tokens.streams}:
             if tokens.streams[name].about['module'] != fingerprint(quantizer):
                 raise ValueError(
@@ -275,7 +317,10 @@ class StageTrainer(Trainer):
         config = dict(model=self.kind.__name__, keywords=keywords, step=self.step, stage=self.model_config())
         written = checkpoint.write_folder(folder, config, stage.transformer.state_dict())
         if stage.embeddings is not None:
-            embeddings = {self.namespace: stage.embeddings.detach().cpu().contiguous()}
+            embeddings = {self.namespace: stage.embeddings}
+            if stage.melody is not None:
+                embeddings |= {f'{MELODY}{name}': it for name, it in stage.melody.named_parameters()}
+            embeddings = {name: it.detach().cpu().contiguous() for name, it in embeddings.items()}
             write_tensors(folder / CONDITIONING_FILE, embeddings, part_of=written)
 
     def model_config(self) -> dict[str, Any]:
@@ -332,6 +377,11 @@ def embeddings_of(quantizer: MuLaNEmbedQuantizer, namespace: str) -> nn.Paramete
     return quantizer.cond_embeddings[namespace]
 
 
+def melody_of(quantizer: MuLaNEmbedQuantizer, namespace: str) -> MelodyEmbedding | None:
+    """The embedding of melodies that belongs to a namespace, if there is one."""
+    return quantizer.melody_embedding if namespace == MELODY_NAMESPACE else None
+
+
 def load_stage(folder: str | Path, transformer: nn.Module, quantizer: MuLaNEmbedQuantizer | None = None) -> None:
     """Load what a stage's trainer wrote: the transformer's weights, and its embeddings into the quantizer, if given.
 
@@ -357,5 +407,15 @@ def load_stage(folder: str | Path, transformer: nn.Module, quantizer: MuLaNEmbed
             f'the embeddings in {folder} have shape {tuple(embeddings.shape)}, but those of the quantizer '
             f'{tuple(own.shape)}'
         )
+    melody = melody_of(quantizer, namespace)
+    told = {name.removeprefix(MELODY): it for name, it in found.items() if name.startswith(MELODY)}
+    wanted = {} if melody is None else dict(melody.named_parameters())
+    if {name: it.shape for name, it in told.items()} != {name: it.shape for name, it in wanted.items()}:
+        raise ValueError(
+            f'the stage in {folder} was trained {"with" if told else "without"} a melody, or with another one than the '
+            "quantizer's; pass the quantizer that it was trained with"
+        )
     with torch.no_grad():
         own.copy_(embeddings)
+        for name, tensor in told.items():
+            wanted[name].copy_(tensor)

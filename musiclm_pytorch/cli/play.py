@@ -1,0 +1,101 @@
+"""`musiclm infill`: another piece for a gap; `musiclm train melody`: what melodies given to `musiclm generate` need."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from musiclm_pytorch.cli.generate import prompt_of
+from musiclm_pytorch.cli.options import add_model, add_output, add_place, command, option, place_of, write_results
+
+
+def infill(subcommands) -> None:
+    """`musiclm infill`: seconds of a sound file made anew."""
+    parser = command(
+        subcommands,
+        'infill',
+        run_infill,
+        'replace seconds of a sound file',
+        'Write a sound file again with other music between two times, that fits the words and both sides, which stay '
+        'as they are but for a crossfade of 40 ms.',
+        shares_output=True,  # one file, which appears whole
+    )
+    option(parser, 'sound', metavar='FILE', help='the sound file')
+    option(parser, 'prompt', metavar='PROMPT', help='as of `musiclm generate`')
+    option(parser, '--start', metavar='S', required=True, help='where the gap begins, in seconds')
+    option(parser, '--end', metavar='S', required=True, help='where it ends')
+    add_output(parser, '.wav, .flac, .ogg or .mp3', '-o', metavar='FILE')
+    add_model(parser)
+    option(parser, '--num-samples', metavar='N', default=8, help='candidates to choose from')
+    option(parser, '--seed', metavar='N', default=0, help='another seed, other music')
+    add_place(parser)
+
+
+def run_infill(options: argparse.Namespace) -> None:
+    from musiclm_pytorch.checks import check_device
+    from musiclm_pytorch.musiclm import MusicLM
+    from musiclm_pytorch.waves import format_of
+
+    format_of(Path(options.output).suffix)  # before music is made
+    check_device(options.device)
+    musiclm = MusicLM.from_pretrained(options.model, **place_of(options))
+    music = musiclm.infill(
+        Path(options.sound),
+        options.start,
+        options.end,
+        prompt_of(options.prompt),
+        num_samples=options.num_samples,
+        seed=options.seed,
+    )
+    print(*music.save(options.output))
+
+
+def train_melody(models) -> None:
+    """`musiclm train melody`: from generated pairs to a MelodyQuantizer."""
+    parser = command(
+        models,
+        'melody',
+        run_train_melody,
+        'the melody encoder and its quantizer',
+        'Train a melody encoder on generated pairs of the same melody and fit its quantizer, for `musiclm train '
+        'quantizer --melody`: some minutes on one core. What is under --output is moved aside.',
+    )
+    add_output(parser, 'where the MelodyQuantizer goes')
+    option(parser, '--steps', metavar='N', default=120, help='of the training')
+    option(parser, '--batch-size', metavar='N', default=64, help='pairs a step')
+    option(parser, '--quantizers', metavar='N', default=4, help='levels of codes')
+    option(parser, '--codebook-size', metavar='N', default=256, help='codes a level')
+    option(parser, '--seed', metavar='N', default=42, help='of weights, melodies and k-means')
+    option(parser, '--seconds', metavar='S', default=4.0, help='length of the windows')
+    option(parser, '--hop', metavar='S', default=1.0, help='distance between two')
+
+
+def run_train_melody(options: argparse.Namespace) -> None:
+    import tempfile
+
+    from musiclm_pytorch.codecs.melody import MelodyQuantizer
+    from musiclm_pytorch.data.melodies import MelodyPairs
+    from musiclm_pytorch.mulan.melody import MelodyEncoder
+    from musiclm_pytorch.trainer.batches import seed_everything
+    from musiclm_pytorch.trainer.melody import MelodyTrainer
+
+    seed_everything(options.seed)
+    encoder = MelodyEncoder(seconds=options.seconds, hop=options.hop)
+    how = dict(seconds=max(1.0, options.seconds), sample_rate=encoder.sample_rate, seed=options.seed)
+    pairs = MelodyPairs(options.steps * options.batch_size, **how)
+    melody = MelodyQuantizer(encoder, options.quantizers, options.codebook_size)
+    with tempfile.TemporaryDirectory() as folder:
+        found = MelodyTrainer(
+            encoder,
+            pairs,
+            valid_pairs=MelodyPairs(256, split='valid', **how),
+            batch_size=options.batch_size,
+            lr_scheduler_type='cosine',
+            seed=options.seed,
+            results_folder=folder,
+        ).train(num_train_steps=options.steps)
+    left = melody.eval().fit(pairs, max_items=max(1024, options.codebook_size), seed=options.seed)
+    write_results(options.output, melody.save_pretrained)
+    print(f'the same melody among 256 in another performance: R@1 {found["valid_recall_at_1"]:.3f}')
+    told = f'{len(left)} levels of {melody.codebook_size} codes, {left[-1]:.1%} missing after the last'
+    print(f'{told}, in {options.output}')
