@@ -64,8 +64,8 @@ from musiclm_pytorch.data.audio import AudioFile, resample
 from musiclm_pytorch.data.scores.instruments import INSTRUMENTS
 from musiclm_pytorch.data.scores.labels import TEMPO_BORDERS, tempo_class
 from musiclm_pytorch.evaluation.alignment import alignment_figures
-from musiclm_pytorch.evaluation.figures import Figure, to_json
-from musiclm_pytorch.evaluation.frechet import GaussianStatistics, frechet_audio_distance
+from musiclm_pytorch.evaluation.distances import GaussianStatistics, frechet_audio_distance
+from musiclm_pytorch.evaluation.metric import MetricValue, to_json
 from musiclm_pytorch.mulan.layers import l2norm
 from musiclm_pytorch.mulan.vocabulary import PromptWarning
 from musiclm_pytorch.pretrained import find_pretrained
@@ -148,7 +148,7 @@ class Bench:
 
     args: argparse.Namespace
     judge: MusicnnJudge
-    rows: dict[str, dict[str, dict[str, Figure]]] = field(default_factory=dict)
+    rows: dict[str, dict[str, dict[str, MetricValue]]] = field(default_factory=dict)
     more: dict[str, Any] = field(default_factory=dict)
 
     def music(self, length: int, split: str, seed: int = 0) -> ScoreMusic:
@@ -168,7 +168,7 @@ class Bench:
         clips = render(self.music(self.args.trained, 'train', seed=11), self.args.data)
         return Probes(self.heard(clips), clips.labels())
 
-    def add(self, part: str, measure: str, who: str, figure: Figure) -> None:
+    def add(self, part: str, measure: str, who: str, figure: MetricValue) -> None:
         self.rows.setdefault(part, {}).setdefault(measure, {})[who] = figure
 
 
@@ -286,7 +286,7 @@ def through_codec(musiclm: MusicLM, wave: Tensor) -> Tensor:
     return made[: round(SECONDS * codec.sample_rate)]
 
 
-def frechet(reference: Heard, heard: Heard) -> Figure:
+def frechet(reference: Heard, heard: Heard) -> MetricValue:
     sides = []
     for side in (reference, heard):
         sides.append(GaussianStatistics(side.features.shape[-1]))
@@ -339,7 +339,7 @@ def judge_prompts(bench: Bench, models: list[Model]) -> None:
         told, right = np.array([bool(it) for it in warned]), hits.diagonal()
         others = (hits.sum() - right.sum()) / (hits.size - len(hits))
         bench.add('prompts', 'named and heard', model.name, share(right))
-        bench.add('prompts', 'of other prompts', model.name, Figure(others, count=hits.size - len(hits)))
+        bench.add('prompts', 'of other prompts', model.name, MetricValue(others, count=hits.size - len(hits)))
         bench.add('prompts', 'heard, or warned of', model.name, share(right | told))
         bench.add('prompts', 'heard, where not warned of', model.name, share(right[~told]))
         bench.more.setdefault('prompts', {})[model.name] = [
@@ -356,16 +356,16 @@ def judge_time(bench: Bench, models: list[Model]) -> None:
             make(model.musiclm, ['a calm piano piece'], 1, 1, seed=turn)
             took[model.name].append(time.perf_counter() - start)
     for name, times in took.items():
-        figure = Figure(statistics.median(times[1:]), count=bench.args.rounds, unit='s')
+        figure = MetricValue(statistics.median(times[1:]), count=bench.args.rounds, unit='s')
         bench.add('time', f'{SECONDS:g} s of one sample, s', name, figure)
         part = statistics.median(a / b for a, b in zip(times[1:], took[BASELINE][1:]))
-        bench.add('time', f'the same over that of {BASELINE!r}', name, Figure(part, count=bench.args.rounds))
+        bench.add('time', f'the same over that of {BASELINE!r}', name, MetricValue(part, count=bench.args.rounds))
 
 
 # ---- together ----
 
 
-def show(part: str, rows: dict[str, dict[str, Figure]]) -> None:
+def show(part: str, rows: dict[str, dict[str, MetricValue]]) -> None:
     """A table with a row for each measure and a column for each model: the share, its interval, and of how many."""
     names = list(dict.fromkeys(name for own in rows.values() for name in own))
     print(f'\n| {part} | ' + ' | '.join(names) + ' |\n|' + '---|' * (len(names) + 1))
@@ -373,7 +373,7 @@ def show(part: str, rows: dict[str, dict[str, Figure]]) -> None:
         print(f'| {measure} | ' + ' | '.join(told(own.get(name)) for name in names) + ' |', flush=True)
 
 
-def told(figure: Figure | None) -> str:
+def told(figure: MetricValue | None) -> str:
     if figure is None or figure.value is None:
         return '–'
     if figure.low is None:

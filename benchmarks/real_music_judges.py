@@ -29,8 +29,8 @@ from musiclm_pytorch import ScoreMusic
 from musiclm_pytorch.atomic import atomic_write
 from musiclm_pytorch.data.audio import resample
 from musiclm_pytorch.data.scores.labels import ScoreLabels
-from musiclm_pytorch.evaluation.figures import Figure, interval, mean_figure
-from musiclm_pytorch.evaluation.tempo import find_tempo, mel_power, onset_strength
+from musiclm_pytorch.evaluation.metric import MetricValue, mean_value, percentile_interval
+from musiclm_pytorch.evaluation.music_analysis import find_tempo, mel_power, onset_strength
 
 SECONDS, RATE = 5.0, 24000
 ASKED = ('family', 'tempo', 'drums')
@@ -189,24 +189,24 @@ def tempo_estimators() -> dict[str, Callable[[Tensor], float]]:
 # ---- figures ----
 
 
-def share(right: Sequence[bool] | np.ndarray, **details: object) -> Figure:
+def share(right: Sequence[bool] | np.ndarray, **details: object) -> MetricValue:
     """The share that is right, with its bootstrap interval."""
-    return mean_figure(np.asarray(right, dtype=float), missing='nothing was judged', **details)
+    return mean_value(np.asarray(right, dtype=float), missing='nothing was judged', **details)
 
 
-def ratio(right: np.ndarray, real: np.ndarray, seed: int = 0) -> Figure:
+def ratio(right: np.ndarray, real: np.ndarray, seed: int = 0) -> MetricValue:
     """The share that is right as a share of that of real clips of the same labels, with its bootstrap interval."""
     drawn = np.random.default_rng(seed).integers(len(right), size=(2000, len(right)))
-    low, high = interval(right[drawn].mean(axis=1) / np.maximum(real[drawn].mean(axis=1), 1 / len(real)))
-    return Figure(right.mean() / real.mean(), low, high, len(right))
+    low, high = percentile_interval(right[drawn].mean(axis=1) / np.maximum(real[drawn].mean(axis=1), 1 / len(real)))
+    return MetricValue(right.mean() / real.mean(), low, high, len(right))
 
 
-def share_by_file(right: np.ndarray, files: list[str], seed: int = 0, **details: object) -> Figure:
+def share_by_file(right: np.ndarray, files: list[str], seed: int = 0, **details: object) -> MetricValue:
     """The share that is right, with the interval of a bootstrap over files: the crops of one resemble each other."""
     if len(right) == 0:
-        return mean_figure([], missing='no crop whose reference is certain', **details)
+        return mean_value([], missing='no crop whose reference is certain', **details)
     names = sorted(set(files))
     sums = np.array([[right[np.array(files) == it].sum(), files.count(it)] for it in names])
     drawn = sums[np.random.default_rng(seed).integers(len(names), size=(2000, len(names)))].sum(axis=1)
-    low, high = interval(drawn[:, 0] / drawn[:, 1])
-    return Figure(right.mean(), low, high, len(right), details=dict(files=len(names), **details))
+    low, high = percentile_interval(drawn[:, 0] / drawn[:, 1])
+    return MetricValue(right.mean(), low, high, len(right), details=dict(files=len(names), **details))

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from stage_parts import make_transformer
-from test_musiclm import RATE, build_audio_lm, build_quantizer
+from helpers.music import RATE, build_audio_lm, build_quantizer
+from helpers.stage_parts import make_transformer
 
 from musiclm_pytorch import MusicLM, Waves
 from musiclm_pytorch.audiolm.infilling import log_likelihood

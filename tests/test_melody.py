@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from stage_parts import make_quantizer, make_transformer
+from helpers.stage_parts import make_quantizer, make_transformer
 from torch import nn
 
 from musiclm_pytorch import (
