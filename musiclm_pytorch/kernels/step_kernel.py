@@ -467,7 +467,7 @@ def token(job, crew, thread, weight, read):
                 depth_connection(residual[row], mixing[row], spare[row], output[row])
                 width_connection(residual[row], columns, mixing[row], x[row])
                 layer_norm(x[row], vector(columns[GAMMA], dim), vector(columns[BETA], dim), normed[row], dim)
-            read_as(normed[row], read_normed[row])
+                read_as(normed[row], read_normed[row])
             barrier(crew)
             product(read_normed, matrix_like(columns[TO_Q], inner, dim, weight), queries, first_q, last_q)
             barrier(crew)
