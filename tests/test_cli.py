@@ -9,9 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from helpers.sounds import ramp, write
 
-from musiclm_pytorch import ShardedAudioText, cli
+from musiclm_pytorch import ShardedAudioText, SyntheticMusic, cli, write_shards
 
 ROOT = Path(__file__).parents[1]
 
@@ -44,9 +45,46 @@ def test_shard_of_musiccaps(tmp_path):
     assert json.loads((tmp_path / 'out' / 'index.json').read_text())['shards'][0]['samples'] == 1
 
 
+def test_generated_music_is_packed_as_it_is_made(tmp_path, capsys):
+    folder = str(tmp_path / 'out')
+    command = ['shard', 'synthetic', '-o', folder, '--clips', '3', '--seconds', '1', '--sample-rate', '8000']
+    assert cli.main([*command, '--seed', '5', '--split', 'valid']) == 0
+    made = SyntheticMusic(3, seed=5, seconds=1.0, sample_rate=8000, split='valid')
+    items = {it['caption']: it['wave'] for it in ShardedAudioText(folder, sample_rate=8000, training=False)}
+    assert items.keys() == {made.text(index) for index in range(3)}
+    for wave, text in made:
+        torch.testing.assert_close(items[text], wave, atol=2**-15, rtol=0)  # 16 bits
+    assert cli.main([*command, '--seed', '6', '--split', 'valid']) == 2
+    assert 'holds shards of other clips' in capsys.readouterr().err
+
+
+def test_a_clip_that_a_sound_font_is_silent_in_is_left_out(tmp_path, caplog):
+    class Silent(SyntheticMusic):
+        def captions(self, index):
+            return [f'{index}', f'{index} again']
+
+        def __getitem__(self, index):
+            if index == 1:
+                raise ValueError('few.sf2 plays nothing of it')
+            return super().__getitem__(index)
+
+    index = write_shards(Silent(3, seconds=1.0, sample_rate=8000), tmp_path)
+    assert index['skipped'] == {'item 1': 'few.sf2 plays nothing of it'}
+    found = {it['caption'] for epoch in range(12) for it in epochs_of(tmp_path, epoch)}
+    assert found == {'0', '0 again', '2', '2 again'}
+
+
+def epochs_of(folder, epoch):
+    shards = ShardedAudioText(folder, sample_rate=8000)
+    shards.set_epoch(epoch)
+    return shards
+
+
 @pytest.mark.parametrize(
     ('arguments', 'says'),
     [
+        (['{here}/music', '-o', '{here}/out', '--clips', '3'], 'error: --clips: files have these already'),
+        (['synthetic', '-o', '{here}/out', '--sound-font', 'a.sf2'], 'error: --sound-font belongs to "scores"'),
         (['{here}/none.csv', '-o', '{here}/out'], 'musiclm shard: error: no manifest at .*none.csv'),
         (['{here}/music', '-o', '{here}/out', '--shard-size', '0'], 'error: shard_size must be greater than 0, got 0'),
         (['{here}/music', '-o', '{here}/music/0.wav'], 'error: .*0.wav'),

@@ -79,7 +79,7 @@ def test_no_public_class_prints_all_of_its_layers():
     classes = [it for name in musiclm_pytorch.__all__ if isinstance(it := getattr(musiclm_pytorch, name), type)]
     layered = {it.__name__ for it in classes if issubclass(it, nn.Module) and it.__repr__ is nn.Module.__repr__}
     assert layered == {
-        *('AudioSpectrogramTransformer', 'TextTransformer', 'MuLaNOpenCLIP'),
+        *('AudioSpectrogramTransformer', 'TextTransformer', 'MelodyEncoder', 'MuLaNOpenCLIP'),
         *('SemanticTransformer', 'CoarseTransformer', 'FineTransformer'),
         *('MultiLayerContrastiveLoss', 'SigmoidContrastiveLearning', 'SoftmaxContrastiveLearning'),
     }

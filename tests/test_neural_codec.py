@@ -51,6 +51,17 @@ def test_waves_come_back_better_with_each_level(codec):
     assert torch.equal(codec(waves, return_recons_only=True)[:, 0], codec.decode(codes))
 
 
+def test_the_first_levels_are_a_codec_of_fewer_bits(codec):
+    waves, fewer = notes(2, seed=3), codec.with_first_levels(2)
+    codes = fewer.encode(waves)
+    assert (fewer.num_quantizers, fewer.training) == (2, False)
+    assert torch.equal(codes, codec.encode(waves)[..., :2])
+    assert torch.equal(fewer.decode(codes), codec.decode(codes))
+    for levels in (0, 4):
+        with pytest.raises(ValueError, match=f'between 1 and 3, got {levels}'):
+            codec.with_first_levels(levels)
+
+
 @pytest.mark.parametrize('sizes', [(40, 53), (1,) * 93, (90, 1, 2), (93,)])
 def test_what_is_streamed_is_the_whole(codec, sizes):
     codes = codec.encode(notes(2, seconds=3.0, seed=2))

@@ -237,7 +237,7 @@ def test_keys_are_listed(capsys):
     assert 'quantizer.trained_words_only: bool' in lines
     assert 'semantic.training.text_share: float = 0.0' in lines
     assert main(['recipes', 'fine', '--keys']) == 0
-    assert 'model.num_coarse_quantizers: int' in capsys.readouterr().out.splitlines()
+    assert 'model.num_coarse_quantizers: int = 3' in capsys.readouterr().out.splitlines()
     assert main(['recipes', 'fines', '--keys']) == 2
     assert "unknown part 'fines'; did you mean 'fine'" in capsys.readouterr().err
 
