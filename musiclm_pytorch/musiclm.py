@@ -542,8 +542,8 @@ class MusicLM(HubModel, nn.Module):
         whole = torch.cat((given[: first - len(left)], filled))
         if first:
             whole = join(given[:first], whole, rate, settle=(end - start) / 2)
+        whole = F.pad(whole, (0, len(given) - len(whole)))  # the sum of rounded parts may lack a sample
         if len(right):  # the same from the other side
-            whole = F.pad(whole, (0, len(given) - len(whole)))
             whole = join(right.flip(0), whole.flip(0), rate, settle=(end - start) / 2).flip(0)
         return Waves.of(whole, rate)
 

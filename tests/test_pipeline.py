@@ -10,6 +10,7 @@ from helpers.recipes import CODEC
 from safetensors.torch import load_file
 
 from musiclm_pytorch import MusicLM, MusicLMRecipe, ShardedAudioText, SyntheticMusic, train_musiclm
+from musiclm_pytorch.atomic import write_json
 from musiclm_pytorch.cli import main
 from musiclm_pytorch.data.shards import ShardItems
 from musiclm_pytorch.trainer import pipeline
@@ -251,12 +252,58 @@ def test_keys_on_the_command_line(tmp_path, config, monkeypatch, capsys):
     assert taken[0].semantic.training['seconds'] == 0.5
     assert main([*command, '--pretrained_codec.source', 'elsewhere']) == 0  # takes the place of the spectral codec
     assert 'spectral_codec' not in taken[1].to_dict()
+    # what is no, a number or a mapping in YAML is a word where a word is wanted
+    words = ['--mulan.training.mixed_precision', 'no', '--musiclm.knows', 'styles: jazz', '--tokenizer.model', '2024']
+    assert main([*command, *words, '--fine.training.use_ema', 'no']) == 0
+    assert taken[2].mulan.training['mixed_precision'] == 'no'
+    assert (taken[2].fitted.musiclm['knows'], taken[2].fitted.tokenizer['model']) == ('styles: jazz', '2024')
+    assert taken[2].fine.training['use_ema'] is False
+    # a key counts beside --codec, too
+    assert main([*command, '--codec', 'elsewhere', '--pretrained_codec.num_quantizers', '4']) == 0
+    assert taken[3].fitted.pretrained_codec == dict(source='elsewhere', num_quantizers=4)
+    for wrong, says in (
+        (['--semantic.training.use_ema', '--output', 'x'], '--semantic.training.use_ema needs a value'),
+        (['--a.b', '1', '--a.b.c.d', '2'], "--a.b.c.d '2' cannot be read"),
+    ):
+        with pytest.raises(SystemExit):
+            main([*command, *wrong])
+        assert says in capsys.readouterr().err
     capsys.readouterr()
     assert main([*command, '--semantics.training.lr', '1']) == 2
     assert "the command line: unknown part 'semantics'; did you mean 'semantic'" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(['recipes', '--training.lr', '1'])
     assert 'musiclm recipes takes no recipe, hence no --training' in capsys.readouterr().err
+
+
+def test_what_would_fail_in_the_end_fails_at_once(tmp_path, config, music):
+    recipe = MusicLMRecipe.load(config)
+
+    def fails(match, recipe=recipe, data=music, **keywords):
+        with pytest.raises(ValueError, match=match):
+            train_musiclm(data, tmp_path / 'out', recipe, **keywords)
+
+    asks = recipe.updated(dict(musiclm=dict(usual_score_prompts=3)), 'a test')
+    fails('usual_score_prompts needs held-out captions', asks)
+    fails('the semantic stage in .* has dim 192, the recipe says .*begin_with is for stages', begin_with='tiny')
+    assert not (tmp_path / 'out' / 'mulan').exists()
+    (tmp_path / 'out' / 'musiclm').mkdir(parents=True)
+    (tmp_path / 'out' / 'musiclm' / 'config.json').write_text('{"model": "MusicLM"}')
+    fails('begin_with .* lies in .*, which a new run moves aside', begin_with=tmp_path / 'out' / 'musiclm')
+    fails('valid_data .* lies in', valid_data=tmp_path / 'out' / 'held')
+    assert (tmp_path / 'out' / 'musiclm' / 'config.json').exists()
+
+
+def test_a_run_goes_on_with_what_it_was_begun_with(tmp_path):
+    path, keys = tmp_path / 'data.json', ('data', 'audio_folder', 'valid_data', 'valid_audio_folder', 'begin_with')
+    begun = dict.fromkeys(keys) | dict(data='a', valid_data='b', begin_with='c')
+    assert pipeline.agreed_source(path, begun) == begun
+    write_json(path, begun)
+    assert pipeline.agreed_source(path, dict.fromkeys(keys) | dict(data='a')) == begun
+    with pytest.raises(ValueError, match='was begun with c, now begin_with is d'):
+        pipeline.agreed_source(path, begun | dict(begin_with='d'))
+    write_json(path, dict(data='a', audio_folder=None))  # as earlier versions wrote it
+    assert pipeline.agreed_source(path, dict.fromkeys(keys) | dict(data='a')) == dict.fromkeys(keys) | dict(data='a')
 
 
 @pytest.mark.slow

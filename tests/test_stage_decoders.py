@@ -3,6 +3,9 @@
 import copy
 import itertools
 import math
+import os
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -216,6 +219,18 @@ def test_a_compiled_token_is_that_of_the_plain_operators(monkeypatch, batch, thr
         torch.set_num_threads(before)
     assert kinds == [FusedStep if batch <= 16 else type(None), type(None)]
     assert_equal(found, wanted)
+
+
+@pytest.mark.slow
+def test_a_token_on_a_processor_of_short_vectors(tmp_path):
+    """Of four numbers, as on ARM, where sums of one product do not fit into one."""
+    chosen = [
+        f'{__file__}::test_a_compiled_token_is_that_of_the_plain_operators[{it}]' for it in ('1-1', '5-2', '16-3')
+    ]
+    environment = os.environ | dict(NUMBA_ENABLE_AVX='0', NUMBA_CACHE_DIR=str(tmp_path))
+    command = [sys.executable, '-m', 'pytest', '-q', '-p', 'no:cacheprovider', *chosen]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.mark.parametrize('batch', [1, 2, 7, 16])

@@ -8,6 +8,7 @@ import sys
 import typing
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from helpers.models import tiny_mulan
@@ -110,6 +111,9 @@ def test_a_config_and_keywords_are_the_same(tmp_path):
         results.append(weights(run.mulan))
         assert (run.step, run.config.lr, run.config.max_valid_items) == (3, 2e-3, 1024)
     assert_same(*results)
+    swept = TrainingConfig(lr=np.float32(0.5), seed=np.int64(3), warmup_steps=1e3, checkpoint_every=np.int32(7))
+    assert (swept.lr, swept.seed, swept.warmup_steps, swept.checkpoint_every) == (0.5, 3, 1000, 7)
+    assert {type(swept.seed), type(swept.warmup_steps)} == {int}
     config = TrainingConfig(lr=1.0, num_train_steps=3, batch_size=4)
     run = MuLaNTrainer(build(), Tones(), config=config, lr=2.0, num_epochs=2, results_folder=tmp_path)
     assert (run.lr, run.batches.batch_size, run.total_steps()) == (2.0, 4, 2 * run.steps_an_epoch)

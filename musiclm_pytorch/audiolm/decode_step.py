@@ -27,6 +27,7 @@ DIM_A_THREAD = 64
 WORTH_LOADING = 5e8
 # Parameters of a stage that no cache holds beside all else, so that half of their bytes is half of the time.
 WORTH_HALVING = 2**22
+FLOAT32 = dict(dtype=torch.float32, device='cpu')  # what the kernel reads and writes, whatever the default is
 MASKED = -1e30  # added to the score of a key that is not seen; finite, for a query may see no key at all
 
 
@@ -114,25 +115,25 @@ class FusedStep:
         places, num_cross = cache.keys[0].shape[1], cache.cross[0][0].shape[1] if cache.cross else 0
 
         def additive(mask: Tensor | None, size: int) -> Tensor:
-            shown = torch.zeros(rows, size)
+            shown = torch.zeros(rows, size, **FLOAT32)
             return shown if mask is None else shown.masked_fill_(~mask, MASKED)
 
-        self.residual, self.output = torch.zeros(rows, streams, dim), torch.zeros(rows, dim)
-        self.no_bias = torch.zeros(heads, places)
+        self.residual, self.output = torch.zeros(rows, streams, dim, **FLOAT32), torch.zeros(rows, dim, **FLOAT32)
+        self.no_bias = torch.zeros(heads, places, **FLOAT32)
         scratch = {
             kernel.RESIDUAL: self.residual,
-            kernel.SPARE: torch.zeros(rows, streams, dim),
-            kernel.MIXING: torch.zeros(rows, streams, streams + 2),
-            kernel.INPUT: torch.zeros(rows, dim),
-            kernel.NORMED: torch.zeros(rows, dim),
-            kernel.QUERIES: torch.zeros(rows, heads * dim_head),
-            kernel.KEY_VALUE: torch.zeros(rows, 2 * dim_head),
-            kernel.FIRST_VALUES: torch.zeros(rows, dim_head),
-            kernel.ATTENDED: torch.zeros(rows, heads * dim_head),
+            kernel.SPARE: torch.zeros(rows, streams, dim, **FLOAT32),
+            kernel.MIXING: torch.zeros(rows, streams, streams + 2, **FLOAT32),
+            kernel.INPUT: torch.zeros(rows, dim, **FLOAT32),
+            kernel.NORMED: torch.zeros(rows, dim, **FLOAT32),
+            kernel.QUERIES: torch.zeros(rows, heads * dim_head, **FLOAT32),
+            kernel.KEY_VALUE: torch.zeros(rows, 2 * dim_head, **FLOAT32),
+            kernel.FIRST_VALUES: torch.zeros(rows, dim_head, **FLOAT32),
+            kernel.ATTENDED: torch.zeros(rows, heads * dim_head, **FLOAT32),
             kernel.OUTPUT: self.output,
-            kernel.BOTH: torch.zeros(rows, 2 * hidden),
-            kernel.GATED: torch.zeros(rows, hidden),
-            kernel.SCORES: torch.zeros(threads, heads, max(places, num_cross)),
+            kernel.BOTH: torch.zeros(rows, 2 * hidden, **FLOAT32),
+            kernel.GATED: torch.zeros(rows, hidden, **FLOAT32),
+            kernel.SCORES: torch.zeros(threads, heads, max(places, num_cross), **FLOAT32),
             kernel.MASK: additive(cache.mask, places),
             kernel.CROSS_MASK: additive(cache.cross_mask, num_cross),
             kernel.FINAL_GAMMA: transformer.norm.gamma.float(),
@@ -198,7 +199,7 @@ class FusedStep:
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """x Wᵀ + b for `x (b, d)`."""
         x, weight = x.to(self.reads).contiguous(), weight.contiguous()
-        out = torch.empty(len(x), len(weight))
+        out = torch.empty(len(x), len(weight), **FLOAT32)
         sizes = len(x), weight.shape[1], len(weight)
         job = np.array((*sizes, *(it.data_ptr() for it in (x, weight, out))), dtype=np.int64)
         self.crew.run(self.kernel.LINEAR, job)

@@ -165,15 +165,17 @@ def split_fields(arguments: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
             continue
         import yaml
 
+        from musiclm_pytorch.trainer.config_schema import Word
+
         value = next(words, None) if found[2] is None else found[2]
-        if value is None:
+        if value is None or (found[2] is None and value.startswith('--')):
             raise ValueError(f'{word} needs a value')
         *parts, key = found[1].split('.')
         section = fields
-        for part in parts:
-            section = section.setdefault(part, {})
         try:
-            section[key] = yaml.safe_load(value)
+            for part in parts:
+                section = section.setdefault(part, {})
+            section[key] = Word(value, yaml.safe_load(value))
         except (yaml.YAMLError, AttributeError, TypeError) as error:
             raise ValueError(f'{word} {value!r} cannot be read: {" ".join(str(error).split())}') from error
     return rest, fields

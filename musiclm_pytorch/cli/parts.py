@@ -7,6 +7,7 @@ from pathlib import Path
 
 from musiclm_pytorch.cli.data import open_codec
 from musiclm_pytorch.cli.options import (
+    AUDIO_FOLDER,
     WHOLE,
     add_codec,
     add_config,
@@ -93,6 +94,7 @@ def assemble(subcommands) -> None:
     add_codec(parser, 'where the parts have none')
     held_out = 'held-out pairs, as --data of the trainings: what `usual_score_prompts` of the section is measured on'
     option(parser, '--valid-data', metavar='SOURCE', help=held_out)
+    option(parser, '--valid-audio-folder', metavar='FOLDER', help=f'of --valid-data: {AUDIO_FOLDER}')
 
 
 def recipes(subcommands) -> None:
@@ -178,7 +180,8 @@ def run_assemble(options: argparse.Namespace) -> None:
         raise ValueError('usual_score_prompts and --valid-data belong together: how many captions, and which')
     musiclm = assemble_musiclm(options.parts, codec=open_codec(options), **settings)
     if prompts is not None:
-        pairs = recipe.mulan.open_data(options.valid_data, musiclm.mulan_embed_quantizer.mulan, training=False)
+        mulan, folder = musiclm.mulan_embed_quantizer.mulan, options.valid_audio_folder
+        pairs = recipe.mulan.open_data(options.valid_data, mulan, audio_folder=folder, training=False)
         musiclm.usual_score = measure_usual_score(musiclm, pairs, prompts)
     write_results(options.output, lambda folder: musiclm.save_pretrained(folder, dtype=dtype))
     tell_model(options.output)

@@ -117,6 +117,8 @@ def train_all(models) -> None:
     add_data(parser)
     valid = 'held-out pairs for MuLaN, as --data (default: a share of --data; none for shards)'
     option(parser, '--valid-data', metavar='SOURCE', help=valid)
+    also = 'the same for --valid-data as --audio-folder for --data'
+    option(parser, '--valid-audio-folder', metavar='FOLDER', help=also)
     add_config(
         parser,
         'a recipe of every part: a YAML or JSON file, or a name that `musiclm recipes` lists, such as musiclm_small; '
@@ -281,6 +283,7 @@ def run_train_all(options: argparse.Namespace) -> None:
             raise ValueError('--codec-quantizers needs --codec, or a recipe with the section pretrained_codec')
     if codec is not None:
         recipe = (recipe or MusicLMRecipe()).with_pretrained_codec(codec, options.codec_quantizers)
+        recipe = recipe.updated(options.fields, COMMAND_LINE)
     start = time.perf_counter()
     train_musiclm(
         options.data,
@@ -288,6 +291,7 @@ def run_train_all(options: argparse.Namespace) -> None:
         recipe,
         audio_folder=options.audio_folder,
         valid_data=options.valid_data,
+        valid_audio_folder=options.valid_audio_folder,
         begin_with=options.begin_with,
         resume=options.resume,
         on_part=lambda name, seconds: print(f'{name}: {seconds:.0f} s', flush=True),

@@ -204,8 +204,8 @@ class NeuralCodec(SpectrogramCodec):
         fewer = NeuralCodec(**{**self.config, 'num_quantizers': num_quantizers})
         levels = ('quantizer.codebooks', 'quantizer.counts')
         weights = {name: it[:num_quantizers] if name in levels else it for name, it in self.state_dict().items()}
-        fewer.load_state_dict(weights)
-        return fewer.to(self.device).train(self.training)
+        fewer.to(self.device, self.encoder_line.weight.dtype).load_state_dict(weights)
+        return fewer.train(self.training)
 
     # training
 

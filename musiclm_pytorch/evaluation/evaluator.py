@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -163,9 +164,16 @@ class Evaluator:
         finally:
             for metric, state in zip(self.metrics, before):
                 metric.state = state
-        for states in over_ranks(found):
-            for metric, state in zip(self.metrics, states):
-                metric.merge_state(state)
+        for metric in self.metrics:
+            metric.state = copy.deepcopy(metric.state)
+        try:
+            for states in over_ranks(found):
+                for metric, state in zip(self.metrics, states):
+                    metric.merge_state(state)
+        except Exception:
+            for metric, state in zip(self.metrics, before):
+                metric.state = state
+            raise
         seen |= added
 
     def merge(self, other: Evaluator) -> None:

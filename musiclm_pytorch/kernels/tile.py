@@ -177,11 +177,14 @@ class Tile:
             totals.append(builder.phi(self.sums_kind))
             totals[-1].add_incoming(before, rest)
             totals[-1].add_incoming(after, tail)
-        total = self._folded(totals)
-        for number, row in enumerate(self.outs):
-            own = range(number * self.outputs, (number + 1) * self.outputs)
-            place = builder.bitcast(builder.gep(row, [self.first]), ir.VectorType(FLOAT, self.outputs).as_pointer())
-            builder.store(self._shuffled(total, total, own), place, align=4)
+        for begin in range(0, len(totals), LANES):  # as many sums as one vector holds: some rows, or a part of one
+            group = totals[begin : begin + LANES]
+            total, stored = self._folded(group), min(self.outputs, len(group))
+            for number in range(0, len(group), stored):
+                row, output = divmod(begin + number, self.outputs)
+                place = builder.gep(self.outs[row], [builder.add(self.first, ir.Constant(self.first.type, output))])
+                place = builder.bitcast(place, ir.VectorType(FLOAT, stored).as_pointer())
+                builder.store(self._shuffled(total, total, range(number, number + stored)), place, align=4)
 
     def _first_lanes(self, count):
         builder, kind = self.builder, ir.VectorType(INT32, self.lanes)
@@ -193,7 +196,7 @@ class Tile:
         return self.builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(INT32, len(places)), list(places)))
 
     def _folded(self, vectors: list):
-        """The sums of the lanes of each vector, as the first lanes of one.
+        """The sums of the lanes of each of `LANES` vectors at most, as the first lanes of one.
 
         The upper half of each vector's lanes is added to the lower one, again and again. Two vectors share one then.
         """

@@ -129,7 +129,8 @@ class Chroma(Float32Buffers):
         power, _ = self.spectrogram(wavs)
         pitches = power.mT @ self.filters
         decibels = 10 * pitches.clamp(min=1e-10).log10()
-        loudest = decibels.amax(dim=(1, 2), keepdim=True)
+        # of silence, which is below -60 dB, nothing is shown
+        loudest = decibels.amax(dim=(1, 2), keepdim=True).clamp(min=SHADE - 100.0)
         shaded = ((decibels - loudest) / SHADE + 1).clamp(min=0)
         return ((shaded**2) @ self.fold / 5).mT.tanh()
 

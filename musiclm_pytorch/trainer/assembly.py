@@ -57,9 +57,10 @@ def with_trained_words(mulan: MuLaN) -> MuLaN:
 
     Raises ValueError for one that has no record of them.
     """
-    known = mulan.text.known_ids()
-    if known is None:
-        raise ValueError('this MuLaN has no record of the words that it was trained on; leave out trained_words_only')
+    if not isinstance(mulan, MuLaN) or (known := mulan.text.known_ids()) is None:
+        raise ValueError(
+            f'this {type(mulan).__name__} has no record of the words that it knows; leave out trained_words_only'
+        )
     text = mulan.text
     if text.config['known_tokens'] is None:
         text = text.with_known_tokens(known.nonzero().flatten().tolist())

@@ -14,7 +14,8 @@ class Callback:
 
     `trainer.step` is the number of steps done, `trainer.model` what is trained, `trainer.evaluated_model` its average,
     where there is one. `trainer.stop()` ends training after the step, with a validation and a checkpoint as at its end.
-    What a hook raises ends training, too, without them.
+    What a hook raises ends training, too, without them. `train_step()`, for a loop of your own, calls `on_step` and
+    `on_checkpoint` alone.
     """
 
     def on_train_begin(self, trainer: Any, total_steps: int) -> None:

@@ -108,10 +108,17 @@ class TrainingConfig:
     progress: bool = True
 
     def __post_init__(self):
+        import numpy as np
+
         from musiclm_pytorch.checks import check_positive, fitted
 
         for name, hint in typing.get_type_hints(type(self)).items():
-            object.__setattr__(self, name, fitted(getattr(self, name), hint, name))
+            value = getattr(self, name)
+            if isinstance(value, np.generic):
+                value = value.item()
+            if hint in (int, int | None) and isinstance(value, float) and value.is_integer():
+                value = int(value)  # 1e3 steps
+            object.__setattr__(self, name, fitted(value, hint, name))
         check_positive(**{name: getattr(self, name) for name in POSITIVE})
         for name in ('weight_decay', 'warmup_steps', 'num_workers', 'seed', 'random_split_seed'):
             if getattr(self, name) < 0:

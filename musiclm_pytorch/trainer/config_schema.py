@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -62,6 +63,15 @@ class Section:
         return {other for group in self.groups if key in group for other in group} - {key}
 
 
+class Word(str):
+    """A word of the command line, and what it says in YAML: `no` is a word or a truth value, as its key wants it."""
+
+    def __new__(cls, word: str, parsed: Any):
+        made = super().__new__(cls, word)
+        made.parsed = parsed
+        return made
+
+
 def check_sections(content: Any, sections: Mapping[str, Section], source: str) -> dict[str, dict[str, Any]]:
     """The sections of a recipe with their values as the signatures want them: tuples for lists, numbers for '5e-4'.
 
@@ -79,6 +89,7 @@ def check_sections(content: Any, sections: Mapping[str, Section], source: str) -
 
 
 def check_section(values: Any, name: str, sections: Mapping[str, Section], source: str) -> dict[str, Any]:
+    values = getattr(values, 'parsed', values)
     if values is None:  # a heading with nothing below it
         return {}
     if not isinstance(values, Mapping):
@@ -97,12 +108,25 @@ def check_section(values: Any, name: str, sections: Mapping[str, Section], sourc
         both = section.alternatives(key) & {other for other, it in values.items() if says_something(it)}
         if both and says_something(value):
             raise ValueError(f'{where} and {name}.{min(both)} say the same thing in two ways; keep one')
-        checked[key] = fitted(value, types[key], where)
+        checked[key] = as_wanted(value, types[key], where)
     return checked
+
+
+def as_wanted(value: Any, hint: Any, where: str) -> Any:
+    """A value as a type hint wants it; of a word of the command line, what it says in YAML or else the word itself."""
+    if not isinstance(value, Word):
+        return fitted(value, hint, where)
+    try:
+        return fitted(value.parsed, hint, where)
+    except TypeError:
+        if str not in (hint, *typing.get_args(hint)):
+            raise
+        return str(value)
 
 
 def says_something(value: Any) -> bool:
     """Whether a value of a key in a group decides what the group is about: null and false leave it open."""
+    value = getattr(value, 'parsed', value)
     return value is not None and value is not False
 
 

@@ -21,8 +21,9 @@ from musiclm_pytorch.audiolm.tokens import compute_tokens
 from musiclm_pytorch.checks import typechecked
 from musiclm_pytorch.data.opening import GENERATED, open_whole_clips
 from musiclm_pytorch.data.shard_writer import write_shards
+from musiclm_pytorch.data.shards import webdataset
 from musiclm_pytorch.locking import only_writer
-from musiclm_pytorch.mulan.checkpoint import load_strictly
+from musiclm_pytorch.mulan.checkpoint import load_strictly, read_config
 from musiclm_pytorch.mulan.model import MuLaN
 from musiclm_pytorch.musiclm import MusicLM
 from musiclm_pytorch.pretrained import find_pretrained
@@ -57,6 +58,7 @@ def train_musiclm(
     *,
     audio_folder: str | Path | None = None,
     valid_data: str | Path | None = None,
+    valid_audio_folder: str | Path | None = None,
     begin_with: str | Path | None = None,
     resume: bool = False,
     on_part: Callable[[str, float], None] | None = None,
@@ -74,6 +76,7 @@ def train_musiclm(
         recipe: of every part; the default one, or with `resume` the one in `output`, if it is left out.
         audio_folder: where the audio of a manifest lies, if not beside it; MusicCaps needs it.
         valid_data: held-out pairs for MuLaN, as `data`; by default a share of `data`, and none of shards.
+        valid_audio_folder: the same for `valid_data`.
         begin_with: a MusicLM of the same sizes, its folder or the name of one that ships: its codec and its semantic
             tokenizer are taken as they are, the stages go on from its weights, and MuLaN from what fits of them.
         resume: go on from what is in `output`; otherwise that is moved aside.
@@ -93,33 +96,39 @@ def train_musiclm(
             'musiclm tokens, then musiclm train semantic, coarse, fine'
         )
     with only_writer(output):
-        begin = None if begin_with is None else find_pretrained(begin_with)
-        return _train(data, Path(output), recipe, audio_folder, valid_data, begin, resume, on_part, on_begin)
+        source = dict(
+            data=str(data),
+            audio_folder=audio_folder,
+            valid_data=valid_data,
+            valid_audio_folder=valid_audio_folder,
+            begin_with=None if begin_with is None else find_pretrained(begin_with).resolve(),
+        )
+        source = {name: None if it is None else str(it) for name, it in source.items()}
+        return _train(source, Path(output), recipe, resume, on_part, on_begin)
 
 
 def _train(
-    data: str | Path,
+    source: dict[str, str | None],
     output: Path,
     recipe: MusicLMRecipe | None,
-    audio_folder: str | Path | None,
-    valid_data: str | Path | None,
-    begin_with: Path | None,
     resume: bool,
     on_part: Callable[[str, float], None] | None,
     on_begin: Callable[[str, int, int], None] | None,
 ) -> MusicLM:
     recipe = agreed_recipe(recipe, output, resume)
-    source = dict(data=str(data), audio_folder=None if audio_folder is None else str(audio_folder))
     if resume:
-        check_source(output / SOURCE_FILE, source)
+        source = agreed_source(output / SOURCE_FILE, source)
         if not holds_something(output):
             known = moved_aside(output, FILE)
             hint = '' if known is None else f'; an earlier run is in {known}'
             logger.warning('nothing to resume in %s: every part is trained from its beginning%s', output, hint)
-    parts = _Parts(source['data'], output, recipe, source['audio_folder'], valid_data, begin_with)
+    else:
+        check_outside(output, source)
+    parts = _Parts(output, recipe, **source)
     names = ('mulan', 'quantizer', 'tokenizer', 'codec', 'tokens', *STAGES, 'musiclm')
     with said_once('musiclm_pytorch.data.datasets', 'musiclm_pytorch.data.reading'):  # of files that are left out
         # what is wrong with the data or the recipe shows here, while everything is where it was
+        parts.check(resume)
         parts.open_pretrained(resume)
         parts.open_mulan(resume)
         with new_results(output, resume=resume, clear=False):
@@ -168,16 +177,32 @@ def agreed_recipe(recipe: MusicLMRecipe | None, output: Path, resume: bool) -> M
     )
 
 
-def check_source(path: Path, source: dict[str, str | None]) -> None:
-    """Raise ValueError if the run to resume was begun on other data."""
+def agreed_source(path: Path, source: dict[str, str | None]) -> dict[str, str | None]:
+    """What the run to resume was begun with, if that is what is given now. Raises ValueError if it is not."""
     earlier = read_checked_json(path) if path.is_file() else source
     if not isinstance(earlier, dict) or 'data' not in earlier:
         raise ValueError(f'{path} does not tell what data the run was begun with; give another folder')
-    if earlier != source:
+    if any(earlier.get(name) != source[name] for name in ('data', 'audio_folder')):
         raise ValueError(
             f'the run in {path.parent} was begun with {earlier["data"]!r}, now the data are {source["data"]!r}: its '
             'parts would not belong together; give another folder'
         )
+    known, given = earlier.get('begin_with'), source['begin_with']
+    if given is not None and given != known:
+        raise ValueError(
+            f'the run in {path.parent} was begun with {known or "no other model"}, now begin_with is {given}: its '
+            'parts would not belong together; leave it out to go on, or give another folder'
+        )
+    return {name: earlier.get(name) if it is None else it for name, it in source.items()}
+
+
+def check_outside(output: Path, source: dict[str, str | None]) -> None:
+    """Raise ValueError for a source in the folder of results, which is moved aside when training begins anew."""
+    for name, place in source.items():
+        if place is None or place in GENERATED or not output.is_dir():
+            continue
+        if Path(place).resolve().is_relative_to(output.resolve()):
+            raise ValueError(f'{name} {place} lies in {output}, which a new run moves aside; give another output')
 
 
 class _Parts:
@@ -185,16 +210,44 @@ class _Parts:
 
     def __init__(
         self,
-        data: str,
         output: Path,
         recipe: MusicLMRecipe,
+        *,
+        data: str,
         audio_folder: str | None,
-        valid_data: str | Path | None,
-        begin_with: Path | None,
+        valid_data: str | None,
+        valid_audio_folder: str | None,
+        begin_with: str | None,
     ):
-        self.begin_with = begin_with
-        self.data, self.output, self.recipe, self.audio_folder = data, output, recipe, audio_folder
-        self.valid_data = None if valid_data is None else str(valid_data)
+        self.output, self.recipe = output, recipe
+        self.data, self.audio_folder = data, audio_folder
+        self.valid_data, self.valid_audio_folder = valid_data, valid_audio_folder
+        self.begin_with = None if begin_with is None else Path(begin_with)
+
+    def check(self, resume: bool) -> None:
+        """Raise ValueError or ImportError for what would else show after hours."""
+        if 'usual_score_prompts' in self.recipe.fitted.musiclm and not self.has_held_out:
+            raise ValueError('usual_score_prompts needs held-out captions: give valid_data (--valid-data)')
+        if self.recipe.fitted.tokens.get('synthetic_rendered') is not None and self.data in GENERATED:
+            webdataset()
+        if self.begin_with is None:
+            return
+        for name in STAGES:
+            config = read_config(self.begin_with / name, 'save_module', ('model', 'keywords'), ('step', 'stage'))
+            kept, wanted = config['keywords'], getattr(self.recipe, name).model
+            differ = {key: it for key, it in wanted.items() if kept.get(key, it) != it}
+            if differ:
+                key, it = next(iter(differ.items()))
+                raise ValueError(
+                    f'the {name} stage in {self.begin_with} has {key} {kept[key]}, the recipe says {it}: '
+                    'begin_with is for stages of the same sizes'
+                )
+        if not self.recipe.fitted.pretrained_codec:
+            self.recipe.check_levels(own_codec(load_module(self.begin_with / 'codec')).num_quantizers)
+
+    @property
+    def has_held_out(self) -> bool:
+        return self.valid_data is not None or self.data in GENERATED
 
     def open_mulan(self, resume: bool) -> None:
         """Build the trainer of the first part, unless that is finished."""
@@ -308,8 +361,6 @@ class _Parts:
             musiclm = assemble_musiclm(self.output, **{**keywords, 'windows': self.recipe.windows})
             if prompts is not None:
                 pairs = self.held_out(musiclm.mulan_embed_quantizer.mulan)
-                if pairs is None:
-                    raise ValueError('usual_score_prompts needs held-out captions: give valid_data (--valid-data)')
                 musiclm.usual_score = measure_usual_score(musiclm, pairs, prompts)
         musiclm.save_pretrained(self.output / 'musiclm', dtype=dtype)
         return musiclm
@@ -325,9 +376,11 @@ class _Parts:
 
     def held_out(self, mulan: MuLaN) -> Dataset | None:
         """Pairs that MuLaN is validated on; None where it is by a share of the data."""
-        if self.valid_data is None and self.data not in GENERATED:
+        if not self.has_held_out:
             return None
-        return self.recipe.mulan.open_data(self.valid_data or self.data, mulan, training=False)
+        return self.recipe.mulan.open_data(
+            self.valid_data or self.data, mulan, audio_folder=self.valid_audio_folder, training=False
+        )
 
     def load_quantizer(self) -> MuLaNEmbedQuantizer:
         return MuLaNEmbedQuantizer.from_pretrained(self.output / 'quantizer')

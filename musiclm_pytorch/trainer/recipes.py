@@ -165,7 +165,10 @@ class TrainedRecipe(Recipe):
     def build_trainer(self, model: nn.Module, data: Any, **keywords: Any) -> Trainer:
         """A trainer; `keywords` are those that do not stand in a recipe."""
         with self.section('training') as training:
-            trainer = self.trainer(model, data, **training, **keywords)
+            for name, other in (('num_epochs', 'num_train_steps'), ('num_train_steps', 'num_epochs')):
+                if keywords.get(name) is not None:  # a length that is given takes the place of the recipe's
+                    training.pop(other, None)
+            trainer = self.trainer(model, data, **{**training, **keywords})
         trainer.recipe = self
         return trainer
 

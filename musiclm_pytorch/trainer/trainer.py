@@ -119,7 +119,8 @@ class Trainer(Resumable):
     ):
         config = self.complete(config, keywords)
         self.config = config
-        # as attributes too, which a program may change while it trains: trainer.lr, trainer.checkpoint_every …
+        # As attributes, too. These may be changed while it trains: lr, max_grad_norm, grad_accum_every, and how often
+        # it validates, saves and logs; what the optimizer, the schedule and the data were built with may not.
         vars(self).update(vars(config))
         self.results_folder = Path(config.results_folder)
         self.schedule = dict(
@@ -425,6 +426,7 @@ class Trainer(Resumable):
                 self.own_data = (self.position, self.batches.iterate(self.position))
             metrics = self.optimize(self.own_data[1], total)
         self.own_data = (self.position, self.own_data[1])
+        self.tell('on_step', metrics)
         if self.step % self.checkpoint_every == 0:
             self.save()
         return metrics
