@@ -90,6 +90,12 @@ def add_data(parser: Any, help: str = 'as for `musiclm train mulan`', *, audio_f
         option(parser, '--audio-folder', metavar='FOLDER', help=AUDIO_FOLDER)
 
 
+def add_valid_data(parser: Any, help: str) -> None:
+    option(parser, '--valid-data', metavar='SOURCE', help=help)
+    also = 'the same for --valid-data as --audio-folder for --data'
+    option(parser, '--valid-audio-folder', metavar='FOLDER', help=also)
+
+
 def add_config(parser: Any, what: str) -> None:
     """A recipe; from then on, any key of it is an option too."""
     option(parser, '--config', metavar='FILE', help=what)

@@ -7,12 +7,12 @@ from pathlib import Path
 
 from musiclm_pytorch.cli.data import open_codec
 from musiclm_pytorch.cli.options import (
-    AUDIO_FOLDER,
     WHOLE,
     add_codec,
     add_config,
     add_data,
     add_output,
+    add_valid_data,
     command,
     open_clips,
     option,
@@ -93,8 +93,7 @@ def assemble(subcommands) -> None:
     add_config(parser, f"a recipe of every part, as for `{WHOLE}`; its section 'musiclm' counts: windows, sampling …")
     add_codec(parser, 'where the parts have none')
     held_out = 'held-out pairs, as --data of the trainings: what `usual_score_prompts` of the section is measured on'
-    option(parser, '--valid-data', metavar='SOURCE', help=held_out)
-    option(parser, '--valid-audio-folder', metavar='FOLDER', help=f'of --valid-data: {AUDIO_FOLDER}')
+    add_valid_data(parser, held_out)
 
 
 def recipes(subcommands) -> None:
@@ -169,20 +168,19 @@ def open_mulan(options: argparse.Namespace):
 
 
 def run_assemble(options: argparse.Namespace) -> None:
-    import torch
-
-    from musiclm_pytorch.trainer.assembly import assemble_musiclm, measure_usual_score
+    from musiclm_pytorch.trainer.assembly import assemble_by_recipe
 
     recipe = read_whole(options)
-    settings = dict(recipe.fitted.musiclm)
-    dtype, prompts = getattr(torch, settings.pop('dtype', 'float32')), settings.pop('usual_score_prompts', None)
-    if (prompts is None) != (options.valid_data is None):
+    if ('usual_score_prompts' in recipe.fitted.musiclm) != (options.valid_data is not None):
         raise ValueError('usual_score_prompts and --valid-data belong together: how many captions, and which')
-    musiclm = assemble_musiclm(options.parts, codec=open_codec(options), **settings)
-    if prompts is not None:
-        mulan, folder = musiclm.mulan_embed_quantizer.mulan, options.valid_audio_folder
-        pairs = recipe.mulan.open_data(options.valid_data, mulan, audio_folder=folder, training=False)
-        musiclm.usual_score = measure_usual_score(musiclm, pairs, prompts)
+    musiclm, dtype = assemble_by_recipe(
+        recipe.fitted,
+        options.parts,
+        lambda mulan: recipe.mulan.open_data(
+            options.valid_data, mulan, audio_folder=options.valid_audio_folder, training=False
+        ),
+        codec=open_codec(options),
+    )
     write_results(options.output, lambda folder: musiclm.save_pretrained(folder, dtype=dtype))
     tell_model(options.output)
 

@@ -14,6 +14,7 @@ from musiclm_pytorch.cli.options import (
     add_data,
     add_output,
     add_training,
+    add_valid_data,
     command,
     open_clips,
     option,
@@ -58,10 +59,7 @@ def train_mulan(models) -> None:
         'Train MuLaN. Works as it is under `torchrun` and `accelerate launch` too.',
     )
     add_data(parser, PAIRS)
-    valid = 'held-out pairs, as --data (default: a share of --data; none for shards)'
-    option(parser, '--valid-data', metavar='SOURCE', help=valid)
-    also = 'the same for --valid-data as --audio-folder for --data'
-    option(parser, '--valid-audio-folder', metavar='FOLDER', help=also)
+    add_valid_data(parser, 'held-out pairs, as --data (default: a share of --data; none for shards)')
     add_training(parser, 'grad_cache_chunk_size')
     option(
         parser,
@@ -115,10 +113,7 @@ def train_all(models) -> None:
         'it was.',
     )
     add_data(parser)
-    valid = 'held-out pairs for MuLaN, as --data (default: a share of --data; none for shards)'
-    option(parser, '--valid-data', metavar='SOURCE', help=valid)
-    also = 'the same for --valid-data as --audio-folder for --data'
-    option(parser, '--valid-audio-folder', metavar='FOLDER', help=also)
+    add_valid_data(parser, 'held-out pairs for MuLaN, as --data (default: a share of --data; none for shards)')
     add_config(
         parser,
         'a recipe of every part: a YAML or JSON file, or a name that `musiclm recipes` lists, such as musiclm_small; '
@@ -142,7 +137,6 @@ def train_all(models) -> None:
 
 
 def run_train_mulan(options: argparse.Namespace) -> None:
-    from musiclm_pytorch.data.opening import GENERATED
     from musiclm_pytorch.mulan.model import MuLaN
     from musiclm_pytorch.trainer.batches import seed_everything
     from musiclm_pytorch.trainer.recipes import MuLaNRecipe
@@ -159,12 +153,8 @@ def run_train_mulan(options: argparse.Namespace) -> None:
         mulan = MuLaN.from_pretrained(options.init_from)
         recipe = recipe.with_model_of(mulan)
     dataset = recipe.open_data(options.data, mulan, audio_folder=options.audio_folder)
-    valid_dataset = None
-    if options.valid_data is not None or options.data in GENERATED:
-        valid_dataset = recipe.open_data(
-            options.valid_data or options.data, mulan, audio_folder=options.valid_audio_folder, training=False
-        )
-    trainer = run_trainer(recipe, options, mulan, dataset, valid_dataset=valid_dataset)
+    held_out = recipe.open_held_out(options.data, mulan, options.valid_data, audio_folder=options.valid_audio_folder)
+    trainer = run_trainer(recipe, options, mulan, dataset, valid_dataset=held_out)
     if not trainer.is_main:
         return
     print(f'{trainer.step} steps done; checkpoints and metrics.jsonl are in {trainer.results_folder}')

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -186,6 +186,23 @@ def assemble_musiclm(
         unique_consecutive=unique['semantic'],
         **stages,
     ).eval()
+
+
+def assemble_by_recipe(
+    recipe: FittedRecipe, parts: Path, open_held_out: Callable[[MuLaN], Dataset], **keywords: Any
+) -> tuple[MusicLM, torch.dtype]:
+    """A MusicLM by the section `musiclm`, and what its weights are to be saved in.
+
+    open_held_out: gives the pairs that `usual_score_prompts` of the section are from, if it has any.
+    keywords: of `assemble_musiclm`, before those of the section.
+    """
+    with recipe.section('musiclm') as settings:
+        dtype, prompts = getattr(torch, settings.pop('dtype', 'float32')), settings.pop('usual_score_prompts', None)
+        musiclm = assemble_musiclm(parts, **settings | keywords)
+        if prompts is not None:
+            pairs = open_held_out(musiclm.mulan_embed_quantizer.mulan)
+            musiclm.usual_score = measure_usual_score(musiclm, pairs, prompts)
+    return musiclm, dtype
 
 
 def measure_usual_score(musiclm: MusicLM, pairs: Dataset, count: int) -> float:

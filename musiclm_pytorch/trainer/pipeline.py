@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
 from torch.utils.data import Dataset
 
 from musiclm_pytorch.atomic import read_checked_json, write_json
@@ -29,7 +28,7 @@ from musiclm_pytorch.musiclm import MusicLM
 from musiclm_pytorch.pretrained import find_pretrained
 from musiclm_pytorch.quantizer import MuLaNEmbedQuantizer
 from musiclm_pytorch.trainer.assembly import (
-    assemble_musiclm,
+    assemble_by_recipe,
     build_spectral_codec,
     build_tokenizer,
     fit_quantizer,
@@ -37,7 +36,6 @@ from musiclm_pytorch.trainer.assembly import (
     fit_tokenizer,
     is_whole,
     load_codec,
-    measure_usual_score,
     model_in,
 )
 from musiclm_pytorch.trainer.batches import seed_everything
@@ -226,13 +224,16 @@ class _Parts:
 
     def check(self, resume: bool) -> None:
         """Raise ValueError or ImportError for what would else show after hours."""
-        if 'usual_score_prompts' in self.recipe.fitted.musiclm and not self.has_held_out:
+        lacks_held_out = self.valid_data is None and self.data not in GENERATED
+        if 'usual_score_prompts' in self.recipe.fitted.musiclm and lacks_held_out:
             raise ValueError('usual_score_prompts needs held-out captions: give valid_data (--valid-data)')
         if self.recipe.fitted.tokens.get('synthetic_rendered') is not None and self.data in GENERATED:
             webdataset()
         if self.begin_with is None:
             return
         for name in STAGES:
+            if resume and is_whole(self.output / name / 'last'):  # needs it no more
+                continue
             config = read_config(self.begin_with / name, 'save_module', ('model', 'keywords'), ('step', 'stage'))
             kept, wanted = config['keywords'], getattr(self.recipe, name).model
             differ = {key: it for key, it in wanted.items() if kept.get(key, it) != it}
@@ -242,12 +243,8 @@ class _Parts:
                     f'the {name} stage in {self.begin_with} has {key} {kept[key]}, the recipe says {it}: '
                     'begin_with is for stages of the same sizes'
                 )
-        if not self.recipe.fitted.pretrained_codec:
+        if not (self.recipe.fitted.pretrained_codec or (resume and is_whole(self.output / 'codec'))):
             self.recipe.check_levels(own_codec(load_module(self.begin_with / 'codec')).num_quantizers)
-
-    @property
-    def has_held_out(self) -> bool:
-        return self.valid_data is not None or self.data in GENERATED
 
     def open_mulan(self, resume: bool) -> None:
         """Build the trainer of the first part, unless that is finished."""
@@ -355,13 +352,7 @@ class _Parts:
         trainer.train()
 
     def musiclm(self) -> MusicLM:
-        with self.recipe.fitted.section('musiclm') as keywords:
-            dtype = getattr(torch, keywords.pop('dtype', 'float32'))
-            prompts = keywords.pop('usual_score_prompts', None)
-            musiclm = assemble_musiclm(self.output, **{**keywords, 'windows': self.recipe.windows})
-            if prompts is not None:
-                pairs = self.held_out(musiclm.mulan_embed_quantizer.mulan)
-                musiclm.usual_score = measure_usual_score(musiclm, pairs, prompts)
+        musiclm, dtype = assemble_by_recipe(self.recipe.fitted, self.output, self.held_out, windows=self.recipe.windows)
         musiclm.save_pretrained(self.output / 'musiclm', dtype=dtype)
         return musiclm
 
@@ -376,11 +367,7 @@ class _Parts:
 
     def held_out(self, mulan: MuLaN) -> Dataset | None:
         """Pairs that MuLaN is validated on; None where it is by a share of the data."""
-        if not self.has_held_out:
-            return None
-        return self.recipe.mulan.open_data(
-            self.valid_data or self.data, mulan, audio_folder=self.valid_audio_folder, training=False
-        )
+        return self.recipe.mulan.open_held_out(self.data, mulan, self.valid_data, audio_folder=self.valid_audio_folder)
 
     def load_quantizer(self) -> MuLaNEmbedQuantizer:
         return MuLaNEmbedQuantizer.from_pretrained(self.output / 'quantizer')

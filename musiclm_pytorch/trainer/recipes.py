@@ -13,7 +13,7 @@ from torch import nn
 
 from musiclm_pytorch.atomic import write_json
 from musiclm_pytorch.data.generated import GeneratedMusic
-from musiclm_pytorch.data.opening import open_pairs
+from musiclm_pytorch.data.opening import GENERATED, open_pairs
 from musiclm_pytorch.mulan.audio_transformer import AudioSpectrogramTransformer
 from musiclm_pytorch.mulan.model import MuLaN
 from musiclm_pytorch.mulan.recipes import create_optimized_audiospectrogram_transformer
@@ -250,6 +250,14 @@ class MuLaNRecipe(TrainedRecipe):
             return open_pairs(
                 data, sample_rate=mulan.sample_rate, audio_folder=audio_folder, training=training, **keywords
             )
+
+    def open_held_out(
+        self, data: str, mulan: MuLaN, valid_data: str | None, *, audio_folder: str | None = None
+    ) -> Any | None:
+        """The pairs at `valid_data`, or the split 'valid' of generated music; None where a share of the data is all."""
+        if valid_data is None and data not in GENERATED:
+            return None
+        return self.open_data(valid_data or data, mulan, audio_folder=audio_folder, training=False)
 
     def build_trainer(self, model: MuLaN, data: Any, **keywords: Any) -> MuLaNTrainer:
         if names := self.data.get('group_by'):
