@@ -27,6 +27,7 @@ from sklearn.preprocessing import StandardScaler
 from threadpoolctl import threadpool_limits  # a requirement of scikit-learn
 
 from musiclm_pytorch import SyntheticMusic
+from musiclm_pytorch.locking import first_use
 
 ROOT = Path(__file__).resolve().parent.parent
 READ_BY_CLASSIFIER = ('instrument', 'register', 'texture', 'drums')
@@ -37,6 +38,7 @@ KRUMHANSL = {
 }
 
 
+@first_use('estimate_tempo')
 def estimate_tempo(wave: np.ndarray, rate: int) -> float:
     """BPM by librosa: the autocorrelation of the onset strength, weighted by its default prior.
 
@@ -47,6 +49,7 @@ def estimate_tempo(wave: np.ndarray, rate: int) -> float:
     return float(librosa.feature.tempo(onset_envelope=strength, sr=rate, hop_length=hop)[0])
 
 
+@first_use('estimate_key')
 def estimate_key(wave: np.ndarray, rate: int) -> tuple[int, str]:
     """Tonic and mode whose profile of Krumhansl and Kessler correlates most with the mean chroma."""
     # tuning is at most 8 cents off, so that its estimation would only cost time
@@ -59,6 +62,7 @@ def estimate_key(wave: np.ndarray, rate: int) -> tuple[int, str]:
     return max(found, key=found.get)
 
 
+@first_use('features')
 def features(wave: np.ndarray, rate: int) -> np.ndarray:
     """Statistics of the log-mel spectrogram in each of 40 bands (level, spread, rise and decay from frame to frame),
     and of the spectrum's centroid and flatness."""

@@ -1,4 +1,4 @@
-"""One writer at a time in a folder.
+"""One writer at a time in a folder, and one process at a time that has functions compiled.
 
 Imports nothing from the package.
 """
@@ -11,9 +11,10 @@ import logging
 import os
 import shlex
 import sys
+import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
@@ -27,7 +28,10 @@ NOT_HERE = {errno.EACCES, errno.EPERM, errno.EROFS}
 PATIENCE = 0.3  # seconds for which a lock that is being let go is waited for
 LONGEST_COMMAND = 120  # characters that are told of one
 
+COMPILING = 600.0  # seconds for which another process may compile before this one no longer waits
+
 _own = threading.local()
+_compiled: set[Hashable] = set()
 
 
 class FolderInUseError(OSError):
@@ -122,3 +126,48 @@ def _parents_of(folder: Path) -> Iterator[None]:
                 path.rmdir()
             except OSError:  # something is in it, or has gone with it
                 break
+
+
+@contextmanager
+def first_use(what: Hashable) -> Iterator[None]:
+    """Keep other processes of this user from compiling functions while the block has `what` compiled, or read.
+
+    numba (0.68) keeps what it compiles of one function in several files, each replaced on its own. Of two processes
+    that compile the same at once, one may leave this file and one that; every later process crashes on the pair. So
+    the first block of a process and `what` waits until no other process is in such a block, for ten minutes at most;
+    what comes after it, and blocks within, cost nothing. Also a decorator of functions.
+
+    what: tells what is compiled, kinds of numbers included where functions are compiled anew for each.
+    """
+    if what in _compiled or getattr(_own, 'compiles', False):
+        yield
+        return
+    with ExitStack() as stack:
+        stack.enter_context(_only_compiler())
+        _own.compiles = True
+        stack.callback(setattr, _own, 'compiles', False)
+        yield
+    _compiled.add(what)
+
+
+@contextmanager
+def _only_compiler() -> Iterator[None]:
+    # beside what several machines share, if they do: a home directory often comes with the packages in it
+    cache = Path(os.environ.get('XDG_CACHE_HOME') or '~/.cache').expanduser() / 'musiclm_pytorch'
+    for folder in (cache, Path(tempfile.gettempdir()) / f'musiclm_pytorch-{os.getuid()}'):
+        lock = FileLock(folder / 'compiling.lock', timeout=COMPILING, fallback_to_soft=False)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            lock.acquire()
+        except Timeout:
+            logger.warning('another process compiles functions since %g s (%s); going on', COMPILING, lock.lock_file)
+            break
+        except OSError as error:  # not to be written, or without locks
+            logger.debug('no lock in %s: %s', folder, error)
+            continue
+        try:
+            yield
+        finally:
+            lock.release()
+        return
+    yield

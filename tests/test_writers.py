@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,7 @@ from helpers.training import trainer
 import musiclm_pytorch
 from musiclm_pytorch import MusicLM, atomic
 from musiclm_pytorch.cli import main
-from musiclm_pytorch.locking import FolderInUseError, only_writer
+from musiclm_pytorch.locking import FolderInUseError, first_use, only_writer
 from musiclm_pytorch.trainer.folders import holds_something
 
 TINY = Path(musiclm_pytorch.__file__).parent / 'pretrained' / 'tiny'
@@ -37,6 +38,20 @@ with only_writer(sys.argv[1]):
     if os.fork():
         print(os.getpid(), flush=True)
     time.sleep(60)
+"""
+
+# a process that has something compiled, twice, and tells when it began and ended the first time
+COMPILER = """
+import sys, time
+from musiclm_pytorch.locking import first_use
+@first_use('something')
+def compiled(seconds):
+    began = time.monotonic()
+    with first_use('within'):
+        time.sleep(seconds)
+    print(began, time.monotonic(), flush=True)
+compiled(float(sys.argv[1]))
+compiled(0)
 """
 
 
@@ -293,3 +308,42 @@ def test_signals_end_real_processes(music, tmp_path):
     assert not [*tmp_path.rglob('.*')]
     left = [json.loads((tmp_path / name / 'index.json').read_text()) for name in ('shards', 'more')]
     assert all(0 < len(it['shards']) < 250 and not it['complete'] for it in left)
+
+
+def compilers(seconds, cache):
+    environment = os.environ | dict(XDG_CACHE_HOME=str(cache))
+    commands = [[sys.executable, '-c', COMPILER, str(it)] for it in seconds]
+    return [subprocess.Popen(it, env=environment, stdout=subprocess.PIPE, text=True) for it in commands]
+
+
+def test_one_process_compiles_at_a_time(tmp_path):
+    """Or else the files that numba keeps may not fit each other, and crash every later process."""
+    processes = compilers([0.4] * 3, tmp_path)
+    told = [it.communicate(timeout=WAITS)[0].splitlines() for it in processes]
+    times = [[tuple(map(float, line.split())) for line in lines] for lines in told]
+    assert [it.returncode for it in processes] == [0] * 3
+    first = sorted(it[0] for it in times)
+    assert all(end <= began for (_, end), (began, _) in pairwise(first))
+    assert {len(it) for it in times} == {2}
+
+
+def test_who_dies_while_it_compiles_holds_nobody_up(tmp_path):
+    (dying,) = compilers([WAITS], tmp_path)
+    lock = tmp_path / 'musiclm_pytorch' / 'compiling.lock'
+    while not lock.exists():
+        assert dying.poll() is None
+    dying.kill()
+    (other,) = compilers([0], tmp_path)
+    assert len(other.communicate(timeout=WAITS)[0].splitlines()) == 2
+    dying.communicate()
+
+
+def test_without_a_place_for_a_lock_it_compiles_all_the_same(tmp_path, monkeypatch):
+    (tmp_path / 'file').touch()
+    for name in ('XDG_CACHE_HOME', 'TMPDIR'):
+        monkeypatch.setenv(name, str(tmp_path / 'file'))
+    monkeypatch.setattr('tempfile.tempdir', str(tmp_path / 'file'))
+    with first_use('something else'):
+        pass
+    with pytest.raises(KeyError), first_use('a third'):
+        raise KeyError('what goes wrong is told')

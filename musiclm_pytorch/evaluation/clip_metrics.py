@@ -28,6 +28,7 @@ from musiclm_pytorch.evaluation.music_analysis import (
     tonality,
 )
 from musiclm_pytorch.extras import how_to_install
+from musiclm_pytorch.locking import first_use
 
 # a frame is silent if what is left of it without its mean (a constant is not heard) is below this, in dB of full scale
 SILENCE, FRAME_SECONDS = -60.0, 0.05
@@ -127,6 +128,7 @@ def clipped_share(samples: np.ndarray) -> float:
     return float(lengths[(side[starts] != 0) & (lengths >= CLIPPED_RUN)].sum() / len(samples))
 
 
+@first_use('loudness')
 def loudness(samples: np.ndarray, rate: int) -> MetricValue:
     """Integrated loudness of `(samples,)`, as in `signal_quality`."""
     if len(samples) < BLOCK * rate:
@@ -250,6 +252,7 @@ class StructureResult:
 
 
 @typechecked
+@first_use('structure_of')
 def structure_of(wave: Tensor, sample_rate: int) -> StructureResult:
     """Analyse one clip, at 16 kHz whatever its rate: what lies above 8 kHz has no part in it.
 

@@ -7,6 +7,9 @@ from typing import Any
 import numpy as np
 
 from musiclm_pytorch.evaluation.metric import MetricValue, undefined
+from musiclm_pytorch.locking import first_use
+
+# librosa compiles functions on import and on use: functions that call it are marked `first_use`
 
 # ---- tempo ----
 
@@ -25,6 +28,7 @@ TEMPO_SECONDS, TEMPO_ONSETS, PULSE = 3.0, 3, 0.2
 SLOWEST, FASTEST, LIKELY_BPM, PRIOR_OCTAVES = 30, 300, 120, 1.0
 
 
+@first_use('mel_power')
 def mel_power(samples: np.ndarray) -> np.ndarray:
     """Mel spectrogram `(64, t)` of `(samples,)` at 16 kHz. Frame t is centred on 32 + 8 t ms; none reaches outside."""
     import librosa
@@ -55,6 +59,7 @@ def time_of(frames: np.ndarray) -> np.ndarray:
     return (frames * MEL_HOP + ONSET_PLACE * MEL_WINDOW) / RATE
 
 
+@first_use('rhythm')
 def rhythm(mel: np.ndarray, seconds: float) -> dict[str, Any]:
     """The fields of `StructureResult` about time: tempo, pulse_clarity, beat_variation, onset_density, onsets, beats.
 
@@ -95,6 +100,7 @@ def rhythm(mel: np.ndarray, seconds: float) -> dict[str, Any]:
     return found | dict(beat_variation=MetricValue(distances.std() / distances.mean()))
 
 
+@first_use('find_tempo')
 def find_tempo(strength: np.ndarray) -> tuple[float, float]:
     """BPM and the autocorrelation of onset strength `(t,)` at one beat, at most 1.
 
@@ -121,6 +127,7 @@ def find_tempo(strength: np.ndarray) -> tuple[float, float]:
     return float(60 * FRAMES_A_SECOND / (lags[best] + shift)), min(1.0, float(here[best]))
 
 
+@first_use('find_beats')
 def find_beats(strength: np.ndarray, bpm: float, seconds: float) -> np.ndarray:
     """Times of the beats in seconds, by dynamic programming (Ellis, 2007), from the start to the end of the clip."""
     import librosa
@@ -153,6 +160,7 @@ BINS = 12 * OCTAVES * BINS_A_SEMITONE
 LONGEST_WINDOW = 2**15
 
 
+@first_use('pitch_spectrum')
 def pitch_spectrum(samples: np.ndarray) -> np.ndarray:
     """Magnitudes `(252, t)` of the constant-Q transform of `(samples,)` at 16 kHz; frame t is centred on 64 t ms."""
     import librosa
@@ -271,6 +279,7 @@ def form(mel: np.ndarray, chroma: np.ndarray, seconds: float) -> dict[str, Any]:
     )
 
 
+@first_use('similarity')
 def similarity(chroma: np.ndarray, timbre: np.ndarray, step: float) -> np.ndarray:
     """How alike any two frames are, 0 to 1, `(t, t)`: the mean of how alike their pitch classes and their timbres are.
 

@@ -22,6 +22,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from musiclm_pytorch.kernels.tile import HAS_DOT, LANES, in_kind_of, tile
+from musiclm_pytorch.locking import first_use
 
 # Sums may be reordered, which vector instructions need; NaN and infinity keep their meaning.
 MATHS = {'reassoc', 'contract', 'nsz', 'arcp'}
@@ -599,7 +600,9 @@ class Crew:
         self.kinds = tuple(np.empty(0, it) for it in kinds)
         self.shared = np.zeros(ASLEEP + threads, dtype=np.int64)
         self.shared[THREADS] = threads
-        work.compile(tuple(map(typeof, (self.shared, 0, 0, *self.kinds))))  # of these kinds alone
+        with first_use(('step_kernel', weights)):
+            hold.compile((typeof(self.shared),))
+            work.compile(tuple(map(typeof, (self.shared, 0, 0, *self.kinds))))  # of these kinds alone
         self.queues = [SimpleQueue() for _ in range(threads - 1)]
         for number, queue in enumerate(self.queues, start=1):
             Thread(target=self._serve, args=(self.shared, number, queue, self.kinds), daemon=True).start()
