@@ -7,7 +7,7 @@
 # own. The wrapper calls the function by a symbol that holds how many functions its process had compiled before: v1 in
 # the one, v6 in the other, under the same key and file name. A process that finds the function of one and the wrapper of
 # another takes both. With librosa 0.11.0 (`librosa.beat`, compiled on first use), two processes that began at once left
-# such a pair in 5 of 8 tries, and each process after them ended by a segmentation fault, until the files were removed.
+# such a pair in 6 of 8 tries, and each process after them ended by a segmentation fault, until the files were removed.
 # This script looks into the files of two processes that ran one after the other, each with a folder of its own.
 set -euo pipefail
 folder=$(mktemp -d)
