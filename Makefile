@@ -15,7 +15,7 @@ HEALTHY = from importlib.util import find_spec; exit(not all(map(find_spec, ("fa
 $(shell test ! -e $(STAMP) || $(RUN) -c '$(HEALTHY)' >/dev/null 2>&1 || rm -f $(STAMP))
 
 .DEFAULT_GOAL := help
-.PHONY: help test quick demo bench lint format constraints clean
+.PHONY: help test quick demo docs bench lint format constraints clean
 
 DEMO = 'a fast happy flute melody' 'a slow low organ in minor, with drums'
 
@@ -38,6 +38,10 @@ quick: $(STAMP) ## the suite without its slow tests
 
 demo: $(STAMP) ## make music for two prompts, and a page to hear and see it: out/demo/index.html
 	$(RUN) -m musiclm_pytorch.cli generate $(or $(PROMPTS),$(DEMO)) --num-samples 4 --seconds 5 -o out/demo --overwrite $(ARGS)
+
+docs: $(STAMP) ## the site, with the reference of every public name: build/site/index.html
+	$(RUN) -m pip install --quiet -c constraints.txt -e '.[docs]'
+	$(RUN) -m mkdocs build --strict --quiet
 
 bench: $(STAMP) ## MuLaN's speed and memory
 	$(RUN) benchmarks/mulan.py $(ARGS)

@@ -49,6 +49,7 @@ def fairseq_stand_in():
 # One line an extra, and only extras whose code is in the package; `all` is their union.
 EXTRAS = {
     'app': ['gradio>=6'],
+    'docs': ['mkdocs-material>=9.6', 'mkdocstrings[python]>=0.29'],
     'eval': ['encodec>=0.1.1', 'hear21passt>=0.0.26', 'mir-eval>=0.8', 'transformers>=5'],
     'inference': ['onnx>=1.18', 'onnxruntime>=1.20', 'onnxscript>=0.5', 'torchao>=0.15'],
     'openclip': ['open-clip-torch>=3.3,<4'],

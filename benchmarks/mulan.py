@@ -3,7 +3,7 @@
 Each measurement runs in a process of its own, the two libraries in turn, on the same weights and inputs. Before any
 timing, both compute latents, loss and gradients of one batch, which have to agree.
 
-    python benchmarks/mulan.py                          # the table of the README
+    python benchmarks/mulan.py                          # the table of docs/speed.md
     python benchmarks/mulan.py --cases train:3:4 embed:3:4
     python benchmarks/mulan.py --device cuda --dtype bf16 --cases train:10:64
 

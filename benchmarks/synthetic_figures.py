@@ -1,6 +1,6 @@
 """Listen to SyntheticMusic through figures: does a clip sound like its labels?
 
-    python benchmarks/synthetic_figures.py                  # the table of the README, some minutes on two cores
+    python benchmarks/synthetic_figures.py                  # the table of docs/data.md, some minutes on two cores
     python benchmarks/synthetic_figures.py --clips 200 --trained 400
 
 Tempo and key are read by estimators that know nothing of the data set: librosa's tempo, at its default prior around

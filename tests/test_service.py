@@ -788,9 +788,9 @@ def test_the_command_without_the_extra(mulan, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.skipif(shutil.which('curl') is None, reason='needs curl')
-def test_the_readmes_requests_are_answered(musiclm, tmp_path):
+def test_the_documented_requests_are_answered(musiclm, tmp_path):
     (tmp_path / 'organ.mp3').write_bytes(sound(2.0, 44100, 'MP3'))
-    commands = re.findall(r'^curl localhost:8000.*$', (ROOT / 'README.md').read_text(encoding='utf-8'), re.M)
+    commands = re.findall(r'^curl localhost:8000.*$', (ROOT / 'docs' / 'service.md').read_text(encoding='utf-8'), re.M)
     assert len(commands) == 5
     # `--json`, of curl 7.82, spelt out for older ones
     longer = {'--json': "-H 'Content-Type: application/json' -d", 'localhost:8000': '{host}:{port}'}
