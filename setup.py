@@ -109,6 +109,7 @@ setup(
     },
     install_requires=[
         'accelerate>=1.0',
+        'argcomplete>=3.5',
         'audiolm-pytorch>=2.4.0,<3',
         'av>=16',
         'beartype>=0.18',

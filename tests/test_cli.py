@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import re
 import runpy
 import subprocess
@@ -117,6 +118,21 @@ def test_wrong_usage_exits_with_2(arguments, capsys):
         cli.main(arguments)
     assert stopped.value.code == 2
     assert 'usage: musiclm' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ('line', 'next_words'),
+    [
+        ('musiclm gen', {'generate'}),
+        ('musiclm infill a.wav --st', {'--start'}),
+        ('musiclm train mulan --pre', {'--precision'}),
+    ],
+)
+def test_shells_complete_it(line, next_words, tmp_path):
+    asks = dict(_ARGCOMPLETE='1', _ARGCOMPLETE_IFS=' ', _ARGCOMPLETE_STDOUT_FILENAME=str(tmp_path / 'words'))
+    asks |= dict(COMP_LINE=line, COMP_POINT=str(len(line)))
+    subprocess.run([sys.executable, '-m', 'musiclm_pytorch.cli'], env=os.environ | asks, check=True)
+    assert set((tmp_path / 'words').read_text().split()) == next_words
 
 
 def test_every_option_has_help(monkeypatch):

@@ -39,6 +39,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     subcommands = parser.add_subparsers(dest='command', required=True, metavar='COMMAND')
     for declare in SUBCOMMANDS:
         declare(subcommands)
+    if '_ARGCOMPLETE' in os.environ:  # the shell asks what may come next
+        import argcomplete
+
+        argcomplete.autocomplete(parser)
     try:
         words, fields = split_fields(sys.argv[1:] if arguments is None else arguments)
     except ValueError as error:
