@@ -1,6 +1,7 @@
 """The command `musiclm`."""
 
 import argparse
+import inspect
 import json
 import os
 import re
@@ -26,9 +27,13 @@ def test_shard(music, tmp_path, capsys, caplog):
     assert 'mute.wav: no caption' in caplog.text
     dataset = ShardedAudioText(tmp_path / 'out', sample_rate=8000)
     assert sorted(item['caption'] for item in dataset) == ['clip 0', 'clip 1', 'clip 2']
-    # again: nothing is left to do
-    assert cli.main(['shard', str(music), '-o', str(tmp_path / 'out'), '--shard-size', '2']) == 0
-    assert capsys.readouterr().out.startswith('3 clips in 2 shards')
+    # again: nothing is left to do; for a program
+    assert cli.main(['shard', str(music), '-o', str(tmp_path / 'out'), '--shard-size', '2', '--json']) == 0
+    printed = capsys.readouterr()
+    facts = json.loads(printed.out)
+    assert printed.err.startswith('3 clips in 2 shards')
+    assert dict(clips=3, shards=2, output=str(tmp_path / 'out')).items() <= facts.items()
+    assert 'mute.wav' in json.dumps(facts['skipped'])
 
 
 def test_shard_of_musiccaps(tmp_path):
@@ -168,6 +173,10 @@ def test_every_option_has_help(monkeypatch):
         assert parser.description
         for action in parser._actions:
             assert action.help or action.dest == 'model', action  # the line of subcommands has none of its own
+        if '--json' in parser._option_string_actions:
+            assert 'dict' in str(inspect.signature(parser.get_default('run')).return_annotation)
+    without = {name for name, it in commands.items() if '--json' not in it._option_string_actions}
+    assert without == {'train', 'recipes', 'serve', 'stream', 'app'}
 
 
 def parsers_below(parser, name=''):

@@ -7,6 +7,7 @@ import os
 import re
 import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import soundfile
@@ -173,12 +174,16 @@ def test_prompts_are_taken_together_as_far_as_a_batch_goes(tmp_path, capsys, mon
         MusicLM, 'forward', lambda self, text, **given: calls.append(text) or forward(self, text, **given)
     )
     options = ['--seconds', '0.3', '--num-samples', '2', '--max-batch', '5', '-o', str(tmp_path)]
-    assert main(['generate', 'organ', 'flute', 'piano', *options]) == 0
+    assert main(['generate', 'organ', 'flute', 'piano', *options, '--json']) == 0
     assert calls == [['organ', 'flute'], ['piano']]
-    assert capsys.readouterr().err == (
+    printed = capsys.readouterr()
+    assert printed.err.startswith(
         'these are 3 prompts, each with music of its own; for one, quote it: "organ flute piano"\n'
     )
-    seeds = [it['seed'] for it in json.loads((tmp_path / 'prompts.json').read_text()).values()]
+    pieces = json.loads(printed.out)['pieces']
+    kept = json.loads((tmp_path / 'prompts.json').read_text())
+    assert {Path(it.pop('file')).name: {k: v for k, v in it.items() if k != 'warning'} for it in pieces} == kept
+    seeds = [it['seed'] for it in kept.values()]
     assert sorted(seeds) == [0, 1, 2, 3, 4, 5]
 
 

@@ -13,6 +13,7 @@ from helpers.models import tiny_mulan
 from safetensors.torch import save_file
 
 from musiclm_pytorch.atomic import read_checked_json
+from musiclm_pytorch.cli import main
 from musiclm_pytorch.cli.search import index as declare_index
 from musiclm_pytorch.cli.search import search as declare_search
 from musiclm_pytorch.data.synthetic import SyntheticMusic
@@ -372,6 +373,9 @@ def test_a_folder_is_searched_by_words_and_by_sound(folder, tmp_path, capsys, ca
     run('search', out, '--audio', path, '-k', 2)
     first = capsys.readouterr().out.splitlines()[0]
     assert first == f'1.000  {path}'
+    assert main(['search', str(out), '--audio', str(path), '-k', '2', '--json']) == 0
+    (found, _) = json.loads(capsys.readouterr().out)['matches']
+    assert (found['file'], round(found['score'], 3), found['tags']) == (str(path), 1.0, [])
 
 
 def test_bad_searches_are_told(folder, tmp_path):

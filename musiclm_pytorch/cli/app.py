@@ -23,6 +23,7 @@ def app(subcommands) -> None:
         'serve a web page that makes music',
         'Serve a web page: prompts and stories to players, spectrograms, scores and downloads. It needs no network, '
         f'and one request at a time makes music. Needs {how_to_install("app")}.',
+        facts=False,
     )
     add_model(parser)
     host = 'where it is served: this machine alone; 0.0.0.0 is every network of it'

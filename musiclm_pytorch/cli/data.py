@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 from pathlib import Path
+from typing import Any
 
 from musiclm_pytorch.cli.options import AUDIO_FOLDER, add_codec, add_data, add_output, command, option
 
@@ -38,7 +39,7 @@ def shard(subcommands) -> None:
     option(made, '--sound-font', metavar='FILE', action='append', help='of "scores": a .sf2 or .sf3, or several')
 
 
-def run_shard(options: argparse.Namespace) -> None:
+def run_shard(options: argparse.Namespace) -> dict[str, Any]:
     from musiclm_pytorch.data.opening import GENERATED
     from musiclm_pytorch.data.shard_writer import write_shards
     from musiclm_pytorch.data.sources import list_clips
@@ -66,6 +67,7 @@ def run_shard(options: argparse.Namespace) -> None:
     )
     clips, shards = (sum(it) for it in zip(*((shard['samples'], shard['samples'] > 0) for shard in index['shards'])))
     print(f'{clips} clips in {shards} shards under {options.output}; {len(index["skipped"])} skipped')
+    return dict(clips=clips, shards=shards, skipped=index['skipped'], output=options.output)
 
 
 def tokens(subcommands) -> None:
@@ -92,7 +94,7 @@ def tokens(subcommands) -> None:
     option(parser, '--aside', action='store_true', help=aside)
 
 
-def run_tokens(options: argparse.Namespace) -> None:
+def run_tokens(options: argparse.Namespace) -> dict[str, Any]:
     from musiclm_pytorch.audiolm.semantic import SemanticTokenizer
     from musiclm_pytorch.audiolm.tokens import compute_tokens
     from musiclm_pytorch.data.opening import open_whole_clips
@@ -124,6 +126,7 @@ def run_tokens(options: argparse.Namespace) -> None:
         **modules,
     )
     print(f'tokens of {len(dataset)} clips are in {options.output}')
+    return dict(clips=len(dataset), output=options.output)
 
 
 def open_codec(options: argparse.Namespace):

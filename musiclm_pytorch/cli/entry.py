@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import errno
+import json
 import logging
 import os
 import signal
@@ -54,8 +55,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format='%(message)s')
     with ended_by_signals() as signals:
         try:
-            with alone_in_output(options):
-                options.run(options)
+            with alone_in_output(options), contextlib.redirect_stdout(sys.stderr if options.json else sys.stdout):
+                facts = options.run(options)
+            if options.json and facts is not None:
+                print(json.dumps(facts, ensure_ascii=False, default=str))
             flush_output()
         except user_errors() as error:
             print(f'{options.prog}: error: {" ".join(str(error).split())}', file=sys.stderr)

@@ -9,6 +9,7 @@ import json
 import logging
 import re
 from pathlib import Path
+from typing import Any
 
 from musiclm_pytorch.cli.options import ANY_MULAN, add_device, add_model, add_output, command, option
 
@@ -64,7 +65,7 @@ def compare(subcommands) -> None:
     option(parser, '--overwrite', action='store_true', help='write over a comparison that is there already')
 
 
-def run_evaluate(options: argparse.Namespace) -> None:
+def run_evaluate(options: argparse.Namespace) -> dict[str, Any]:
     from musiclm_pytorch.evaluation.report import RESULTS, check_free, write_report
 
     check_free(Path(options.output), RESULTS, options.overwrite)
@@ -100,9 +101,10 @@ def run_evaluate(options: argparse.Namespace) -> None:
     results = evaluator.evaluate(generated, reference, texts=texts, paired=options.paired, groups=groups)
     page = write_report(results, options.output, generated, players=options.players, overwrite=options.overwrite)
     print(f'{len(generated)} clips; {skipped} files skipped; the page is {page}')
+    return dict(page=page, files_skipped=skipped, results={group: results[group] for group in groups})
 
 
-def run_compare(options: argparse.Namespace) -> None:
+def run_compare(options: argparse.Namespace) -> dict[str, Any]:
     from musiclm_pytorch.evaluation.report import compare_reports
 
     reports = {}
@@ -112,7 +114,9 @@ def run_compare(options: argparse.Namespace) -> None:
         if name in reports:
             raise ValueError(f'two runs are named {name!r}; give them names: NAME=FOLDER')
         reports[name] = path
-    print(f'the page is {compare_reports(reports, options.output, overwrite=options.overwrite)}')
+    page = compare_reports(reports, options.output, overwrite=options.overwrite)
+    print(f'the page is {page}')
+    return dict(page=page)
 
 
 def sound_files(folder: str) -> list[Path]:

@@ -81,6 +81,7 @@ def stream(subcommands) -> None:
         'play music while it is made',
         'Make music for a prompt without end and write it to the standard output while it is made, as a WAV: musiclm '
         'stream "a slow piano" | ffplay -nodisp -i -',
+        facts=False,
     )
     option(parser, 'prompt', metavar='PROMPT', help='as of `musiclm generate`')
     add_model(parser)
@@ -119,7 +120,7 @@ def discard_output() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def run_generate(options: argparse.Namespace) -> None:
+def run_generate(options: argparse.Namespace) -> dict[str, Any]:
     from musiclm_pytorch.checks import check_device
     from musiclm_pytorch.gallery import check_no_page
 
@@ -187,7 +188,7 @@ def run_generate(options: argparse.Namespace) -> None:
                     write_clip(folder, clip, musiclm.sample_rate)
                     made.append(clip)
                     print(f'{clip.note}  {folder / clip.file}', flush=True)
-            write_lists(folder, made, how, dict(given))
+            pieces = write_lists(folder, made, how, dict(given))
     except KeyboardInterrupt:
         if not made:
             raise
@@ -198,6 +199,8 @@ def run_generate(options: argparse.Namespace) -> None:
         ) from None
     took = time.perf_counter() - start
     print(f'{len(made) * options.seconds:g} s of music in {took:.1f} s; the page is {folder / "index.html"}')
+    pieces = [dict(file=folder / it.file, **pieces[it.file], warning=it.remark) for it in made]
+    return dict(pieces=pieces, page=folder / 'index.html')
 
 
 def read_given(options: argparse.Namespace) -> list[tuple[str, Any]]:
@@ -227,7 +230,7 @@ def as_json(prompt: Any) -> Any:
     return prompt if isinstance(prompt, str) else dict(mix=[[weight, as_json(it)] for weight, it in prompt.parts])
 
 
-def write_lists(folder: Path, clips: list[Clip], how: dict[str, Any], given: dict[str, Any]) -> None:
+def write_lists(folder: Path, clips: list[Clip], how: dict[str, Any], given: dict[str, Any]) -> dict[str, dict]:
     """The page of clips that are there, and `prompts.json`: what makes each again, which `musiclm evaluate` reads where
     the prompts are words."""
     from musiclm_pytorch.atomic import write_text
@@ -240,6 +243,7 @@ def write_lists(folder: Path, clips: list[Clip], how: dict[str, Any], given: dic
     write_text(folder / 'prompts.json', json.dumps(pieces, indent=2, ensure_ascii=False) + '\n')
     settings = [f'{name.replace("_", " ")} {it}' for name, it in how.items() if it is not None]
     write_page(folder, clips, title='Music', intro=', '.join(settings))
+    return pieces
 
 
 def tell(line: str) -> None:

@@ -40,10 +40,18 @@ OVERRIDES = dict(
 )
 
 
-def command(parsers: Any, name: str, run: Callable, help: str, description: str, **defaults: Any) -> Any:
-    """A subcommand that `run` does the work of."""
+def command(
+    parsers: Any, name: str, run: Callable, help: str, description: str, facts: bool = True, **defaults: Any
+) -> Any:
+    """A subcommand that `run` does the work of.
+
+    facts: whether `run` returns what came out, a dict that `--json` prints; None where another process does.
+    """
     parser = parsers.add_parser(name, help=help, description=description)
-    parser.set_defaults(run=run, prog=parser.prog, **defaults)
+    parser.set_defaults(run=run, prog=parser.prog, json=False, **defaults)
+    if facts:
+        what = 'print what came out as one JSON object, and all else to stderr'
+        parser.add_argument('--json', action='store_true', help=what)
     return parser
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from musiclm_pytorch.cli.data import open_codec
 from musiclm_pytorch.cli.options import (
@@ -105,13 +106,14 @@ def recipes(subcommands) -> None:
         'list the recipes that come with the package, or print one',
         'List the recipes that come with the package, or print one. --config of every training takes their names; to '
         'change one, print it into a file: musiclm recipes musiclm_small > my.yaml',
+        facts=False,
     )
     option(parser, 'name', metavar='NAME', nargs='?', help='the recipe to print; with --keys a part, such as mulan')
     keys = 'list the keys that a recipe may have, with their types and defaults'
     option(parser, '--keys', action='store_true', help=keys)
 
 
-def run_train_quantizer(options: argparse.Namespace) -> None:
+def run_train_quantizer(options: argparse.Namespace) -> dict[str, Any]:
     from musiclm_pytorch.codecs.melody import MelodyQuantizer
     from musiclm_pytorch.trainer.assembly import fit_quantizer
 
@@ -124,9 +126,10 @@ def run_train_quantizer(options: argparse.Namespace) -> None:
     write_results(options.output, quantizer.save_pretrained)
     print(f'{len(missing)} levels of {quantizer.codebook_size} codes, in {options.output}')
     print(f'{missing[-1]:.1%} of the squared length of the latents are missing after the last level')
+    return dict(missing=missing, output=options.output)
 
 
-def run_train_tokenizer(options: argparse.Namespace) -> None:
+def run_train_tokenizer(options: argparse.Namespace) -> dict[str, Any]:
     from musiclm_pytorch.mulan.model import MuLaN
     from musiclm_pytorch.trainer.assembly import build_tokenizer, fit_tokenizer
 
@@ -150,6 +153,7 @@ def run_train_tokenizer(options: argparse.Namespace) -> None:
     rate = tokenizer.target_sample_hz / tokenizer.downsample_factor
     print(f'{tokenizer.codebook_size} semantic tokens, {rate:.3g} a second, in {options.output}')
     print(f'{missing:.1%} of the variance of the features is missing')
+    return dict(missing=missing, tokens_per_second=rate, output=options.output)
 
 
 def given(options: argparse.Namespace, names: dict[str, str]) -> dict:
@@ -167,7 +171,7 @@ def open_mulan(options: argparse.Namespace):
     return mulan
 
 
-def run_assemble(options: argparse.Namespace) -> None:
+def run_assemble(options: argparse.Namespace) -> dict[str, Any]:
     from musiclm_pytorch.trainer.assembly import assemble_by_recipe
 
     recipe = read_whole(options)
@@ -183,6 +187,7 @@ def run_assemble(options: argparse.Namespace) -> None:
     )
     write_results(options.output, lambda folder: musiclm.save_pretrained(folder, dtype=dtype))
     tell_model(options.output)
+    return dict(model=options.output)
 
 
 def run_recipes(options: argparse.Namespace) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from musiclm_pytorch.cli.generate import prompt_of
 from musiclm_pytorch.cli.options import add_model, add_output, add_place, command, option, place_of, write_results
@@ -31,7 +32,7 @@ def infill(subcommands) -> None:
     add_place(parser)
 
 
-def run_infill(options: argparse.Namespace) -> None:
+def run_infill(options: argparse.Namespace) -> dict[str, Any]:
     from musiclm_pytorch.checks import check_device
     from musiclm_pytorch.musiclm import MusicLM
     from musiclm_pytorch.waves import format_of
@@ -47,7 +48,9 @@ def run_infill(options: argparse.Namespace) -> None:
         num_samples=options.num_samples,
         seed=options.seed,
     )
-    print(*music.save(options.output))
+    files = music.save(options.output)
+    print(*files)
+    return dict(files=files)
 
 
 def train_melody(models) -> None:
@@ -70,7 +73,7 @@ def train_melody(models) -> None:
     option(parser, '--hop', metavar='S', default=1.0, help='distance between two')
 
 
-def run_train_melody(options: argparse.Namespace) -> None:
+def run_train_melody(options: argparse.Namespace) -> dict[str, Any]:
     import tempfile
 
     from musiclm_pytorch.codecs.melody import MelodyQuantizer
@@ -99,3 +102,4 @@ def run_train_melody(options: argparse.Namespace) -> None:
     print(f'the same melody among 256 in another performance: R@1 {found["valid_recall_at_1"]:.3f}')
     told = f'{len(left)} levels of {melody.codebook_size} codes, {left[-1]:.1%} missing after the last'
     print(f'{told}, in {options.output}')
+    return dict(results=found, missing=left, output=options.output)

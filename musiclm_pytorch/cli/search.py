@@ -6,6 +6,7 @@ import argparse
 import logging
 import os
 from pathlib import Path
+from typing import Any
 
 from musiclm_pytorch.cli.options import ANY_MULAN, add_device, add_model, add_output, command, option
 
@@ -52,7 +53,7 @@ def search(subcommands) -> None:
     add_device(parser)
 
 
-def run_index(options: argparse.Namespace) -> None:
+def run_index(options: argparse.Namespace) -> dict[str, Any]:
     from musiclm_pytorch.inference.search import check_free
 
     check_free(Path(options.output), options.overwrite)
@@ -78,9 +79,10 @@ def run_index(options: argparse.Namespace) -> None:
     made.add([Path(path).relative_to(folder).as_posix() for path in found.paths], found.latents)
     made.save(options.output, overwrite=options.overwrite)
     print(f'{len(made)} clips in {options.output}; {len(found.skipped)} skipped')
+    return dict(clips=len(made), skipped=found.skipped, output=options.output)
 
 
-def run_search(options: argparse.Namespace) -> None:
+def run_search(options: argparse.Namespace) -> dict[str, Any]:
     if (options.text is None) == (options.audio is None):
         raise ValueError('give either a TEXT or --audio FILE to search by')
     if options.k < 1 or options.tags < 0:
@@ -108,10 +110,14 @@ def run_search(options: argparse.Namespace) -> None:
     tags = [[]] * len(matches)
     if options.tags:
         tags = found.tags(k=options.tags, names=[match.name for match in matches])
-    for match, own in zip(matches, tags):
-        path = Path(about.get('folder', '')) / match.name
-        words = '  ' + ', '.join(tag.name for tag in own) if own else ''
-        print(f'{match.score:.3f}  {path}{words}')
+    rows = [
+        dict(score=match.score, file=Path(about.get('folder', '')) / match.name, tags=[tag.name for tag in own])
+        for match, own in zip(matches, tags)
+    ]
+    for row in rows:
+        words = '  ' + ', '.join(row['tags']) if row['tags'] else ''
+        print(f'{row["score"]:.3f}  {row["file"]}{words}')
+    return dict(matches=rows)
 
 
 def sound_files(folder: Path) -> list[Path]:

@@ -33,6 +33,7 @@ def serve(subcommands) -> None:
         'embed, rank and make music over HTTP',
         'Serve a model over HTTP: POST /embed, /rank and /generate, GET /stream, / and /health. A MuLaN alone makes no '
         'music. There are no users and no encryption: beyond this machine, put a proxy in front.',
+        facts=False,
     )
     add_model(parser, f'a folder of a MusicLM or of a MuLaN, or {SHIPPED}')
     option(parser, '--host', metavar='HOST', default='127.0.0.1', help='address to listen at')

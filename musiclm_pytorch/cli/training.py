@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import time
 from pathlib import Path
+from typing import Any
 
 from musiclm_pytorch.cli.options import (
     COMMAND_LINE,
@@ -136,7 +137,7 @@ def train_all(models) -> None:
 # ---- what they do ----
 
 
-def run_train_mulan(options: argparse.Namespace) -> None:
+def run_train_mulan(options: argparse.Namespace) -> dict[str, Any] | None:
     from musiclm_pytorch.mulan.model import MuLaN
     from musiclm_pytorch.trainer.batches import seed_everything
     from musiclm_pytorch.trainer.recipes import MuLaNRecipe
@@ -156,17 +157,18 @@ def run_train_mulan(options: argparse.Namespace) -> None:
     held_out = recipe.open_held_out(options.data, mulan, options.valid_data, audio_folder=options.valid_audio_folder)
     trainer = run_trainer(recipe, options, mulan, dataset, valid_dataset=held_out)
     if not trainer.is_main:
-        return
+        return None
     print(f'{trainer.step} steps done; checkpoints and metrics.jsonl are in {trainer.results_folder}')
     if (best := tell_best(trainer)) is None:
         print('no held-out pairs, hence no best model; give --valid-data')
-        return
+        return facts_of(trainer)
     for way in ('audio_to_text', 'text_to_audio'):
         numbers = ', '.join(f'{label} {best[f"{way}_{name}"]:.3g}' for name, label in METRICS.items())
         print(f'{way.replace("_", " ")}: {numbers}')
+    return facts_of(trainer)
 
 
-def run_train_stage(options: argparse.Namespace) -> None:
+def run_train_stage(options: argparse.Namespace) -> dict[str, Any] | None:
     from musiclm_pytorch.quantizer import MuLaNEmbedQuantizer
     from musiclm_pytorch.trainer.batches import seed_everything
     from musiclm_pytorch.trainer.stage_recipes import STAGE_RECIPES
@@ -175,21 +177,20 @@ def run_train_stage(options: argparse.Namespace) -> None:
     quantizer = None if options.quantizer is None else MuLaNEmbedQuantizer.from_pretrained(options.quantizer)
     seed_everything(recipe.seed)
     model, held_out = recipe.build_model(options.tokens, quantizer), options.valid_tokens
-    report(run_trainer(recipe, options, model, options.tokens, valid_tokens=held_out, quantizer=quantizer))
+    return report(run_trainer(recipe, options, model, options.tokens, valid_tokens=held_out, quantizer=quantizer))
 
 
-def run_train_codec(options: argparse.Namespace) -> None:
+def run_train_codec(options: argparse.Namespace) -> dict[str, Any] | None:
     from musiclm_pytorch.trainer.batches import seed_everything
     from musiclm_pytorch.trainer.stage_recipes import CodecRecipe
 
     if fits_spectral_codec(options):
-        run_fit_spectral_codec(options)
-        return
+        return run_fit_spectral_codec(options)
     recipe = read_recipe(CodecRecipe, options)
     seed_everything(recipe.seed)
     codec = recipe.build_model()
     data = recipe.open_data(options.data, codec)
-    report(run_trainer(recipe, options, codec, data, sample_rate=codec.target_sample_hz))
+    return report(run_trainer(recipe, options, codec, data, sample_rate=codec.target_sample_hz))
 
 
 def run_trainer(recipe, options: argparse.Namespace, model, data, **keywords):
@@ -201,16 +202,24 @@ def run_trainer(recipe, options: argparse.Namespace, model, data, **keywords):
     return trainer
 
 
-def report(trainer) -> None:
-    """What came out of a training of a stage or a codec, in a few lines."""
+def report(trainer) -> dict[str, Any] | None:
+    """What came out of a training of a stage or a codec, in a few lines, and as facts of the main process."""
     if not trainer.is_main:
-        return
+        return None
     print(f'{trainer.step} steps done; checkpoints, metrics.jsonl and the model are in {trainer.results_folder}')
     if results := trainer.last_results:
         found = {name: results[name] for name in ('loss', 'valid_loss') if name in results}
         print(', '.join(f'{name.replace("_", " ")} {value:.4g}' for name, value in found.items()))
     if trainer.held_out:
         tell_best(trainer)
+    return facts_of(trainer)
+
+
+def facts_of(trainer) -> dict[str, Any]:
+    from musiclm_pytorch.trainer import best
+
+    found = best.read(trainer.best_folder)
+    return dict(steps=trainer.step, results=trainer.last_results, best=found, output=trainer.results_folder)
 
 
 def tell_best(trainer) -> dict | None:
@@ -240,7 +249,7 @@ def fits_spectral_codec(options: argparse.Namespace) -> bool:
     return True
 
 
-def run_fit_spectral_codec(options: argparse.Namespace) -> None:
+def run_fit_spectral_codec(options: argparse.Namespace) -> dict[str, Any]:
     from musiclm_pytorch.audiolm.saving import save_module
     from musiclm_pytorch.trainer.assembly import build_spectral_codec, fit_spectral_codec
 
@@ -255,9 +264,10 @@ def run_fit_spectral_codec(options: argparse.Namespace) -> None:
     write_results(options.output, lambda folder: save_module(codec, folder))
     print(f'{len(missing)} levels of {codec.codebook_size} codes, in {options.output}')
     print(f'{missing[-1]:.1%} of the variance of the spectra is missing after the last level')
+    return dict(missing=missing, output=options.output)
 
 
-def run_train_all(options: argparse.Namespace) -> None:
+def run_train_all(options: argparse.Namespace) -> dict[str, Any]:
     from musiclm_pytorch.trainer.pipeline import train_musiclm
     from musiclm_pytorch.trainer.pipeline_recipe import MusicLMRecipe
 
@@ -288,4 +298,6 @@ def run_train_all(options: argparse.Namespace) -> None:
         on_begin=lambda name, number, parts: print(f'part {number} of {parts}, {name}', flush=True),
     )
     print(f'all of it: {time.perf_counter() - start:.0f} s')
-    tell_model(Path(options.output) / 'musiclm')
+    folder = Path(options.output) / 'musiclm'
+    tell_model(folder)
+    return dict(model=folder)
