@@ -58,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             with alone_in_output(options), contextlib.redirect_stdout(sys.stderr if options.json else sys.stdout):
                 facts = options.run(options)
             if options.json and facts is not None:
-                print(json.dumps(facts, ensure_ascii=False, default=str))
+                print(json.dumps(facts, ensure_ascii=False, default=as_plain))
             flush_output()
         except user_errors() as error:
             print(f'{options.prog}: error: {" ".join(str(error).split())}', file=sys.stderr)
@@ -112,6 +112,11 @@ def alone_in_output(options: argparse.Namespace) -> Iterator[None]:
 
             stack.enter_context(only_writer(options.output))
         yield
+
+
+def as_plain(value: object) -> object:
+    """What JSON has in place of paths, and of numbers of numpy and torch."""
+    return value.item() if hasattr(value, 'item') else str(value)
 
 
 def flush_output() -> None:
