@@ -1,5 +1,5 @@
 """What happens where a story's prompt changes, and where music goes on from a prime: measured for `obedience.py`. And
-where a gap that was filled begins and ends:
+where a stream takes another prompt or begins with a prime, and where a gap that was filled begins and ends:
 
     python benchmarks/seams.py --clips 8
 """
@@ -114,6 +114,49 @@ def infills(musiclm: MusicLM, clips: int) -> dict[str, dict[str, float]]:
     return rows
 
 
+def changes(musiclm: MusicLM, count: int) -> dict[str, dict[str, float]]:
+    """Streams that take a contrasting prompt, beside those that keep theirs, those whose next prompt says the same, and
+    two streams one after the other; and streams that go on from held-out clips."""
+    rate, step = musiclm.sample_rate, musiclm.windows[2]
+    music = SyntheticMusic(1, seconds=PART, sample_rate=rate, split='valid')
+    apart = ('instrument', 'tempo', 'register', 'drums')
+    made: dict[str, list[Tensor]] = {
+        name: [] for name in ('the same prompt goes on', 'set again', 'set_prompt', 'another stream cut in')
+    }
+    for number, ((first, _), (second, _)) in enumerate(contrasting(music, count, apart, apart, seed=70000)):
+        plain = streamed(musiclm, first, number)
+        for name, prompt in (('set again', first), ('set_prompt', second)):
+            waves = streamed(musiclm, first, number, prompt)
+            begin = int((waves != plain).nonzero()[0])
+            at = -(-begin // round(step * rate)) * round(step * rate)  # where the first of the new codes begins
+            made[name].append(around(waves, at, rate))
+        made['the same prompt goes on'].append(around(plain, at, rate))
+        other = streamed(musiclm, second, number + count)
+        made['another stream cut in'].append(around(torch.cat((plain[:at], other)), at, rate))
+    clips = SyntheticMusic(count, seed=11, seconds=PART, sample_rate=rate, split='valid')
+    made['a prime before it'] = [
+        torch.cat(list(musiclm.stream(clips[i][1], seed=i, prime=(clips[i][0], rate), seconds=2 * PART)))
+        for i in range(count)
+    ]
+    return {f'a stream, {name}': seam(torch.stack(waves), PART, rate) for name, waves in made.items()}
+
+
+def streamed(musiclm: MusicLM, prompt: str, seed: int, then: str | None = None) -> Tensor:
+    """Two parts of a stream and some seconds more, from the end of the first one on under another prompt."""
+    stream, waves, given = musiclm.stream(prompt, seed=seed), [], 0
+    while given < (2 * PART + 2) * musiclm.sample_rate:
+        if then is not None and given >= PART * musiclm.sample_rate:
+            stream.set_prompt(then)
+            then = None
+        waves.append(next(stream))
+        given += len(waves[-1])
+    return torch.cat(waves)
+
+
+def around(waves: Tensor, at: int, rate: int) -> Tensor:
+    return waves[at - round(PART * rate) : at + round(PART * rate)]
+
+
 def seam(waves: Tensor, at: float, rate: int, fade: float = 0.0) -> dict[str, float]:
     """Medians over `(b, samples)`: the step of loudness between the half seconds before and after, in dB, and the
     largest spectral flux near the seam, the last `fade` seconds before it included, over its usual largest in as long a
@@ -151,4 +194,6 @@ if __name__ == '__main__':
     parser.add_argument('--model', default='tiny', help='a folder, or the name of a model that ships')
     parser.add_argument('--clips', type=int, default=8)
     options = parser.parse_args()
-    show(infills(MusicLM.from_pretrained(options.model), options.clips))
+    musiclm = MusicLM.from_pretrained(options.model)
+    show(changes(musiclm, options.clips))
+    show(infills(musiclm, options.clips))

@@ -44,6 +44,7 @@ from musiclm_pytorch.audiolm.requests import (
     Prompt,
     Sound,
     Story,
+    check_shorter,
     read_prime,
     read_prompt,
     read_prompts,
@@ -54,7 +55,7 @@ from musiclm_pytorch.audiolm.requests import (
 )
 from musiclm_pytorch.audiolm.sampling import Progress, Sampling, StopGeneration, counted_steps
 from musiclm_pytorch.audiolm.saving import load_module, save_module
-from musiclm_pytorch.audiolm.seam import CHANGE, CHANGE_GUIDANCE, FADE, join, steps_in
+from musiclm_pytorch.audiolm.seam import CHANGE, CHANGE_GUIDANCE, FADE, SETTLE, join, steps_in
 from musiclm_pytorch.audiolm.semantic import SemanticTokenizer
 from musiclm_pytorch.audiolm.stages import STAGES, CoarseTransformer, FineTransformer, SemanticTransformer
 from musiclm_pytorch.audiolm.streaming import DECODED_BEFORE, SHORTEST_CODED, MusicStream, StageStream, decode
@@ -76,8 +77,6 @@ SAMPLING = dict(temperature=(1.0, 0.95, 0.4), top_k=None, top_p=None, cond_scale
 RANKING_WINDOW = 10.0  # seconds that MuLaN hears at once (MusicLM, section 3.2)
 # seconds before a change of prompt in which the next part comes in and the one before goes
 CROSSFADE = 0.3
-# seconds in which a part that came in as loud as the one before finds its own loudness
-SETTLE = 3.0
 # seconds of a prime at least by whose sound what follows is conditioned, too: less tells no timbre
 HEARD = 1.0
 # seconds of the right side of a gap by which candidates for it are judged
@@ -343,10 +342,10 @@ class MusicLM(HubModel, nn.Module):
             indices = self.mulan_embed_quantizer.indices(latents=wanted)  # a row a prompt, or a part of the story
             avoided = self.mulan_embed_quantizer.indices(latents=self._latents(avoided)) if avoided else None
             sounds = indices
-            if prime is not None and prime[0].shape[-1] >= HEARD * prime[1]:
+            if prime is not None:
                 goes_on = wanted[:1] if story else wanted
-                latents = l2norm(goes_on + self._hear(resample(prime[0], prime[1], self.sample_rate), self.sample_rate))
-                sounds = torch.cat((self.mulan_embed_quantizer.indices(latents=latents), indices[len(latents) :]))
+                heard = self._indices_with(resample(prime[0], prime[1], self.sample_rate), goes_on)
+                sounds = torch.cat((heard, indices[len(goes_on) :]))
             pieces = 1 if story else len(prompts)
             total = pieces * num_samples
             # one generator a piece, so that a piece does not depend on those made beside it
@@ -411,6 +410,7 @@ class MusicLM(HubModel, nn.Module):
         negative: Prompt | None = None,
         negative_scale: PerStage = 1.0,
         logits_processor: ProcessorPerStage = None,
+        prime: Path | Sound | Tensor | None = None,
         seed: int | None = None,
     ) -> MusicStream:
         """Music for a prompt as it is made, without end unless `seconds` says so: an iterator of waves.
@@ -425,6 +425,10 @@ class MusicLM(HubModel, nn.Module):
         prompt may change while it plays: what is made from then on sees 0.2 s of what was, as in a story. A stream of a
         `seed` is the same each time, but other music than a call with it: its windows lie otherwise.
 
+        With a `prime` (a `Path` of a file, the pair of a wave and its rate in Hz, or `Waves`), the stream begins with
+        these samples, at `sample_rate`, which come at once, and `seconds` count them. The music goes on from them as
+        that of a call does, until the prompt changes, but finds its own loudness within 3 s, which come as one wave.
+
         Args, errors and warnings are those of `forward`. Raises ValueError also for stages trained on semantic tokens
         without repetitions, of which no one knows how many a second has.
         """
@@ -436,6 +440,16 @@ class MusicLM(HubModel, nn.Module):
                 'train them with unique_consecutive=False'
             )
         (seed,) = seeds_of(seed, 1)
+        given, coded_from, codes = None, 0, None
+        if prime is not None:
+            given = resample(*read_sound(prime, name='prime'), self.sample_rate)[0].to(self.device)
+            if seconds is not None:
+                check_shorter(len(given) / self.sample_rate, seconds)
+            coded_from = max(0, len(given) - round(self.windows[0] * self.sample_rate))  # more is not seen
+        conditions = self._conditions(text, negative, given)
+        if given is not None:
+            with evaluating(self):
+                codes = self._encode_prime((given[None, coded_from:], self.sample_rate), 1)
         stages = StageStream(
             self.stages,
             self.windows,
@@ -451,9 +465,11 @@ class MusicLM(HubModel, nn.Module):
             ),
             seconds=seconds,
             generator=torch.Generator(self.device).manual_seed(seed),
+            prime=codes,
         )
-        conditions = partial(self._conditions, negative=negative)
-        return MusicStream(stages, self.codec, conditions, text, seconds=seconds, seed=seed)
+        conditions_of = partial(self._conditions, negative=negative)
+        how = dict(seconds=seconds, seed=seed, given=given, coded_from=coded_from)
+        return MusicStream(stages, self.codec, conditions_of, conditions, **how)
 
     @typechecked
     @torch.no_grad()
@@ -525,11 +541,9 @@ class MusicLM(HubModel, nn.Module):
         made = end - begin, min(end + FADE, length) - begin
         generators = [torch.Generator(self.device).manual_seed(it) for it in seeds_of(seed, num_samples)]
         with evaluating(self):
-            wanted, sides = self._latents([prompt]), torch.cat((left, right))
-            indices = sounds = self.mulan_embed_quantizer.indices(latents=wanted)
-            if len(sides) >= HEARD * rate:
-                latents = l2norm(wanted + self._hear(sides[None], rate))
-                sounds = self.mulan_embed_quantizer.indices(latents=latents)
+            wanted = self._latents([prompt])
+            indices = self.mulan_embed_quantizer.indices(latents=wanted)
+            sounds = self._indices_with(torch.cat((left, right))[None], wanted)
             indices, sounds = (repeat(it, '1 q -> b q', b=num_samples) for it in (indices, sounds))
             part = Part(0.0, made[1], indices, sounds)
             prime = (left[None], rate) if len(left) else None
@@ -573,14 +587,32 @@ class MusicLM(HubModel, nn.Module):
             likely += log_likelihood(self.coarse, seen, own, known=known[1] - begin, conditioning=condition)
         return likely
 
-    def _conditions(self, text: Prompt, negative: Prompt | None) -> dict[str, tuple[Tensor | None, Tensor | None]]:
-        """The conditioning of each stage by one prompt, and by one to keep away from."""
+    def _conditions(
+        self, text: Prompt, negative: Prompt | None, heard: Tensor | None = None
+    ) -> dict[str, tuple[Tensor | None, Tensor | None]]:
+        """The conditioning of each stage by one prompt, and by one to keep away from; that of coarse and fine stage
+        also by a wave `(samples,)` from which the music goes on."""
         prompts = [read_prompt(it) for it in (text, negative) if it is not None]
         warn_of(self.prompt_warnings(prompts))
         with evaluating(self.mulan_embed_quantizer), torch.no_grad():
-            wanted, *avoided = self.mulan_embed_quantizer.indices(latents=self._latents(prompts)).split(1)
+            latents = self._latents(prompts)
+            wanted, *avoided = self.mulan_embed_quantizer.indices(latents=latents).split(1)
+            sounds = wanted if heard is None else self._indices_with(heard[None], latents[:1])
         avoided = avoided[0] if avoided else None
-        return {name: (self._conditioning(name, wanted), self._conditioning(name, avoided)) for name in STAGES}
+        return {
+            name: (
+                self._conditioning(name, wanted if name == 'semantic' else sounds),
+                self._conditioning(name, avoided),
+            )
+            for name in STAGES
+        }
+
+    def _indices_with(self, wave: Tensor, wanted: Tensor) -> Tensor:
+        """MuLaN's codes `(p, q)` of latents `(p, d)` and, in their mean, of what it hears in a wave `(1, samples)`, if
+        that lasts `HEARD` seconds."""
+        if wave.shape[-1] >= HEARD * self.sample_rate:
+            wanted = l2norm(wanted + self._hear(wave, self.sample_rate))
+        return self.mulan_embed_quantizer.indices(latents=wanted)
 
     def _check_fitted(self) -> None:
         if not self.mulan_embed_quantizer.is_fitted:

@@ -7,6 +7,7 @@ import html
 import io
 import struct
 from collections.abc import Callable, Iterable, Sequence
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -92,32 +93,82 @@ def format_of(suffix: str) -> str:
     return name
 
 
-def wav_header(sample_rate: int, samples: int | None = None) -> bytes:
-    """What a WAV of one channel and 16 bits begins with, `pcm_bytes` of so many samples to follow; None where no one
-    knows how many."""
-    most = 2**32 - 1  # what players take for a file that grows
-    size = most if samples is None else min(2 * samples, most - 36)
-    parts = (
-        b'RIFF',
-        min(size + 36, most),
-        b'WAVE',
-        b'fmt ',
-        16,
-        1,
-        1,
-        sample_rate,
-        2 * sample_rate,
-        2,
-        16,
-        b'data',
-        size,
-    )
-    return struct.pack('<4sI4s4sIHHIIHH4sI', *parts)
+class WavStream:
+    """A WAV of one channel and 16 bits that grows.
+
+    Args:
+        sample_rate: in Hz.
+        samples: that will come; None where no one knows how many.
+    """
+
+    media_type = 'audio/wav'
+
+    def __init__(self, sample_rate: int, samples: int | None = None):
+        most = 2**32 - 1  # what players take for a file that grows
+        size = most if samples is None else min(2 * samples, most - 36)
+        total, bytes_per_second = min(size + 36, most), 2 * sample_rate
+        parts = b'RIFF', total, b'WAVE', b'fmt ', 16, 1, 1, sample_rate, bytes_per_second, 2, 16, b'data', size
+        self._head = struct.pack('<4sI4s4sIHHIIHH4sI', *parts)
+
+    def push(self, wave: Tensor) -> bytes:
+        """What `(samples,)` add to the file; what lies beyond [-1, 1] is clipped."""
+        head, self._head = self._head, b''
+        levels = (wave.detach().cpu().float().clamp(-1, 1) * (2**15 - 1)).round().short()
+        return head + levels.numpy().astype('<i2').tobytes()
+
+    def close(self) -> bytes:
+        """What is still missing."""
+        return self._head
 
 
-def pcm_bytes(wave: Tensor) -> bytes:
-    """`(samples,)` as little-endian integers of 16 bits; what lies beyond [-1, 1] is clipped."""
-    return (wave.detach().cpu().float().clamp(-1, 1) * (2**15 - 1)).round().short().numpy().astype('<i2').tobytes()
+class OpusStream:
+    """Opus in Ogg (RFC 7845) of one channel that grows: what was encoded is given out at once, and not kept.
+
+    Args:
+        sample_rate: in Hz; one that Opus does not know is resampled to 48000.
+        samples: not needed here.
+    """
+
+    media_type = 'audio/ogg'
+    bit_rate, page = 64_000, 100_000  # bits a second; microseconds
+
+    def __init__(self, sample_rate: int, samples: int | None = None):
+        import av
+
+        self._written, self._samples, self._rate = bytearray(), 0, sample_rate
+        options = dict(page_duration=str(self.page), flush_packets='1')
+        self._file = av.open(self, 'w', format='ogg', options=options)
+        rate = sample_rate if sample_rate in (8000, 12000, 16000, 24000, 48000) else 48000
+        self._encoder = self._file.add_stream('libopus', rate=rate, layout='mono', bit_rate=self.bit_rate)
+
+    def push(self, wave: Tensor) -> bytes:
+        """As of `WavStream`; the last few hundredths of a second come with the next ones."""
+        import av
+
+        levels = wave.detach().cpu().float().clamp(-1, 1)[None].numpy()
+        frame = av.AudioFrame.from_ndarray(levels, format='fltp', layout='mono')
+        frame.sample_rate, frame.time_base, frame.pts = self._rate, Fraction(1, self._rate), self._samples
+        self._samples += levels.shape[1]
+        self._file.mux(self._encoder.encode(frame))
+        return self._taken()
+
+    def close(self) -> bytes:
+        """What is still missing."""
+        self._file.mux(self._encoder.encode(None))
+        self._file.close()
+        return self._taken()
+
+    def write(self, content: bytes) -> int:
+        """For FFmpeg."""
+        self._written += content
+        return len(content)
+
+    def _taken(self) -> bytes:
+        taken, self._written = bytes(self._written), bytearray()
+        return taken
+
+
+STREAMS = dict(wav=WavStream, opus=OpusStream)
 
 
 def players(pieces: Iterable[Tensor], sample_rate: int, notes: Sequence[str] = ()) -> str:

@@ -128,12 +128,19 @@ def test_sounds_and_mixtures_are_prompts_and_files_have_a_format(tiny, tmp_path,
         torch.testing.assert_close(heard, own[0], atol=1e-3, rtol=0)
 
 
-def test_stream_writes_a_wav_for_a_player(tiny, capfdbinary):
+def test_stream_writes_a_file_for_a_player(tiny, tmp_path, capfdbinary):
     assert main(['stream', 'a slow organ', '--seconds', '1.5', '--seed', '3', '--negative', 'drums']) == 0
     heard, rate = soundfile.read(io.BytesIO(capfdbinary.readouterr().out), dtype='float32')
     own = torch.cat(list(tiny.stream('a slow organ', seconds=1.5, seed=3, negative='drums')))
     assert rate == 16000
     torch.testing.assert_close(torch.from_numpy(heard), own, atol=1e-3, rtol=0)
+    prime = tmp_path / 'prime.flac'
+    soundfile.write(prime, own[:8000].numpy(), 16000)
+    assert main(['stream', 'a slow organ', '--seconds', '1', '--prime', str(prime), '--format', 'opus']) == 0
+    heard, rate = soundfile.read(io.BytesIO(capfdbinary.readouterr().out), dtype='float32')
+    assert (rate, len(heard)) == (16000, 16000)
+    given = own[1000:7000]  # all but what is crossfaded
+    assert torch.corrcoef(torch.stack((torch.from_numpy(heard)[1000:7000], given)))[0, 1] > 0.9
 
 
 def test_a_stream_ends_with_its_player(capsys, monkeypatch):

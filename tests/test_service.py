@@ -18,6 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from urllib.parse import unquote
 
+import av
 import httpx
 import numpy as np
 import pytest
@@ -29,8 +30,10 @@ from helpers.serving import WAITS, served
 
 from musiclm_pytorch import Mix, MusicLM
 from musiclm_pytorch.cli import main
+from musiclm_pytorch.data.audio import resample
 from musiclm_pytorch.inference import InferenceConfig, OptimizedMuLaN, ServiceConfig, create_service
 from musiclm_pytorch.inference.service.worker import Abandoned, ModelWorker
+from musiclm_pytorch.waves import OpusStream
 
 ROOT = Path(__file__).resolve().parents[1]
 RATE = 800  # of the small MuLaN; the music has twice as much
@@ -263,6 +266,61 @@ def test_a_stream_is_the_models_own_until_its_client_goes(musiclm, monkeypatch):
         assert service.client.get('/stream', params=query | dict(seconds=0.1)).status_code == 200
 
 
+def opus(content):
+    """What a player makes of it, at the rate of the music, as far as it is there."""
+    with av.open(io.BytesIO(content)) as file:
+        parts = [frame.to_ndarray()[0] for frame in file.decode(audio=0)]
+    return resample(torch.from_numpy(np.concatenate(parts)), 48000, 2 * RATE)
+
+
+def test_a_stream_comes_as_opus_too_until_its_client_goes(musiclm, monkeypatch):
+    monkeypatch.setattr(musiclm, 'windows', (2.0, 1.0, 0.4))
+    own = torch.cat(list(musiclm.stream('a slow flute', seed=3, seconds=2.5)))
+    query = dict(prompt='a slow flute', seed=3, seconds=2.5)
+    with served(musiclm, max_streams=1) as service:
+        for how, headers in ((dict(format='opus'), {}), ({}, dict(accept='audio/ogg, audio/*;q=0.5'))):
+            answer = service.client.get('/stream', params=query | how, headers=headers)
+            assert answer.headers['content-type'] == 'audio/ogg'
+            made = opus(answer.content)
+            assert len(made) == pytest.approx(len(own), abs=2)
+            assert torch.corrcoef(torch.stack((made[: len(own)], own[: len(made)])))[0, 1] > 0.9
+        for accept in ('*/*', 'audio/wav,audio/ogg', 'audio/ogg;q=0.1, audio/*', 'text/html;q=x'):
+            answer = service.client.get('/stream', params=query | dict(seconds=0.1), headers=dict(accept=accept))
+            assert answer.headers['content-type'] == 'audio/wav'
+        endless = dict(prompt='a slow flute', seed=3, format='opus')
+        with service.client.stream('GET', '/stream', params=endless) as answer:
+            parts, music = answer.iter_bytes(), b''
+            while len(music) < 8000:  # while it is made
+                music += next(parts)
+            assert len(opus(music)) > RATE
+        until(lambda: not service.worker.streams)
+
+
+def test_what_a_growing_opus_file_keeps_is_bounded():
+    encoder, wave = OpusStream(RATE), 0.1 * torch.randn(RATE)
+    sizes = [len(encoder.push(wave)) for _ in range(30)]
+    assert max(sizes[2:]) < 2 * min(sizes[2:])  # bytes go out as they come
+
+
+def test_a_stream_goes_on_from_a_given_sound(musiclm, monkeypatch):
+    monkeypatch.setattr(musiclm, 'windows', (2.0, 1.0, 0.4))
+    given = sound(1.2, 2 * RATE)
+    body = dict(prompt='a slow flute', seed=3, seconds=2.0, prime=base64.b64encode(given).decode())
+    with served(musiclm, max_audio_seconds=2.0) as service:
+        made = read_wav(service.client.post('/stream', json=body).content)
+        own = musiclm.stream('a slow flute', seed=3, seconds=2.0, prime=(read_wav(given), 2 * RATE))
+        same_music(made, torch.cat(list(own)))
+        for changed, says in (
+            (dict(prime='?'), 'prime is no base64'),
+            (dict(seconds=1.2), 'the prime lasts 1.20 s and the music 1.2 s'),
+            (dict(prime=base64.b64encode(sound(3.0)).decode()), 'more than the 2 s that are allowed'),
+        ):
+            check_error(service.client.post('/stream', json=body | changed), 422, 'invalid_request', says)
+        noise = body | dict(prime=base64.b64encode(b'noise').decode())
+        check_error(service.client.post('/stream', json=noise), 400, 'unreadable_audio', 'prime')
+        assert service.worker.streams == {}
+
+
 def test_a_stream_takes_another_prompt_and_ends_with_the_service(musiclm, monkeypatch):
     monkeypatch.setattr(musiclm, 'windows', (2.0, 1.0, 0.4))
     plain = musiclm.stream('a slow flute', seed=1)
@@ -299,6 +357,8 @@ def test_a_stream_takes_another_prompt_and_ends_with_the_service(musiclm, monkey
         (dict(prompt='a', seconds=1e308), 'infinity'),
         (dict(prompt='a', seconds='long'), 'seconds: Input should be a valid number'),
         (dict(prompt='a', second=1), "unknown field 'second'; did you mean 'seconds'"),
+        (dict(prompt='a', format='mp3'), "format: Input should be 'wav' or 'opus'"),
+        (dict(prompt='a', prime='x'), "unknown field 'prime'"),
         (dict(prompt='a', top_p=2), r'top_p must lie in \(0, 1\]'),
     ],
 )

@@ -1,8 +1,10 @@
 """Music while it is made: the same as whole, repeatable, steered, bounded, ended."""
 
 import threading
+from pathlib import Path
 
 import pytest
+import soundfile
 import torch
 from einops import rearrange
 from helpers.music import RATE, build_audio_lm, build_quantizer
@@ -11,7 +13,9 @@ from torch import nn
 from musiclm_pytorch import MusicLM, PromptWarning
 from musiclm_pytorch.audiolm.generate import generate_coarse
 from musiclm_pytorch.audiolm.sampling import Sampling
-from musiclm_pytorch.audiolm.streaming import StageStream, decode_stream
+from musiclm_pytorch.audiolm.seam import join
+from musiclm_pytorch.audiolm.streaming import StageStream, decode_stream, go_on_from
+from musiclm_pytorch.waves import Waves
 
 WINDOWS = (2.0, 1.0, 0.4)  # seconds; a step of the stream is the last of them
 STEP = round(0.4 * RATE)
@@ -55,6 +59,62 @@ def test_a_seed_makes_a_stream_again_and_seconds_cut_it(musiclm):
     torch.manual_seed(4)
     drawn = musiclm.stream('a slow flute')
     assert torch.equal(taken(drawn, 1000), taken(musiclm.stream('a slow flute', seed=drawn.seed), 1000))
+
+
+def test_a_stream_goes_on_from_a_given_sound(musiclm, tmp_path):
+    """Which comes back sample by sample, whatever its length, and is counted."""
+    given = Waves.of(0.3 * torch.sin(torch.arange(2720) ** 1.1 * 0.2), RATE)
+    how = dict(prime=given, seed=3)
+    cut = torch.cat(list(musiclm.stream('a slow flute', **how, seconds=7.0)))
+    assert len(cut) == 7 * RATE
+    kept = len(given) - round(0.04 * RATE)
+    assert torch.equal(cut[:kept], given[:kept])
+    endless = taken(musiclm.stream('a slow flute', **how), 8000)
+    assert torch.equal(cut[:8000], endless)
+    assert not torch.equal(taken(musiclm.stream('a slow flute', **how | dict(seed=4)), 8000), endless)
+    loudness = [it.square().mean().sqrt() for it in (given[-1600:], endless[len(given) :][:1600])]
+    assert 0.5 < loudness[1] / loudness[0] < 2
+    soundfile.write(tmp_path / 'prime.wav', given.numpy(), RATE, subtype='FLOAT')
+    from_file = musiclm.stream('a slow flute', seed=3, prime=tmp_path / 'prime.wav')
+    assert torch.equal(taken(from_file, 8000), endless)
+
+    plain = musiclm.stream('a slow flute', **how)
+    stream = musiclm.stream('a slow flute', **how)
+    assert torch.equal(next(stream), next(plain))
+    stream.set_prompt('fast drums')
+    assert not torch.equal(next(stream), next(plain))
+
+    for seconds in (0.01, 0.05, 5.0):  # less than a frame, less than a token, more than a stage sees
+        given = torch.rand(2, round(seconds * RATE)) - 0.5
+        made = torch.cat(list(musiclm.stream('a slow flute', seed=1, prime=(given, RATE), seconds=seconds + 0.5)))
+        assert len(made) == round((seconds + 0.5) * RATE)
+        kept = max(0, given.shape[1] - round(0.04 * RATE))
+        assert torch.equal(made[:kept], given.mean(dim=0)[:kept])
+
+
+def test_after_a_prime_the_waves_are_those_of_all_codes_at_once(tiny, monkeypatch):
+    given, decoded = 0.2 * torch.rand(22400), []
+    whole, streamed = tiny.codec.decode, tiny.codec.decode_stream
+
+    def kept(chunks):
+        decoded.append([*chunks])
+        return streamed(decoded[-1])
+
+    monkeypatch.setattr(tiny.codec, 'decode_stream', kept)
+    made = torch.cat(list(tiny.stream('a slow flute', prime=(given, 16000), seconds=2.2, seed=3)))
+    codes = torch.cat(decoded[0], dim=1)
+    before = (round(2.2 * 25) - codes.shape[1]) * 640
+    own = torch.cat((given[:before], whole(codes)[0]))
+    assert torch.equal(made, join(given, own, 16000, settle=3.0)[: len(made)])
+
+
+@pytest.mark.parametrize('sizes', [(1, 20, 500, 79), (600,), (50,) * 12])
+def test_what_goes_on_is_joined_alike_whatever_the_pieces(sizes):
+    given, made = torch.randn(200), torch.randn(600)
+    pieces = list(go_on_from(given, iter(made.split(sizes)), 150, 100))
+    assert torch.equal(pieces[0], given[:196])
+    whole = torch.cat((given[:150], made))
+    assert torch.equal(torch.cat(pieces), torch.cat((join(given, whole[:500], 100, settle=3.0), whole[500:])))
 
 
 def stage_stream(musiclm, windows, **sampling):
@@ -170,7 +230,10 @@ def test_the_shipped_model_follows_a_new_prompt(tiny):
 
 def test_words_that_the_model_does_not_know_are_told(tiny):
     with pytest.warns(PromptWarning, match='does not know lofi') as told:
-        tiny.stream('a lofi flute', negative='an organ', seed=1)
+        stream = tiny.stream('a lofi flute', negative='an organ', seed=1)
+    assert told[0].filename == __file__
+    with pytest.warns(PromptWarning, match='does not know dubstep') as told:
+        stream.set_prompt('dubstep')
     assert told[0].filename == __file__
 
 
@@ -229,6 +292,14 @@ def test_what_goes_wrong(musiclm):
         musiclm.stream('a slow flute', seconds=0.0)
     with pytest.raises(ValueError, match='a prompt must say something'):
         musiclm.stream('')
+    for prime, error, says in (
+        (torch.zeros(RATE), TypeError, 'prime must tell its rate'),
+        ((torch.zeros(RATE), RATE), ValueError, 'the prime lasts 1.00 s and the music 1 s, the prime included'),
+        ((torch.full((9,), torch.nan), RATE), ValueError, 'prime holds NaN'),
+        (Path('none.wav'), FileNotFoundError, 'no audio file at none.wav'),
+    ):
+        with pytest.raises(error, match=says):
+            musiclm.stream('a slow flute', seconds=1.0, prime=prime)
     without = MusicLM(build_audio_lm(unique_consecutive=True), build_quantizer())
     with pytest.raises(ValueError, match='train them with unique_consecutive=False'):
         without.stream('a slow flute')

@@ -15,6 +15,8 @@ MOST_GAIN = 6.0  # dB above or below that of all the given samples, so that what
 # without any the music breaks off
 CHANGE = 0.2
 CHANGE_GUIDANCE = 2.0  # times as much guidance of the semantic stage there
+# seconds in which what came in as loud as what was before finds its own loudness, where it does
+SETTLE = 3.0
 SILENT = 1e-4  # root mean square, -80 dB of full scale: too soft to tell a level
 
 

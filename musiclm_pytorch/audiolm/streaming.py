@@ -16,7 +16,7 @@ from musiclm_pytorch.audiolm.generate import generate_coarse, generate_fine, gen
 from musiclm_pytorch.audiolm.protocols import Codec
 from musiclm_pytorch.audiolm.requests import Prompt
 from musiclm_pytorch.audiolm.sampling import Sampling
-from musiclm_pytorch.audiolm.seam import CHANGE, CHANGE_GUIDANCE, steps_in
+from musiclm_pytorch.audiolm.seam import CHANGE, CHANGE_GUIDANCE, FADE, SETTLE, join, steps_in
 from musiclm_pytorch.audiolm.stages import StageTransformer
 from musiclm_pytorch.checks import typechecked
 from musiclm_pytorch.kernels.processor import one_thread
@@ -48,6 +48,7 @@ class StageStream:
         samplings: of each stage.
         seconds: that will be made, as far as it is known.
         generator: what the tokens are drawn with, on the stages' device.
+        prime: semantic tokens `(1, n)`, coarse and fine codes `(1, t, q)` to go on from.
     """
 
     def __init__(
@@ -60,6 +61,7 @@ class StageStream:
         samplings: Sequence[Sampling],
         seconds: float | None,
         generator: torch.Generator,
+        prime: tuple[Tensor, Tensor, Tensor] | None = None,
     ):
         self.stages, self.samplings, self.generator = stages, samplings, generator
         self.semantic_rate, self.frame_rate = semantic_rate, frame_rate
@@ -74,6 +76,10 @@ class StageStream:
         self.coarse, self.fine = (empty[..., None].expand(-1, -1, q) for q in levels)
         self.seen_from = 0, 0  # the first token and frame that what follows may depend on
         self.guided_until = 0
+        if prime is not None:
+            self.semantic, self.coarse, self.fine = prime
+            self.made = self.coarse.shape[1]
+            self._forget()
 
     def step(self, frames: int, conditions: Conditions, *, changes: bool = False) -> Tensor:
         """The next codes, `(1, frames, q)`.
@@ -190,17 +196,21 @@ class MusicStream(Iterator[Waves]):
         stages: StageStream,
         codec: Codec,
         conditions_of: Callable[[Any], Conditions],
-        prompt: Any,
+        conditions: Conditions,
         *,
         seconds: float | None,
         seed: int,
+        given: Tensor | None = None,
+        coded_from: int = 0,
     ):
+        """conditions: those to begin with. given: `(samples,)` to begin with, whose codes from sample `coded_from` on
+        the stages have as their prime."""
         self.sample_rate, self.seed = codec.sample_rate, seed
         self._conditions_of, self._codec = conditions_of, codec
-        self._waiting = deque([conditions_of(prompt)], maxlen=1)
+        self._waiting = deque([conditions], maxlen=1)
         self._closed = False
         samples = None if seconds is None else round(seconds * codec.sample_rate)
-        self._waves = self._decode(stages, samples)
+        self._waves = self._play(stages, samples, given, coded_from)
 
     @typechecked
     def set_prompt(self, prompt: Prompt) -> None:
@@ -227,6 +237,9 @@ class MusicStream(Iterator[Waves]):
         self.close()
 
     def _codes(self, stages: StageStream, frames: float) -> Iterator[Tensor]:
+        """Those of the prime that are still there, and then what is made."""
+        if stages.made:
+            yield torch.cat((stages.coarse, stages.fine), dim=-1)
         conditions, step = None, stages.windows[2]
         while stages.made < frames:
             changes = conditions is not None and len(self._waiting) > 0
@@ -235,17 +248,39 @@ class MusicStream(Iterator[Waves]):
             yield stages.step(int(min(step, frames - stages.made)), conditions, changes=changes)
 
     @torch.no_grad()
-    def _decode(self, stages: StageStream, samples: int | None) -> Iterator[Waves]:
-        frames, given = math.inf, 0
+    def _play(self, stages: StageStream, samples: int | None, given: Tensor | None, coded_from: int) -> Iterator[Waves]:
+        frames, played = math.inf, 0
         if samples is not None:
-            frames = math.ceil(samples * self._codec.frame_rate / self.sample_rate)
-        for wave in decode_stream(self._codec, self._codes(stages, frames)):
-            wave = wave[0].float()
+            frames = math.ceil((samples - coded_from) * self._codec.frame_rate / self.sample_rate)
+        factor = int(self.sample_rate / self._codec.frame_rate)
+        begin = coded_from + (stages.made - stages.coarse.shape[1]) * factor
+        waves = (wave[0].float() for wave in decode_stream(self._codec, self._codes(stages, frames)))
+        if given is not None:
+            waves = go_on_from(given, waves, begin, self.sample_rate)
+        for wave in waves:
             if samples is not None:
-                wave = wave[: samples - given]
+                wave = wave[: samples - played]
             if len(wave):
-                given += len(wave)
+                played += len(wave)
                 yield Waves.of(wave.clone(), self.sample_rate)
+
+
+def go_on_from(given: Tensor, made: Iterator[Tensor], begin: int, sample_rate: int) -> Iterator[Tensor]:
+    """The given samples `(n,)`, at once, and then those made, of which the first is number `begin`, n at most.
+
+    What follows comes as loud and is crossfaded, see `join`, and finds its own loudness within `SETTLE` seconds, which
+    are waited for while the given samples are heard.
+    """
+    inside, stop = max(0, len(given) - round(FADE * sample_rate)), len(given) + round(SETTLE * sample_rate)
+    yield given[:inside]
+    first = given[:begin]
+    for wave in made:
+        first = torch.cat((first, wave))
+        if len(first) >= stop:
+            break
+    yield join(given, first[:stop], sample_rate, settle=SETTLE)[inside:]
+    yield first[stop:]
+    yield from made
 
 
 def decode_stream(codec: Codec, chunks: Iterable[Tensor]) -> Iterator[Tensor]:

@@ -79,7 +79,7 @@ def stream(subcommands) -> None:
         'stream',
         run_stream,
         'play music while it is made',
-        'Make music for a prompt without end and write it to the standard output while it is made, as a WAV: musiclm '
+        'Make music for a prompt without end and write it to the standard output while it is made: musiclm '
         'stream "a slow piano" | ffplay -nodisp -i -',
         facts=False,
     )
@@ -88,6 +88,10 @@ def stream(subcommands) -> None:
     option(parser, '--seconds', metavar='S', help='end after so many (default: never)')
     option(parser, '--seed', metavar='N', default=0, help='another seed, other music')
     option(parser, '--negative', metavar='PROMPT', help=NEGATIVE)
+    option(parser, '--prime', metavar='FILE', help='a sound file to begin with and go on from')
+    option(
+        parser, '--format', choices=('wav', 'opus'), default='wav', help='opus is in Ogg, a tenth of the bytes or less'
+    )
     add_place(parser)
 
 
@@ -97,20 +101,22 @@ def run_stream(options: argparse.Namespace) -> None:
 
     from musiclm_pytorch.checks import check_device
     from musiclm_pytorch.musiclm import MusicLM
-    from musiclm_pytorch.waves import pcm_bytes, wav_header
+    from musiclm_pytorch.waves import STREAMS
 
     check_device(options.device)
     musiclm = MusicLM.from_pretrained(options.model, **place_of(options))
     negative = None if options.negative is None else prompt_of(options.negative)
+    prime = None if options.prime is None else Path(options.prime)
     with musiclm.stream(
-        prompt_of(options.prompt), seconds=options.seconds, seed=options.seed, negative=negative
+        prompt_of(options.prompt), seconds=options.seconds, seed=options.seed, negative=negative, prime=prime
     ) as music:
         samples = None if options.seconds is None else round(options.seconds * music.sample_rate)
+        encoder = STREAMS[options.format](music.sample_rate, samples)
         try:
-            sys.stdout.buffer.write(wav_header(music.sample_rate, samples))
             for wave in music:
-                sys.stdout.buffer.write(pcm_bytes(wave))
+                sys.stdout.buffer.write(encoder.push(wave))
                 sys.stdout.buffer.flush()
+            sys.stdout.buffer.write(encoder.close())
         except BrokenPipeError:  # the player was closed, which is how a stream without end ends
             discard_output()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import re
+import sys
 import warnings
 from collections.abc import Callable, Sequence
 
@@ -14,6 +15,7 @@ from torch import Tensor
 # Words with what joins them: "hi-hats", "mid-range", "rock'n'roll"; neither punctuation nor underscores.
 WORD = re.compile(r"[^\W_]+(?:['’-][^\W_]+)*")
 LONGEST = 40  # letters of a word that are shown
+OWN = ('musiclm_pytorch', 'torch', 'beartype')  # packages in whose frames no one asked for music
 # What a word is joined of, but for the endings of "singer's" and "don't", which tell nothing of the music.
 PART = re.compile(r"(?<![^\W_])(?!(?<=['’])(?:s|t|m|d|re|ve|ll)\b)[^\W_]+")
 
@@ -111,9 +113,12 @@ def low_score_line(best: float, usual: float | None) -> str:
 
 
 def warn_of(lines: list[str]) -> None:
-    """Warn the caller of a module's forward of each line that says something."""
+    """Warn of each line that says something, where this package was called from."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back and frame.f_globals.get('__name__', '').split('.')[0] in OWN:
+        frame, level = frame.f_back, level + 1
     for line in dict.fromkeys(filter(None, lines)):
-        warnings.warn(line, PromptWarning, stacklevel=7)  # past forward, what decorates it and a module's call
+        warnings.warn(line, PromptWarning, stacklevel=level)
 
 
 def listed(words: list[str], most: int = 20) -> str:

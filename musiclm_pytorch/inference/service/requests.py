@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import io
+from collections.abc import Sequence
 from http import HTTPStatus
 from typing import Any, Literal, TypeVar
 from urllib.parse import quote
@@ -15,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from python_multipart.exceptions import FormParserError
 from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
+from torch import Tensor
 
 from musiclm_pytorch.audiolm.requests import Mix, Prompt, read_prompt, read_prompts, read_sampling
 from musiclm_pytorch.audiolm.stages import STAGES
@@ -64,6 +67,21 @@ def music_model(request: Request) -> MusicLM:
 
 
 # ---- bodies ----
+
+
+def wanted_type(accept: str, offered: Sequence[str]) -> str:
+    """Which of the media types a header Accept wants most; where it does not care, the first one."""
+    shares: dict[str, float] = {}
+    for part in accept.lower().split(','):
+        kind, *parameters = (it.strip() for it in part.split(';'))
+        share = next((it[2:] for it in parameters if it.startswith('q=')), '1')
+        with contextlib.suppress(ValueError):
+            shares[kind] = float(share)
+
+    def share_of(kind: str) -> float:
+        return next((shares[it] for it in (kind, f'{kind.split("/")[0]}/*', '*/*') if it in shares), 0.0)
+
+    return max(offered, key=share_of)
 
 
 class Body(BaseModel):
@@ -220,11 +238,10 @@ def asked_prompts(
         raise invalid(f'seed must lie between 0 and 2⁶³ - 1, got {body.seed}')
     if body.format != 'json' and isinstance(body.prompt, list):
         raise invalid(f"a {body.format.upper()} holds one piece: give one prompt, not a list, or format 'json'")
-    left = config.max_audio_seconds
-    texts, sounds = [], 0
+    texts, sounds, used = [], 0, 0.0
 
     def read(prompt: OnePrompt) -> Prompt:
-        nonlocal left, sounds
+        nonlocal used, sounds
         if isinstance(prompt, str):
             texts.append(prompt)
             check_texts(texts, config, 'prompt')
@@ -239,21 +256,9 @@ def asked_prompts(
         sounds += 1
         if sounds > config.max_files:
             raise invalid(f'prompts hold {sounds} sounds or more, but at most {config.max_files} may come at once')
-        try:
-            content = base64.b64decode(prompt.sound, validate=True)
-        except ValueError as error:
-            raise invalid(f'the sound of a prompt is no base64: {error}') from error
-        file = open_sound(content, 'the sound of a prompt')
-        seconds = len(file) / file.sample_rate
-        left -= seconds
-        if seconds < shortest:
-            raise invalid(f'the sound of a prompt must last {shortest:.3g} s at least, got {seconds:.3g} s')
-        if left < 0:
-            raise invalid(f'the sounds of prompts last more than the {config.max_audio_seconds:g} s that are allowed')
-        try:
-            return file.read(0, len(file)), file.sample_rate
-        except ValueError as error:
-            raise ServiceError(400, 'unreadable_audio', str(error)) from error
+        wave, rate = read_base64(prompt.sound, 'the sound of a prompt', config, used=used, shortest=shortest)
+        used += len(wave) / rate
+        return wave, rate
 
     try:
         prompts, _ = read_prompts([read(it) for it in asked])
@@ -262,6 +267,26 @@ def asked_prompts(
     except (TypeError, ValueError) as error:
         raise invalid(str(error)) from error
     return prompts, negative
+
+
+def read_base64(
+    text: str, name: str, config: ServiceConfig, *, used: float = 0.0, shortest: float = 0.0
+) -> tuple[Tensor, int]:
+    """The wave `(samples,)` of a sound file as base64 and its rate, after others that last `used` seconds."""
+    try:
+        content = base64.b64decode(text, validate=True)
+    except ValueError as error:
+        raise invalid(f'{name} is no base64: {error}') from error
+    file = open_sound(content, name)
+    seconds = len(file) / file.sample_rate
+    if seconds < shortest:
+        raise invalid(f'{name} must last {shortest:.3g} s at least, got {seconds:.3g} s')
+    if used + seconds > config.max_audio_seconds:
+        raise invalid(f'with {name}, sounds last more than the {config.max_audio_seconds:g} s that are allowed')
+    try:
+        return file.read(0, len(file)), file.sample_rate
+    except ValueError as error:
+        raise ServiceError(400, 'unreadable_audio', str(error)) from error
 
 
 def open_audio(uploads: list[UploadFile], config: ServiceConfig) -> list[AudioFile]:

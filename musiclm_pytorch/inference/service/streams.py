@@ -7,7 +7,7 @@ import secrets
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, StreamingResponse
@@ -24,12 +24,14 @@ from musiclm_pytorch.inference.service.requests import (
     header_of,
     invalid,
     music_model,
+    read_base64,
     read_json,
     schema,
     stopping,
     validated,
+    wanted_type,
 )
-from musiclm_pytorch.waves import pcm_bytes, wav_header
+from musiclm_pytorch.waves import STREAMS, OpusStream, WavStream
 
 AHEAD = 4.0  # seconds that are made ahead of what can be heard by now
 
@@ -37,8 +39,10 @@ router = APIRouter()
 
 
 class Stream(Body):
-    """What to play, in the address; `seconds` ends it, by default it has no end. Numbers as MusicLM takes them, one for
-    all stages."""
+    """What to play; `seconds` ends it, by default it has no end. Numbers as MusicLM takes them, one for all stages.
+
+    format: 'wav', or 'opus' for Opus in Ogg; by default what the header Accept wants more, audio/wav or audio/ogg
+    """
 
     model_config = ConfigDict(strict=False)
 
@@ -51,6 +55,13 @@ class Stream(Body):
     top_p: float | None = None
     cond_scale: float | None = None
     negative_scale: float | None = None
+    format: Literal['wav', 'opus'] | None = None
+
+
+class PrimedStream(Stream):
+    """prime: a sound file as base64, with which it begins and from which it goes on; `seconds` count it"""
+
+    prime: str | None = None
 
 
 class NextPrompt(Body):
@@ -69,12 +80,26 @@ def query_schema(kind: type[Body]) -> list[dict[str, Any]]:
 
 @router.get('/stream', openapi_extra={'parameters': query_schema(Stream)})
 async def stream(request: Request) -> StreamingResponse:
-    """Music without end, or `seconds` of it, as a WAV that grows while it is made, a few seconds ahead of its hearers.
-    The header X-Stream tells its name."""
+    """Music without end, or `seconds` of it, as a WAV or Ogg that grows while it is made, a few seconds ahead of its
+    hearers. The header X-Stream tells its name."""
+    music_model(request)
+    return await play(request, validated(Stream, dict(request.query_params)))
+
+
+@router.post('/stream', openapi_extra={'requestBody': {'content': schema(PrimedStream)}})
+async def stream_on(request: Request) -> StreamingResponse:
+    """The same, asked for by JSON, which has room for a sound to go on from."""
+    music_model(request)
+    return await play(request, await read_json(request, PrimedStream))
+
+
+async def play(request: Request, wanted: Stream) -> StreamingResponse:
     musiclm, config = music_model(request), request.app.state.config
-    query = validated(Stream, dict(request.query_params)).model_dump(exclude_none=True)
+    query = wanted.model_dump(exclude_none=True)
     for name in ('prompt', 'negative'):
         check_texts([query[name]] if name in query else [], config, name)
+    kinds = {it.media_type: kind for kind, it in STREAMS.items()}
+    kind = query.pop('format', None) or kinds[wanted_type(request.headers.get('accept', ''), list(kinds))]
     worker = request.app.state.worker
     streams = worker.streams
     if worker.is_stopping:
@@ -85,6 +110,8 @@ async def stream(request: Request) -> StreamingResponse:
     name, prompt = secrets.token_urlsafe(8), query.pop('prompt')
     streams[name] = None  # its place, until it is there
     try:
+        if 'prime' in query:
+            query['prime'] = await run_in_threadpool(read_base64, query['prime'], 'prime', config)
         streams[name] = made = await run_in_threadpool(musiclm.stream, prompt, **query)
         if worker.is_stopping:
             made.close()
@@ -95,10 +122,12 @@ async def stream(request: Request) -> StreamingResponse:
     finally:
         if streams[name] is None:
             del streams[name]
-    headers = {'X-Stream': name, 'X-Seed': str(made.seed)}
+    headers = {'X-Stream': name, 'X-Seed': str(made.seed), 'Vary': 'Accept'}
     if warning := musiclm.prompt_warnings([prompt])[0]:
         headers['X-Warning'] = header_of(warning)
-    return Playing(made, query.get('seconds'), headers, ended=partial(streams.pop, name))
+    seconds = query.get('seconds')
+    encoder = STREAMS[kind](made.sample_rate, None if seconds is None else round(seconds * made.sample_rate))
+    return Playing(made, encoder, headers, ended=partial(streams.pop, name))
 
 
 @router.post('/stream/{name}', openapi_extra={'requestBody': {'content': schema(NextPrompt)}})
@@ -119,12 +148,13 @@ async def change(request: Request, name: str) -> JSONResponse:
 
 
 class Playing(StreamingResponse):
-    """The WAV of a stream, made in a thread of its own, which ends when this does, however that is."""
+    """The sound of a stream, made in a thread of its own, which ends when this does, however that is."""
 
-    def __init__(self, stream: MusicStream, seconds: float | None, headers: dict[str, str], ended: Callable[[], Any]):
-        super().__init__(self._played(), media_type='audio/wav', headers=headers)
-        self.stream, self.ended = stream, ended
-        self.samples = None if seconds is None else round(seconds * stream.sample_rate)
+    def __init__(
+        self, stream: MusicStream, encoder: WavStream | OpusStream, headers: dict[str, str], ended: Callable[[], Any]
+    ):
+        super().__init__(self._played(), media_type=encoder.media_type, headers=headers)
+        self.stream, self.encoder, self.ended = stream, encoder, ended
         self.pool = ThreadPoolExecutor(1, thread_name_prefix='stream')
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -137,9 +167,14 @@ class Playing(StreamingResponse):
 
     async def _played(self) -> AsyncIterator[bytes]:
         loop, rate = asyncio.get_running_loop(), self.stream.sample_rate
-        yield wav_header(rate, self.samples)
         start, seconds = loop.time(), 0.0
-        while (wave := await loop.run_in_executor(self.pool, next, self.stream, None)) is not None:
-            yield pcm_bytes(wave)
-            seconds += len(wave) / rate
+        while (made := await loop.run_in_executor(self.pool, self._next)) is not None:
+            content, samples = made
+            yield content
+            seconds += samples / rate
             await asyncio.sleep(start + seconds - AHEAD - loop.time())
+        yield self.encoder.close()
+
+    def _next(self) -> tuple[bytes, int] | None:
+        wave = next(self.stream, None)
+        return None if wave is None else (self.encoder.push(wave), len(wave))
