@@ -720,7 +720,7 @@ def test_sound_that_cannot_be_read_is_named(service, content, says):
 
 
 def test_elsewhere_and_otherwise(service):
-    check_error(service.client.get('/nowhere'), 404, 'not_found', r'no GET /nowhere; call GET / or .* or GET /stream$')
+    check_error(service.client.get('/nowhere'), 404, 'not_found', r'no GET /nowhere; call GET / or .* or POST /stream$')
     check_error(service.client.get('/embed'), 405, 'method_not_allowed', r'^there is no GET /embed; call POST /embed$')
     check_error(service.client.post('/'), 405, 'method_not_allowed', r'call GET /$')
     check_error(service.client.delete('/embed'), 405, 'method_not_allowed')
