@@ -940,12 +940,14 @@ class MusicLM(HubModel, nn.Module):
         """Rebuild everything from a folder that `save_pretrained` wrote, in eval mode.
 
         `MusicLM.from_pretrained('tiny')` is the model that ships with the package. `mulan` is used instead of the saved
-        one. The other arguments and errors are as in `MuLaN.from_pretrained`; waves are float32 whatever the `dtype`.
+        one, if given, and moved to `device`, but not cast. The other arguments and errors are as in
+        `MuLaN.from_pretrained`; waves are float32 whatever the `dtype`.
 
         With `dtype='auto'`, stages whose weights decoding waits for are cast to bfloat16, half of the memory, where the
         processor computes in it; all else is as it is without. Music of a seed is then other music than in float32.
         """
-        place = placing(device, None if dtype == 'auto' else dtype)
+        at = dict(device=device, dtype=None if dtype == 'auto' else dtype)
+        place = placing(**at)
         folder = find_pretrained(folder, revision, subfolder)
         needed, optional = ('windows', 'unique_consecutive'), ('sampling', 'knows', 'usual_score')
         settings = read_config(folder, 'MusicLM', needed, optional, verify)
@@ -954,14 +956,16 @@ class MusicLM(HubModel, nn.Module):
         settings.check_known(sampling, SAMPLING, 'sampling')
         parts = {name: load_module(folder / name, verify=verify) for name in (*STAGES, 'codec')}
         parts['tokenizer'] = SemanticTokenizer.from_pretrained(folder / 'tokenizer', verify=verify)
-        quantizer = MuLaNEmbedQuantizer.from_pretrained(folder / 'quantizer', mulan, verify=verify)
+        quantizer = MuLaNEmbedQuantizer.from_pretrained(folder / 'quantizer', mulan, verify=verify, **at)
         told = {name: settings.content.get(name) for name in ('knows', 'usual_score')}
         values = dict(windows=settings['windows'], unique_consecutive=settings['unique_consecutive'], **told)
         with settings.refused('what stands there builds no MusicLM', values):
             hints = keywords_of(cls)
             values = {key: fitted(it, hints[key], key) for key, it in values.items()}
             musiclm = cls(mulan_embed_quantizer=quantizer, sampling=sampling, **values, **parts)
-        musiclm = place(musiclm.eval())
+        for part in musiclm.eval().children():
+            if part is not quantizer:  # a MuLaN that was given is not cast
+                place(part)
         if dtype == 'auto':
             for stage in musiclm.stages.values():
                 stage.to(fastest_dtype(stage))

@@ -15,11 +15,13 @@ from musiclm_pytorch import (
     MuLaN,
     MuLaNEmbedQuantizer,
     MusicLM,
+    NeuralCodec,
     PretrainedCodec,
     PretrainedMuLaN,
+    SpectralCodec,
     TransformersSemanticTokenizer,
 )
-from musiclm_pytorch.evaluation import load_mulan
+from musiclm_pytorch.evaluation import CLAPEmbedder, load_mulan
 from musiclm_pytorch.mulan.pretrained import load_joint
 from musiclm_pytorch.pretrained import HOME
 from musiclm_pytorch.pretrained.hub import HubModel, load_processor, load_transformers
@@ -87,6 +89,22 @@ def test_a_model_goes_up_with_a_card_and_comes_back(hub, tmp_path):
     other = MuLaN.from_pretrained('somebody/quantizer', subfolder='mulan', revision='v1', dtype=torch.float64)
     assert (other.audio_to_latents.weight == 0.5).all()
     assert other.audio_to_latents.weight.dtype == torch.float64
+
+
+def test_every_codec_goes_up_and_comes_back(hub, tmp_path):
+    codecs = [
+        NeuralCodec(1600, codebook_size=8, num_quantizers=3, dim=16, bands=8, resolved_hz=400.0),
+        SpectralCodec(1600, codebook_size=8, num_quantizers=2, bands=8, resolved_hz=400.0),
+        PretrainedCodec(make_codec_model('dac'), 3),
+    ]
+    for codec in codecs:
+        kind = type(codec)
+        codec.push_to_hub(f'somebody/{kind.__name__}')
+        for again in kind.from_pretrained(f'somebody/{kind.__name__}'), load_codec(f'somebody/{kind.__name__}'):
+            assert_same(again.state_dict(), codec.state_dict())
+            assert not again.training
+    with pytest.raises(ValueError, match='somebody/NeuralCodec holds a NeuralCodec, not a SpectralCodec'):
+        SpectralCodec.from_pretrained('somebody/NeuralCodec')
 
 
 def test_what_is_uploaded_where(hub, tmp_path):
@@ -168,6 +186,26 @@ def test_no_code_of_a_repository_is_run(hub, tmp_path, monkeypatch):
             assert 'trust_remote_code' not in str(caught.value)
     with pytest.raises(ValueError, match='own needs code of its own'):
         TransformersSemanticTokenizer(tmp_path / 'own', layer=1)
+
+
+@pytest.mark.parametrize('content', [b'', b'{"a": ', b'[1]'])
+def test_each_damaged_file_is_told_where_it_lies(content, tmp_path):
+    for part in tiny_clap():
+        part.save_pretrained(tmp_path)
+    files = sorted(tmp_path.iterdir())
+    assert len(files) >= 5
+    loads = [PretrainedMuLaN, CLAPEmbedder, lambda path: TransformersSemanticTokenizer(path, layer=2)]
+    for file in files:
+        whole = file.read_bytes()
+        file.write_bytes(content)
+        for load in loads:
+            if load is loads[-1] and file.name.startswith('tokenizer') and content == b'[1]':
+                continue  # it reads none
+            with pytest.raises((ValueError, FileNotFoundError), match=str(tmp_path)):
+                load(tmp_path)
+        file.write_bytes(whole)
+    for load in loads:
+        load(tmp_path)
 
 
 def test_weights_that_are_not_read(hub, tmp_path):

@@ -177,6 +177,11 @@ def test_from_waves_to_saved_music(name, tmp_path):
         with pytest.raises(ValueError, match='is damaged'):
             MusicLM.from_pretrained(tmp_path / 'music')
         return
+    half = MusicLM.from_pretrained(tmp_path / 'music', mulan=given, dtype=torch.bfloat16)
+    assert half.semantic.to_logits.weight.dtype == half.mulan_embed_quantizer.rq.layers[0]._codebook.embed.dtype
+    assert half.semantic.to_logits.weight.dtype == torch.bfloat16
+    assert given.inner.weight.dtype == torch.float32
+    assert half('cello', seconds=0.4, seed=0).std() > 0
     with pytest.raises(ValueError, match='was saved without its Mulan, which cannot be rebuilt; pass it as mulan'):
         MusicLM.from_pretrained(tmp_path / 'music')
     with pytest.raises(

@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import itertools
 from fractions import Fraction
-from typing import Any, ClassVar
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 
 from musiclm_pytorch.audiolm.convert import passes_as
+from musiclm_pytorch.audiolm.saving import load_module, save_module
 from musiclm_pytorch.checks import as_tensor, check_audio, check_positive, check_sample_rate
 from musiclm_pytorch.data.audio import resample
+from musiclm_pytorch.pretrained.hub import HubModel, find_folder
 
 MOST_FILTERS = 2**22  # numbers, 32 MB while they are made; those of 48 kHz are a quarter of that
 
+C = TypeVar('C', bound='FrameCodec')
+
 
 @passes_as('SoundStream')
-class FrameCodec(nn.Module):
+class FrameCodec(HubModel, nn.Module):
     """Base of codecs; a subclass gives `encode`, `decode` and `vectors_of`, and the attributes below.
 
     It is a `Codec`, and is called like a `SoundStream` of audiolm-pytorch too, whose classes take it. It stays float32
@@ -60,6 +65,30 @@ class FrameCodec(nn.Module):
     def frame_rate(self) -> Fraction:
         """Code frames a second."""
         return Fraction(self.target_sample_hz, self.downsample_factor)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write config and weights, for `from_pretrained`; JSON and safetensors, nothing is pickled."""
+        save_module(self, folder)
+
+    @classmethod
+    def from_pretrained(
+        cls: type[C],
+        folder: str | Path,
+        *,
+        revision: str | None = None,
+        subfolder: str | None = None,
+        device: str | torch.device = 'cpu',
+        verify: bool = True,
+    ) -> C:
+        """Rebuild a codec of this class from its folder, in eval mode and float32.
+
+        Arguments and errors are as in `MuLaN.from_pretrained`.
+        """
+        codec = load_module(find_folder(folder, revision, subfolder), device=device, verify=verify)
+        if not isinstance(codec, cls):
+            name = type(codec).__name__
+            raise ValueError(f'{folder} holds a {name}, not a {cls.__name__}')
+        return codec
 
     # what audiolm-pytorch calls
 

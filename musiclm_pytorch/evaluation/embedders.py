@@ -22,7 +22,7 @@ from musiclm_pytorch.extras import how_to_install
 from musiclm_pytorch.mulan.model import evaluating
 from musiclm_pytorch.mulan.pretrained import PretrainedMuLaN, own_mulan
 from musiclm_pytorch.mulan.vocabulary import unknown_words_line
-from musiclm_pytorch.pretrained.hub import NO_CODE
+from musiclm_pytorch.pretrained.hub import find_folder
 
 logger = logging.getLogger(__name__)
 
@@ -166,7 +166,8 @@ class CLAPEmbedder:
         device: where to compute; by default where the model is.
 
     Raises:
-        ImportError: transformers is missing. FileNotFoundError: no such model on this machine.
+        ImportError: transformers is missing. FileNotFoundError: no such model on this machine. ValueError: one that is
+        damaged or of another kind.
     """
 
     name = 'clap'
@@ -182,23 +183,22 @@ class CLAPEmbedder:
     ):
         check_positive(batch_size=batch_size)
         try:
-            from transformers import ClapModel, ClapProcessor
+            from transformers import ClapModel
         except ImportError as error:
             raise missing_package('transformers', 'CLAPEmbedder') from error
         if isinstance(model, (str, Path)):
-            path = model
             try:
-                model = ClapModel.from_pretrained(path, local_files_only=True, use_safetensors=True, **NO_CODE)
-                processor = processor or ClapProcessor.from_pretrained(path, local_files_only=True, **NO_CODE)
-            except OSError as error:
+                mulan = PretrainedMuLaN(find_folder(model, local_only=True), processor)
+            except FileNotFoundError as error:
                 raise FileNotFoundError(
-                    f'no CLAP model with its processor at {path!s} ({error}); fetch one first, such as with '
+                    f'no CLAP model with its processor at {model!s} ({error}); fetch one first, such as with '
                     '"hf download laion/larger_clap_music --local-dir FOLDER", and pass the folder'
                 ) from error
-        if not isinstance(model, ClapModel):
+        elif isinstance(model, ClapModel):
+            mulan = PretrainedMuLaN(model, processor)
+        else:
             raise TypeError(f'model must be a path or a transformers.ClapModel, got {type(model).__name__}')
-        self.mulan, self.batch_size = PretrainedMuLaN(model, processor), batch_size
-        self.mulan.to(device or model.device)
+        self.mulan, self.batch_size = mulan.to(device or mulan.device), batch_size
         self.sample_rate, self.dim = self.mulan.sample_rate, self.mulan.dim_latent
         self.window = self.mulan.audio.max_audio_length
 

@@ -88,7 +88,8 @@ class PretrainedMuLaN(JointEmbedding):
                 )
             if (kind := settings.get('model_type')) != 'clap':
                 raise ValueError(f'{model} is a {kind!r}; joint embeddings that are read are those of model_type clap')
-            model, processor = load_transformers(model, 'ClapModel'), load_processor(model, 'ClapProcessor')
+            processor = load_processor(model, 'ClapProcessor') if processor is None else processor
+            model = load_transformers(model, 'ClapModel')
         self.is_clap = getattr(getattr(model, 'config', None), 'model_type', None) == 'clap'
         self.processor, longest = processor, None
         if self.is_clap:

@@ -35,7 +35,11 @@ def is_hub_name(source: str | Path) -> bool:
 
 
 def find_folder(
-    source: str | Path, revision: str | None = None, subfolder: str | None = None, files: Sequence[str] = FILES
+    source: str | Path,
+    revision: str | None = None,
+    subfolder: str | None = None,
+    files: Sequence[str] = FILES,
+    local_only: bool = False,
 ) -> Path:
     """The folder of a model: one on disk, or that of a repository on the Hub, fetched or in its cache.
 
@@ -44,6 +48,7 @@ def find_folder(
         revision: branch, tag or commit of the repository.
         subfolder: where the model lies within.
         files: patterns of what is fetched.
+        local_only: take what is in the cache, and ask for nothing.
 
     Raises FileNotFoundError for a repository that is neither there nor in the cache, ValueError for the revision of a
     folder on disk.
@@ -53,7 +58,9 @@ def find_folder(
 
         patterns = [f'{subfolder}/{it}' for it in files] if subfolder else [*files]
         try:
-            source = snapshot_download(str(source), revision=revision, allow_patterns=patterns)
+            source = snapshot_download(
+                str(source), revision=revision, allow_patterns=patterns, local_files_only=local_only
+            )
         except OSError as error:  # what huggingface_hub raises for all that goes wrong with a request
             told = ' '.join(str(error).split())
             raise FileNotFoundError(
@@ -166,7 +173,7 @@ def load_transformers(
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()  # it would list what is missing; that is judged here
     try:
-        with _told(source):
+        with _told(source, folder):
             model, report = getattr(transformers, kind).from_pretrained(
                 folder, output_loading_info=True, dtype=torch.float32, use_safetensors=True, **NO_CODE, **keywords
             )
@@ -192,7 +199,7 @@ def load_processor(source: str | Path, kind: str) -> Any:
 
     folder = _folder_of(source)
     try:
-        with _told(source):
+        with _told(source, folder):
             return getattr(transformers, kind).from_pretrained(folder, **NO_CODE)
     except OSError as error:
         raise FileNotFoundError(f'{source} has no {kind}: {" ".join(str(error).split()):.300}') from error
@@ -207,18 +214,24 @@ def _folder_of(source: str | Path, files: Sequence[str] = FILES) -> Path:
 
 
 @contextmanager
-def _told(source: str | Path) -> Iterator[None]:
-    """Say in our words what `transformers` refuses: it advises to let a repository's code run."""
+def _told(source: str | Path, folder: Path) -> Iterator[None]:
+    """Raise ValueError that names the file or `source` for what `transformers` refuses in the block, but for OSError: it
+    advises to let a repository's code run, or tells what is wrong and not where."""
+    for path in sorted(folder.glob('*.json')):
+        read_checked_json(path, verify=False)  # which names the file
     try:
         yield
+    except (OSError, ImportError, MemoryError, torch.OutOfMemoryError):
+        raise
     except SafetensorError as error:
         raise ValueError(
             f'the weights in {source} are damaged, they cannot be read as safetensors: {error}; they have to come '
             'from a copy'
         ) from error
-    except ValueError as error:
+    except Exception as error:  # by constructors that do not check what they are given
         if 'trust_remote_code' not in str(error):
-            raise
+            told = ' '.join(str(error).split())
+            raise ValueError(f'{source} could not be read: {told:.300} ({type(error).__name__})') from error
         # not `from error`: what it advises would be shown
         raise ValueError(
             f'{source} needs code of its own (auto_map in its JSON files), and no code of a repository is run here; '

@@ -30,6 +30,7 @@ from musiclm_pytorch.mulan.checkpoint import CONFIG_FILE, read_config, saved_kin
 from musiclm_pytorch.mulan.model import MuLaN
 from musiclm_pytorch.mulan.vocabulary import PromptWarning
 from musiclm_pytorch.musiclm import MusicLM
+from musiclm_pytorch.pretrained.hub import find_folder
 from musiclm_pytorch.quantizer import MuLaNEmbedQuantizer
 from musiclm_pytorch.trainer.batches import seed_everything
 from musiclm_pytorch.trainer.pipeline_recipe import FittedRecipe
@@ -231,7 +232,7 @@ def load_codec(source: str | Path, num_quantizers: int | None = None) -> nn.Modu
 
     Raises FileNotFoundError if there is none, ValueError for a folder that holds something else.
     """
-    folder = model_in(Path(source))
+    folder = model_in(find_folder(source))
     if saved_kind(folder) is None:
         return PretrainedCodec(str(source), **({} if num_quantizers is None else dict(num_quantizers=num_quantizers)))
     codec = load_module(folder)
