@@ -54,6 +54,8 @@ from .mulan.contrastive import SoftmaxContrastiveLearning as SoftmaxContrastiveL
 from .mulan.melody import MelodyEncoder as MelodyEncoder
 from .mulan.model import MuLaN as MuLaN
 from .mulan.pretrained import PretrainedMuLaN as PretrainedMuLaN
+from .mulan.pretrained_towers import PretrainedAudioTransformer as PretrainedAudioTransformer
+from .mulan.pretrained_towers import PretrainedTextTransformer as PretrainedTextTransformer
 from .mulan.recipes import (
     create_optimized_audiospectrogram_transformer as create_optimized_audiospectrogram_transformer,
 )

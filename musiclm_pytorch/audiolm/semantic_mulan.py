@@ -15,6 +15,7 @@ from musiclm_pytorch.checks import check_positive, records_config, typechecked
 from musiclm_pytorch.mulan.audio_transformer import AudioSpectrogramTransformer
 from musiclm_pytorch.mulan.checkpoint import SavedConfig
 from musiclm_pytorch.mulan.model import MuLaN
+from musiclm_pytorch.mulan.pretrained_towers import check_own
 
 COLUMNS = ('concat', 'mean')
 
@@ -66,6 +67,7 @@ class MuLaNSemanticTokenizer(SemanticTokenizer):
     ):
         tower = mulan.audio if isinstance(mulan, MuLaN) else mulan
         tower = getattr(tower, '_orig_mod', tower)  # torch.compile wraps it
+        check_own(tower, what='MuLaNSemanticTokenizer (TransformersSemanticTokenizer takes the others)')
         if tower.accept_spec:
             raise ValueError('semantic tokens come from waves; this tower was built with accept_spec=True')
         if tower.sample_rate is None:

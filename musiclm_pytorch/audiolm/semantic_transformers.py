@@ -17,7 +17,14 @@ from musiclm_pytorch.audiolm.convert import is_of
 from musiclm_pytorch.audiolm.semantic import SemanticTokenizer
 from musiclm_pytorch.checks import check_sample_rate, typechecked
 from musiclm_pytorch.mulan.checkpoint import SavedConfig
-from musiclm_pytorch.pretrained.hub import find_encoder, load_processor, load_transformers, read_settings, save_encoder
+from musiclm_pytorch.pretrained.hub import (
+    find_encoder,
+    load_processor,
+    load_transformers,
+    load_wave_encoder,
+    read_settings,
+    save_encoder,
+)
 
 
 class Kind(NamedTuple):
@@ -260,19 +267,7 @@ def _load_model(source: str | Path) -> nn.Module:
         )
     if kind in KINDS:
         return _hearing(load_transformers(source, KINDS[kind].model, unneeded=KINDS[kind].unneeded))
-    unneeded = ('masked_spec_embed',)
-    # with these off, MERT is HuBERT by another name, also as HubertModel writes it, and none of its own code is needed
-    unlike = [it for it in ('feature_extractor_cqt', 'deepnorm') if settings.get(it)]
-    if kind == 'mert_model' and not settings.get('feat_proj_layer_norm', True):
-        unlike.append('feat_proj_layer_norm off')
-    if unlike:
-        raise ValueError(f'this MERT is no plain HuBERT: {", ".join(unlike)}')
-    if kind != 'mert_model':
-        return load_transformers(source, unneeded=unneeded)
-    from transformers import HubertConfig
-
-    config = HubertConfig(**{name: it for name, it in settings.items() if name != 'model_type'})
-    return load_transformers(source, 'HubertModel', config=config, unneeded=unneeded)
+    return load_wave_encoder(source, settings, unneeded=('masked_spec_embed',))
 
 
 def _load_feature_extractor(source: str | Path, *, required: bool) -> Any:

@@ -16,7 +16,7 @@ from musiclm_pytorch.audiolm.codec import FrameCodec
 from musiclm_pytorch.audiolm.convert import is_of
 from musiclm_pytorch.checks import check_positive, typechecked
 from musiclm_pytorch.data.audio import windows
-from musiclm_pytorch.pretrained.hub import load_transformers, read_settings
+from musiclm_pytorch.pretrained.hub import build_transformers, load_transformers, read_settings
 
 SOFTEST = -100.0  # dB of full scale, root mean square: the first code of a level of loudness; the last one is 0 dB
 
@@ -101,7 +101,8 @@ class PretrainedCodec(FrameCodec):
             model = copy.deepcopy(model)
             check_kind(getattr(getattr(model, 'config', None), 'model_type', None), f'a {type(model).__name__}')
         elif isinstance(model, dict):
-            model = _build(model)
+            check_kind(model.get('model_type'), 'the config')
+            model = build_transformers(model)
         else:
             check_kind(read_settings(model).get('model_type'), str(model))
             model = load_transformers(model)
@@ -233,12 +234,3 @@ def check_kind(model_type: Any, source: str) -> None:
     if model_type not in KINDS:
         what = 'does not say which model it is' if model_type is None else f'is a {model_type!r}'
         raise ValueError(f'{source} {what}; the codecs that are read are those of model_type {", ".join(KINDS)}')
-
-
-def _build(settings: dict[str, Any]) -> nn.Module:
-    """A model of a config, with weights still to come."""
-    from transformers import AutoConfig, AutoModel
-
-    settings = json.loads(json.dumps(settings))  # lists, where a saved config had tuples made of them
-    check_kind(settings.get('model_type'), 'the config')
-    return AutoModel.from_config(AutoConfig.for_model(**settings), dtype=torch.float32)

@@ -19,6 +19,7 @@ from musiclm_pytorch.checks import typechecked
 from musiclm_pytorch.extras import how_to_install
 from musiclm_pytorch.inference.config import InferenceConfig
 from musiclm_pytorch.mulan.model import MuLaN
+from musiclm_pytorch.mulan.pretrained_towers import check_own
 from musiclm_pytorch.version import __version__
 
 TOWERS = ('audio', 'text')
@@ -76,11 +77,12 @@ class ONNXExporter:
             the path.
 
         Raises:
-            ValueError: unknown towers, or a model that takes spectrograms. RuntimeError: the exported graph gives
-            other numbers than the model. And whatever torch's exporter raises.
+            ValueError: unknown towers, or a model that takes spectrograms. TypeError: towers of `transformers`.
+            RuntimeError: the exported graph gives other numbers than the model. And whatever torch's exporter raises.
         """
         if not towers or isinstance(towers, str) or len(set(towers)) < len(towers) or not set(towers) <= set(TOWERS):
             raise ValueError(f"towers must be ('audio',), ('text',) or both, got {towers!r}")
+        check_own(mulan.audio, mulan.text, what='the export to ONNX')
         if 'audio' in towers and mulan.audio.accept_spec:
             raise ValueError(
                 'this MuLaN takes spectrograms (accept_spec=True); only audio towers of waves are exported'

@@ -24,6 +24,7 @@ from musiclm_pytorch.kernels.processor import computes_in_bf16
 from musiclm_pytorch.mulan.display import indented
 from musiclm_pytorch.mulan.layers import Linear, Transformer
 from musiclm_pytorch.mulan.model import MuLaN, PairLatents
+from musiclm_pytorch.mulan.pretrained_towers import check_own
 
 # towers narrower than this compute too little for anything here to pay
 MIN_WIDTH = 256
@@ -55,6 +56,7 @@ class OptimizedMuLaN(nn.Module):
         self.mulan = copy.deepcopy(mulan).eval().requires_grad_(False).to(device)
 
         if self.quantized or self.compiled or self.dtype != torch.float32:
+            check_own(mulan.audio, mulan.text, what='OptimizedMuLaN, but in float32,')
             for tower in (self.mulan.audio, self.mulan.text):
                 tower.transformer = InferenceLayers(tower.transformer, self.dtype, self.quantized, self.compiled)
         if self.dtype != torch.float32:

@@ -144,7 +144,7 @@ def check_usable(model: MuLaN | MusicLM, include_examples: bool) -> None:
         raise ValueError('its audio tower takes spectrograms (accept_spec=True), but the package embeds sound files')
     if mulan.sample_rate is not None:
         window_and_hop(mulan, None, None)
-    if (generates or include_examples) and mulan.text.num_tokens < VOCAB_SIZE:
+    if (generates or include_examples) and not mulan.text.reads_words:
         raise ValueError(
             f'strings need a text tower with num_tokens={VOCAB_SIZE}, but this one has {mulan.text.num_tokens}'
             + ('' if generates else '; pass include_examples=False')

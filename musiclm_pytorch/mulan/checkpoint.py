@@ -31,13 +31,19 @@ from musiclm_pytorch.atomic import (
 )
 from musiclm_pytorch.checks import check_device, fitted, keywords_of
 from musiclm_pytorch.mulan.audio_transformer import AudioSpectrogramTransformer
+from musiclm_pytorch.mulan.pretrained_towers import PretrainedAudioTransformer, PretrainedTextTransformer
 from musiclm_pytorch.mulan.text_transformer import TextTransformer
 from musiclm_pytorch.mulan.vocabulary import packed, unpacked
+from musiclm_pytorch.pretrained.hub import find_encoder, load_processor, save_encoder
 from musiclm_pytorch.version import __version__
 
 CONFIG_FILE = 'config.json'
 WEIGHTS_FILE = 'model.safetensors'
 PARTS, TRAINED = ('audio', 'text', 'mulan'), 'trained_tokens'  # of a MuLaN's config
+PROCESSOR = '_processor'  # behind the name of a tower that others trained: what prepares its inputs
+TOWERS = dict(
+    audio=(AudioSpectrogramTransformer, PretrainedAudioTransformer), text=(TextTransformer, PretrainedTextTransformer)
+)
 WEIGHTS = 'weights'  # where a config has the checksum of the weights beside it
 WITHIN = 'within'  # where it has those of the configs in the folders within
 MOST = 2**22  # sizes and rates in Hz are lower
@@ -48,16 +54,23 @@ M = TypeVar('M', bound=nn.Module)
 
 def save(mulan: nn.Module, folder: str | Path) -> None:
     """Write the config and weights of a MuLaN."""
-    for tower, kind in ((mulan.audio, AudioSpectrogramTransformer), (mulan.text, TextTransformer)):
-        if type(getattr(tower, '_orig_mod', tower)) is not kind:
+    processors = {}
+    for name, (own, pretrained) in TOWERS.items():
+        tower = getattr(mulan, name)
+        tower = getattr(tower, '_orig_mod', tower)
+        if type(tower) is pretrained:
+            # what prepares its inputs
+            processors[f'{name}{PROCESSOR}'] = save_encoder(Path(folder), tower.processor, name=f'{name}{PROCESSOR}')
+        elif type(tower) is not own:
             raise TypeError(
-                f'a {type(tower).__name__} could not be rebuilt from its folder, only a plain {kind.__name__}; '
-                'save its state_dict instead'
+                f'a {type(tower).__name__} could not be rebuilt from its folder, only a plain {own.__name__} or a '
+                f'{pretrained.__name__}; save its state_dict instead'
             )
     # torch.compile wraps a tower under this name
     weights = {name.replace('_orig_mod.', ''): tensor for name, tensor in mulan.state_dict().items()}
     trained = mulan.text.trained_tokens
-    write_folder(folder, config_of(mulan) | ({} if trained is None else {TRAINED: packed(trained)}), weights)
+    told = processors | ({} if trained is None else {TRAINED: packed(trained)})
+    write_folder(folder, config_of(mulan) | told, weights)
 
 
 def write_folder(folder: str | Path, config: dict[str, Any], weights: dict[str, Tensor]) -> str:
@@ -154,16 +167,27 @@ def load(
     """
     place = placing(device, dtype)
     config, weights = read_mulan(folder, verify)
-    audio, text = config.build(AudioSpectrogramTransformer, 'audio'), config.build(TextTransformer, 'text')
+    audio, text = (build_tower(config, name, verify) for name in TOWERS)
     mulan = config.build(cls, 'mulan', audio, text)
     load_strictly(mulan, weights, source=folder)
     mulan.text.trained_tokens = trained_tokens(config)
     return place(mulan.eval())
 
 
+def build_tower(config: SavedConfig, name: str, verify: bool) -> nn.Module:
+    """The tower `name` of a MuLaN, 'audio' or 'text', with weights still to come."""
+    own, pretrained = TOWERS[name]
+    key = f'{name}{PROCESSOR}'
+    if key not in config.content:
+        return config.build(own, name)
+    kind = dict(audio='AutoFeatureExtractor', text='AutoTokenizer')[name]
+    return config.build(pretrained.from_config, name, load_processor(find_encoder(config, verify, key), kind))
+
+
 def read_mulan(folder: str | Path, verify: bool = True) -> tuple[SavedConfig, dict[str, Tensor]]:
     """Config and weights of a MuLaN."""
-    return read_folder(folder, 'MuLaN', PARTS, optional=(TRAINED,), verify=verify)
+    optional = (TRAINED, *(f'{name}{PROCESSOR}' for name in TOWERS))
+    return read_folder(folder, 'MuLaN', PARTS, optional=optional, verify=verify)
 
 
 def trained_tokens(config: SavedConfig) -> Tensor | None:

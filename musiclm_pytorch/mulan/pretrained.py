@@ -50,7 +50,8 @@ class TextSide:
     """What is asked of a text tower: that of another model does not tell which words it knows."""
 
     pad_id: int = 0
-    num_tokens: int = VOCAB_SIZE  # it reads words
+    num_tokens: int = VOCAB_SIZE
+    reads_words: bool = True
     trained_tokens: Tensor | None = None
 
     def unknown_words(self, text: str) -> list[str]:

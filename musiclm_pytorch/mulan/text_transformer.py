@@ -95,6 +95,11 @@ class TextTransformer(nn.Module):
     def device(self) -> torch.device:
         return self.cls_token.device
 
+    @property
+    def reads_words(self) -> bool:
+        """Whether it takes strings, not token ids alone."""
+        return self.num_tokens >= VOCAB_SIZE
+
     def forward(
         self,
         x: Tensor | None = None,
@@ -181,23 +186,25 @@ class TextTransformer(nn.Module):
         Without these every token may have been learned, and the list is empty.
         """
         known = self.known_ids()
-        if known is None or self.num_tokens < VOCAB_SIZE:  # which takes no words
+        if known is None or not self.reads_words:
             return []
         return find_unknown_words(text, lambda part: bool(known[clip_tokenizer().encode(part)].all()))
 
     def tokenize(self, raw_texts: Sequence[str]) -> Tensor:
         """Strings to token ids `(b, n)`, cut at `max_seq_len` and padded to the longest."""
-        if isinstance(raw_texts, str) or not all(isinstance(text, str) for text in raw_texts):
-            raise TypeError(f'raw_texts must be a list of strings, got {described(raw_texts)}; put one text in a list')
-        if len(raw_texts) == 0:
-            raise ValueError('raw_texts is an empty list; pass at least one text')
-
+        self.check_texts(raw_texts)
         ids = [torch.tensor(clip_tokenizer().encode(text), dtype=torch.long) for text in raw_texts]
         longest = max(len(text) for text in ids)
         if longest > self.max_seq_len:
             self.warn_of_cut(longest)
         ids = [text[: self.max_seq_len] for text in ids]
         return nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=self.pad_id).to(self.device)
+
+    def check_texts(self, raw_texts: Sequence[str]) -> None:
+        if isinstance(raw_texts, str) or not all(isinstance(text, str) for text in raw_texts):
+            raise TypeError(f'raw_texts must be a list of strings, got {described(raw_texts)}; put one text in a list')
+        if len(raw_texts) == 0:
+            raise ValueError('raw_texts is an empty list; pass at least one text')
 
     def check_input(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """Check and cut a batch of ids; the mask is made where it is missing."""

@@ -5,6 +5,7 @@ No code of a repository is run, and no pickle is fetched.
 
 from __future__ import annotations
 
+import json
 import re
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -190,6 +191,37 @@ def load_transformers(
     return model.eval()
 
 
+def load_wave_encoder(source: str | Path, settings: dict[str, Any], unneeded: Sequence[str] = ()) -> nn.Module:
+    """An audio encoder of `transformers` by its `settings`, those of `read_settings`; a MERT as the HuBERT that it is.
+
+    Raises ValueError for a MERT that is more than that, and as `load_transformers`.
+    """
+    # with these off, MERT is HuBERT by another name, also as HubertModel writes it, and none of its own code is needed
+    unlike = [it for it in ('feature_extractor_cqt', 'deepnorm') if settings.get(it)]
+    is_mert = settings.get('model_type') == 'mert_model'
+    if is_mert and not settings.get('feat_proj_layer_norm', True):
+        unlike.append('feat_proj_layer_norm off')
+    if unlike:
+        raise ValueError(f'this MERT is no plain HuBERT: {", ".join(unlike)}')
+    if not is_mert:
+        return load_transformers(source, unneeded=unneeded)
+    from transformers import HubertConfig
+
+    config = HubertConfig(**{name: it for name, it in settings.items() if name != 'model_type'})
+    return load_transformers(source, 'HubertModel', config=config, unneeded=unneeded)
+
+
+def build_transformers(settings: dict[str, Any], kind: str = 'AutoModel') -> nn.Module:
+    """A model of a config, in float32, with weights still to come; `kind` names its class in `transformers`."""
+    import transformers
+
+    settings = json.loads(json.dumps(settings))  # lists, where a saved config had tuples made of them
+    config = transformers.AutoConfig.for_model(**settings)
+    if kind != 'AutoModel':
+        return getattr(transformers, kind)(config).float()
+    return transformers.AutoModel.from_config(config, dtype=torch.float32)
+
+
 def load_processor(source: str | Path, kind: str) -> Any:
     """What prepares the inputs of a model: `kind` names the class in `transformers`.
 
@@ -215,8 +247,10 @@ def _folder_of(source: str | Path, files: Sequence[str] = FILES) -> Path:
 
 @contextmanager
 def _told(source: str | Path, folder: Path) -> Iterator[None]:
-    """Raise ValueError that names the file or `source` for what `transformers` refuses in the block, but for OSError: it
-    advises to let a repository's code run, or tells what is wrong and not where."""
+    """Raise ValueError that names the file or `source` for what `transformers` refuses in the block, but for OSError.
+
+    It advises to let a repository's code run, or tells what is wrong and not where.
+    """
     for path in sorted(folder.glob('*.json')):
         read_checked_json(path, verify=False)  # which names the file
     try:
@@ -239,26 +273,26 @@ def _told(source: str | Path, folder: Path) -> Iterator[None]:
         ) from None
 
 
-def save_encoder(folder: Path, *parts: Any) -> dict[str, Any]:
+def save_encoder(folder: Path, *parts: Any, name: str = ENCODER_FOLDER) -> dict[str, Any]:
     """Write a model of `transformers` and what prepares its inputs into a folder within; gives what `find_encoder`
     wants to know."""
-    inside = folder / ENCODER_FOLDER
+    inside = folder / name
     with naming(inside):
         for part in parts:
             part.save_pretrained(inside)
     open_modes(inside)
     checksums = {it.name: checksum_of_file(it) for it in sorted(inside.iterdir())}
-    return dict(folder=ENCODER_FOLDER, checksums=checksums)
+    return dict(folder=name, checksums=checksums)
 
 
-def find_encoder(config: Any, verify: bool) -> Path:
-    """The folder that `save_encoder` wrote, of the `SavedConfig` that has what it gave under 'encoder'.
+def find_encoder(config: Any, verify: bool, key: str = ENCODER_FOLDER) -> Path:
+    """The folder that `save_encoder` wrote, of the `SavedConfig` that has what it gave under `key`.
 
     Raises FileNotFoundError for a missing file and, with `verify`, ValueError for one that is not what was written.
     """
-    with config.refused("'encoder' must name a folder beside it", config['encoder']):
-        inside = config.path.parent / config['encoder']['folder']
-        checksums = dict(config['encoder'].get('checksums', {})) if verify else {}
+    with config.refused(f'{key!r} must name a folder beside it', config.content.get(key)):
+        inside = config.path.parent / config[key]['folder']
+        checksums = dict(config[key].get('checksums', {})) if verify else {}
     for name, checksum in checksums.items():
         if not (inside / name).is_file():
             raise FileNotFoundError(f'no {name} in {inside}, which {config.path} names')

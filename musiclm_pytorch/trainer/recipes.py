@@ -12,10 +12,12 @@ from typing import Any, ClassVar
 from torch import nn
 
 from musiclm_pytorch.atomic import write_json
+from musiclm_pytorch.checks import keywords_of
 from musiclm_pytorch.data.generated import GeneratedMusic
 from musiclm_pytorch.data.opening import GENERATED, open_pairs
 from musiclm_pytorch.mulan.audio_transformer import AudioSpectrogramTransformer
 from musiclm_pytorch.mulan.model import MuLaN
+from musiclm_pytorch.mulan.pretrained_towers import PretrainedAudioTransformer, PretrainedTextTransformer
 from musiclm_pytorch.mulan.recipes import create_optimized_audiospectrogram_transformer
 from musiclm_pytorch.mulan.text_transformer import TextTransformer
 from musiclm_pytorch.trainer.config import TrainingConfig
@@ -173,18 +175,34 @@ class TrainedRecipe(Recipe):
         return trainer
 
 
+def tower_section(pretrained: Callable, *own: Callable) -> Section:
+    """The section of a tower: one of ours, or one that others trained, which the key `model` names."""
+    theirs = keywords_of(pretrained).keys()
+    ours = {name for it in own for name in keywords_of(it)}
+    files = dict.fromkeys(('tokenizer', 'feature_extractor'), 'it lies beside the model')
+    return Section(
+        (*own, pretrained),
+        refused={name: why for name, why in files.items() if name in theirs},
+        groups=tuple(frozenset(('model', name)) for name in sorted(ours - theirs - {'keywords'})),
+    )
+
+
 class MuLaNRecipe(TrainedRecipe):
     """Sections `audio`, `text` and `mulan` (the model), `data` and `training`.
 
     The key `group_by` of `data` names labels of generated music, such as [instrument, register]: clips that are alike
     in them become the `groups` of `MuLaNTrainer`.
+
+    The key `model` of `audio` and `text` names an encoder of `transformers`, which takes the place of our tower.
     """
 
     part = 'mulan'
     trainer = MuLaNTrainer
     SECTIONS: ClassVar[Mapping[str, Section]] = {
-        'audio': Section((create_optimized_audiospectrogram_transformer, AudioSpectrogramTransformer)),
-        'text': Section((TextTransformer,)),
+        'audio': tower_section(
+            PretrainedAudioTransformer, create_optimized_audiospectrogram_transformer, AudioSpectrogramTransformer
+        ),
+        'text': tower_section(PretrainedTextTransformer, TextTransformer),
         'mulan': Section(
             (MuLaN,),
             refused=dict(
@@ -230,9 +248,10 @@ class MuLaNRecipe(TrainedRecipe):
     def build_model(self) -> MuLaN:
         """A new model, with weights drawn from torch's generator."""
         with self.section('audio') as keywords:
-            audio = create_optimized_audiospectrogram_transformer(**keywords)
+            own = create_optimized_audiospectrogram_transformer
+            audio = (PretrainedAudioTransformer if 'model' in keywords else own)(**keywords)
         with self.section('text') as keywords:
-            text = TextTransformer(**keywords)
+            text = (PretrainedTextTransformer if 'model' in keywords else TextTransformer)(**keywords)
         with self.section('mulan') as keywords:
             return MuLaN(audio, text, **keywords)
 

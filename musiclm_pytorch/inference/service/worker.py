@@ -64,7 +64,7 @@ class ModelWorker:
         self.engine = BatchInferenceEngine(model)
         self.musiclm, self.mulan = self.engine.musiclm, plain(self.engine.mulan)
         self.window, self.hop = window_and_hop(self.mulan, None, None)
-        if self.mulan.text.num_tokens < VOCAB_SIZE:
+        if not self.mulan.text.reads_words:
             raise ValueError(
                 f'this MuLaN takes no words, only its own {self.mulan.text.num_tokens} token ids; serve one whose text '
                 f'tower has num_tokens={VOCAB_SIZE}'
