@@ -51,6 +51,10 @@ from .mulan.audio_transformer import AudioSpectrogramTransformer as AudioSpectro
 from .mulan.contrastive import MultiLayerContrastiveLoss as MultiLayerContrastiveLoss
 from .mulan.contrastive import SigmoidContrastiveLearning as SigmoidContrastiveLearning
 from .mulan.contrastive import SoftmaxContrastiveLearning as SoftmaxContrastiveLearning
+from .mulan.lora import add_adapters as add_adapters
+from .mulan.lora import load_adapters as load_adapters
+from .mulan.lora import merge_adapters as merge_adapters
+from .mulan.lora import save_adapters as save_adapters
 from .mulan.melody import MelodyEncoder as MelodyEncoder
 from .mulan.model import MuLaN as MuLaN
 from .mulan.pretrained import PretrainedMuLaN as PretrainedMuLaN

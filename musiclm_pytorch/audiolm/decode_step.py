@@ -13,6 +13,7 @@ from types import ModuleType
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from musiclm_pytorch.audiolm.transformer import Cache, PositionBias, Step, Transformer
 from musiclm_pytorch.kernels import fast_kernels_allowed
@@ -49,6 +50,8 @@ def step_for(transformer: Transformer, cache: Cache, rows: int, tokens: int, com
         return FixedStep(transformer, cache, rows)
     weights = list(transformer.parameters())
     if sum(it.numel() for it in weights) * tokens < WORTH_LOADING or rows > MOST_ROWS:
+        return None
+    if any(map(parametrize.is_parametrized, transformer.modules())):  # adapters: the weights lie nowhere
         return None
     if any(it.device.type != 'cpu' or not it.is_contiguous() for it in weights):
         return None

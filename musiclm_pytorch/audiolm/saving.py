@@ -43,7 +43,7 @@ def save_module(module: nn.Module, folder: str | Path) -> None:
             f'this {config["model"]} was built before musiclm_pytorch looked on, so its keywords are not known; import '
             'musiclm_pytorch.audiolm.convert before building it'
         )
-    checkpoint.write_folder(folder, config, module.state_dict())
+    checkpoint.write_folder(folder, config, checkpoint.plain_state(module))
 
 
 def describe(module: nn.Module) -> dict[str, Any]:

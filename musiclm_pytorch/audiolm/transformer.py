@@ -481,10 +481,10 @@ def run_position_mlp(layers: nn.Module, x: Tensor) -> Tensor:
     dtype = torch.promote_types(next(layers.parameters()).dtype, torch.float32)
     x = x.to(dtype)
     with torch.autocast(x.device.type, enabled=False):
-        for layer in [it for it in layers.modules() if not list(it.children())]:
+        for layer in layers.modules():
             if isinstance(layer, nn.Linear):
                 x = F.linear(x, layer.weight.to(dtype), layer.bias.to(dtype))
-            else:
+            elif isinstance(layer, nn.SiLU):
                 # positions are numbers up to some thousands, many of which it takes almost to zero
                 x = without_denormals(layer(x))
     return x.t().contiguous()

@@ -76,6 +76,7 @@ def train_mulan(models) -> None:
         help='build the model of the recipe, and take over from the model in this folder what fits, such as one of '
         'another vocabulary; what does not is named',
     )
+    add_lora(parser, '--init-from')
 
 
 def train_codec(models) -> None:
@@ -99,7 +100,26 @@ def train_stage(models, stage: str, what: str) -> None:
     option(parser, '--valid-tokens', metavar='FOLDER', help='held-out tokens (default: a share of --tokens)')
     condition = 'the fitted quantizer that conditions the stage; without it, the stage has no conditioning'
     option(parser, '--quantizer', metavar='FOLDER', help=condition)
+    option(
+        parser,
+        '--begin-with',
+        metavar='FOLDER',
+        help="start from the stage in this folder, a trainer's or that of a MusicLM; then the section model of a "
+        'recipe is not used',
+    )
+    add_lora(parser, '--begin-with')
     add_training(parser)
+
+
+def add_lora(parser, start: str) -> None:
+    option(
+        parser,
+        '--lora',
+        metavar='RANK',
+        type=int,
+        help=f'train adapters of this rank alone, on the model of {start}; they are in the folder adapters within '
+        'those of the model, which has them merged',
+    )
 
 
 def train_all(models) -> None:
@@ -153,6 +173,7 @@ def run_train_mulan(options: argparse.Namespace) -> dict[str, Any] | None:
     else:
         mulan = MuLaN.from_pretrained(options.init_from)
         recipe = recipe.with_model_of(mulan)
+    adapt(mulan, options, options.init_from, '--init-from')
     dataset = recipe.open_data(options.data, mulan, audio_folder=options.audio_folder)
     held_out = recipe.open_held_out(options.data, mulan, options.valid_data, audio_folder=options.valid_audio_folder)
     trainer = run_trainer(recipe, options, mulan, dataset, valid_dataset=held_out)
@@ -176,8 +197,38 @@ def run_train_stage(options: argparse.Namespace) -> dict[str, Any] | None:
     recipe = read_recipe(STAGE_RECIPES[options.stage], options)
     quantizer = None if options.quantizer is None else MuLaNEmbedQuantizer.from_pretrained(options.quantizer)
     seed_everything(recipe.seed)
-    model, held_out = recipe.build_model(options.tokens, quantizer), options.valid_tokens
+    if options.begin_with is None:
+        model = recipe.build_model(options.tokens, quantizer)
+    else:
+        model = begin_stage(Path(options.begin_with), options.stage, quantizer)
+    adapt(model, options, options.begin_with, '--begin-with')
+    held_out = options.valid_tokens
     return report(run_trainer(recipe, options, model, options.tokens, valid_tokens=held_out, quantizer=quantizer))
+
+
+def begin_stage(folder: Path, stage: str, quantizer):
+    """A stage, of a trainer's folder or that of a MusicLM, and what belongs to it in the quantizer."""
+    from musiclm_pytorch.audiolm.saving import load_module
+    from musiclm_pytorch.mulan.checkpoint import saved_kind
+    from musiclm_pytorch.trainer.assembly import model_in
+    from musiclm_pytorch.trainer.stages import CONDITIONING_FILE, load_stage
+
+    folder = folder / stage if saved_kind(folder) == 'MusicLM' else model_in(folder)
+    model = load_module(folder)
+    if quantizer is not None and (folder / CONDITIONING_FILE).is_file():
+        load_stage(folder, model, quantizer)
+    return model
+
+
+def adapt(model, options: argparse.Namespace, start: str | None, name: str) -> None:
+    """Put adapters on a model that was trained before, if `--lora` says so."""
+    from musiclm_pytorch.mulan.lora import add_adapters
+
+    if options.lora is None:
+        return
+    if start is None:
+        raise ValueError(f'--lora {options.lora} adapts a model that is trained: give it with {name}')
+    add_adapters(model, rank=options.lora)
 
 
 def run_train_codec(options: argparse.Namespace) -> dict[str, Any] | None:

@@ -44,6 +44,8 @@ PROCESSOR = '_processor'  # behind the name of a tower that others trained: what
 TOWERS = dict(
     audio=(AudioSpectrogramTransformer, PretrainedAudioTransformer), text=(TextTransformer, PretrainedTextTransformer)
 )
+PARAMETRIZED = '.parametrizations.weight.'
+DOWN = f'{PARAMETRIZED}0.down'  # of an adapter
 WEIGHTS = 'weights'  # where a config has the checksum of the weights beside it
 WITHIN = 'within'  # where it has those of the configs in the folders within
 MOST = 2**22  # sizes and rates in Hz are lower
@@ -66,11 +68,25 @@ def save(mulan: nn.Module, folder: str | Path) -> None:
                 f'a {type(tower).__name__} could not be rebuilt from its folder, only a plain {own.__name__} or a '
                 f'{pretrained.__name__}; save its state_dict instead'
             )
-    # torch.compile wraps a tower under this name
-    weights = {name.replace('_orig_mod.', ''): tensor for name, tensor in mulan.state_dict().items()}
+    weights = plain_state(mulan)
     trained = mulan.text.trained_tokens
     told = processors | ({} if trained is None else {TRAINED: packed(trained)})
     write_folder(folder, config_of(mulan) | told, weights)
+
+
+def plain_state(module: nn.Module, merged: bool = True) -> dict[str, Tensor]:
+    """The state dict as it is without torch.compile and without adapters (`mulan.lora`), these merged or left out."""
+    state = module.state_dict()
+    adapted = {name.removesuffix(DOWN) for name in state if name.endswith(DOWN)}
+    plain = {}
+    for name, tensor in state.items():
+        layer, inside, which = name.partition(PARAMETRIZED)
+        if not inside or layer not in adapted:
+            plain[name] = tensor
+        elif which == 'original':
+            plain[f'{layer}.weight'] = module.get_submodule(layer).weight if merged else tensor
+    # torch.compile wraps a tower under this name
+    return {name.replace('_orig_mod.', ''): tensor.detach() for name, tensor in plain.items()}
 
 
 def write_folder(folder: str | Path, config: dict[str, Any], weights: dict[str, Tensor]) -> str:

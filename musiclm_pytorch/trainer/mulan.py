@@ -21,6 +21,7 @@ from musiclm_pytorch.data.datasets import AudioTextDataset
 from musiclm_pytorch.data.rates import check_rate
 from musiclm_pytorch.data.shards import ShardedAudioText, ShardItems
 from musiclm_pytorch.mulan import checkpoint
+from musiclm_pytorch.mulan.lora import ADAPTERS_FOLDER, adapters_of, save_adapters
 from musiclm_pytorch.mulan.model import MuLaN, PairLatents, evaluating
 from musiclm_pytorch.trainer.callbacks import Callback
 from musiclm_pytorch.trainer.config import TrainingConfig, TrainingKeywords
@@ -320,6 +321,8 @@ class MuLaNTrainer(UpstreamNames, Trainer):
     def save_model(self, folder: Path) -> None:
         # an average of the weights is not what was given the texts
         self.evaluated_model.text.trained_tokens = self.mulan.text.trained_tokens
+        if adapters_of(self.evaluated_model):
+            save_adapters(self.evaluated_model, folder / ADAPTERS_FOLDER)
         self.evaluated_model.save_pretrained(folder)
 
     def state(self) -> dict[str, Any]:

@@ -29,6 +29,7 @@ from musiclm_pytorch.checks import check_probability, typechecked
 from musiclm_pytorch.codecs.melody import MelodyEmbedding
 from musiclm_pytorch.collectives import mean_over_ranks, rank, world_size
 from musiclm_pytorch.mulan import checkpoint
+from musiclm_pytorch.mulan.lora import ADAPTERS_FOLDER, adapters_of, save_adapters
 from musiclm_pytorch.mulan.model import evaluating
 from musiclm_pytorch.quantizer import MELODY_NAMESPACE, MuLaNEmbedQuantizer
 from musiclm_pytorch.trainer.callbacks import Callback
@@ -123,7 +124,8 @@ class StageTrainer(Trainer):
     `conditioning.safetensors`; see `load_stage`.
 
     Args:
-        transformer: ours, or audiolm-pytorch's module; it is trained in place.
+        transformer: ours, or audiolm-pytorch's module; it is trained in place. Of one with adapters (`add_adapters`),
+            they alone are trained; they are in the folder `adapters` within those of the model, which has them merged.
         tokens: a cache that `compute_tokens` filled, or `TokenCrops` of it.
         quantizer: the fitted quantizer that the cache was computed with, for a transformer with conditioning. Its
             embeddings of `namespace` are trained with the stage, in place; of one with a melody, those of melodies with
@@ -208,6 +210,11 @@ class StageTrainer(Trainer):
             self.held_out_by = dict(valid_frac=config.valid_frac, random_split_seed=config.random_split_seed)
             if len(tokens) > 1:
                 tokens, valid_tokens = tokens.split(config.valid_frac, seed=config.random_split_seed)
+
+        if adapters_of(transformer):  # which are all that is trained
+            for part in (embeddings, melody):
+                if part is not None:
+                    part.requires_grad_(False)
 
         self.transformer = transformer
         self.valid_tokens = valid_tokens
@@ -315,7 +322,9 @@ class StageTrainer(Trainer):
         # `saving.load_module` rebuilds the transformer from this folder
         keywords = stage.transformer.config
         config = dict(model=self.kind.__name__, keywords=keywords, step=self.step, stage=self.model_config())
-        written = checkpoint.write_folder(folder, config, stage.transformer.state_dict())
+        if adapters_of(stage.transformer):
+            save_adapters(stage.transformer, folder / ADAPTERS_FOLDER)
+        written = checkpoint.write_folder(folder, config, checkpoint.plain_state(stage.transformer))
         if stage.embeddings is not None:
             embeddings = {self.namespace: stage.embeddings}
             if stage.melody is not None:
