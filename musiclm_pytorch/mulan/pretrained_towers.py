@@ -112,12 +112,7 @@ class PretrainedTextTransformer(TextTransformer):
         return_encoding: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor] | Encoding:
         """As of `TextTransformer`. Of each layer one vector is given, its mean: `(depth - 1, b, 1, dim)`."""
-        if (x is None) == (raw_texts is None):
-            given = 'neither' if x is None else 'both'
-            raise ValueError(f'pass either token ids (texts) or strings (raw_texts), got {given}')
-        if raw_texts is not None:
-            x = self.tokenize(raw_texts)
-        x, mask = self.check_input(x, mask)
+        x, mask = self.ids_and_mask(x, raw_texts, mask)
         output = self.model(input_ids=x, attention_mask=mask.long(), output_hidden_states=True)
         layers = [masked_mean(it, mask)[:, None] for it in output.hidden_states[1:]]
         return _given(Encoding(masked_mean(output.last_hidden_state, mask), layers), return_all_layers, return_encoding)

@@ -124,12 +124,7 @@ class TextTransformer(nn.Module):
             TypeError: ids that are not integers, texts that are not strings. ValueError: both or neither of `x` and
             `raw_texts`, a wrong shape, ids outside the vocabulary.
         """
-        if (x is None) == (raw_texts is None):
-            given = 'neither' if x is None else 'both'
-            raise ValueError(f'pass either token ids (texts) or strings (raw_texts), got {given}')
-        if raw_texts is not None:
-            x = self.tokenize(raw_texts)
-        x, mask = self.check_input(x, mask)
+        x, mask = self.ids_and_mask(x, raw_texts, mask)
 
         # token embedding + positional embedding, after a CLS token as in BERT
 
@@ -200,6 +195,15 @@ class TextTransformer(nn.Module):
         ids = [text[: self.max_seq_len] for text in ids]
         return nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=self.pad_id).to(self.device)
 
+    def ids_and_mask(
+        self, x: Tensor | None, raw_texts: Sequence[str] | None, mask: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Of texts given as ids or as strings."""
+        if (x is None) == (raw_texts is None):
+            given = 'neither' if x is None else 'both'
+            raise ValueError(f'pass either token ids (texts) or strings (raw_texts), got {given}')
+        return self.check_input(self.tokenize(raw_texts) if x is None else x, mask)
+
     def check_texts(self, raw_texts: Sequence[str]) -> None:
         if isinstance(raw_texts, str) or not all(isinstance(text, str) for text in raw_texts):
             raise TypeError(f'raw_texts must be a list of strings, got {described(raw_texts)}; put one text in a list')
@@ -240,7 +244,7 @@ class TextTransformer(nn.Module):
         warnings.warn(
             f'a text of {tokens} tokens is cut to the context of {self.max_seq_len} (said once); '
             'raise max_seq_len to read all of it',
-            stacklevel=6,  # past check_input, forward and the two frames of a module's call
+            stacklevel=7,  # past check_input, ids_and_mask, forward and the two frames of a module's call
         )
 
 
