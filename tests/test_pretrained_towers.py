@@ -11,11 +11,13 @@ from helpers.training import assert_same
 from torch import nn
 
 from musiclm_pytorch import (
+    InferenceConfig,
     MuLaN,
     MuLaNEmbedQuantizer,
     MuLaNSemanticTokenizer,
     MuLaNTrainer,
     ONNXExporter,
+    OptimizedMuLaN,
     PretrainedAudioTransformer,
     PretrainedTextTransformer,
     TextTransformer,
@@ -169,11 +171,18 @@ def test_a_recipe_and_the_command_line(tmp_path):
     assert main([*at, '--output', str(tmp_path / 'bad'), '--text.dim', '8']) != 0
 
 
-def test_what_takes_our_own_towers_alone_says_so(tmp_path):
+def test_what_takes_our_own_towers_alone_says_so(tmp_path, monkeypatch):
     audio, text = towers('bert', 'hubert', tmp_path)
     mulan = MuLaN(audio, text, dim_latent=8)
     with pytest.raises(TypeError, match='the export to ONNX takes towers of our own, not a PretrainedAudio'):
         ONNXExporter().export_mulan_to_onnx(mulan, tmp_path / 'mulan.onnx')
+    monkeypatch.setattr('musiclm_pytorch.inference.optimize.MIN_WIDTH', 1)
+    monkeypatch.setattr('musiclm_pytorch.inference.optimize.computes_in_bf16', lambda: True)
+    assert torch.equal(
+        OptimizedMuLaN(mulan).get_text_latents(raw_texts=TEXTS), mulan.eval().get_text_latents(raw_texts=TEXTS)
+    )
+    with pytest.raises(TypeError, match='OptimizedMuLaN, but in float32, takes towers of our own'):
+        OptimizedMuLaN(mulan, InferenceConfig(use_mixed_precision=True))
     with pytest.raises(TypeError, match='TransformersSemanticTokenizer takes the others'):
         MuLaNSemanticTokenizer(mulan)
     for wrong in (nn.Linear(2, 2), audio.model):

@@ -204,10 +204,11 @@ def choices(mulan: MuLaN, config: InferenceConfig, device: torch.device) -> tupl
     """Whether to quantise, the dtype of the layers, and whether to compile: what a config says, 'auto' resolved.
 
     'auto' takes what was measured to pay: half precision, on a CPU where there are instructions for bf16, and neither
-    8-bit integers nor compiled code. Narrow models stay as they are.
+    8-bit integers nor compiled code. Narrow models stay as they are, and those with towers of `transformers`.
     """
     on_cpu = device.type == 'cpu'
-    wide = max(mulan.audio.dim, mulan.text.dim) >= MIN_WIDTH
+    ours = all(hasattr(it, 'transformer') for it in (mulan.audio, mulan.text))
+    wide = ours and max(mulan.audio.dim, mulan.text.dim) >= MIN_WIDTH
     half = config.use_mixed_precision
     if half == 'auto':
         half = wide and (not on_cpu or (config.torch_dtype(device) == torch.bfloat16 and computes_in_bf16()))

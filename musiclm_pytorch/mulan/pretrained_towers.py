@@ -124,9 +124,7 @@ class PretrainedTextTransformer(TextTransformer):
         longest = max(map(len, self.processor(texts, verbose=False)['input_ids']))
         if longest > self.max_seq_len:
             self.warn_of_cut(longest)
-        tokens = self.processor(
-            texts, padding=True, truncation=True, max_length=self.max_seq_len, return_tensors='pt'
-        )
+        tokens = self.processor(texts, padding=True, truncation=True, max_length=self.max_seq_len, return_tensors='pt')
         return tokens['input_ids'].to(self.device)
 
     def known_ids(self) -> None:
