@@ -79,10 +79,13 @@ def adapters_of(module: nn.Module) -> dict[str, LowRank]:
 
 
 def merge_adapters(module: nn.Module) -> nn.Module:
-    """Make the adapters part of the weights, which compute the same and can be trained; gives the module."""
+    """Make the adapters part of the weights, which compute the same; gives the module.
+
+    All stays frozen, as `add_adapters` left it: `requires_grad_()` lets a stage be trained as a whole.
+    """
     for name in adapters_of(module):
         parametrize.remove_parametrizations(module.get_submodule(name), 'weight')
-    return module.requires_grad_(True)
+    return module
 
 
 def save_adapters(module: nn.Module, folder: str | Path) -> None:
