@@ -361,7 +361,8 @@ def check_free(folder: Path, overwrite: bool) -> None:
     """Raise FileExistsError unless an index may be written into a folder."""
     if (folder / INDEX_FILE).exists():
         if not overwrite:
-            raise FileExistsError(f'{folder} holds an index already; give another folder, or overwrite it')
+            told = 'give another folder, or overwrite=True (--overwrite)'
+            raise FileExistsError(f'{folder} holds an index already; {told}')
     elif folder.exists() and not folder.is_dir():
         raise FileExistsError(f'{folder} is a file; give a folder for the index')
     elif (folder / CONFIG_FILE).exists():
