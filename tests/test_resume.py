@@ -156,7 +156,7 @@ def test_the_scale_of_fp16_goes_on_with_the_settings_of_now(tmp_path):
 def test_the_data_go_on_where_they_were(tmp_path, caplog, told, next_item, says):
     trained(tmp_path, steps=3)
     again = resumed(tmp_path, **told)
-    epoch, batch = divmod(again.position, again.batches.batches_an_epoch)
+    epoch, batch = divmod(again.position, again.batches.batches_per_epoch)
     assert (epoch, batch * again.batches.batch_size) == next_item
     assert says in caplog.text
     again.train(num_train_steps=4, **QUIET)

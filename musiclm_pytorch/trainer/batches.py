@@ -49,34 +49,20 @@ class SeededItems(Dataset):
             restore_random_states(states)
 
 
-class _BatchKeys:
-    """Batches of (epoch, index) for this rank, from a position in an epoch on."""
-
-    def __init__(self, keys: list[list[tuple[int, int]]]):
-        self.keys = keys
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        return iter(self.keys)
-
-    def __len__(self) -> int:
-        return len(self.keys)
-
-
-class Batches:
-    """Batches of a data set, epoch after epoch.
-
-    A batch over all ranks is `batch_size * world` consecutive items of the epoch's permutation; each rank reads its
-    own `batch_size` of them.
+class LoaderBatches:
+    """What batches of data sets of every kind share.
 
     Args:
-        dataset: a map-style data set.
+        dataset: what is read.
         batch_size: items a batch and rank.
         collate_fn: makes a batch of a list of items.
-        seed: of the order and of the random draws of items.
-        drop_last: leave out the last, smaller batch of an epoch; otherwise it is split evenly over ranks.
+        seed: of the order and of the random draws of items, as far as they are not the data set's own.
+        drop_last: leave out the last, smaller batch of an epoch.
         num_workers, prefetch_factor, pin_memory: as in `DataLoader`.
-        grouping: arranges the items of an epoch; by default they come at random.
     """
+
+    size: int | None = None  # items
+    batches_per_epoch: int | None = None
 
     def __init__(
         self,
@@ -89,31 +75,58 @@ class Batches:
         num_workers: int = 0,
         prefetch_factor: int | None = None,
         pin_memory: bool = False,
-        grouping: Grouping | None = None,
     ):
-        self.items = SeededItems(dataset, seed)
-        self.size = len(dataset)
-        self.batch_size = batch_size
-        self.seed = seed
-        self.drop_last = drop_last
-        self.grouping = grouping
+        self.dataset, self.batch_size, self.seed, self.drop_last = dataset, batch_size, seed, drop_last
         self.loader_keywords = dict(
-            collate_fn=collate_fn,
-            num_workers=num_workers,
-            prefetch_factor=prefetch_factor,
-            pin_memory=pin_memory,
+            collate_fn=collate_fn, num_workers=num_workers, prefetch_factor=prefetch_factor, pin_memory=pin_memory
         )
-        together = batch_size * world_size()
-        self.batches_an_epoch = self.size // together if drop_last else -(-self.size // together)
-        if self.batches_an_epoch == 0:
+
+    def load(self, dataset: Dataset, *place: int, **keywords: Any) -> Iterator[Any]:
+        """The batches of a loader that begins at a place in the data."""
+        # an own generator: the loader would draw a seed from the global one whenever it starts
+        generator = torch.Generator().manual_seed(mixed_seed(self.seed, *place))
+        return loaded(dataset, generator=generator, **self.loader_keywords, **keywords)
+
+    def set_length(self, items: int, together: int, told: str) -> None:
+        """Tell how many batches an epoch has. Raises ValueError if there is none."""
+        self.batches_per_epoch = items // together if self.drop_last else -(-items // together)
+        if self.batches_per_epoch == 0:
             raise ValueError(
-                f'the data set has {self.size} items, fewer than one batch of {batch_size} on each of {world_size()} '
+                f'{told} {self.size} items, fewer than one batch of {self.batch_size} on each of {world_size()} '
                 'processes; lower batch_size'
             )
+
+    def own_items(self, position: int) -> int:
+        """The items of this rank in the `position`-th batch of the run, or an upper bound; 0 where it has none."""
+        return self.batch_size
 
     @property
     def identity(self) -> dict[str, Any]:
         """What a position in the data belongs to."""
+        return dict(size=self.size, batch_size=self.batch_size, seed=self.seed)
+
+    def iterate(self, position: int) -> Iterator[Any]:
+        """Batches without end, from the `position`-th of the run on."""
+        raise NotImplementedError
+
+
+class Batches(LoaderBatches):
+    """Batches of a map-style data set, epoch after epoch.
+
+    A batch over all ranks is `batch_size * world` consecutive items of the epoch's permutation; each rank reads its
+    own `batch_size` of them. Without `drop_last`, the last, smaller batch is split evenly over ranks.
+
+    Args: as of `LoaderBatches`, and
+        grouping: arranges the items of an epoch; by default they come at random.
+    """
+
+    def __init__(self, dataset: Dataset, *, grouping: Grouping | None = None, **keywords: Any):
+        super().__init__(dataset, **keywords)
+        self.items, self.size, self.grouping = SeededItems(dataset, self.seed), len(dataset), grouping
+        self.set_length(self.size, self.batch_size * world_size(), 'the data set has')
+
+    @property
+    def identity(self) -> dict[str, Any]:
         # over how many ranks a batch is shared out is not part of it: the items are the same
         found = dict(size=self.size, batch_size=self.batch_size * world_size(), seed=self.seed)
         return found if self.grouping is None else found | dict(grouping=self.grouping.fingerprint)
@@ -124,10 +137,10 @@ class Batches:
         order = torch.randperm(self.size, generator=generator).tolist()
         together = self.batch_size * world_size()
         if self.grouping is not None:
-            position = epoch * self.batches_an_epoch
+            position = epoch * self.batches_per_epoch
             order = self.grouping.arrange(order, batch=together, position=position, generator=generator)
         batches = []
-        for i in range(self.batches_an_epoch):
+        for i in range(self.batches_per_epoch):
             share = order[i * together : (i + 1) * together]
             # equal shares of a full batch, shares that differ by one of the last one
             start, stop = (len(share) * r // world_size() for r in (rank(), rank() + 1))
@@ -136,20 +149,15 @@ class Batches:
         return batches
 
     def own_items(self, position: int) -> int:
-        """The items of this rank in the `position`-th batch of the run; 0 where there are fewer than ranks."""
         together = self.batch_size * world_size()
-        left = min(together, self.size - position % self.batches_an_epoch * together)
+        left = min(together, self.size - position % self.batches_per_epoch * together)
         return left * (rank() + 1) // world_size() - left * rank() // world_size()
 
     def iterate(self, position: int) -> Iterator[Any]:
-        """Batches without end, from the `position`-th of the run on."""
         while True:
-            epoch, offset = divmod(position, self.batches_an_epoch)
+            epoch, offset = divmod(position, self.batches_per_epoch)
             keys = self.keys(epoch)[offset:]
-            # an own generator: the loader would draw a seed from the global one whenever it starts
-            generator = torch.Generator().manual_seed(mixed_seed(self.seed, epoch, offset))
-            batches = _BatchKeys(keys)
-            yield from loaded(self.items, batch_sampler=batches, generator=generator, **self.loader_keywords)
+            yield from self.load(self.items, epoch, offset, batch_sampler=keys)
             position += len(keys)
 
 

@@ -211,7 +211,7 @@ def _restore_average(trainer: Resumable, average: dict[str, torch.Tensor] | None
 def _epoch(trainer: Resumable) -> dict[str, int | None]:
     """How long a pass over the data is, and a batch of all processes."""
     batches = trainer.batches
-    return dict(batches=batches.batches_an_epoch, items=batches.batch_size * world_size())
+    return dict(batches=batches.batches_per_epoch, items=batches.batch_size * world_size())
 
 
 def _position(trainer: Resumable, state: dict[str, Any]) -> int:
