@@ -19,7 +19,7 @@ from musiclm_pytorch.checks import check_positive, typechecked
 from musiclm_pytorch.codecs.distance import mel_distance
 from musiclm_pytorch.codecs.neural import NeuralCodec
 from musiclm_pytorch.data.audio import resample
-from musiclm_pytorch.data.collate import mono, split_item
+from musiclm_pytorch.data.collate import read_item
 from musiclm_pytorch.data.datasets import split_off
 from musiclm_pytorch.data.rates import agreed_rate
 from musiclm_pytorch.mulan.model import evaluating
@@ -70,11 +70,9 @@ class WaveCrops(Dataset):
             self.dataset.set_epoch(epoch)
 
     def __getitem__(self, index: int) -> Tensor | None:
-        item = self.dataset[index]
-        if item is None:
+        if (item := read_item(self.dataset[index], f'item {index}')) is None:
             return None
-        wave, _ = split_item(item, f'item {index}')
-        wave = mono(wave, f'item {index}')
+        wave, _ = item
         needed = -(-self.samples * self.sample_rate // self.to_rate)
         free = max(0, len(wave) - needed)
         start = random.randint(0, free) if self.training else free // 2
