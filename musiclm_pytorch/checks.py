@@ -83,7 +83,10 @@ def records_config(init: Callable[P, None]) -> Callable[P, None]:
         bound = signature.bind(*args, **kwargs)
         bound.apply_defaults()
         (_, module), *arguments = bound.arguments.items()
-        module.config = {name: value for name, value in arguments if not isinstance(value, torch.nn.Module)}
+        module.config = {}
+        for name, value in arguments:
+            further = signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD
+            module.config |= value if further else {} if isinstance(value, torch.nn.Module) else {name: value}
 
     return wrapper
 

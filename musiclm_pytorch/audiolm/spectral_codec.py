@@ -11,8 +11,7 @@ from einops import einsum, rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from musiclm_pytorch.audiolm.codec import SpectrogramCodec
-from musiclm_pytorch.audiolm.phases import BlockPhases
+from musiclm_pytorch.audiolm.codec import BlockPhases, SpectrogramCodec
 from musiclm_pytorch.checks import check_positive, records_config, typechecked
 from musiclm_pytorch.data.audio import resample
 from musiclm_pytorch.data.collate import read_item

@@ -8,7 +8,7 @@ AssertionError otherwise, where a run here resumes with any number.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy
@@ -55,31 +55,17 @@ class LoaderBatches:
     Args:
         dataset: what is read.
         batch_size: items a batch and rank.
-        collate_fn: makes a batch of a list of items.
         seed: of the order and of the random draws of items, as far as they are not the data set's own.
         drop_last: leave out the last, smaller batch of an epoch.
-        num_workers, prefetch_factor, pin_memory: as in `DataLoader`.
+        loader: further keywords of `DataLoader`.
     """
 
     size: int | None = None  # items
     batches_per_epoch: int | None = None
 
-    def __init__(
-        self,
-        dataset: Dataset,
-        *,
-        batch_size: int,
-        collate_fn: Callable,
-        seed: int,
-        drop_last: bool = True,
-        num_workers: int = 0,
-        prefetch_factor: int | None = None,
-        pin_memory: bool = False,
-    ):
+    def __init__(self, dataset: Dataset, *, batch_size: int, seed: int, drop_last: bool = True, **loader: Any):
         self.dataset, self.batch_size, self.seed, self.drop_last = dataset, batch_size, seed, drop_last
-        self.loader_keywords = dict(
-            collate_fn=collate_fn, num_workers=num_workers, prefetch_factor=prefetch_factor, pin_memory=pin_memory
-        )
+        self.loader_keywords = loader
 
     def load(self, dataset: Dataset, *place: int, **keywords: Any) -> Iterator[Any]:
         """The batches of a loader that begins at a place in the data."""
