@@ -12,8 +12,8 @@ from torch.utils.data import Dataset
 from musiclm_pytorch.audiolm.convert import SoundStream
 from musiclm_pytorch.audiolm.saving import load_module
 from musiclm_pytorch.trainer import CodecTrainer
-from musiclm_pytorch.trainer.batches import StandIn
 from musiclm_pytorch.trainer.codec import WaveCrops, _CodecStep, discriminators_of
+from musiclm_pytorch.trainer.resumable_loader import StandIn
 
 RATE = 2000
 

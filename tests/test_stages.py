@@ -35,7 +35,7 @@ from musiclm_pytorch.audiolm.convert import (
 from musiclm_pytorch.audiolm.crops import PAD, TokenCrops, collate_tokens
 from musiclm_pytorch.audiolm.stages import CoarseTransformer, FineTransformer, forgetful_mask, with_end
 from musiclm_pytorch.audiolm.tokens import compute_tokens
-from musiclm_pytorch.trainer.batches import StandIn
+from musiclm_pytorch.trainer.resumable_loader import StandIn
 from musiclm_pytorch.trainer.stages import Stage, load_stage
 
 

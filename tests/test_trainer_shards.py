@@ -20,7 +20,7 @@ from musiclm_pytorch import MuLaNTrainer, ShardedAudioText, write_shards
 from musiclm_pytorch.data.clips import Clip
 from musiclm_pytorch.data.shards import ShardItems
 from musiclm_pytorch.data.sources import list_folder
-from musiclm_pytorch.trainer.streams import open_batches
+from musiclm_pytorch.trainer.resumable_loader import open_batches
 
 RATE = 8000
 ITEMS = 23

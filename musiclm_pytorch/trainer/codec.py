@@ -23,10 +23,9 @@ from musiclm_pytorch.data.collate import read_item
 from musiclm_pytorch.data.datasets import split_off
 from musiclm_pytorch.data.rates import agreed_rate
 from musiclm_pytorch.mulan.model import evaluating
-from musiclm_pytorch.trainer.batches import SeededItems
 from musiclm_pytorch.trainer.callbacks import Callback
 from musiclm_pytorch.trainer.config import TrainingConfig, TrainingKeywords
-from musiclm_pytorch.trainer.streams import default_batch_size
+from musiclm_pytorch.trainer.resumable_loader import SeededItems, default_batch_size
 from musiclm_pytorch.trainer.trainer import Trainer
 
 FITTED_AT_ONCE = 16  # crops whose spectra are computed together, where codebooks begin

@@ -15,7 +15,7 @@ from torch.utils.data import IterableDataset
 from typing_extensions import Unpack
 
 from musiclm_pytorch.checks import check_positive, typechecked
-from musiclm_pytorch.collectives import alone, any_over_ranks, gather_batch, gather_sizes, rank, world_size
+from musiclm_pytorch.collectives import any_over_ranks, gather_batch, gather_sizes, rank, single_process, world_size
 from musiclm_pytorch.data.collate import collate_for
 from musiclm_pytorch.data.datasets import AudioTextDataset, split_off
 from musiclm_pytorch.data.rates import check_rate
@@ -250,7 +250,7 @@ class MuLaNTrainer(UpstreamNames, Trainer):
         similarities = latents.audio @ latents.text.T
         # of batches as large as those of training, so that the contrasts can be compared; words are not predicted here
         size = min(self.batches.batch_size * world_size(), len(similarities))
-        with alone():
+        with single_process():
             losses = [
                 self.evaluated_model.loss(select(latents, slice(i, i + size)))
                 for i in range(0, len(similarities) - size + 1, size)

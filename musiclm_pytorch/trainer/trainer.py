@@ -30,16 +30,15 @@ from musiclm_pytorch.mulan import checkpoint
 from musiclm_pytorch.mulan.display import size_of
 from musiclm_pytorch.mulan.model import evaluating
 from musiclm_pytorch.trainer import best, checkpoints
-from musiclm_pytorch.trainer.batches import SeededItems, StandIn
 from musiclm_pytorch.trainer.callbacks import Callback, CallOnStep, ProgressBar
 from musiclm_pytorch.trainer.config import PRECISIONS, TrainingConfig, TrainingKeywords, field_parameters
 from musiclm_pytorch.trainer.grouping import Grouping
 from musiclm_pytorch.trainer.interrupts import end_by, stop_requests
 from musiclm_pytorch.trainer.journal import Journal
 from musiclm_pytorch.trainer.optimizers import build_optimizer
+from musiclm_pytorch.trainer.resumable_loader import SeededItems, StandIn, default_batch_size, open_batches
 from musiclm_pytorch.trainer.schedules import learning_rate
 from musiclm_pytorch.trainer.state import Resumable
-from musiclm_pytorch.trainer.streams import default_batch_size, open_batches
 from musiclm_pytorch.trainer.trackers import check_trackers, tracking
 
 logger = logging.getLogger(__name__)
