@@ -131,7 +131,7 @@ class WorldTrainer(MuLaNTrainer):
             # gathering a layer takes all processes, so each runs it equally often
             missing = max(gather_sizes(len(chunks), self.device)) - len(chunks)
             first = {name: value[:1] for name, value in chunks[0].items()}
-            chunks = chunks + [self.as_stand_in(first)] * missing
+            chunks = chunks + [self.as_dummy(first)] * missing
         return chunks
 
     def encode(self, chunk: dict[str, Any]) -> PairLatents:

@@ -193,10 +193,10 @@ class MuLaNTrainer(UpstreamNames, Trainer):
     def count_items(self, batch: dict[str, Any] | None) -> int | None:
         if batch is None:
             return None
-        return 0 if 'stand_in' in batch else len(batch['wavs'])
+        return 0 if 'dummy' in batch else len(batch['wavs'])
 
-    def as_stand_in(self, batch: dict[str, Any]) -> dict[str, Any]:
-        return batch | dict(stand_in=[True] * len(batch['wavs']))
+    def as_dummy(self, batch: dict[str, Any]) -> dict[str, Any]:
+        return batch | dict(dummy=[True] * len(batch['wavs']))
 
     def optimize(self, data: Iterator[Any], total: int) -> dict[str, float]:
         metrics, text = super().optimize(data, total), self.mulan.text
@@ -340,9 +340,9 @@ def check_groups(groups: Sequence[Hashable], dataset: Any, *, splits: bool) -> S
 
 
 def embed_pairs(mulan: MuLaN, batch: dict[str, Any]) -> PairLatents:
-    """The latents of a batch; of a stand-in none, though they hang on the parameters: their gradients are zero."""
-    latents = mulan.pair_latents(**{name: value for name, value in batch.items() if name != 'stand_in'})
-    return select(latents, slice(0)) if 'stand_in' in batch else latents
+    """The latents of a batch; of a dummy none, though they hang on the parameters: their gradients are zero."""
+    latents = mulan.pair_latents(**{name: value for name, value in batch.items() if name != 'dummy'})
+    return select(latents, slice(0)) if 'dummy' in batch else latents
 
 
 def no_latents(mulan: MuLaN) -> PairLatents:

@@ -28,7 +28,7 @@ from musiclm_pytorch.trainer.interrupts import loaded
 logger = logging.getLogger(__name__)
 
 
-class StandIn(NamedTuple):
+class DummyBatch(NamedTuple):
     """A batch of a process that has no items of its own: computed as the others are, since these wait, for nothing."""
 
     batch: Any
@@ -137,7 +137,7 @@ class Batches(LoaderBatches):
             share = order[i * together : (i + 1) * together]
             # equal shares of a full batch, shares that differ by one of the last one
             start, stop = (len(share) * r // world_size() for r in (rank(), rank() + 1))
-            # a rank whose share is empty still reads one item, to stand in (see `own_items`)
+            # a rank whose share is empty still reads one item, as a dummy (see `own_items`)
             batches.append([(epoch, index) for index in share[start:stop] or share[:1]])
         return batches
 

@@ -36,7 +36,7 @@ from musiclm_pytorch.trainer.grouping import Grouping
 from musiclm_pytorch.trainer.interrupts import end_by, stop_requests
 from musiclm_pytorch.trainer.journal import Journal
 from musiclm_pytorch.trainer.optimizers import build_optimizer
-from musiclm_pytorch.trainer.resumable_loader import SeededItems, StandIn, default_batch_size, open_batches
+from musiclm_pytorch.trainer.resumable_loader import DummyBatch, SeededItems, default_batch_size, open_batches
 from musiclm_pytorch.trainer.schedules import learning_rate
 from musiclm_pytorch.trainer.state import Resumable
 from musiclm_pytorch.trainer.trackers import check_trackers, tracking
@@ -229,15 +229,15 @@ class Trainer(Resumable):
         """The number of items in a batch that are trained on, None where it cannot be used."""
         if batch is None:
             return None
-        return 0 if isinstance(batch, StandIn) else 1
+        return 0 if isinstance(batch, DummyBatch) else 1
 
     smallest_batch = 1  # items, over all processes
     saves_last = False  # whether the model at the end of training is written too, not the best alone
 
-    def as_stand_in(self, batch: Any) -> Any:
+    def as_dummy(self, batch: Any) -> Any:
         """Mark a batch as one that takes part in a step and adds nothing to it, for a process that has no items left
         at the uneven end of an epoch."""
-        return StandIn(batch)
+        return DummyBatch(batch)
 
     # how it is trained
 
@@ -271,13 +271,13 @@ class Trainer(Resumable):
         Returns:
             the metrics, means over all parts of the step.
         """
-        counts = [0 if isinstance(batch, StandIn) else count(batch) for batch in batches]
+        counts = [0 if isinstance(batch, DummyBatch) else count(batch) for batch in batches]
         counts = torch.stack([torch.as_tensor(it, dtype=torch.float32, device=self.device) for it in counts])
         # gradients are averaged over processes, so all shares add up to the number of these
         shares = counts / mean_over_ranks(counts.sum())
         sums: dict[str, Tensor] = {}
         for number, (batch, share) in enumerate(zip(batches, shares), start=1):
-            batch = batch.batch if isinstance(batch, StandIn) else batch
+            batch = batch.batch if isinstance(batch, DummyBatch) else batch
             # gradients are averaged over processes once a step
             last = number == len(batches)
             with contextlib.nullcontext() if last else self.accelerator.no_sync(self.step_module):
@@ -486,7 +486,7 @@ class Trainer(Resumable):
         for _ in range(self.batches.batches_per_epoch or UNUSABLE_BATCHES):
             batch = next(data)
             if batch is not None and self.batches.own_items(self.position) == 0:
-                batch = self.as_stand_in(batch)
+                batch = self.as_dummy(batch)
             self.position += 1
             # all processes take a batch or none does, since each waits for the others in the step
             count = self.count_items(batch)
