@@ -19,7 +19,7 @@ from musiclm_pytorch import MuLaN
 from musiclm_pytorch.atomic import write_checked_json
 from musiclm_pytorch.trainer import MuLaNTrainer, best, checkpoints
 from musiclm_pytorch.trainer.folders import clear_leftovers
-from musiclm_pytorch.trainer.journal import Journal
+from musiclm_pytorch.trainer.metrics_logger import Journal
 
 TESTS = Path(__file__).parent
 QUIET = dict(with_validation=False)
@@ -380,7 +380,7 @@ import hashlib, os, signal, sys
 sys.path.insert(0, {tests!r})
 import torch
 from helpers.training import trainer
-from musiclm_pytorch.trainer.journal import Journal
+from musiclm_pytorch.trainer.metrics_logger import Journal
 
 torch.set_num_threads(1)
 Journal.draw = lambda self: None  # takes long, and has no part in it

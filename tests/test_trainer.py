@@ -28,9 +28,9 @@ from musiclm_pytorch.trainer import (
 from musiclm_pytorch.trainer import trainer as loop
 from musiclm_pytorch.trainer.config import TrainingKeywords, field_docs
 from musiclm_pytorch.trainer.grad_cache import grad_cache_backward, join_latents, split_batch
+from musiclm_pytorch.trainer.optimizers import learning_rate
 from musiclm_pytorch.trainer.resumable_loader import Batches
 from musiclm_pytorch.trainer.retrieval import mean_cosine, retrieval_metrics, similarity_histogram
-from musiclm_pytorch.trainer.schedules import learning_rate
 
 # ---- learning ----
 

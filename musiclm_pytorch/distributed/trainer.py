@@ -28,9 +28,9 @@ from musiclm_pytorch.distributed.config import (
 )
 from musiclm_pytorch.mulan.model import MuLaN, PairLatents
 from musiclm_pytorch.trainer.config import TrainingConfig
+from musiclm_pytorch.trainer.metrics_logger import check_trackers
 from musiclm_pytorch.trainer.mulan import MuLaNTrainer
 from musiclm_pytorch.trainer.resumable_loader import mixed_seed, seed_everything
-from musiclm_pytorch.trainer.trackers import check_trackers
 
 MARKER = '.launcher'  # in a results folder: who has started the processes that write there
 

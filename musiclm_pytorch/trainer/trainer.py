@@ -34,12 +34,10 @@ from musiclm_pytorch.trainer.callbacks import Callback, CallOnStep, ProgressBar
 from musiclm_pytorch.trainer.config import PRECISIONS, TrainingConfig, TrainingKeywords, field_parameters
 from musiclm_pytorch.trainer.grouping import Grouping
 from musiclm_pytorch.trainer.interrupts import end_by, stop_requests
-from musiclm_pytorch.trainer.journal import Journal
-from musiclm_pytorch.trainer.optimizers import build_optimizer
+from musiclm_pytorch.trainer.metrics_logger import Journal, check_trackers, tracking
+from musiclm_pytorch.trainer.optimizers import build_optimizer, learning_rate
 from musiclm_pytorch.trainer.resumable_loader import DummyBatch, SeededItems, default_batch_size, open_batches
-from musiclm_pytorch.trainer.schedules import learning_rate
 from musiclm_pytorch.trainer.state import Resumable
-from musiclm_pytorch.trainer.trackers import check_trackers, tracking
 
 logger = logging.getLogger(__name__)
 
