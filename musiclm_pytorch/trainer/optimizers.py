@@ -1,5 +1,5 @@
-"""Optimizers by name, with weight decay where it belongs, and their learning rates, plain functions of the step: there is
-no schedule state to save or to lose."""
+"""Optimizers by name, with weight decay where it belongs, and learning rates as plain functions of the step, so that
+there is no schedule state to save or to lose."""
 
 from __future__ import annotations
 
