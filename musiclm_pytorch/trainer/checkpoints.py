@@ -133,7 +133,7 @@ def prune(folder: Path, keep: int) -> None:
     for path in steps(folder)[:-keep]:
         # out of sight first: killed in the middle, no half of a checkpoint stays under the name of a whole one
         path.rename(folder / f'.{path.name}.{os.getpid()}.old')
-    for path in folder.glob('.step-*'):
+    for path in (*folder.glob('.step-*'), *folder.glob('.together.*')):
         shutil.rmtree(path, ignore_errors=True)
 
 
