@@ -85,8 +85,10 @@ def records_config(init: Callable[P, None]) -> Callable[P, None]:
         (_, module), *arguments = bound.arguments.items()
         module.config = {}
         for name, value in arguments:
-            further = signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD
-            module.config |= value if further else {} if isinstance(value, torch.nn.Module) else {name: value}
+            if signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD:
+                module.config |= value
+            elif not isinstance(value, torch.nn.Module):
+                module.config[name] = value
 
     return wrapper
 
