@@ -83,7 +83,12 @@ def records_config(init: Callable[P, None]) -> Callable[P, None]:
         bound = signature.bind(*args, **kwargs)
         bound.apply_defaults()
         (_, module), *arguments = bound.arguments.items()
-        module.config = {name: value for name, value in arguments if not isinstance(value, torch.nn.Module)}
+        module.config = {}
+        for name, value in arguments:
+            if signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD:
+                module.config |= value
+            elif not isinstance(value, torch.nn.Module):
+                module.config[name] = value
 
     return wrapper
 
@@ -178,10 +183,15 @@ def check_audio(audio: Any, *, ndim: int, shape: str, name: str = 'wavs', device
     return audio
 
 
+def is_finite(values: Tensor) -> bool:
+    """Whether none is NaN or infinite."""
+    # both come through a sum, which is one pass; a sum that overflowed by itself is looked at again
+    return bool(torch.isfinite(values.sum()) or torch.isfinite(values).all())
+
+
 def check_finite(values: Tensor, fault: str) -> None:
     """Raise ValueError, naming the first item of the batch that holds NaN or infinity in place of `{}` in `fault`."""
-    # NaN and infinity come through a sum, which is one pass; a sum that overflowed by itself is looked at again
-    if not values_can_be_checked() or torch.isfinite(values.sum()) or torch.isfinite(values).all():
+    if not values_can_be_checked() or is_finite(values):
         return
     finite = torch.isfinite(values).flatten(1).all(dim=-1)
     raise ValueError(fault.format(int((~finite).nonzero()[0])))

@@ -13,22 +13,22 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-_alone = False
+_single = False
 
 
 @contextmanager
-def alone() -> Iterator[None]:
+def single_process() -> Iterator[None]:
     """Act as if this were the only process: for what one process does while others do not, such as evaluation."""
-    global _alone
-    before, _alone = _alone, True
+    global _single
+    before, _single = _single, True
     try:
         yield
     finally:
-        _alone = before
+        _single = before
 
 
 def _has_company() -> bool:
-    return not _alone and dist.is_available() and dist.is_initialized()
+    return not _single and dist.is_available() and dist.is_initialized()
 
 
 def world_size() -> int:

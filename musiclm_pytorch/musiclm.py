@@ -434,11 +434,7 @@ class MusicLM(HubModel, nn.Module):
         """
         check_positive(seconds=seconds)
         self._check_fitted()
-        if self.unique_consecutive:
-            raise ValueError(
-                'these stages know semantic tokens without repetitions, which tell no times, so they cannot stream; '
-                'train them with unique_consecutive=False'
-            )
+        self._check_timed('they cannot stream')
         (seed,) = seeds_of(seed, 1)
         given, coded_from, codes = None, 0, None
         if prime is not None:
@@ -517,11 +513,7 @@ class MusicLM(HubModel, nn.Module):
         """
         check_positive(num_samples=num_samples)
         self._check_fitted()
-        if self.unique_consecutive:
-            raise ValueError(
-                'these stages know semantic tokens without repetitions, which tell no times, so they fill no gap; '
-                'train them with unique_consecutive=False'
-            )
+        self._check_timed('they fill no gap')
         samplings = self._samplings(temperature=temperature, top_k=top_k, top_p=top_p, cond_scale=cond_scale)
         given = resample(*read_sound(wave, name='wave'), self.sample_rate)[0].to(self.device)
         rate, length = self.sample_rate, given.shape[0] / self.sample_rate
@@ -617,6 +609,13 @@ class MusicLM(HubModel, nn.Module):
     def _check_fitted(self) -> None:
         if not self.mulan_embed_quantizer.is_fitted:
             raise ValueError('the quantizer has no codebooks yet; call mulan_embed_quantizer.fit(dataset) first')
+
+    def _check_timed(self, so: str) -> None:
+        if self.unique_consecutive:
+            raise ValueError(
+                f'these stages know semantic tokens without repetitions, which tell no times, so {so}; train them with '
+                'unique_consecutive=False'
+            )
 
     def _samplings(self, **given: Any) -> list[Sampling]:
         """How each stage samples: as given, or else as suits the model."""
@@ -784,11 +783,7 @@ class MusicLM(HubModel, nn.Module):
                 'this model has no melody encoder: fit a MelodyQuantizer, give it to add_melody of the '
                 'MuLaNEmbedQuantizer, and train the semantic stage with that'
             )
-        if self.unique_consecutive:
-            raise ValueError(
-                'these stages know semantic tokens without repetitions, which tell no times, so they follow no melody; '
-                'train them with unique_consecutive=False'
-            )
+        self._check_timed('they follow no melody')
         return quantizer(*read_sound(melody, name='melody'))
 
     def _latents(self, prompts: list[Prompt]) -> Tensor:

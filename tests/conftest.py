@@ -6,7 +6,7 @@ import pytest
 import torch
 from helpers.sounds import ramp, write
 
-from musiclm_pytorch.trainer.journal import Journal
+from musiclm_pytorch.trainer.metrics_logger import Journal
 
 # tiny models gain nothing from a second thread, and wait long for it where the machine is busy
 torch.set_num_threads(1)

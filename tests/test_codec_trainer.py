@@ -12,8 +12,8 @@ from torch.utils.data import Dataset
 from musiclm_pytorch.audiolm.convert import SoundStream
 from musiclm_pytorch.audiolm.saving import load_module
 from musiclm_pytorch.trainer import CodecTrainer
-from musiclm_pytorch.trainer.batches import StandIn
 from musiclm_pytorch.trainer.codec import WaveCrops, _CodecStep, discriminators_of
+from musiclm_pytorch.trainer.resumable_loader import DummyBatch
 
 RATE = 2000
 
@@ -177,7 +177,7 @@ def test_micro_batches_have_the_gradient_of_one_batch(tmp_path):
     codec.eval()  # quantizer dropout draws otherwise, and codebooks move
     waves = torch.randn(5, 400)
     found = []
-    for batches in ([waves], [waves[:3], waves[3:]], [waves[:3], StandIn(waves[:1]), waves[3:4], waves[4:]]):
+    for batches in ([waves], [waves[:3], waves[3:]], [waves[:3], DummyBatch(waves[:1]), waves[3:4], waves[4:]]):
         codec.zero_grad()
         metrics = run.compute_gradients(batches)
         found.append((metrics, {name: it.grad for name, it in codec.named_parameters() if it.grad is not None}))

@@ -26,7 +26,7 @@ from musiclm_pytorch.distributed import (
 )
 from musiclm_pytorch.distributed.trainer import WorldTrainer
 from musiclm_pytorch.trainer import MuLaNTrainer, TrainingConfig, checkpoints
-from musiclm_pytorch.trainer.journal import Journal
+from musiclm_pytorch.trainer.metrics_logger import Journal
 
 TESTS = Path(__file__).parent
 # a constant in a softmax has no gradient but rounding, which Adam blows up to full steps

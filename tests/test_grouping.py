@@ -5,8 +5,8 @@ import torch
 from helpers.training import Tones, assert_same, build, trainer, weights
 
 from musiclm_pytorch import MuLaNTrainer
-from musiclm_pytorch.trainer.batches import Batches
 from musiclm_pytorch.trainer.grouping import Grouping
+from musiclm_pytorch.trainer.resumable_loader import Batches
 
 
 def arranged(keys, size, after=0, batch=8, position=0, seed=0):

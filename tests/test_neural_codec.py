@@ -11,7 +11,7 @@ from musiclm_pytorch.audiolm.saving import load_module
 from musiclm_pytorch.codecs import NeuralCodec, mel_distance
 from musiclm_pytorch.codecs.residual import ResidualQuantizer
 from musiclm_pytorch.trainer import CodecTrainer
-from musiclm_pytorch.trainer.batches import seed_everything
+from musiclm_pytorch.trainer.resumable_loader import seed_everything
 from musiclm_pytorch.trainer.stage_recipes import CodecRecipe
 
 SMALL = dict(

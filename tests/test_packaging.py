@@ -325,14 +325,6 @@ def test_nothing_half_written_stays(tmp_path, mulan, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ['package']
 
 
-def test_a_package_comes_back_when_it_cannot_be_replaced(tmp_path):
-    (tmp_path / 'package').mkdir()
-    (tmp_path / 'package' / 'file').write_text('old')
-    with pytest.raises(FileNotFoundError):
-        packaging.replace_folder(tmp_path / 'missing', tmp_path / 'package', tmp_path / 'before')
-    assert everything(tmp_path) == {'package/file': b'old'}
-
-
 @pytest.mark.parametrize('content', [None, '{"format": "other"}', '[]', '{'])
 def test_only_packages_are_replaced(tmp_path, mulan, content):
     folder = tmp_path / 'mine'

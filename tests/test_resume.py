@@ -19,7 +19,7 @@ from musiclm_pytorch import MuLaN
 from musiclm_pytorch.atomic import write_checked_json
 from musiclm_pytorch.trainer import MuLaNTrainer, best, checkpoints
 from musiclm_pytorch.trainer.folders import clear_leftovers
-from musiclm_pytorch.trainer.journal import Journal
+from musiclm_pytorch.trainer.metrics_logger import Journal
 
 TESTS = Path(__file__).parent
 QUIET = dict(with_validation=False)
@@ -156,7 +156,7 @@ def test_the_scale_of_fp16_goes_on_with_the_settings_of_now(tmp_path):
 def test_the_data_go_on_where_they_were(tmp_path, caplog, told, next_item, says):
     trained(tmp_path, steps=3)
     again = resumed(tmp_path, **told)
-    epoch, batch = divmod(again.position, again.batches.batches_an_epoch)
+    epoch, batch = divmod(again.position, again.batches.batches_per_epoch)
     assert (epoch, batch * again.batches.batch_size) == next_item
     assert says in caplog.text
     again.train(num_train_steps=4, **QUIET)
@@ -380,7 +380,7 @@ import hashlib, os, signal, sys
 sys.path.insert(0, {tests!r})
 import torch
 from helpers.training import trainer
-from musiclm_pytorch.trainer.journal import Journal
+from musiclm_pytorch.trainer.metrics_logger import Journal
 
 torch.set_num_threads(1)
 Journal.draw = lambda self: None  # takes long, and has no part in it

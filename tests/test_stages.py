@@ -35,7 +35,7 @@ from musiclm_pytorch.audiolm.convert import (
 from musiclm_pytorch.audiolm.crops import PAD, TokenCrops, collate_tokens
 from musiclm_pytorch.audiolm.stages import CoarseTransformer, FineTransformer, forgetful_mask, with_end
 from musiclm_pytorch.audiolm.tokens import compute_tokens
-from musiclm_pytorch.trainer.batches import StandIn
+from musiclm_pytorch.trainer.resumable_loader import DummyBatch
 from musiclm_pytorch.trainer.stages import Stage, load_stage
 
 
@@ -202,8 +202,8 @@ def test_micro_batches_have_the_gradient_of_one_batch(tmp_path, tokens, stage, p
             assert max(it.abs().max() for it in expected.values()) > 1e-3
             for sizes in ((3, 2), (2, 2, 1)):
                 batches = [collate(part) for part in batched(items, sizes)]
-                stand_in = StandIn(batches[0])  # adds nothing
-                found_loss, found = gradients_of_step(run, [*batches, stand_in])
+                dummy = DummyBatch(batches[0])  # adds nothing
+                found_loss, found = gradients_of_step(run, [*batches, dummy])
                 assert found_loss == pytest.approx(loss, abs=1e-5)
                 torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
 

@@ -26,11 +26,11 @@ from musiclm_pytorch.trainer import (
     checkpoints,
 )
 from musiclm_pytorch.trainer import trainer as loop
-from musiclm_pytorch.trainer.batches import Batches
 from musiclm_pytorch.trainer.config import TrainingKeywords, field_docs
 from musiclm_pytorch.trainer.grad_cache import grad_cache_backward, join_latents, split_batch
+from musiclm_pytorch.trainer.optimizers import learning_rate
+from musiclm_pytorch.trainer.resumable_loader import Batches
 from musiclm_pytorch.trainer.retrieval import mean_cosine, retrieval_metrics, similarity_histogram
-from musiclm_pytorch.trainer.schedules import learning_rate
 
 # ---- learning ----
 
@@ -116,7 +116,7 @@ def test_a_config_and_keywords_are_the_same(tmp_path):
     assert {type(swept.seed), type(swept.warmup_steps)} == {int}
     config = TrainingConfig(lr=1.0, num_train_steps=3, batch_size=4)
     run = MuLaNTrainer(build(), Tones(), config=config, lr=2.0, num_epochs=2, results_folder=tmp_path)
-    assert (run.lr, run.batches.batch_size, run.total_steps()) == (2.0, 4, 2 * run.steps_an_epoch)
+    assert (run.lr, run.batches.batch_size, run.total_steps()) == (2.0, 4, 2 * run.steps_per_epoch)
 
 
 def test_fields_are_keywords_and_documented():
@@ -501,7 +501,7 @@ def test_every_item_once_an_epoch_in_another_order():
     first, second = ([index for keys in batches.keys(epoch) for _, index in keys] for epoch in (0, 1))
     assert sorted(first) == sorted(second) == list(range(10))
     assert first != second
-    assert batches.batches_an_epoch == 4
+    assert batches.batches_per_epoch == 4
 
 
 def test_items_draw_the_same_wherever_they_are_read():

@@ -20,7 +20,7 @@ from musiclm_pytorch import MuLaNTrainer, ShardedAudioText, write_shards
 from musiclm_pytorch.data.clips import Clip
 from musiclm_pytorch.data.shards import ShardItems
 from musiclm_pytorch.data.sources import list_folder
-from musiclm_pytorch.trainer.streams import open_batches
+from musiclm_pytorch.trainer.resumable_loader import open_batches
 
 RATE = 8000
 ITEMS = 23
@@ -66,8 +66,8 @@ def test_batches_are_entered_anywhere(folder, workers, drop_last):
         return open_batches(shards(folder), **keywords)
 
     batches = opened(0)
-    assert batches.batches_an_epoch == (5 if drop_last else 6)
-    every = [batch for batch, _ in zip(batches.iterate(0), range(2 * batches.batches_an_epoch))]
+    assert batches.batches_per_epoch == (5 if drop_last else 6)
+    every = [batch for batch, _ in zip(batches.iterate(0), range(2 * batches.batches_per_epoch))]
     for epoch in (every[: len(every) // 2], every[len(every) // 2 :]):
         seen = [it.split()[1] for batch in epoch for it in batch]
         assert len(seen) == len(set(seen)) == (20 if drop_last else 23)
@@ -108,7 +108,7 @@ def test_resumed_run_equals_one_that_was_never_stopped(folder, tmp_path, keyword
 
 def test_epochs_validation_and_what_is_said_without(folder, tmp_path, caplog):
     run = trainer(tmp_path / 'a', shards(folder), valid_dataset=shards(folder, training=False))
-    assert (run.steps_an_epoch, run.validate_every) == (5, 5)
+    assert (run.steps_per_epoch, run.validate_every) == (5, 5)
     results = run.train(num_epochs=2)
     assert run.step == 10
     assert math.isfinite(results['valid_loss'])

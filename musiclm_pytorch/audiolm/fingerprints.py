@@ -61,6 +61,14 @@ def fingerprint_data(dataset: Any) -> dict[str, Any]:
     return found
 
 
+def differences(saved: Any, own: Any, name: str = '') -> list[str]:
+    """Where two trees of plain facts differ, but for the version of the package that wrote them."""
+    if isinstance(saved, dict) and isinstance(own, dict):
+        keys = sorted({*saved, *own} - {'version'})
+        return [it for key in keys for it in differences(saved.get(key), own.get(key), f'{name}.{key}'.lstrip('.'))]
+    return [] if saved == own else [f'{name} was {saved!r:.60} and is {own!r:.60} now']
+
+
 def _hash_item(dataset: Any, index: int) -> str:
     item = dataset[index]
     if item is None:

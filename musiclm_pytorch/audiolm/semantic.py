@@ -21,7 +21,7 @@ from musiclm_pytorch.audiolm.convert import passes_as
 from musiclm_pytorch.audiolm.kmeans import KMeansCodebook
 from musiclm_pytorch.checks import check_audio, check_finite, check_positive, check_sample_rate, typechecked
 from musiclm_pytorch.data.audio import resample, windows
-from musiclm_pytorch.data.collate import mono, split_item
+from musiclm_pytorch.data.collate import read_item
 from musiclm_pytorch.data.rates import agreed_rate
 from musiclm_pytorch.mulan import checkpoint
 from musiclm_pytorch.mulan.display import size_of
@@ -325,7 +325,8 @@ class SemanticTokenizer(HubModel, nn.Module, metaclass=ABCMeta):
         """Waves `(b, samples)`, those of a batch that are as long as each other together."""
         items = 0
         for batch in DataLoader(data, batch_size=batch_size, collate_fn=list):
-            waves = [wave for index, item in enumerate(batch) if (wave := _wave_of(item, items + index)) is not None]
+            found = [read_item(item, f'item {items + index}') for index, item in enumerate(batch)]
+            waves = [it[0] for it in found if it is not None]
             items += len(batch)
             if max_items is not None and items > max_items:
                 waves = waves[: max_items - items]
@@ -336,13 +337,3 @@ class SemanticTokenizer(HubModel, nn.Module, metaclass=ABCMeta):
                 yield torch.stack(list(alike))
             if max_items is not None and items >= max_items:
                 return
-
-
-def _wave_of(item: Any, index: int) -> Tensor | None:
-    if item is None:
-        return None
-    name = f'item {index}'
-    wave, _ = split_item(item, name)
-    if wave is None:
-        raise TypeError(f'{name} must be a wave or a pair of wave and text, got {type(item).__name__}')
-    return mono(wave, name)

@@ -11,11 +11,10 @@ from einops import einsum, rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from musiclm_pytorch.audiolm.codec import SpectrogramCodec
-from musiclm_pytorch.audiolm.phases import BlockPhases
+from musiclm_pytorch.audiolm.codec import BlockPhases, SpectrogramCodec
 from musiclm_pytorch.checks import check_positive, records_config, typechecked
 from musiclm_pytorch.data.audio import resample
-from musiclm_pytorch.data.collate import mono, split_item
+from musiclm_pytorch.data.collate import read_item
 from musiclm_pytorch.data.rates import agreed_rate
 
 LOUDNESS = 0.5  # power of a magnitude: near that of loudness (Stevens' 0.6), so that errors count as they are heard
@@ -164,11 +163,9 @@ class SpectralCodec(SpectrogramCodec):
         each = max(1, -(-max_vectors // len(chosen)))
         drawn = []
         for index in chosen.tolist():
-            item = data[index]
-            if item is None:
+            if (item := read_item(data[index], f'item {index}')) is None:
                 continue
-            wave, _ = split_item(item, f'item {index}')
-            wave = resample(mono(wave, f'item {index}'), rate, self.target_sample_hz)
+            wave = resample(item[0], rate, self.target_sample_hz)
             vectors = self._vectors(wave[None].float().to(self.device))[0]
             places = random.permutation(len(vectors))[:each]
             drawn.append(vectors[torch.from_numpy(places)].cpu())

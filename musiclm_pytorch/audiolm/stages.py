@@ -27,7 +27,7 @@ from musiclm_pytorch.audiolm.transformer import (
     run_position_mlp,
     without_denormals,
 )
-from musiclm_pytorch.checks import check_positive, typechecked
+from musiclm_pytorch.checks import check_positive, records_config, typechecked
 
 Head = tuple[Tensor, Tensor | None]  # weight and bias
 
@@ -365,10 +365,10 @@ class GenerationState:
 class SemanticTransformer(StageTransformer):
     """Semantic tokens from conditioning. Further keywords as of `StageTransformer`."""
 
+    @records_config
     @typechecked
     def __init__(self, *, num_semantic_tokens: int, **shared: Any):
         super().__init__(**shared)
-        self.config = dict(num_semantic_tokens=num_semantic_tokens, **shared)
         dim = shared['dim']
         self.num_semantic_tokens = self.codebook_size = num_semantic_tokens
         self.eos_id = self.end_id = num_semantic_tokens
@@ -403,6 +403,7 @@ class CoarseTransformer(StageTransformer):
 
     masks_empty_conditioning = True
 
+    @records_config
     @typechecked
     def __init__(
         self,
@@ -414,13 +415,6 @@ class CoarseTransformer(StageTransformer):
         **shared: Any,
     ):
         super().__init__(**shared)
-        self.config = dict(
-            codebook_size=codebook_size,
-            num_coarse_quantizers=num_coarse_quantizers,
-            num_semantic_tokens=num_semantic_tokens,
-            project_semantic_logits=project_semantic_logits,
-            **shared,
-        )
         dim = shared['dim']
         self.num_semantic_tokens, self.codebook_size = num_semantic_tokens, codebook_size
         self.num_coarse_quantizers = self.num_levels = num_coarse_quantizers
@@ -476,6 +470,7 @@ class FineTransformer(StageTransformer):
     There is no end token: fine codes end with the coarse ones.
     """
 
+    @records_config
     @typechecked
     def __init__(
         self,
@@ -488,14 +483,6 @@ class FineTransformer(StageTransformer):
         **shared: Any,
     ):
         super().__init__(**shared)
-        self.config = dict(
-            num_coarse_quantizers=num_coarse_quantizers,
-            num_fine_quantizers=num_fine_quantizers,
-            codebook_size=codebook_size,
-            project_coarse_logits=project_coarse_logits,
-            pad_id=pad_id,
-            **shared,
-        )
         dim = shared['dim']
         self.codebook_size, self.pad_id, self.eos_id = codebook_size, pad_id, codebook_size
         self.num_coarse_quantizers = num_coarse_quantizers

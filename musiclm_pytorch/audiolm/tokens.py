@@ -14,13 +14,13 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from einops import rearrange
@@ -30,10 +30,10 @@ from tqdm.auto import tqdm
 
 from musiclm_pytorch.atomic import free_name, read_checked_json, write_checked_json, write_tensors
 from musiclm_pytorch.audiolm.convert import own_codec, own_tokenizer
-from musiclm_pytorch.audiolm.fingerprints import fingerprint, fingerprint_data
+from musiclm_pytorch.audiolm.fingerprints import differences, fingerprint, fingerprint_data
 from musiclm_pytorch.checks import check_positive, fitted, typechecked
 from musiclm_pytorch.data.audio import resample, windows
-from musiclm_pytorch.data.collate import mono, split_item
+from musiclm_pytorch.data.collate import read_item
 from musiclm_pytorch.data.rates import agreed_rate
 from musiclm_pytorch.locking import only_writer
 from musiclm_pytorch.mulan.model import evaluating
@@ -49,8 +49,7 @@ FACTS |= dict(melody=(*SIZES, 'rate'))
 ON_CHANGE = ('error', 'aside')
 
 
-@dataclass
-class Item:
+class Item(NamedTuple):
     """What can be read of an item of the data set."""
 
     wave: Tensor  # (samples,)
@@ -160,8 +159,8 @@ def _compute_shard(dataset: Any, indices: range, folder: Path, number: int, stre
     missing = [stream for stream in streams if not _is_whole(folder / stream.name / SHARD.format(number))]
     if not missing:
         return
-    items = [_read_item(dataset, index) for index in indices]
-    readable = [item for item in items if item is not None]
+    items = [read_item(dataset[index], f'item {index}') for index in indices]
+    readable = [Item(*item) for item in items if item is not None]
     for stream in missing:
         with torch.no_grad():
             computed = iter(stream.compute(readable))
@@ -308,16 +307,6 @@ def _device_of(module: nn.Module) -> torch.device:
     return torch.device('cpu') if tensor is None else tensor.device
 
 
-def _read_item(dataset: Any, index: int) -> Item | None:
-    item = dataset[index]
-    if item is None:
-        return None
-    wave, text = split_item(item, f'item {index}')
-    if wave is None:
-        raise TypeError(f'item {index} of the data set has no wave')
-    return Item(mono(wave, f'item {index}'), text)
-
-
 # ---- on disk ----
 
 
@@ -333,7 +322,7 @@ def _open_stream(folder: Path, stream: Stream, data: dict[str, Any], items: int,
     )
     path = folder / STREAM_FILE
     if path.is_file():
-        changed = list(_differences(read_stream(folder), own))
+        changed = differences(read_stream(folder), own)
         if not changed:
             return
         if on_change == 'error':
@@ -346,14 +335,6 @@ def _open_stream(folder: Path, stream: Stream, data: dict[str, Any], items: int,
         logger.warning('%s held tokens of something else (%s); they are now in %s', folder, '; '.join(changed), target)
     folder.mkdir(parents=True, exist_ok=True)
     write_checked_json(path, own)
-
-
-def _differences(saved: Any, own: Any, name: str = '') -> Iterator[str]:
-    if isinstance(saved, dict) and isinstance(own, dict):
-        for key in sorted({*saved, *own}):
-            yield from _differences(saved.get(key), own.get(key), f'{name}.{key}'.lstrip('.'))
-    elif saved != own:
-        yield f'{name} was {saved!r:.60} and is {own!r:.60} now'
 
 
 def read_stream(folder: Path) -> dict[str, Any]:

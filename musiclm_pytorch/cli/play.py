@@ -79,8 +79,8 @@ def run_train_melody(options: argparse.Namespace) -> dict[str, Any]:
     from musiclm_pytorch.codecs.melody import MelodyQuantizer
     from musiclm_pytorch.data.melodies import MelodyPairs
     from musiclm_pytorch.mulan.melody import MelodyEncoder
-    from musiclm_pytorch.trainer.batches import seed_everything
     from musiclm_pytorch.trainer.melody import MelodyTrainer
+    from musiclm_pytorch.trainer.resumable_loader import seed_everything
 
     seed_everything(options.seed)
     encoder = MelodyEncoder(seconds=options.seconds, hop=options.hop)

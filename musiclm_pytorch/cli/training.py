@@ -159,8 +159,8 @@ def train_all(models) -> None:
 
 def run_train_mulan(options: argparse.Namespace) -> dict[str, Any] | None:
     from musiclm_pytorch.mulan.model import MuLaN
-    from musiclm_pytorch.trainer.batches import seed_everything
     from musiclm_pytorch.trainer.recipes import MuLaNRecipe
+    from musiclm_pytorch.trainer.resumable_loader import seed_everything
 
     recipe = read_recipe(MuLaNRecipe, options)
     seed_everything(recipe.seed)
@@ -191,7 +191,7 @@ def run_train_mulan(options: argparse.Namespace) -> dict[str, Any] | None:
 
 def run_train_stage(options: argparse.Namespace) -> dict[str, Any] | None:
     from musiclm_pytorch.quantizer import MuLaNEmbedQuantizer
-    from musiclm_pytorch.trainer.batches import seed_everything
+    from musiclm_pytorch.trainer.resumable_loader import seed_everything
     from musiclm_pytorch.trainer.stage_recipes import STAGE_RECIPES
 
     recipe = read_recipe(STAGE_RECIPES[options.stage], options)
@@ -232,7 +232,7 @@ def adapt(model, options: argparse.Namespace, start: str | None, name: str) -> N
 
 
 def run_train_codec(options: argparse.Namespace) -> dict[str, Any] | None:
-    from musiclm_pytorch.trainer.batches import seed_everything
+    from musiclm_pytorch.trainer.resumable_loader import seed_everything
     from musiclm_pytorch.trainer.stage_recipes import CodecRecipe
 
     if fits_spectral_codec(options):

@@ -9,8 +9,7 @@ import torch.nn.functional as F
 from einops import einsum, rearrange
 from torch import Tensor, nn
 
-from musiclm_pytorch.audiolm.codec import SpectrogramCodec
-from musiclm_pytorch.audiolm.phases import griffin_lim, integrate_phases
+from musiclm_pytorch.audiolm.codec import SpectrogramCodec, griffin_lim, integrate_phases
 from musiclm_pytorch.checks import records_config, typechecked
 from musiclm_pytorch.codecs.residual import ResidualQuantizer, commitment_loss
 from musiclm_pytorch.mulan.spectrogram import mel_filters

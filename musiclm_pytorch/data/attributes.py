@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -55,11 +55,11 @@ def check_split(split: str) -> int:
     return SPLITS.index(split)
 
 
-def check_value(attribute: str, value: Any) -> None:
-    """Raise ValueError unless `attribute` is one and may have `value`."""
-    if attribute not in ATTRIBUTES:
-        raise ValueError(f'no attribute is named {attribute!r}; they are {", ".join(ATTRIBUTES)}')
-    allowed = ATTRIBUTES[attribute]
+def check_value(attribute: str, value: Any, attributes: Mapping[str, Sequence]) -> None:
+    """Raise ValueError unless `attribute` is one of `attributes` and may have `value`."""
+    if attribute not in attributes:
+        raise ValueError(f'no attribute is named {attribute!r}; they are {", ".join(attributes)}')
+    allowed = attributes[attribute]
     # 0 == False, but neither stands for the other here
     if not any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in allowed):
         raise ValueError(f'{attribute} must be one of {", ".join(map(repr, allowed))}, got {value!r}')
@@ -104,7 +104,7 @@ class MusicLabels:
 
     def __post_init__(self):
         for name in ATTRIBUTES:
-            check_value(name, getattr(self, name))
+            check_value(name, getattr(self, name), ATTRIBUTES)
         if tempo_of(self.bpm) != self.tempo:
             low, high = TEMPI[self.tempo]
             raise ValueError(f'bpm of tempo {self.tempo!r} must lie in {low:g} to {high:g}, got {self.bpm:g}')

@@ -161,6 +161,19 @@ def mono(wave: Tensor, name: str) -> Tensor:
     return wave if wave.ndim == 1 else wave.mean(dim=0)
 
 
+def read_item(item: Any, name: str) -> tuple[Tensor, str | Tensor | None] | None:
+    """The wave of an item as `mono` gives it, and its text, if it has one; None for what could not be read.
+
+    Raises TypeError for an item without a wave, and as `split_item`.
+    """
+    if item is None:
+        return None
+    wave, text = split_item(item, name)
+    if wave is None:
+        raise TypeError(f'{name} must be a wave or a pair of wave and text, got {describe(item)}')
+    return mono(wave, name), text
+
+
 def is_list_of_ints(value: Any) -> bool:
     return (
         isinstance(value, (list, tuple))

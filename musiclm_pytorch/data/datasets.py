@@ -11,7 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from torch.utils.data import Dataset
+import torch
+from torch.utils.data import Dataset, random_split
 
 from musiclm_pytorch.checks import typechecked
 from musiclm_pytorch.data import sources
@@ -197,3 +198,15 @@ def _recordings(clips: Sequence[Clip]) -> Iterable[str]:
 
 def _taken(clips: Sequence[Clip], indices: Iterable[int]) -> Sequence[Clip]:
     return clips.take(indices) if isinstance(clips, ClipTable) else [clips[index] for index in indices]
+
+
+def split_off(
+    dataset: Dataset, valid_frac: float, random_split_seed: int, *, least: int = 0
+) -> tuple[Dataset, Dataset]:
+    """What is left to train on, and a share that is held out, of `least` items at least; of an `AudioTextDataset` by
+    recording, and with fixed crops."""
+    if isinstance(dataset, AudioTextDataset):
+        return dataset.split(valid_frac, seed=random_split_seed)
+    held_out = max(least, int(len(dataset) * valid_frac))
+    generator = torch.Generator().manual_seed(random_split_seed)
+    return tuple(random_split(dataset, [len(dataset) - held_out, held_out], generator=generator))

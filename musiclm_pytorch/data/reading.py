@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from musiclm_pytorch.checks import check_positive
+from musiclm_pytorch.checks import check_positive, is_finite
 from musiclm_pytorch.data.audio import AudioFile
 
 logger = logging.getLogger(__name__)
@@ -113,6 +113,6 @@ def span_at(file: AudioFile, start: float, end: float | None, rate: int, min_sec
 
 def finite(wave: Tensor, name: str) -> Tensor:
     """Raise ValueError for NaN and infinity, which floating-point files may hold."""
-    if not torch.isfinite(wave).all():
+    if not is_finite(wave):
         raise ValueError(f'{name} holds NaN or infinite samples')
     return wave

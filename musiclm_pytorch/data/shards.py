@@ -26,17 +26,15 @@ from musiclm_pytorch.atomic import read_checked_json
 from musiclm_pytorch.checks import check_positive, fitted, typechecked
 from musiclm_pytorch.data.reading import ClipReader, logger
 from musiclm_pytorch.data.shard_reader import Shard
-from musiclm_pytorch.extras import how_to_install
+from musiclm_pytorch.extras import needing
 
 INDEX = 'index.json'
 
 
 def webdataset() -> ModuleType:
     """The package of that name, or an ImportError that says how to install it."""
-    try:
+    with needing('shards need webdataset', 'shards'):
         import webdataset
-    except ImportError as error:
-        raise ImportError(f'shards need webdataset: {how_to_install("shards")}') from error
     return webdataset
 
 

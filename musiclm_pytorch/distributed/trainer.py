@@ -27,10 +27,10 @@ from musiclm_pytorch.distributed.config import (
     launched_world_size,
 )
 from musiclm_pytorch.mulan.model import MuLaN, PairLatents
-from musiclm_pytorch.trainer.batches import mixed_seed, seed_everything
 from musiclm_pytorch.trainer.config import TrainingConfig
+from musiclm_pytorch.trainer.metrics_logger import check_trackers
 from musiclm_pytorch.trainer.mulan import MuLaNTrainer
-from musiclm_pytorch.trainer.trackers import check_trackers
+from musiclm_pytorch.trainer.resumable_loader import mixed_seed, seed_everything
 
 MARKER = '.launcher'  # in a results folder: who has started the processes that write there
 
@@ -131,7 +131,7 @@ class WorldTrainer(MuLaNTrainer):
             # gathering a layer takes all processes, so each runs it equally often
             missing = max(gather_sizes(len(chunks), self.device)) - len(chunks)
             first = {name: value[:1] for name, value in chunks[0].items()}
-            chunks = chunks + [self.as_stand_in(first)] * missing
+            chunks = chunks + [self.as_dummy(first)] * missing
         return chunks
 
     def encode(self, chunk: dict[str, Any]) -> PairLatents:

@@ -27,7 +27,7 @@ from musiclm_pytorch.evaluation.music_analysis import (
     rhythm,
     tonality,
 )
-from musiclm_pytorch.extras import how_to_install
+from musiclm_pytorch.extras import needing
 from musiclm_pytorch.locking import first_use
 
 # a frame is silent if what is left of it without its mean (a constant is not heard) is below this, in dB of full scale
@@ -387,10 +387,8 @@ def score_structure(
     """
     if not found or len(found) != len(truth):
         raise ValueError(f'one truth a clip is needed, got {len(found)} clips and {len(truth)} truths')
-    try:
+    with needing('scores need mir_eval', 'eval'):
         import mir_eval  # noqa: F401
-    except ImportError as error:
-        raise ImportError(f'scores need mir_eval: {how_to_install("eval")}') from error
     scores = {}
     for name, (about, score) in SCORES.items():
         values = [score(one, true) for one, true in zip(found, truth) if getattr(true, about) is not None]

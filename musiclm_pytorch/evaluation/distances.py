@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from musiclm_pytorch.checks import check_positive, typechecked
+from musiclm_pytorch.checks import check_positive, is_finite, typechecked
 from musiclm_pytorch.evaluation.embedders import Embedder
 from musiclm_pytorch.evaluation.metric import EvaluationClip, Metric, MetricValue, checked_seed, undefined
 
@@ -530,8 +530,7 @@ def check_frames(frames: Tensor, dim: int) -> None:
         raise TypeError(f'frames must be floats, got {frames.dtype}')
     if frames.ndim != 2 or frames.shape[1] != dim:
         raise ValueError(f'frames must have shape (n, {dim}), got {tuple(frames.shape)}')
-    # one sum tells, at a fraction of the time of isfinite().all(); it may overflow where no frame does
-    if not math.isfinite(frames.sum().item()) and not frames.isfinite().all():
+    if not is_finite(frames):
         raise ValueError('frames hold NaN or infinity')
 
 

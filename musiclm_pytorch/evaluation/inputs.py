@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import logging
-import math
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -25,6 +24,7 @@ from musiclm_pytorch.checks import (
     check_positive,
     check_sample_rate,
     described,
+    is_finite,
     typechecked,
 )
 from musiclm_pytorch.data.audio import AudioFile, resample
@@ -128,11 +128,6 @@ def check_wave(wave: Tensor, name: str) -> None:
     if not is_finite(wave):
         first = int((~torch.isfinite(wave)).nonzero()[0])
         raise ValueError(f'{name} holds NaN or infinity, first at sample {first}; mend it or leave the clip out')
-
-
-def is_finite(values: Tensor) -> bool:
-    # one sum tells, at a fraction of the time of isfinite().all(); it may overflow where no value does
-    return math.isfinite(values.sum().item()) or bool(values.isfinite().all())
 
 
 def check_texts(texts: Any, clips: int) -> list[str]:

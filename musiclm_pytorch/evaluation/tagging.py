@@ -27,7 +27,7 @@ from musiclm_pytorch.evaluation.metric import (
     percentile_interval,
     undefined,
 )
-from musiclm_pytorch.extras import how_to_install
+from musiclm_pytorch.extras import needing
 from musiclm_pytorch.mulan.layers import l2norm
 from musiclm_pytorch.mulan.model import evaluating
 from musiclm_pytorch.mulan.pretrained import own_mulan
@@ -179,12 +179,10 @@ class PaSSTTagger:
     def __init__(
         self, weights: str | Path, arch: str = 'passt_s_swa_p16_128_ap476', device: str | torch.device = 'cpu'
     ):
-        try:
+        with needing('PaSST needs the package hear21passt', 'eval'):
             from hear21passt.models.passt import get_model
             from hear21passt.models.preprocess import AugmentMelSTFT
             from hear21passt.wrapper import PasstBasicWrapper
-        except ImportError as error:
-            raise ImportError(f'PaSST needs the package hear21passt ({error}): {how_to_install("eval")}') from error
         if not Path(weights).is_file():
             raise FileNotFoundError(f'no file of weights of PaSST at {weights}; give one that you have downloaded')
         with quiet():

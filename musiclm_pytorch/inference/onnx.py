@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from musiclm_pytorch.atomic import atomic_write
 from musiclm_pytorch.checks import typechecked
-from musiclm_pytorch.extras import how_to_install
+from musiclm_pytorch.extras import needing
 from musiclm_pytorch.inference.config import InferenceConfig
 from musiclm_pytorch.mulan.model import MuLaN
 from musiclm_pytorch.mulan.pretrained_towers import check_own
@@ -45,14 +45,10 @@ class ONNXExporter:
     @typechecked
     def __init__(self, config: InferenceConfig | None = None):
         self.config = InferenceConfig() if config is None else config
-        try:
+        with needing('ONNXExporter needs onnx, onnxscript and onnxruntime', 'inference'):
             import onnx  # noqa: F401
             import onnxruntime  # noqa: F401
             import onnxscript  # noqa: F401
-        except ImportError as error:
-            raise ImportError(
-                f'ONNXExporter needs onnx, onnxscript and onnxruntime ({error}): {how_to_install("inference")}'
-            ) from error
 
     @typechecked
     def export_mulan_to_onnx(self, mulan: MuLaN, export_path: str | Path, towers: Sequence[str] = TOWERS) -> Path:

@@ -16,7 +16,7 @@ from einops import einsum
 from torch import Tensor, nn
 
 from musiclm_pytorch.checks import as_tensor, check_lengths, typechecked
-from musiclm_pytorch.extras import how_to_install
+from musiclm_pytorch.extras import needing
 from musiclm_pytorch.inference.config import InferenceConfig
 from musiclm_pytorch.inference.workers import count_workers, workers
 from musiclm_pytorch.kernels.attention import PositionBias
@@ -217,8 +217,6 @@ def choices(mulan: MuLaN, config: InferenceConfig, device: torch.device) -> tupl
 
 
 def _torchao() -> tuple[Callable, Any]:
-    try:
+    with needing('use_quantization needs torchao', 'inference'):
         from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
-    except ImportError as error:
-        raise ImportError(f'use_quantization needs torchao ({error}): {how_to_install("inference")}') from error
     return quantize_, Int8DynamicActivationInt8WeightConfig()

@@ -8,13 +8,12 @@ import json
 import platform
 import re
 import shutil
-import tempfile
 from pathlib import Path
 from string import Template
 
 import soundfile
 
-from musiclm_pytorch.atomic import write_text
+from musiclm_pytorch.atomic import write_json, write_text, written_together
 from musiclm_pytorch.checks import typechecked
 from musiclm_pytorch.data.synthetic import SyntheticMusic
 from musiclm_pytorch.inference.batches import window_and_hop
@@ -58,7 +57,7 @@ class DeploymentPackager:
         *,
         overwrite: bool = False,
     ) -> Path:
-        """Write a package. It is made aside and renamed, so that nothing half-written ever has its name.
+        """Write a package, atomically: nothing half-written ever has its name.
 
         The folder holds `models/NAME` (safetensors and JSON, as `save_pretrained` writes them), `inference.py` with
         the commands `embed`, `rank` and `generate`, `inference_config.json`, `package.json` (what the models are),
@@ -84,13 +83,8 @@ class DeploymentPackager:
         check_place(path, overwrite)
         pins = pinned_requirements(self.config)
 
-        home = next(parent for parent in path.parents if parent.exists())
-        with tempfile.TemporaryDirectory(prefix=f'.{path.name}.', suffix='.tmp', dir=home) as aside:
-            made = Path(aside) / 'made'  # not `aside` itself, which nobody else may read
-            made.mkdir()
-            self._write(models, made, pins, include_examples)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            replace_folder(made, path, Path(aside) / 'before')
+        with written_together(path.parent) as aside:
+            self._write(models, aside / path.name, pins, include_examples)
         return path
 
     def _write(self, models: dict[str, MuLaN | MusicLM], folder: Path, pins: str, include_examples: bool) -> None:
@@ -99,7 +93,7 @@ class DeploymentPackager:
             model.save_pretrained(folder / 'models' / name)
         self.config.to_json(folder / CONFIG_FILE)
         content = dict(format=FORMAT, version=1, musiclm_pytorch=__version__, models=about)
-        write_text(folder / PACKAGE_FILE, json.dumps(content, indent=2) + '\n')
+        write_json(folder / PACKAGE_FILE, content)
         write_text(folder / 'requirements.txt', pins)
         shutil.copyfile(FILES / 'inference.py.txt', folder / 'inference.py')
         if include_examples:
@@ -187,19 +181,6 @@ def is_package(path: Path) -> bool:
     return isinstance(content, dict) and content.get('format') == FORMAT
 
 
-def replace_folder(made: Path, path: Path, before: Path) -> None:
-    """Move a folder to `path`; one that is there goes to `before`, and comes back if that fails."""
-    existed = path.exists()
-    if existed:
-        path.rename(before)
-    try:
-        made.rename(path)
-    except BaseException:
-        if existed:
-            before.rename(path)
-        raise
-
-
 # What goes in
 
 
@@ -263,7 +244,7 @@ def write_examples(about: dict[str, dict], folder: Path) -> None:
         name = f'clip_{index + 1}.wav'
         soundfile.write(folder / 'music' / name, wave.numpy(), CLIP_RATE, subtype='PCM_16')
         captions[name] = caption
-    write_text(folder / 'music' / 'captions.json', json.dumps(captions, indent=2) + '\n')
+    write_json(folder / 'music' / 'captions.json', captions)
     for name, facts in about.items():
         script = example_of(name, facts)
         template = Template((FILES / f'{script.split("_")[0]}.py.txt').read_text(encoding='utf-8'))

@@ -11,9 +11,8 @@ from einops import pack, repeat
 from torch import Tensor, nn
 
 from musiclm_pytorch.checks import check_positive, described, records_config, typechecked, values_can_be_checked
-from musiclm_pytorch.mulan.clip_tokenizer import clip_tokenizer
 from musiclm_pytorch.mulan.layers import Encoding, LayerNorm, Transformer
-from musiclm_pytorch.mulan.vocabulary import find_unknown_words, known_ids
+from musiclm_pytorch.mulan.vocabulary import clip_tokenizer, find_unknown_words, known_ids
 
 VOCAB_SIZE = 49408  # of CLIP's byte-pair encoding
 

@@ -1,4 +1,4 @@
-"""Which words of a prompt a text tower never learned, and which of them would have mattered."""
+"""CLIP's byte-pair tokens; which words of a prompt a text tower never learned, and which would have mattered."""
 
 from __future__ import annotations
 
@@ -7,6 +7,10 @@ import re
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from functools import cache
+from importlib import util
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -126,3 +130,14 @@ def listed(words: list[str], most: int = 20) -> str:
     return ', '.join(word[:LONGEST] for word in words[:most]) + (
         f' and {len(words) - most} words more' if len(words) > most else ''
     )
+
+
+@cache
+def clip_tokenizer() -> Any:
+    """`x_clip.tokenizer.tokenizer`, with `encode` and `decode`, without importing the rest of x_clip, which takes
+    torchvision. The first call reads CLIP's 49,000 merges."""
+    folder = Path(util.find_spec('x_clip').origin).parent
+    spec = util.spec_from_file_location('x_clip.tokenizer', folder / 'tokenizer.py')
+    module = util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.tokenizer

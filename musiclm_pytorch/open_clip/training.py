@@ -17,7 +17,7 @@ from torch.utils.data.distributed import DistributedSampler
 from musiclm_pytorch.checks import check_positive, typechecked
 from musiclm_pytorch.data.collate import collate_pairs
 from musiclm_pytorch.data.rates import agreed_rate, rate_of
-from musiclm_pytorch.extras import how_to_install
+from musiclm_pytorch.extras import needing
 from musiclm_pytorch.open_clip.batch import AudioBatch
 from musiclm_pytorch.open_clip.model import MuLaNOpenCLIP
 
@@ -181,11 +181,7 @@ def create_open_clip_arguments(flags: Sequence[str] = ()) -> argparse.Namespace:
 
 def require_open_clip(what: str) -> ModuleType:
     """The package open_clip. Raises ImportError, with the extra to install, saying that `what` needs it."""
-    try:
+    with needing(f'{what} needs the package open_clip_torch', 'openclip'):
         import open_clip
         import open_clip.loss
-    except ImportError as error:
-        raise ImportError(
-            f'{what} needs the package open_clip_torch ({error}): {how_to_install("openclip")}'
-        ) from error
     return open_clip

@@ -32,8 +32,8 @@ from musiclm_pytorch.mulan.vocabulary import PromptWarning
 from musiclm_pytorch.musiclm import MusicLM
 from musiclm_pytorch.pretrained.hub import find_folder
 from musiclm_pytorch.quantizer import MuLaNEmbedQuantizer
-from musiclm_pytorch.trainer.batches import seed_everything
 from musiclm_pytorch.trainer.pipeline_recipe import FittedRecipe
+from musiclm_pytorch.trainer.resumable_loader import seed_everything
 from musiclm_pytorch.trainer.stages import load_stage
 
 PROMPTS_AT_ONCE = 25  # where scores are measured

@@ -1,4 +1,4 @@
-"""Training states on disk: a folder a checkpoint, written aside and renamed; tensors in safetensors, the rest JSON."""
+"""Training states on disk: a folder a checkpoint, written atomically; tensors in safetensors, the rest JSON."""
 
 from __future__ import annotations
 
@@ -15,7 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from musiclm_pytorch.atomic import free_name, read_checked_json, read_tensors, sync, write_checked_json, write_tensors
+from musiclm_pytorch.atomic import (
+    free_name,
+    read_checked_json,
+    read_tensors,
+    sync,
+    write_checked_json,
+    write_tensors,
+    written_together,
+)
 
 WEIGHTS = 'weights'  # the checksum of the tensors beside the state
 logger = logging.getLogger(__name__)
@@ -30,33 +38,22 @@ def write(folder: Path, step: int, state: dict[str, Any]) -> Path:
 
     `state` is a tree of dicts, lists, tuples, tensors, numbers, strings, booleans and None.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     target = folder / NAME.format(step)
-    aside = folder / f'.{target.name}.{os.getpid()}.tmp'
-    shutil.rmtree(aside, ignore_errors=True)
+    tensors: dict[str, Tensor] = {}
+    tree = _flatten(state, '', tensors)
     try:
-        aside.mkdir()
-        tensors: dict[str, Tensor] = {}
-        tree = _flatten(state, '', tensors)
-        tree[WEIGHTS] = [write_tensors(aside / TENSORS_FILE, tensors)]
-        write_checked_json(aside / STATE_FILE, tree, indent=None)
-        sync(aside)
-        if target.exists():
-            # only a run that was resumed from before this step gets here: the new state replaces the old one
-            retired = folder / f'.{target.name}.{os.getpid()}.old'
-            target.rename(retired)
-            aside.rename(target)
-            shutil.rmtree(retired)
-        else:
-            aside.rename(target)
-        sync(folder)
+        # of a run that was resumed from before this step, the new state replaces the old one
+        with written_together(folder) as aside:
+            made = aside / target.name
+            made.mkdir()
+            tree[WEIGHTS] = [write_tensors(made / TENSORS_FILE, tensors)]
+            write_checked_json(made / STATE_FILE, tree, indent=None)
+            sync(made)
     except OSError as error:
         raise OSError(
             error.errno,
             f'checkpoint {target} could not be written ({error.strerror or error}); the earlier ones are intact',
         ) from error
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
     return target
 
 
@@ -136,16 +133,8 @@ def prune(folder: Path, keep: int) -> None:
     for path in steps(folder)[:-keep]:
         # out of sight first: killed in the middle, no half of a checkpoint stays under the name of a whole one
         path.rename(folder / f'.{path.name}.{os.getpid()}.old')
-    for path in folder.glob('.step-*'):
+    for path in (*folder.glob('.step-*'), *folder.glob('.together.*')):
         shutil.rmtree(path, ignore_errors=True)
-
-
-def differences(saved: Any, own: Any, name: str = '') -> list[str]:
-    """Where two configs differ, but for the version of the package that wrote them."""
-    if isinstance(saved, dict) and isinstance(own, dict):
-        keys = sorted({*saved, *own} - {'version'})
-        return [it for key in keys for it in differences(saved.get(key), own.get(key), f'{name}.{key}'.lstrip('.'))]
-    return [] if saved == own else [f'{name} was {saved!r} and is {own!r} now']
 
 
 def _flatten(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, random_split
+from torch.utils.data import DataLoader, Dataset
 from typing_extensions import Unpack
 
 from musiclm_pytorch.audiolm.convert import SoundStream
@@ -19,17 +18,14 @@ from musiclm_pytorch.audiolm.spectral_codec import SpectralCodec
 from musiclm_pytorch.checks import check_positive, typechecked
 from musiclm_pytorch.codecs.distance import mel_distance
 from musiclm_pytorch.codecs.neural import NeuralCodec
-from musiclm_pytorch.collectives import mean_over_ranks, rank, world_size
 from musiclm_pytorch.data.audio import resample
-from musiclm_pytorch.data.collate import mono, split_item
-from musiclm_pytorch.data.datasets import AudioTextDataset
+from musiclm_pytorch.data.collate import read_item
+from musiclm_pytorch.data.datasets import split_off
 from musiclm_pytorch.data.rates import agreed_rate
-from musiclm_pytorch.mulan import checkpoint
 from musiclm_pytorch.mulan.model import evaluating
-from musiclm_pytorch.trainer.batches import SeededItems
 from musiclm_pytorch.trainer.callbacks import Callback
 from musiclm_pytorch.trainer.config import TrainingConfig, TrainingKeywords
-from musiclm_pytorch.trainer.streams import default_batch_size
+from musiclm_pytorch.trainer.resumable_loader import SeededItems, default_batch_size
 from musiclm_pytorch.trainer.trainer import Trainer
 
 FITTED_AT_ONCE = 16  # crops whose spectra are computed together, where codebooks begin
@@ -73,11 +69,9 @@ class WaveCrops(Dataset):
             self.dataset.set_epoch(epoch)
 
     def __getitem__(self, index: int) -> Tensor | None:
-        item = self.dataset[index]
-        if item is None:
+        if (item := read_item(self.dataset[index], f'item {index}')) is None:
             return None
-        wave, _ = split_item(item, f'item {index}')
-        wave = mono(wave, f'item {index}')
+        wave, _ = item
         needed = -(-self.samples * self.sample_rate // self.to_rate)
         free = max(0, len(wave) - needed)
         start = random.randint(0, free) if self.training else free // 2
@@ -187,15 +181,14 @@ class CodecTrainer(Trainer):
         if valid_dataset is None and config.valid_frac > 0:
             self.held_out_by = dict(valid_frac=config.valid_frac, random_split_seed=config.random_split_seed)
             if len(dataset) > 1:
-                dataset, valid_dataset = _split(dataset, config.valid_frac, config.random_split_seed)
+                dataset, valid_dataset = split_off(dataset, **self.held_out_by, least=1)
         crops = dict(to_rate=codec.target_sample_hz, samples=samples)
         self.codec = codec
         if not isinstance(codec, NeuralCodec):
             keep_rare_codes(codec, frames=(config.batch_size or default_batch_size(dataset)) * samples // multiple)
-        self.valid_crops = None
         if valid_dataset is not None:
             valid_rate = agreed_rate(valid_dataset, None, default=rate)
-            self.valid_crops = WaveCrops(valid_dataset, sample_rate=valid_rate, training=False, **crops)
+            self.valid_dataset = WaveCrops(valid_dataset, sample_rate=valid_rate, training=False, **crops)
         self.crops = WaveCrops(dataset, sample_rate=rate, training=True, max_gain_db=max_gain_db, **crops)
         self.grad_penalty_every = grad_penalty_every
         step = (_NeuralStep if isinstance(codec, NeuralCodec) else _CodecStep)(codec)
@@ -229,42 +222,16 @@ class CodecTrainer(Trainer):
                 metrics[name] = float(nn.utils.clip_grad_norm_(parameters, limit))
         return metrics
 
-    @property
-    def held_out(self) -> int | None:
-        if self.valid_crops is None:
-            return None if self.held_out_by is None else 0
-        return min(len(self.valid_crops), self.max_valid_items)
-
-    @torch.no_grad()
     def validate(self) -> dict[str, Any] | None:
-        if not self.held_out:
-            return None
-        sums = torch.zeros(2, device=self.device)
-        model = self.evaluated_model
-        with evaluating(model):
-            for waves in self.held_out_batches(self.valid_crops, range(rank(), self.held_out, world_size())):
-                made = model(waves, return_recons_only=True).reshape(waves.shape)
-                distance = mel_distance(waves, made, model.target_sample_hz).sum()
-                sums += torch.stack([distance, sums.new_tensor(len(waves))])
-        distance, count = (mean_over_ranks(part).item() for part in sums)
-        if count == 0:
-            return None
-        return dict(loss=distance / count, score=-distance / count)
+        def measure(model: nn.Module, waves: Tensor) -> tuple[Tensor, int]:
+            made = model(waves, return_recons_only=True).reshape(waves.shape)
+            return mel_distance(waves, made, model.target_sample_hz).sum(), len(waves)
 
-    def save_model(self, folder: Path) -> None:
-        model = self.evaluated_model
-        checkpoint.write_folder(folder, describe(model) | dict(step=self.step), model.state_dict())
+        distance = self.mean_over_held_out(measure)
+        return None if distance is None else dict(loss=distance, score=-distance)
 
     def model_config(self) -> dict[str, Any]:
         return dict(keywords=describe(self.codec)['keywords'])
-
-
-def _split(dataset: Any, valid_frac: float, seed: int) -> tuple[Dataset, Dataset]:
-    if isinstance(dataset, AudioTextDataset):  # by recording, and with fixed crops
-        return dataset.split(valid_frac, seed=seed)
-    held_out = max(1, int(len(dataset) * valid_frac))
-    generator = torch.Generator().manual_seed(seed)
-    return tuple(random_split(dataset, [len(dataset) - held_out, held_out], generator=generator))
 
 
 def discriminators_of(codec: SoundStream) -> nn.ModuleList:

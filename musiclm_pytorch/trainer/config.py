@@ -36,7 +36,7 @@ class TrainingConfig:
         weight_decay: of matrices alone, never of gains, biases, embeddings or temperatures.
         optimizer: 'adam', 'adamw' or 'lion'.
         max_grad_norm: largest norm of the gradients; None for no clipping.
-        lr_scheduler_type: 'constant', 'linear' or 'cosine'; see `schedules.learning_rate`.
+        lr_scheduler_type: 'constant', 'linear' or 'cosine'; see `optimizers.learning_rate`.
         warmup_steps: steps over which the learning rate rises from 0.
         min_lr_ratio: share of the learning rate that is left at the end.
         mixed_precision: 'no', 'bf16' (slow on a CPU without instructions for it), 'fp16' (on CUDA only), or 'auto',

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 from typing_extensions import Unpack
 
 from musiclm_pytorch.audiolm.saving import describe
 from musiclm_pytorch.checks import check_positive, typechecked
 from musiclm_pytorch.data.audio import resample
 from musiclm_pytorch.data.rates import agreed_rate
-from musiclm_pytorch.mulan import checkpoint
 from musiclm_pytorch.mulan.melody import MelodyEncoder, semi_hard_triplet_loss
 from musiclm_pytorch.mulan.model import evaluating
 from musiclm_pytorch.trainer.callbacks import Callback
@@ -82,7 +79,7 @@ class MelodyTrainer(Trainer):
         rate = agreed_rate(pairs, sample_rate)
         samples = round(encoder.seconds * rate)
         collate = partial(collate_melodies, samples=samples, rate=rate, to_rate=encoder.sample_rate)
-        self.valid_pairs = valid_pairs
+        self.valid_dataset = valid_pairs
         super().__init__(
             encoder,
             _MelodyStep(encoder, margin),
@@ -99,31 +96,17 @@ class MelodyTrainer(Trainer):
 
         return self.accumulate(batches, compute, lambda waves: waves.shape[1])
 
-    @property
-    def held_out(self) -> int | None:
-        return None if self.valid_pairs is None else min(len(self.valid_pairs), self.max_valid_items)
-
     @torch.no_grad()
     def validate(self) -> dict[str, Any] | None:
         if not self.held_out:
             return None
-        loader = DataLoader(
-            self.valid_pairs,
-            sampler=range(self.held_out),
-            batch_size=self.batches.batch_size,
-            collate_fn=self.collate_fn,
-        )
-        encoder = self.evaluated_model
+        encoder, batches = self.evaluated_model, self.held_out_batches(range(self.held_out))
         with evaluating(encoder):
-            latents = [encoder.embed(waves.to(self.device).flatten(0, 1)).chunk(2) for waves in loader]
+            latents = [encoder.embed(waves.flatten(0, 1)).chunk(2) for waves in batches]
         anchors, positives = (torch.cat(side) for side in zip(*latents))
         found = retrieval_metrics(anchors @ positives.T)
         recall = (found['audio_to_text_recall_at_1'] + found['text_to_audio_recall_at_1']) / 2
         return dict(recall_at_1=recall, score=recall)
-
-    def save_model(self, folder: Path) -> None:
-        encoder = self.evaluated_model
-        checkpoint.write_folder(folder, describe(encoder) | dict(step=self.step), encoder.state_dict())
 
     def model_config(self) -> dict[str, Any]:
         return dict(keywords=describe(self.model)['keywords'])

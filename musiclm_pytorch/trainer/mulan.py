@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import IterableDataset, random_split
+from torch.utils.data import IterableDataset
 from typing_extensions import Unpack
 
 from musiclm_pytorch.checks import check_positive, typechecked
-from musiclm_pytorch.collectives import alone, any_over_ranks, gather_batch, gather_sizes, rank, world_size
+from musiclm_pytorch.collectives import any_over_ranks, gather_batch, gather_sizes, rank, single_process, world_size
 from musiclm_pytorch.data.collate import collate_for
-from musiclm_pytorch.data.datasets import AudioTextDataset
+from musiclm_pytorch.data.datasets import AudioTextDataset, split_off
 from musiclm_pytorch.data.rates import check_rate
 from musiclm_pytorch.data.shards import ShardedAudioText, ShardItems
 from musiclm_pytorch.mulan import checkpoint
@@ -156,13 +156,8 @@ class MuLaNTrainer(UpstreamNames, Trainer):
 
         if valid_dataset is None and streamed:
             logger.warning('%s is not split: without a valid_dataset there is no validation', type(dataset).__name__)
-        elif splits and isinstance(dataset, AudioTextDataset):
-            # by recording, and with fixed crops
-            dataset, valid_dataset = dataset.split(config.valid_frac, seed=config.random_split_seed)
         elif splits:
-            held_out = int(len(dataset) * config.valid_frac)
-            generator = torch.Generator().manual_seed(config.random_split_seed)
-            dataset, valid_dataset = random_split(dataset, [len(dataset) - held_out, held_out], generator=generator)
+            dataset, valid_dataset = split_off(dataset, **split)
             groups = None if groups is None else [groups[index] for index in dataset.indices]
 
         self.mulan = mulan
@@ -195,17 +190,13 @@ class MuLaNTrainer(UpstreamNames, Trainer):
     smallest_batch = least_held_out = 2
     saves_last = True
 
-    @property
-    def held_out(self) -> int | None:
-        return None if self.valid_dataset is None else min(len(self.valid_dataset), self.max_valid_items)
-
     def count_items(self, batch: dict[str, Any] | None) -> int | None:
         if batch is None:
             return None
-        return 0 if 'stand_in' in batch else len(batch['wavs'])
+        return 0 if 'dummy' in batch else len(batch['wavs'])
 
-    def as_stand_in(self, batch: dict[str, Any]) -> dict[str, Any]:
-        return batch | dict(stand_in=[True] * len(batch['wavs']))
+    def as_dummy(self, batch: dict[str, Any]) -> dict[str, Any]:
+        return batch | dict(dummy=[True] * len(batch['wavs']))
 
     def optimize(self, data: Iterator[Any], total: int) -> dict[str, float]:
         metrics, text = super().optimize(data, total), self.mulan.text
@@ -259,7 +250,7 @@ class MuLaNTrainer(UpstreamNames, Trainer):
         similarities = latents.audio @ latents.text.T
         # of batches as large as those of training, so that the contrasts can be compared; words are not predicted here
         size = min(self.batches.batch_size * world_size(), len(similarities))
-        with alone():
+        with single_process():
             losses = [
                 self.evaluated_model.loss(select(latents, slice(i, i + size)))
                 for i in range(0, len(similarities) - size + 1, size)
@@ -278,7 +269,7 @@ class MuLaNTrainer(UpstreamNames, Trainer):
         start, stop = (total * r // world_size() for r in (rank(), rank() + 1))
         model = self.evaluated_model
         with evaluating(model):
-            batches = self.held_out_batches(self.valid_dataset, range(start, stop))
+            batches = self.held_out_batches(range(start, stop))
             parts = [no_latents(model), *(model.pair_latents(**batch) for batch in batches)]
         own = join_latents(parts)
         sizes = gather_sizes(len(own.audio), self.device)
@@ -349,9 +340,9 @@ def check_groups(groups: Sequence[Hashable], dataset: Any, *, splits: bool) -> S
 
 
 def embed_pairs(mulan: MuLaN, batch: dict[str, Any]) -> PairLatents:
-    """The latents of a batch; of a stand-in none, though they hang on the parameters: their gradients are zero."""
-    latents = mulan.pair_latents(**{name: value for name, value in batch.items() if name != 'stand_in'})
-    return select(latents, slice(0)) if 'stand_in' in batch else latents
+    """The latents of a batch; of a dummy none, though they hang on the parameters: their gradients are zero."""
+    latents = mulan.pair_latents(**{name: value for name, value in batch.items() if name != 'dummy'})
+    return select(latents, slice(0)) if 'dummy' in batch else latents
 
 
 def no_latents(mulan: MuLaN) -> PairLatents:

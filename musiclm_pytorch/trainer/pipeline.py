@@ -38,10 +38,10 @@ from musiclm_pytorch.trainer.assembly import (
     load_codec,
     model_in,
 )
-from musiclm_pytorch.trainer.batches import seed_everything
 from musiclm_pytorch.trainer.folders import holds_something, moved_aside, new_results
 from musiclm_pytorch.trainer.pipeline_recipe import MusicLMRecipe
 from musiclm_pytorch.trainer.recipes import FILE
+from musiclm_pytorch.trainer.resumable_loader import seed_everything
 
 logger = logging.getLogger(__name__)
 

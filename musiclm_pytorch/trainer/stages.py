@@ -18,6 +18,7 @@ from musiclm_pytorch.atomic import read_tensors, write_tensors
 from musiclm_pytorch.audiolm.convert import own_stage
 from musiclm_pytorch.audiolm.crops import TokenCrops, collate_tokens
 from musiclm_pytorch.audiolm.fingerprints import fingerprint
+from musiclm_pytorch.audiolm.saving import describe
 from musiclm_pytorch.audiolm.stages import (
     PAD,
     CoarseTransformer,
@@ -27,10 +28,8 @@ from musiclm_pytorch.audiolm.stages import (
 )
 from musiclm_pytorch.checks import check_probability, typechecked
 from musiclm_pytorch.codecs.melody import MelodyEmbedding
-from musiclm_pytorch.collectives import mean_over_ranks, rank, world_size
 from musiclm_pytorch.mulan import checkpoint
 from musiclm_pytorch.mulan.lora import ADAPTERS_FOLDER, adapters_of, save_adapters
-from musiclm_pytorch.mulan.model import evaluating
 from musiclm_pytorch.quantizer import MELODY_NAMESPACE, MuLaNEmbedQuantizer
 from musiclm_pytorch.trainer.callbacks import Callback
 from musiclm_pytorch.trainer.config import TrainingConfig, TrainingKeywords
@@ -217,7 +216,7 @@ class StageTrainer(Trainer):
                     part.requires_grad_(False)
 
         self.transformer = transformer
-        self.valid_tokens = valid_tokens
+        self.valid_dataset = self.valid_tokens = valid_tokens
         self.unique_consecutive = unique_consecutive
         self.seconds = tokens.seconds
         stage = Stage(
@@ -295,33 +294,22 @@ class StageTrainer(Trainer):
 
         return self.accumulate(batches, compute, lambda batch: self.model.count_labels(**batch))
 
-    @property
-    def held_out(self) -> int | None:
-        if self.valid_tokens is None:
-            return None if self.held_out_by is None else 0
-        return min(len(self.valid_tokens), self.max_valid_items)
-
-    @torch.no_grad()
     def validate(self) -> dict[str, Any] | None:
-        """The mean loss over all held-out tokens, the same crops each time, each process a share."""
-        if not self.held_out:
-            return None
-        sums = torch.zeros(2, device=self.device)
-        model = self.evaluated_model
-        with evaluating(model):
-            for batch in self.held_out_batches(self.valid_tokens, range(rank(), self.held_out, world_size())):
-                with self.autocast():
-                    loss = model(**batch)
-                labels = model.count_labels(**batch)
-                sums += torch.stack([loss.float() * labels, labels])
-        loss, count = (mean_over_ranks(part).item() for part in sums)
-        return dict(loss=loss / count, score=-loss / count)
+        """The mean loss over all held-out tokens, the same crops each time."""
+
+        def measure(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+            with self.autocast():
+                loss = model(**batch)
+            labels = model.count_labels(**batch)
+            return loss.float() * labels, labels
+
+        loss = self.mean_over_held_out(measure)
+        return None if loss is None else dict(loss=loss, score=-loss)
 
     def save_model(self, folder: Path) -> None:
         stage = self.evaluated_model
         # `saving.load_module` rebuilds the transformer from this folder
-        keywords = stage.transformer.config
-        config = dict(model=self.kind.__name__, keywords=keywords, step=self.step, stage=self.model_config())
+        config = describe(stage.transformer) | dict(step=self.step, stage=self.model_config())
         if adapters_of(stage.transformer):
             save_adapters(stage.transformer, folder / ADAPTERS_FOLDER)
         written = checkpoint.write_folder(folder, config, checkpoint.plain_state(stage.transformer))

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object
 
+from musiclm_pytorch.audiolm.fingerprints import differences
 from musiclm_pytorch.collectives import world_size
 from musiclm_pytorch.trainer import best, checkpoints
 from musiclm_pytorch.trainer.folders import moved_aside, new_results
@@ -127,7 +128,7 @@ def _restore(trainer: Resumable, state: dict[str, Any]) -> None:
     Raises ValueError, before anything is changed, for a checkpoint of another model, of an optimizer that keeps other
     statistics, or of a run that trained on what is held out now.
     """
-    changed = checkpoints.differences(state['config'], trainer.model_config())
+    changed = differences(state['config'], trainer.model_config())
     _check(trainer, state, changed)
     trainer.model.load_state_dict(state['model'])
     if changed:
@@ -211,7 +212,7 @@ def _restore_average(trainer: Resumable, average: dict[str, torch.Tensor] | None
 def _epoch(trainer: Resumable) -> dict[str, int | None]:
     """How long a pass over the data is, and a batch of all processes."""
     batches = trainer.batches
-    return dict(batches=batches.batches_an_epoch, items=batches.batch_size * world_size())
+    return dict(batches=batches.batches_per_epoch, items=batches.batch_size * world_size())
 
 
 def _position(trainer: Resumable, state: dict[str, Any]) -> int:

@@ -21,23 +21,23 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from typing_extensions import Unpack
 
+from musiclm_pytorch.audiolm.saving import describe
 from musiclm_pytorch.checks import check_positive
-from musiclm_pytorch.collectives import gather_sizes, mean_over_ranks
+from musiclm_pytorch.collectives import gather_sizes, mean_over_ranks, rank, world_size
 from musiclm_pytorch.kernels.processor import computes_in_bf16, half_precision
 from musiclm_pytorch.locking import only_writer
+from musiclm_pytorch.mulan import checkpoint
 from musiclm_pytorch.mulan.display import size_of
+from musiclm_pytorch.mulan.model import evaluating
 from musiclm_pytorch.trainer import best, checkpoints
-from musiclm_pytorch.trainer.batches import SeededItems, StandIn
 from musiclm_pytorch.trainer.callbacks import Callback, CallOnStep, ProgressBar
 from musiclm_pytorch.trainer.config import PRECISIONS, TrainingConfig, TrainingKeywords, field_parameters
 from musiclm_pytorch.trainer.grouping import Grouping
 from musiclm_pytorch.trainer.interrupts import end_by, stop_requests
-from musiclm_pytorch.trainer.journal import Journal
-from musiclm_pytorch.trainer.optimizers import build_optimizer
-from musiclm_pytorch.trainer.schedules import learning_rate
+from musiclm_pytorch.trainer.metrics_logger import Journal, check_trackers, tracking
+from musiclm_pytorch.trainer.optimizers import build_optimizer, learning_rate
+from musiclm_pytorch.trainer.resumable_loader import DummyBatch, SeededItems, default_batch_size, open_batches
 from musiclm_pytorch.trainer.state import Resumable
-from musiclm_pytorch.trainer.streams import default_batch_size, open_batches
-from musiclm_pytorch.trainer.trackers import check_trackers, tracking
 
 logger = logging.getLogger(__name__)
 
@@ -165,10 +165,10 @@ class Trainer(Resumable):
             prefetch_factor=config.prefetch_factor,
             pin_memory=self.device.type == 'cuda',
         )
-        self.steps_an_epoch = None  # of a stream, nobody knows
-        if self.batches.batches_an_epoch is not None:
-            self.steps_an_epoch = max(1, self.batches.batches_an_epoch // config.grad_accum_every)
-        self.validate_every = config.validate_every or self.steps_an_epoch or config.checkpoint_every
+        self.steps_per_epoch = None  # of a stream, nobody knows
+        if self.batches.batches_per_epoch is not None:
+            self.steps_per_epoch = max(1, self.batches.batches_per_epoch // config.grad_accum_every)
+        self.validate_every = config.validate_every or self.steps_per_epoch or config.checkpoint_every
 
         self.model = model.to(self.device)
         self.ema = None
@@ -207,31 +207,35 @@ class Trainer(Resumable):
         """Metrics on held-out data, `score` among them (higher is better); None if there is no such data."""
         return None
 
+    valid_dataset: Any = None  # held-out items, by index
+    held_out_by: dict[str, Any] | None = None  # how they were chosen from the data set, if they were
+    least_held_out = 1  # items that validation takes
+
     @property
     def held_out(self) -> int | None:
         """The number of items that validation looks at; None where no validation is wanted."""
-        return None
-
-    held_out_by: dict[str, Any] | None = None  # how the held-out items were chosen from the data set, if they were
-    least_held_out = 1  # items that validation takes
+        if self.valid_dataset is None:
+            return None if self.held_out_by is None else 0
+        return min(len(self.valid_dataset), self.max_valid_items)
 
     def save_model(self, folder: Path) -> None:
-        """Write the model (its average, where there is one) for use."""
-        raise NotImplementedError
+        """Write the model (its average, where there is one) for use: what `audiolm.saving.load_module` reads."""
+        model = self.evaluated_model
+        checkpoint.write_folder(folder, describe(model) | dict(step=self.step), model.state_dict())
 
     def count_items(self, batch: Any) -> int | None:
         """The number of items in a batch that are trained on, None where it cannot be used."""
         if batch is None:
             return None
-        return 0 if isinstance(batch, StandIn) else 1
+        return 0 if isinstance(batch, DummyBatch) else 1
 
     smallest_batch = 1  # items, over all processes
     saves_last = False  # whether the model at the end of training is written too, not the best alone
 
-    def as_stand_in(self, batch: Any) -> Any:
+    def as_dummy(self, batch: Any) -> Any:
         """Mark a batch as one that takes part in a step and adds nothing to it, for a process that has no items left
         at the uneven end of an epoch."""
-        return StandIn(batch)
+        return DummyBatch(batch)
 
     # how it is trained
 
@@ -265,13 +269,13 @@ class Trainer(Resumable):
         Returns:
             the metrics, means over all parts of the step.
         """
-        counts = [0 if isinstance(batch, StandIn) else count(batch) for batch in batches]
+        counts = [0 if isinstance(batch, DummyBatch) else count(batch) for batch in batches]
         counts = torch.stack([torch.as_tensor(it, dtype=torch.float32, device=self.device) for it in counts])
         # gradients are averaged over processes, so all shares add up to the number of these
         shares = counts / mean_over_ranks(counts.sum())
         sums: dict[str, Tensor] = {}
         for number, (batch, share) in enumerate(zip(batches, shares), start=1):
-            batch = batch.batch if isinstance(batch, StandIn) else batch
+            batch = batch.batch if isinstance(batch, DummyBatch) else batch
             # gradients are averaged over processes once a step
             last = number == len(batches)
             with contextlib.nullcontext() if last else self.accelerator.no_sync(self.step_module):
@@ -282,11 +286,24 @@ class Trainer(Resumable):
                 sums[name] = sums.get(name, 0.0) + value * share
         return {name: mean_over_ranks(value).item() for name, value in sums.items()}
 
-    def held_out_batches(self, dataset: Dataset, indices: Iterable[int]) -> Iterator[Any]:
+    def held_out_batches(self, indices: Iterable[int]) -> Iterator[Any]:
         """Batches of held-out items, alike at each validation, on the device; what cannot be read is left out."""
-        items, keys = SeededItems(dataset, self.seed), [(0, index) for index in indices]
+        items, keys = SeededItems(self.valid_dataset, self.seed), [(0, index) for index in indices]
         loader = DataLoader(items, sampler=keys, batch_size=self.batches.batch_size, collate_fn=self.collate_fn)
         return (send_to_device(batch, self.device) for batch in loader if batch is not None)
+
+    @torch.no_grad()
+    def mean_over_held_out(self, measure: Callable[[nn.Module, Any], tuple[Tensor, Tensor | int]]) -> float | None:
+        """The mean over all held-out parts, such as tokens, of what `measure` finds of a model and a batch: a sum and a
+        number of parts; each process takes a share of the items. None if there are none."""
+        if not self.held_out:
+            return None
+        sums, model = torch.zeros(2, device=self.device), self.evaluated_model
+        with evaluating(model):
+            for batch in self.held_out_batches(range(rank(), self.held_out, world_size())):
+                sums += torch.stack([torch.as_tensor(it, device=self.device).float() for it in measure(model, batch)])
+        total, count = (mean_over_ranks(part).item() for part in sums)
+        return total / count if count else None
 
     def clip_gradients(self) -> float:
         if self.scaler is not None:
@@ -394,9 +411,9 @@ class Trainer(Resumable):
         elif num_epochs is not None and num_train_steps is not None:
             raise ValueError(f'pass num_epochs or num_train_steps, got both: {num_epochs} and {num_train_steps}')
         check_positive(num_epochs=num_epochs, num_train_steps=num_train_steps)
-        if num_train_steps is None and self.steps_an_epoch is None:
+        if num_train_steps is None and self.steps_per_epoch is None:
             raise ValueError('the data set does not tell how long an epoch is; pass num_train_steps')
-        return num_train_steps or math.ceil((num_epochs or 1) * self.steps_an_epoch)
+        return num_train_steps or math.ceil((num_epochs or 1) * self.steps_per_epoch)
 
     def tell(self, hook: str, *arguments: Any) -> None:
         """Call a hook of all callbacks."""
@@ -464,10 +481,10 @@ class Trainer(Resumable):
 
     def next_batch(self, data: Iterator[Any]) -> Any:
         """The next batch that can be trained on; what the data set could not read may leave none or too little."""
-        for _ in range(self.batches.batches_an_epoch or UNUSABLE_BATCHES):
+        for _ in range(self.batches.batches_per_epoch or UNUSABLE_BATCHES):
             batch = next(data)
             if batch is not None and self.batches.own_items(self.position) == 0:
-                batch = self.as_stand_in(batch)
+                batch = self.as_dummy(batch)
             self.position += 1
             # all processes take a batch or none does, since each waits for the others in the step
             count = self.count_items(batch)

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from musiclm_pytorch.data.attributes import TONICS, choose
+from musiclm_pytorch.data.attributes import TONICS, check_value, choose
 from musiclm_pytorch.data.scores.instruments import FAMILIES, INSTRUMENTS, LEADS, REGISTERS
 from musiclm_pytorch.data.scores.styles import METRES, SCALES, STYLES
 
@@ -69,14 +69,6 @@ def tempo_class(bpm: float) -> str:
     return next(name for name, (_, above) in TEMPO_BORDERS.items() if bpm < above or name == 'fast')
 
 
-def check_attribute(name: str, value: Any) -> None:
-    """Raise ValueError unless `name` is an attribute that may have `value`."""
-    if name not in ATTRIBUTES:
-        raise ValueError(f'no attribute is named {name!r}; they are {", ".join(ATTRIBUTES)}')
-    if not any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in ATTRIBUTES[name]):
-        raise ValueError(f'{name} must be one of {", ".join(map(repr, ATTRIBUTES[name]))}, got {value!r}')
-
-
 @dataclass(frozen=True)
 class ScoreLabels:
     """All that is known of a clip of `ScoreMusic`. What is None is not known, and no caption tells it.
@@ -128,7 +120,7 @@ class ScoreLabels:
             raise ValueError(f'no instrument is named {unknown[0]!r}; they are {", ".join(INSTRUMENTS)}')
         for name in ('style', 'texture', 'mode', 'tonic', 'register', 'dynamics', 'articulation', 'mood', 'drums'):
             if (value := getattr(self, name)) is not None:
-                check_attribute(name, value)
+                check_value(name, value, ATTRIBUTES)
         if self.source == COMPOSED and not fits(self.mood, self):
             raise ValueError(f'mood {self.mood!r} needs {MOODS[self.mood]}, which these labels contradict')
 
@@ -165,7 +157,7 @@ class ScoreLabels:
             raise TypeError(f'labels have no attribute {sorted(unknown)[0]!r}; they are {", ".join(sorted(allowed))}')
         for name, value in given.items():
             if name in ATTRIBUTES:
-                check_attribute(name, value)
+                check_value(name, value, ATTRIBUTES)
         return _Draw(random, given).labels()
 
 

@@ -16,7 +16,7 @@ from musiclm_pytorch.data.attributes import choose
 from musiclm_pytorch.data.scores.composer import DRUM_CHANNEL, Note, Part
 from musiclm_pytorch.data.scores.instruments import BY_PROGRAM, INSTRUMENTS, REGISTERS
 from musiclm_pytorch.data.scores.labels import ScoreLabels
-from musiclm_pytorch.extras import how_to_install
+from musiclm_pytorch.extras import needing
 
 SUFFIXES = {'.mid', '.midi', '.kar', '.rmi'}
 HELD_OUT = 8  # one file of so many belongs to 'valid'
@@ -82,10 +82,8 @@ def files_of_split(files: list[Path], split: str) -> list[Path]:
 @lru_cache(maxsize=256)
 def read_score(path: Path) -> Score:
     """A MIDI file's notes, sustain pedal included. Raises ValueError, which names the file, for one that is damaged."""
-    try:
+    with needing('MIDI files need mido', 'scores'):
         import mido
-    except ImportError as error:
-        raise ImportError(f'MIDI files need mido: {how_to_install("scores")}') from error
     try:
         messages = list(mido.MidiFile(path, clip=True))
     except (OSError, EOFError, ValueError, TypeError, KeyError, IndexError) as error:
