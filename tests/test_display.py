@@ -80,6 +80,7 @@ def test_no_public_class_prints_all_of_its_layers():
     layered = {it.__name__ for it in classes if issubclass(it, nn.Module) and it.__repr__ is nn.Module.__repr__}
     assert layered == {
         *('AudioSpectrogramTransformer', 'TextTransformer', 'MelodyEncoder', 'MuLaNOpenCLIP'),
+        *('PretrainedAudioTransformer', 'PretrainedTextTransformer'),
         *('SemanticTransformer', 'CoarseTransformer', 'FineTransformer'),
         *('MultiLayerContrastiveLoss', 'SigmoidContrastiveLearning', 'SoftmaxContrastiveLearning'),
     }
