@@ -80,6 +80,8 @@ def written_together(folder: str | Path) -> Iterator[Path]:
     aside, retired = (folder / f'.together.{os.getpid()}.{kind}' for kind in ('tmp', 'before'))
     try:
         with naming(folder):
+            with suppress(OSError):  # not there, or not empty
+                retired.rmdir()
             if retired.exists():  # of a process of the same number that was killed while it changed places
                 retired.rename(free_name(folder / 'together'))
             shutil.rmtree(aside, ignore_errors=True)

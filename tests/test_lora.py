@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from helpers.models import tiny_mulan
 from helpers.pretrained_parts import Sounds
 from helpers.pretrained_towers import save_tower
 from helpers.stage_parts import STAGES, compute, make_quantizer, make_trainer, make_transformer, transformer_for
@@ -11,6 +12,7 @@ from helpers.training import assert_same
 
 from musiclm_pytorch import (
     MuLaN,
+    MuLaNEmbedQuantizer,
     MuLaNTrainer,
     PretrainedAudioTransformer,
     PretrainedTextTransformer,
@@ -24,7 +26,10 @@ from musiclm_pytorch.audiolm.generate import generate_semantic
 from musiclm_pytorch.audiolm.sampling import Sampling
 from musiclm_pytorch.audiolm.saving import load_module, save_module
 from musiclm_pytorch.cli import main
+from musiclm_pytorch.distributed import DistributedConfig, DistributedMuLaNTrainer
 from musiclm_pytorch.mulan.lora import adapters_of
+from musiclm_pytorch.trainer.optimizers import build_optimizer
+from musiclm_pytorch.trainer.stages import take_conditioning
 
 
 def moved(module, seed=0):
@@ -162,3 +167,36 @@ def test_the_command_line(tokens, tmp_path, capsys):
     assert main([*at, '--lora', '2', '--begin-with', str(tmp_path / 'stage')]) == 0
     adapted = load_adapters(load_module(tmp_path / 'stage'), tmp_path / 'run' / 'last' / 'adapters')
     assert_same(merge_adapters(adapted).state_dict(), load_module(tmp_path / 'run' / 'last').state_dict())
+
+
+def test_a_stage_of_a_musiclm_keeps_what_conditions_it(tmp_path):
+    saved = make_quantizer()
+    saved.save_pretrained(tmp_path / 'quantizer')
+    own = MuLaNEmbedQuantizer.from_pretrained(tmp_path / 'quantizer')
+    for embeddings in own.cond_embeddings.parameters():
+        torch.nn.init.zeros_(embeddings)
+    take_conditioning(tmp_path / 'quantizer', 'coarse', own)
+    assert torch.equal(own.cond_embeddings['coarse'], saved.cond_embeddings['coarse'])
+    assert not own.cond_embeddings['fine'].any()
+    for codes in own.rq.buffers():
+        if codes.is_floating_point():
+            codes.add_(1)
+    with pytest.raises(ValueError, match='trained with the codes of'):
+        take_conditioning(tmp_path / 'quantizer', 'coarse', own)
+
+
+def test_adapters_are_decayed():
+    stage = add_adapters(transformer_for('semantic'), rank=2)
+    decayed, *others = build_optimizer('adam', stage, 1e-3, (0.9, 0.99), 0.1).param_groups
+    assert decayed['weight_decay'] == 0.1
+    assert {id(it) for it in decayed['params']} == {id(it) for it in stage.parameters() if it.requires_grad}
+    assert others == []
+
+
+def test_adapters_train_where_no_model_is_sent(tmp_path):
+    mulan = add_adapters(tiny_mulan(), rank=2)
+    trainer = DistributedMuLaNTrainer(
+        mulan, Sounds(), DistributedConfig(world_size=2, backend='gloo'), batch_size=2, results_folder=tmp_path
+    )
+    with pytest.raises(ValueError, match='torchrun'):
+        trainer.train(num_train_steps=1)

@@ -3,6 +3,7 @@ import inspect
 import json
 import logging
 import math
+import os
 import subprocess
 import sys
 import typing
@@ -375,6 +376,22 @@ def test_pruning_that_is_cut_off_leaves_whole_checkpoints(tmp_path, monkeypatch)
     assert [checkpoints.read(path)['step'] for path in found] == [2]
     checkpoints.prune(tmp_path, 1)
     assert list(tmp_path.iterdir()) == found
+
+
+def test_what_a_killed_writer_leaves(tmp_path):
+    """Of the same number, as in a container: nothing piles up, and what lost its place is not thrown away."""
+    aside, before = (tmp_path / f'.together.{os.getpid()}.{kind}' for kind in ('tmp', 'before'))
+    for folder in (aside, before):
+        folder.mkdir()
+    for step in (1, 2):
+        checkpoints.write(tmp_path, step, dict(step=step))
+    assert sorted(it.name for it in tmp_path.iterdir()) == ['step-000000001', 'step-000000002']
+    left = tmp_path / '.together.1.before'
+    (left / 'step-000000003').mkdir(parents=True)
+    (tmp_path / '.together.1.tmp').mkdir()
+    checkpoints.prune(tmp_path, 1)
+    assert sorted(it.name for it in tmp_path.iterdir()) == [left.name, 'step-000000002']
+    assert (left / 'step-000000003').is_dir()
 
 
 def test_states_come_back_as_they_were(tmp_path):

@@ -211,9 +211,14 @@ def begin_stage(folder: Path, stage: str, quantizer):
     from musiclm_pytorch.audiolm.saving import load_module
     from musiclm_pytorch.mulan.checkpoint import saved_kind
     from musiclm_pytorch.trainer.assembly import model_in
-    from musiclm_pytorch.trainer.stages import CONDITIONING_FILE, load_stage
+    from musiclm_pytorch.trainer.stages import CONDITIONING_FILE, load_stage, take_conditioning
 
-    folder = folder / stage if saved_kind(folder) == 'MusicLM' else model_in(folder)
+    if saved_kind(folder) == 'MusicLM':
+        model = load_module(folder / stage)
+        if quantizer is not None:
+            take_conditioning(folder / 'quantizer', stage, quantizer)
+        return model
+    folder = model_in(folder)
     model = load_module(folder)
     if quantizer is not None and (folder / CONDITIONING_FILE).is_file():
         load_stage(folder, model, quantizer)

@@ -31,6 +31,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from musiclm_pytorch.distributed.config import DistributedConfig
+from musiclm_pytorch.mulan.lora import adapters_of
 from musiclm_pytorch.mulan.model import MuLaN
 
 JOB_FILE, ERROR_FILE, LOG_FILE, OUTCOME_FILE = 'job.pickle', 'error.pickle', 'log.jsonl', 'outcome.pt'
@@ -58,6 +59,11 @@ def launch(
 
 
 def _write_job(job: dict[str, Any], folder: Path) -> None:
+    if adapters_of(job['mulan']):
+        raise ValueError(
+            'a MuLaN with adapters cannot be sent to other processes: start the script with torchrun or accelerate '
+            'launch, or merge_adapters before'
+        )
     try:
         with (folder / JOB_FILE).open('wb') as file:
             cloudpickle.dump(job, file)

@@ -27,6 +27,7 @@ from musiclm_pytorch.distributed.config import (
     launched_world_size,
 )
 from musiclm_pytorch.mulan.model import MuLaN, PairLatents
+from musiclm_pytorch.mulan.pretrained_towers import check_own
 from musiclm_pytorch.trainer.config import TrainingConfig
 from musiclm_pytorch.trainer.metrics_logger import check_trackers
 from musiclm_pytorch.trainer.mulan import MuLaNTrainer
@@ -77,8 +78,12 @@ class WorldTrainer(MuLaNTrainer):
             _synchronise_batchnorm(mulan, config.device_type)
         self.sharded = config.use_fsdp
         model = copy.deepcopy(mulan) if self.sharded else mulan
+        if config.gradient_checkpointing or config.use_fsdp:
+            name = 'gradient_checkpointing' if config.gradient_checkpointing else 'use_fsdp'
+            check_own(model.audio, model.text, what=f'{name}=True')
         for tower in (model.audio, model.text):
-            tower.transformer.checkpoint_activations = config.gradient_checkpointing
+            if hasattr(tower, 'transformer'):  # not of others
+                tower.transformer.checkpoint_activations = config.gradient_checkpointing
 
         accelerate_kwargs = dict(accelerate_kwargs or {})
         _join_world(config, accelerate_kwargs.get('kwargs_handlers', []))

@@ -81,7 +81,8 @@ def adapters_of(module: nn.Module) -> dict[str, LowRank]:
 def merge_adapters(module: nn.Module) -> nn.Module:
     """Make the adapters part of the weights, which compute the same; gives the module.
 
-    All stays frozen, as `add_adapters` left it: `requires_grad_()` lets a stage be trained as a whole.
+    All stays frozen, as `add_adapters` left it: `requires_grad_()` lets a stage be trained as a whole. The embeddings
+    that a stage's trainer froze with it are `quantizer.cond_embeddings`.
     """
     for name in adapters_of(module):
         parametrize.remove_parametrizations(module.get_submodule(name), 'weight')

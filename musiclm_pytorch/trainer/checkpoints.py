@@ -8,7 +8,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -133,8 +133,11 @@ def prune(folder: Path, keep: int) -> None:
     for path in steps(folder)[:-keep]:
         # out of sight first: killed in the middle, no half of a checkpoint stays under the name of a whole one
         path.rename(folder / f'.{path.name}.{os.getpid()}.old')
-    for path in (*folder.glob('.step-*'), *folder.glob('.together.*')):
+    for path in (*folder.glob('.step-*'), *folder.glob('.together.*.tmp')):
         shutil.rmtree(path, ignore_errors=True)
+    for path in folder.glob('.together.*.before'):  # what is in one has lost its place, and may be all that is left
+        with suppress(OSError):
+            path.rmdir()
 
 
 def _flatten(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:

@@ -8,6 +8,7 @@ import math
 import torch
 from lion_pytorch import Lion
 from torch import nn
+from torch.nn.utils import parametrize
 
 
 def build_optimizer(
@@ -17,7 +18,7 @@ def build_optimizer(
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not parameters:
         raise ValueError('the model has no parameter that requires a gradient: there is nothing to train')
-    decayed = {id(p) for module in model.modules() if isinstance(module, nn.Linear) for p in [module.weight]}
+    decayed = {id(p) for module in model.modules() if isinstance(module, nn.Linear) for p in matrices_of(module)}
     groups = [
         dict(params=[p for p in parameters if id(p) in decayed], weight_decay=weight_decay),
         dict(params=[p for p in parameters if id(p) not in decayed], weight_decay=0.0),
@@ -29,6 +30,13 @@ def build_optimizer(
     kind = torch.optim.AdamW if name == 'adamw' or weight_decay > 0 else torch.optim.Adam
     # one pass over each weight and its moments instead of ten
     return kind(groups, lr=lr, betas=betas, fused=True)
+
+
+def matrices_of(layer: nn.Linear) -> list[nn.Parameter]:
+    """The parameters that a layer's weight is made of: itself, or those of adapters and what these adapt."""
+    if parametrize.is_parametrized(layer, 'weight'):
+        return list(layer.parametrizations.weight.parameters())
+    return [layer.weight]
 
 
 def learning_rate(

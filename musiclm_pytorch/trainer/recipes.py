@@ -247,6 +247,12 @@ class MuLaNRecipe(TrainedRecipe):
 
     def build_model(self) -> MuLaN:
         """A new model, with weights drawn from torch's generator."""
+        for name in ('audio', 'text'):
+            if isinstance(getattr(self, name).get('model'), dict):
+                raise ValueError(
+                    f"{self.source}: 'model' of the section {name} is a config without weights, of a model that was "
+                    'given with --init-from: give it again'
+                )
         with self.section('audio') as keywords:
             own = create_optimized_audiospectrogram_transformer
             audio = (PretrainedAudioTransformer if 'model' in keywords else own)(**keywords)

@@ -379,6 +379,25 @@ def melody_of(quantizer: MuLaNEmbedQuantizer, namespace: str) -> MelodyEmbedding
     return quantizer.melody_embedding if namespace == MELODY_NAMESPACE else None
 
 
+def take_conditioning(folder: Path, stage: str, quantizer: MuLaNEmbedQuantizer) -> None:
+    """Take over what conditions a stage of a MusicLM, whose quantizer is in `folder`, into one with the same codes.
+
+    Raises ValueError for a quantizer with other codes, which mean nothing to the stage.
+    """
+    saved = MuLaNEmbedQuantizer.from_pretrained(folder)
+    melodies = [melody_of(it, stage) for it in (saved, quantizer)]
+    if fingerprint(saved) != fingerprint(quantizer) or (melodies[0] is None) != (melodies[1] is None):
+        raise ValueError(
+            f'the stage was trained with the codes of {folder}, not with those of the quantizer: pass that one'
+        )
+    pairs = [(embeddings_of(saved, stage), embeddings_of(quantizer, stage))]
+    if melodies[0] is not None:
+        pairs += zip(melodies[0].parameters(), melodies[1].parameters(), strict=True)
+    with torch.no_grad():
+        for theirs, own in pairs:
+            own.copy_(theirs)
+
+
 def load_stage(folder: str | Path, transformer: nn.Module, quantizer: MuLaNEmbedQuantizer | None = None) -> None:
     """Load what a stage's trainer wrote: the transformer's weights, and its embeddings into the quantizer, if given.
 

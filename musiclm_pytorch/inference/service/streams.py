@@ -114,20 +114,19 @@ async def play(request: Request, wanted: Stream) -> StreamingResponse:
             query['prime'] = await run_in_threadpool(read_base64, query['prime'], 'prime', config)
         streams[name] = made = await run_in_threadpool(musiclm.stream, prompt, **query)
         if worker.is_stopping:
-            made.close()
-            streams[name] = None
             raise stopping()
-    except (ValueError, OverflowError) as error:
-        raise invalid(str(error)) from error
-    finally:
-        if streams[name] is None:
-            del streams[name]
-    headers = {'X-Stream': name, 'X-Seed': str(made.seed), 'Vary': 'Accept'}
-    if warning := musiclm.prompt_warnings([prompt])[0]:
-        headers['X-Warning'] = header_of(warning)
-    seconds = query.get('seconds')
-    encoder = STREAMS[kind](made.sample_rate, None if seconds is None else round(seconds * made.sample_rate))
-    return Playing(made, encoder, headers, ended=partial(streams.pop, name))
+        headers = {'X-Stream': name, 'X-Seed': str(made.seed), 'Vary': 'Accept'}
+        if warning := musiclm.prompt_warnings([prompt])[0]:
+            headers['X-Warning'] = header_of(warning)
+        seconds = query.get('seconds')
+        encoder = STREAMS[kind](made.sample_rate, None if seconds is None else round(seconds * made.sample_rate))
+        return Playing(made, encoder, headers, ended=partial(streams.pop, name))
+    except BaseException as error:
+        if (made := streams.pop(name, None)) is not None:
+            made.close()
+        if isinstance(error, (ValueError, OverflowError)):
+            raise invalid(str(error)) from error
+        raise
 
 
 @router.post('/stream/{name}', openapi_extra={'requestBody': {'content': schema(NextPrompt)}})
@@ -168,11 +167,15 @@ class Playing(StreamingResponse):
     async def _played(self) -> AsyncIterator[bytes]:
         loop, rate = asyncio.get_running_loop(), self.stream.sample_rate
         start, seconds = loop.time(), 0.0
-        while (made := await loop.run_in_executor(self.pool, self._next)) is not None:
+        made = await loop.run_in_executor(self.pool, self._next)
+        while made is not None:
             content, samples = made
             yield content
             seconds += samples / rate
+            # what follows a long prime takes a while, and is made while that is heard
+            following = loop.run_in_executor(self.pool, self._next) if samples > AHEAD * rate else None
             await asyncio.sleep(start + seconds - AHEAD - loop.time())
+            made = await (following or loop.run_in_executor(self.pool, self._next))
         yield self.encoder.close()
 
     def _next(self) -> tuple[bytes, int] | None:
