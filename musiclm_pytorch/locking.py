@@ -153,8 +153,8 @@ def first_use(what: Hashable) -> Iterator[None]:
 @contextmanager
 def _only_compiler() -> Iterator[None]:
     # beside what several machines share, if they do: a home directory often comes with the packages in it
-    cache = Path(os.environ.get('XDG_CACHE_HOME') or '~/.cache').expanduser() / 'musiclm_pytorch'
-    for folder in (cache, Path(tempfile.gettempdir()) / f'musiclm_pytorch-{os.getuid()}'):
+    cache = Path(os.environ.get('XDG_CACHE_HOME') or '~/.cache').expanduser() / 'musiclm-pytorch'
+    for folder in (cache, Path(tempfile.gettempdir()) / f'musiclm-pytorch-{os.getuid()}'):
         lock = FileLock(folder / 'compiling.lock', timeout=COMPILING, fallback_to_soft=False)
         try:
             folder.mkdir(parents=True, exist_ok=True)

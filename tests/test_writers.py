@@ -329,7 +329,7 @@ def test_one_process_compiles_at_a_time(tmp_path):
 
 def test_who_dies_while_it_compiles_holds_nobody_up(tmp_path):
     (dying,) = compilers([WAITS], tmp_path)
-    lock = tmp_path / 'musiclm_pytorch' / 'compiling.lock'
+    lock = tmp_path / 'musiclm-pytorch' / 'compiling.lock'
     while not lock.exists():
         assert dying.poll() is None
     dying.kill()

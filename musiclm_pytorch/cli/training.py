@@ -182,11 +182,11 @@ def run_train_mulan(options: argparse.Namespace) -> dict[str, Any] | None:
     print(f'{trainer.step} steps done; checkpoints and metrics.jsonl are in {trainer.results_folder}')
     if (best := tell_best(trainer)) is None:
         print('no held-out pairs, hence no best model; give --valid-data')
-        return facts_of(trainer)
+        return facts_of(trainer, best)
     for way in ('audio_to_text', 'text_to_audio'):
         numbers = ', '.join(f'{label} {best[f"{way}_{name}"]:.3g}' for name, label in METRICS.items())
         print(f'{way.replace("_", " ")}: {numbers}')
-    return facts_of(trainer)
+    return facts_of(trainer, best)
 
 
 def run_train_stage(options: argparse.Namespace) -> dict[str, Any] | None:
@@ -266,16 +266,11 @@ def report(trainer) -> dict[str, Any] | None:
     if results := trainer.last_results:
         found = {name: results[name] for name in ('loss', 'valid_loss') if name in results}
         print(', '.join(f'{name.replace("_", " ")} {value:.4g}' for name, value in found.items()))
-    if trainer.held_out:
-        tell_best(trainer)
-    return facts_of(trainer)
+    return facts_of(trainer, tell_best(trainer) if trainer.held_out else None)
 
 
-def facts_of(trainer) -> dict[str, Any]:
-    from musiclm_pytorch.trainer import best
-
-    found = best.read(trainer.best_folder)
-    return dict(steps=trainer.step, results=trainer.last_results, best=found, output=trainer.results_folder)
+def facts_of(trainer, best: dict | None) -> dict[str, Any]:
+    return dict(steps=trainer.step, results=trainer.last_results, best=best, output=trainer.results_folder)
 
 
 def tell_best(trainer) -> dict | None:

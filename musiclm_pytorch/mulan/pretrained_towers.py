@@ -30,7 +30,21 @@ AST = 'audio-spectrogram-transformer'
 UNNEEDED = ('pooler.dense.weight', 'pooler.dense.bias', 'masked_spec_embed')
 
 
-class PretrainedTextTransformer(TextTransformer):
+class PretrainedTower(nn.Module):
+    """What both towers share: `model`, and whether it is `trained`."""
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    def train(self, mode: bool = True) -> PretrainedTower:
+        super().train(mode)
+        if not self.trained:
+            self.model.eval()
+        return self
+
+
+class PretrainedTextTransformer(PretrainedTower, TextTransformer):
     """A text encoder of `transformers` as the text tower of a `MuLaN`: T5 and its like, BERT, RoBERTa and theirs.
 
         text = PretrainedTextTransformer('google-t5/t5-base')
@@ -96,13 +110,6 @@ class PretrainedTextTransformer(TextTransformer):
 
     reads_words = True
 
-    @property
-    def device(self) -> torch.device:
-        return next(self.model.parameters()).device
-
-    def train(self, mode: bool = True) -> PretrainedTextTransformer:
-        return _train(super().train(mode))
-
     def forward(
         self,
         x: Tensor | None = None,
@@ -130,14 +137,11 @@ class PretrainedTextTransformer(TextTransformer):
     def known_ids(self) -> None:
         return None
 
-    def unknown_words(self, text: str) -> list[str]:
-        return []
-
     def with_known_tokens(self, known_tokens: Sequence[int]) -> TextTransformer:
         raise TypeError(f'the vocabulary of a {type(self.model).__name__} stays as it is')
 
 
-class PretrainedAudioTransformer(AudioSpectrogramTransformer):
+class PretrainedAudioTransformer(PretrainedTower, AudioSpectrogramTransformer):
     """An audio encoder of `transformers` as the audio tower of a `MuLaN`: AST, or MERT, HuBERT, wav2vec 2.0 and WavLM.
 
         audio = PretrainedAudioTransformer('MIT/ast-finetuned-audioset-10-10-0.4593')
@@ -204,13 +208,6 @@ class PretrainedAudioTransformer(AudioSpectrogramTransformer):
             samples = (samples - 1) * stride + kernel
         return samples
 
-    @property
-    def device(self) -> torch.device:
-        return next(self.model.parameters()).device
-
-    def train(self, mode: bool = True) -> PretrainedAudioTransformer:
-        return _train(super().train(mode))
-
     def forward(
         self,
         x: Tensor,
@@ -251,7 +248,7 @@ class PretrainedAudioTransformer(AudioSpectrogramTransformer):
 def check_own(*towers: nn.Module, what: str) -> None:
     """Raise TypeError for a tower that others have trained, where `what` knows the inside of ours alone."""
     for tower in towers:
-        if isinstance(tower, (PretrainedTextTransformer, PretrainedAudioTransformer)):
+        if isinstance(tower, PretrainedTower):
             raise TypeError(f'{what} takes towers of our own, not a {type(tower).__name__}')
 
 
@@ -285,12 +282,6 @@ def _prepared(model: nn.Module, trained: bool) -> nn.Module:
 
 def _content(model: nn.Module) -> dict[str, Any]:
     return json.loads(model.config.to_json_string())
-
-
-def _train(tower: PretrainedTextTransformer | PretrainedAudioTransformer) -> Any:
-    if not tower.trained:
-        tower.model.eval()
-    return tower
 
 
 def _given(
