@@ -94,15 +94,15 @@ def train_codec(models) -> None:
         parser,
         '--begin-with',
         metavar='FOLDER',
-        help="start from the codec in this folder, a trainer's or that of a MusicLM; then the section model of a recipe "
-        'is not used',
+        help="start from the codec in this folder, a trainer's or that of a MusicLM; then the section model of a "
+        'recipe is not used',
     )
     option(parser, '--levels', metavar='N', help='keep only this many levels of codes of a NeuralCodec of --begin-with')
     option(
         parser,
         '--decoder-only',
         action='store_true',
-        help='train the decoder of a NeuralCodec of --begin-with alone: codes, tokens and stages made of them stay valid',
+        help='train the decoder of a NeuralCodec of --begin-with alone: codes, and what was made of them, stay valid',
     )
     add_training(parser)
 
