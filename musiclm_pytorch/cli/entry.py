@@ -18,6 +18,7 @@ from musiclm_pytorch.cli.data import shard, tokens
 from musiclm_pytorch.cli.evaluate import compare, evaluate
 from musiclm_pytorch.cli.generate import discard_output, generate, stream
 from musiclm_pytorch.cli.options import split_fields
+from musiclm_pytorch.cli.parser import Parser, complete
 from musiclm_pytorch.cli.parts import assemble, recipes
 from musiclm_pytorch.cli.play import infill
 from musiclm_pytorch.cli.search import index, search
@@ -33,17 +34,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     another process writes into the same folder. 130, 143, 129: SIGINT, SIGTERM or SIGHUP. Each error is told in a line
     on stderr.
     """
-    parser = argparse.ArgumentParser(
-        prog='musiclm', description='Music and text: data, training, generation, evaluation, search.'
-    )
+    parser = Parser(prog='musiclm', description='Music and text: data, training, generation, evaluation, search.')
     parser.add_argument('--version', action='version', version=f'musiclm-pytorch {__version__}')
     subcommands = parser.add_subparsers(dest='command', required=True, metavar='COMMAND')
     for declare in SUBCOMMANDS:
         declare(subcommands)
-    if '_ARGCOMPLETE' in os.environ:  # the shell asks what may come next
-        import argcomplete
-
-        argcomplete.autocomplete(parser)
+    complete(parser)
     try:
         words, fields = split_fields(sys.argv[1:] if arguments is None else arguments)
     except ValueError as error:
@@ -58,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             with alone_in_output(options), contextlib.redirect_stdout(sys.stderr if options.json else sys.stdout):
                 facts = options.run(options)
             if options.json and facts is not None:
-                print(json.dumps(facts, ensure_ascii=False, default=as_plain))
+                print(as_json(facts))
             flush_output()
         except user_errors() as error:
             print(f'{options.prog}: error: {" ".join(str(error).split())}', file=sys.stderr)
@@ -112,6 +108,16 @@ def alone_in_output(options: argparse.Namespace) -> Iterator[None]:
 
             stack.enter_context(only_writer(options.output))
         yield
+
+
+def as_json(facts: dict) -> str:
+    """One line, with null for what diverged."""
+    try:
+        return json.dumps(facts, ensure_ascii=False, default=as_plain, allow_nan=False)
+    except ValueError:
+        from musiclm_pytorch.atomic import valid_json
+
+        return valid_json(facts, ensure_ascii=False, default=as_plain)
 
 
 def as_plain(value: object) -> object:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from musiclm_pytorch.pretrained.hub import find_folder
-
 HOME = Path(__file__).resolve().parent
 
 
@@ -21,6 +19,8 @@ def find_pretrained(folder: str | Path, revision: str | None = None, subfolder: 
 
     Raises FileNotFoundError if there is neither, or if the folder is not a model's but has one inside, which is named.
     """
+    from musiclm_pytorch.pretrained.hub import find_folder  # imports torch, which names are listed without
+
     path = find_folder(folder, revision, subfolder)
     if path.exists():
         if not (path / 'config.json').exists() and (inside := models_inside(path)):

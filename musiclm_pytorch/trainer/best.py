@@ -44,7 +44,9 @@ def write(folder: Path, save_model: Callable[[Path], None], *, replace: bool, fo
     (folder / FILE).unlink(missing_ok=True)
     save_model(folder)
     numbers = {name: value for name, value in found.items() if isinstance(value, (int, float))}
-    write_checked_json(folder / FILE, numbers)
+    write_checked_json(
+        folder / FILE, {name: value if math.isfinite(value) else None for name, value in numbers.items()}
+    )
 
 
 def known_score(folder: Path, score: float | None, held_out: int | None) -> float | None:
