@@ -1,6 +1,7 @@
 """The code of the README and of each page of docs runs as it stands, page by page, and gives the stated shapes."""
 
 import ast
+import json
 import re
 import runpy
 from pathlib import Path
@@ -12,6 +13,7 @@ PAGES = {it.relative_to(ROOT).as_posix(): it.read_text(encoding='utf-8') for it 
 PAGES['README.md'] = (ROOT / 'README.md').read_text(encoding='utf-8')
 # `py` in place of `python` marks what needs a network, a sound font or an account
 REFERENCE = runpy.run_path(str(ROOT / 'docs' / 'reference.py'))
+TABLES = runpy.run_path(str(ROOT / 'docs' / 'tables.py'))
 BLOCKS = {name: found for name, text in PAGES.items() if (found := re.findall(r'```python\n(.*?)```', text, re.S))}
 
 
@@ -51,6 +53,42 @@ def test_links_lead_somewhere(page):
     made = {f'reference/{room}.md' for room in REFERENCE['ROOMS']}  # with the site
     for target in re.findall(r'\]\((?!http)([^)#]+)[^)]*\)', PAGES[page]):
         assert target in made or (ROOT / page).parent.joinpath(target).exists(), target
+
+
+@pytest.mark.parametrize('page', TABLES['PAGES'], ids=lambda it: it.relative_to(ROOT).as_posix())
+def test_figures_are_those_of_the_json(page):
+    text = page.read_text(encoding='utf-8')
+    assert TABLES['filled'](text) == text  # else: make figures
+    for name in TABLES['MARKED'].findall(text):
+        begin = text.index(f'<!-- table: {name} -->')
+        end = text.index('<!-- end of table -->', begin)
+        typed = re.sub(r'\d', '7', text[begin:end])
+        assert TABLES['filled'](text[:begin] + typed + text[end:]) == text
+
+
+def test_every_table_and_every_json_is_shown():
+    shown = [it for page in TABLES['PAGES'] for it in TABLES['MARKED'].findall(page.read_text(encoding='utf-8'))]
+    assert set(shown) == {it.__name__ for it in TABLES['TABLES']}
+    for path in TABLES['FIGURES'].iterdir():
+        found = json.loads(path.read_text(encoding='utf-8'), parse_constant=pytest.fail)
+        assert re.search(r'python benchmarks/(\w+)\.py', found['command'])[1] == path.stem
+        assert re.fullmatch(r'\d{4}-\d\d-\d\d', found['date'])
+        assert {'processor', 'cores', 'threads'} <= found['machine'].keys()
+
+
+def test_what_benchmarks_write_can_be_shown(monkeypatch, tmp_path):
+    results = runpy.run_path(str(ROOT / 'benchmarks' / 'results.py'))
+    monkeypatch.setattr('sys.argv', ['/x/benchmarks/mulan.py', '--cases', 'train:3:4'])
+    given = json.loads((TABLES['FIGURES'] / 'mulan.json').read_text(encoding='utf-8'))
+    results['write_results'](
+        tmp_path / 'a' / 'mulan.json', {key: given[key] for key in ('cases', 'agreement', 'memory_limit_gb')}
+    )
+    monkeypatch.setitem(TABLES['mulan'].__globals__, 'FIGURES', tmp_path / 'a')
+    table = TABLES['mulan']()
+    assert '(`python benchmarks/mulan.py --cases train:3:4`, ' in table
+    assert '| training step, 3 s × 4 | 16.53 s | 2.86 s | **5.8** | 9.17 GB | 3.08 GB | **0.34** |' in table
+    with pytest.raises(ValueError, match='not JSON compliant'):
+        results['write_results'](tmp_path / 'b.json', dict(loss=float('nan')))
 
 
 def test_the_readme_is_a_page():
