@@ -106,6 +106,21 @@ def test_every_public_name_can_be_imported():
         _ = musiclm_pytorch.MuLan
 
 
+def test_the_reference_shows_arguments_as_lists():
+    """A paragraph of `name: what it is` has a heading, Args or Attributes, without which it is shown as prose."""
+    for path in {it for paths in REFERENCE['public_names']().values() for it in paths}:
+        module, name = path.rsplit('.', 1)
+        file = ROOT / f'{module.replace(".", "/")}.py'
+        if not file.exists():
+            file = file.with_suffix('') / '__init__.py'
+        nodes = [it for it in ast.parse(file.read_text(encoding='utf-8')).body if getattr(it, 'name', None) == name]
+        below = [it for node in nodes for it in node.body if isinstance(node, ast.ClassDef)]
+        for node in [*nodes, *below]:
+            if isinstance(node, ast.ClassDef | ast.FunctionDef):
+                told = ast.get_docstring(node) or ''
+                assert not re.search(r'\n\n[a-z_]\w*(, [a-z_]\w*)*: \S', told), f'{path}, {node.name}'
+
+
 def test_the_reference_tells_every_public_name():
     import musiclm_pytorch
 
