@@ -4,9 +4,12 @@ import ast
 import json
 import re
 import runpy
+import shlex
 from pathlib import Path
 
 import pytest
+
+from musiclm_pytorch.cli.entry import read
 
 ROOT = Path(__file__).parents[1]
 PAGES = {it.relative_to(ROOT).as_posix(): it.read_text(encoding='utf-8') for it in (ROOT / 'docs').rglob('*.md')}
@@ -42,6 +45,30 @@ def test_blocks_of_code_are_closed(page):
             inside = not inside
         assert not (inside and re.match('## ', line)), line
     assert not inside
+
+
+def commands_of(text):
+    """The lines of `musiclm` in a page's blocks for a shell, without what other programs do."""
+    for block in re.findall(r'```(?:bash|sh)\n(.*?)```', text, re.S):
+        for line in block.replace('\\\n', ' ').splitlines():
+            words = shlex.split(line, comments=True)
+            while 'musiclm' in words:
+                words = words[words.index('musiclm') + 1 :]
+                end = next((i for i, word in enumerate(words) if word in ('|', '>', '&', '&&', ';')), len(words))
+                if words and words[0].isidentifier() and '…' not in words:
+                    yield words[:end]
+
+
+COMMANDS = [(name, command) for name, text in PAGES.items() for command in commands_of(text)]
+
+
+@pytest.mark.parametrize(('page', 'command'), COMMANDS, ids=[f'{page}: {command[0]}' for page, command in COMMANDS])
+def test_commands_can_be_typed(page, command):
+    assert read(command).run
+
+
+def test_pages_have_commands():
+    assert {'generate', 'stream', 'train', 'tokens', 'evaluate', 'search'} <= {command[0] for _, command in COMMANDS}
 
 
 def test_pages_have_code_to_run():

@@ -34,20 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     another process writes into the same folder. 130, 143, 129: SIGINT, SIGTERM or SIGHUP. Each error is told in a line
     on stderr.
     """
-    parser = Parser(prog='musiclm', description='Music and text: data, training, generation, evaluation, search.')
-    parser.add_argument('--version', action='version', version=f'musiclm-pytorch {__version__}')
-    subcommands = parser.add_subparsers(dest='command', required=True, metavar='COMMAND')
-    for declare in SUBCOMMANDS:
-        declare(subcommands)
-    complete(parser)
-    try:
-        words, fields = split_fields(sys.argv[1:] if arguments is None else arguments)
-    except ValueError as error:
-        parser.error(str(error))
-    options = parser.parse_args(words)
-    if fields and 'takes_fields' not in options:
-        parser.error(f'{options.prog} takes no recipe, hence no --{next(iter(fields))}.…')
-    options.fields = fields
+    options = read(sys.argv[1:] if arguments is None else arguments)
     logging.basicConfig(level=logging.WARNING, format='%(message)s')
     with ended_by_signals() as signals:
         try:
@@ -63,6 +50,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f'{options.prog}: {str(error) or "interrupted"}', file=sys.stderr)
             return 128 + (signals[0] if signals else signal.SIGINT)
     return 0
+
+
+def read(arguments: Sequence[str]) -> argparse.Namespace:
+    """What a command line says. Ends the process where it is wrong, or asks for help or completion."""
+    parser = Parser(prog='musiclm', description='Music and text: data, training, generation, evaluation, search.')
+    parser.add_argument('--version', action='version', version=f'musiclm-pytorch {__version__}')
+    subcommands = parser.add_subparsers(dest='command', required=True, metavar='COMMAND')
+    for declare in SUBCOMMANDS:
+        declare(subcommands)
+    complete(parser)
+    try:
+        words, fields = split_fields(arguments)
+    except ValueError as error:
+        parser.error(str(error))
+    options = parser.parse_args(words)
+    if fields and 'takes_fields' not in options:
+        parser.error(f'{options.prog} takes no recipe, hence no --{next(iter(fields))}.…')
+    options.fields = fields
+    return options
 
 
 @contextlib.contextmanager
