@@ -285,9 +285,10 @@ def benchmarks() -> str:
         found = figures(path.stem)
         machine, page = found['machine'], marks.get(SHOWN.get(path.stem, path.stem))
         where = 'README' if page is None else f'[{page.stem}]({page.name})'
-        what = f'{machine["processor"]}, {machine["cores"]} cores, {machine["threads"]} thread(s)'
-        rows.append([f'`{found["command"]}`', where, found['date'], what, 'rounded' if 'note' in found else 'whole'])
-    return table(['run', 'shown in', 'date', 'machine', 'JSON'], rows)
+        what = f'{machine["processor"]}, {machine["cores"]} cores'
+        script = re.search(r'\w+\.py', found['command'])[0]
+        rows.append([f'`{script}`', where, found['date'], what, 'rounded' if 'note' in found else 'whole'])
+    return table(['script', 'shown in', 'date', 'machine', 'JSON'], rows)
 
 
 SHOWN = dict(scaling='scaling_steps')
