@@ -224,6 +224,20 @@ def test_interruption_is_no_traceback(music, tmp_path, capsys, monkeypatch):
     assert 'musiclm shard: interrupted' in capsys.readouterr().err
 
 
+def test_too_little_memory_is_one_line(music, tmp_path, capsys, monkeypatch):
+    command = ['shard', str(music), '-o', str(tmp_path / 'out')]
+    for take in (lambda *_, **__: torch.empty(10**15), lambda *_, **__: bytes(10**15)):
+        monkeypatch.setattr('musiclm_pytorch.data.shard_writer.write_shards', take)
+        assert cli.main(command) == 1
+        (error,) = (line for line in capsys.readouterr().err.splitlines() if 'skipped' not in line)
+        assert re.match('musiclm shard: error: out of memory; take less at once: a smaller batch', error)
+    monkeypatch.setattr(
+        'musiclm_pytorch.data.shard_writer.write_shards', lambda *_, **__: torch.ones(2) @ torch.ones(3)
+    )
+    with pytest.raises(RuntimeError, match='inconsistent tensor size'):  # a fault of ours is no user's
+        cli.main(command)
+
+
 def test_entry_point(monkeypatch):
     given = {}
     monkeypatch.setattr('setuptools.setup', lambda **keywords: given.update(keywords))

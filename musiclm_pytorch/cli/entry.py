@@ -30,9 +30,9 @@ from musiclm_pytorch.version import __version__
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code.
 
-    0: done. 2: something is wrong with what was given. 1: the file system refuses (a full disk, no permission), or
-    another process writes into the same folder. 130, 143, 129: SIGINT, SIGTERM or SIGHUP. Each error is told in a line
-    on stderr.
+    0: done. 2: something is wrong with what was given. 1: the file system refuses (a full disk, no permission), memory
+    does not suffice, or another process writes into the same folder. 130, 143, 129: SIGINT, SIGTERM or SIGHUP. Each
+    error is told in a line on stderr.
     """
     options = read(sys.argv[1:] if arguments is None else arguments)
     logging.basicConfig(level=logging.WARNING, format='%(message)s')
@@ -46,6 +46,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except user_errors() as error:
             print(f'{options.prog}: error: {" ".join(str(error).split())}', file=sys.stderr)
             return code_of(error)
+        except (MemoryError, RuntimeError) as error:
+            if not out_of_memory(error):
+                raise
+            print(f'{options.prog}: error: {OUT_OF_MEMORY} ({" ".join(str(error).split())})', file=sys.stderr)
+            return 1
         except KeyboardInterrupt as error:
             print(f'{options.prog}: {str(error) or "interrupted"}', file=sys.stderr)
             return 128 + (signals[0] if signals else signal.SIGINT)
@@ -150,11 +155,18 @@ def code_of(error: Exception) -> int:
     return 1 if error.errno in REFUSED | {errno.EPIPE} or isinstance(error, FolderInUseError) else 2
 
 
+def out_of_memory(error: Exception) -> bool:
+    """Whether it is Python's, that of a GPU, or what torch has no class for: too little of the main memory."""
+    kinds = ('MemoryError', 'OutOfMemoryError')
+    return type(error).__name__ in kinds or "can't allocate memory" in str(error)
+
+
 def user_errors() -> tuple[type[Exception], ...]:
     """What is told in a line. TrainingError counts where training is loaded, which is not done for its sake."""
     loop = sys.modules.get('musiclm_pytorch.trainer.trainer')
     return OSError, ValueError, TypeError, ImportError, *([loop.TrainingError] if loop else [])
 
 
+OUT_OF_MEMORY = 'out of memory; take less at once: a smaller batch, fewer or shorter pieces, or a smaller model'
 SUBCOMMANDS = [shard, train, tokens, assemble, recipes, generate, infill, stream, evaluate, compare, index, search]
 SUBCOMMANDS += [serve, app]
