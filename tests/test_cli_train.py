@@ -144,7 +144,9 @@ def test_errors_are_one_line_and_exit_code_2(config, tmp_path, capsys, arguments
 def test_a_run_that_diverged_says_so_and_its_json_is_valid(config, tmp_path, capsys, caplog):
     given = ['--data', 'synthetic', '--config', config, '--output', tmp_path / 'out', '--training.warmup_steps', '0']
     assert run(*given, '--lr', '1e30', '--steps', '1', '--json') == 0
-    texts = [capsys.readouterr().out, *(tmp_path / 'out' / 'metrics.jsonl').read_text().splitlines()]
+    printed = capsys.readouterr()
+    assert f'never a number. That of the last step is in {tmp_path / "out" / "last"}' in printed.err
+    texts = [printed.out, *(tmp_path / 'out' / 'metrics.jsonl').read_text().splitlines()]
     facts, *lines = [json.loads(text, parse_constant=pytest.fail) for text in texts]
     assert (facts['results']['valid_loss'], facts['best']) == (None, None)
     assert [it['loss'] for it in lines if it['part'] == 'valid'] == [None]

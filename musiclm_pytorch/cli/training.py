@@ -185,10 +185,9 @@ def run_train_mulan(options: argparse.Namespace) -> dict[str, Any] | None:
         return None
     print(f'{trainer.step} steps done; checkpoints and metrics.jsonl are in {trainer.results_folder}')
     if (best := tell_best(trainer)) is None:
-        if 'valid_loss' in (trainer.last_results or {}):
-            print('no best model: the held-out loss was never a number')
-        else:
-            print('no held-out pairs, hence no best model; give --valid-data')
+        diverged = 'valid_loss' in (trainer.last_results or {})
+        why = 'the held-out loss was never a number' if diverged else 'too few pairs are held out; give --valid-data'
+        print(f'no best model: {why}. That of the last step is in {trainer.results_folder / "last"}')
         return facts_of(trainer, best)
     for way in ('audio_to_text', 'text_to_audio'):
         numbers = ', '.join(f'{label} {best[f"{way}_{name}"]:.3g}' for name, label in METRICS.items())

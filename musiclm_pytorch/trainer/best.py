@@ -71,8 +71,8 @@ def warn_of_few(held_out: int | None, least: int) -> None:
         return
     if held_out < least:
         logger.warning(
-            'no validation and no best model: %d items are held out, and it takes at least %d; raise valid_frac, or '
-            'give held-out data',
+            'no validation and no best model: of held-out items there are %d, and it takes at least %d; raise '
+            'valid_frac, or give held-out data',
             held_out,
             least,
         )
