@@ -31,15 +31,14 @@ def table(head: Sequence[str], rows: Iterable[Sequence[Any]], right: bool = Fals
 def measured(name: str) -> str:
     """What was run, on what, when."""
     found = figures(name)
-    machine = found['machine']
-    told = [
-        f'`{found["command"]}`',
-        f'{machine["processor"]}, {machine["cores"]} cores',
-        'one thread' if machine['threads'] == 1 else f'{machine["threads"]} threads',
-        *([f'torch {machine["torch"].partition("+")[0]}'] if 'torch' in machine else []),
-        found['date'],
-    ]
-    return f'({", ".join(told)})'
+    return f'(`{found["command"]}`, {told(found["machine"])}{found["date"]})'
+
+
+def told(machine: dict[str, Any]) -> str:
+    """What is known of a machine, with a comma behind it."""
+    parts = {'processor': '{}', 'cores': '{} cores', 'threads': '{} threads', 'torch': 'torch {}'}
+    known = [text.format(str(machine[key]).partition('+')[0]) for key, text in parts.items() if key in machine]
+    return ''.join(f'{it}, ' for it in known).replace('1 threads', 'one thread')
 
 
 def bold(figure: float, digits: int = 1) -> str:
@@ -187,6 +186,22 @@ def inference() -> str:
     return f'{measured("inference")}\n\n{table(head, rows)}'
 
 
+def memory() -> str:
+    found, rows = figures('memory'), []
+    for case, it in found['rows'].items():
+        pairs, _, chunk = case.partition(':')
+        how = (
+            f'{pairs} pairs'
+            if case == '32'
+            else f'{pairs} pairs, in chunks of {chunk}'
+            if chunk
+            else f'{pairs} pairs at once'
+        )
+        rows.append([how, f'{it["peak"]:.2f} GB'])
+    head = [f'clips of {found["seconds"]:g} s', 'peak memory']
+    return f'{measured("memory")}\n\n{table(head, rows)}'
+
+
 def service() -> str:
     titles = {
         'clients: 1': '1 client',
@@ -222,6 +237,16 @@ def memorised() -> str:
         rows.append([tokens, span(exact, percent), span(near, percent), percent(it['same_token']['value']), costs])
     head = ['tokens given, of 62', 'exactly the clip', 'nearly', 'tokens equal', 'median cost, of strangers']
     return table(head, rows)
+
+
+def prompt_scores() -> str:
+    found, titles = figures('prompt_scores'), dict(valid='held-out captions', nonsense='three words of random letters')
+    rows = [
+        [title, *(f'{it["mean"]:.3f}, {percent(it["below"], 0)}' for it in found['rows'] if it['prompts'] == kind)]
+        for kind, title in titles.items()
+    ]
+    head = [f'{found["prompts"]} prompts each, music of 5 s', f'best of 1: mean, below {found["usual"]}']
+    return f'{measured("prompt_scores")}\n\n{table([*head, "best of 2", "best of 4"], rows)}'
 
 
 def separation() -> str:
@@ -277,23 +302,23 @@ def damage() -> str:
 
 def benchmarks() -> str:
     """Every run that a page shows."""
-    marks = {
-        name: page for page in PAGES if page.parent.name == 'docs' for name in MARKED.findall(page.read_text('utf-8'))
-    }
+    pages = sorted(PAGES, key=lambda it: it.parent.name == 'docs')  # of several, a page of the site is told
+    marks = {name: page for page in pages for name in MARKED.findall(page.read_text(encoding='utf-8'))}
     rows = []
     for path in sorted(FIGURES.glob('*.json')):
         found = figures(path.stem)
-        machine, page = found['machine'], marks.get(SHOWN.get(path.stem, path.stem))
-        where = 'README' if page is None else f'[{page.stem}]({page.name})'
-        what = f'{machine["processor"]}, {machine["cores"]} cores'
+        machine, page = found['machine'], marks[SHOWN.get(path.stem, path.stem)]
+        where = 'README' if page == ROOT / 'README.md' else "the model's card"
+        where = f'[{page.stem}]({page.name})' if page.parent.name == 'docs' else where
+        what = told({key: machine[key] for key in ('processor', 'cores') if key in machine}).rstrip(', ')
         script = re.search(r'\w+\.py', found['command'])[0]
         rows.append([f'`{script}`', where, found['date'], what, 'rounded' if 'note' in found else 'whole'])
     return table(['script', 'shown in', 'date', 'machine', 'JSON'], rows)
 
 
-SHOWN = dict(scaling='scaling_steps')
-TABLES = [speed, mulan, generation, stages, scaling_steps, scaling_loss, inference, service]
-TABLES += [obedience, memorised, separation, structure, codecs, damage, benchmarks]
+SHOWN = dict(scaling='scaling_steps', streaming='speed')
+TABLES = [speed, mulan, generation, stages, scaling_steps, scaling_loss, inference, memory, service]
+TABLES += [obedience, memorised, prompt_scores, separation, structure, codecs, damage, benchmarks]
 
 
 def filled(text: str) -> str:

@@ -29,8 +29,11 @@ def find_pretrained(folder: str | Path, revision: str | None = None, subfolder: 
     if str(folder) in pretrained_names():
         return HOME / str(folder)
     shipped = ', '.join(map(repr, pretrained_names())) or 'none'
+    # such as results/best, of a training that kept none
+    beside = models_inside(path.parent) if path.parent.is_dir() and path.name != str(path) else []
+    hint = f'; the model beside it is {beside[0]}' if beside else ''
     raise FileNotFoundError(
-        f'there is no folder {folder}, nor a model of that name in the package, which has {shipped}'
+        f'there is no folder {folder}, nor a model of that name in the package, which has {shipped}{hint}'
     )
 
 
