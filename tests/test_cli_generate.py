@@ -96,6 +96,7 @@ def test_generate_writes_waves_and_a_page(tmp_path, capsys):
         (['--prime', 'nowhere.wav'], 'nowhere.wav'),
         (['--device', 'cuda:99'], 'pass another, or leave it out'),
         (['--model', str(HOME)], f'the model in it is {HOME / "tiny"}, so pass that'),
+        (['--model', str(HOME / 'best')], f'the model beside it is {HOME / "tiny"}'),
     ],
 )
 def test_bad_options_are_told_in_a_line(tmp_path, capsys, arguments, message):

@@ -202,7 +202,7 @@ def test_recipes_that_ship(capsys):
     assert main(['recipes', 'mulan_small']) == 0
     assert yaml.safe_load(capsys.readouterr().out)['audio']['use_case'] == 'tonal'
     assert main(['recipes', 'large']) == 2
-    told = "no recipe 'large' in the package, which has codec_neural, mulan_small, musiclm_small"
+    told = "no recipe 'large' in the package; known are codec_neural, mulan_small, musiclm_small"
     assert told in capsys.readouterr().err
     with pytest.raises(FileNotFoundError, match='no recipe large, neither a file nor in the package'):
         MuLaNRecipe.load('large')

@@ -93,20 +93,21 @@ def generate_semantic(
 ) -> TokenSequences:
     """Sample semantic tokens until the end token or `max_length`.
 
-    transformer: the stage, ours or audiolm-pytorch's
-    max_length, min_length: tokens, the prime included; no sample ends before `min_length`
-    num_samples: batch size, if neither the conditioning nor the prime tells it
-    text_embeds: (b, n, d), or (1, n, d) for all samples; a list has one for each window, the last one stays
-    negative_embeds: (b, n, d) or (1, n, d), what to keep away from, see `Sampling`; its n is that of text_embeds
-    prime: (b, n) int64 tokens that the result begins with, padded with −1 behind shorter ones
-    window, overlap: at most `window` tokens are seen at once, each window continues the last `overlap` of the one
-        before; None sees everything
-    prime_overlap: how many tokens of the prime the first window sees, at most; None for all of them where they are
-        fewer than a window, else for `overlap`. What a new text shall not be held by is better left out
-    generator: one, or one a sample, which makes samples independent of the batch they are in
-    progress: True for a bar, or a function of steps done and steps in all
-    total_length: of the whole, in tokens, if this is a part of it; by it, kernels are loaded or not
-    compile: run steps through torch.compile at fixed shapes, on a GPU as a CUDA graph
+    Args:
+        transformer: the stage, ours or audiolm-pytorch's
+        max_length, min_length: tokens, the prime included; no sample ends before `min_length`
+        num_samples: batch size, if neither the conditioning nor the prime tells it
+        text_embeds: (b, n, d), or (1, n, d) for all samples; a list has one for each window, the last one stays
+        negative_embeds: (b, n, d) or (1, n, d), what to keep away from, see `Sampling`; its n is that of text_embeds
+        prime: (b, n) int64 tokens that the result begins with, padded with −1 behind shorter ones
+        window, overlap: at most `window` tokens are seen at once, each window continues the last `overlap` of the one
+            before; None sees everything
+        prime_overlap: how many tokens of the prime the first window sees, at most; None for all of them where they are
+            fewer than a window, else for `overlap`. What a new text shall not be held by is better left out
+        generator: one, or one a sample, which makes samples independent of the batch they are in
+        progress: True for a bar, or a function of steps done and steps in all
+        total_length: of the whole, in tokens, if this is a part of it; by it, kernels are loaded or not
+        compile: run steps through torch.compile at fixed shapes, on a GPU as a CUDA graph
 
     Returns tokens (b, n) and lengths (b,), without the end token.
     Raises ValueError for lengths, windows, tokens or shapes that do not fit, TypeError for another stage.
@@ -169,14 +170,16 @@ def generate_coarse(
 ) -> TokenSequences:
     """Sample coarse codes for semantic tokens, until the end token or `max_length` frames.
 
-    semantic_ids: (b, n) int64, −1 or the end token where there are none: those are not attended to, as in training
-    max_length: frames, the prime included; or one number a sample
-    prime: (b, frames, q) int64 codes that the result begins with
-    unique_consecutive: whether the stage was trained on semantic tokens without repetitions, which are then dropped
-    window, overlap, prime_overlap: in frames, as in `generate_semantic`. With a window or a `prime_overlap`, what is
-        seen of the semantic tokens is those of the same time, hence `semantic_per_frame`, the tokens' rate over the
-        frames'; they must hold repetitions
-    others as in `generate_semantic`
+    Args:
+        semantic_ids: (b, n) int64, −1 or the end token where there are none: those are not attended to, as in training
+        max_length: frames, the prime included; or one number a sample
+        prime: (b, frames, q) int64 codes that the result begins with
+        unique_consecutive: whether the stage was trained on semantic tokens without repetitions, which are then dropped
+        window, overlap, prime_overlap: in frames, as in `generate_semantic`. With a window or a `prime_overlap`, what
+            is seen of the semantic tokens is those of the same time, hence `semantic_per_frame`, the tokens' rate over
+            the frames'; they must hold repetitions
+
+    Others are as in `generate_semantic`.
 
     Returns codes (b, t, q) and lengths (b,) in frames.
     Raises ValueError for lengths, windows, tokens or shapes that do not fit, TypeError for another stage.
@@ -249,12 +252,14 @@ def generate_fine(
 ) -> TokenSequences:
     """Sample the fine codes of coarse codes.
 
-    coarse_codes: (b, t, q) int64; −1 or the end token in a frame means that the sample has ended before it
-    prime: (b, frames, q') int64 fine codes that the result begins with
-    window: frames; all windows are made apart from each other, in one batch. It should be the length of the crops
-        that the stage was trained on, for its position bias depends on it; shorter samples are padded to it
-    max_batch: the most windows at once, which bounds memory
-    others as in `generate_semantic`
+    Args:
+        coarse_codes: (b, t, q) int64; −1 or the end token in a frame means that the sample has ended before it
+        prime: (b, frames, q') int64 fine codes that the result begins with
+        window: frames; all windows are made apart from each other, in one batch. It should be the length of the crops
+            that the stage was trained on, for its position bias depends on it; shorter samples are padded to it
+        max_batch: the most windows at once, which bounds memory
+
+    Others are as in `generate_semantic`.
 
     Returns codes (b, t, q') and lengths (b,) in frames.
     Raises ValueError for windows, tokens or shapes that do not fit, TypeError for another stage.

@@ -25,6 +25,7 @@ from musiclm_pytorch.cli.options import (
     tell_model,
     write_results,
 )
+from musiclm_pytorch.cli.parser import models_that_ship, or_a_path
 from musiclm_pytorch.cli.parts import train_quantizer, train_tokenizer
 from musiclm_pytorch.cli.play import train_melody
 
@@ -66,6 +67,7 @@ def train_mulan(models) -> None:
         parser,
         '--init-from',
         metavar='FOLDER',
+        completer=or_a_path(models_that_ship),
         help='start from the model in this folder, written by save_pretrained; then the sections audio, text and mulan '
         'of a recipe are not used',
     )
@@ -73,6 +75,7 @@ def train_mulan(models) -> None:
         parser,
         '--init-matching-from',
         metavar='FOLDER',
+        completer=or_a_path(models_that_ship),
         help='build the model of the recipe, and take over from the model in this folder what fits, such as one of '
         'another vocabulary; what does not is named',
     )
@@ -149,6 +152,7 @@ def train_all(models) -> None:
         parser,
         '--begin-with',
         metavar='FOLDER',
+        completer=or_a_path(models_that_ship),
         help='a MusicLM of the same sizes, or the name of one that ships: its codec and semantic tokenizer are taken '
         'as they are, the stages go on from its weights, and MuLaN from what fits of them',
     )
@@ -181,7 +185,9 @@ def run_train_mulan(options: argparse.Namespace) -> dict[str, Any] | None:
         return None
     print(f'{trainer.step} steps done; checkpoints and metrics.jsonl are in {trainer.results_folder}')
     if (best := tell_best(trainer)) is None:
-        print('no held-out pairs, hence no best model; give --valid-data')
+        diverged = 'valid_loss' in (trainer.last_results or {})
+        why = 'the held-out loss was never a number' if diverged else 'too few pairs are held out; give --valid-data'
+        print(f'no best model: {why}. That of the last step is in {trainer.results_folder / "last"}')
         return facts_of(trainer, best)
     for way in ('audio_to_text', 'text_to_audio'):
         numbers = ', '.join(f'{label} {best[f"{way}_{name}"]:.3g}' for name, label in METRICS.items())
