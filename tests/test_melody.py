@@ -372,6 +372,7 @@ def test_a_stage_trained_without_melodies_goes_on_with_them(chain, tmp_path):
     folder, quantizer, _ = chain
     plain, stage = make_quantizer(), make_transformer('semantic', len(TONES), conditioned=True, dim=32, cond_dim=16)
     how = dict(batch_size=2, seconds=2.0, valid_frac=0, progress=False)
+    sure = dict(melody_drop_prob=0.0, cond_drop_prob=0.0)
     trained = SemanticTrainer(stage, folder / 'tokens', quantizer=plain, results_folder=tmp_path / 'plain', **how)
     trained.train(num_train_steps=1)
     plain.save_pretrained(tmp_path / 'quantizer')
@@ -385,14 +386,17 @@ def test_a_stage_trained_without_melodies_goes_on_with_them(chain, tmp_path):
     assert torch.equal(own(raw_texts=['clip 1'], namespace='semantic'), conditioning)
     before = stage.eval().loss(ids, conditioning=conditioning)
     assert torch.equal(again.eval().loss(ids, conditioning=conditioning, melody=melody), before)
-    # and it does learn them, from the folder of a MusicLM, too
+    # and it does learn them, from the folder of a MusicLM, too; alone if asked, so that nothing else changes
     taken = make_quantizer().add_melody(melody_quantizer())
     take_conditioning(tmp_path / 'quantizer', 'semantic', taken)
     assert torch.equal(taken(raw_texts=['clip 1'], namespace='semantic'), conditioning)
     SemanticTrainer(
-        again, folder / 'tokens', quantizer=taken, results_folder=tmp_path / 'run', melody_drop_prob=0.0, **how
+        again, folder / 'tokens', quantizer=taken, results_folder=tmp_path / 'run', melody_only=True, **sure, **how
     ).train(num_train_steps=1)
     assert not taken.melody_embedding.is_new
+    assert torch.equal(again.eval().loss(ids, conditioning=conditioning), before)
+    with pytest.raises(ValueError, match='melody_only needs a quantizer with a melody'):
+        SemanticTrainer(stage, folder / 'tokens', quantizer=plain, melody_only=True, results_folder=tmp_path, **how)
     add_adapters(stage, rank=2)
     with pytest.raises(ValueError, match='melodies are new to this stage, and adapters alone would be trained'):
         SemanticTrainer(stage, folder / 'tokens', quantizer=own, results_folder=tmp_path / 'lora', **how)
