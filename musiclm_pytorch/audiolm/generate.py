@@ -80,6 +80,7 @@ def generate_semantic(
     num_samples: int | None = None,
     text_embeds: Embeds = None,
     negative_embeds: Tensor | None = None,
+    melody: Tensor | None = None,
     prime: Tensor | None = None,
     sampling: Sampling = PLAIN,
     min_length: int = 1,
@@ -99,6 +100,8 @@ def generate_semantic(
         num_samples: batch size, if neither the conditioning nor the prime tells it
         text_embeds: (b, n, d), or (1, n, d) for all samples; a list has one for each window, the last one stays
         negative_embeds: (b, n, d) or (1, n, d), what to keep away from, see `Sampling`; its n is that of text_embeds
+        melody: (b, m, d) or (1, m, d), of the melody to follow at the time of each token, from the first one of the
+            prime on, as of `StageTransformer.loss`; what is longer than it goes on without
         prime: (b, n) int64 tokens that the result begins with, padded with −1 behind shorter ones
         window, overlap: at most `window` tokens are seen at once, each window continues the last `overlap` of the one
             before; None sees everything
@@ -138,6 +141,7 @@ def generate_semantic(
         sampling=sampling,
         text_embeds=text_embeds,
         negative_embeds=negative_embeds,
+        melody=None if melody is None else _conditioning(stage, melody, batch, sampling, 'melody'),
         may_end_from=min_length,
         noise=Noise(generator, batch),
         forced=lengths.tolist() if known < longest else None,
@@ -327,6 +331,7 @@ def _generate(
     text_embeds: Embeds,
     negative_embeds: Tensor | None,
     noise: Noise,
+    melody: Tensor | None = None,
     limits: Sequence[int] | None = None,
     may_end_from: int = 0,
     forced: list[int] | None = None,
@@ -337,6 +342,7 @@ def _generate(
     """Fill `tokens (b, n, q)`, windows of several samples side by side, up to the end of each sample.
 
     given: what the stage is given for windows that go side by side
+    melody: `(b, m, d)`, for a stage whose windows that go side by side are of the same time
     limits: the length of each sample, n by default
     may_end_from: where a sample may end at the earliest
     forced: of primes of different lengths how many tokens there are of each, if there is but one window
@@ -358,6 +364,7 @@ def _generate(
                 max_tokens=jobs[0].given * q + steps,
                 conditioning=None if embeds[0] is None else torch.stack([it[r] for it, r in zip(embeds, rows)]),
                 negative=None if negative is None else negative[rows],
+                melody=None if melody is None else melody[rows, windows[0].start : windows[0].stop],
                 cond_scale=sampling.cond_scale,
                 negative_scale=sampling.negative_scale,
                 total_tokens=(total_length or length) * q,
@@ -467,7 +474,9 @@ def _first_ends(tokens: Tensor, end_id: int | None) -> list[int]:
     return torch.where(is_end.any(dim=1), is_end.long().argmax(dim=1), tokens.shape[1]).tolist()
 
 
-def _conditioning(stage: StageTransformer, embeds: Tensor | None, batch: int, sampling: Sampling) -> Tensor | None:
+def _conditioning(
+    stage: StageTransformer, embeds: Tensor | None, batch: int, sampling: Sampling, what: str = 'text_embeds'
+) -> Tensor | None:
     """The conditioning of `batch` samples, on the device of the stage."""
     name, width = type(stage).__name__, stage.conditioning_dim
     if embeds is None:
@@ -479,10 +488,10 @@ def _conditioning(stage: StageTransformer, embeds: Tensor | None, batch: int, sa
             )
         return None
     if not stage.has_condition:
-        raise ValueError(f'this {name} was built without has_condition, so it takes no text_embeds')
+        raise ValueError(f'this {name} was built without has_condition, so it takes no {what}')
     if embeds.ndim != 3 or embeds.shape[0] not in (1, batch) or embeds.shape[2] != width:
         raise ValueError(
-            f'text_embeds must have shape ({batch}, n, {width}), or (1, n, {width}) for all samples, '
+            f'{what} must have shape ({batch}, n, {width}), or (1, n, {width}) for all samples, '
             f'got {tuple(embeds.shape)}'
         )
     return embeds.to(stage.device).expand(batch, -1, -1)

@@ -40,8 +40,6 @@ def train_quantizer(models) -> None:
     option(parser, '--quantizers', metavar='N', help='levels (default: 8)')
     option(parser, '--codebook-size', metavar='N', help='codes a level (default: 1024)')
     option(parser, '--melody', metavar='FOLDER', help='what `musiclm train melody` wrote, for the semantic stage')
-    windows = 'of it that a crop of that stage has at most'
-    option(parser, '--melody-windows', metavar='N', default=30, help=windows)
 
 
 def train_tokenizer(models) -> None:
@@ -124,7 +122,7 @@ def run_train_quantizer(options: argparse.Namespace) -> dict[str, Any]:
     clips = open_clips(recipe, options, mulan.sample_rate)
     quantizer, missing = fit_quantizer(recipe.fitted, mulan, clips, options.dims or recipe.conditioning_dims)
     if options.melody is not None:
-        quantizer.add_melody(MelodyQuantizer.from_pretrained(options.melody), options.melody_windows)
+        quantizer.add_melody(MelodyQuantizer.from_pretrained(options.melody))
     write_results(options.output, quantizer.save_pretrained)
     print(f'{len(missing)} levels of {quantizer.codebook_size} codes, in {options.output}')
     print(f'{missing[-1]:.1%} of the squared length of the latents are missing after the last level')

@@ -107,8 +107,8 @@ def train_stage(models, stage: str, what: str) -> None:
         parser,
         '--begin-with',
         metavar='FOLDER',
-        help="start from the stage in this folder, a trainer's or that of a MusicLM; then the section model of a "
-        'recipe is not used',
+        help="start from the stage in this folder, a trainer's or that of a MusicLM, or of one that ships by its name; "
+        'then the section model of a recipe is not used. What it was trained without, such as a melody, is added',
     )
     add_lora(parser, '--begin-with')
     add_training(parser)
@@ -196,6 +196,7 @@ def run_train_mulan(options: argparse.Namespace) -> dict[str, Any] | None:
 
 
 def run_train_stage(options: argparse.Namespace) -> dict[str, Any] | None:
+    from musiclm_pytorch.pretrained import find_pretrained
     from musiclm_pytorch.quantizer import MuLaNEmbedQuantizer
     from musiclm_pytorch.trainer.resumable_loader import seed_everything
     from musiclm_pytorch.trainer.stage_recipes import STAGE_RECIPES
@@ -206,7 +207,7 @@ def run_train_stage(options: argparse.Namespace) -> dict[str, Any] | None:
     if options.begin_with is None:
         model = recipe.build_model(options.tokens, quantizer)
     else:
-        model = begin_stage(Path(options.begin_with), options.stage, quantizer)
+        model = begin_stage(find_pretrained(options.begin_with), options.stage, quantizer)
     adapt(model, options, options.begin_with, '--begin-with')
     held_out = options.valid_tokens
     return report(run_trainer(recipe, options, model, options.tokens, valid_tokens=held_out, quantizer=quantizer))
@@ -227,7 +228,7 @@ def begin_stage(folder: Path, stage: str, quantizer):
     folder = model_in(folder)
     model = load_module(folder)
     if quantizer is not None and (folder / CONDITIONING_FILE).is_file():
-        load_stage(folder, model, quantizer)
+        load_stage(folder, model, quantizer, may_add_melody=True)
     return model
 
 
