@@ -15,7 +15,7 @@ HEALTHY = from importlib.util import find_spec; exit(not all(map(find_spec, ("fa
 $(shell test ! -e $(STAMP) || $(RUN) -c '$(HEALTHY)' >/dev/null 2>&1 || rm -f $(STAMP))
 
 .DEFAULT_GOAL := help
-.PHONY: help test quick demo docs bench lint format constraints clean
+.PHONY: help test quick demo docs figures bench lint format constraints clean
 
 DEMO = 'a fast happy flute melody' 'a slow low organ in minor, with drums'
 
@@ -42,6 +42,9 @@ demo: $(STAMP) ## make music for two prompts, and a page to hear and see it: out
 docs: $(STAMP) ## the site, with the reference of every public name: build/site/index.html
 	$(RUN) -m pip install --quiet -c constraints.txt -e '.[docs]'
 	$(RUN) -m mkdocs build --strict --quiet
+
+figures: $(STAMP) ## put the tables of README and pages right after a change of docs/figures
+	$(RUN) docs/tables.py
 
 bench: $(STAMP) ## MuLaN's speed and memory
 	$(RUN) benchmarks/mulan.py $(ARGS)

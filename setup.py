@@ -105,6 +105,7 @@ setup(
             'pretrained/*/*',
             'pretrained/*/*/*',
             'pretrained/*/*/*/*',
+            'pretrained/*/*/*/*/*',
         ]
     },
     install_requires=[

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
 import math
 import time
 from collections.abc import Callable
@@ -22,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from results import add_out, write_results  # beside this file
 from torch import Tensor
 
 from musiclm_pytorch import ScoreMusic, SpectralCodec
@@ -30,7 +30,6 @@ from musiclm_pytorch.codecs import mel_distance
 from musiclm_pytorch.data.audio import AudioFile, resample
 from musiclm_pytorch.pretrained import find_pretrained
 
-ROOT = Path(__file__).resolve().parent.parent
 RATE = 24000
 SUFFIXES = ('.ogg', '.flac', '.wav', '.mp3')
 
@@ -104,7 +103,7 @@ def main() -> None:
     parser.add_argument('--sound-font', help='path of the font (default: the one that is found)')
     parser.add_argument('--other-font', help='path of the font of the clips that are measured')
     parser.add_argument('--recordings', type=Path, nargs='*', default=[], help='folders of real music')
-    parser.add_argument('--out', type=Path, default=ROOT / 'build' / 'benchmarks' / 'codecs.json')
+    add_out(parser, 'codecs')
     args = parser.parse_args()
 
     torch.set_num_threads(1)
@@ -132,9 +131,7 @@ def main() -> None:
                 print('| ' + ' | '.join(rows[0]) + ' |\n|' + '---|' * len(rows[0]))
             shown = (f'{it:.2f}' if isinstance(it, float) else it or '–' for it in rows[-1].values())
             print('| ' + ' | '.join(map(str, shown)) + ' |', flush=True)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(dict(seconds=args.seconds, judged=args.judged, rows=rows), indent=2) + '\n')
-    print(f'\nwritten to {args.out}')
+    write_results(args.out, dict(seconds=args.seconds, judged=args.judged, rows=rows))
 
 
 if __name__ == '__main__':

@@ -51,6 +51,7 @@ from typing import Any
 import numpy as np
 import soundfile
 import torch
+from results import add_out, write_results  # beside this file
 from torch import nn
 
 from musiclm_pytorch import (
@@ -683,8 +684,9 @@ def run(name: str, kind: Kind, root: Path, each: int, seed: int, jobs: int, show
 # ---- what checking costs ----
 
 
-def cost(repeats: int) -> None:
+def cost(repeats: int) -> dict[str, dict[str, float]]:
     """Time to load with and without `verify`, in turn: medians of CPU time, which other programs disturb least."""
+    costs = {}
     torch.manual_seed(0)
     sizes = dict(dim=1024, heads=16, dim_head=64)
     with tempfile.TemporaryDirectory() as large:
@@ -701,6 +703,8 @@ def cost(repeats: int) -> None:
                     found[verify].append(time.process_time() - begin)
             with_it, without = (float(np.median(found[it])) for it in (True, False))
             print(f'{name}: {with_it:.3f} s checked, {without:.3f} s not: {with_it / without - 1:+.1%}', flush=True)
+            costs[name] = dict(repeats=repeats, checked=with_it, unchecked=without)
+    return costs
 
 
 def main() -> None:
@@ -711,19 +715,23 @@ def main() -> None:
     parser.add_argument('--jobs', type=int, default=2)
     parser.add_argument('--show', action='store_true', help='tell what came of each variation')
     parser.add_argument('--cost', type=int, default=0, metavar='REPEATS', help='measure what checking costs instead')
+    add_out(parser, 'damage')
     options = parser.parse_args()
     torch.set_num_threads(1)
     if options.cost:
-        cost(options.cost)
+        write_results(options.out, dict(cost=cost(options.cost)))
         return
     total: collections.Counter = collections.Counter()
+    rows = {}
     print(f'| kind | {" | ".join(OUTCOMES)} |\n|---|{"---:|" * len(OUTCOMES)}', flush=True)
     with tempfile.TemporaryDirectory() as root:
         for name in options.kinds:
             counts = run(name, KINDS[name], Path(root), options.each, options.seed, options.jobs, options.show)
             total += counts
-            print(f'| {name} | {" | ".join(str(counts[it]) for it in OUTCOMES)} |', flush=True)
+            rows[name] = {it: counts[it] for it in OUTCOMES}
+            print(f'| {name} | {" | ".join(map(str, rows[name].values()))} |', flush=True)
     print(f'| all {sum(total[it] for it in OUTCOMES)} | {" | ".join(str(total[it]) for it in OUTCOMES)} |')
+    write_results(options.out, dict(each=options.each, seed=options.seed, rows=rows))
     sys.exit(any(total[it] for it in BAD))
 
 

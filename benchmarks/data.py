@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import random
 import statistics
 import subprocess
@@ -26,6 +25,7 @@ from pathlib import Path
 import numpy as np
 import soundfile
 import torch
+from results import add_out, write_results  # beside this file
 
 ROOT = Path(__file__).resolve().parent.parent
 FILE_RATE, MODEL_RATE = 44100, 16000
@@ -152,6 +152,7 @@ def main() -> None:
     parser.add_argument('--formats', nargs='+', choices=FORMATS, default=list(FORMATS), help='default: all')
     parser.add_argument('--peer', metavar='FOLDER', type=Path, help='another checkout to read the same files with')
     parser.add_argument('--of', metavar='FILE', type=Path, help=argparse.SUPPRESS)
+    add_out(parser, 'data')
     options = parser.parse_args()
     random.seed(0)
     if options.of is not None:
@@ -179,11 +180,8 @@ def main() -> None:
                     cells = [f'{row["first_open_ms"]:.1f}', f'{row["crop_ms"]:.1f}']
                     cells += [f'{row["crop_seconds_read"]:.2f}', f'{row["whole_ms"]:.0f}']
                 print(f'| {kind} | {name} | {" | ".join(cells)} |', flush=True)
-    results = ROOT / 'build' / 'benchmarks'
-    results.mkdir(parents=True, exist_ok=True)
-    machine = dict(processor=platform.processor() or platform.machine(), python=platform.python_version())
     setting = dict(minutes=options.minutes, seconds=options.seconds, crops=options.crops, rounds=options.rounds)
-    (results / 'data.json').write_text(json.dumps(dict(machine=machine, setting=setting, rows=rows), indent=1))
+    write_results(options.out, dict(setting=setting, rows=rows))
 
 
 if __name__ == '__main__':

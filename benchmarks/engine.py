@@ -22,11 +22,8 @@ default ones. Where the range of the ratios is wide, other processes took part, 
 from __future__ import annotations
 
 import argparse
-import datetime
 import importlib.util
-import json
 import math
-import platform
 import random
 import resource
 import statistics
@@ -41,6 +38,7 @@ from pathlib import Path
 import numpy as np
 import soundfile
 import torch
+from results import add_out, write_results  # beside this file
 
 from musiclm_pytorch import MuLaN, TextTransformer, create_optimized_audiospectrogram_transformer
 from musiclm_pytorch.evaluation.evaluator import load_mulan
@@ -49,7 +47,6 @@ from musiclm_pytorch.inference.engine import BatchInferenceEngine
 from musiclm_pytorch.inference.search import MuLaNIndex
 from musiclm_pytorch.inference.synthesis import synthesise
 
-ROOT = Path(__file__).resolve().parent.parent
 CLIPS, SHORTEST, LONGEST, FILE_RATE = 200, 0.5, 12.0, 44100
 TEXTS, VECTORS, DIM, K = 1000, 100_000, 128, 10
 PARTS = ['embedding', 'search', 'memory', 'ascent']
@@ -234,6 +231,7 @@ def main() -> None:
     parser.add_argument('--batch', type=int, default=16, help='windows a batch (default: %(default)s)')
     parser.add_argument('--models', nargs='+', default=['tiny', '256x4'], choices=['tiny', '256x4'])
     parser.add_argument('--gather', help=argparse.SUPPRESS)
+    add_out(parser, 'engine')
     options = parser.parse_args()
     if options.gather:
         print(gather(options.gather))
@@ -270,15 +268,7 @@ def main() -> None:
                 f'{it["own_text"]:.3f}, with the others {it["other_texts"]:.3f}'
             )
 
-    results = ROOT / 'build' / 'benchmarks'
-    results.mkdir(parents=True, exist_ok=True)
-    machine = dict(
-        processor=platform.processor() or platform.machine(),
-        threads=torch.get_num_threads(),
-        torch=torch.__version__,
-        date=datetime.date.today().isoformat(),
-    )
-    (results / 'engine.json').write_text(json.dumps(dict(machine=machine, **found), indent=1))
+    write_results(options.out, found)
 
 
 if __name__ == '__main__':

@@ -22,9 +22,6 @@ default ones. Where the range of the ratios is wide, other processes took part, 
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
-import platform
 import resource
 import statistics
 import subprocess
@@ -37,6 +34,7 @@ from pathlib import Path
 import numpy as np
 import soundfile
 import torch
+from results import add_out, write_results  # beside this file
 
 from musiclm_pytorch import MuLaN, TextTransformer, create_optimized_audiospectrogram_transformer
 from musiclm_pytorch.data.audio import resample
@@ -49,7 +47,6 @@ from musiclm_pytorch.evaluation.distances import (
 from musiclm_pytorch.evaluation.embedders import MuLaNEmbedder
 from musiclm_pytorch.evaluation.inputs import embed_clips
 
-ROOT = Path(__file__).resolve().parent.parent
 CLIPS, FRAMES, DIM = 10_000, 10, 128
 FILE_RATE, MODEL_RATE = 44100, 16000
 PARTS = ['fad', 'embedding', 'memory']
@@ -188,6 +185,7 @@ def main() -> None:
     parser.add_argument('--seconds', type=float, default=10.0, help='length of a clip (default: %(default)s)')
     parser.add_argument('--batch', type=int, default=8, help='clips a batch (default: %(default)s)')
     parser.add_argument('--gather', nargs=2, help=argparse.SUPPRESS)
+    add_out(parser, 'evaluation')
     options = parser.parse_args()
     if options.gather:
         kind, clips = options.gather
@@ -210,15 +208,7 @@ def main() -> None:
         for kind, added in it.items():
             print(f'MB added to {kind} by', ', '.join(f'{clips} clips: {mb:.1f}' for clips, mb in added.items()))
 
-    results = ROOT / 'build' / 'benchmarks'
-    results.mkdir(parents=True, exist_ok=True)
-    machine = dict(
-        processor=platform.processor() or platform.machine(),
-        threads=torch.get_num_threads(),
-        torch=torch.__version__,
-        date=datetime.date.today().isoformat(),
-    )
-    (results / 'evaluation.json').write_text(json.dumps(dict(machine=machine, **found), indent=1))
+    write_results(options.out, found)
 
 
 if __name__ == '__main__':

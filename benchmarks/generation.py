@@ -18,16 +18,16 @@ from __future__ import annotations
 
 import argparse
 import copy
-import datetime
 import json
 import os
-import platform
 import statistics
 import sys
 import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+
+from results import add_out, write_results  # beside this file
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -254,20 +254,14 @@ def main(args: argparse.Namespace) -> None:
     found = measure(stages, args.parts, args.repeats)
     show(found)
     report = dict(
-        date=datetime.date.today().isoformat(),
-        processor=platform.processor() or platform.machine(),
-        threads=args.threads,
         device=args.device,
         dtype=args.dtype,
         compile=args.compile,
         cond_scale=args.cond_scale,
-        torch=torch.__version__,
         agreement=agreement,
         **found,
     )
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(report, indent=2) + '\n')
-    print(f'\nwritten to {args.out}')
+    write_results(args.out, report)
 
 
 if __name__ == '__main__':
@@ -279,5 +273,5 @@ if __name__ == '__main__':
     parser.add_argument('--dtype', choices=('fp32', 'bf16'), default='fp32')
     parser.add_argument('--compile', action='store_true', help='fixed shapes, on a GPU as a CUDA graph')
     parser.add_argument('--cond-scale', type=float, default=1.0, help='guidance of both sides (default 1, none)')
-    parser.add_argument('--out', type=Path, default=ROOT / 'build' / 'benchmarks' / 'generation.json')
+    add_out(parser, 'generation')
     main(parser.parse_args())

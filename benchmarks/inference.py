@@ -14,7 +14,6 @@ What is timed is the embedding of `--batch` waves; the cosine is the smallest of
 from __future__ import annotations
 
 import argparse
-import datetime
 import gc
 import json
 import os
@@ -24,6 +23,8 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+
+from results import add_out, write_results  # beside this file
 
 ROOT = Path(__file__).resolve().parent.parent
 SAMPLE_RATE = 16000
@@ -134,8 +135,6 @@ def measure(name: str, args: argparse.Namespace) -> dict:
 
 
 def main(args: argparse.Namespace) -> None:
-    import torch
-
     rows = []
     print('| combination | computed in | s | plain s | times plain | first call, s | memory, MB | cosine |')
     print('|---|---|---|---|---|---|---|---|')
@@ -157,18 +156,13 @@ def main(args: argparse.Namespace) -> None:
             flush=True,
         )
     report = dict(
-        date=datetime.date.today().isoformat(),
-        threads=torch.get_num_threads(),
         device=args.device,
-        torch=torch.__version__,
         seconds=args.seconds,
         batch=args.batch,
         rounds=args.rounds,
         combinations=rows,
     )
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(report, indent=2) + '\n')
-    print(f'\nwritten to {args.out}')
+    write_results(args.out, report)
 
 
 if __name__ == '__main__':
@@ -178,7 +172,7 @@ if __name__ == '__main__':
     parser.add_argument('--batch', type=int, default=4, help='waves embedded at once (default 4)')
     parser.add_argument('--rounds', type=int, default=5, help='timed runs of each (default 5)')
     parser.add_argument('--device', choices=('cpu', 'cuda'), default='cpu')
-    parser.add_argument('--out', type=Path, default=ROOT / 'build' / 'benchmarks' / 'inference.json')
+    add_out(parser, 'inference')
     parser.add_argument('--worker', help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:

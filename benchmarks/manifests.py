@@ -19,6 +19,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from results import add_out, write_results  # beside this file
+
 
 def write(folder: Path, kind: str, rows: int) -> tuple[Path, int]:
     """A source of so many rows, and the size of its text in bytes."""
@@ -63,12 +65,14 @@ def main() -> None:
     parser.add_argument('--rows', type=int, default=1_000_000, help='default: %(default)s')
     parser.add_argument('--kinds', nargs='+', default=['csv', 'tsv', 'jsonl'], help='csv, tsv, jsonl, folder')
     parser.add_argument('--measure', help=argparse.SUPPRESS)
+    add_out(parser, 'manifests')
     options = parser.parse_args()
     if options.measure:
         measure(options.measure)
         return
     print('| source | MB of text | opening: µs a row | of which CPU | memory / text | split: µs a row |')
     print('|---|---|---|---|---|---|')
+    rows = {}
     for kind in options.kinds:
         with tempfile.TemporaryDirectory() as folder:
             source, size = write(Path(folder), kind, options.rows)
@@ -78,8 +82,10 @@ def main() -> None:
             clips, clock, cpu, memory, split = json.loads(output.splitlines()[-1])
             assert clips == options.rows
             clock, cpu, split = (it / options.rows * 1e6 for it in (clock, cpu, split))
+            rows[kind] = dict(mb=size / 1e6, open_us=clock, open_cpu_us=cpu, memory=memory / size, split_us=split)
             cells = [kind, f'{size / 1e6:.0f}', f'{clock:.1f}', f'{cpu:.1f}', f'{memory / size:.2f}', f'{split:.1f}']
             print('|', ' | '.join(cells), '|', flush=True)
+    write_results(options.out, dict(rows_each=options.rows, rows=rows))
 
 
 if __name__ == '__main__':

@@ -20,6 +20,7 @@ import sys
 import time
 
 import torch
+from results import add_out, write_results  # beside this file
 
 from musiclm_pytorch import MuLaN, TextTransformer, create_optimized_audiospectrogram_transformer
 from musiclm_pytorch.trainer.grad_cache import grad_cache_backward, split_batch
@@ -125,6 +126,7 @@ def main() -> None:
     parser.add_argument('--limit', type=float, default=12.0, help='GB a step may take (default: %(default)s)')
     parser.add_argument('--threads', type=int, default=1, help='of torch (default: %(default)s)')
     parser.add_argument('--case', help=argparse.SUPPRESS)
+    add_out(parser, 'memory')
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     if options.case:
@@ -139,12 +141,14 @@ def main() -> None:
         f'torch {torch.__version__}, {platform.machine()}, {options.threads} thread(s), {options.seconds:g} s clips\n'
     )
     print('| batch | chunks of | peak, GB | above the model, GB | step, s |\n|---|---|---|---|---|')
+    rows = {}
     for case in options.cases:
         size, _, chunk = case.partition(':')
-        found = run(case, options)
+        found = rows[case] = run(case, options)
         cells = [f'{found[key]:.2f}' for key in ('peak', 'above')] + [f'{found["seconds"]:.1f}'] if found else None
         cells = cells or [f'more than {options.limit:g}', f'more than {options.limit:g}', '–']
         print(f'| {size} | {chunk or "–"} | {" | ".join(cells)} |', flush=True)
+    write_results(options.out, dict(seconds=options.seconds, limit_gb=options.limit, rows=rows))
 
 
 if __name__ == '__main__':

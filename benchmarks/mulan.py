@@ -14,10 +14,8 @@ allocator handed out). Upstream's stretch augmentation does nothing, so ours is 
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import os
-import platform
 import resource
 import statistics
 import subprocess
@@ -26,6 +24,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from results import add_out, write_results
 from upstream import install_upstream
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -190,8 +189,6 @@ def show(rows: list[dict]) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
-    import torch
-
     install_upstream(args.upstream)
     rows = []
     with tempfile.TemporaryDirectory() as folder:
@@ -213,20 +210,14 @@ def main(args: argparse.Namespace) -> None:
             rows.append(row)
     show(rows)
     report = dict(
-        date=datetime.date.today().isoformat(),
-        processor=platform.processor() or platform.machine(),
-        threads=torch.get_num_threads(),
         device=args.device,
         dtype=args.dtype,
-        torch=torch.__version__,
         memory_limit_gb=args.memory_gb,
         repeats=args.repeats,
         agreement=agreement,
         cases=rows,
     )
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(report, indent=2) + '\n')
-    print(f'\nwritten to {args.out}')
+    write_results(args.out, report)
 
 
 if __name__ == '__main__':
@@ -237,7 +228,7 @@ if __name__ == '__main__':
     parser.add_argument('--dtype', choices=('fp32', 'bf16'), default='fp32')
     parser.add_argument('--memory-gb', type=float, default=24.0, help='limit of a process (default 24)')
     parser.add_argument('--upstream', type=Path, default=ROOT / 'build' / 'upstream', help='where to install upstream')
-    parser.add_argument('--out', type=Path, default=ROOT / 'build' / 'benchmarks' / 'mulan.json')
+    add_out(parser, 'mulan')
     parser.add_argument('--worker', help=argparse.SUPPRESS)
     parser.add_argument('--weights', type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()

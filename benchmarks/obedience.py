@@ -17,7 +17,6 @@ from the first tokens of training clips, and what it says is compared with what 
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import time
 from collections.abc import Callable
@@ -29,9 +28,10 @@ from pathlib import Path
 
 import librosa
 import numpy as np
-import seams  # beside this file
+import seams  # this and results are beside this file
 import torch
 import torch.nn.functional as F
+from results import add_out, write_results
 from sklearn.neural_network import MLPClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
@@ -299,7 +299,7 @@ def memorised(musiclm: MusicLM, clips: int, prompts: tuple[int, ...]) -> dict[in
 def main(args: argparse.Namespace) -> None:
     start = time.perf_counter()
     musiclm = MusicLM.from_pretrained(args.model)
-    report = dict(date=datetime.date.today().isoformat(), parts=args.parts)
+    report = dict(parts=args.parts)
     with ProcessPoolExecutor(args.processes, mp_context=get_context('spawn')) as pool:
         perceive = partial(perceived, pool)
         if {'music', 'stories'} & set(args.parts):
@@ -320,9 +320,7 @@ def main(args: argparse.Namespace) -> None:
         for prompt, found in report['memorised'].items():
             print(f'{prompt} tokens of a training clip given:', json.dumps(found))
     report['seconds'] = time.perf_counter() - start
-    args.out.mkdir(parents=True, exist_ok=True)
-    name = 'obedience' if args.parts == list(PARTS[:2]) else 'obedience-' + '-'.join(args.parts)
-    (args.out / f'{name}.json').write_text(json.dumps(report, indent=2) + '\n')
+    write_results(args.out, report)
 
 
 def perceived(pool: ProcessPoolExecutor, waves: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
@@ -393,5 +391,5 @@ if __name__ == '__main__':
     parser.add_argument('--primes', type=int, default=20, help='held-out clips to go on from')
     parser.add_argument('--processes', type=int, default=2)
     parser.add_argument('--data', type=Path, default=ROOT / 'build' / 'obedience', help='where to keep what was heard')
-    parser.add_argument('--out', type=Path, default=ROOT / 'build' / 'benchmarks')
+    add_out(parser, 'obedience')
     main(parser.parse_args())

@@ -22,6 +22,8 @@ import time
 from importlib.util import find_spec
 from pathlib import Path
 
+from results import add_out, write_results  # beside this file
+
 ROOT = Path(__file__).resolve().parent.parent
 HEAVY = ('audiolm_pytorch', 'transformers', 'sklearn', 'librosa', 'wandb', 'torchao')
 CODES, COARSE, FINE, FRAMES = 1024, 3, 5, 24
@@ -193,8 +195,7 @@ def main(args: argparse.Namespace) -> None:
             before = report[task]['before'][name]
             ratio = f', {now / before:.2f} times' if isinstance(now, int | float) else ''
             print(f'  {name}: {before} before, {now} now{ratio}', flush=True)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(report, indent=2) + '\n')
+    write_results(args.out, report)
 
 
 if __name__ == '__main__':
@@ -203,7 +204,7 @@ if __name__ == '__main__':
     parser.add_argument('--rounds', type=int, default=3)
     parser.add_argument('--threads', type=int, default=2)
     parser.add_argument('--only', nargs='+', choices=('files', 'import_time', 'generate', 'step', 'tokens'))
-    parser.add_argument('--out', type=Path, default=ROOT / 'build' / 'benchmarks' / 'prompt.json')
+    add_out(parser, 'prompt')
     parser.add_argument('--child', nargs='+')
     arguments = parser.parse_args()
     if arguments.child:

@@ -13,6 +13,7 @@ import warnings
 
 import numpy as np
 import torch
+from results import add_out, write_results  # beside this file
 
 from musiclm_pytorch import MusicLM, PromptWarning, SyntheticMusic
 
@@ -23,6 +24,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--model', default='tiny', help='a folder, or the name of a model that ships (default tiny)')
     parser.add_argument('--prompts', type=int, default=200, help='of either kind (default 200)')
+    add_out(parser, 'prompt_scores')
     args = parser.parse_args()
     musiclm = MusicLM.from_pretrained(args.model)
     warnings.simplefilter('ignore', PromptWarning)
@@ -33,7 +35,7 @@ def main() -> None:
     def nonsense() -> str:
         return ' '.join(''.join(random.choice(letters, length)) for length in random.integers(3, 10, size=3))
 
-    usual = None
+    usual, rows = None, []
     for name, prompts in dict(valid=held_out, nonsense=[nonsense() for _ in held_out]).items():
         parts = [
             musiclm(prompts[start : start + 25], 4, seconds=musiclm.windows[0], seed=4 * start, return_scores=True)
@@ -43,9 +45,10 @@ def main() -> None:
         usual = round(scores[:, 0].quantile(0.05).item(), 3) if usual is None else usual
         for samples in (1, 2, 4):
             best = scores[:, :samples].amax(dim=1)
-            print(
-                f'{name}, best of {samples}: mean {best.mean():.3f}, {(best < usual).float().mean():.1%} below {usual}'
-            )
+            mean, below = best.mean().item(), (best < usual).float().mean().item()
+            rows.append(dict(prompts=name, samples=samples, mean=mean, below=below))
+            print(f'{name}, best of {samples}: mean {mean:.3f}, {below:.1%} below {usual}')
+    write_results(args.out, dict(model=args.model, prompts=args.prompts, usual=usual, rows=rows))
 
 
 if __name__ == '__main__':

@@ -1,7 +1,7 @@
 """What several processes cost: seconds a step against world size, and memory of the loss against the global batch.
 
     python benchmarks/scaling.py
-    python benchmarks/scaling.py --worlds 1 2 --steps 20 --json build/scaling.json
+    python benchmarks/scaling.py --worlds 1 2 --steps 20 --out build/scaling.json
 
 Steps: a small MuLaN on noise, one thread a process, gloo, a fixed batch a process ("weak scaling"): the median step of
 process 0, and how it splits with the processes' waiting for each other. Loss: forward and backward of one process's
@@ -12,16 +12,14 @@ allocator of the profiler.
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import platform
 import statistics
 import tempfile
 import time
-from pathlib import Path
 from unittest import mock
 
 import torch
+from results import add_out, write_results  # beside this file
 from torch import nn
 
 from musiclm_pytorch import AudioSpectrogramTransformer, MuLaN, TextTransformer
@@ -123,14 +121,13 @@ def main() -> None:
     parser.add_argument('--steps', type=int, default=16)
     parser.add_argument('--locals', type=int, nargs='+', default=[32, 128, 512])
     parser.add_argument('--totals', type=int, nargs='+', default=[512, 2048, 8192, 32768])
-    parser.add_argument('--json', type=Path)
+    add_out(parser, 'scaling')
     options = parser.parse_args()
     os.environ.setdefault('OMP_NUM_THREADS', '1')
     torch.set_num_threads(1)
 
-    result = dict(machine=platform.processor() or platform.machine(), cores=os.cpu_count(), torch=torch.__version__)
-    print(f'{result["cores"]} cores, torch {result["torch"]}')
-    result['steps'] = []
+    print(f'{os.cpu_count()} cores, torch {torch.__version__}')
+    result: dict[str, list] = dict(steps=[], loss=[])
     for fields in ({}, dict(use_fsdp=True)):
         for world in options.worlds:
             found = measure_steps(world, options.batch_size, options.steps, **fields)
@@ -140,7 +137,6 @@ def main() -> None:
                 f'{found["pairs_a_second"]:.1f} pairs/s, {found["seconds_to_start_and_save"]:.1f} s around it, '
                 f'gradients {found["gradient_mib"]:.1f} MiB'
             )
-    result['loss'] = []
     for kind in (contrastive.SoftmaxContrastiveLearning, contrastive.SigmoidContrastiveLearning):
         for local in options.locals:
             for total in options.totals:
@@ -160,9 +156,7 @@ def main() -> None:
                     f'{kind.__name__[:7]} {local} × {total}: peak {peak / 2**20:.1f} MiB, {peak / logits:.1f} times '
                     f'its logits, {seconds * 1000:.1f} ms'
                 )
-    if options.json is not None:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(result, indent=1) + '\n', encoding='utf-8')
+    write_results(options.out, result)
 
 
 if __name__ == '__main__':

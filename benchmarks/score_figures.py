@@ -15,14 +15,13 @@ extras `test` and `scores`, and a sound font.
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections import defaultdict
-from pathlib import Path
 
 import librosa
 import numpy as np
 import torch
+from results import add_out, write_results  # beside this file
 from synthetic_figures import KRUMHANSL, classify, estimate_tempo, listen, within
 from threadpoolctl import threadpool_limits
 
@@ -31,7 +30,6 @@ from musiclm_pytorch.data.scores.composer import DRUM_CHANNEL, Part
 from musiclm_pytorch.data.scores.labels import BRIGHT
 from musiclm_pytorch.data.scores.midi import PROFILES
 
-ROOT = Path(__file__).resolve().parent.parent
 READ_BY_CLASSIFIER = ('family', 'register', 'drums', 'dynamics', 'texture', 'style')
 LEVELS = (1 / 3, 1 / 2, 1, 2, 3)
 
@@ -97,7 +95,7 @@ def main() -> None:
     parser.add_argument('--sample-rate', type=int, default=24000)
     parser.add_argument('--sound-font', help='path of the font (default: the one that is found)')
     parser.add_argument('--other-font', help='path of another font that the classifiers are tested on')
-    parser.add_argument('--out', type=Path, default=ROOT / 'build' / 'benchmarks' / 'scores.json')
+    add_out(parser, 'scores')
     args = parser.parse_args()
 
     torch.set_num_threads(1)
@@ -125,9 +123,7 @@ def main() -> None:
     report = dict(
         font=str(args.sound_font), **settings, clips=args.clips, figures=figures, items_per_second=speed, rows=rows
     )
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(report, indent=2) + '\n')
-    print(f'\nwritten to {args.out}')
+    write_results(args.out, report)
 
 
 if __name__ == '__main__':

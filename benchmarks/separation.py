@@ -12,16 +12,17 @@ side.
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from itertools import pairwise
 from pathlib import Path
 
 import torch
+from results import write_results  # beside this file
 
 from musiclm_pytorch import MusicLM, MusicLMEvaluator, SyntheticMusic
 from musiclm_pytorch.evaluation import compare_reports, write_report
 from musiclm_pytorch.evaluation.evaluator import GROUPS
+from musiclm_pytorch.evaluation.metric import to_json
 
 ROOT = Path(__file__).resolve().parent.parent
 RATE, SECONDS = 16000, 5.0
@@ -73,22 +74,25 @@ def main(args: argparse.Namespace) -> None:
             title = f'{name}: {args.clips} clips'
             write_report(results, args.out / name, waves, sample_rate=RATE, title=title, overwrite=True)
         quality, alignment = results['audio_quality'], results['text_audio_alignment']
-        found[name] = {it: quality[it]['mulan']['value'] for it in DISTANCES}
+        distances = {it: quality[it]['mulan']['value'] for it in DISTANCES}
         cosine, recall = (alignment[it] for it in ('mulan_cycle_consistency', 'text_to_audio_recall_at_1'))
-        cells = ['-' if it is None else f'{it:.3f}' for it in found[name].values()]
+        found[name] = distances | dict(cosine=to_json(cosine), recall_at_1=to_json(recall))
+        cells = ['-' if it is None else f'{it:.3f}' for it in distances.values()]
         cells += [f'{it["value"]:.3f} ({it["low"]:.3f} to {it["high"]:.3f})' for it in (cosine, recall)]
         print(f'| {name} | ' + ' | '.join(cells) + ' |', flush=True)
     page = compare_reports({name: args.out / name for name in REPORTED}, args.out, overwrite=True)
-    (args.out / 'separation.json').write_text(json.dumps(found, indent=2) + '\n')
 
     noisy = [name for name in sets if name.startswith('real, noise')]
+    in_order = {}
     orders = {', '.join(REPORTED): list(REPORTED), 'less noise, nearer': ['real', *noisy]}
     for label, names in orders.items():
         for distance in DISTANCES:
             values = [found[name][distance] for name in names]
             right = None not in values and all(near < far for near, far in pairwise(values))
+            in_order[f'{label}, {distance}'] = right
             print(f'{label}, {distance}: {"in order" if right else "NOT in order"}')
     print(f'{time.perf_counter() - start:.0f} s; the page is {page}')
+    write_results(args.out / 'separation.json', dict(clips=args.clips, sets=found, in_order=in_order))
 
 
 if __name__ == '__main__':

@@ -12,24 +12,20 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import datetime
-import json
-import platform
 import random
 import re
 import statistics
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import httpx
 import torch
+from results import add_out, write_results  # beside this file
 
 from musiclm_pytorch.evaluation.evaluator import load_mulan
 from musiclm_pytorch.inference import BatchInferenceEngine
 
-ROOT = Path(__file__).resolve().parent.parent
 WORDS = ['slow', 'fast', 'low', 'high', 'calm', 'dark', 'happy', 'organ', 'flute', 'piano', 'drums', 'and', 'minor']
 
 
@@ -66,6 +62,7 @@ def main() -> None:
     parser.add_argument('--requests', type=int, default=1000, help='a round (default: %(default)s)')
     parser.add_argument('--rounds', type=int, default=5, help='default: %(default)s')
     parser.add_argument('--clients', type=int, nargs='+', default=[1, 50], help='default: 1 50')
+    add_out(parser, 'service')
     options = parser.parse_args()
 
     random.seed(0)
@@ -117,15 +114,7 @@ def main() -> None:
             it |= dict(median_ms=1e3 * cuts[9], p95_ms=1e3 * cuts[18])
             line += f'; an answer takes {it["median_ms"]:.1f} ms, 95 % at most {it["p95_ms"]:.1f} ms'
         print(line)
-    results = ROOT / 'build' / 'benchmarks'
-    results.mkdir(parents=True, exist_ok=True)
-    machine = dict(
-        processor=platform.processor() or platform.machine(),
-        threads=torch.get_num_threads(),
-        torch=torch.__version__,
-        date=datetime.date.today().isoformat(),
-    )
-    (results / 'service.json').write_text(json.dumps(dict(machine=machine, **found), indent=1))
+    write_results(options.out, found)
 
 
 if __name__ == '__main__':

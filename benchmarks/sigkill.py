@@ -17,6 +17,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from results import add_out, write_results  # beside this file
+
 from musiclm_pytorch.trainer import checkpoints
 
 PROGRAM = """
@@ -49,6 +51,7 @@ def main() -> None:
     parser.add_argument('--kills', type=int, default=50)
     parser.add_argument('--seed', type=int, default=0)
     parser.add_argument('--longest', type=float, default=1.5, help='seconds of training before a kill, at most')
+    add_out(parser, 'sigkill')
     options = parser.parse_args()
     draw = random.Random(options.seed)
     in_the_middle = damaged = lost = wrong_start = 0
@@ -79,6 +82,8 @@ def main() -> None:
     print(f'{damaged} checkpoints that did not load')
     print(f'{lost} times a step was lost that had a checkpoint')
     print(f'{wrong_start} runs that did not start from the newest checkpoint')
+    found = dict(kills=options.kills, step=step, in_the_middle=in_the_middle, damaged=damaged, lost=lost)
+    write_results(options.out, found | dict(wrong_start=wrong_start))
     sys.exit(bool(damaged or lost or wrong_start))
 
 

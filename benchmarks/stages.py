@@ -15,7 +15,6 @@ its own, since audiolm-pytorch allows one trainer a process. Its first step, whi
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import random
 import statistics
@@ -29,9 +28,9 @@ from types import SimpleNamespace
 import soundfile
 import torch
 from profiled import watch_steps
+from results import add_out, write_results
 from torch import nn
 
-ROOT = Path(__file__).resolve().parent.parent
 RATE = 16000
 STAGES = ('semantic', 'coarse', 'fine')
 SIDES = ('upstream', 'ours', 'ours-bf16')  # ours-bf16: with mixed_precision='bf16', where there are instructions for it
@@ -330,10 +329,8 @@ def main(args: argparse.Namespace) -> None:
             cells += [f'{row["step_seconds"][side]:.2f}', f'{ratio:.1f}']
         cells.append(f'{row["cache_seconds_a_clip"]:.2f}')
         print(f'| {row["stage"]} | {row["seconds"]:g} s | ' + ' | '.join(cells) + ' |')
-    args.out.mkdir(parents=True, exist_ok=True)
-    setting = dict(dim=args.dim, depth=args.depth, batch_size=args.batch_size, threads=torch.get_num_threads())
-    report = dict(date=datetime.date.today().isoformat(), torch=torch.__version__, setting=setting, rows=rows)
-    (args.out / 'stages.json').write_text(json.dumps(report, indent=2) + '\n')
+    setting = dict(dim=args.dim, depth=args.depth, batch_size=args.batch_size)
+    write_results(args.out, dict(setting=setting, rows=rows))
 
 
 if __name__ == '__main__':
@@ -345,7 +342,7 @@ if __name__ == '__main__':
     parser.add_argument('--crop', type=float, help='seconds of the crops (default: 30, 10 and 3)')
     parser.add_argument('--steps', type=int, default=3, help='steps timed a round (default: %(default)s)')
     parser.add_argument('--rounds', type=int, default=2, help='rounds a side (default: %(default)s)')
-    parser.add_argument('--out', type=Path, default=ROOT / 'build' / 'benchmarks')
+    add_out(parser, 'stages')
     parser.add_argument('--profile', action='store_true', help='tell what the operators of a step of ours cost')
     for hidden in ('child', 'stage', 'side'):
         parser.add_argument(f'--{hidden}', help=argparse.SUPPRESS)

@@ -11,16 +11,14 @@ clips joined to one. Needs the extra `eval`.
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
 import statistics
 import time
-from pathlib import Path
 
 import librosa
 import mir_eval
 import numpy as np
 import torch
+from results import add_out, write_results  # beside this file
 from threadpoolctl import threadpool_limits  # a requirement of scikit-learn
 
 from musiclm_pytorch import SyntheticMusic
@@ -33,7 +31,6 @@ from musiclm_pytorch.evaluation.clip_metrics import (
 )
 from musiclm_pytorch.evaluation.metric import to_json
 
-ROOT = Path(__file__).resolve().parent.parent
 SETTINGS = {'5 s, 16 kHz': (5.0, 16000), '10 s, 22.05 kHz': (10.0, 22050)}
 ROWS = {
     'key_exact': 'key, tonic and mode',
@@ -84,12 +81,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--clips', type=int, default=400, help='clips of each length (default 400)')
     parser.add_argument('--joined', type=int, default=100, help='clips of three parts (default 100)')
-    parser.add_argument('--out', type=Path, default=ROOT / 'build' / 'benchmarks' / 'structure.json')
+    add_out(parser, 'structure')
     args = parser.parse_args()
 
     torch.set_num_threads(1)
     report = dict(
-        date=datetime.date.today().isoformat(),
         librosa=librosa.__version__,
         mir_eval=mir_eval.__version__,
         clips=args.clips,
@@ -113,9 +109,7 @@ def main() -> None:
         f'parts found {parts["segments_of_three"]:.2f} of 3, '
         f'and {parts["segments_of_one"]:.2f} in 15 s that are of one part'
     )
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(report, indent=2) + '\n')
-    print(f'\nwritten to {args.out}')
+    write_results(args.out, report)
 
 
 if __name__ == '__main__':

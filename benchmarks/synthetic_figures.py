@@ -12,15 +12,13 @@ attributes are read by a logistic regression on spectral statistics, fitted to c
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
 import statistics
 import time
-from pathlib import Path
 
 import librosa
 import numpy as np
 import torch
+from results import add_out, write_results  # beside this file
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
@@ -29,7 +27,6 @@ from threadpoolctl import threadpool_limits  # a requirement of scikit-learn
 from musiclm_pytorch import SyntheticMusic
 from musiclm_pytorch.locking import first_use
 
-ROOT = Path(__file__).resolve().parent.parent
 READ_BY_CLASSIFIER = ('instrument', 'register', 'texture', 'drums')
 
 KRUMHANSL = {
@@ -167,7 +164,7 @@ def main() -> None:
     parser.add_argument('--trained', type=int, default=1200, help='clips the classifiers are fitted to (default 1200)')
     parser.add_argument('--seconds', type=float, default=5.0)
     parser.add_argument('--sample-rate', type=int, default=16000)
-    parser.add_argument('--out', type=Path, default=ROOT / 'build' / 'benchmarks' / 'synthetic.json')
+    add_out(parser, 'synthetic')
     args = parser.parse_args()
 
     torch.set_num_threads(1)
@@ -180,16 +177,13 @@ def main() -> None:
     for right in ('tempo_right', 'key_right'):
         print(f'\n{right}:', ', '.join(f'{name} {value:.0%}' for name, value in breakdown(rows, right).items()))
     report = dict(
-        date=datetime.date.today().isoformat(),
         librosa=librosa.__version__,
         **{name.replace('-', '_'): getattr(args, name) for name in ('clips', 'trained', 'seconds', 'sample_rate')},
         milliseconds=speed,
         figures=figures,
         rows=rows,
     )
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(report, indent=2) + '\n')
-    print(f'\nwritten to {args.out}')
+    write_results(args.out, report)
 
 
 if __name__ == '__main__':

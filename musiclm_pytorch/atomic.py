@@ -140,6 +140,11 @@ def write_text(path: str | Path, text: str) -> None:
     write_together({Path(path): text})
 
 
+def valid_json(content: Any, **keywords: Any) -> str:
+    """Like `json.dumps`, with null for NaN and infinity, which JSON has no words for."""
+    return json.dumps(json.loads(json.dumps(content, **keywords), parse_constant=lambda _: None), **keywords)
+
+
 def write_json(path: str | Path, content: Any) -> None:
     write_text(path, json.dumps(content, indent=2) + '\n')
 

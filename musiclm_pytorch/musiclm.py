@@ -28,8 +28,6 @@ from musiclm_pytorch.audiolm.convert import (
 )
 from musiclm_pytorch.audiolm.decode_step import fastest_dtype
 from musiclm_pytorch.audiolm.generate import (
-    Embeds,
-    continued_windows,
     generate_coarse,
     generate_fine,
     generate_semantic,
@@ -258,7 +256,7 @@ class MusicLM(HubModel, nn.Module):
         negative: Prompt | None = None,
         negative_scale: PerStage = 1.0,
         logits_processor: ProcessorPerStage = None,
-        melody: Path | Sound | Tensor | None = None,
+        melody: Path | Sound | Tensor | list[Path | Sound | Tensor] | None = None,
         prime_wave: Tensor | np.ndarray | None = None,
         prime_wave_input_sample_hz: int | None = None,
         prime_wave_path: str | Path | None = None,
@@ -286,8 +284,9 @@ class MusicLM(HubModel, nn.Module):
                 and the logits of the next ones, `(b, c)`, that gives logits; one for all stages, or three, None among
                 them.
             melody: a sound whose melody the music is to follow from its beginning on, such as someone who hums: a
-                `Path` of a file, the pair of a wave and its rate in Hz, or `Waves`. The model must have been trained
-                with melodies, see `MuLaNEmbedQuantizer.add_melody`. Longer music goes on without.
+                `Path` of a file, the pair of a wave and its rate in Hz, or `Waves`; or a list of them, one for each
+                prompt. The model must have been trained with melodies, see `MuLaNEmbedQuantizer.add_melody`. Longer
+                music goes on without.
             prime_wave, prime_wave_input_sample_hz: music to go on from, a floating-point tensor or numpy array
                 `(samples,)` or `(channels, samples)`, and its rate in Hz; or
             prime_wave_path: the file that it is in. The music begins with these samples (the mean of the channels, at
@@ -334,7 +333,12 @@ class MusicLM(HubModel, nn.Module):
             self._check_heard(seconds, 'music that is scored')
         avoided = [] if negative is None else [read_prompt(negative)]
         prime = read_prime(prime_wave, prime_wave_input_sample_hz, prime_wave_path, seconds=seconds)
-        melody = None if melody is None else self._melody_codes(melody)
+        pieces = 1 if story else len(prompts)
+        if isinstance(melody, list) and len(melody) != pieces:
+            raise ValueError(f'got {len(melody)} melodies for {pieces} pieces; pass one, or one for each prompt')
+        if melody is not None:
+            melody = self._read_melodies(melody if isinstance(melody, list) else [melody], seconds)
+            melody = melody.expand(pieces, -1, -1)
         warn_of(self.prompt_warnings(prompts + avoided))
 
         with evaluating(self):
@@ -346,7 +350,6 @@ class MusicLM(HubModel, nn.Module):
                 goes_on = wanted[:1] if story else wanted
                 heard = self._indices_with(resample(prime[0], prime[1], self.sample_rate), goes_on)
                 sounds = torch.cat((heard, indices[len(goes_on) :]))
-            pieces = 1 if story else len(prompts)
             total = pieces * num_samples
             # one generator a piece, so that a piece does not depend on those made beside it
             seeds = seeds_of(seed, total)
@@ -354,17 +357,18 @@ class MusicLM(HubModel, nn.Module):
             waves = []
             for start in range(0, total, max_batch or total):
                 rows = range(start, min(start + (max_batch or total), total))
+                prompt_of = [row // num_samples for row in rows]
                 if story:
                     parts = [
                         Part(*time, *(repeat(it, 'q -> b q', b=len(rows)) for it in conditions))
                         for time, *conditions in zip(part_times([length for length, _ in story]), indices, sounds)
                     ]
                 else:
-                    prompt_of = [row // num_samples for row in rows]
                     parts = [Part(0.0, seconds, indices[prompt_of], sounds[prompt_of])]
                 try:
+                    told = None if melody is None else melody[prompt_of]
                     codes = self._generate(
-                        parts, avoided, samplings, prime, [generators[row] for row in rows], progress, melody
+                        parts, avoided, samplings, prime, [generators[row] for row in rows], progress, told
                     )
                     with counted_steps(progress, 'waves', len(rows)) as advance:
                         for own in zip(*(it.split(1) for it in codes)):
@@ -689,13 +693,13 @@ class MusicLM(HubModel, nn.Module):
             for stop, sampling, seen in steps:
                 if stop > semantic.shape[1]:
                     sight = dict(window=window if stop > window else None, overlap=window // 2, prime_overlap=seen)
-                    begins = [it.start for it in continued_windows(stop, prime=semantic.shape[1], **sight)]
                     semantic = generate_semantic(
                         self.stages['semantic'],
                         max_length=stop,
                         min_length=stop,
-                        text_embeds=self._semantic_conditioning(indices, melody, begins),
+                        text_embeds=self._conditioning('semantic', indices),
                         negative_embeds=self._conditioning('semantic', avoided),
+                        melody=melody,
                         prime=semantic,
                         sampling=sampling,
                         **sight,
@@ -767,24 +771,17 @@ class MusicLM(HubModel, nn.Module):
             return None
         return self.mulan_embed_quantizer.embed(indices, name)
 
-    def _semantic_conditioning(self, indices: Tensor, melody: Tensor | None, begins: list[int]) -> Embeds:
-        """That of windows that begin at these tokens; each is told of the melody from its own time on."""
-        if melody is None:
-            return self._conditioning('semantic', indices)
-        quantizer = self.mulan_embed_quantizer
-        hop = Fraction(str(quantizer.melody.encoder.hop)) * self.semantic_rate  # in tokens
-        told = [melody[:, round(begin / hop) :].expand(len(indices), -1, -1) for begin in begins]
-        return [quantizer.embed(indices, 'semantic', own) for own in told]
-
-    def _melody_codes(self, melody: Path | Sound | Tensor) -> Tensor:
-        """The codes of a melody, `(1, m, q)`."""
+    def _read_melodies(self, melodies: list[Path | Sound | Tensor], seconds: float) -> Tensor:
+        """What the semantic stage is told of melodies in the first seconds of music, `(p, n, d)`."""
         if (quantizer := self.mulan_embed_quantizer.melody) is None or not self.semantic.has_condition:
             raise ValueError(
                 'this model has no melody encoder: fit a MelodyQuantizer, give it to add_melody of the '
                 'MuLaNEmbedQuantizer, and train the semantic stage with that'
             )
         self._check_timed('they follow no melody')
-        return quantizer(*read_sound(melody, name='melody'))
+        told = dict(tokens=math.ceil(seconds * self.semantic_rate), rate=self.semantic_rate)
+        codes = [quantizer(*read_sound(melody, name='melody')) for melody in melodies]
+        return torch.cat([self.mulan_embed_quantizer.embed_melody(it, **told) for it in codes])
 
     def _latents(self, prompts: list[Prompt]) -> Tensor:
         """MuLaN's latents of prompts as `read_prompts` gives them, `(p, d)`."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Sequence
+from fractions import Fraction
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,6 @@ from torch.utils.data import DataLoader
 from musiclm_pytorch.atomic import written_together
 from musiclm_pytorch.audiolm.convert import passes_as
 from musiclm_pytorch.audiolm.fingerprints import fingerprint
-from musiclm_pytorch.audiolm.stages import PAD
 from musiclm_pytorch.checks import as_tensor, check_positive, check_probability, records_config, typechecked
 from musiclm_pytorch.codecs.melody import MelodyEmbedding, MelodyQuantizer
 from musiclm_pytorch.data.collate import collate_for
@@ -53,7 +53,7 @@ class MuLaNEmbedQuantizer(HubModel, nn.Module):
     refuses to work in eval mode. Loading a state dict counts as fitting.
 
     `parameters()` are the conditioning embeddings alone, which are trained with their stages; MuLaN is never trained
-    here. With `add_melody`, the conditioning of the semantic stage also tells a melody.
+    here. With `add_melody`, the semantic stage is told a melody, too.
 
     Args:
         mulan: a trained MuLaN, a `PretrainedMuLaN`, or a module that this takes.
@@ -151,29 +151,33 @@ class MuLaNEmbedQuantizer(HubModel, nn.Module):
         )
 
     @typechecked
-    def add_melody(self, melody: MelodyQuantizer, windows: int = 30) -> MuLaNEmbedQuantizer:
-        """Let the semantic stage be conditioned by melodies, too: the rows of its windows follow those of MuLaN, zeros
-        where there is no melody. A stage has to be trained with it, from tokens with a stream of melodies.
-
-        Args:
-            melody: a fitted one.
-            windows: of a melody, that the stage is told of at once: those that begin within the stage's window.
+    def add_melody(self, melody: MelodyQuantizer) -> MuLaNEmbedQuantizer:
+        """Let the semantic stage be told a melody, too, by `embed_melody`. The stage has to be trained with it, from
+        tokens with a stream of melodies; until then melodies change nothing.
 
         Returns:
             this quantizer.
 
         Raises ValueError without the namespace 'semantic', without codebooks, or if there is one already.
         """
-        check_positive(windows=windows)
         melody.check_fitted()
         self._check_namespace(MELODY_NAMESPACE)
         if self.melody is not None:
             raise ValueError(f'this quantizer has a melody already, {self.melody!r}; build another quantizer')
         dim = self.conditioning_dims[self.namespaces.index(MELODY_NAMESPACE)]
         self.melody = melody.to(self.device).eval()
-        self.melody_embedding = MelodyEmbedding(melody.num_quantizers, melody.codebook_size, windows, dim)
-        self.melody_embedding.to(self.device)
+        self.melody_embedding = MelodyEmbedding(melody.rq, dim).to(self.device)
         return self
+
+    def embed_melody(self, codes: Tensor, tokens: int, rate: Fraction) -> Tensor:
+        """What tells the semantic stage a melody, `(b, tokens, conditioning dim)`, at the time of each token; zeros
+        where there is none.
+
+        Args:
+            codes: of the melody's windows, `(b, m, q)`, -1 where there is none.
+            rate: tokens a second.
+        """
+        return self.melody_embedding(codes, tokens, self.melody.rate / rate)
 
     def set_default_namespace(self, namespace: str) -> None:
         """Choose the namespace of calls that do not name one. Raises ValueError for an unknown one."""
@@ -203,8 +207,7 @@ class MuLaNEmbedQuantizer(HubModel, nn.Module):
             audio_lengths, sample_rate: of `wavs`, as in `MuLaN.get_audio_latents`.
 
         Returns:
-            `(b, rq_num_quantizers, conditioning dim)` float32, differentiable with respect to the embeddings; with
-            `add_melody`, that of the semantic stage has as many rows of zeros behind as a melody has.
+            `(b, rq_num_quantizers, conditioning dim)` float32, differentiable with respect to the embeddings.
         """
         namespace = self._default_namespace if namespace is None else self._check_namespace(namespace)
         indices = self.indices(
@@ -244,20 +247,11 @@ class MuLaNEmbedQuantizer(HubModel, nn.Module):
             self._warn_or_refuse()
         return self.rq(latents)
 
-    def embed(self, indices: Tensor, namespace: str | None = None, melody: Tensor | None = None) -> Tensor:
-        """The conditioning of codes `(b, q)`: `(b, q, conditioning dim)`.
-
-        With `add_melody`, that of the semantic stage has the rows of a melody behind: of codes `melody (b, m, q)`, -1
-        where there is none, or zeros without.
-        """
+    def embed(self, indices: Tensor, namespace: str | None = None) -> Tensor:
+        """The conditioning of codes `(b, q)`: `(b, q, conditioning dim)`."""
         namespace = self._default_namespace if namespace is None else self._check_namespace(namespace)
         levels = torch.arange(self.num_codebooks, device=indices.device)
-        conditioning = self.cond_embeddings[namespace][levels, indices]
-        if self.melody is None or namespace != MELODY_NAMESPACE:
-            return conditioning
-        if melody is None:
-            melody = indices.new_full((len(indices), 0, self.melody.num_quantizers), PAD)
-        return torch.cat((conditioning, self.melody_embedding(melody)), dim=1)
+        return self.cond_embeddings[namespace][levels, indices]
 
     # codebooks
 
@@ -382,7 +376,6 @@ class MuLaNEmbedQuantizer(HubModel, nn.Module):
             within = []
             if self.melody is not None:
                 self.melody.save_pretrained(aside / MELODY_FOLDER)
-                config[MELODY_FOLDER] = dict(windows=len(self.melody_embedding.positions))
                 within.append(MELODY_FOLDER)
             if isinstance(self.mulan, PretrainedMuLaN) and not self.mulan.is_clap:
                 config[NOT_SAVED] = _identity(self.mulan)
@@ -413,7 +406,7 @@ class MuLaNEmbedQuantizer(HubModel, nn.Module):
         place = checkpoint.placing(device, dtype)
         folder = find_folder(folder, revision, subfolder)
         config, weights = checkpoint.read_folder(
-            folder, 'MuLaNEmbedQuantizer', parts=('quantizer',), optional=(NOT_SAVED, MELODY_FOLDER), verify=verify
+            folder, 'MuLaNEmbedQuantizer', parts=('quantizer',), optional=(NOT_SAVED,), verify=verify
         )
         if (told := config.content.get(NOT_SAVED)) is not None:
             with config.refused(f'{NOT_SAVED!r} must hold keywords', told):
@@ -432,9 +425,9 @@ class MuLaNEmbedQuantizer(HubModel, nn.Module):
         given = mulan is not None
         mulan = own_mulan(mulan) if given else load_joint(Path(folder) / MULAN_FOLDER, verify=verify)
         quantizer = config.build(cls, 'quantizer', mulan)
-        if MELODY_FOLDER in config.content:
+        if MELODY_FOLDER in (config.content.get(checkpoint.WITHIN) or {}):
             melody = MelodyQuantizer.from_pretrained(Path(folder) / MELODY_FOLDER, verify=verify)
-            config.build(quantizer.add_melody, MELODY_FOLDER, melody)
+            quantizer.add_melody(melody)
             weights |= {f'melody.{name}': tensor for name, tensor in melody.state_dict().items()}
         weights |= {f'mulan.{name}': tensor for name, tensor in mulan.state_dict().items()}
         trained = mulan.text.trained_tokens

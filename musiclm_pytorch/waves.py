@@ -189,10 +189,11 @@ class WavesAndScores(NamedTuple):
 class Music(WavesAndScores):
     """What `MusicLM` gives with `return_scores`; it unpacks as `waves, scores`.
 
-    waves: `(prompts, samples)`, the best of each prompt, or `(prompts, num_samples, samples)` with `return_all`
-    scores: `(prompts, num_samples)`, cosine of each sample with its prompt in MuLaN's space
-    seeds: `(prompts, num_samples)` int64; a call with one of them as `seed`, and the same prompt and settings, makes
-        that sample again, alone
+    Attributes:
+        waves: `(prompts, samples)`, the best of each prompt, or `(prompts, num_samples, samples)` with `return_all`
+        scores: `(prompts, num_samples)`, cosine of each sample with its prompt in MuLaN's space
+        seeds: `(prompts, num_samples)` int64; a call with one of them as `seed`, and the same prompt and settings,
+            makes that sample again, alone
     """
 
     seeds: Tensor | None

@@ -117,12 +117,34 @@ def test_a_device_that_is_not_there_is_one_line(device, tmp_path, capsys):
     assert not (tmp_path / 'out').exists()
 
 
-@pytest.mark.parametrize('arguments', [[], ['paint'], ['shard'], ['shard', 'x', '-o', 'y', '--shard-size', 'many']])
-def test_wrong_usage_exits_with_2(arguments, capsys):
+@pytest.mark.parametrize(
+    ('line', 'says'),
+    [
+        ('', 'musiclm: error: the following arguments are required: COMMAND; musiclm --help'),
+        (
+            'generat',
+            "musiclm: error: argument COMMAND: invalid choice: 'generat' .*; generat: did you mean generate\\?",
+        ),
+        ('train mulann', 'musiclm train: error: .*; mulann: did you mean mulan\\?; musiclm train --help tells'),
+        ('shard', 'musiclm shard: error: the following arguments are required: SOURCE, -o/--output; musiclm shard --h'),
+        ('shard x -o y --shard-size many', "musiclm shard: error: argument --shard-size: invalid int value: 'many'"),
+        (
+            'shard x -o y --shard-sise=2',
+            'unrecognized arguments: --shard-sise=2; --shard-sise: did you mean --shard-size',
+        ),
+        # the option that is missing is the one that was misspelt
+        ('generate a --ouput out', 'required: -o/--output; --ouput: did you mean --output\\?'),
+        ('generate a -o out --dtype float16', "invalid choice: 'float16' .*; float16: did you mean bfloat16\\?"),
+        ('generate a -o out --xyzzy 3 --num 2', 'unrecognized arguments: --xyzzy 3|--xyzzy; musiclm generate --help'),
+        ('search --training.lr 3 index', 'musiclm: error: musiclm search takes no recipe, hence no --training'),
+    ],
+)
+def test_wrong_usage_is_one_line_with_what_was_meant(line, says, capsys):
     with pytest.raises(SystemExit) as stopped:
-        cli.main(arguments)
+        cli.main(line.split())
     assert stopped.value.code == 2
-    assert 'usage: musiclm' in capsys.readouterr().err
+    (error,) = capsys.readouterr().err.splitlines()
+    assert re.search(says, error), error
 
 
 @pytest.mark.parametrize(
@@ -131,6 +153,9 @@ def test_wrong_usage_exits_with_2(arguments, capsys):
         ('musiclm gen', {'generate'}),
         ('musiclm infill a.wav --st', {'--start'}),
         ('musiclm train mulan --pre', {'--precision'}),
+        ('musiclm train mulan --config mulan_', {'mulan_small'}),
+        ('musiclm stream --model ti', {'tiny'}),
+        ('musiclm train all --semantic.training.warm', {'--semantic.training.warmup_steps'}),
     ],
 )
 def test_shells_complete_it(line, next_words, tmp_path):
@@ -176,7 +201,7 @@ def test_every_option_has_help(monkeypatch):
         if '--json' in parser._option_string_actions:
             assert 'dict' in str(inspect.signature(parser.get_default('run')).return_annotation)
     without = {name for name, it in commands.items() if '--json' not in it._option_string_actions}
-    assert without == {'train', 'recipes', 'serve', 'stream', 'app'}
+    assert without == {'train', 'serve', 'stream', 'app'}
 
 
 def parsers_below(parser, name=''):
@@ -197,6 +222,20 @@ def test_interruption_is_no_traceback(music, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr('musiclm_pytorch.data.shard_writer.write_shards', interrupt)
     assert cli.main(['shard', str(music), '-o', str(tmp_path / 'out')]) == 130
     assert 'musiclm shard: interrupted' in capsys.readouterr().err
+
+
+def test_too_little_memory_is_one_line(music, tmp_path, capsys, monkeypatch):
+    command = ['shard', str(music), '-o', str(tmp_path / 'out')]
+    for take in (lambda *_, **__: torch.empty(10**15), lambda *_, **__: bytes(10**15)):
+        monkeypatch.setattr('musiclm_pytorch.data.shard_writer.write_shards', take)
+        assert cli.main(command) == 1
+        (error,) = (line for line in capsys.readouterr().err.splitlines() if 'skipped' not in line)
+        assert re.match('musiclm shard: error: out of memory; take less at once: a smaller batch', error)
+    monkeypatch.setattr(
+        'musiclm_pytorch.data.shard_writer.write_shards', lambda *_, **__: torch.ones(2) @ torch.ones(3)
+    )
+    with pytest.raises(RuntimeError, match='inconsistent tensor size'):  # a fault of ours is no user's
+        cli.main(command)
 
 
 def test_entry_point(monkeypatch):

@@ -29,7 +29,7 @@ def tiny():
 def test_what_ships_is_small_and_whole(tiny):
     assert pretrained_names() == ['tiny']
     folder = HOME / 'tiny'
-    assert sum(path.stat().st_size for path in folder.rglob('*.safetensors')) <= 25e6
+    assert sum(path.stat().st_size for path in folder.rglob('*.safetensors')) <= 26e6
     assert {path.suffix for path in folder.rglob('*') if path.is_file()} == {'.safetensors', '.json', '.md'}
     assert not tiny.training
     assert all(it.isfinite().all() for it in tiny.state_dict().values() if it.is_floating_point())
@@ -96,6 +96,7 @@ def test_generate_writes_waves_and_a_page(tmp_path, capsys):
         (['--prime', 'nowhere.wav'], 'nowhere.wav'),
         (['--device', 'cuda:99'], 'pass another, or leave it out'),
         (['--model', str(HOME)], f'the model in it is {HOME / "tiny"}, so pass that'),
+        (['--model', str(HOME / 'best')], f'the model beside it is {HOME / "tiny"}'),
     ],
 )
 def test_bad_options_are_told_in_a_line(tmp_path, capsys, arguments, message):
@@ -318,5 +319,7 @@ def test_infill_keeps_both_sides_of_a_file(tiny, tmp_path, capsys):
         assert main([*command, *given]) == 2
         assert told in capsys.readouterr().err
     assert {path.name for path in tmp_path.iterdir()} == {'in.wav', 'out.flac'}
-    assert main(['generate', 'a flute', '--melody', str(tmp_path / 'in.wav'), '-o', str(tmp_path / 'out')]) == 2
-    assert 'this model has no melody encoder' in capsys.readouterr().err
+    at = ['--seconds', '1', '-o', str(tmp_path / 'out')]
+    assert main(['generate', 'a flute', '--melody', str(tmp_path / 'in.wav'), *at]) == 0
+    pieces = json.loads((tmp_path / 'out' / 'prompts.json').read_text())
+    assert pieces['01-a-flute-1.wav']['melody'] == str(tmp_path / 'in.wav')

@@ -141,6 +141,18 @@ def test_errors_are_one_line_and_exit_code_2(config, tmp_path, capsys, arguments
     assert re.search(says, errors[0])
 
 
+def test_a_run_that_diverged_says_so_and_its_json_is_valid(config, tmp_path, capsys, caplog):
+    given = ['--data', 'synthetic', '--config', config, '--output', tmp_path / 'out', '--training.warmup_steps', '0']
+    assert run(*given, '--lr', '1e30', '--steps', '1', '--json') == 0
+    printed = capsys.readouterr()
+    assert f'never a number. That of the last step is in {tmp_path / "out" / "last"}' in printed.err
+    texts = [printed.out, *(tmp_path / 'out' / 'metrics.jsonl').read_text().splitlines()]
+    facts, *lines = [json.loads(text, parse_constant=pytest.fail) for text in texts]
+    assert (facts['results']['valid_loss'], facts['best']) == (None, None)
+    assert [it['loss'] for it in lines if it['part'] == 'valid'] == [None]
+    assert 'the held-out loss is nan at step 1: training has diverged; lower the learning rate' in caplog.text
+
+
 def test_a_command_that_fails_leaves_everything_where_it_was(config, tmp_path, capsys, caplog):
     """An argument, and a disk that is full at the first better model; then resuming goes on from the checkpoint."""
     output = tmp_path / 'out'
@@ -223,4 +235,5 @@ def test_wrong_usage_exits_with_2(arguments, capsys):
     with pytest.raises(SystemExit) as stopped:
         cli.main(['train', *arguments])
     assert stopped.value.code == 2
-    assert 'usage: musiclm' in capsys.readouterr().err
+    (error,) = capsys.readouterr().err.splitlines()
+    assert re.match('musiclm( train( mulan)?)?: error: ', error)

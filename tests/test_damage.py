@@ -32,12 +32,14 @@ BENCHMARK = Path(__file__).parents[1] / 'benchmarks' / 'damage.py'
 
 @pytest.fixture(scope='module')
 def damage():
+    sys.path.append(str(BENCHMARK.parent))  # for what is beside it
     spec = importlib.util.spec_from_file_location('damage', BENCHMARK)
     module = importlib.util.module_from_spec(spec)
     sys.modules['damage'] = module  # dataclasses look there
     spec.loader.exec_module(module)
     yield module
     del sys.modules['damage']
+    sys.path.remove(str(BENCHMARK.parent))
 
 
 @pytest.mark.parametrize('name', ['mulan', 'quantizer', 'spectral codec', 'tokenizer', 'fine', 'index', 'recipes'])

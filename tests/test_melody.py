@@ -1,5 +1,7 @@
 """The same melody is the same whoever plays it; codes of melodies condition the semantic stage, which follows them."""
 
+from fractions import Fraction
+
 import numpy as np
 import pytest
 import soundfile
@@ -18,15 +20,19 @@ from musiclm_pytorch import (
     StopGeneration,
     TokenCrops,
     compute_tokens,
+    generate_semantic,
 )
 from musiclm_pytorch.audiolm.convert import SoundStream
+from musiclm_pytorch.audiolm.sampling import Sampling
 from musiclm_pytorch.audiolm.saving import load_module
 from musiclm_pytorch.cli import main
+from musiclm_pytorch.data.audio import resample
 from musiclm_pytorch.data.composition import Note
 from musiclm_pytorch.data.melodies import PLAYERS, Melody
+from musiclm_pytorch.mulan.lora import add_adapters
 from musiclm_pytorch.mulan.melody import semi_hard_triplet_loss
 from musiclm_pytorch.pretrained import HOME
-from musiclm_pytorch.trainer.stages import load_stage
+from musiclm_pytorch.trainer.stages import load_stage, take_conditioning
 
 RATE = 8000
 TONES = (60, 64, 67, 71)
@@ -215,7 +221,7 @@ def melody_quantizer():
 def chain(tmp_path_factory):
     """A semantic stage that was trained on four melodies with one caption, and the folder of all that."""
     folder = tmp_path_factory.mktemp('melodies')
-    quantizer = make_quantizer().add_melody(melody_quantizer(), windows=4)
+    quantizer = make_quantizer().add_melody(melody_quantizer())
     tokenizer = ToneTokenizer()
     compute_tokens(Tunes(), folder / 'tokens', tokenizer=tokenizer, quantizer=quantizer, progress=False)
     stage = make_transformer('semantic', len(TONES), conditioned=True, dim=32, cond_dim=16)
@@ -257,8 +263,8 @@ def musiclm_of(quantizer, stage):
     ).eval()
 
 
-def tokens_of(musiclm, **keywords):
-    """The semantic tokens that music would be made of."""
+def tokens_of(musiclm, text='clip 1', **keywords):
+    """The semantic tokens that music would be made of, `(n,)`, or `(p, n)` of several prompts."""
     drawn = {}
 
     def look(tokens, logits):
@@ -269,8 +275,8 @@ def tokens_of(musiclm, **keywords):
         raise StopGeneration
 
     with pytest.raises(StopGeneration):
-        musiclm('clip 1', seed=0, logits_processor=(look, stop, None), **keywords)
-    return drawn[0][0]
+        musiclm(text, seed=0, logits_processor=(look, stop, None), **keywords)
+    return drawn[0].squeeze(0)
 
 
 def test_music_follows_the_melody_given(chain, tmp_path):
@@ -278,7 +284,7 @@ def test_music_follows_the_melody_given(chain, tmp_path):
     musiclm = musiclm_of(quantizer, stage)
     tunes = [it['wave'] for it in Tunes()]
     wanted = ToneTokenizer()(torch.stack(tunes))
-    made = torch.stack([tokens_of(musiclm, seconds=2.0, melody=(wave, RATE)) for wave in tunes])
+    made = tokens_of(musiclm, ['clip 1'] * 4, seconds=2.0, melody=[(wave, RATE) for wave in tunes])
     agreement = (made[:, None] == wanted).float().mean(dim=-1)  # melodies made × melodies given
     assert agreement.diagonal().min() > 0.9
     assert (agreement - torch.eye(4)).max() < 0.6
@@ -291,18 +297,18 @@ def test_music_follows_the_melody_given(chain, tmp_path):
 
 def test_a_melody_goes_on_through_the_windows_of_longer_music(chain):
     _, quantizer, stage = chain
-    musiclm = musiclm_of(quantizer, stage)
-    seen, embed = [], quantizer.embed
-    quantizer.embed = lambda indices, name, melody=None: seen.append(melody) or embed(indices, name, melody)
-    try:
-        musiclm('clip 1', seconds=4.0, seed=0, melody=(torch.cat([it['wave'] for it in Tunes()]), RATE))
-    finally:
-        del quantizer.embed
-    whole = quantizer.melody(torch.cat([it['wave'] for it in Tunes()])[None], RATE)
-    told = [it for it in seen if it is not None]
-    # windows of two seconds begin a second after each other, which are two windows of melody
-    assert len(told) == 3
-    assert all(torch.equal(it, whole[:, 2 * i :]) for i, it in enumerate(told))
+    wave = torch.cat([it['wave'] for it in Tunes()])[None, : 6 * RATE]
+    made = generate_semantic(
+        stage,
+        max_length=70,
+        min_length=70,
+        window=20,
+        overlap=10,
+        text_embeds=quantizer(raw_texts=['clip 1'], namespace='semantic').detach(),
+        melody=quantizer.embed_melody(quantizer.melody(wave), 60, Fraction(10)).detach(),  # the last second without
+        sampling=Sampling(temperature=0.0),
+    ).tokens
+    assert (made[:, :60] == ToneTokenizer()(wave)).float().mean() > 0.8
 
 
 def test_saved_and_loaded_with_all_that_conditions(chain, tmp_path):
@@ -313,16 +319,18 @@ def test_saved_and_loaded_with_all_that_conditions(chain, tmp_path):
     codes = loaded.melody(wave)
     assert torch.equal(codes, quantizer.melody(wave))
     indices = quantizer.indices(raw_texts=['clip 1'])
-    for melody in (codes, None):
-        torch.testing.assert_close(
-            loaded.embed(indices, 'semantic', melody), quantizer.embed(indices, 'semantic', melody)
-        )
-    assert loaded.embed(indices, 'coarse', codes).shape == (1, 2, 16)
+    torch.testing.assert_close(loaded.embed(indices, 'semantic'), quantizer.embed(indices, 'semantic'))
+    wanted = quantizer.embed_melody(codes, 25, Fraction(10))
+    torch.testing.assert_close(loaded.embed_melody(codes, 25, Fraction(10)), wanted)
+    # a window begins with every fifth token, four windows are there, and the melody ends with the last
+    assert torch.equal(wanted[:, :5], wanted[:, :1].expand(-1, 5, -1))
+    assert wanted[:, :20].any(dim=-1).all()
+    assert not wanted[:, 20:].any()
     # what the trainer wrote is what it trained
-    fresh = make_quantizer().add_melody(melody_quantizer(), windows=4)
+    fresh = make_quantizer().add_melody(melody_quantizer())
     again = make_transformer('semantic', len(TONES), conditioned=True, dim=32, cond_dim=16)
     load_stage(folder / 'semantic' / 'last', again, fresh)
-    torch.testing.assert_close(fresh.embed(indices, 'semantic', codes), quantizer.embed(indices, 'semantic', codes))
+    torch.testing.assert_close(fresh.embed_melody(codes, 25, Fraction(10)), wanted)
     with pytest.raises(ValueError, match='was trained with a melody, or with another one'):
         load_stage(folder / 'semantic' / 'last', again, make_quantizer())
     with pytest.raises(ValueError, match='has a melody already'):
@@ -346,16 +354,67 @@ def test_models_and_tokens_without_melodies_say_so(chain, tmp_path):
     musiclm = musiclm_of(plain, make_transformer('semantic', len(TONES), conditioned=True))
     with pytest.raises(ValueError, match='this model has no melody encoder: fit a MelodyQuantizer'):
         musiclm('clip 1', seconds=1.0, melody=(tones(TONES), RATE))
+    with pytest.raises(ValueError, match='got 2 melodies for 1 pieces; pass one, or one for each prompt'):
+        musiclm_of(quantizer, stage)('clip 1', seconds=1.0, melody=2 * [(tones(TONES), RATE)])
     with pytest.raises(TypeError, match='melody must tell its rate: pass the pair of it and its rate'):
         musiclm_of(quantizer, stage)('clip 1', seconds=1.0, melody=tones(TONES))
     compute_tokens(Tunes(), tmp_path / 'tokens', tokenizer=ToneTokenizer(), quantizer=plain, progress=False)
     shared = dict(quantizer=quantizer, batch_size=2, seconds=1.0, results_folder=tmp_path / 'run')
     with pytest.raises(FileNotFoundError, match='no melody tokens in'):
         SemanticTrainer(stage, tmp_path / 'tokens', **shared)
-    with pytest.raises(ValueError, match="crops of 3 s hold 6 windows of melody, more than the quantizer's 4"):
-        SemanticTrainer(stage, folder / 'tokens', **{**shared, 'seconds': 3.0})
+    with pytest.raises(ValueError, match='tell no times, so a stage of them follows no melody'):
+        SemanticTrainer(stage, folder / 'tokens', unique_consecutive=True, **shared)
     with pytest.raises(ValueError, match='do not fit a quantizer with a melody'):
         SemanticTrainer(stage, TokenCrops(folder / 'tokens', 'semantic', seconds=1.0), **shared | dict(seconds=None))
+
+
+def test_a_stage_trained_without_melodies_goes_on_with_them(chain, tmp_path):
+    folder, quantizer, _ = chain
+    plain, stage = make_quantizer(), make_transformer('semantic', len(TONES), conditioned=True, dim=32, cond_dim=16)
+    how = dict(batch_size=2, seconds=2.0, valid_frac=0, progress=False)
+    sure = dict(melody_drop_prob=0.0, cond_drop_prob=0.0)
+    trained = SemanticTrainer(stage, folder / 'tokens', quantizer=plain, results_folder=tmp_path / 'plain', **how)
+    trained.train(num_train_steps=1)
+    plain.save_pretrained(tmp_path / 'quantizer')
+    own = make_quantizer().add_melody(melody_quantizer())
+    again = make_transformer('semantic', len(TONES), conditioned=True, dim=32, cond_dim=16)
+    load_stage(tmp_path / 'plain' / 'last', again, own, may_add_melody=True)
+    # before it has learned them, they change nothing
+    ids, codes = torch.tensor([[0, 1, 2, 3]]), quantizer.melody(Tunes()[0]['wave'][None])
+    conditioning = plain(raw_texts=['clip 1'], namespace='semantic')
+    melody = own.embed_melody(codes, 4, Fraction(10))
+    assert torch.equal(own(raw_texts=['clip 1'], namespace='semantic'), conditioning)
+    before = stage.eval().loss(ids, conditioning=conditioning)
+    assert torch.equal(again.eval().loss(ids, conditioning=conditioning, melody=melody), before)
+    # and it does learn them, from the folder of a MusicLM, too; alone if asked, so that nothing else changes
+    taken = make_quantizer().add_melody(melody_quantizer())
+    take_conditioning(tmp_path / 'quantizer', 'semantic', taken)
+    assert torch.equal(taken(raw_texts=['clip 1'], namespace='semantic'), conditioning)
+    SemanticTrainer(
+        again, folder / 'tokens', quantizer=taken, results_folder=tmp_path / 'run', melody_only=True, **sure, **how
+    ).train(num_train_steps=1)
+    assert not taken.melody_embedding.is_new
+    assert torch.equal(again.eval().loss(ids, conditioning=conditioning), before)
+    with pytest.raises(ValueError, match='melody_only needs a quantizer with a melody'):
+        SemanticTrainer(stage, folder / 'tokens', quantizer=plain, melody_only=True, results_folder=tmp_path, **how)
+    add_adapters(stage, rank=2)
+    with pytest.raises(ValueError, match='melodies are new to this stage, and adapters alone would be trained'):
+        SemanticTrainer(stage, folder / 'tokens', quantizer=own, results_folder=tmp_path / 'lora', **how)
+
+
+def test_the_shipped_model_follows_a_melody():
+    """Two tunes a semitone apart, so that no pitch class of the one is in the other at the same time."""
+    musiclm, chroma = MusicLM.from_pretrained('tiny'), MelodyEncoder(bins=12).chroma
+    tunes = [tones([it + by for it in (60, 64, 67, 64)], each=0.75) for by in (0, 1)]
+    prompts = 3 * ['a flute melody without drums']
+    for given in tunes:
+        made = musiclm(prompts, seconds=3.0, seed=0, melody=(given, RATE))
+        made = chroma(resample(made, musiclm.sample_rate, RATE))
+        # the share of frames in which the loudest pitch class is that of a tune
+        shares = [(made.argmax(dim=1) == chroma(it[None]).argmax(dim=1)).float().mean().item() for it in tunes]
+        own = shares.pop(0 if given is tunes[0] else 1)
+        assert own > 0.3
+        assert own > 3 * shares[0]
 
 
 @pytest.mark.slow
@@ -365,8 +424,8 @@ def test_from_the_command_line_to_a_quantizer(music, tmp_path, capsys):
     assert main([*melody, *sizes, '--output', str(tmp_path / 'melody')]) == 0
     assert 'R@1 0.' in capsys.readouterr().out
     source = ['--mulan', str(HOME / 'tiny' / 'quantizer' / 'mulan'), '--data', str(music)]
-    added = ['--melody', str(tmp_path / 'melody'), '--melody-windows', '5', '--output', str(tmp_path / 'quantizer')]
+    added = ['--melody', str(tmp_path / 'melody'), '--output', str(tmp_path / 'quantizer')]
     assert main(['train', 'quantizer', *source, *sizes, *added]) == 0
     quantizer = MuLaNEmbedQuantizer.from_pretrained(tmp_path / 'quantizer')
     assert quantizer.melody(torch.zeros(1, RATE)).shape == (1, 2, 1)
-    assert quantizer(raw_texts=['a flute'], namespace='semantic').shape[1] == 1 + 5
+    assert quantizer(raw_texts=['a flute'], namespace='semantic').shape[1] == 1

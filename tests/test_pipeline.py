@@ -148,12 +148,23 @@ def test_other_data_are_not_mixed_in(tmp_path, music, config, monkeypatch):
         train_musiclm(tmp_path / 'elsewhere', tmp_path / 'out', resume=True)
 
 
-def test_with_a_soundstream(tmp_path, music, config):
+def test_with_a_soundstream_and_melodies(tmp_path, music, config):
     content = {name: it for name, it in TINY.items() if name != 'spectral_codec'}
+    encoder = dict(dim=16, depth=1, heads=2, dim_head=8, dim_latent=8, seconds=0.5, hop=0.24)
+    content['melody'] = dict(
+        model=dict(**encoder, num_quantizers=1, codebook_size=2),
+        data=dict(length=8, seconds=1.0),
+        training=STEPS,
+    )
     content['codec'] = dict(model=CODEC, training=dict(**STEPS, seconds=0.2, valid_frac=0.4))
     recipe = MusicLMRecipe.from_content(content, 'the recipe')
     musiclm = train_musiclm(music, tmp_path / 'out', recipe)
     assert type(musiclm.codec.module).__name__ == 'SoundStream'
+    # the semantic stage has learned of melodies
+    again, codes = MusicLM.from_pretrained(tmp_path / 'out' / 'musiclm'), torch.zeros(1, 2, 1, dtype=torch.long)
+    told = [it.mulan_embed_quantizer.embed_melody(codes, 2, it.semantic_rate) for it in (musiclm, again)]
+    assert torch.equal(*told)
+    assert told[0].any()
     assert MusicLMRecipe.load(tmp_path / 'out' / 'recipe.json').to_dict() == recipe.to_dict()
 
 
@@ -167,6 +178,13 @@ def test_with_a_soundstream(tmp_path, music, config):
         (dict(coarse=dict(model=dict(num_coarse_quantizers=2))), 'makes 2 levels of codes, but the fine stage'),
         (dict(spectral_codec=dict(num_quantizers=1)), 'must lie between 1 and 0, one less than the quantizers'),
         (dict(semantic=dict(training=dict(unique_consecutive=True))), 'read the same tokens'),
+        (
+            dict(
+                melody={},
+                **{it: TINY[it] | dict(training=dict(unique_consecutive=True)) for it in ('semantic', 'coarse')},
+            ),
+            'melodies need tokens that tell times',
+        ),
     ],
 )
 def test_a_recipe_says_what_is_wrong(changes, message):
@@ -202,7 +220,7 @@ def test_recipes_that_ship(capsys):
     assert main(['recipes', 'mulan_small']) == 0
     assert yaml.safe_load(capsys.readouterr().out)['audio']['use_case'] == 'tonal'
     assert main(['recipes', 'large']) == 2
-    told = "no recipe 'large' in the package, which has codec_neural, mulan_small, musiclm_small"
+    told = "no recipe 'large' in the package; known are codec_neural, mulan_small, musiclm_small"
     assert told in capsys.readouterr().err
     with pytest.raises(FileNotFoundError, match='no recipe large, neither a file nor in the package'):
         MuLaNRecipe.load('large')

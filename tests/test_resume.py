@@ -452,7 +452,7 @@ def test_a_run_that_was_cut_off_anywhere_ends_with_the_same_best_model(tmp_path)
     ('size', 'valid_frac', 'says'),
     [
         (24, 0.25, 'the best model is chosen on 6 held-out items; below 30, much of that is chance'),
-        (24, 0.05, 'no validation and no best model: 1 items are held out, and it takes at least 2'),
+        (24, 0.05, 'no validation and no best model: of held-out items there are 1, and it takes at least 2'),
         (24, 0.0, ''),
         (90, 0.4, ''),
     ],

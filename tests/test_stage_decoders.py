@@ -144,6 +144,30 @@ def test_semantic_tokens_of_the_same_time(known, step):
             torch.testing.assert_close(added[row, place], expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize('step', ['plain', 'kernel'], indirect=True)
+@pytest.mark.parametrize('condition', ['projected', 'prefix'])
+def test_a_melody_is_told_in_time_and_guided_by(condition, step):
+    options = CONDITIONS[condition]
+    stage, tokens = own_stage(semantic_stage(**options)).eval(), codes(3, 9, num=SEMANTIC)
+    wanted, avoided, melody = (conditioning(options, 3, seed=seed) for seed in range(3))
+    melody = torch.cat((melody, melody), dim=1)[:, :7]  # the last two tokens are without
+    scales = dict(cond_scale=2.5, negative_scale=0.5)
+    given = dict(conditioning=wanted, negative=avoided, melody=melody, **scales)
+    found = decoded(stage, tokens=tokens, known=4, **given)
+
+    @torch.no_grad()
+    def logits(conditions, melody=None):
+        (features,) = stage.features(tokens[:, :-1], conditioning=conditions, melody=melody)
+        return stage.to_logits(features)[:, 4:]
+
+    own, null = logits(wanted, melody), logits(torch.zeros_like(wanted))
+    assert_equal(found, null + 2.5 * (own - null) + 0.5 * (own - logits(avoided, melody)))
+    # each token is told of the melody at its own time
+    melody[:, 6] += 1
+    changed = (logits(wanted, melody) - own).abs().amax(dim=(0, 2))
+    assert (changed > 1e-3).tolist() == [False, False, True, False, False]
+
+
 @pytest.mark.parametrize('condition', ['cross', 'projected', 'prefix'])
 def test_guidance_of_the_coarse_stage_is_that_of_forward_with_cond_scale(condition):
     stage, text_embeds = coarse_stage(**CONDITIONS[condition]), conditioning(CONDITIONS[condition], 2)

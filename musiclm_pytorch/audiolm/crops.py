@@ -112,6 +112,11 @@ class TokenCrops(Dataset):
         """What is known of a stream: `codebook_size`, `quantizers` and others."""
         return self.streams[name].about['facts']
 
+    @property
+    def windows_per_token(self) -> Fraction:
+        """Windows of melodies that begin in the time of a semantic token."""
+        return self.streams['melody'].rate / (self.streams['semantic'].rate * self.facts('semantic')['quantizers'])
+
     def frames(self, name: str, rounded: Callable[[Fraction], int] = math.floor) -> int:
         """Frames of a stream that a crop holds."""
         return rounded(Fraction(str(self.seconds)) * self.streams[name].rate)

@@ -81,6 +81,7 @@ def generate_semantic(
     num_samples: int | None = None,
     text_embeds: Embeds = None,
     negative_embeds: Tensor | None = None,
+    melody: Tensor | None = None,
     prime: Tensor | None = None,
     sampling: Sampling = PLAIN,
     min_length: int = 1,
@@ -94,20 +95,23 @@ def generate_semantic(
 ) -> TokenSequences:
     """Sample semantic tokens until the end token or `max_length`.
 
-    transformer: the stage, ours or audiolm-pytorch's
-    max_length, min_length: tokens, the prime included; no sample ends before `min_length`
-    num_samples: batch size, if neither the conditioning nor the prime tells it
-    text_embeds: (b, n, d), or (1, n, d) for all samples; a list has one for each window, the last one stays
-    negative_embeds: (b, n, d) or (1, n, d), what to keep away from, see `Sampling`; its n is that of text_embeds
-    prime: (b, n) int64 tokens that the result begins with, padded with −1 behind shorter ones
-    window, overlap: at most `window` tokens are seen at once, each window continues the last `overlap` of the one
-        before; None sees everything
-    prime_overlap: how many tokens of the prime the first window sees, at most; None for all of them where they are
-        fewer than a window, else for `overlap`. What a new text shall not be held by is better left out
-    generator: one, or one a sample, which makes samples independent of the batch they are in
-    progress: True for a bar, or a function of steps done and steps in all
-    total_length: of the whole, in tokens, if this is a part of it; by it, kernels are loaded or not
-    compile: run steps through torch.compile at fixed shapes, on a GPU as a CUDA graph
+    Args:
+        transformer: the stage, ours or audiolm-pytorch's
+        max_length, min_length: tokens, the prime included; no sample ends before `min_length`
+        num_samples: batch size, if neither the conditioning nor the prime tells it
+        text_embeds: (b, n, d), or (1, n, d) for all samples; a list has one for each window, the last one stays
+        negative_embeds: (b, n, d) or (1, n, d), what to keep away from, see `Sampling`; its n is that of text_embeds
+        melody: (b, m, d) or (1, m, d), of the melody to follow at the time of each token, from the first one of the
+            prime on, as of `StageTransformer.loss`; what is longer than it goes on without
+        prime: (b, n) int64 tokens that the result begins with, padded with −1 behind shorter ones
+        window, overlap: at most `window` tokens are seen at once, each window continues the last `overlap` of the one
+            before; None sees everything
+        prime_overlap: how many tokens of the prime the first window sees, at most; None for all of them where they are
+            fewer than a window, else for `overlap`. What a new text shall not be held by is better left out
+        generator: one, or one a sample, which makes samples independent of the batch they are in
+        progress: True for a bar, or a function of steps done and steps in all
+        total_length: of the whole, in tokens, if this is a part of it; by it, kernels are loaded or not
+        compile: run steps through torch.compile at fixed shapes, on a GPU as a CUDA graph
 
     Returns tokens (b, n) and lengths (b,), without the end token.
     Raises ValueError for lengths, windows, tokens or shapes that do not fit, TypeError for another stage.
@@ -138,6 +142,7 @@ def generate_semantic(
         sampling=sampling,
         text_embeds=text_embeds,
         negative_embeds=negative_embeds,
+        melody=None if melody is None else _conditioning(stage, melody, batch, sampling, 'melody'),
         may_end_from=min_length,
         noise=Noise(generator, batch),
         forced=lengths.tolist() if known < longest else None,
@@ -170,14 +175,16 @@ def generate_coarse(
 ) -> TokenSequences:
     """Sample coarse codes for semantic tokens, until the end token or `max_length` frames.
 
-    semantic_ids: (b, n) int64, −1 or the end token where there are none: those are not attended to, as in training
-    max_length: frames, the prime included; or one number a sample
-    prime: (b, frames, q) int64 codes that the result begins with
-    unique_consecutive: whether the stage was trained on semantic tokens without repetitions, which are then dropped
-    window, overlap, prime_overlap: in frames, as in `generate_semantic`. With a window or a `prime_overlap`, what is
-        seen of the semantic tokens is those of the same time, hence `semantic_per_frame`, the tokens' rate over the
-        frames'; they must hold repetitions
-    others as in `generate_semantic`
+    Args:
+        semantic_ids: (b, n) int64, −1 or the end token where there are none: those are not attended to, as in training
+        max_length: frames, the prime included; or one number a sample
+        prime: (b, frames, q) int64 codes that the result begins with
+        unique_consecutive: whether the stage was trained on semantic tokens without repetitions, which are then dropped
+        window, overlap, prime_overlap: in frames, as in `generate_semantic`. With a window or a `prime_overlap`, what
+            is seen of the semantic tokens is those of the same time, hence `semantic_per_frame`, the tokens' rate over
+            the frames'; they must hold repetitions
+
+    Others are as in `generate_semantic`.
 
     Returns codes (b, t, q) and lengths (b,) in frames.
     Raises ValueError for lengths, windows, tokens or shapes that do not fit, TypeError for another stage.
@@ -257,12 +264,14 @@ def generate_fine(
 ) -> TokenSequences:
     """Sample the fine codes of coarse codes.
 
-    coarse_codes: (b, t, q) int64; −1 or the end token in a frame means that the sample has ended before it
-    prime: (b, frames, q') int64 fine codes that the result begins with
-    window: frames; all windows are made apart from each other, in one batch. It should be the length of the crops
-        that the stage was trained on, for its position bias depends on it; shorter samples are padded to it
-    max_batch: the most windows at once, which bounds memory
-    others as in `generate_semantic`
+    Args:
+        coarse_codes: (b, t, q) int64; −1 or the end token in a frame means that the sample has ended before it
+        prime: (b, frames, q') int64 fine codes that the result begins with
+        window: frames; all windows are made apart from each other, in one batch. It should be the length of the crops
+            that the stage was trained on, for its position bias depends on it; shorter samples are padded to it
+        max_batch: the most windows at once, which bounds memory
+
+    Others are as in `generate_semantic`.
 
     Returns codes (b, t, q') and lengths (b,) in frames.
     Raises ValueError for windows, tokens or shapes that do not fit, TypeError for another stage.
@@ -330,6 +339,7 @@ def _generate(
     text_embeds: Embeds,
     negative_embeds: Tensor | None,
     noise: Noise,
+    melody: Tensor | None = None,
     limits: Sequence[int] | None = None,
     may_end_from: int = 0,
     forced: list[int] | None = None,
@@ -340,6 +350,7 @@ def _generate(
     """Fill `tokens (b, n, q)`, windows of several samples side by side, up to the end of each sample.
 
     given: what the stage is given for windows that go side by side
+    melody: `(b, m, d)`, for a stage whose windows that go side by side are of the same time
     limits: the length of each sample, n by default
     may_end_from: where a sample may end at the earliest
     forced: of primes of different lengths how many tokens there are of each, if there is but one window
@@ -361,6 +372,7 @@ def _generate(
                 max_tokens=jobs[0].given * q + steps,
                 conditioning=None if embeds[0] is None else torch.stack([it[r] for it, r in zip(embeds, rows)]),
                 negative=None if negative is None else negative[rows],
+                melody=None if melody is None else melody[rows, windows[0].start : windows[0].stop],
                 cond_scale=sampling.cond_scale,
                 negative_scale=sampling.negative_scale,
                 total_tokens=(total_length or length) * q,
@@ -470,7 +482,9 @@ def _first_ends(tokens: Tensor, end_id: int | None) -> list[int]:
     return torch.where(is_end.any(dim=1), is_end.long().argmax(dim=1), tokens.shape[1]).tolist()
 
 
-def _conditioning(stage: StageTransformer, embeds: Tensor | None, batch: int, sampling: Sampling) -> Tensor | None:
+def _conditioning(
+    stage: StageTransformer, embeds: Tensor | None, batch: int, sampling: Sampling, what: str = 'text_embeds'
+) -> Tensor | None:
     """The conditioning of `batch` samples, on the device of the stage."""
     name, width = type(stage).__name__, stage.conditioning_dim
     if embeds is None:
@@ -482,10 +496,10 @@ def _conditioning(stage: StageTransformer, embeds: Tensor | None, batch: int, sa
             )
         return None
     if not stage.has_condition:
-        raise ValueError(f'this {name} was built without has_condition, so it takes no text_embeds')
+        raise ValueError(f'this {name} was built without has_condition, so it takes no {what}')
     if embeds.ndim != 3 or embeds.shape[0] not in (1, batch) or embeds.shape[2] != width:
         raise ValueError(
-            f'text_embeds must have shape ({batch}, n, {width}), or (1, n, {width}) for all samples, '
+            f'{what} must have shape ({batch}, n, {width}), or (1, n, {width}) for all samples, '
             f'got {tuple(embeds.shape)}'
         )
     return embeds.to(stage.device).expand(batch, -1, -1)

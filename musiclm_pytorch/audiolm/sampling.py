@@ -34,13 +34,14 @@ Generators = torch.Generator | Sequence[torch.Generator] | None
 class Sampling:
     """How one stage draws its tokens.
 
-    temperature: divides the logits; 0 always takes the likeliest token
-    top_k: only the k likeliest tokens
-    top_p: only the fewest tokens that reach this probability together, of those that top_k leaves
-    cond_scale: classifier-free guidance, null + cond_scale · (conditioned − null); 1 is without
-    negative_scale: guidance away from a negative condition, if there is one: with it, negative_scale ·
-        (conditioned − negative) is added
-    logits_processor: changes the logits before all of this but the guidance; a logit of −inf forbids a token
+    Attributes:
+        temperature: divides the logits; 0 always takes the likeliest token
+        top_k: only the k likeliest tokens
+        top_p: only the fewest tokens that reach this probability together, of those that top_k leaves
+        cond_scale: classifier-free guidance, null + cond_scale · (conditioned − null); 1 is without
+        negative_scale: guidance away from a negative condition, if there is one: with it, negative_scale · (conditioned
+            − negative) is added
+        logits_processor: changes the logits before all of this but the guidance; a logit of −inf forbids a token
 
     Raises ValueError for a value out of range.
     """

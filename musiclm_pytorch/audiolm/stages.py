@@ -156,7 +156,11 @@ class StageTransformer(nn.Module):
     # training
 
     def features(
-        self, *ids: Tensor, seen: Tensor | None = None, conditioning: Tensor | None = None
+        self,
+        *ids: Tensor,
+        seen: Tensor | None = None,
+        conditioning: Tensor | None = None,
+        melody: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
         """What each given token, and the token after each of 0 … n own ones, is told from.
 
@@ -164,6 +168,7 @@ class StageTransformer(nn.Module):
             ids: given tokens `(b, m)`, unless the stage is semantic, and own ones `(b, n)`, levels taking turns.
             seen: `(b, k)` bool, which places attention looks at, start tokens included.
             conditioning: `(b, q, d)`.
+            melody: `(b, k, d)`, of the first own tokens, see `loss`.
 
         Returns:
             `(b, m, d)`, unless the stage is semantic, and `(b, 1 + n, d)`.
@@ -177,18 +182,22 @@ class StageTransformer(nn.Module):
         bias = self.bias(given[0].shape[1] if given else 0, own.shape[1])
         context, context_mask = self.context(conditioning)
         features = self.transformer(x, bias, seen=seen, context=context, context_mask=context_mask)
+        if melody is not None:
+            features = features + self.place_melody(melody, own.shape[1] + 1, features.shape[1])
         if not given:
             return (features,)
         return features[:, : given[0].shape[1]], features[:, given[0].shape[1] + 1 :]
 
-    def loss(self, *ids: Tensor, conditioning: Tensor | None = None, mask_prob: float = 0.0,
-             prefix_loss_weight: float = 1.0) -> Tensor:  # fmt: skip
+    def loss(self, *ids: Tensor, conditioning: Tensor | None = None, melody: Tensor | None = None,
+             mask_prob: float = 0.0, prefix_loss_weight: float = 1.0) -> Tensor:  # fmt: skip
         """Cross-entropy of the own tokens and of the given ones, a mean over all, in nats; a scalar.
 
         Args:
             ids: the semantic stage takes semantic tokens `(b, n)`, the coarse one these and coarse codes `(b, t, q)`,
                 the fine one coarse and fine codes.
             conditioning: `(b, q, d)` embeddings, for a stage that is conditioned; zeros are the null condition.
+            melody: `(b, k, d)` embeddings of the melody at the time of each of the first own tokens, which are added
+                to the features that the token is told from; zeros where there is none.
             mask_prob: share of earlier tokens that attention does not see, see `forgetful_mask`.
             prefix_loss_weight: of the tokens that are given; 0 leaves them out.
         """
@@ -200,7 +209,7 @@ class StageTransformer(nn.Module):
         seen = None
         if mask_prob > 0:
             seen = self._forgetful(len(own), length, mask_prob)
-        features = self.features(*given_labels, inputs, seen=seen, conditioning=conditioning)
+        features = self.features(*given_labels, inputs, seen=seen, conditioning=conditioning, melody=melody)
         loss = summed_loss(features[-1], self.own_heads(), labels)
         if given and self.tells_given(prefix_loss_weight):
             loss = loss + summed_loss(features[0], self.given_heads(), given_labels[0]) * prefix_loss_weight
@@ -236,6 +245,7 @@ class StageTransformer(nn.Module):
         max_tokens: int,
         conditioning: Tensor | None = None,
         negative: Tensor | None = None,
+        melody: Tensor | None = None,
         cond_scale: float = 1.0,
         negative_scale: float = 1.0,
         total_tokens: int | None = None,
@@ -248,6 +258,7 @@ class StageTransformer(nn.Module):
                 the own tokens so far, `(b, n)`.
             max_tokens: own tokens that there will be at most, those so far included.
             conditioning: `(b, q, d)`; and `negative`, the same of what to keep away from.
+            melody: as of `loss`; the null condition has none, the negative one has it.
             cond_scale, negative_scale: of guidance, see `Sampling`.
             total_tokens: how many of a sample are made in all, if others follow; by it, kernels are loaded or not.
             compile: run steps through torch.compile at fixed shapes, on a GPU as a CUDA graph.
@@ -271,6 +282,9 @@ class StageTransformer(nn.Module):
             context = torch.cat([it for it, _ in branches])
             context_mask = None if context_mask is None else torch.cat([mask for _, mask in branches])
             seen = None if seen is None else seen.repeat(len(branches), 1)
+        if melody is not None:
+            null = [torch.zeros_like(melody)] if is_guided else []
+            melody = self.place_melody(torch.cat([melody, *null, *[melody] * (negative is not None)]), max_tokens)
         capacity = x.shape[1] + max(max_tokens - own.shape[1] - 1, 0)  # nobody asks what follows the last token
         cache = network.start_cache(len(x), capacity, seen=seen, context=context, context_mask=context_mask)
         bias = self.bias(num_given, max_tokens)
@@ -279,13 +293,16 @@ class StageTransformer(nn.Module):
         cache.step = step_for(network, cache, len(x), total_tokens or max_tokens - own.shape[1], compile)
         scales = cond_scale if is_guided else None, negative_scale if negative is not None else None
         aligned = self.aligned(*given, count=max_tokens)
-        return GenerationState(cache, bias, features, own.shape[1], *scales, aligned)
+        return GenerationState(cache, bias, features, own.shape[1], *scales, melody, aligned)
 
     def next_logits(self, state: GenerationState) -> Tensor:
         """`(b, c)` float32 for the next token."""
         heads, step = self.own_heads(), state.cache.step
         linear = step.linear if isinstance(step, FusedStep) else logits_of
-        logits = at_least_float32(linear(state.features, *heads[state.index % len(heads)]))
+        features = state.features
+        if state.melody is not None:
+            features = features + state.melody[:, state.index]
+        logits = at_least_float32(linear(features, *heads[state.index % len(heads)]))
         conditioned, *others = logits.chunk(state.num_branches)
         logits = conditioned
         if state.cond_scale is not None:
@@ -329,6 +346,13 @@ class StageTransformer(nn.Module):
         weight = getattr(self.proj_text_embed, 'weight', None)
         return at_least_float32(self.proj_text_embed(conditioning if weight is None else conditioning.to(weight))), mask
 
+    def place_melody(self, melody: Tensor, own: int, places: int | None = None) -> Tensor:
+        """Melody `(b, k, conditioning dim)` of own tokens as wide as the transformer and as long as `own` places are,
+        the last ones of so many `places`."""
+        weight = getattr(self.proj_text_embed, 'weight', None)
+        melody = at_least_float32(self.proj_text_embed(melody if weight is None else melody.to(weight)))[:, :own]
+        return F.pad(melody, (0, 0, (places or own) - own, own - melody.shape[1]))
+
     # new weights
 
     @torch.no_grad()
@@ -364,12 +388,14 @@ class GenerationState:
         index: int,
         cond_scale: float | None,
         negative_scale: float | None,
+        melody: Tensor | None = None,
         aligned: Tensor | None = None,
     ):
         self.cache, self.bias, self.features = cache, bias, features
-        self.aligned = aligned  # see `StageTransformer.aligned`
         self.index = index  # of the next token among the own ones
         self.cond_scale, self.negative_scale = cond_scale, negative_scale
+        self.melody = melody  # at the place of each own token
+        self.aligned = aligned  # see `StageTransformer.aligned`
         self.num_branches = 1 + (cond_scale is not None) + (negative_scale is not None)
 
 

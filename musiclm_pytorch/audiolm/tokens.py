@@ -236,7 +236,7 @@ def _melody_stream(melody: nn.Module, rate: int, batch_size: int) -> Stream:
         codes = partial(melody, sample_rate=rate)
         return _in_batches([item.wave for item in items], codes, batch_size, _device_of(melody))
 
-    facts = dict(rate=str(1 / Fraction(str(melody.encoder.hop))), quantizers=melody.num_quantizers)
+    facts = dict(rate=str(melody.rate), quantizers=melody.num_quantizers)
     return Stream('melody', compute, facts | dict(codebook_size=melody.codebook_size), fingerprint(melody))
 
 

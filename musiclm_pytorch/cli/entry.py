@@ -18,6 +18,7 @@ from musiclm_pytorch.cli.data import shard, tokens
 from musiclm_pytorch.cli.evaluate import compare, evaluate
 from musiclm_pytorch.cli.generate import discard_output, generate, stream
 from musiclm_pytorch.cli.options import split_fields
+from musiclm_pytorch.cli.parser import Parser, complete
 from musiclm_pytorch.cli.parts import assemble, recipes
 from musiclm_pytorch.cli.play import infill
 from musiclm_pytorch.cli.search import index, search
@@ -29,44 +30,50 @@ from musiclm_pytorch.version import __version__
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code.
 
-    0: done. 2: something is wrong with what was given. 1: the file system refuses (a full disk, no permission), or
-    another process writes into the same folder. 130, 143, 129: SIGINT, SIGTERM or SIGHUP. Each error is told in a line
-    on stderr.
+    0: done. 2: something is wrong with what was given. 1: the file system refuses (a full disk, no permission), memory
+    does not suffice, or another process writes into the same folder. 130, 143, 129: SIGINT, SIGTERM or SIGHUP. Each
+    error is told in a line on stderr.
     """
-    parser = argparse.ArgumentParser(
-        prog='musiclm', description='Music and text: data, training, generation, evaluation, search.'
-    )
-    parser.add_argument('--version', action='version', version=f'musiclm-pytorch {__version__}')
-    subcommands = parser.add_subparsers(dest='command', required=True, metavar='COMMAND')
-    for declare in SUBCOMMANDS:
-        declare(subcommands)
-    if '_ARGCOMPLETE' in os.environ:  # the shell asks what may come next
-        import argcomplete
-
-        argcomplete.autocomplete(parser)
-    try:
-        words, fields = split_fields(sys.argv[1:] if arguments is None else arguments)
-    except ValueError as error:
-        parser.error(str(error))
-    options = parser.parse_args(words)
-    if fields and 'takes_fields' not in options:
-        parser.error(f'{options.prog} takes no recipe, hence no --{next(iter(fields))}.…')
-    options.fields = fields
+    options = read(sys.argv[1:] if arguments is None else arguments)
     logging.basicConfig(level=logging.WARNING, format='%(message)s')
     with ended_by_signals() as signals:
         try:
             with alone_in_output(options), contextlib.redirect_stdout(sys.stderr if options.json else sys.stdout):
                 facts = options.run(options)
             if options.json and facts is not None:
-                print(json.dumps(facts, ensure_ascii=False, default=as_plain))
+                print(as_json(facts))
             flush_output()
         except user_errors() as error:
             print(f'{options.prog}: error: {" ".join(str(error).split())}', file=sys.stderr)
             return code_of(error)
+        except (MemoryError, RuntimeError) as error:
+            if not out_of_memory(error):
+                raise
+            print(f'{options.prog}: error: {OUT_OF_MEMORY} ({" ".join(str(error).split())})', file=sys.stderr)
+            return 1
         except KeyboardInterrupt as error:
             print(f'{options.prog}: {str(error) or "interrupted"}', file=sys.stderr)
             return 128 + (signals[0] if signals else signal.SIGINT)
     return 0
+
+
+def read(arguments: Sequence[str]) -> argparse.Namespace:
+    """What a command line says. Ends the process where it is wrong, or asks for help or completion."""
+    parser = Parser(prog='musiclm', description='Music and text: data, training, generation, evaluation, search.')
+    parser.add_argument('--version', action='version', version=f'musiclm-pytorch {__version__}')
+    subcommands = parser.add_subparsers(dest='command', required=True, metavar='COMMAND')
+    for declare in SUBCOMMANDS:
+        declare(subcommands)
+    complete(parser)
+    try:
+        words, fields = split_fields(arguments)
+    except ValueError as error:
+        parser.error(str(error))
+    options = parser.parse_args(words)
+    if fields and 'takes_fields' not in options:
+        parser.error(f'{options.prog} takes no recipe, hence no --{next(iter(fields))}.…')
+    options.fields = fields
+    return options
 
 
 @contextlib.contextmanager
@@ -114,6 +121,16 @@ def alone_in_output(options: argparse.Namespace) -> Iterator[None]:
         yield
 
 
+def as_json(facts: dict) -> str:
+    """One line, with null for what diverged."""
+    try:
+        return json.dumps(facts, ensure_ascii=False, default=as_plain, allow_nan=False)
+    except ValueError:
+        from musiclm_pytorch.atomic import valid_json
+
+        return valid_json(facts, ensure_ascii=False, default=as_plain)
+
+
 def as_plain(value: object) -> object:
     """What JSON has in place of paths, and of numbers of numpy and torch."""
     return value.item() if hasattr(value, 'item') else str(value)
@@ -138,11 +155,18 @@ def code_of(error: Exception) -> int:
     return 1 if error.errno in REFUSED | {errno.EPIPE} or isinstance(error, FolderInUseError) else 2
 
 
+def out_of_memory(error: Exception) -> bool:
+    """Whether it is Python's, that of a GPU, or what torch has no class for: too little of the main memory."""
+    kinds = ('MemoryError', 'OutOfMemoryError')
+    return type(error).__name__ in kinds or "can't allocate memory" in str(error)
+
+
 def user_errors() -> tuple[type[Exception], ...]:
     """What is told in a line. TrainingError counts where training is loaded, which is not done for its sake."""
     loop = sys.modules.get('musiclm_pytorch.trainer.trainer')
     return OSError, ValueError, TypeError, ImportError, *([loop.TrainingError] if loop else [])
 
 
+OUT_OF_MEMORY = 'out of memory; take less at once: a smaller batch, fewer or shorter pieces, or a smaller model'
 SUBCOMMANDS = [shard, train, tokens, assemble, recipes, generate, infill, stream, evaluate, compare, index, search]
 SUBCOMMANDS += [serve, app]

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from musiclm_pytorch.cli.parser import models_that_ship, or_a_path, recipes_that_ship
 from musiclm_pytorch.trainer.config import CHOICES, TrainingConfig, field_docs
 
 KINDS: dict[str, type] = dict(N=int, HZ=int, S=float, X=float)  # what an option takes, by its metavar; else a string
@@ -55,18 +56,23 @@ def command(
     return parser
 
 
-def option(parser: Any, *names: str, metavar: str | None = None, help: str, **keywords: Any) -> None:
-    """An option or an argument; its default stands in the help unless it is none."""
+def option(
+    parser: Any, *names: str, metavar: str | None = None, help: str, completer: Callable | None = None, **keywords: Any
+) -> None:
+    """An option or an argument; its default stands in the help unless it is none. Shells complete what `completer`
+    gives, else paths."""
     if 'action' not in keywords or keywords['action'] == 'append':
         keywords |= dict(type=KINDS.get(metavar, str)) if 'type' not in keywords else {}
         keywords |= {} if 'choices' in keywords else dict(metavar=metavar)
     if keywords.get('default') is not None:
         help += ' (default: %(default)s)'
-    parser.add_argument(*names, help=help, **keywords)
+    action = parser.add_argument(*names, help=help, **keywords)
+    if completer is not None:
+        action.completer = completer
 
 
 def add_model(parser: Any, what: str = f'a folder written by MusicLM.save_pretrained, or {SHIPPED}') -> None:
-    option(parser, '--model', metavar='FOLDER', default='tiny', help=what)
+    option(parser, '--model', metavar='FOLDER', default='tiny', help=what, completer=or_a_path(models_that_ship))
 
 
 def add_device(parser: Any) -> None:
@@ -106,7 +112,7 @@ def add_valid_data(parser: Any, help: str) -> None:
 
 def add_config(parser: Any, what: str) -> None:
     """A recipe; from then on, any key of it is an option too."""
-    option(parser, '--config', metavar='FILE', help=what)
+    option(parser, '--config', metavar='FILE', help=what, completer=or_a_path(recipes_that_ship))
     example = '--mulan.training.lr 1e-3' if 'every part' in what else '--training.warmup_steps 100'
     parser.epilog = f'Any key of the recipe is an option too, such as {example}; `musiclm recipes --keys` lists them.'
     parser.set_defaults(takes_fields=True)

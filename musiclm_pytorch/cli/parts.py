@@ -21,6 +21,8 @@ from musiclm_pytorch.cli.options import (
     tell_model,
     write_results,
 )
+from musiclm_pytorch.cli.parser import models_that_ship, or_a_path, recipes_that_ship
+from musiclm_pytorch.trainer.config import nearest, shipped_recipes
 
 
 def train_quantizer(models) -> None:
@@ -38,8 +40,6 @@ def train_quantizer(models) -> None:
     option(parser, '--quantizers', metavar='N', help='levels (default: 8)')
     option(parser, '--codebook-size', metavar='N', help='codes a level (default: 1024)')
     option(parser, '--melody', metavar='FOLDER', help='what `musiclm train melody` wrote, for the semantic stage')
-    windows = 'of it that a crop of that stage has at most'
-    option(parser, '--melody-windows', metavar='N', default=30, help=windows)
 
 
 def train_tokenizer(models) -> None:
@@ -71,7 +71,7 @@ def add_fitting(parser: argparse.ArgumentParser, part: str) -> None:
         )
     else:
         what += '; or a CLAP of transformers, its folder or its name on the Hugging Face Hub'
-    option(source, '--mulan', metavar='SOURCE', help=what)
+    option(source, '--mulan', metavar='SOURCE', help=what, completer=or_a_path(models_that_ship))
     add_data(parser)
     add_config(parser, f"a recipe of every part, as for `{WHOLE}`, whose section '{part}' counts")
     add_output(parser, f'where the {part} goes')
@@ -106,9 +106,9 @@ def recipes(subcommands) -> None:
         'list the recipes that come with the package, or print one',
         'List the recipes that come with the package, or print one. --config of every training takes their names; to '
         'change one, print it into a file: musiclm recipes musiclm_small > my.yaml',
-        facts=False,
     )
-    option(parser, 'name', metavar='NAME', nargs='?', help='the recipe to print; with --keys a part, such as mulan')
+    which = 'the recipe to print; with --keys a part, such as mulan'
+    option(parser, 'name', metavar='NAME', nargs='?', help=which, completer=recipes_that_ship)
     keys = 'list the keys that a recipe may have, with their types and defaults'
     option(parser, '--keys', action='store_true', help=keys)
 
@@ -122,7 +122,7 @@ def run_train_quantizer(options: argparse.Namespace) -> dict[str, Any]:
     clips = open_clips(recipe, options, mulan.sample_rate)
     quantizer, missing = fit_quantizer(recipe.fitted, mulan, clips, options.dims or recipe.conditioning_dims)
     if options.melody is not None:
-        quantizer.add_melody(MelodyQuantizer.from_pretrained(options.melody), options.melody_windows)
+        quantizer.add_melody(MelodyQuantizer.from_pretrained(options.melody))
     write_results(options.output, quantizer.save_pretrained)
     print(f'{len(missing)} levels of {quantizer.codebook_size} codes, in {options.output}')
     print(f'{missing[-1]:.1%} of the squared length of the latents are missing after the last level')
@@ -190,19 +190,21 @@ def run_assemble(options: argparse.Namespace) -> dict[str, Any]:
     return dict(model=options.output)
 
 
-def run_recipes(options: argparse.Namespace) -> None:
-    from musiclm_pytorch.trainer.config_schema import shipped_recipes
-
+def run_recipes(options: argparse.Namespace) -> dict[str, Any]:
     if options.keys:
         from musiclm_pytorch.trainer.pipeline_recipe import list_keys
 
-        print('\n'.join(list_keys(options.name)))
-        return
+        lines = list_keys(options.name)
+        print('\n'.join(lines))
+        return dict(keys=dict(line.split(': ', 1) for line in lines))
     shipped = shipped_recipes()
     if options.name is None:
-        for name, path in shipped.items():
-            print(f'{name:16} {path.read_text(encoding="utf-8").partition(". ")[0].removeprefix("# ")}')
-    elif options.name in shipped:
-        print(shipped[options.name].read_text(encoding='utf-8'), end='')
-    else:
-        raise ValueError(f'there is no recipe {options.name!r} in the package, which has {", ".join(shipped)}')
+        about = {name: path.read_text(encoding='utf-8').partition('. ')[0][2:] for name, path in shipped.items()}
+        for name, what in about.items():
+            print(f'{name:16} {what}')
+        return dict(recipes=about)
+    if options.name not in shipped:
+        raise ValueError(f'there is no recipe {options.name!r} in the package; {nearest(options.name, shipped)}')
+    text = shipped[options.name].read_text(encoding='utf-8')
+    print(text, end='')
+    return dict(recipe=options.name, text=text)

@@ -64,42 +64,31 @@ def train_melody(models) -> None:
         'quantizer --melody`: some minutes on one core. What is under --output is moved aside.',
     )
     add_output(parser, 'where the MelodyQuantizer goes')
-    option(parser, '--steps', metavar='N', default=120, help='of the training')
-    option(parser, '--batch-size', metavar='N', default=64, help='pairs a step')
+    option(parser, '--steps', metavar='N', default=150, help='of the training')
+    option(parser, '--batch-size', metavar='N', default=20, help='pairs of 4 s, or of a window, a step')
     option(parser, '--quantizers', metavar='N', default=4, help='levels of codes')
     option(parser, '--codebook-size', metavar='N', default=256, help='codes a level')
     option(parser, '--seed', metavar='N', default=42, help='of weights, melodies and k-means')
-    option(parser, '--seconds', metavar='S', default=4.0, help='length of the windows')
-    option(parser, '--hop', metavar='S', default=1.0, help='distance between two')
+    option(parser, '--seconds', metavar='S', default=1.0, help='length of the windows')
+    option(parser, '--hop', metavar='S', default=0.24, help='distance between two')
 
 
 def run_train_melody(options: argparse.Namespace) -> dict[str, Any]:
     import tempfile
 
-    from musiclm_pytorch.codecs.melody import MelodyQuantizer
-    from musiclm_pytorch.data.melodies import MelodyPairs
-    from musiclm_pytorch.mulan.melody import MelodyEncoder
-    from musiclm_pytorch.trainer.melody import MelodyTrainer
-    from musiclm_pytorch.trainer.resumable_loader import seed_everything
+    from musiclm_pytorch.trainer.assembly import fit_melody
+    from musiclm_pytorch.trainer.stage_recipes import MelodyRecipe
 
-    seed_everything(options.seed)
-    encoder = MelodyEncoder(seconds=options.seconds, hop=options.hop)
-    how = dict(seconds=max(1.0, options.seconds), sample_rate=encoder.sample_rate, seed=options.seed)
-    pairs = MelodyPairs(options.steps * options.batch_size, **how)
-    melody = MelodyQuantizer(encoder, options.quantizers, options.codebook_size)
+    levels = dict(num_quantizers=options.quantizers, codebook_size=options.codebook_size)
+    recipe = MelodyRecipe.default().updated(
+        model=dict(seconds=options.seconds, hop=options.hop, **levels),
+        data=dict(seconds=max(4.0, options.seconds)),
+        training=dict(num_train_steps=options.steps, batch_size=options.batch_size, seed=options.seed),
+    )
     with tempfile.TemporaryDirectory() as folder:
-        found = MelodyTrainer(
-            encoder,
-            pairs,
-            valid_pairs=MelodyPairs(256, split='valid', **how),
-            batch_size=options.batch_size,
-            lr_scheduler_type='cosine',
-            seed=options.seed,
-            results_folder=folder,
-        ).train(num_train_steps=options.steps)
-    left = melody.eval().fit(pairs, max_items=max(1024, options.codebook_size), seed=options.seed)
+        melody, found, left = fit_melody(recipe, folder)
     write_results(options.output, melody.save_pretrained)
-    print(f'the same melody among 256 in another performance: R@1 {found["valid_recall_at_1"]:.3f}')
+    print(f'the same window among 256 in another performance: R@1 {found["valid_recall_at_1"]:.3f}')
     told = f'{len(left)} levels of {melody.codebook_size} codes, {left[-1]:.1%} missing after the last'
     print(f'{told}, in {options.output}')
     return dict(results=found, missing=left, output=options.output)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from musiclm_pytorch.cli.options import ANY_MULAN, add_device, add_model, add_output, command, option
+from musiclm_pytorch.cli.parser import models_that_ship, or_a_path
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +49,7 @@ def search(subcommands) -> None:
     option(parser, '-k', metavar='N', default=10, help='clips to show')
     option(parser, '--tags', metavar='N', default=0, help='words to show beside each clip')
     model = 'where the MuLaN lies now (default: where it was when the index was made)'
-    option(parser, '--model', metavar='FOLDER', help=model)
+    option(parser, '--model', metavar='FOLDER', help=model, completer=or_a_path(models_that_ship))
     option(parser, '--backend', choices=('auto', 'faiss', 'torch'), default='auto', help='all give the same')
     add_device(parser)
 

@@ -25,6 +25,7 @@ from musiclm_pytorch.cli.options import (
     tell_model,
     write_results,
 )
+from musiclm_pytorch.cli.parser import models_that_ship, or_a_path
 from musiclm_pytorch.cli.parts import train_quantizer, train_tokenizer
 from musiclm_pytorch.cli.play import train_melody
 
@@ -66,6 +67,7 @@ def train_mulan(models) -> None:
         parser,
         '--init-from',
         metavar='FOLDER',
+        completer=or_a_path(models_that_ship),
         help='start from the model in this folder, written by save_pretrained; then the sections audio, text and mulan '
         'of a recipe are not used',
     )
@@ -73,6 +75,7 @@ def train_mulan(models) -> None:
         parser,
         '--init-matching-from',
         metavar='FOLDER',
+        completer=or_a_path(models_that_ship),
         help='build the model of the recipe, and take over from the model in this folder what fits, such as one of '
         'another vocabulary; what does not is named',
     )
@@ -118,8 +121,8 @@ def train_stage(models, stage: str, what: str) -> None:
         parser,
         '--begin-with',
         metavar='FOLDER',
-        help="start from the stage in this folder, a trainer's or that of a MusicLM; then the section model of a "
-        'recipe is not used',
+        help="start from the stage in this folder, a trainer's or that of a MusicLM, or of one that ships by its name; "
+        'then the section model of a recipe is not used. What it was trained without, such as a melody, is added',
     )
     add_lora(parser, '--begin-with')
     add_training(parser)
@@ -163,6 +166,7 @@ def train_all(models) -> None:
         parser,
         '--begin-with',
         metavar='FOLDER',
+        completer=or_a_path(models_that_ship),
         help='a MusicLM of the same sizes, or the name of one that ships: its codec and semantic tokenizer are taken '
         'as they are, the stages go on from its weights, and MuLaN from what fits of them',
     )
@@ -195,7 +199,9 @@ def run_train_mulan(options: argparse.Namespace) -> dict[str, Any] | None:
         return None
     print(f'{trainer.step} steps done; checkpoints and metrics.jsonl are in {trainer.results_folder}')
     if (best := tell_best(trainer)) is None:
-        print('no held-out pairs, hence no best model; give --valid-data')
+        diverged = 'valid_loss' in (trainer.last_results or {})
+        why = 'the held-out loss was never a number' if diverged else 'too few pairs are held out; give --valid-data'
+        print(f'no best model: {why}. That of the last step is in {trainer.results_folder / "last"}')
         return facts_of(trainer, best)
     for way in ('audio_to_text', 'text_to_audio'):
         numbers = ', '.join(f'{label} {best[f"{way}_{name}"]:.3g}' for name, label in METRICS.items())
@@ -204,6 +210,7 @@ def run_train_mulan(options: argparse.Namespace) -> dict[str, Any] | None:
 
 
 def run_train_stage(options: argparse.Namespace) -> dict[str, Any] | None:
+    from musiclm_pytorch.pretrained import find_pretrained
     from musiclm_pytorch.quantizer import MuLaNEmbedQuantizer
     from musiclm_pytorch.trainer.resumable_loader import seed_everything
     from musiclm_pytorch.trainer.stage_recipes import STAGE_RECIPES
@@ -214,7 +221,7 @@ def run_train_stage(options: argparse.Namespace) -> dict[str, Any] | None:
     if options.begin_with is None:
         model = recipe.build_model(options.tokens, quantizer)
     else:
-        model = begin_stage(Path(options.begin_with), options.stage, quantizer)
+        model = begin_stage(find_pretrained(options.begin_with), options.stage, quantizer)
     adapt(model, options, options.begin_with, '--begin-with')
     held_out = options.valid_tokens
     return report(run_trainer(recipe, options, model, options.tokens, valid_tokens=held_out, quantizer=quantizer))
@@ -235,7 +242,7 @@ def begin_stage(folder: Path, stage: str, quantizer):
     folder = model_in(folder)
     model = load_module(folder)
     if quantizer is not None and (folder / CONDITIONING_FILE).is_file():
-        load_stage(folder, model, quantizer)
+        load_stage(folder, model, quantizer, may_add_melody=True)
     return model
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 
 from musiclm_pytorch.atomic import written_together
@@ -34,8 +34,7 @@ class MelodyQuantizer(HubModel, nn.Module):
 
     Args:
         encoder: a trained one.
-        num_quantizers, codebook_size: levels of quantization, and codes of each. MusicLM has 24 of 512; each level of
-            each window is a row that the semantic stage attends to.
+        num_quantizers, codebook_size: levels of quantization, and codes of each. MusicLM has 24 of 512.
     """
 
     @records_config
@@ -46,6 +45,11 @@ class MelodyQuantizer(HubModel, nn.Module):
         self.encoder = encoder
         self.num_quantizers, self.codebook_size = num_quantizers, codebook_size
         self.rq = ResidualQuantizer(encoder.dim_latent, codebook_size, num_quantizers)
+
+    @property
+    def rate(self) -> Fraction:
+        """Windows that begin in a second."""
+        return 1 / Fraction(str(self.encoder.hop))
 
     @property
     def is_fitted(self) -> bool:
@@ -137,24 +141,37 @@ class MelodyQuantizer(HubModel, nn.Module):
 
 
 class MelodyEmbedding(nn.Module):
-    """Codes of melodies to conditioning: each code of each level has an embedding, and each window of a crop another,
-    which tells when it is.
+    """Codes of melodies to what is added, in time, to the tokens of a stage, by a network of what they are codes of:
+    near melodies are told alike, which few clips teach.
+
+    It begins with zeros, which change nothing: a stage that was trained without melodies goes on from where it is.
 
     Args:
-        num_quantizers, codebook_size: of the codes.
-        windows: of a crop, at most.
+        rq: the codebooks, which stay as they are.
         dim: width of the conditioning.
     """
 
-    def __init__(self, num_quantizers: int, codebook_size: int, windows: int, dim: int):
+    def __init__(self, rq: ResidualQuantizer, dim: int):
         super().__init__()
-        self.codes = nn.Parameter(0.02 * torch.randn(num_quantizers, codebook_size, dim))
-        self.positions = nn.Parameter(0.02 * torch.randn(windows, 1, dim))
+        self.register_buffer('codebooks', rq.codebooks.clone(), persistent=False)
+        self.net = nn.Sequential(nn.Linear(rq.codebooks.shape[-1], dim), nn.GELU(), nn.Linear(dim, dim, bias=False))
+        nn.init.zeros_(self.net[-1].weight)
 
-    def forward(self, codes: Tensor) -> Tensor:
-        """`(b, m, q)` codes of the first `m` windows, `PAD` where there is no melody, to `(b, windows · q, d)`, zeros
-        there, which are the null condition."""
-        q, windows = len(self.codes), len(self.positions)
-        codes = F.pad(codes[:, :windows], (0, 0, 0, max(0, windows - codes.shape[1])), value=PAD)
-        embedded = self.codes[torch.arange(q, device=codes.device), codes.clamp(min=0)] + self.positions
-        return rearrange(embedded * (codes != PAD)[..., None], 'b m q d -> b (m q) d')
+    @property
+    def is_new(self) -> bool:
+        """Whether melodies change nothing yet."""
+        return not self.net[-1].weight.any()
+
+    def forward(self, codes: Tensor, tokens: int, per_token: Fraction) -> Tensor:
+        """`(b, m, q)` codes of windows, `PAD` where there is no melody, to `(b, tokens, d)`, zeros there and after the
+        last one.
+
+        Args:
+            tokens: how many tokens are told of the window that begins last before each.
+            per_token: windows that begin in the time of a token.
+        """
+        codes = F.pad(codes, (0, 0, 0, 1), value=PAD)
+        latents = self.codebooks[torch.arange(codes.shape[-1], device=codes.device), codes.clamp(min=0)].sum(dim=-2)
+        told = self.net(latents) * (codes != PAD).all(dim=-1, keepdim=True)
+        place = torch.arange(tokens, device=codes.device) * per_token.numerator // per_token.denominator
+        return told[:, place.clamp(max=codes.shape[1] - 1)]

@@ -234,7 +234,9 @@ class NeuralCodec(SpectrogramCodec):
     def fit(self, waves: Iterable[Tensor], *, max_frames: int = 60_000, seed: int = 0) -> list[float]:
         """Where training begins: the best straight lines to vectors and back, and codebooks by k-means between them.
 
-        waves: `(b, samples)` each, read until they have `max_frames` code frames.
+        Args:
+            waves: `(b, samples)` each, read until they have `max_frames` code frames.
+            seed: of the k-means.
 
         Returns the share of the vectors' energy that each level leaves. Raises ValueError for fewer code frames than
         codes.

@@ -338,10 +338,11 @@ def key_name(tonic: int | None, mode: str | None) -> str | None:
 class StructureTruth:
     """What is known to be true of a clip; what is not known is None.
 
-    tempo: BPM
-    tonic, mode: pitch class of the key, 0 (C) to 11 (B), and 'major' or 'minor'
-    beats: seconds
-    boundaries: seconds at which a part ends and the next begins, without start and end of the clip; () for one part
+    Attributes:
+        tempo: BPM
+        tonic, mode: pitch class of the key, 0 (C) to 11 (B), and 'major' or 'minor'
+        beats: seconds
+        boundaries: seconds at which a part ends and the next begins, without start and end of the clip; () for one part
 
     Raises ValueError for a tempo that is not above 0, or a key that is none.
     """

@@ -33,11 +33,12 @@ DRAWN_AT_ONCE = 4_000_000
 class MetricValue:
     """One measured number; `float(…)` of it is the number.
 
-    value: the number; None where it is not defined, and then `reason` says why
-    low, high: its confidence interval, where there is one
-    count: how many items it was measured on
-    unit: such as 'LUFS', 'BPM', 'dB'; '' for shares, cosines and the like
-    details: JSON-able facts to read it by, such as a seed, R², or the name of an embedding
+    Attributes:
+        value: the number; None where it is not defined, and then `reason` says why
+        low, high: its confidence interval, where there is one
+        count: how many items it was measured on
+        unit: such as 'LUFS', 'BPM', 'dB'; '' for shares, cosines and the like
+        details: JSON-able facts to read it by, such as a seed, R², or the name of an embedding
     """
 
     value: float | None
@@ -150,13 +151,14 @@ def to_json(results: Any) -> Any:
 class EvaluationClip:
     """What an `Evaluator` updates metrics with: one clip.
 
-    index: its place in its set, from 0, the same whichever process has it
-    name: what errors call it
-    wave: `(samples,)` float32, mono, at `sample_rate` Hz
-    text: what it was made from, if that is known
-    is_reference: whether it is of the reference, real music as a rule, or of what is evaluated
-    frames: by the name of an embedder, `(n, dim)` float32
-    missing: by the name of an embedder, why there are no frames: the clip is too short for it
+    Attributes:
+        index: its place in its set, from 0, the same whichever process has it
+        name: what errors call it
+        wave: `(samples,)` float32, mono, at `sample_rate` Hz
+        text: what it was made from, if that is known
+        is_reference: whether it is of the reference, real music as a rule, or of what is evaluated
+        frames: by the name of an embedder, `(n, dim)` float32
+        missing: by the name of an embedder, why there are no frames: the clip is too short for it
     """
 
     index: int

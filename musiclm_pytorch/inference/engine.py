@@ -41,9 +41,10 @@ BATCH_SIZE = 16  # without a config
 class EmbeddedFiles(NamedTuple):
     """What `BatchInferenceEngine.embed_audio_files` gives.
 
-    latents: `(n, dim_latent)` float32 on the CPU, of length 1, in the order of the paths given
-    paths: `n`, those that were embedded
-    skipped: of each of the others, why it could not be
+    Attributes:
+        latents: `(n, dim_latent)` float32 on the CPU, of length 1, in the order of the paths given
+        paths: `n`, those that were embedded
+        skipped: of each of the others, why it could not be
     """
 
     latents: Tensor

@@ -37,8 +37,9 @@ MOST_NUMBERS = 2**24  # scores or products held at a time
 class Match(NamedTuple):
     """One result of a search.
 
-    name: of the clip, as it was added
-    score: cosine with the query
+    Attributes:
+        name: of the clip, as it was added
+        score: cosine with the query
     """
 
     name: str

@@ -42,8 +42,11 @@ class _BoundedExp(torch.autograd.Function):
         return torch.where(pushes_out, torch.zeros_like(grad), grad * out), None
 
 
-class _ContrastiveLoss(nn.Module):
-    """What both losses share: one temperature a layer, checked inputs, all samples of all ranks."""
+class ContrastiveLoss(nn.Module):
+    """What contrastive losses share: one temperature a layer, checked inputs, all samples of all ranks.
+
+    A loss of your own is a subclass with `loss_of_own_rows`; `mulan.contrast = …` takes it.
+    """
 
     def __init__(self, *, layers: int = 1, init_temp: float = 10):
         super().__init__()
@@ -90,15 +93,21 @@ class _ContrastiveLoss(nn.Module):
             return mean_over_ranks(loss * world_size())
 
     def loss_of_own_rows(self, audio: Tensor, text: Tensor, sizes: list[int]) -> Tensor:
+        """The sum over the pairs of this rank, a scalar.
+
+        Args:
+            audio, text: `(l, b, d)` float32, of this rank; `gather_batch(text, sizes)` has those of all.
+            sizes: pairs of each rank; `own_pairs` tells which of all are this rank's.
+        """
         raise NotImplementedError
 
 
-def _own_pairs(sizes: list[int], device: torch.device) -> Tensor:
+def own_pairs(sizes: list[int], device: torch.device) -> Tensor:
     """`(b,)`: the column, among all samples, that holds the partner of each own row."""
     return sum(sizes[: rank()]) + torch.arange(sizes[rank()], device=device)
 
 
-class SoftmaxContrastiveLearning(_ContrastiveLoss):
+class SoftmaxContrastiveLearning(ContrastiveLoss):
     """InfoNCE in both directions, optionally decoupled: without the positive pair in the denominator.
 
     Sources: CLIP, arXiv 2103.00020; decoupled contrastive learning, arXiv 2110.06848.
@@ -126,7 +135,7 @@ class SoftmaxContrastiveLearning(_ContrastiveLoss):
         else:
             text_to_audio = einsum(text, gather_batch(audio, sizes), 'l i d, l j d -> l i j') * temperature
 
-        pairs = _own_pairs(sizes, audio.device)
+        pairs = own_pairs(sizes, audio.device)
         own = torch.arange(len(pairs), device=audio.device)
         positives = audio_to_text[:, own, pairs]
 
@@ -140,7 +149,7 @@ class SoftmaxContrastiveLearning(_ContrastiveLoss):
         return (denominators - positives).sum()
 
 
-class SigmoidContrastiveLearning(_ContrastiveLoss):
+class SigmoidContrastiveLearning(ContrastiveLoss):
     """SigLIP: every pair of the batch is a binary decision of its own (arXiv 2303.15343).
 
     Args:
@@ -157,7 +166,7 @@ class SigmoidContrastiveLearning(_ContrastiveLoss):
         logits = (
             einsum(audio, gather_batch(text, sizes), 'l i d, l j d -> l i j') * self.temperature() + self.bias.float()
         )
-        is_pair = F.one_hot(_own_pairs(sizes, audio.device), sum(sizes)).bool()
+        is_pair = F.one_hot(own_pairs(sizes, audio.device), sum(sizes)).bool()
         return -F.logsigmoid(torch.where(is_pair, logits, -logits)).sum()
 
 

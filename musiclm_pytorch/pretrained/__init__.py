@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from musiclm_pytorch.pretrained.hub import find_folder
-
 HOME = Path(__file__).resolve().parent
 
 
@@ -21,6 +19,8 @@ def find_pretrained(folder: str | Path, revision: str | None = None, subfolder: 
 
     Raises FileNotFoundError if there is neither, or if the folder is not a model's but has one inside, which is named.
     """
+    from musiclm_pytorch.pretrained.hub import find_folder  # imports torch, which names are listed without
+
     path = find_folder(folder, revision, subfolder)
     if path.exists():
         if not (path / 'config.json').exists() and (inside := models_inside(path)):
@@ -29,8 +29,11 @@ def find_pretrained(folder: str | Path, revision: str | None = None, subfolder: 
     if str(folder) in pretrained_names():
         return HOME / str(folder)
     shipped = ', '.join(map(repr, pretrained_names())) or 'none'
+    # such as results/best, of a training that kept none
+    beside = models_inside(path.parent) if path.parent.is_dir() and path.name != str(path) else []
+    hint = f'; the model beside it is {beside[0]}' if beside else ''
     raise FileNotFoundError(
-        f'there is no folder {folder}, nor a model of that name in the package, which has {shipped}'
+        f'there is no folder {folder}, nor a model of that name in the package, which has {shipped}{hint}'
     )
 
 

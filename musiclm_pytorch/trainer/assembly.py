@@ -21,12 +21,15 @@ from musiclm_pytorch.audiolm.semantic_transformers import TransformersSemanticTo
 from musiclm_pytorch.audiolm.spectral_codec import SpectralCodec
 from musiclm_pytorch.audiolm.stages import STAGES
 from musiclm_pytorch.checks import fitted, typechecked
+from musiclm_pytorch.codecs.melody import MelodyQuantizer
 from musiclm_pytorch.codecs.neural import NeuralCodec
 from musiclm_pytorch.codecs.pretrained import PretrainedCodec
 from musiclm_pytorch.data.collate import split_item
 from musiclm_pytorch.data.generated import GeneratedMusic
+from musiclm_pytorch.data.melodies import MelodyPairs
 from musiclm_pytorch.data.shards import ShardedAudioText, ShardItems
 from musiclm_pytorch.mulan.checkpoint import CONFIG_FILE, read_config, saved_kind
+from musiclm_pytorch.mulan.melody import MelodyEncoder
 from musiclm_pytorch.mulan.model import MuLaN
 from musiclm_pytorch.mulan.vocabulary import PromptWarning
 from musiclm_pytorch.musiclm import MusicLM
@@ -34,6 +37,7 @@ from musiclm_pytorch.pretrained.hub import find_folder
 from musiclm_pytorch.quantizer import MuLaNEmbedQuantizer
 from musiclm_pytorch.trainer.pipeline_recipe import FittedRecipe
 from musiclm_pytorch.trainer.resumable_loader import seed_everything
+from musiclm_pytorch.trainer.stage_recipes import MelodyRecipe
 from musiclm_pytorch.trainer.stages import load_stage
 
 PROMPTS_AT_ONCE = 25  # where scores are measured
@@ -51,6 +55,29 @@ def fit_quantizer(
         quantizer = MuLaNEmbedQuantizer(mulan, conditioning_dims=conditioning_dims, **built)
         with counted(clips, 'quantizer', fitted.get('max_items')) as clips:
             return quantizer, quantizer.fit(clips, **fitted)
+
+
+def fit_melody(
+    recipe: MelodyRecipe, folder: str | Path, *, resume: bool = False
+) -> tuple[MelodyQuantizer, dict[str, Any], list[float]]:
+    """A melody encoder trained in a folder and quantized; with the results of the training, and what
+    `MelodyQuantizer.fit` tells."""
+    seed_everything(recipe.seed)
+    with recipe.section('model') as keywords:
+        built, encoder = split_keywords(keywords, MelodyQuantizer)
+        melody = MelodyQuantizer(MelodyEncoder(**encoder), **built)
+    with recipe.section('data') as keywords:
+        keywords = dict(sample_rate=melody.encoder.sample_rate, seed=recipe.seed) | keywords
+        pairs = MelodyPairs(**keywords)
+        # as many as hold 256 windows
+        count = max(2, round(256 * melody.encoder.seconds / pairs.seconds))
+        held_out = MelodyPairs(**keywords | dict(length=min(count, len(pairs))), split='valid')
+    trainer = recipe.build_trainer(
+        melody.encoder, pairs, valid_pairs=held_out, results_folder=Path(folder), resume=resume
+    )
+    found = trainer.train()
+    melody.encoder.load_state_dict(load_module(model_in(Path(folder))).state_dict())
+    return melody.eval(), found, melody.fit(pairs, max_items=max(256, melody.codebook_size), seed=recipe.seed)
 
 
 def with_trained_words(mulan: MuLaN) -> MuLaN:

@@ -44,7 +44,9 @@ def write(folder: Path, save_model: Callable[[Path], None], *, replace: bool, fo
     (folder / FILE).unlink(missing_ok=True)
     save_model(folder)
     numbers = {name: value for name, value in found.items() if isinstance(value, (int, float))}
-    write_checked_json(folder / FILE, numbers)
+    write_checked_json(
+        folder / FILE, {name: value if math.isfinite(value) else None for name, value in numbers.items()}
+    )
 
 
 def known_score(folder: Path, score: float | None, held_out: int | None) -> float | None:
@@ -69,8 +71,8 @@ def warn_of_few(held_out: int | None, least: int) -> None:
         return
     if held_out < least:
         logger.warning(
-            'no validation and no best model: %d items are held out, and it takes at least %d; raise valid_frac, or '
-            'give held-out data',
+            'no validation and no best model: of held-out items there are %d, and it takes at least %d; raise '
+            'valid_frac, or give held-out data',
             held_out,
             least,
         )

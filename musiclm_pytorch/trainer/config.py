@@ -18,6 +18,7 @@ from typing_extensions import TypedDict
 
 OPTIMIZERS = ('adam', 'adamw', 'lion')
 SCHEDULES = ('constant', 'linear', 'cosine')
+SHIPPED = Path(__file__).resolve().parent / 'shipped_recipes'
 PRECISIONS = ('no', 'bf16', 'fp16', 'auto')
 
 
@@ -206,6 +207,11 @@ def field_docs() -> dict[str, str]:
     lines = inspect.getdoc(TrainingConfig).partition('Attributes:\n')[2].partition('\n\n')[0]
     found = re.findall(r'^    (\w+): (.*(?:\n        .*)*)', lines, re.M)
     return {name: ' '.join(text.split()) for name, text in found}
+
+
+def shipped_recipes() -> dict[str, Path]:
+    """The recipes that come with the package, by name."""
+    return {path.stem: path for path in sorted(SHIPPED.glob('*.yaml'))}
 
 
 def nearest(name: Any, known: Mapping[str, Any]) -> str:

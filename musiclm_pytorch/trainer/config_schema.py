@@ -18,9 +18,7 @@ from typing import Any
 import yaml
 
 from musiclm_pytorch.checks import fitted, keywords_of, shown, shown_hint
-from musiclm_pytorch.trainer.config import nearest
-
-SHIPPED = Path(__file__).resolve().parent / 'shipped_recipes'
+from musiclm_pytorch.trainer.config import nearest, shipped_recipes
 
 
 @dataclass(frozen=True)
@@ -128,11 +126,6 @@ def says_something(value: Any) -> bool:
     """Whether a value of a key in a group decides what the group is about: null and false leave it open."""
     value = getattr(value, 'parsed', value)
     return value is not None and value is not False
-
-
-def shipped_recipes() -> dict[str, Path]:
-    """The recipes that come with the package, by name."""
-    return {path.stem: path for path in sorted(SHIPPED.glob('*.yaml'))}
 
 
 def read_content(path: str | Path) -> Any:

@@ -7,6 +7,8 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
@@ -45,7 +47,8 @@ class MelodyTrainer(Trainer):
 
     Args:
         encoder: it is trained in place.
-        pairs: two waves `(samples,)` of a melody by index, such as `MelodyPairs`; of each the encoder hears a window.
+        pairs: two waves `(samples,)` of a melody by index, such as `MelodyPairs`. The windows of the encoder that they
+            hold, one behind the other, are pairs of their own: where there are several, both waves have to keep time.
         sample_rate: of the waves in Hz; by default the data set's `sample_rate`.
         margin: of the triplet loss.
         valid_pairs: held-out pairs; by default none are.
@@ -113,7 +116,7 @@ class MelodyTrainer(Trainer):
 
 
 def collate_melodies(items: list[tuple[Tensor, Tensor]], *, samples: int, rate: int, to_rate: int) -> Tensor:
-    """The first `samples` of each wave, at another rate, `(2, b, n)`."""
-    return resample(
-        torch.stack([torch.stack([wave[:samples] for wave in side]) for side in zip(*items)]), rate, to_rate
-    )
+    """The windows of `samples` that the waves hold, `m` in each, at another rate, `(2, b · m, n)`."""
+    waves = torch.stack([torch.stack(side) for side in zip(*items)])
+    waves = F.pad(waves, (0, max(0, samples - waves.shape[-1])))
+    return resample(rearrange(waves.unfold(-1, samples, samples), 's b m n -> s (b m) n'), rate, to_rate)

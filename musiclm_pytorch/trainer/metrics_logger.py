@@ -10,18 +10,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from musiclm_pytorch.atomic import atomic_write
+from musiclm_pytorch.atomic import atomic_write, valid_json
 
 
 class Journal:
-    """Appends metrics to `metrics.jsonl` in a folder, a line each, and draws `curves.png` of them."""
+    """Appends metrics to `metrics.jsonl` in a folder, a line each, null for NaN, and draws `curves.png` of them."""
 
     def __init__(self, folder: Path):
         self.path = folder / 'metrics.jsonl'
         self.picture = folder / 'curves.png'
 
     def write(self, part: str, step: int, metrics: dict[str, Any]) -> None:
-        line = json.dumps(dict(part=part, step=step, **metrics)) + '\n'
+        line = valid_json(dict(part=part, step=step, **metrics)) + '\n'
         with self.path.open('ab+') as file:
             if file.tell() > 0:
                 file.seek(-1, os.SEEK_END)
@@ -58,8 +58,8 @@ class Journal:
         FigureCanvasAgg(figure)
         for axes, (title, curves) in zip(figure.subplots(1, len(panels)), panels.items()):
             for part, name in curves:
-                points = [(line['step'], line[name]) for line in self.read(part) if name in line]
-                points = [(step, value) for step, value in points if math.isfinite(value)]
+                points = [(line['step'], line.get(name)) for line in self.read(part)]
+                points = [(step, value) for step, value in points if value is not None and math.isfinite(value)]
                 if points:
                     label = f'{part} {name.replace("_", " ")}'
                     axes.plot(*zip(*points), label=label, marker='.' if len(points) < 40 else None)

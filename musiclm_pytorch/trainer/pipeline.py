@@ -18,6 +18,7 @@ from musiclm_pytorch.audiolm.semantic import SemanticTokenizer
 from musiclm_pytorch.audiolm.stages import STAGES
 from musiclm_pytorch.audiolm.tokens import compute_tokens
 from musiclm_pytorch.checks import typechecked
+from musiclm_pytorch.codecs.melody import MelodyQuantizer
 from musiclm_pytorch.data.opening import GENERATED, open_whole_clips
 from musiclm_pytorch.data.shard_writer import write_shards
 from musiclm_pytorch.data.shards import webdataset
@@ -31,6 +32,7 @@ from musiclm_pytorch.trainer.assembly import (
     assemble_by_recipe,
     build_spectral_codec,
     build_tokenizer,
+    fit_melody,
     fit_quantizer,
     fit_spectral_codec,
     fit_tokenizer,
@@ -62,7 +64,8 @@ def train_musiclm(
     on_part: Callable[[str, float], None] | None = None,
     on_begin: Callable[[str, int, int], None] | None = None,
 ) -> MusicLM:
-    """Train a MusicLM from nothing: MuLaN, quantizer, semantic tokenizer, codec, tokens, and the three stages.
+    """Train a MusicLM from nothing: MuLaN, what hears melodies if the recipe has that part, quantizer, semantic
+    tokenizer, codec, tokens, and the three stages.
 
     Each part lies in a folder of its own under `output`, the whole in `output/musiclm`, which
     `MusicLM.from_pretrained` reads. Interrupted, the same call with `resume` passes over the parts that are finished
@@ -123,7 +126,8 @@ def _train(
     else:
         check_outside(output, source)
     parts = _Parts(output, recipe, **source)
-    names = ('mulan', 'quantizer', 'tokenizer', 'codec', 'tokens', *STAGES, 'musiclm')
+    names = ('mulan', 'melody', 'quantizer', 'tokenizer', 'codec', 'tokens', *STAGES, 'musiclm')
+    names = [it for it in names if it != 'melody' or recipe.melody is not None]
     with said_once('musiclm_pytorch.data.datasets', 'musiclm_pytorch.data.reading'):  # of files that are left out
         # what is wrong with the data or the recipe shows here, while everything is where it was
         parts.check(resume)
@@ -279,6 +283,13 @@ class _Parts:
         if self.mulan_trainer is not None:
             self.mulan_trainer.train()
 
+    def melody(self) -> None:
+        folder, training = self.output / 'melody', self.output / 'melody_training'
+        if is_whole(folder):
+            return
+        melody, *_ = fit_melody(self.recipe.melody, training, resume=holds_something(training))
+        melody.save_pretrained(folder)
+
     def quantizer(self) -> None:
         folder = self.output / 'quantizer'
         if is_whole(folder):
@@ -286,6 +297,8 @@ class _Parts:
         mulan = MuLaN.from_pretrained(model_in(self.output / 'mulan'))
         clips = self.clips(mulan.sample_rate)
         quantizer, _ = fit_quantizer(self.recipe.fitted, mulan, clips, self.recipe.conditioning_dims)
+        if self.recipe.melody is not None:
+            quantizer.add_melody(MelodyQuantizer.from_pretrained(self.output / 'melody'))
         quantizer.save_pretrained(folder)
 
     def tokenizer(self) -> None:

@@ -19,7 +19,7 @@ from musiclm_pytorch.quantizer import MuLaNEmbedQuantizer
 from musiclm_pytorch.trainer.config import nearest
 from musiclm_pytorch.trainer.config_schema import Section, check_sections, read_content, shown
 from musiclm_pytorch.trainer.recipes import FITTED_PARTS, IS_CODE, TRAINED_PARTS, MuLaNRecipe, Recipe, write_recipe
-from musiclm_pytorch.trainer.stage_recipes import CoarseRecipe, CodecRecipe, FineRecipe, SemanticRecipe
+from musiclm_pytorch.trainer.stage_recipes import CoarseRecipe, CodecRecipe, FineRecipe, MelodyRecipe, SemanticRecipe
 
 IS_DATA = 'say --data on the command line'
 FROM_MULAN = 'it follows from the part mulan'
@@ -91,19 +91,22 @@ class FittedRecipe(Recipe):
     )
 
 
-RECIPES = {it.part: it for it in (MuLaNRecipe, CodecRecipe, SemanticRecipe, CoarseRecipe, FineRecipe)}
+RECIPES = {it.part: it for it in (MuLaNRecipe, MelodyRecipe, CodecRecipe, SemanticRecipe, CoarseRecipe, FineRecipe)}
 
 
 @dataclass(frozen=True)
 class MusicLMRecipe:
-    """Parts `mulan`, `codec`, `semantic`, `coarse` and `fine`, which are trained by recipes of their own, and the
-    sections of `FittedRecipe`.
+    """Parts `mulan`, `melody`, `codec`, `semantic`, `coarse` and `fine`, which are trained by recipes of their own, and
+    the sections of `FittedRecipe`.
+
+    With the part `melody`, the semantic stage learns to follow melodies; without it, there are none.
 
     Without the part `codec` a `SpectralCodec` is fitted; with it a SoundStream or a NeuralCodec is trained instead, and
     by the section `pretrained_codec` one is used that is trained already: what `assembly.load_codec` takes.
     """
 
     mulan: MuLaNRecipe = field(default_factory=MuLaNRecipe.default)
+    melody: MelodyRecipe | None = None
     codec: CodecRecipe | None = None
     semantic: SemanticRecipe = field(default_factory=SemanticRecipe.default)
     coarse: CoarseRecipe = field(default_factory=CoarseRecipe.default)
@@ -124,6 +127,8 @@ class MusicLMRecipe:
             raise ValueError(
                 f'the semantic and the coarse stage read the same tokens; got unique_consecutive {uniques}'
             )
+        if self.melody is not None and uniques['semantic']:
+            raise ValueError('melodies need tokens that tell times; leave out unique_consecutive, or the part melody')
 
     @classmethod
     def load(cls, path: str | Path) -> MusicLMRecipe:

@@ -1,4 +1,4 @@
-"""Recipes of the three stages and of the codec: model and training, without what follows from the tokens."""
+"""Recipes of the three stages, without what follows from the tokens, of the codec, and of what hears melodies."""
 
 from __future__ import annotations
 
@@ -12,12 +12,16 @@ from torch import nn
 from musiclm_pytorch.audiolm.convert import SoundStream
 from musiclm_pytorch.audiolm.stages import StageTransformer
 from musiclm_pytorch.audiolm.tokens import read_stream
+from musiclm_pytorch.codecs.melody import MelodyQuantizer
 from musiclm_pytorch.codecs.neural import NeuralCodec
+from musiclm_pytorch.data.melodies import MelodyPairs
 from musiclm_pytorch.data.opening import open_pairs, open_whole_clips
 from musiclm_pytorch.data.shards import ShardedAudioText
+from musiclm_pytorch.mulan.melody import MelodyEncoder
 from musiclm_pytorch.quantizer import MuLaNEmbedQuantizer
 from musiclm_pytorch.trainer.codec import CodecTrainer
 from musiclm_pytorch.trainer.config_schema import Section
+from musiclm_pytorch.trainer.melody import MelodyTrainer
 from musiclm_pytorch.trainer.recipes import IS_CODE, TrainedRecipe, training_section
 from musiclm_pytorch.trainer.stages import CoarseTrainer, FineTrainer, SemanticTrainer, StageTrainer, embeddings_of
 
@@ -161,6 +165,35 @@ class CodecRecipe(TrainedRecipe):
         if isinstance(dataset, ShardedAudioText):  # by index; their crops are drawn by the trainer
             return open_whole_clips(data, sample_rate=rate)
         return dataset
+
+
+class MelodyRecipe(TrainedRecipe):
+    """Sections `model` (of a `MelodyEncoder` and its `MelodyQuantizer`), `data` (of `MelodyPairs`) and `training`.
+
+    The encoder hears windows of a second, of pairs that keep time: so short ones tell which note is when.
+    """
+
+    part = 'melody'
+    trainer = MelodyTrainer
+    SECTIONS: ClassVar[Mapping[str, Section]] = dict(
+        model=Section((MelodyEncoder, MelodyQuantizer), refused=dict(encoder=IS_CODE)),
+        data=Section((MelodyPairs,), refused=dict(sample_rate="it is a key of section 'model'", split=IS_CODE)),
+        training=training_section(
+            MelodyTrainer,
+            "it is section 'model'",
+            encoder="it is section 'model'",
+            pairs="it is section 'data'",
+            valid_pairs="it is section 'data'",
+            sample_rate="it is a key of section 'model'",
+        ),
+    )
+    DEFAULT: ClassVar[Mapping[str, Mapping[str, Any]]] = dict(
+        model=dict(seconds=1.0, hop=0.24),
+        data=dict(seconds=4.0, tempo=1.0),
+        training=dict(
+            batch_size=20, num_train_steps=150, lr_scheduler_type='cosine', warmup_steps=20, validate_every=50, seed=42
+        ),
+    )
 
 
 STAGE_RECIPES = dict(semantic=SemanticRecipe, coarse=CoarseRecipe, fine=FineRecipe)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Sequence
 from fractions import Fraction
 from functools import partial
@@ -22,7 +21,6 @@ from musiclm_pytorch.audiolm.fingerprints import fingerprint
 from musiclm_pytorch.audiolm.saving import describe
 from musiclm_pytorch.audiolm.stages import (
     NO_TIMES,
-    PAD,
     CoarseTransformer,
     FineTransformer,
     SemanticTransformer,
@@ -48,7 +46,7 @@ class Stage(nn.Module):
 
     The embeddings are the quantizer's own parameter, so that training them here trains them there. In training, the
     conditioning of a share of the items is all zeros, which is the null condition of guidance when sampling
-    (classifier-free guidance, arXiv 2207.12598); of a further share, only that by the melody.
+    (classifier-free guidance, arXiv 2207.12598), melody included; of a further share, only the melody is left out.
     """
 
     def __init__(
@@ -61,11 +59,12 @@ class Stage(nn.Module):
         prefix_loss_weight: float,
         melody: MelodyEmbedding | None = None,
         melody_drop_prob: float = 0.0,
+        melody_per_token: Fraction | None = None,
     ):
         super().__init__()
         self.transformer = transformer
         self.embeddings = embeddings
-        self.melody, self.melody_drop_prob = melody, melody_drop_prob
+        self.melody, self.melody_drop_prob, self.melody_per_token = melody, melody_drop_prob, melody_per_token
         self.cond_drop_prob = cond_drop_prob
         self.mask_prob = mask_prob
         self.prefix_loss_weight = prefix_loss_weight
@@ -79,9 +78,12 @@ class Stage(nn.Module):
     ) -> Tensor:
         """The loss of a batch of tokens `(b, n)`, `(b, t, q)`, MuLaN's codes `(b, q)` and those of melodies
         `(b, m, q)`, as `collate_tokens` gives."""
+        ids = self.ids_of(semantic, codec)
+        conditioning, melody = self.embed(conditioning, melody, ids[-1].shape[1])
         return self.transformer.loss(
-            *self.ids_of(semantic, codec),
-            conditioning=self.embed(conditioning, melody),
+            *ids,
+            conditioning=conditioning,
+            melody=melody,
             # forgetful masking whenever training, never in validation
             mask_prob=self.mask_prob if self.training else 0.0,
             prefix_loss_weight=self.prefix_loss_weight,
@@ -101,20 +103,24 @@ class Stage(nn.Module):
             return semantic, codec[..., :q]
         return codec[..., :q], codec[..., q : q + self.transformer.num_fine_quantizers]
 
-    def embed(self, codes: Tensor | None, melody: Tensor | None = None) -> Tensor | None:
-        """`(b, q)` codes to `(b, n, d)` conditioning, some items' dropped in training."""
+    def embed(self, codes: Tensor | None, melody: Tensor | None, tokens: int) -> tuple[Tensor | None, Tensor | None]:
+        """`(b, q)` codes to `(b, q, d)` conditioning, and `(b, m, q)` codes of melodies to what so many tokens are told
+        of them, `(b, n, d)`; some items' dropped in training."""
         if self.embeddings is None:
-            return None
-        conditioning = self.embeddings[torch.arange(codes.shape[1], device=codes.device), codes]
+            return None, None
+        parts = [self.embeddings[torch.arange(codes.shape[1], device=codes.device), codes]]
         if self.melody is not None:
-            if self.training:
-                dropped = torch.rand(len(codes), device=codes.device) < self.melody_drop_prob
-                melody = melody.masked_fill(rearrange(dropped, 'b -> b 1 1'), PAD)
-            conditioning = torch.cat((conditioning, self.melody(melody)), dim=1)
-        if not self.training or self.cond_drop_prob == 0:
-            return conditioning
-        kept = torch.rand(len(codes), device=codes.device) >= self.cond_drop_prob
-        return conditioning * rearrange(kept, 'b -> b 1 1')
+            told = self.melody(melody, tokens, self.melody_per_token)
+            parts += self._some_dropped([told], self.melody_drop_prob)
+        conditioning, *melody = self._some_dropped(parts, self.cond_drop_prob)
+        return conditioning, melody[0] if melody else None
+
+    def _some_dropped(self, parts: list[Tensor], share: float) -> list[Tensor]:
+        """Parts `(b, n, d)`, in training with zeros in the place of all of some items."""
+        if not self.training or share == 0:
+            return parts
+        kept = torch.rand(len(parts[0]), device=parts[0].device) >= share
+        return [part * rearrange(kept, 'b -> b 1 1') for part in parts]
 
 
 class StageTrainer(Trainer):
@@ -134,6 +140,7 @@ class StageTrainer(Trainer):
         namespace: of the stage's embeddings; by default the stage's name.
         cond_drop_prob: share of the items that are trained without conditioning, for guidance when sampling.
         melody_drop_prob: share of the items that are trained without their melody, so that text alone does, too.
+        melody_only: train what tells the melody alone, so that music without one stays as it is.
         mask_prob: share of earlier tokens that attention does not see in training.
         prefix_loss_weight: of the loss of the tokens that the stage is given, semantic ones for coarse and coarse ones
             for fine; 0 leaves it out.
@@ -163,6 +170,7 @@ class StageTrainer(Trainer):
         namespace: str | None = None,
         cond_drop_prob: float = 0.1,
         melody_drop_prob: float = 0.3,
+        melody_only: bool = False,
         mask_prob: float = 0.15,
         prefix_loss_weight: float = 1.0,
         unique_consecutive: bool = False,
@@ -190,6 +198,17 @@ class StageTrainer(Trainer):
         if quantizer is not None:
             embeddings = embeddings_of(quantizer, self.namespace)
             melody = melody_of(quantizer, self.namespace)
+        if melody is not None and unique_consecutive:
+            raise ValueError(
+                'semantic tokens without repetitions tell no times, so a stage of them follows no melody; leave out '
+                'unique_consecutive, or pass a quantizer without a melody'
+            )
+
+        if melody_only:
+            if melody is None:
+                raise ValueError('melody_only needs a quantizer with a melody for this stage')
+            transformer.requires_grad_(False)
+            embeddings.requires_grad_(False)
 
         crops = partial(
             TokenCrops,
@@ -214,6 +233,11 @@ class StageTrainer(Trainer):
                 tokens, valid_tokens = tokens.split(config.valid_frac, seed=config.random_split_seed)
 
         if adapters_of(transformer):  # which are all that is trained
+            if melody is not None and melody.is_new:
+                raise ValueError(
+                    'melodies are new to this stage, and adapters alone would be trained: train it with them first, '
+                    'or pass a quantizer without a melody'
+                )
             for part in (embeddings, melody):
                 if part is not None:
                     part.requires_grad_(False)
@@ -229,6 +253,7 @@ class StageTrainer(Trainer):
             prefix_loss_weight=prefix_loss_weight,
             melody=melody,
             melody_drop_prob=melody_drop_prob,
+            melody_per_token=None if melody is None else tokens.windows_per_token,
         )
         collate = partial(collate_tokens, unique_consecutive=unique_consecutive)
         super().__init__(stage, stage, tokens, collate_fn=collate, callbacks=callbacks, config=config)
@@ -260,11 +285,6 @@ class StageTrainer(Trainer):
             raise ValueError(
                 f'TokenCrops with melody={tokens.melody} do not fit a quantizer '
                 f'{"without" if tokens.melody else "with"} a melody for this stage'
-            )
-        if tokens.melody and tokens.frames('melody', math.ceil) > (own := len(quantizer.melody_embedding.positions)):
-            raise ValueError(
-                f'crops of {tokens.seconds:g} s hold {tokens.frames("melody", math.ceil)} windows of melody, more than '
-                f"the quantizer's {own}; say more windows to add_melody"
             )
         if tokens.melody and tokens.streams['melody'].about['module'] != fingerprint(quantizer.melody):
             raise ValueError(
@@ -397,11 +417,14 @@ def melody_of(quantizer: MuLaNEmbedQuantizer, namespace: str) -> MelodyEmbedding
 def take_conditioning(folder: Path, stage: str, quantizer: MuLaNEmbedQuantizer) -> None:
     """Take over what conditions a stage of a MusicLM, whose quantizer is in `folder`, into one with the same codes.
 
+    To a stage that was trained without melodies, those of the quantizer are new.
+
     Raises ValueError for a quantizer with other codes, which mean nothing to the stage.
     """
     saved = MuLaNEmbedQuantizer.from_pretrained(folder)
     melodies = [melody_of(it, stage) for it in (saved, quantizer)]
-    if fingerprint(saved) != fingerprint(quantizer) or (melodies[0] is None) != (melodies[1] is None):
+    modules = [(saved, quantizer)] + ([] if melodies[0] is None else [(saved.melody, quantizer.melody)])
+    if any(own is None or fingerprint(own) != fingerprint(theirs) for theirs, own in modules):
         raise ValueError(
             f'the stage was trained with the codes of {folder}, not with those of the quantizer: pass that one'
         )
@@ -413,8 +436,16 @@ def take_conditioning(folder: Path, stage: str, quantizer: MuLaNEmbedQuantizer) 
             own.copy_(theirs)
 
 
-def load_stage(folder: str | Path, transformer: nn.Module, quantizer: MuLaNEmbedQuantizer | None = None) -> None:
+def load_stage(
+    folder: str | Path,
+    transformer: nn.Module,
+    quantizer: MuLaNEmbedQuantizer | None = None,
+    *,
+    may_add_melody: bool = False,
+) -> None:
     """Load what a stage's trainer wrote: the transformer's weights, and its embeddings into the quantizer, if given.
+
+    With `may_add_melody`, the melodies of the quantizer may be new to the stage, which is to be trained with them.
 
     Raises FileNotFoundError for a missing file, ValueError for weights of another model.
     """
@@ -440,7 +471,7 @@ def load_stage(folder: str | Path, transformer: nn.Module, quantizer: MuLaNEmbed
         )
     melody = melody_of(quantizer, namespace)
     told = {name.removeprefix(MELODY): it for name, it in found.items() if name.startswith(MELODY)}
-    wanted = {} if melody is None else dict(melody.named_parameters())
+    wanted = {} if melody is None or (may_add_melody and not told) else dict(melody.named_parameters())
     if {name: it.shape for name, it in told.items()} != {name: it.shape for name, it in wanted.items()}:
         raise ValueError(
             f'the stage in {folder} was trained {"with" if told else "without"} a melody, or with another one than the '

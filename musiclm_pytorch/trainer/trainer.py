@@ -503,7 +503,15 @@ class Trainer(Resumable):
         if metrics is None:
             return {}
         self.log(metrics, 'valid')
-        if math.isfinite(metrics['score']) and (self.best is None or metrics['score'] > self.best):
+        if not math.isfinite(metrics.get('loss', 0.0)):
+            logger.warning(
+                'the held-out loss is %s at step %d: training has diverged; lower the learning rate, and go on from a '
+                'checkpoint in %s',
+                metrics['loss'],
+                self.step,
+                self.checkpoint_folder,
+            )
+        elif math.isfinite(metrics['score']) and (self.best is None or metrics['score'] > self.best):
             if self.is_main:
                 found = dict(step=self.step, held_out=self.held_out) | metrics
                 best.write(self.best_folder, self.save_model, replace=self.best is not None, found=found)
