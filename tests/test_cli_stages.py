@@ -3,13 +3,15 @@
 import json
 
 import pytest
+import torch
 from helpers.recipes import CODEC
 from helpers.stage_parts import make_quantizer
 
 from musiclm_pytorch import MuLaNEmbedQuantizer
 from musiclm_pytorch.audiolm.crops import TokenCrops
-from musiclm_pytorch.audiolm.saving import load_module
+from musiclm_pytorch.audiolm.saving import load_module, save_module
 from musiclm_pytorch.cli import main
+from musiclm_pytorch.codecs import NeuralCodec
 from musiclm_pytorch.trainer.stage_recipes import STAGE_RECIPES, CodecRecipe
 
 SHORT = ['--steps', '2', '--batch-size', '2']
@@ -22,6 +24,38 @@ def run(*arguments):
 def write_config(path, **sections):
     path.write_text(json.dumps(sections))
     return path
+
+
+def test_a_codec_goes_on_from_another(tmp_path, music, capsys):
+    torch.manual_seed(0)
+    first = NeuralCodec(
+        sample_rate=16000,
+        resolved_hz=1000.0,
+        codebook_size=8,
+        num_quantizers=3,
+        dim=8,
+        encoder_depth=1,
+        decoder_depth=1,
+        codebook_dim=8,
+    )
+    wave = 0.1 * torch.randn(1, 16000)
+    first.fit([wave])
+    save_module(first.eval(), tmp_path / 'first')
+    config = write_config(
+        tmp_path / 'codec.json', model=dict(kind='neural'), training=dict(seconds=0.2, valid_frac=0.4)
+    )
+    command = ('train', 'codec', '--data', music, '--config', config, *SHORT)
+    begin = ('--begin-with', tmp_path / 'first')
+    run(*command, '--output', tmp_path / 'second', *begin, '--levels', 2, '--decoder-only')
+    second = load_module(tmp_path / 'second' / 'last')
+    assert torch.equal(second.encode(wave), first.encode(wave)[..., :2])
+    assert not torch.equal(second.decode(second.encode(wave)), first.decode(second.encode(wave)))
+    run(*command, '--output', tmp_path / 'third', *begin)
+    assert load_module(tmp_path / 'third' / 'last').num_quantizers == 3
+    for given in (('--levels', 2), ('--decoder-only',)):
+        capsys.readouterr()
+        assert main([str(it) for it in (*command, '--output', tmp_path / 'none', *given)]) != 0
+        assert f'{given[0]} is for a NeuralCodec that is trained: give it with --begin-with' in capsys.readouterr().err
 
 
 def test_from_nothing_to_trained_stages(tmp_path, music, capsys):

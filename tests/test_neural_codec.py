@@ -1,5 +1,6 @@
 """The neural codec: what comes back, streams, what depends on what, training, its place in AudioLM, bad values."""
 
+import copy
 import math
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from helpers.notes import RATE, Notes, check_saved_and_in_audiolm, distance, notes
 from helpers.training import assert_same
 
+from musiclm_pytorch.audiolm.fingerprints import fingerprint
 from musiclm_pytorch.audiolm.saving import load_module
 from musiclm_pytorch.codecs import NeuralCodec, mel_distance
 from musiclm_pytorch.codecs.residual import ResidualQuantizer
@@ -169,6 +171,24 @@ def test_training_makes_it_better_and_goes_on_as_if_never_stopped(tmp_path):
     assert torch.equal(loaded.decode(loaded.encode(wave)), resumed.eval().decode(resumed.encode(wave)))
 
 
+def test_a_decoder_trained_alone_keeps_the_codes(tmp_path):
+    codec, waves = make(), notes(2, seed=3)
+    codes, made, same = codec.encode(waves), codec.decode(codec.encode(waves)), fingerprint(codec)
+    train(tmp_path, codec.freeze_codes(), 5)
+    assert torch.equal(codec.eval().encode(waves), codes)
+    assert fingerprint(codec) == same  # tokens stay valid
+    assert not torch.equal(codec.decode(codes), made)
+    loaded = load_module(tmp_path / 'last')
+    assert torch.equal(loaded.decode(codes), codec.decode(codes))
+
+
+def test_codes_that_no_wave_has_are_no_louder_than_a_wave_can_be(codec):
+    loud = copy.deepcopy(codec)
+    loud.decoder_line.bias.data += 100
+    levels = loud.amplitudes(loud.vectors_of(loud.encode(notes(1))))
+    assert levels.max() <= 2.001
+
+
 def test_training_begins_by_fitting(tmp_path):
     codec = NeuralCodec(**SMALL)
     train(tmp_path, codec, 1, use_ema=True)
@@ -221,6 +241,8 @@ def test_what_goes_wrong(codec):
     new = NeuralCodec(**SMALL)
     with pytest.raises(ValueError, match='no codebooks yet; train it with CodecTrainer'):
         new.encode(notes(1))
+    with pytest.raises(ValueError, match='no codebooks yet; train it with CodecTrainer'):
+        new.freeze_codes()
     with pytest.raises(ValueError, match='64 codes a level need at least 64 code frames, got 31'):
         new.fit([notes(1)])
     with pytest.raises(ValueError, match='gives no loss here'):

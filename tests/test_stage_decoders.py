@@ -32,6 +32,7 @@ from musiclm_pytorch.audiolm.convert import own_stage
 from musiclm_pytorch.audiolm.decode_step import FusedStep
 from musiclm_pytorch.audiolm.generate import generate_coarse
 from musiclm_pytorch.audiolm.sampling import Sampling
+from musiclm_pytorch.audiolm.stages import CoarseTransformer, logits_of
 
 CONDITIONS = {
     'plain': {},
@@ -87,6 +88,13 @@ def decoded(stage, *given: torch.Tensor, tokens: torch.Tensor, known: int, **key
     return torch.stack(logits, dim=1)
 
 
+@torch.inference_mode()
+def coarse_stage_logits(stage, ahead: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """Logits before each own token, without a cache."""
+    features, heads = stage.features(ahead, tokens)[-1], stage.own_heads()
+    return torch.stack([logits_of(it, *heads[i % len(heads)]) for i, it in enumerate(features.unbind(1))], dim=1)
+
+
 @pytest.fixture(params=['plain', 'kernel'])
 def step(request, monkeypatch):
     """Tokens computed operator by operator, or by the kernel, however few they are."""
@@ -114,6 +122,26 @@ def test_every_option(name, options, known, step):
     conditions = conditioning(options, 3)
     found = decoded(stage, *given, tokens=tokens, known=known, conditioning=conditions)
     assert_equal(found, logits(conditions)[:, known:])
+
+
+@pytest.mark.parametrize('known', [0, 2 * COARSE])
+def test_semantic_tokens_of_the_same_time(known, step):
+    plain = own_stage(coarse_stage())
+    stage = CoarseTransformer(**plain.config | dict(semantic_per_frame=1.5)).eval()
+    stage.load_state_dict(plain.state_dict(), strict=False)
+    torch.nn.init.normal_(stage.aligned_embedding.weight)
+    ahead, tokens = codes(3, 7, num=SEMANTIC), codes(3, 6, COARSE)
+    ahead[1, 5:], ahead[2, 3] = -1, SEMANTIC  # not there for some frames
+    wanted = coarse_stage_logits(stage, ahead, tokens.flatten(1)[:, :-1])
+    assert_equal(decoded(stage, ahead, tokens=tokens, known=known), wanted[:, known:])
+    # to each code is added what the next one is of
+    added = stage.embed(ahead, tokens.flatten(1)) - plain.embed(ahead, tokens.flatten(1))
+    places = [0] * 8 + [math.floor(1.5 * (i // COARSE)) for i in range(6 * COARSE + 1)]
+    for row in range(3):
+        for place, now in enumerate(places):
+            is_there = place >= 8 and now < 7 and ahead[row, now] not in (-1, SEMANTIC)
+            expected = stage.aligned_embedding.weight[ahead[row, now]] if is_there else torch.zeros(32)
+            torch.testing.assert_close(added[row, place], expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize('step', ['plain', 'kernel'], indirect=True)

@@ -33,10 +33,11 @@ from musiclm_pytorch.audiolm.convert import (
     own_stage,
 )
 from musiclm_pytorch.audiolm.crops import PAD, TokenCrops, collate_tokens
+from musiclm_pytorch.audiolm.generate import generate_coarse
 from musiclm_pytorch.audiolm.stages import CoarseTransformer, FineTransformer, forgetful_mask, with_end
 from musiclm_pytorch.audiolm.tokens import compute_tokens
 from musiclm_pytorch.trainer.resumable_loader import DummyBatch
-from musiclm_pytorch.trainer.stages import Stage, load_stage
+from musiclm_pytorch.trainer.stages import CoarseTrainer, Stage, load_stage
 
 
 @pytest.fixture(scope='module')
@@ -130,6 +131,44 @@ def test_padding_does_not_count(stage):
         found = own(stage, transformer, semantic[rows], codes[rows], None, 0.0)
         expected = (torch.stack(parts)[rows] * weights[rows]).sum() / weights[rows].sum()
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_coarse_stage_that_is_told_the_time_follows_it():
+    """Codes that are those of the semantic token of their time, in windows of many tokens."""
+
+    def learn(semantic_per_frame):
+        torch.manual_seed(0)
+        stage = CoarseTransformer(
+            codebook_size=8, num_coarse_quantizers=1, num_semantic_tokens=8, dim=16, depth=1, heads=2, dim_head=8,
+            num_residual_streams=1, semantic_per_frame=semantic_per_frame,
+        ).scale_initial_weights()  # fmt: skip
+        optimizer = torch.optim.Adam(stage.parameters(), 1e-2)
+        for _ in range(60):
+            semantic = torch.randint(8, (16, 20))
+            loss = stage.loss(semantic, semantic.repeat_interleave(2, dim=1)[..., None], prefix_loss_weight=0.0)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        return loss.item()
+
+    # every second code repeats the one before
+    assert learn(0.5) < 0.25 < 0.75 < learn(None)
+
+
+def test_the_time_of_a_coarse_stage_is_that_of_its_tokens(tmp_path, tokens):
+    stage = transformer_for('coarse', conditioned=False, semantic_per_frame=0.3)
+    keywords = dict(results_folder=tmp_path, seconds=0.2)
+    with pytest.raises(ValueError, match=r'semantic tokens a frame, but the transformer was built for .* = 0\.3'):
+        CoarseTrainer(stage, tokens, **keywords)
+    with pytest.raises(ValueError, match='tell no times.*unique_consecutive=False'):
+        CoarseTrainer(stage, tokens, **keywords, unique_consecutive=True)
+    semantic = torch.zeros(1, 4, dtype=torch.long)
+    with pytest.raises(ValueError, match=r'built for semantic_per_frame = 0\.3, got 0\.5'):
+        generate_coarse(stage, semantic, max_length=8, semantic_per_frame=0.5)
+    with pytest.raises(ValueError, match='tell no times'):
+        generate_coarse(stage, semantic, max_length=8, unique_consecutive=True)
+    with pytest.raises(ValueError, match='audiolm-pytorch builds no CoarseTransformer'):
+        audiolm_stage(stage)
 
 
 def test_the_end_token_stands_where_each_item_ends():

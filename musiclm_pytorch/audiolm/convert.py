@@ -185,8 +185,10 @@ def audiolm_stage(stage: StageTransformer) -> nn.Module:
     Raises ValueError for options that audiolm-pytorch does not have.
     """
     kind = getattr(audiolm_pytorch(), type(stage).__name__)
+    # what audiolm-pytorch does not know is left out where it is not used
+    keywords = {name: it for name, it in stage.config.items() if (name, it) != ('semantic_per_frame', None)}
     try:
-        theirs = kind(**stage.config)
+        theirs = kind(**keywords)
     except (TypeError, AssertionError) as error:
         raise ValueError(f'audiolm-pytorch builds no {kind.__name__} of {stage.config}: {error}') from error
     theirs.load_state_dict(stage.state_dict())

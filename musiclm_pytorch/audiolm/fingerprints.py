@@ -23,17 +23,19 @@ def fingerprint(module: nn.Module) -> dict[str, str]:
     """The kind of a module, and hashes of its weights and of its settings, as far as they are plain attributes.
 
     The conditioning embeddings of a quantizer do not count, nor does its melody: its codes are the same without them.
+    Nor does what a module names in `BESIDE_CODES`, such as a codec's decoder.
     """
+    changing = (*CHANGING, *getattr(module, 'BESIDE_CODES', ()))
     weights = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
-        if name.split('.')[0] not in CHANGING:
+        if name.split('.')[0] not in changing:
             weights.update(f'{name} {tuple(tensor.shape)} {tensor.dtype}'.encode())
             weights.update(_bytes(tensor))
     settings = [
         f'{name}.{key}={value!r}'
         for name, child in module.named_modules()
         for key, value in sorted(vars(child).items())
-        if not key.startswith('_') and key not in CHANGING and name.split('.')[0] not in CHANGING and _is_plain(value)
+        if not key.startswith('_') and not {key, name.split('.')[0]} & {*changing} and _is_plain(value)
     ]
     return dict(kind=type(module).__name__, weights=weights.hexdigest()[:16], settings=_hash('\n'.join(settings)))
 

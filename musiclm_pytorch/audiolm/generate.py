@@ -21,6 +21,7 @@ from musiclm_pytorch.audiolm.convert import own_stage
 from musiclm_pytorch.audiolm.decode_step import FusedStep
 from musiclm_pytorch.audiolm.sampling import Generators, LogitsProcessor, Noise, Progress, Sampling, counted_steps
 from musiclm_pytorch.audiolm.stages import (
+    NO_TIMES,
     PAD,
     CoarseTransformer,
     FineTransformer,
@@ -207,6 +208,13 @@ def generate_coarse(
         raise ValueError(
             f'with a window or prime_overlap, semantic_per_frame must be a number above 0, got {semantic_per_frame}'
         )
+    if (told := stage.semantic_per_frame) is not None:
+        if unique_consecutive:
+            raise ValueError(f'{NO_TIMES} semantic_per_frame; pass unique_consecutive=False')
+        if semantic_per_frame is not None and abs(semantic_per_frame - told) > 1e-4:
+            raise ValueError(
+                f'this stage was built for semantic_per_frame = {told:g}, got {float(semantic_per_frame):g}'
+            )
     semantic_ids = semantic_ids.to(stage.device)
     codes = _empty(batch, end, q).to(stage.device)
     codes[:, :known] = prime

@@ -32,6 +32,7 @@ from musiclm_pytorch.checks import check_positive, records_config, typechecked
 Head = tuple[Tensor, Tensor | None]  # weight and bias
 
 PAD = -1
+NO_TIMES = 'semantic tokens without repetitions tell no times, which a coarse stage needs that was built with'
 T5_NAME = 'google/t5-v1_1-base'  # what audiolm-pytorch encodes texts with, where it is not MuLaN
 T5_WIDTHS = {f'google/t5-v1_1-{size}': width for size, width in
              dict(small=512, base=768, large=1024, xl=2048, xxl=4096).items()}  # fmt: skip
@@ -130,6 +131,11 @@ class StageTransformer(nn.Module):
     def embed_own(self, ids: Tensor, first: int = 0) -> Tensor:
         """`(b, n, d)` of own tokens `(b, n)`, of which the first is number `first` of all."""
         raise NotImplementedError
+
+    def aligned(self, *given: Tensor, count: int) -> Tensor | None:
+        """What is added to the start token and the next `count` own ones of the given tokens `(b, m)`: `(b, 1 + count,
+        d)`, or None for nothing."""
+        return None
 
     def bias(self, given: int, own: int) -> PositionBias:
         """The position bias of so many given and own tokens, start tokens added."""
@@ -286,7 +292,8 @@ class StageTransformer(nn.Module):
             features = network(block, bias, cache=cache)[:, -1]
         cache.step = step_for(network, cache, len(x), total_tokens or max_tokens - own.shape[1], compile)
         scales = cond_scale if is_guided else None, negative_scale if negative is not None else None
-        return GenerationState(cache, bias, features, own.shape[1], *scales, melody)
+        aligned = self.aligned(*given, count=max_tokens)
+        return GenerationState(cache, bias, features, own.shape[1], *scales, melody, aligned)
 
     def next_logits(self, state: GenerationState) -> Tensor:
         """`(b, c)` float32 for the next token."""
@@ -308,6 +315,8 @@ class StageTransformer(nn.Module):
     def decode_step(self, state: GenerationState, tokens: Tensor) -> None:
         """Take the next token of each row, `(b,)` int64."""
         x = at_least_float32(self.embed_own(tokens[:, None], state.index))
+        if state.aligned is not None:
+            x = x + state.aligned[:, state.index + 1, None]
         x = x.repeat(state.num_branches, 1, 1)
         state.features = self.transformer(x, state.bias, cache=state.cache)[:, -1]
         state.index += 1
@@ -380,11 +389,13 @@ class GenerationState:
         cond_scale: float | None,
         negative_scale: float | None,
         melody: Tensor | None = None,
+        aligned: Tensor | None = None,
     ):
         self.cache, self.bias, self.features = cache, bias, features
         self.index = index  # of the next token among the own ones
         self.cond_scale, self.negative_scale = cond_scale, negative_scale
         self.melody = melody  # at the place of each own token
+        self.aligned = aligned  # see `StageTransformer.aligned`
         self.num_branches = 1 + (cond_scale is not None) + (negative_scale is not None)
 
 
@@ -425,7 +436,14 @@ class SemanticTransformer(StageTransformer):
 
 class CoarseTransformer(StageTransformer):
     """Coarse acoustic codes, level by level of each frame, from semantic tokens. Further keywords as of
-    `StageTransformer`."""
+    `StageTransformer`.
+
+    By its position bias alone, which audiolm-pytorch has, a coarse token does not know which semantic token is of its
+    time, and must learn it from windows of a few tokens. With `semantic_per_frame`, the rate of the semantic tokens
+    over that of the frames, an embedding of the semantic token of the time is added to what each code is told from (as
+    in SoundStorm, arXiv 2305.09636), so that windows may last seconds. Such a stage has no counterpart in
+    audiolm-pytorch.
+    """
 
     masks_empty_conditioning = True
 
@@ -438,9 +456,11 @@ class CoarseTransformer(StageTransformer):
         num_coarse_quantizers: int,
         num_semantic_tokens: int,
         project_semantic_logits: bool = True,
+        semantic_per_frame: float | None = None,
         **shared: Any,
     ):
         super().__init__(**shared)
+        check_positive(semantic_per_frame=semantic_per_frame)
         dim = shared['dim']
         self.num_semantic_tokens, self.codebook_size = num_semantic_tokens, codebook_size
         self.num_coarse_quantizers = self.num_levels = num_coarse_quantizers
@@ -454,6 +474,10 @@ class CoarseTransformer(StageTransformer):
         self._add_transformer(self.has_position_bias)
         self.to_semantic_logits = nn.Linear(dim, num_semantic_tokens + 1) if project_semantic_logits else None
         self.coarse_logit_weights = nn.Parameter(torch.randn(num_coarse_quantizers, codebook_size + 1, dim))
+        self.semantic_per_frame, self.aligned_embedding = semantic_per_frame, None
+        if semantic_per_frame is not None:
+            self.aligned_embedding = nn.Embedding(num_semantic_tokens, dim)
+            nn.init.zeros_(self.aligned_embedding.weight)
 
     def _before_transformer(self) -> None:
         heads = self._sizes['heads']
@@ -462,12 +486,26 @@ class CoarseTransformer(StageTransformer):
     def embed(self, semantic: Tensor, coarse: Tensor) -> Tensor:
         b, seen = len(semantic), self.mask_given(semantic)
         starts = [start(it, b) for it in (self.semantic_start_token, self.coarse_start_token)]
-        semantic = self.semantic_embedding(semantic.masked_fill(~seen, 0))
-        return torch.cat((starts[0], semantic, starts[1], self.embed_own(coarse)), dim=1)
+        own, aligned = (
+            torch.cat((starts[1], self.embed_own(coarse)), dim=1),
+            self.aligned(semantic, count=coarse.shape[1]),
+        )
+        own = own if aligned is None else own + aligned
+        return torch.cat((starts[0], self.semantic_embedding(semantic.masked_fill(~seen, 0)), own), dim=1)
 
     def embed_own(self, ids: Tensor, first: int = 0) -> Tensor:
         # padding comes last, where no label looks back at it
         return embed_levels(ids, first, self.coarse_embedding, self.coarse_quantize_embedding, self.codebook_size)
+
+    def aligned(self, semantic: Tensor, *, count: int) -> Tensor | None:
+        if self.aligned_embedding is None:
+            return None
+        # each place is for the frame of the code that follows it
+        frames = torch.arange(1 + count, device=semantic.device) // self.num_levels
+        semantic = F.pad(semantic, (0, 1), value=PAD)  # what lies behind the last one
+        ids = semantic[:, (frames * self.semantic_per_frame).long().clamp(max=semantic.shape[1] - 1)]
+        seen = self.mask_given(ids)
+        return self.aligned_embedding(ids.masked_fill(~seen, 0)) * seen[..., None]
 
     def bias(self, given: int, own: int) -> PositionBias:
         """Of [start, semantic …, start, coarse …]; one learned value between the two parts."""

@@ -93,6 +93,20 @@ def train_codec(models) -> None:
         'part codec, such as musiclm_small, fit a SpectralCodec, which takes a CPU half a minute.',
     )
     add_data(parser, audio_folder=False)
+    option(
+        parser,
+        '--begin-with',
+        metavar='FOLDER',
+        help="start from the codec in this folder, a trainer's or that of a MusicLM; then the section model of a "
+        'recipe is not used',
+    )
+    option(parser, '--levels', metavar='N', help='keep only this many levels of codes of a NeuralCodec of --begin-with')
+    option(
+        parser,
+        '--decoder-only',
+        action='store_true',
+        help='train the decoder of a NeuralCodec of --begin-with alone: codes, and what was made of them, stay valid',
+    )
     add_training(parser)
 
 
@@ -232,6 +246,15 @@ def begin_stage(folder: Path, stage: str, quantizer):
     return model
 
 
+def begin_codec(folder: Path):
+    """A codec that can be trained, of a trainer's folder or that of a MusicLM."""
+    from musiclm_pytorch.audiolm.saving import load_module
+    from musiclm_pytorch.mulan.checkpoint import saved_kind
+    from musiclm_pytorch.trainer.assembly import model_in
+
+    return load_module(folder / 'codec' if saved_kind(folder) == 'MusicLM' else model_in(folder))
+
+
 def adapt(model, options: argparse.Namespace, start: str | None, name: str) -> None:
     """Put adapters on a model that was trained before, if `--lora` says so."""
     from musiclm_pytorch.mulan.lora import add_adapters
@@ -244,6 +267,7 @@ def adapt(model, options: argparse.Namespace, start: str | None, name: str) -> N
 
 
 def run_train_codec(options: argparse.Namespace) -> dict[str, Any] | None:
+    from musiclm_pytorch.codecs.neural import NeuralCodec
     from musiclm_pytorch.trainer.resumable_loader import seed_everything
     from musiclm_pytorch.trainer.stage_recipes import CodecRecipe
 
@@ -251,7 +275,14 @@ def run_train_codec(options: argparse.Namespace) -> dict[str, Any] | None:
         return run_fit_spectral_codec(options)
     recipe = read_recipe(CodecRecipe, options)
     seed_everything(recipe.seed)
-    codec = recipe.build_model()
+    codec = recipe.build_model() if options.begin_with is None else begin_codec(Path(options.begin_with))
+    for name, value in (('--levels', options.levels), ('--decoder-only', options.decoder_only or None)):
+        if value is not None and (options.begin_with is None or not isinstance(codec, NeuralCodec)):
+            raise ValueError(f'{name} is for a NeuralCodec that is trained: give it with --begin-with')
+    if options.levels is not None:
+        codec = codec.with_first_levels(options.levels)
+    if options.decoder_only:
+        codec.freeze_codes()
     data = recipe.open_data(options.data, codec)
     return report(run_trainer(recipe, options, codec, data, sample_rate=codec.target_sample_hz))
 

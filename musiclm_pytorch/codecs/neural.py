@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 
 import torch
@@ -16,6 +17,7 @@ from musiclm_pytorch.mulan.spectrogram import mel_filters
 
 FLOOR = 1e-4  # amplitude, -80 dB of full scale, below which levels grow linearly rather than by their logarithm
 MELS = (32, 64, 128)  # bands of the spectra that the loss compares
+LOUDEST = 2.0  # amplitude; a full-scale sine has 1, the loudest part of a square wave 1.27
 SCALE = 3.0  # brings the levels of ordinary music to about 0 and 1
 
 
@@ -76,6 +78,8 @@ class NeuralCodec(SpectrogramCodec):
 
     unlike = 'losses(waves) does'
     how_to_fit = 'train it with CodecTrainer, or load a trained one'
+    # what the codes of a wave do not depend on
+    BESIDE_CODES = ('decoder', 'decoder_line', 'iterations', 'quantizer_dropout', 'codes_frozen', 'past', 'future')
 
     @records_config
     @typechecked
@@ -121,6 +125,7 @@ class NeuralCodec(SpectrogramCodec):
         if not 0 <= quantizer_dropout <= 1:
             raise ValueError(f'quantizer_dropout must lie in [0, 1], got {quantizer_dropout}')
         self.iterations, self.quantizer_dropout = iterations, quantizer_dropout
+        self.codes_frozen = False
         bins = self.n_fft // 2 + 1
         filters = band_means(self.n_fft, sample_rate, resolved_hz, bands)
         self.register_buffer('analysis', filters, persistent=False)
@@ -207,6 +212,23 @@ class NeuralCodec(SpectrogramCodec):
         return fewer.train(self.training)
 
     # training
+
+    def freeze_codes(self) -> NeuralCodec:
+        """Have training change the decoder alone: the codes of a wave stay, and so do tokens and stages made of them.
+
+        Raises ValueError for a codec without codebooks.
+        """
+        self.check_fitted()
+        self.codes_frozen = True
+        for module in (self.encoder_line, self.encoder):
+            module.requires_grad_(False)
+        return self.train(self.training)
+
+    def train(self, mode: bool = True) -> NeuralCodec:
+        super().train(mode)
+        if self.codes_frozen:
+            self.quantizer.eval()  # in training, codebooks follow what comes to them
+        return self
 
     @torch.no_grad()
     def fit(self, waves: Iterable[Tensor], *, max_frames: int = 60_000, seed: int = 0) -> list[float]:
@@ -300,7 +322,8 @@ class NeuralCodec(SpectrogramCodec):
         """Quantized vectors `(b, t, d)` to amplitudes `(b, bins, t * frames)`."""
         levels = self.decoder_line(vectors) + self.decoder(vectors)
         levels = rearrange(levels.float(), 'b t (f d) -> b d (t f)', f=self.frames)
-        return FLOOR * torch.expm1(F.softplus(SCALE * levels, beta=4.0))
+        # a stage may draw codes that no wave has; no bin of a wave within ±1 is louder than LOUDEST
+        return FLOOR * torch.expm1(F.softplus(SCALE * levels, beta=4.0).clamp(max=math.log1p(LOUDEST / FLOOR)))
 
 
 def zeroed(layer: nn.Linear) -> nn.Linear:

@@ -20,6 +20,7 @@ from musiclm_pytorch.audiolm.crops import TokenCrops, collate_tokens
 from musiclm_pytorch.audiolm.fingerprints import fingerprint
 from musiclm_pytorch.audiolm.saving import describe
 from musiclm_pytorch.audiolm.stages import (
+    NO_TIMES,
     CoarseTransformer,
     FineTransformer,
     SemanticTransformer,
@@ -222,6 +223,7 @@ class StageTrainer(Trainer):
             raise ValueError('seconds and text_share belong to TokenCrops, which were given already')
         if isinstance(valid_tokens, (str, Path)):
             valid_tokens = crops(valid_tokens, seconds=tokens.seconds, training=False)
+        self.unique_consecutive = unique_consecutive
         for given in (tokens, valid_tokens):
             if given is not None:
                 self._check_tokens(given, transformer, quantizer, embeddings)
@@ -242,7 +244,6 @@ class StageTrainer(Trainer):
 
         self.transformer = transformer
         self.valid_dataset = self.valid_tokens = valid_tokens
-        self.unique_consecutive = unique_consecutive
         self.seconds = tokens.seconds
         stage = Stage(
             transformer,
@@ -373,6 +374,19 @@ class CoarseTrainer(StageTrainer):
             ('codec', 'codebook_size', transformer.codebook_size, False),
             ('codec', 'quantizers', transformer.num_coarse_quantizers, True),
         ]
+
+    def _check_tokens(self, tokens: TokenCrops, transformer: CoarseTransformer, *given: Any) -> None:
+        super()._check_tokens(tokens, transformer, *given)
+        if (told := transformer.semantic_per_frame) is None:
+            return
+        if self.unique_consecutive:
+            raise ValueError(f'{NO_TIMES} semantic_per_frame; train it with unique_consecutive=False')
+        found = Fraction(tokens.facts('semantic')['rate']) / Fraction(tokens.facts('codec')['rate'])
+        if abs(found - told) > 1e-4:
+            raise ValueError(
+                f'the tokens in {tokens.folder} have {float(found):g} semantic tokens a frame, but the transformer was '
+                f'built for semantic_per_frame = {told:g}'
+            )
 
 
 class FineTrainer(StageTrainer):
