@@ -93,7 +93,9 @@ def create_app(
     maker = MusicMaker(musiclm, **most)
     live = LiveMusic(maker)
 
-    stopping: set[str] = set()  # sessions that wait no more for what is being made for them
+    # sessions whose page waits for what is being made for them, and those that wait no more
+    waiting: set[str] = set()
+    stopping: set[str] = set()
     at_work, closing = threading.Lock(), threading.Event()
 
     def generate(request, prompt, seconds, prime, melody, *settings, progress=followed):
@@ -190,6 +192,7 @@ def create_app(
 
     def begin(request, plays=False):
         """Nothing of the last prompt stays under the new one."""
+        waiting.add(request.session_hash)
         stopping.discard(request.session_hash)
         player = gr.Audio(value=None, visible=plays)
         idle = [gr.Button(interactive=False)] * 3
@@ -200,17 +203,19 @@ def create_app(
         return begin(request, plays=True)
 
     def stop(request):
-        stopping.add(request.session_hash)
+        if request.session_hash in waiting:  # also for its turn
+            stopping.add(request.session_hash)
         live.stop(request.session_hash)
         return gr.Button('Stopping …', interactive=False)
 
-    def end():
+    def end(request):
+        waiting.discard(request.session_hash)
         return [*[gr.Button(visible=False)] * 2, *[gr.Button(interactive=True)] * 3]
 
     def recorder(what: str, **how: Any) -> gradio.Audio:
         return gr.Audio(label=what, type='filepath', sources=['microphone', 'upload'], **how)
 
-    for function in (generate, tell, play, change, begin, begin_to_play, stop):
+    for function in (generate, tell, play, change, begin, begin_to_play, stop, end):
         function.__annotations__['request'] = gr.Request  # by which Gradio finds it
     hidden = gr.Column(visible=False), None, None, None
 
@@ -231,7 +236,7 @@ def create_app(
                         elem_id='seconds',
                     )
                     with gr.Accordion('Go on from a recording', open=False):
-                        prime = recorder('The music begins with it, and the seconds count it')
+                        prime = recorder('The music begins with it, and the seconds count it', elem_id='prime')
                     with gr.Accordion('Follow a melody', open=False):
                         follows = musiclm.mulan_embed_quantizer.melody is not None
                         gr.Markdown(NO_MELODY, visible=not follows, elem_id='no-melody')
