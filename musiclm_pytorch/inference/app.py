@@ -284,7 +284,7 @@ def create_app(
                     seed = gr.Number(0, precision=0, label='Seed', info='the same seed, the same music', elem_id='seed')
                     another = gr.Button('Another seed', size='sm', elem_id='another')
                 with gr.Accordion('More', open=False):
-                    negative = gr.Textbox(label='Keep away from', placeholder='drums', elem_id='negative')
+                    negative = gr.Textbox('', label='Keep away from', placeholder='drums', elem_id='negative')
                     own = highest(musiclm.sampling['temperature'])
                     temperature = gr.Slider(
                         0, max(1.5, own), own, step=0.05, label='Temperature', info='how much is left to chance'

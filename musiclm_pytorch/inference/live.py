@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 from musiclm_pytorch.audiolm.streaming import MusicStream
@@ -13,6 +14,15 @@ from musiclm_pytorch.waves import Waves
 
 AHEAD = 4.0  # seconds that are made ahead of what can be heard by now
 LAST_STEP = 10.0  # seconds that a step may take after the page was closed
+
+
+@dataclass
+class Playing:
+    """What a visitor hears: under which prompt, once it is there, and whether it was stopped."""
+
+    prompt: str
+    stream: MusicStream | None = None
+    stopped: threading.Event = field(default_factory=threading.Event)
 
 
 class LiveMusic:
@@ -27,7 +37,7 @@ class LiveMusic:
 
     def __init__(self, maker: MusicMaker):
         self.maker = maker
-        self.playing: dict[str, _Playing] = {}
+        self.playing: dict[str, Playing] = {}
         self._changed = threading.Condition()
         self._is_closed = False
 
@@ -45,7 +55,7 @@ class LiveMusic:
                 raise ValueError('the page is being closed')
             if visitor in self.playing:
                 raise ValueError('music is playing here already; stop it first')
-            own = self.playing[visitor] = _Playing(prompt)
+            own = self.playing[visitor] = Playing(prompt)
         try:
             with self.maker.stream(prompt, seconds, prime, **how) as own.stream:
                 begin, made = None, 0.0
@@ -81,9 +91,3 @@ class LiveMusic:
             for own in self.playing.values():
                 own.stopped.set()
             self._changed.wait_for(lambda: not self.playing, timeout=LAST_STEP)
-
-
-class _Playing:
-    def __init__(self, prompt: str):
-        self.prompt, self.stream, self.stopped = prompt, None, threading.Event()
-        self.stream: MusicStream | None
