@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 EXAMPLES = (
     'a fast happy flute melody',
     'a slow low organ in minor, with drums',
-    'a bright high piano at a medium tempo',
+    'a high piano at a medium tempo',
 )
 STORY = [[3, 'a slow low organ'], [3, 'a fast high flute with drums'], [None, ''], [None, '']]
 SHOWN_AT_FIRST = 4  # samples
