@@ -72,7 +72,7 @@ def test_it_is_not_made_faster_than_it_is_heard_and_stops_at_once(live, monkeypa
     assert seconds <= time.monotonic() - begin + 1.0 + 0.4  # and a step
     live.stop('me')
     thread.join()
-    assert time.monotonic() - begin < 50
+    assert sum(map(len, made)) < 100 * RATE
     assert threading.active_count() == before
     assert not live.playing
     live.stop('me')  # nothing is left to stop
@@ -91,7 +91,8 @@ def test_a_stream_that_no_one_takes_any_more_ends(live, hurried):
     assert not live.playing  # not held by what could not begin
 
 
-def test_all_end_with_the_page(live):
+def test_all_end_with_the_page(live, monkeypatch):
+    monkeypatch.setattr('musiclm_pytorch.inference.live.LAST_STEP', None)  # however busy the machine is
     threads = [threading.Thread(target=lambda name=name: list(live.play(name, PROMPT, 100, seed=3))) for name in 'ab']
     for thread in threads:
         thread.start()
