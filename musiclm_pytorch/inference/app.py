@@ -336,7 +336,7 @@ def create_app(
         few = dict(concurrency_id='streams', concurrency_limit=STREAMS, show_progress='hidden')
         inputs = [live_prompt, live_seconds, live_prime, *settings[1:]]
         connect([go_live.click], begin_to_play, play, inputs, outputs[:6], api_name='stream', **few)
-        gr.on([other.click, live_prompt.submit], change, live_prompt, api_name='change', **aside)
+        other.click(change, live_prompt, api_name='change', **aside)
         halt.click(stop, outputs=halt, js=PAUSE, api_name='stop', **aside)
         another.click(lambda: secrets.randbelow(2**31), outputs=seed, queue=False, api_visibility='private')
     page.at_work, page.closing, page.live = at_work, closing, live
