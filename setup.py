@@ -48,7 +48,7 @@ def fairseq_stand_in():
 
 # One line an extra, and only extras whose code is in the package; `all` is their union.
 EXTRAS = {
-    'app': ['gradio>=6'],
+    'app': ['gradio>=6.29'],
     'docs': ['mkdocs-material>=9.6', 'mkdocstrings[python]>=0.29'],
     'eval': ['encodec>=0.1.1', 'hear21passt>=0.0.26', 'mir-eval>=0.8', 'transformers>=5'],
     'inference': ['onnx>=1.18', 'onnxruntime>=1.20', 'onnxscript>=0.5', 'torchao>=0.15'],
@@ -63,7 +63,7 @@ EXTRAS = {
         'hypothesis>=6.100',
         'faiss-cpu>=1.8',
         'fastapi>=0.115.12',
-        'gradio>=6',
+        'gradio>=6.29',
         'httpx>=0.27',
         'import-linter>=2.6',
         'mido>=1.3',

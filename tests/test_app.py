@@ -12,6 +12,8 @@ import threading
 import time
 from pathlib import Path
 
+import av
+import httpx
 import numpy as np
 import pytest
 import soundfile
@@ -20,6 +22,7 @@ from helpers.music import stop_at_once
 
 from musiclm_pytorch import MusicLM, StopGeneration
 from musiclm_pytorch.cli import main
+from musiclm_pytorch.data.audio import resample
 from musiclm_pytorch.inference.app import create_app, launch_app, who_plays, without_folders
 from musiclm_pytorch.inference.music_maker import (
     MusicMaker,
@@ -41,7 +44,10 @@ FLAGS = [
     '--disable-component-update',
     '--disable-sync',
     '--autoplay-policy=no-user-gesture-required',
+    '--use-fake-device-for-media-stream',  # a microphone that hears beeps
+    '--use-fake-ui-for-media-stream',
 ]
+needs_ffmpeg = pytest.mark.skipif(shutil.which('ffmpeg') is None, reason='FFmpeg, which encodes streams, is not here')
 
 
 @pytest.fixture(scope='module')
@@ -102,6 +108,11 @@ def test_a_story_and_a_prime_go_to_the_model(tiny, maker, tmp_path):
     primed = maker.from_prompt(PROMPT, 1.0, tmp_path / 'prime.wav', num_samples=1, seed=3)
     expected = tiny(PROMPT, seconds=1.0, seed=3, prime_wave_path=tmp_path / 'prime.wav')
     assert torch.equal(primed[0].wave, expected[0])
+
+    avoiding = maker.from_prompt(PROMPT, 1.0, num_samples=1, seed=3, negative='drums')
+    assert torch.equal(avoiding[0].wave, tiny(PROMPT, seconds=1.0, seed=3, negative='drums')[0])
+    with pytest.raises(ValueError, match='this model has no melody encoder'):
+        maker.from_prompt(PROMPT, 1.0, melody=tmp_path / 'prime.wav', num_samples=1, seed=3)
 
 
 @pytest.mark.parametrize(
@@ -250,7 +261,7 @@ def test_the_command_serves_until_it_is_told_to_stop(tiny, tmp_path):
         )
         assert f'by the model `tiny`. It knows {tiny.knows}.' in about
         sliders = [highest(tiny.sampling[name]) for name in ('cond_scale', 'temperature')]
-        _, score, path, picture, *others = client.predict(PROMPT, 1, None, 1, *sliders, 5, api_name='/generate')
+        _, score, path, picture, *others = client.predict(PROMPT, 1, None, None, 1, *sliders, 5, api_name='/generate')
         assert score.startswith('**Sample 1** · MuLaN: ')
         heard, rate = soundfile.read(path)
         assert rate == RATE
@@ -259,7 +270,7 @@ def test_the_command_serves_until_it_is_told_to_stop(tiny, tmp_path):
         assert others == [None] * 3  # the slot that is not needed
         kept = list(tmp_path.glob('musiclm-app-*/*/*.wav'))
         assert len(kept) == 1
-        jobs = [client.submit(PROMPT, 20, None, 2, *sliders, 5, api_name='/generate') for _ in range(2)]
+        jobs = [client.submit(PROMPT, 20, None, None, 2, *sliders, 5, api_name='/generate') for _ in range(2)]
         while not any(job.status().code is Status.PROGRESS for job in jobs):
             time.sleep(0.1)
         server.terminate()
@@ -279,6 +290,90 @@ def test_the_command_serves_until_it_is_told_to_stop(tiny, tmp_path):
         server.stdout.close()
     assert code == 0
     assert not list(tmp_path.glob('musiclm-app-*'))
+
+
+# the page
+
+
+def encoders():
+    """The processes of FFmpeg that this one has started and that still live."""
+    children = ' '.join(it.read_text() for it in Path(f'/proc/{os.getpid()}/task').glob('*/children')).split()
+    names = [Path(f'/proc/{child}/comm') for child in children]
+    return [it for it in names if it.exists() and it.read_text().strip() == 'ffmpeg']
+
+
+def nothing_plays(app):
+    for _ in range(600):
+        if not app.live.playing and not encoders():
+            return True
+        time.sleep(0.1)
+    return False
+
+
+def until(found, job):
+    """What is found, as soon as it is, while a job runs."""
+    while not (it := found()):
+        assert not job.done()
+        time.sleep(0.05)
+    return it
+
+
+def segments(playlist):
+    """The sound of a stream as far as it is encoded, by its address."""
+    return b''.join(
+        httpx.get(f'{playlist.rpartition("/")[0]}/{line}').raise_for_status().content
+        for line in httpx.get(playlist).raise_for_status().text.splitlines()
+        if line.endswith('.aac')
+    )
+
+
+@pytest.mark.slow
+@needs_ffmpeg
+def test_a_stream_is_there_before_it_is_made(tiny, served, monkeypatch):
+    """In segments while it is made, and as a file in the end; its prompt may change, and it stops."""
+    from gradio_client import Client
+    from gradio_client.exceptions import AppError
+
+    sliders = [highest(tiny.sampling[name]) for name in ('cond_scale', 'temperature')]
+    client = Client(served.address, verbose=False, download_files=False)
+    job = client.submit(PROMPT, 7, None, *sliders, 5, api_name='/stream')
+    note, playing, *_ = until(job.outputs, job)[0]
+    assert note.startswith(f'Playing “{PROMPT}”: ')
+    until(lambda: segments(playing['url']), job)
+    note, _, score, file, _ = job.result(300)
+    assert (note, score) == ('All 7 s are made.', '**What was played** · seed 5')
+    made, rate = soundfile.read(io.BytesIO(httpx.get(file['url']).content), dtype='int16')
+    expected = torch.cat(list(tiny.stream(PROMPT, seconds=7.0, seed=5)))
+    assert rate == RATE
+    assert np.abs(made.astype(int) - as_written(expected)).max() <= 1
+    with av.open(io.BytesIO(segments(job.outputs()[0][1]['url'])), format='aac') as container:
+        heard = np.concatenate([it.to_ndarray()[0] for it in container.decode(audio=0)])[1024:]  # what AAC begins with
+    assert len(made) <= len(heard) < len(made) + 2048
+    assert np.corrcoef(heard[: len(made)], made)[0, 1] > 0.95
+    assert nothing_plays(served.app)
+
+    job = client.submit(PROMPT, 60, None, *sliders, 5, api_name='/stream')
+    until(job.outputs, job)
+    with pytest.raises(AppError, match='music is playing here already; stop it first'):
+        client.predict(PROMPT, 60, None, *sliders, 5, api_name='/stream')
+    client.predict('a fast flute', api_name='/change')
+    until(lambda: job.outputs()[-1][0].startswith('Playing “a fast flute”: '), job)
+    client.predict(api_name='/stop')
+    note, _, _, file, _ = job.result(60)
+    made, _ = soundfile.read(io.BytesIO(httpx.get(file['url']).content), dtype='int16')
+    assert note == f'Stopped after {len(made) / RATE:.1f} of 60 s.'
+    assert len(made) < 40 * RATE
+    assert nothing_plays(served.app)
+
+    client.predict(api_name='/stop')  # nothing plays, and what comes next is not stopped
+    for given, message in (((' ', 9), 'the prompt is empty'), ((PROMPT, 601), 'is greater than maximum value 600')):
+        with pytest.raises(AppError, match=message):
+            client.predict(*given, None, *sliders, 5, api_name='/stream')
+    with pytest.raises(AppError, match='nothing plays here whose prompt could change'):
+        client.predict('a fast flute', api_name='/change')
+    monkeypatch.setenv('PATH', '')
+    with pytest.raises(AppError, match='the page needs FFmpeg, which is not on its machine'):
+        client.predict(PROMPT, 9, None, *sliders, 5, api_name='/stream')
 
 
 # the page in a browser
@@ -305,7 +400,7 @@ def served(tiny, tmp_path_factory):
         port = free_port()
         it = Served(f'http://127.0.0.1:{port}/')
         sys.addaudithook(it.audit)  # for as long as the process lives, hence `watching`
-        app = create_app(tiny, name='a_tiny_<model>', max_seconds=8.0, max_samples=4)
+        it.app = app = create_app(tiny, name='a_tiny_<model>', max_seconds=8.0, max_samples=4)
         assert launch_app(app, port=port) == it.address
         yield it
         it.watching = False
@@ -505,6 +600,63 @@ def test_stop_ends_the_work_and_shows_what_is_done(page, monkeypatch):
 
 
 @pytest.mark.slow
+@needs_ffmpeg
+def test_it_plays_while_it_is_made(served, page):
+    page.set_viewport_size(dict(width=400, height=900))
+    page.click('button[role=tab]:has-text("Stream")')
+    page.fill('#live-prompt textarea', PROMPT)
+    page.click('#play')
+    page.wait_for_function("document.querySelector('#live audio')?.currentTime > 0.5")
+    assert page.locator('#play').is_disabled()
+    assert list(served.app.live.playing)
+    fits(page, 400)
+    page.fill('#live-prompt textarea', 'a fast flute')
+    page.click('#change')
+    page.wait_for_selector('text=Playing “a fast flute”')
+    page.click('#stop')
+    page.wait_for_selector('text=Stopped after')
+    assert page.evaluate("document.querySelector('#live audio').paused")
+    page.wait_for_selector('#play:not([disabled])')
+    assert not page.locator('#stop').is_visible()
+    assert not page.locator('#change').is_visible()
+    page.wait_for_function("document.querySelector('.sample audio').readyState >= 1")
+    assert page.locator('.sample:visible').count() == 1
+
+    page.click('#play')
+    page.wait_for_selector('text=s are made.')
+    assert list(served.app.live.playing)
+    page.goto('about:blank')  # whoever leaves hears nothing
+    assert nothing_plays(served.app)
+    assert all(url.startswith((served.address, 'data:', 'blob:', 'about:')) for url in page.asked)
+
+
+@pytest.mark.slow
+def test_what_is_recorded_is_gone_on_from(page):
+    """And where the model follows no melody, that is told in place of a recorder."""
+    page.click('button:has-text("Follow a melody")')
+    page.wait_for_selector('text=This model was trained without melodies and cannot follow one')
+    assert not page.locator('#melody').is_visible()
+    page.locator('button:has-text("Go on from a recording"):visible').click()
+    page.click('#prime .record-button')
+    page.wait_for_timeout(1500)
+    page.click('#prime .stop-button')
+    for _ in range(300):
+        if uploaded := list(Path(os.environ['GRADIO_TEMP_DIR']).glob('*/audio*.wav')):
+            break
+        page.wait_for_timeout(100)
+    page.wait_for_timeout(1000)  # for the page to know it
+    fill(page, 'seconds', 8)
+    fill(page, 'samples', 1)
+    page.click('#generate')
+    _, waves, _ = shown(page, 1)
+    recorded, rate = soundfile.read(uploaded[0], dtype='float32', always_2d=True)
+    assert 1 < len(recorded) / rate < 7
+    given = resample(torch.from_numpy(recorded.mean(axis=1))[None], rate, RATE)[0][: -RATE // 10]
+    assert given.abs().max() > 0.01  # the beeps
+    assert np.abs(as_written(given).astype(int) - waves[0][: len(given)]).max() <= 2
+
+
+@pytest.mark.slow
 def test_one_request_at_a_time_makes_music(served, monkeypatch):
     from gradio_client import Client
 
@@ -521,7 +673,7 @@ def test_one_request_at_a_time_makes_music(served, monkeypatch):
 
     monkeypatch.setattr(MusicLM, 'forward', counted)
     client = Client(served.address, verbose=False, download_files=False)
-    jobs = [client.submit(PROMPT, 1, None, 1, 2, 0.8, seed, api_name='/generate') for seed in (1, 2)]
+    jobs = [client.submit(PROMPT, 1, None, None, 1, 2, 0.8, seed, api_name='/generate') for seed in (1, 2)]
     story = dict(headers=['seconds', 'prompt'], data=[[1, 'a flute']], metadata=None)
     jobs.append(client.submit(story, 1, 2, 0.8, 3, api_name='/story'))
     for job in jobs:

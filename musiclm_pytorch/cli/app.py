@@ -21,7 +21,8 @@ def app(subcommands) -> None:
         'app',
         run_app,
         'serve a web page that makes music',
-        'Serve a web page: prompts and stories to players, spectrograms, scores and downloads. It needs no network, '
+        'Serve a web page: prompts and stories to players, spectrograms, scores and downloads, and music that plays '
+        'while it is made, for which FFmpeg must be installed. It needs no network, '
         f'and one request at a time makes music. Needs {how_to_install("app")}.',
         facts=False,
     )
@@ -32,6 +33,9 @@ def app(subcommands) -> None:
     add_place(parser)
     option(parser, '--max-seconds', metavar='S', default=30.0, help='the longest music')
     option(parser, '--max-samples', metavar='N', default=8, help='the most pieces at once')
+    option(
+        parser, '--max-stream-seconds', metavar='S', default=600.0, help='the longest music that plays as it is made'
+    )
     share = "a public address as well, through Gradio's servers, for anyone to use"
     option(parser, '--share', action='store_true', help=share)
 
@@ -48,7 +52,8 @@ def run_app(options: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory(prefix='musiclm-app-') as folder:
         os.environ.setdefault('GRADIO_TEMP_DIR', folder)  # so that what was made goes with the page
         name = Path(options.model).resolve().name  # where the folder lies concerns no visitor
-        page = create_app(musiclm, name=name, max_seconds=options.max_seconds, max_samples=options.max_samples)
+        most = {key: getattr(options, key) for key in ('max_seconds', 'max_samples', 'max_stream_seconds')}
+        page = create_app(musiclm, name=name, **most)
         with contextlib.suppress(KeyboardInterrupt):
             address = launch_app(page, host=options.host, port=options.port, share=options.share)
             print(f'the page is at {address} until Ctrl-C', flush=True)

@@ -1,23 +1,31 @@
-"""A web page that makes music: words, or a story, to players, spectrograms and scores. By Gradio (extra `app`)."""
+"""A web page that makes music: words, or a story, to players, spectrograms and scores, and music that plays while it is
+made. By Gradio (extra `app`)."""
 
 from __future__ import annotations
 
+import contextlib
 import html
 import os
 import re
 import secrets
+import shutil
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from musiclm_pytorch.audiolm.sampling import StopGeneration
 from musiclm_pytorch.extras import how_to_install
-from musiclm_pytorch.gallery import Clip, write_clip
+from musiclm_pytorch.gallery import Clip, file_name, write_clip
+from musiclm_pytorch.inference.live import LiveMusic
 from musiclm_pytorch.inference.music_maker import MusicMaker, highest
 from musiclm_pytorch.musiclm import MusicLM
+from musiclm_pytorch.waves import sound_bytes
 
 if TYPE_CHECKING:
     import gradio
@@ -25,10 +33,11 @@ if TYPE_CHECKING:
 EXAMPLES = (
     'a fast happy flute melody',
     'a slow low organ in minor, with drums',
-    'a bright high piano at a medium tempo',
+    'a high piano at a medium tempo',
 )
 STORY = [[3, 'a slow low organ'], [3, 'a fast high flute with drums'], [None, ''], [None, '']]
 SHOWN_AT_FIRST = 4  # samples
+STREAMS = 2  # that play at once: two CPU cores make as many without a gap
 MAX_WAITING = 16  # requests in line; who comes after them is told so
 ANSWERING = 0.5  # seconds for answers to go out, and for those in line to have their turn
 MAKING = 0.95  # of the bar; the rest is drawing
@@ -36,6 +45,12 @@ KEEP_FILES = 24 * 3600  # seconds for which what was made can be played and down
 MAX_UPLOAD = '50mb'
 # on a narrow screen the music stands below what was clicked
 SCROLL = "(...given) => { if (innerWidth < 768) document.getElementById('note').scrollIntoView(); return given }"
+# what the browser has of a stream is not played to its end
+PAUSE = "() => document.querySelectorAll('#live audio').forEach(it => it.pause())"
+NO_MELODY = (
+    'This model was trained without melodies and cannot follow one; `musiclm train melody` is the first step to one '
+    'that does.'
+)
 CSS = """
 .gradio-container { width: 100%; max-width: 1180px !important; margin: auto !important }
 .sample { gap: var(--spacing-sm) !important; margin-bottom: var(--spacing-xl) }
@@ -53,16 +68,20 @@ def create_app(
     name: str | None = None,
     max_seconds: float = 30.0,
     max_samples: int = 8,
+    max_stream_seconds: float = 600.0,
 ) -> gradio.Blocks:
     """The page; `launch_app` serves it.
 
-    One request at a time makes music, the others wait in line. gradio_client finds `/generate` and `/story`.
+    One request at a time makes pieces, and `STREAMS` at a time play; the others wait in line. gradio_client finds
+    `/generate`, `/story`, `/stream`, whose outputs are music as it is made, and `/change` and `/stop`, which concern
+    what the same client has begun.
 
     Args:
         musiclm: in eval mode, on its device.
         title: the heading.
         name: of the model, told below the heading with what it knows (`MusicLM.knows`).
         max_seconds, max_samples: the most that may be asked for at once.
+        max_stream_seconds: the longest stream.
 
     Raises:
         ImportError: without Gradio.
@@ -70,16 +89,48 @@ def create_app(
     """
     gr = import_gradio()
     followed = gr.Progress()  # Gradio finds it by being a default, and gives each call its own
-    maker = MusicMaker(musiclm, max_seconds=max_seconds, max_samples=max_samples)
+    most = dict(max_seconds=max_seconds, max_samples=max_samples, max_stream_seconds=max_stream_seconds)
+    maker = MusicMaker(musiclm, **most)
+    live = LiveMusic(maker)
 
-    stopping: set[str] = set()  # sessions that wait no more for what is being made for them
+    # sessions whose page waits for what is being made for them, and those that wait no more
+    waiting: set[str] = set()
+    stopping: set[str] = set()
     at_work, closing = threading.Lock(), threading.Event()
 
-    def generate(request, prompt, seconds, prime, *settings, progress=followed):
-        return show(lambda **how: maker.from_prompt(prompt, seconds, prime, **how), settings, request, progress)
+    def generate(request, prompt, seconds, prime, melody, *settings, progress=followed):
+        return show(partial(maker.from_prompt, prompt, seconds, prime, melody), settings, request, progress)
 
     def tell(request, rows, *settings, progress=followed):
-        return show(lambda **how: maker.from_story(rows, **how), settings, request, progress)
+        return show(partial(maker.from_story, rows), settings, request, progress)
+
+    def play(request, prompt, seconds, prime, cond_scale, temperature, seed, negative):
+        """First of all outputs, then of those that change; what was played comes last, as one piece."""
+        if shutil.which('ffmpeg') is None:
+            told = 'To play music while it is made, the page needs FFmpeg, which is not on its machine.'
+            raise gr.Error(told, duration=None, print_exception=False)
+        how = dict(cond_scale=cond_scale, temperature=temperature, seed=seed, negative=negative)
+        rate, waves, prompts, samples = musiclm.sample_rate, [], [], 0
+        playing = live.play(request.session_hash, prompt, seconds, prime, **how)
+        with refusing(), contextlib.closing(playing):
+            for wave, own in playing:
+                if own not in prompts[-1:]:
+                    prompts.append(own)
+                waves.append(wave)
+                samples += len(wave)
+                note = f'Playing “{html.escape(own)}”: {samples / rate:.0f} s are made.'
+                yield [with_remark(note, maker.remarks([own], negative)), sound_bytes(wave, rate), *[gr.skip()] * 4]
+                if request.session_hash in stopping:
+                    break
+        title = ' – '.join(prompts)
+        clip = Clip(file_name(title), torch.cat(waves), 'what was played', f'seed {int(seed)}', title)
+        is_whole = samples == round(seconds * rate)
+        note = f'All {seconds:g} s are made.' if is_whole else f'Stopped after {samples / rate:.1f} of {seconds:g} s.'
+        yield [with_remark(note, maker.remarks(prompts, negative)), gr.skip(), *kept([clip])]
+
+    def change(request, prompt):
+        with refusing():
+            live.set_prompt(request.session_hash, prompt)
 
     def show(
         make: Callable[..., list[Clip]], settings: tuple, request: gradio.Request, progress: gradio.Progress
@@ -92,33 +143,44 @@ def create_app(
             progress(MAKING * share, desc=what)
 
         begin = time.perf_counter()
-        names = ('num_samples', 'cond_scale', 'temperature', 'seed')
-        folder = Path(players[0].GRADIO_CACHE) / secrets.token_hex(16)
-        shown = []
+        names = ('num_samples', 'cond_scale', 'temperature', 'seed', 'negative')
         if closing.is_set():
             raise gr.Error('The page is being closed.', duration=None, print_exception=False)
         at_work.acquire()  # one at a time as it is: for `close_app`
         try:
-            clips = make(report=report, **dict(zip(names, settings)))
-            folder.mkdir(parents=True)
-            for place, clip in enumerate(clips):
-                progress(MAKING + (1 - MAKING) * place / len(clips), desc='drawing')
-                write_clip(folder, clip, musiclm.sample_rate)
-                path = folder / clip.name
-                shown += [
-                    gr.Column(visible=True),
-                    f'**{clip.caption.capitalize()}** · {clip.note}',
-                    f'{path}.wav',
-                    gr.Image(f'{path}.png', alt_text=f'spectrogram of {clip.caption}: {clip.section}'),
-                ]
-        except (ValueError, TypeError, OSError) as error:
-            told = html.escape(without_folders(str(error)))
-            raise gr.Error(told, duration=None, print_exception=False) from error
+            with refusing():
+                clips = make(report=report, **dict(zip(names, settings)))
+                shown = kept(clips, progress)
         finally:
             at_work.release()
             stopping.discard(request.session_hash)
         took = time.perf_counter() - begin
         return [noted(clips, int(settings[0]), took), *shown, *[*hidden] * (max_samples - len(clips))]
+
+    def kept(clips: list[Clip], progress: Callable[..., Any] = lambda *_, **__: None) -> list[Any]:
+        """What becomes of the outputs of so many pieces."""
+        folder, shown = Path(players[0].GRADIO_CACHE) / secrets.token_hex(16), []
+        folder.mkdir(parents=True)
+        for place, clip in enumerate(clips):
+            progress(MAKING + (1 - MAKING) * place / len(clips), desc='drawing')
+            write_clip(folder, clip, musiclm.sample_rate)
+            path = folder / clip.name
+            shown += [
+                gr.Column(visible=True),
+                f'**{clip.caption.capitalize()}** · {clip.note}',
+                f'{path}.wav',
+                gr.Image(f'{path}.png', alt_text=f'spectrogram of {clip.caption}: {clip.section}'),
+            ]
+        return shown
+
+    @contextlib.contextmanager
+    def refusing() -> Iterator[None]:
+        """What someone asked for that cannot be is told in words."""
+        try:
+            yield
+        except (ValueError, TypeError, OSError) as error:
+            told = html.escape(without_folders(str(error)))
+            raise gr.Error(told, duration=None, print_exception=False) from error
 
     def noted(clips: list[Clip], wanted: int, took: float) -> str:
         if not clips:
@@ -126,23 +188,34 @@ def create_app(
         length = len(clips[0].wave) / musiclm.sample_rate
         stopped = f'Stopped, with {len(clips)} of {wanted} done: ' if len(clips) < wanted else ''
         note = f'{stopped}{len(clips)} × {length:g} s, made in {took:.1f} s. MuLaN likes the first best.'
-        remark = html.escape(clips[0].remark)
-        return f'{note}\n\n**{remark[0].upper()}{remark[1:]}.**' if remark else note
+        return with_remark(note, clips[0].remark)
 
-    def begin(request):
+    def begin(request, plays=False):
         """Nothing of the last prompt stays under the new one."""
+        waiting.add(request.session_hash)
         stopping.discard(request.session_hash)
-        idle = [gr.Button(interactive=False)] * 2
-        return ['Making music …', *[*hidden] * max_samples, gr.Button('Stop', visible=True, interactive=True), *idle]
+        player = gr.Audio(value=None, visible=plays)
+        idle = [gr.Button(interactive=False)] * 3
+        halting = gr.Button('Stop', visible=True, interactive=True)
+        return ['Making music …', player, *[*hidden] * max_samples, halting, gr.Button(visible=plays), *idle]
+
+    def begin_to_play(request):
+        return begin(request, plays=True)
 
     def stop(request):
-        stopping.add(request.session_hash)
+        if request.session_hash in waiting:  # also for its turn
+            stopping.add(request.session_hash)
+        live.stop(request.session_hash)
         return gr.Button('Stopping …', interactive=False)
 
-    def end():
-        return [gr.Button(visible=False), *[gr.Button(interactive=True)] * 2]
+    def end(request):
+        waiting.discard(request.session_hash)
+        return [*[gr.Button(visible=False)] * 2, *[gr.Button(interactive=True)] * 3]
 
-    for function in (generate, tell, begin, stop):
+    def recorder(what: str, **how: Any) -> gradio.Audio:
+        return gr.Audio(label=what, type='filepath', sources=['microphone', 'upload'], **how)
+
+    for function in (generate, tell, play, change, begin, begin_to_play, stop, end):
         function.__annotations__['request'] = gr.Request  # by which Gradio finds it
     hidden = gr.Column(visible=False), None, None, None
 
@@ -163,11 +236,11 @@ def create_app(
                         elem_id='seconds',
                     )
                     with gr.Accordion('Go on from a recording', open=False):
-                        prime = gr.Audio(
-                            label='The music begins with it, and the seconds count it',
-                            type='filepath',
-                            sources='upload',
-                        )
+                        prime = recorder('The music begins with it, and the seconds count it', elem_id='prime')
+                    with gr.Accordion('Follow a melody', open=False):
+                        follows = musiclm.mulan_embed_quantizer.melody is not None
+                        gr.Markdown(NO_MELODY, visible=not follows, elem_id='no-melody')
+                        melody = recorder('Hum or play it', visible=follows, elem_id='melody')
                     go = gr.Button('Make music', variant='primary', elem_id='generate')
                 with gr.Tab('Story'):
                     gr.Markdown('One piece, whose prompt changes on the way.')
@@ -183,6 +256,23 @@ def create_app(
                         elem_id='story',
                     )
                     go_on = gr.Button('Tell the story', variant='primary', elem_id='tell')
+                with gr.Tab('Stream'):
+                    gr.Markdown('It plays while it is made, and its prompt may change on the way.')
+                    live_prompt = gr.Textbox(
+                        label='What is the music like?', value=EXAMPLES[1], lines=2, elem_id='live-prompt'
+                    )
+                    live_seconds = gr.Slider(
+                        min(5, max_stream_seconds),
+                        max_stream_seconds,
+                        min(60, max_stream_seconds),
+                        step=1,
+                        label='Seconds',
+                        elem_id='live-seconds',
+                    )
+                    with gr.Accordion('Go on from a recording', open=False):
+                        live_prime = recorder('The stream begins with it', elem_id='live-prime')
+                    go_live = gr.Button('Play', variant='primary', elem_id='play')
+                    other = gr.Button('Go on with this prompt', visible=False, elem_id='change')
                 with gr.Group():
                     num_samples = gr.Slider(
                         1, max_samples, min(SHOWN_AT_FIRST, max_samples), step=1, label='Samples', elem_id='samples'
@@ -194,6 +284,7 @@ def create_app(
                     seed = gr.Number(0, precision=0, label='Seed', info='the same seed, the same music', elem_id='seed')
                     another = gr.Button('Another seed', size='sm', elem_id='another')
                 with gr.Accordion('More', open=False):
+                    negative = gr.Textbox('', label='Keep away from', placeholder='drums', elem_id='negative')
                     own = highest(musiclm.sampling['temperature'])
                     temperature = gr.Slider(
                         0, max(1.5, own), own, step=0.05, label='Temperature', info='how much is left to chance'
@@ -201,7 +292,16 @@ def create_app(
             with gr.Column(scale=3, min_width=320):
                 note = gr.Markdown('The music appears here.', elem_id='note')
                 halt = gr.Button('Stop', variant='stop', size='sm', visible=False, elem_id='stop')
-                players, outputs = [], [note]
+                heard = gr.Audio(
+                    label='While it is made',
+                    streaming=True,
+                    autoplay=True,
+                    interactive=False,
+                    visible=False,
+                    buttons=[],
+                    elem_id='live',
+                )
+                players, outputs = [], [note, heard]
                 for _ in range(max_samples):
                     with gr.Column(visible=False, elem_classes='sample') as column:
                         score = gr.Markdown(elem_classes='score')
@@ -218,26 +318,28 @@ def create_app(
                     players.append(player)
                     outputs += [column, score, player, picture]
 
-        settings = [num_samples, cond_scale, temperature, seed]
-        buttons, aside = [halt, go, go_on], dict(queue=False, show_progress='hidden', api_visibility='private')
-        for triggers, make, inputs, name in (
-            ([go.click, prompt.submit], generate, [prompt, seconds, prime], 'generate'),
-            ([go_on.click], tell, [rows], 'story'),
-        ):
-            made = gr.on(triggers, begin, outputs=[*outputs, *buttons], js=SCROLL, **aside).then(
-                make,
-                [*inputs, *settings],
-                outputs,
-                api_name=name,
-                concurrency_id='music',
-                concurrency_limit=1,
-                show_progress_on=note,
-            )
+        settings = [num_samples, cond_scale, temperature, seed, negative]
+        buttons, aside = [halt, other, go, go_on, go_live], dict(queue=False, show_progress='hidden')
+        pieces = [it for it in outputs if it is not heard]
+
+        def connect(triggers, first, make, inputs, changed, **how):
+            made = gr.on(
+                triggers, first, outputs=[*outputs, *buttons], js=SCROLL, **aside, api_visibility='private'
+            ).then(make, inputs, changed, show_progress_on=note, **how)
             for ended in (made.success, made.failure):
-                ended(end, outputs=buttons, **aside)
-        halt.click(stop, outputs=halt, **aside)
+                ended(end, outputs=buttons, **aside, api_visibility='private')
+
+        alone = dict(concurrency_id='music', concurrency_limit=1)
+        inputs = [prompt, seconds, prime, melody, *settings]
+        connect([go.click, prompt.submit], begin, generate, inputs, pieces, api_name='generate', **alone)
+        connect([go_on.click], begin, tell, [rows, *settings], pieces, api_name='story', **alone)
+        few = dict(concurrency_id='streams', concurrency_limit=STREAMS, show_progress='hidden')
+        inputs = [live_prompt, live_seconds, live_prime, *settings[1:]]
+        connect([go_live.click], begin_to_play, play, inputs, outputs[:6], api_name='stream', **few)
+        other.click(change, live_prompt, api_name='change', **aside)
+        halt.click(stop, outputs=halt, js=PAUSE, api_name='stop', **aside)
         another.click(lambda: secrets.randbelow(2**31), outputs=seed, queue=False, api_visibility='private')
-    page.at_work, page.closing = at_work, closing
+    page.at_work, page.closing, page.live = at_work, closing, live
     return page.queue(max_size=MAX_WAITING, api_open=False)
 
 
@@ -279,9 +381,10 @@ def launch_app(page: gradio.Blocks, *, host: str = '127.0.0.1', port: int = 7860
 
 
 def close_app(page: gradio.Blocks) -> None:
-    """End what `launch_app` began: the music that is being made ends at its next step and shows what is done, and those
-    who wait are told. A thread at work would not outlive the end of the program."""
+    """End what `launch_app` began: the music that is being made or plays ends at its next step and shows what is done,
+    and those who wait are told. A thread at work would not outlive the end of the program."""
     page.closing.set()
+    page.live.close()
     for _ in range(2):
         with page.at_work:
             time.sleep(ANSWERING)
@@ -292,6 +395,12 @@ def who_plays(name: str | None, knows: str | None) -> str:
     """The line below the heading, in Markdown: which model makes the music, and what it knows."""
     by = f', by the model `{name}`' if name else ''  # in a code span, nothing is markup
     return f'Words to music{by}.' + (f' It knows {html.escape(knows, quote=False)}.' if knows else '')
+
+
+def with_remark(note: str, remark: str) -> str:
+    """In Markdown, with what there is to say of the prompts."""
+    remark = html.escape(remark)
+    return f'{note}\n\n**{remark[0].upper()}{remark[1:]}.**' if remark else note
 
 
 def without_folders(text: str) -> str:

@@ -11,6 +11,7 @@ import torch
 
 from musiclm_pytorch.audiolm.sampling import Progress, StopGeneration
 from musiclm_pytorch.audiolm.stages import STAGES
+from musiclm_pytorch.audiolm.streaming import MusicStream
 from musiclm_pytorch.checks import check_positive, typechecked
 from musiclm_pytorch.gallery import Clip, file_name, ranked_clips
 from musiclm_pytorch.musiclm import MusicLM
@@ -25,24 +26,37 @@ class MusicMaker:
     Args:
         musiclm: what makes the music.
         max_seconds, max_samples: the most that may be asked for at once.
+        max_stream_seconds: the longest stream.
     """
 
     @typechecked
-    def __init__(self, musiclm: MusicLM, *, max_seconds: float = 30.0, max_samples: int = 8):
-        check_positive(max_seconds=max_seconds, max_samples=max_samples)
+    def __init__(
+        self,
+        musiclm: MusicLM,
+        *,
+        max_seconds: float = 30.0,
+        max_samples: int = 8,
+        max_stream_seconds: float = 600.0,
+    ):
+        check_positive(max_seconds=max_seconds, max_samples=max_samples, max_stream_seconds=max_stream_seconds)
         self.musiclm = musiclm
         self.max_seconds = max_seconds
         self.max_samples = max_samples
+        self.max_stream_seconds = max_stream_seconds
 
-    def from_prompt(self, prompt: str, seconds: float, prime: str | Path | None = None, **how: Any) -> list[Clip]:
+    def from_prompt(
+        self, prompt: str, seconds: float, prime: str | Path | None = None, melody: str | Path | None = None, **how: Any
+    ) -> list[Clip]:
         """The samples for a prompt, the best first; `how` as in `_make`.
+
+        prime, melody: sound files, to go on from and whose melody is followed.
 
         Raises ValueError for an empty prompt and for what is out of range, naming both value and range.
         """
-        if not prompt.strip():
-            raise ValueError('the prompt is empty; say what the music is like')
-        self._check_seconds(seconds)
-        return self._make(prompt, [prompt], seconds=seconds, prime_wave_path=prime, **how)
+        check_says_something(prompt)
+        check_length('music', seconds, self.max_seconds)
+        melody = None if melody is None else Path(melody)
+        return self._make(prompt, [prompt], seconds=seconds, prime_wave_path=prime, melody=melody, **how)
 
     def from_story(self, rows: Sequence[Sequence[Any]], **how: Any) -> list[Clip]:
         """The same for a story, rows of (seconds, prompt); rows with neither are passed over.
@@ -50,12 +64,50 @@ class MusicMaker:
         Raises ValueError also for a row with one of the two only.
         """
         story = read_story(rows)
-        self._check_seconds(sum(length for length, _ in story))
+        check_length('music', sum(length for length, _ in story), self.max_seconds)
         return self._make(story, [prompt for _, prompt in story], **how)
 
-    def _check_seconds(self, seconds: float | None) -> None:
-        if seconds is None or not 0 < seconds <= self.max_seconds:
-            raise ValueError(f'the music may last up to {self.max_seconds:g} seconds, got {seconds}')
+    def stream(
+        self,
+        prompt: str,
+        seconds: float,
+        prime: str | Path | None = None,
+        *,
+        seed: int | None,
+        cond_scale: float | None = None,
+        temperature: float | None = None,
+        negative: str | None = None,
+    ) -> MusicStream:
+        """Music as it is made; arguments and errors as of `from_prompt`."""
+        check_says_something(prompt)
+        check_length('stream', seconds, self.max_stream_seconds)
+        return self.musiclm.stream(
+            prompt,
+            seconds=float(seconds),
+            prime=None if prime is None else Path(prime),
+            **self._sampling(seed, cond_scale, temperature, negative),
+        )
+
+    def remarks(self, prompts: Sequence[str], negative: str | None = None, music: Music | None = None) -> str:
+        """What there is to say of prompts, and of the music made for one, in a line."""
+        told = self.musiclm.prompt_warnings(prompts, music)
+        if negative and negative.strip():
+            told += self.musiclm.prompt_warnings([negative])
+        return '; '.join(filter(None, told))
+
+    def _sampling(
+        self, seed: int | None, cond_scale: float | None, temperature: float | None, negative: str | None
+    ) -> dict[str, Any]:
+        if seed is None:
+            raise ValueError('give a seed, any whole number; the same one makes the same music')
+        sampling, own = dict(seed=int(seed)), self.musiclm.sampling
+        if cond_scale is not None:
+            sampling['cond_scale'] = in_proportion(own['cond_scale'], cond_scale, neutral=1.0)
+        if temperature is not None:
+            sampling['temperature'] = in_proportion(own['temperature'], temperature, neutral=0.0)
+        if negative and negative.strip():
+            sampling['negative'] = negative
+        return sampling
 
     def _make(
         self,
@@ -66,6 +118,7 @@ class MusicMaker:
         seed: int | None,
         cond_scale: float | None = None,
         temperature: float | None = None,
+        negative: str | None = None,
         report: Callable[[float, str], None] | None = None,
         **keywords: Any,
     ) -> list[Clip]:
@@ -73,19 +126,14 @@ class MusicMaker:
 
         cond_scale, temperature: of the stage where the model's own is highest, the others in proportion; by default the
             model's own.
+        negative: a prompt to keep away from.
         report: told the share of the work that is done, and what is being done. Where it raises `StopGeneration`, the
             pieces that are done by then are all that there are.
         """
         if not 1 <= num_samples <= self.max_samples:
             raise ValueError(f'the number of samples may be 1 to {self.max_samples}, got {num_samples}')
-        if seed is None:
-            raise ValueError('give a seed, any whole number; the same one makes the same music')
-        num_samples, own = int(num_samples), self.musiclm.sampling
-        sampling = {}
-        if cond_scale is not None:
-            sampling['cond_scale'] = in_proportion(own['cond_scale'], cond_scale, neutral=1.0)
-        if temperature is not None:
-            sampling['temperature'] = in_proportion(own['temperature'], temperature, neutral=0.0)
+        num_samples, sampling = int(num_samples), self._sampling(seed, cond_scale, temperature, negative)
+        seed = sampling.pop('seed')
         firsts = range(0, num_samples, AT_ONCE)
         progress = stage_progress(report, parts=len(prompts), rounds=len(firsts)) if report else False
         made = []
@@ -94,7 +142,7 @@ class MusicMaker:
                 music = self.musiclm(
                     text,
                     num_samples=min(AT_ONCE, num_samples - first),
-                    seed=int(seed) + first,
+                    seed=seed + first,
                     return_all=True,
                     return_scores=True,
                     progress=progress,
@@ -107,9 +155,19 @@ class MusicMaker:
         waves, scores, seeds = map(torch.cat, zip(*made))
         # a story is scored by the mean of its parts
         music = Music(waves[None], scores[None]) if len(prompts) == 1 else None
-        remark = '; '.join(filter(None, self.musiclm.prompt_warnings(prompts, music)))
+        remark = self.remarks(prompts, negative, music)
         title = ' – '.join(prompts)
         return ranked_clips(title, waves, scores, seeds, name=file_name(title), remark=remark)
+
+
+def check_says_something(prompt: str) -> None:
+    if not prompt.strip():
+        raise ValueError('the prompt is empty; say what the music is like')
+
+
+def check_length(what: str, seconds: float | None, most: float) -> None:
+    if seconds is None or not 0 < seconds <= most:
+        raise ValueError(f'the {what} may last up to {most:g} seconds, got {seconds}')
 
 
 def read_story(rows: Sequence[Sequence[Any]]) -> list[tuple[float, str]]:

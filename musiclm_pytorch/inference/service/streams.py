@@ -16,6 +16,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.types import Receive, Scope, Send
 
 from musiclm_pytorch.audiolm.streaming import MusicStream
+from musiclm_pytorch.inference.live import AHEAD
 from musiclm_pytorch.inference.service.requests import (
     RETRY_AFTER,
     Body,
@@ -32,8 +33,6 @@ from musiclm_pytorch.inference.service.requests import (
     wanted_type,
 )
 from musiclm_pytorch.waves import STREAMS, OpusStream, WavStream
-
-AHEAD = 4.0  # seconds that are made ahead of what can be heard by now
 
 router = APIRouter()
 
