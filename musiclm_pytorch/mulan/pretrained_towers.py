@@ -124,6 +124,16 @@ class PretrainedTextTransformer(PretrainedTower, TextTransformer):
         layers = [masked_mean(it, mask)[:, None] for it in output.hidden_states[1:]]
         return _given(Encoding(masked_mean(output.last_hidden_state, mask), layers), return_all_layers, return_encoding)
 
+    @torch.no_grad()
+    def vectors(
+        self, x: Tensor | None = None, raw_texts: Sequence[str] | None = None, mask: Tensor | None = None
+    ) -> Tensor:
+        """The last layer of each token of ids `(b, n)` or of strings, `(b, n, dim)`, zeros where there is none: what
+        stages are conditioned by whose trainer had this as its `text_encoder`."""
+        x, mask = self.ids_and_mask(x, raw_texts, mask)
+        found = self.model(input_ids=x, attention_mask=mask.long()).last_hidden_state
+        return found.masked_fill(~mask[..., None], 0)
+
     def tokenize(self, raw_texts: Sequence[str]) -> Tensor:
         """Strings to token ids `(b, n)`, cut at `max_seq_len` and padded to the longest."""
         self.check_texts(raw_texts)
