@@ -1,20 +1,30 @@
-"""Tokens by a pretrained codec against the bare model of transformers, both on the same waves in batches of 8.
+"""What parts from elsewhere cost beside the bare model, and adapters beside all weights.
 
     python benchmarks/parts.py --clips 1000 --seconds 10
 
-The models are tiny EnCodecs with random weights, so that what comes around the model counts most.
+Tokens by a pretrained codec, written to disk, beside the bare model of transformers on the same waves in batches of 8,
+and a step of the coarse stage with adapters beside one with all of its weights. Both sides take turns, and the median
+of the rounds' ratios is told, of processor time, so that other work on the machine counts little. That they compute
+the same is checked first. The models are tiny EnCodecs and stages with random weights, so that what comes around
+counts most.
 """
 
+from __future__ import annotations
+
 import argparse
+import statistics
 import tempfile
 import time
+from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from transformers import EncodecConfig, EncodecModel
 
-from musiclm_pytorch import PretrainedCodec, compute_tokens
+from musiclm_pytorch import CoarseTrainer, CoarseTransformer, PretrainedCodec, TokenCrops, add_adapters, compute_tokens
+from musiclm_pytorch.audiolm.crops import collate_tokens
 
-LEVELS, BANDWIDTH, BATCH = 8, 6.0, 8
+LEVELS, COARSE, BANDWIDTH, BATCH, CODES, SEMANTIC = 8, 3, 6.0, 8, 1024, 512
 
 
 class Waves(torch.utils.data.Dataset):
@@ -32,38 +42,105 @@ class Waves(torch.utils.data.Dataset):
         return self._waves[index % 8]
 
 
+def in_turns(first: Callable[[], None], second: Callable[[], None], rounds: int) -> tuple[float, float, float]:
+    """Median seconds of processor time of both, and the median ratio of the first to the second."""
+    times = []
+    for _ in range(rounds):
+        row = []
+        for way in (first, second):
+            start = time.process_time()
+            way()
+            row.append(time.process_time() - start)
+        times.append(row)
+    return *map(statistics.median, zip(*times)), statistics.median(one / other for one, other in times)
+
+
+def tokens(options: argparse.Namespace) -> None:
+    config = EncodecConfig(num_filters=4, hidden_size=16, codebook_dim=16, num_lstm_layers=1)
+    model, waves = EncodecModel(config).eval(), Waves(max(BATCH, options.clips // options.rounds), options.seconds)
+    codec = PretrainedCodec(model, num_quantizers=LEVELS)
+
+    @torch.no_grad()
+    def bare() -> list[torch.Tensor]:
+        batches = [range(start, min(start + BATCH, len(waves))) for start in range(0, len(waves), BATCH)]
+        stacked = (torch.stack([waves[index] for index in batch]) for batch in batches)
+        return [model.encode(it[:, None], bandwidth=BANDWIDTH).audio_codes[0] for it in stacked]
+
+    def ours(folder: str | None = None) -> None:
+        with tempfile.TemporaryDirectory() as other:
+            compute_tokens(waves, folder or other, codec=codec, batch_size=BATCH, progress=False)
+
+    with tempfile.TemporaryDirectory() as folder:
+        ours(folder)
+        crops = TokenCrops(folder, 'fine', seconds=options.seconds, conditioning=False, training=False)
+        found, expected = torch.stack([crops[index]['codec'] for index in range(BATCH)]), bare()[0].mT
+        if not torch.equal(found, expected[:, : found.shape[1]]):
+            raise RuntimeError('the tokens on disk are not those of the model')
+    alone, whole, ratio = in_turns(bare, ours, options.rounds)
+    print(f'{len(waves)} clips of {options.seconds:g} s: the model alone {alone:.2f} s, tokens on disk {whole:.2f} s')
+    print(f'{ratio:.2f} of its speed')
+
+
+def adapters(options: argparse.Namespace) -> None:
+    class Noise(torch.nn.Module):
+        """Random tokens: what a step costs does not depend on them."""
+
+        sample_rate = 24000
+
+        def __init__(self, rate: int, size: int, levels: int):
+            super().__init__()
+            self.frame_rate, self.codebook_size, self.num_quantizers, self.levels = rate, size, levels, levels
+
+        def encode(self, waves: torch.Tensor) -> torch.Tensor:
+            shape = len(waves), int(waves.shape[1] * self.frame_rate / self.sample_rate)
+            return torch.randint(self.codebook_size, shape if self.levels == 1 else (*shape, self.levels))
+
+        def decode(self, codes: torch.Tensor) -> torch.Tensor:
+            raise NotImplementedError
+
+    with tempfile.TemporaryDirectory() as folder:
+        parts = dict(tokenizer=Noise(50, SEMANTIC, 1), codec=Noise(75, CODES, LEVELS))
+        compute_tokens(Waves(2 * BATCH, 2.0), f'{folder}/tokens', progress=False, **parts)
+        trainers = {}
+        for name in ('all weights', 'adapters'):
+            torch.manual_seed(0)
+            sizes = dict(codebook_size=CODES, num_coarse_quantizers=COARSE, num_semantic_tokens=SEMANTIC)
+            stage = CoarseTransformer(dim=256, depth=4, **sizes)
+            if name == 'adapters':
+                add_adapters(stage, rank=16)
+            keywords = dict(seconds=1.0, batch_size=BATCH, valid_frac=0, progress=False, mask_prob=0.0)
+            trainers[name] = CoarseTrainer(stage, f'{folder}/tokens', results_folder=Path(folder, name), **keywords)
+        crops = TokenCrops(f'{folder}/tokens', 'coarse', seconds=1.0, conditioning=False, training=False)
+        batch = collate_tokens([crops[index] for index in range(BATCH)])
+        losses = [it.compute_gradients([batch])['loss'] for it in trainers.values()]
+        if losses[0] != losses[1]:
+            raise RuntimeError(f'the losses differ: {losses}')
+
+        def step(trainer: CoarseTrainer) -> None:
+            trainer.optimizer.zero_grad()
+            trainer.compute_gradients([batch])
+            trainer.optimizer.step()
+
+        whole, adapted = trainers.values()
+        seconds = in_turns(lambda: step(adapted), lambda: step(whole), max(8, options.rounds))
+        # a gradient and Adam's two moments of each weight that is trained
+        held = [
+            12e-6 * sum(it.numel() for it in trainer.model.parameters() if it.requires_grad)
+            for trainer in (adapted, whole)
+        ]
+    print(f'a step of the coarse stage: adapters {seconds[0]:.3f} s, all weights {seconds[1]:.3f} s')
+    print(f'{seconds[2]:.2f} of its time; {held[0]:.1f} MB of gradients and moments in place of {held[1]:.1f} MB')
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--clips', type=int, default=100)
     parser.add_argument('--seconds', type=float, default=10.0)
-    parser.add_argument('--rounds', type=int, default=3, help='of both in turn; the best of each counts')
+    parser.add_argument('--rounds', type=int, default=5, help='of both in turn, which share the clips')
     options = parser.parse_args()
     torch.manual_seed(0)
-    config = EncodecConfig(num_filters=4, hidden_size=16, codebook_dim=16, num_lstm_layers=1)
-    model, waves = EncodecModel(config).eval(), Waves(options.clips, options.seconds)
-    codec = PretrainedCodec(model, num_quantizers=LEVELS)
-
-    @torch.no_grad()
-    def bare() -> None:
-        for start in range(0, len(waves), BATCH):
-            batch = torch.stack([waves[index] for index in range(start, min(start + BATCH, len(waves)))])
-            model.encode(batch[:, None], bandwidth=BANDWIDTH)
-
-    def ours() -> None:
-        with tempfile.TemporaryDirectory() as folder:
-            compute_tokens(waves, folder, codec=codec, batch_size=BATCH, progress=False)
-
-    times = {bare: [], ours: []}
-    for _ in range(options.rounds):
-        for way, found in times.items():
-            start = time.perf_counter()
-            way()
-            found.append(time.perf_counter() - start)
-    alone, whole = (min(found) for found in times.values())
-    print(
-        f'{options.clips} clips of {options.seconds:g} s: the model alone {alone:.2f} s, tokens on disk {whole:.2f} s'
-    )
-    print(f'{alone / whole:.2f} of its speed')
+    tokens(options)
+    adapters(options)
 
 
 if __name__ == '__main__':

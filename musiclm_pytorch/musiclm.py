@@ -62,6 +62,7 @@ from musiclm_pytorch.data.audio import resample
 from musiclm_pytorch.mulan.checkpoint import CONFIG_FILE, checksums_within, placing, read_config, store_as
 from musiclm_pytorch.mulan.display import count_of, indented, size_of
 from musiclm_pytorch.mulan.layers import l2norm
+from musiclm_pytorch.mulan.lora import adapters_of
 from musiclm_pytorch.mulan.model import evaluating
 from musiclm_pytorch.mulan.vocabulary import low_score_line, unknown_words_line, warn_of
 from musiclm_pytorch.pretrained import find_pretrained
@@ -166,6 +167,12 @@ class MusicLM(HubModel, nn.Module):
                 'audio_text_condition = True'
             )
         for name in conditioned:
+            if self.stages[name].reads_text:
+                raise ValueError(
+                    f'the {name} stage reads the words of a text, by a text_encoder, where MusicLM has codes of '
+                    "MuLaN's latents, which words, sounds and mixtures share; generate with generate_semantic, "
+                    'generate_coarse and generate_fine, or with an AudioLM of audiolm-pytorch'
+                )
             if name not in quantizer.namespaces:
                 raise ValueError(
                     f'the quantizer has no namespace {name!r} for the {name} stage, only '
@@ -215,8 +222,16 @@ class MusicLM(HubModel, nn.Module):
 
     @property
     def audio_lm(self) -> nn.Module:
-        """The `AudioLM` that was given, or else a new one of audiolm-pytorch, with a copy of the stages' weights."""
+        """The `AudioLM` that was given, or else a new one of audiolm-pytorch, with a copy of the stages' weights.
+
+        Raises ValueError for the one that was given while its stages have adapters, which it does not know.
+        """
         if self._given[0] is not None:
+            if adapted := [name for name, stage in self.stages.items() if adapters_of(stage)]:
+                raise ValueError(
+                    f'the {adapted[0]} stage has adapters, which the AudioLM that was given does not know; '
+                    f'merge_adapters(musiclm.{adapted[0]}) makes them part of its weights'
+                )
             return self._given[0]
         return audiolm_pytorch().AudioLM(
             wav2vec=unwrapped(self.tokenizer),

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from helpers.models import tiny_mulan
+from helpers.music import build_audio_lm, build_quantizer
 from helpers.pretrained_parts import Sounds
 from helpers.pretrained_towers import save_tower
 from helpers.stage_parts import STAGES, compute, make_quantizer, make_trainer, make_transformer, transformer_for
@@ -14,6 +15,7 @@ from musiclm_pytorch import (
     MuLaN,
     MuLaNEmbedQuantizer,
     MuLaNTrainer,
+    MusicLM,
     PretrainedAudioTransformer,
     PretrainedTextTransformer,
     add_adapters,
@@ -22,6 +24,7 @@ from musiclm_pytorch import (
     save_adapters,
 )
 from musiclm_pytorch.audiolm import decode_step
+from musiclm_pytorch.audiolm.convert import audiolm_stage, own_stage
 from musiclm_pytorch.audiolm.generate import generate_semantic
 from musiclm_pytorch.audiolm.sampling import Sampling
 from musiclm_pytorch.audiolm.saving import load_module, save_module
@@ -183,6 +186,21 @@ def test_a_stage_of_a_musiclm_keeps_what_conditions_it(tmp_path):
             codes.add_(1)
     with pytest.raises(ValueError, match='trained with the codes of'):
         take_conditioning(tmp_path / 'quantizer', 'coarse', own)
+
+
+def test_stages_of_audiolm_pytorch():
+    given, quantizer = MusicLM(build_audio_lm(), build_quantizer()), build_quantizer()
+    parts = dict(given.stages, codec=given.codec, tokenizer=given.tokenizer)
+    moved(add_adapters(given.coarse, rank=2))
+    with pytest.raises(ValueError, match=r'the coarse stage has adapters, .* merge_adapters\(musiclm.coarse\)'):
+        _ = given.audio_lm
+    copied = MusicLM(mulan_embed_quantizer=quantizer, **parts).audio_lm.coarse.transformer
+    merge_adapters(given.coarse)
+    assert_same(copied.state_dict(), given.audio_lm.coarse.transformer.state_dict())
+    assert_same(copied.state_dict(), given.coarse.state_dict())
+    theirs = add_adapters(audiolm_stage(transformer_for('semantic')), rank=2)
+    with pytest.raises(ValueError, match='on the module of audiolm-pytorch, .* put them on own_stage'):
+        own_stage(theirs)
 
 
 def test_adapters_are_decayed():

@@ -12,11 +12,12 @@ from helpers.training import assert_same
 from safetensors.torch import load_file
 
 from musiclm_pytorch import MusicLM, MusicLMRecipe, PretrainedCodec, compute_tokens, train_musiclm
-from musiclm_pytorch.audiolm import convert, semantic_transformers
+from musiclm_pytorch.audiolm import convert
 from musiclm_pytorch.audiolm.fingerprints import fingerprint
 from musiclm_pytorch.audiolm.saving import load_module, save_module
 from musiclm_pytorch.cli import main
 from musiclm_pytorch.codecs import pretrained as codecs
+from musiclm_pytorch.pretrained import hearing
 
 KINDS = list(CODECS)
 LOUD = 'encodec of 48 kHz'
@@ -240,7 +241,7 @@ def test_a_new_run_opens_its_parts_whatever_an_earlier_one_left(tmp_path, music)
 
 def test_the_table_has_every_part():
     table = (Path(__file__).parents[1] / 'docs' / 'parts.md').read_text(encoding='utf-8').lower()
-    parts = {*codecs.KINDS, *semantic_transformers.KINDS} - {'clap_audio_model'}
+    parts = {*codecs.KINDS, *hearing.KINDS} - {'clap_audio_model'}
     assert [name for name in parts if not re.search(rf'^\| .*{name}.* \| ✓', table, re.M)] == []
 
 

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 import yaml
+from helpers.clap import tiny_clap
 from helpers.pretrained_parts import Sounds, from_waves_to_saved_music
 from helpers.pretrained_towers import AUDIO, RATE, TEXT, save_tower
 from helpers.training import assert_same
@@ -25,7 +26,7 @@ from musiclm_pytorch import (
 from musiclm_pytorch.cli import main
 
 TEXTS = ['a calm flute', 'fast drums with a cello', 'clip 3']
-PAIRS = [('t5', 'ast'), ('bert', 'hubert'), ('bert', 'wav2vec2')]
+PAIRS = [('t5', 'ast'), ('bert', 'hubert'), ('bert', 'wav2vec2'), ('t5', 'whisper'), ('bert', 'w2v-bert')]
 
 
 def towers(text, audio, folder, **keywords):
@@ -78,19 +79,24 @@ def test_texts_that_are_too_long(tmp_path):
 @pytest.mark.parametrize('name', AUDIO)
 def test_a_wave_is_embedded_as_its_model_does_it(name, tmp_path):
     tower = PretrainedAudioTransformer(save_tower(name, tmp_path)).eval()
-    waves, lengths = 0.3 * torch.randn(4, 640), [640, 300, 640, 301]
+    waves, lengths = 0.3 * torch.randn(4, 730), [730, 600, 730, 601]
     found = tower(waves, audio_lengths=lengths)
     for wave, length, own in zip(waves, lengths, found):
         close(own, tower(wave[None, :length])[0])
-        inputs = tower.processor(wave[:length].numpy(), sampling_rate=RATE, return_tensors='pt')
-        output = tower.model(**inputs)
-        close(own, output.pooler_output[0] if name == 'ast' else output.last_hidden_state[0].mean(dim=0))
+        inputs = tower.processor(wave[:length].numpy(), sampling_rate=tower.sample_rate, return_tensors='pt')
+        if name == 'whisper':  # what pads it is not heard
+            hidden = tower.model.encoder(**inputs).last_hidden_state[:, : length // 20]
+        elif name == 'w2v-bert':
+            hidden = tower.model(inputs['input_features'][:, : (length - 560) // 320 + 1]).last_hidden_state
+        else:
+            hidden = (output := tower.model(**inputs)).last_hidden_state
+        close(own, output.pooler_output[0] if name == 'ast' else hidden[0].mean(dim=0))
     assert tower(waves[:, : tower.min_samples]).isfinite().all()
     with pytest.raises(ValueError, match='one patch needs at least'):
         tower(waves[:, : tower.min_samples - 1])
     with pytest.raises(ValueError, match=r'wavs\[2\] holds NaN'):
         tower(waves.clone().index_fill_(0, torch.tensor([2]), torch.nan))
-    if name == 'ast':
+    if name in ('ast', 'whisper'):
         longest = tower.max_audio_length
         with pytest.warns(UserWarning, match=f'audio of {longest + 9} samples is cut'):
             close(tower(torch.ones(1, longest + 9).cumsum(1).sin()), tower(torch.ones(1, longest).cumsum(1).sin()))
@@ -102,9 +108,10 @@ def test_a_wave_is_embedded_as_its_model_does_it(name, tmp_path):
 @pytest.mark.parametrize(('text', 'audio'), PAIRS)
 def test_training_to_the_saved_folder_and_back(text, audio, trained, tmp_path):
     mulan = MuLaN(*towers(text, audio, tmp_path, trained=trained), dim_latent=8, hierarchical_contrastive_loss=True)
-    before = copy.deepcopy(mulan.state_dict())
+    before, sounds = copy.deepcopy(mulan.state_dict()), Sounds()
+    sounds.sample_rate = mulan.audio.sample_rate
     MuLaNTrainer(
-        mulan, Sounds(), batch_size=3, num_train_steps=2, valid_frac=0, results_folder=tmp_path / 'run', use_ema=True
+        mulan, sounds, batch_size=3, num_train_steps=2, valid_frac=0, results_folder=tmp_path / 'run', use_ema=True
     ).train()
     moved = {name for name, it in mulan.state_dict().items() if not torch.equal(it, before[name])}
     every = mulan.named_parameters(remove_duplicate=False)
@@ -125,7 +132,7 @@ def test_training_to_the_saved_folder_and_back(text, audio, trained, tmp_path):
     assert {it.requires_grad for it in loaded.audio.parameters()} == {
         it.requires_grad for it in mulan.audio.parameters()
     }
-    waves = torch.randn(2, 500)
+    waves = torch.randn(2, 600)
     close(loaded.get_audio_latents(waves, sample_rate=RATE), mulan.get_audio_latents(waves, sample_rate=RATE))
     assert torch.equal(loaded.get_text_latents(raw_texts=TEXTS), mulan.get_text_latents(raw_texts=TEXTS))
     half = MuLaN.from_pretrained(tmp_path / 'saved', dtype=torch.bfloat16)
@@ -188,7 +195,7 @@ def test_what_takes_our_own_towers_alone_says_so(tmp_path, monkeypatch):
     for wrong in (nn.Linear(2, 2), audio.model):
         with pytest.raises(ValueError, match='is no text encoder'):
             PretrainedTextTransformer(wrong, text.processor)
-    for wrong in (nn.Linear(2, 2), text.model):
+    for wrong in (nn.Linear(2, 2), text.model, tiny_clap()[0]):
         with pytest.raises(ValueError, match='is no audio encoder that is read'):
             PretrainedAudioTransformer(wrong, audio.processor)
     mixed = MuLaN(audio, TextTransformer(dim=8, depth=1), dim_latent=8)

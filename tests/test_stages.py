@@ -366,7 +366,7 @@ def test_training_makes_guidance_real(tmp_path, tokens):
     stage = run.model.eval()
     batch = run.collate_fn([run.valid_tokens[0]])
     with torch.no_grad():
-        conditioning = stage.embed(batch['conditioning'])
+        conditioning, _ = stage.embed(batch['conditioning'], None, None, batch['semantic'].shape[1])
         with_it, without = (
             stage.transformer.loss(batch['semantic'], conditioning=it)
             for it in (conditioning, torch.zeros_like(conditioning))

@@ -1,4 +1,4 @@
-"""Two processes train a stage as one does on the same crops of several lengths, and stay equal."""
+"""Two processes train a stage, or its adapters, as one does on the same crops of several lengths, and stay equal."""
 
 import os
 from functools import partial
@@ -14,12 +14,14 @@ from helpers.stage_parts import (
     gradients_of_step,
     make_quantizer,
     make_trainer,
+    transformer_for,
 )
 
+from musiclm_pytorch import add_adapters
 from musiclm_pytorch.audiolm.crops import TokenCrops, collate_tokens
 from musiclm_pytorch.audiolm.tokens import compute_tokens
 
-STAGES = ('semantic', 'coarse', 'fine')
+STAGES = ('semantic', 'coarse', 'fine', 'coarse adapted')
 
 
 def gradients(trainer, rank, processes):
@@ -37,10 +39,12 @@ def gradients(trainer, rank, processes):
 
 
 def train(folder, tokens, stage, rank, processes):
+    kind, adapted = stage.split()[0], 'adapted' in stage
+    transformer = add_adapters(transformer_for(kind), rank=2) if adapted else None
     # 9 items, so that one process has none of the last batch of an epoch
-    crops = TokenCrops(tokens, stage, seconds=0.8, training=False)
+    crops = TokenCrops(tokens, kind, seconds=0.8, training=False)
     trainer = make_trainer(
-        f'{folder}/{stage}', crops, stage, seconds=None, batch_size=4 // processes, grad_accum_every=2,
+        f'{folder}/{stage}', crops, kind, transformer, seconds=None, batch_size=4 // processes, grad_accum_every=2,
         mask_prob=0.0, cond_drop_prob=0.0, use_ema=True, drop_last=False,
     )  # fmt: skip
     assert len(trainer.batches.items.dataset) == 9

@@ -8,7 +8,8 @@ Whoever imports it, once this file is loaded, finds it as follows.
 
 Importing audiolm_pytorch replaces `warnings.warn` by a function that does nothing and sets the root logger and
 transformers' logger to ERROR: that is undone. Its three transformers ask the Hugging Face Hub for the configuration of
-a T5 when they are built, even where the width of their conditioning is given: it is there already. Its folder reader
+a T5 when they are built, even where the width of their conditioning is given: it is there already. They encode texts by
+`batch_encode_plus` of a tokenizer, which transformers 5 has no longer: it is a call of the tokenizer. Its folder reader
 and its trainers read and write sound with torchaudio, which needs torchcodec and FFmpeg for that: they use soundfile.
 Its SoundStream forgets what it was built with: it keeps its keywords, which `saving` writes. The annotations of its
 wrappers and trainers, which beartype checks, admit no other conditioner, tokenizer and codec than its own: those of
@@ -42,6 +43,8 @@ from torch import Tensor, nn
 
 from musiclm_pytorch.audiolm.protocols import Codec, Tokenizer
 from musiclm_pytorch.audiolm.stages import STAGES, T5_NAME, StageTransformer
+from musiclm_pytorch.mulan.checkpoint import plain_state
+from musiclm_pytorch.mulan.lora import adapters_of
 
 S = TypeVar('S', bound=StageTransformer)
 
@@ -114,10 +117,16 @@ def own_stage(stage: nn.Module, kind: type[S] = StageTransformer) -> S:
     """A stage of audiolm-pytorch as ours, with the very same parameters: what trains or moves the one does so to the
     other. Ours come back as they are.
 
-    Raises TypeError for anything but a stage of that kind, or one with a `forward` of its own.
+    Raises TypeError for anything but a stage of that kind, or one with a `forward` of its own, ValueError for one of
+    audiolm-pytorch with adapters.
     """
     if isinstance(stage, kind):
         return stage
+    if adapters_of(stage):
+        raise ValueError(
+            f'the adapters of this {type(stage).__name__} are on the module of audiolm-pytorch, whose weights ours '
+            'would not find; merge_adapters makes them part of it, or put them on own_stage(stage)'
+        )
     wanted = {name: it for name, it in STAGES.items() if issubclass(it, kind)}.values()
     for own in wanted:
         if is_of(stage, own.__name__):
@@ -176,22 +185,26 @@ def keywords_of(stage: nn.Module) -> dict[str, Any]:
     )
     if attention.branch.num_null_kv:
         keywords['num_null_kv'] = attention.branch.num_null_kv
+    if getattr(stage, 'reads_text', False):  # a note of our trainers, and of `audiolm_stage`
+        keywords['reads_text'] = True
     return own | keywords
 
 
 def audiolm_stage(stage: StageTransformer) -> nn.Module:
-    """One of our stages as audiolm-pytorch's module of that name, with a copy of its weights.
+    """One of our stages as audiolm-pytorch's module of that name, with a copy of its weights, adapters merged.
 
     Raises ValueError for options that audiolm-pytorch does not have.
     """
     kind = getattr(audiolm_pytorch(), type(stage).__name__)
     # what audiolm-pytorch does not know is left out where it is not used
-    keywords = {name: it for name, it in stage.config.items() if (name, it) != ('semantic_per_frame', None)}
+    ours = [('reads_text', stage.config.get('reads_text')), ('semantic_per_frame', None)]
+    keywords = {name: it for name, it in stage.config.items() if (name, it) not in ours}
     try:
         theirs = kind(**keywords)
     except (TypeError, AssertionError) as error:
-        raise ValueError(f'audiolm-pytorch builds no {kind.__name__} of {stage.config}: {error}') from error
-    theirs.load_state_dict(stage.state_dict())
+        raise ValueError(f'audiolm-pytorch builds no {kind.__name__} of {keywords}: {error}') from error
+    theirs.load_state_dict(plain_state(stage))
+    theirs.reads_text = stage.reads_text
     return theirs.to(stage.device).train(stage.training)
 
 
@@ -389,12 +402,21 @@ def _keep_keywords(cls: type) -> None:
     cls.__init__ = wrapper
 
 
+def _tokenizer_of_t5(name: str) -> Any:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    tokenizer.batch_encode_plus = tokenizer.__call__
+    return tokenizer
+
+
 def _adapt(package: ModuleType) -> None:
     from transformers import T5Config
 
     package.t5.T5_CONFIGS.setdefault(T5_NAME, {}).setdefault('config', T5Config(**T5_CONFIG))
     for module in (package.data, package.trainer, package.audiolm_pytorch):
         module.torchaudio = _SoundFiles()
+    package.t5.get_tokenizer = _tokenizer_of_t5
     _keep_keywords(package.SoundStream)
     for cls, name in _passing:
         _add_base(cls, getattr(_classes(package), name))

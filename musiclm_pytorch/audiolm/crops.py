@@ -31,8 +31,9 @@ class TokenCrops(Dataset):
     """What a stage is trained on, from a cache that `compute_tokens` filled.
 
     Items are dicts of int64 tensors: `semantic (n,)` and `codec (t, q)`, as the stage needs them, of one crop, and
-    with `conditioning` the `(q,)` codes of MuLaN, with `melody` the `(m, q)` codes of its windows. Crops begin where
-    frames of all streams begin, and clips shorter than a crop are whole. What the data set could not read is left out.
+    with `conditioning` the `(q,)` codes of MuLaN, with `melody` the `(m, q)` codes of its windows, with `words` the
+    `(w,)` ids of the text's tokens. Crops begin where frames of all streams begin, and clips shorter than a crop are
+    whole. What the data set could not read is left out.
 
     Args:
         folder: the cache.
@@ -41,6 +42,7 @@ class TokenCrops(Dataset):
         conditioning: give MuLaN's codes too, those of the window nearest to the middle of the crop.
         text_share: share of the items that have the codes of their text instead.
         melody: give the codes of melodies too, of the windows that begin within the crop; it begins with one.
+        words: give the ids of the text's tokens too.
         training: draw crops at random; otherwise the middle of each clip.
         items: indices of the data set that are used, all by default.
 
@@ -58,6 +60,7 @@ class TokenCrops(Dataset):
         conditioning: bool = True,
         text_share: float = 0.0,
         melody: bool = False,
+        words: bool = False,
         training: bool = True,
         items: Sequence[int] | None = None,
     ):
@@ -74,6 +77,7 @@ class TokenCrops(Dataset):
         self.conditioning = conditioning
         self.text_share = text_share
         self.melody = melody
+        self.words = words
         self.training = training
         self.timed = STAGE_STREAMS[stage]
         names = [*self.timed]
@@ -83,6 +87,8 @@ class TokenCrops(Dataset):
             names.append('text')
         if melody:
             names.append('melody')
+        if words:
+            names.append('words')
         self.streams = {name: _Stream(self.folder / name) for name in names}
         self._check_streams()
 
@@ -149,6 +155,9 @@ class TokenCrops(Dataset):
             stream = self.streams['melody']
             first = int(start * stream.rate)
             crop['melody'] = stream.read(item, first, first + self.frames('melody', math.ceil))
+        if self.words:
+            stream = self.streams['words']
+            crop['words'] = stream.read(item, 0, int(stream.lengths[item]))[:, 0]
         return crop
 
     def _codes(self, item: int, middle: float) -> Tensor:
@@ -172,7 +181,7 @@ class TokenCrops(Dataset):
         return tuple(self._of(np.sort(self.items[chosen]), training) for chosen, training in parts)
 
     def _of(self, items: np.ndarray, training: bool) -> TokenCrops:
-        names = 'seconds', 'conditioning', 'text_share', 'melody'
+        names = 'seconds', 'conditioning', 'text_share', 'melody', 'words'
         keywords = {name: getattr(self, name) for name in names}
         return TokenCrops(self.folder, self.stage, training=training, items=items.tolist(), **keywords)
 
@@ -242,8 +251,8 @@ class _Stream:
 
 
 def collate_tokens(items: list[dict[str, Tensor]], unique_consecutive: bool = False) -> dict[str, Tensor]:
-    """A batch, padded with `PAD`: `semantic (b, n)`, `codec (b, t, q)`, `conditioning (b, q)`, `melody (b, m, q)`, as
-    items have them.
+    """A batch, padded with `PAD`: `semantic (b, n)`, `codec (b, t, q)`, `conditioning (b, q)`, `melody (b, m, q)`,
+    `words (b, w)`, as items have them.
 
     With `unique_consecutive` repeated semantic tokens are left out.
     """

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import bisect
 import copy
 import math
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import torch
 from einops import reduce
 from torch import Tensor, nn
@@ -17,28 +15,8 @@ from musiclm_pytorch.audiolm.convert import is_of
 from musiclm_pytorch.audiolm.semantic import SemanticTokenizer
 from musiclm_pytorch.checks import check_sample_rate, typechecked
 from musiclm_pytorch.mulan.checkpoint import SavedConfig
-from musiclm_pytorch.pretrained.hub import (
-    find_encoder,
-    load_processor,
-    load_transformers,
-    load_wave_encoder,
-    read_settings,
-    save_encoder,
-)
-
-
-class Kind(NamedTuple):
-    """How the part that hears is had of a model that does more, by its `model_type`."""
-
-    model: str  # class of `transformers` that is that part
-    unneeded: tuple[str, ...] = ()  # its weights that nothing reads
-
-
-WHISPER = Kind(
-    'WhisperForAudioClassification', ('projector.weight', 'projector.bias', 'classifier.weight', 'classifier.bias')
-)
-CLAP = Kind('ClapAudioModelWithProjection')
-KINDS = dict(whisper=WHISPER, clap=CLAP, clap_audio_model=CLAP)
+from musiclm_pytorch.pretrained.hearing import CLAP, KINDS, extract, framing_of, hearing_part, load_hearing, padded_to
+from musiclm_pytorch.pretrained.hub import find_encoder, load_processor, save_encoder
 
 
 class TransformersSemanticTokenizer(SemanticTokenizer):
@@ -86,9 +64,9 @@ class TransformersSemanticTokenizer(SemanticTokenizer):
         window_seconds: float | None = 30.0,
     ):
         if isinstance(model, nn.Module):
-            model = _hearing(copy.deepcopy(model))
+            model = hearing_part(copy.deepcopy(model))
         else:
-            source, model = model, _load_model(model)
+            source, model = model, load_hearing(model)
             if feature_extractor is None:
                 feature_extractor = _load_feature_extractor(source, required=target_sample_hz is None)
         name, stack = type(model).__name__, _stack(model)
@@ -116,10 +94,10 @@ class TransformersSemanticTokenizer(SemanticTokenizer):
         if rate is not None and target_sample_hz != rate:
             raise ValueError(f'target_sample_hz is {target_sample_hz}, but the feature extractor works at {rate} Hz')
         check_sample_rate(target_sample_hz)
-        padded_to = _padded_to(feature_extractor)
-        if padded_to is not None:
-            window_seconds = min(window_seconds or math.inf, padded_to / target_sample_hz)
-        downsample_factor, receptive_field = _framing(model, feature_extractor, target_sample_hz)
+        longest = padded_to(feature_extractor)
+        if longest is not None:
+            window_seconds = min(window_seconds or math.inf, longest / target_sample_hz)
+        downsample_factor, receptive_field = framing_of(model, feature_extractor, target_sample_hz)
 
         super().__init__(
             dim=model.config.hidden_size,
@@ -133,7 +111,7 @@ class TransformersSemanticTokenizer(SemanticTokenizer):
         self.layer = layer
         self.window_seconds = window_seconds
         self.feature_extractor = feature_extractor
-        self.padded_to = padded_to  # samples of the window that every wave is padded to, or None
+        self.padded_to = longest  # samples of the window that every wave is padded to, or None
         stack.layers = layers[:layer]
         model.config.num_hidden_layers = layer
         self.encoder = model.requires_grad_(False)
@@ -179,7 +157,7 @@ class TransformersSemanticTokenizer(SemanticTokenizer):
         inputs, tokens = wavs, self.num_tokens(wavs.shape[1])
         if self.feature_extractor is not None:
             wavs = wavs[:, : self.padded_to]
-            inputs = _extract(self.feature_extractor, wavs.cpu().numpy()).to(wavs.device)
+            inputs = extract(self.feature_extractor, wavs.cpu().numpy()).to(wavs.device)
         inputs = inputs.to(self.encoder.dtype)
         if hasattr(self.encoder, 'audio_model'):  # CLAP
             longer = torch.zeros(len(inputs), 1, dtype=torch.bool, device=inputs.device)
@@ -230,44 +208,9 @@ def _hubert_of(model: nn.Module) -> nn.Module:
     return hubert
 
 
-def _hearing(model: nn.Module) -> nn.Module:
-    """The part of a Whisper or a CLAP that hears, of other models all."""
-    kind = KINDS.get(getattr(getattr(model, 'config', None), 'model_type', None))
-    if kind is None:
-        return model
-    import transformers
-
-    is_part = isinstance(model, getattr(transformers, kind.model))
-    if kind is CLAP:
-        part = model if is_part else transformers.ClapAudioModelWithProjection(model.config.audio_config)
-        part.audio_model, part.audio_projection = model.audio_model, model.audio_projection
-        return part
-    part = model if is_part else transformers.WhisperForAudioClassification(model.config)
-    part.encoder, part.projector, part.classifier = model.get_encoder(), nn.Identity(), nn.Identity()
-    return part
-
-
 def _stack(model: nn.Module) -> nn.Module | None:
     """What has the layers."""
     return model.audio_model.audio_encoder if hasattr(model, 'audio_model') else getattr(model, 'encoder', None)
-
-
-def _padded_to(feature_extractor: Any) -> int | None:
-    """Samples of the window that a feature extractor pads every wave to, of Whisper and CLAP."""
-    return getattr(feature_extractor, 'nb_max_samples', getattr(feature_extractor, 'n_samples', None))
-
-
-def _load_model(source: str | Path) -> nn.Module:
-    settings = read_settings(source)
-    kind = settings.get('model_type')
-    if kind is None:
-        raise ValueError(
-            f'the config.json of {source} does not say which model it is (model_type); those that are read are models '
-            f'of transformers with layers in encoder.layers, such as HuBERT and MERT, and {", ".join(KINDS)}'
-        )
-    if kind in KINDS:
-        return _hearing(load_transformers(source, KINDS[kind].model, unneeded=KINDS[kind].unneeded))
-    return load_wave_encoder(source, settings, unneeded=('masked_spec_embed',))
 
 
 def _load_feature_extractor(source: str | Path, *, required: bool) -> Any:
@@ -280,50 +223,3 @@ def _load_feature_extractor(source: str | Path, *, required: bool) -> Any:
             f'{source} has no feature extractor (preprocessor_config.json), or there is no such model; if its waves '
             'need no preparation, pass target_sample_hz, the rate in Hz that it was trained at'
         ) from error
-
-
-def _extract(feature_extractor: Any, wavs: np.ndarray) -> Tensor:
-    """`(b, samples)` to what the model takes."""
-    keywords = dict(padding='pad') if hasattr(feature_extractor, 'nb_max_samples') else dict(pad_to_multiple_of=None)
-    state = np.random.get_state()  # noqa: NPY002 - CLAP's draws an item of those with fusion
-    prepared = feature_extractor(
-        list(wavs), sampling_rate=feature_extractor.sampling_rate, return_tensors='pt', **keywords
-    )
-    np.random.set_state(state)  # noqa: NPY002
-    # all waves are as long as each other: there is nothing to mask
-    return prepared['input_features' if 'input_features' in prepared else 'input_values']
-
-
-def _framing(model: nn.Module, feature_extractor: Any, rate: int) -> tuple[int, int]:
-    """Samples from one frame to the next, and samples that a frame needs."""
-    if model.main_input_name == 'input_values':
-        factor, receptive = 1, 1
-        for kernel, stride in zip(model.config.conv_kernel, model.config.conv_stride):
-            receptive += (kernel - 1) * factor
-            factor *= stride
-        return factor, receptive
-    if feature_extractor is None:
-        raise ValueError(f'a {type(model).__name__} takes no waves; it needs its feature_extractor')
-    if (samples := _padded_to(feature_extractor)) is not None:
-        if model.config.model_type == 'whisper':
-            frames = model.config.max_source_positions
-        else:  # of the image that CLAP folds its spectrogram into
-            encoder = model.audio_model.audio_encoder
-            frames = encoder.freq_ratio * encoder.input_resolutions[-1][1]
-        factor, rest = divmod(samples, frames)
-        if rest:
-            raise ValueError(f'{type(model).__name__} gives {frames} frames of {samples} samples, no whole number each')
-        return factor, factor
-
-    # frames are made by the feature extractor, and the model keeps them: measure their distance, and the shortest
-    # wave that gives as many as a second does
-    def frames(samples: int) -> int:
-        return _extract(feature_extractor, np.zeros((1, samples), dtype=np.float32)).shape[1]
-
-    count = frames(rate)
-    a_second = (frames(9 * rate) - count) // 8
-    factor, rest = divmod(rate, a_second) if a_second else (0, 0)
-    if not factor or rest:
-        raise ValueError(f'{type(feature_extractor).__name__} gives no fixed number of frames a second')
-    shortest = bisect.bisect_left(range(rate), count, lo=rate - 2 * factor, key=frames)
-    return factor, shortest - (count - 1) * factor

@@ -48,6 +48,8 @@ class StageTransformer(nn.Module):
             num_residual_streams, add_value_residual: of the `Transformer`.
         audio_text_condition: whether it is conditioned by MuLaN, by embeddings of width `cond_dim`, by default `dim`.
         has_condition, t5_name: conditioned by the T5 of audiolm-pytorch, whose width is the default of `cond_dim`.
+        reads_text: conditioned by a vector for each token of a text, and does not see the zeros where there is none; a
+            trainer with a `text_encoder` sets it.
         cond_as_self_attn_prefix: see conditioning as keys ahead of all tokens, rather than by cross-attention.
         cond_drop_prob: of audiolm-pytorch's trainers; ours have their own.
 
@@ -73,6 +75,7 @@ class StageTransformer(nn.Module):
         has_condition: bool = False,
         cond_dim: int | None = None,
         audio_text_condition: bool = False,
+        reads_text: bool = False,
         cond_as_self_attn_prefix: bool = False,
         cond_drop_prob: float = 0.5,
         grad_shrink_alpha: float = 0.1,
@@ -85,7 +88,7 @@ class StageTransformer(nn.Module):
     ):
         super().__init__()
         check_positive(dim=dim, depth=depth, heads=heads, cond_dim=cond_dim, dim_head=dim_head)
-        self.has_condition = has_condition or audio_text_condition
+        self.has_condition, self.reads_text = has_condition or audio_text_condition, reads_text
         self.cond_drop_prob = cond_drop_prob
         self.has_position_bias = rel_pos_bias and not flash_attn
         if cond_dim is None:
@@ -121,6 +124,10 @@ class StageTransformer(nn.Module):
     @property
     def device(self) -> torch.device:
         return self.transformer.norm.gamma.device
+
+    def read_text(self) -> None:
+        """Be conditioned by the vectors of a text's tokens from here on, see `reads_text`."""
+        self.reads_text = self.config['reads_text'] = True
 
     # what a stage gives
 
@@ -342,7 +349,7 @@ class StageTransformer(nn.Module):
                 f'this {name} takes conditioning {self.conditioning_dim} wide, got {conditioning.shape[-1]} in '
                 f'{tuple(conditioning.shape)}'
             )
-        mask = (conditioning != 0).any(dim=-1) if self.masks_empty_conditioning else None
+        mask = (conditioning != 0).any(dim=-1) if self.masks_empty_conditioning or self.reads_text else None
         weight = getattr(self.proj_text_embed, 'weight', None)
         return at_least_float32(self.proj_text_embed(conditioning if weight is None else conditioning.to(weight))), mask
 

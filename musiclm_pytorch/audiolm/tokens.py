@@ -1,7 +1,8 @@
 """The tokens of a data set, computed once and kept on disk, so that a step of a stage costs its transformer alone.
 
 A cache is a folder with one folder a stream: `semantic` ids, `codec` ids, MuLaN's codes of the `audio` and of the
-`text`, and codes of the `melody`. Each stream holds what it was computed with and from, and its shards:
+`text`, codes of the `melody`, and the `words` of the text as a text encoder's ids. Each stream holds what it was
+computed with and from, and its shards:
 
     tokens/codec/stream.json
     tokens/codec/00000.safetensors    values (frames, q), ends (items,): where each item's frames end
@@ -45,7 +46,7 @@ SHARD = '{:05d}.safetensors'
 CONTEXT_SECONDS = 1.0  # on both sides of a window of long audio, so that its edges are tokenized as its middle is
 SIZES = ('quantizers', 'codebook_size')
 FACTS = dict(semantic=(*SIZES, 'rate'), codec=(*SIZES, 'rate'), audio=(*SIZES, 'seconds', 'hop'), text=SIZES)
-FACTS |= dict(melody=(*SIZES, 'rate'))
+FACTS |= dict(melody=(*SIZES, 'rate'), words=SIZES)
 ON_CHANGE = ('error', 'aside')
 
 
@@ -74,6 +75,7 @@ def compute_tokens(
     tokenizer: nn.Module | None = None,
     codec: nn.Module | None = None,
     quantizer: nn.Module | None = None,
+    text_encoder: nn.Module | None = None,
     sample_rate: int | None = None,
     texts: bool = True,
     batch_size: int = 8,
@@ -94,6 +96,7 @@ def compute_tokens(
         codec: a `Codec`, or `SoundStream` or `EncodecWrapper` of audiolm-pytorch.
         quantizer: a fitted `MuLaNEmbedQuantizer`; gives codes of windows of the audio and, with `texts`, of the texts,
             and with a melody those of melodies.
+        text_encoder: a `PretrainedTextTransformer`, such as a T5; gives the ids of the texts' tokens.
         sample_rate: of the waves in Hz; by default the data set's `sample_rate`. Each module gets its own rate.
         batch_size: waves of equal length computed at a time.
         shard_size: items of the data set a shard.
@@ -139,8 +142,10 @@ def compute_tokens(
             streams.append(_text_stream(quantizer, batch_size))
         if quantizer.melody is not None:
             streams.append(_melody_stream(quantizer.melody, rate, batch_size))
+    if text_encoder is not None:
+        streams.append(_words_stream(text_encoder))
     if not streams:
-        raise ValueError('nothing to compute: pass a tokenizer, a codec or a quantizer')
+        raise ValueError('nothing to compute: pass a tokenizer, a codec, a quantizer or a text_encoder')
 
     folder = Path(folder)
     data = fingerprint_data(dataset) | dict(sample_rate=rate)
@@ -229,6 +234,15 @@ def _text_stream(quantizer: nn.Module, batch_size: int) -> Stream:
 
     facts = dict(quantizers=quantizer.num_codebooks, codebook_size=quantizer.codebook_size)
     return Stream('text', compute, facts, fingerprint(quantizer))
+
+
+def _words_stream(encoder: nn.Module) -> Stream:
+    def compute(items: list[Item]) -> list[Tensor]:
+        if any(not isinstance(item.text, str) for item in items):
+            raise ValueError('the data set gives waves without texts in words, which a text_encoder reads')
+        return [rearrange(encoder.tokenize([item.text]), '1 n -> n 1').cpu() for item in items]
+
+    return Stream('words', compute, dict(quantizers=1, codebook_size=encoder.num_tokens), fingerprint(encoder))
 
 
 def _melody_stream(melody: nn.Module, rate: int, batch_size: int) -> Stream:

@@ -15,17 +15,20 @@ from musiclm_pytorch.checks import check_finite, check_positive, typechecked
 from musiclm_pytorch.mulan.audio_transformer import AudioSpectrogramTransformer
 from musiclm_pytorch.mulan.layers import Encoding, masked_mean
 from musiclm_pytorch.mulan.text_transformer import TextTransformer
-from musiclm_pytorch.pretrained.hub import (
-    build_transformers,
-    load_processor,
-    load_transformers,
-    load_wave_encoder,
-    read_settings,
+from musiclm_pytorch.pretrained.hearing import (
+    KINDS,
+    WHISPER,
+    extract,
+    framing_of,
+    hearing_part,
+    load_hearing,
+    padded_to,
 )
+from musiclm_pytorch.pretrained.hub import build_transformers, load_processor, load_transformers, read_settings
 
 # the part of a model that reads or hears, by its `model_type`; of all others the model itself
 T5 = dict(t5='T5EncoderModel', mt5='MT5EncoderModel', umt5='UMT5EncoderModel')
-AST = 'audio-spectrogram-transformer'
+AST, W2V_BERT = 'audio-spectrogram-transformer', 'wav2vec2-bert'
 # weights that nothing here reads: of a second embedding, and of what is masked in training
 UNNEEDED = ('pooler.dense.weight', 'pooler.dense.bias', 'masked_spec_embed')
 
@@ -124,6 +127,16 @@ class PretrainedTextTransformer(PretrainedTower, TextTransformer):
         layers = [masked_mean(it, mask)[:, None] for it in output.hidden_states[1:]]
         return _given(Encoding(masked_mean(output.last_hidden_state, mask), layers), return_all_layers, return_encoding)
 
+    @torch.no_grad()
+    def vectors(
+        self, x: Tensor | None = None, raw_texts: Sequence[str] | None = None, mask: Tensor | None = None
+    ) -> Tensor:
+        """The last layer of each token of ids `(b, n)` or of strings, `(b, n, dim)`, zeros where there is none: what
+        stages are conditioned by whose trainer had this as its `text_encoder`."""
+        x, mask = self.ids_and_mask(x, raw_texts, mask)
+        found = self.model(input_ids=x, attention_mask=mask.long()).last_hidden_state
+        return found.masked_fill(~mask[..., None], 0)
+
     def tokenize(self, raw_texts: Sequence[str]) -> Tensor:
         """Strings to token ids `(b, n)`, cut at `max_seq_len` and padded to the longest."""
         self.check_texts(raw_texts)
@@ -142,14 +155,15 @@ class PretrainedTextTransformer(PretrainedTower, TextTransformer):
 
 
 class PretrainedAudioTransformer(PretrainedTower, AudioSpectrogramTransformer):
-    """An audio encoder of `transformers` as the audio tower of a `MuLaN`: AST, or MERT, HuBERT, wav2vec 2.0 and WavLM.
+    """An audio encoder of `transformers` as the audio tower of a `MuLaN`: AST; MERT, HuBERT, wav2vec 2.0, WavLM and
+    w2v-BERT 2.0; or what hears in Whisper.
 
         audio = PretrainedAudioTransformer('MIT/ast-finetuned-audioset-10-10-0.4593')
         mulan = MuLaN(audio, text_transformer)
 
     The embedding of a wave is what AST calls its pooled output; of the others, the mean of the last layer over time.
-    AST was made for windows of 10.24 s: longer waves are cut, with one warning. SpecAugment and layer dropout of
-    wav2vec 2.0 and its like are off: they leave some weights without a gradient.
+    AST was made for windows of 10.24 s, Whisper for 30 s: longer waves are cut, with one warning; the silence that pads
+    Whisper's is left out of the mean. SpecAugment and layer dropout are off: they leave weights without a gradient.
 
     Args:
         model: folder of a model, its name on the Hugging Face Hub, its config, or a model, which is copied.
@@ -166,29 +180,42 @@ class PretrainedAudioTransformer(PretrainedTower, AudioSpectrogramTransformer):
     ):
         nn.Module.__init__(self)  # the parent's own would build networks
         if isinstance(model, nn.Module):
-            model, source = copy.deepcopy(model), f'a {type(model).__name__}'
+            model, source = hearing_part(copy.deepcopy(model)), f'a {type(model).__name__}'
         elif isinstance(model, dict):
-            source, model = 'a config', build_transformers(model)
+            kind = KINDS.get(model.get('model_type'))
+            source, model = 'a config', build_transformers(model, 'AutoModel' if kind is None else kind.model)
+            model = hearing_part(model)
         else:
             source = str(model)
             if feature_extractor is None:
                 feature_extractor = load_processor(source, 'AutoFeatureExtractor')
-            model = load_wave_encoder(source, read_settings(source), unneeded=UNNEEDED)
+            model = load_hearing(source, UNNEEDED)
         settings = getattr(model, 'config', None)
-        hears = getattr(model, 'main_input_name', None) == 'input_values' and not settings.is_encoder_decoder
-        self.is_ast = getattr(settings, 'model_type', None) == AST
-        if not hears or not (self.is_ast or hasattr(settings, 'conv_kernel')):
-            raise ValueError(f'{source} is no audio encoder that is read: those are AST, MERT, HuBERT and their like')
+        kind = getattr(settings, 'model_type', None)
+        self.is_ast, self.is_whisper = kind == AST, KINDS.get(kind) is WHISPER
+        hears_waves = getattr(model, 'main_input_name', None) == 'input_values' and hasattr(settings, 'conv_kernel')
+        hears_waves = hears_waves and not settings.is_encoder_decoder
+        if not (self.is_ast or self.is_whisper or hears_waves or kind == W2V_BERT):
+            raise ValueError(
+                f'{source} is no audio encoder that is read: those are AST, MERT, HuBERT and their like, w2v-BERT and '
+                'Whisper (a CLAP takes the place of the whole MuLaN: PretrainedMuLaN)'
+            )
         if feature_extractor is None:
             told = 'PretrainedAudioTransformer(model, feature_extractor)'
             raise ValueError(f'{source} needs its feature extractor: {told}')
-        if not self.is_ast:
+        if self.is_whisper:
+            model.encoder.layerdrop = settings.encoder_layerdrop = 0.0
+        elif not self.is_ast:
             settings.apply_spec_augment, settings.layerdrop = False, 0.0
         self.model, self.processor, self.trained = _prepared(model, trained), feature_extractor, trained
         self.dim, self.depth = settings.hidden_size, settings.num_hidden_layers
         self.sample_rate, self.max_audio_length = feature_extractor.sampling_rate, None
         if self.is_ast:  # frames of 25 ms every 10 ms
-            self.max_audio_length = (settings.max_length - 1) * self.sample_rate // 100 + self.min_samples
+            self.samples_a_frame, self._least = self.sample_rate // 100, self.sample_rate // 40
+            self.max_audio_length = (settings.max_length - 1) * self.samples_a_frame + self._least
+        else:
+            self.samples_a_frame, self._least = framing_of(model, feature_extractor, self.sample_rate)
+            self.max_audio_length = padded_to(feature_extractor)
         self.accept_spec, self.support_variable_length = False, True
         self._warned_of_cut = False
         self.config = dict(model=_content(model), trained=trained)
@@ -201,12 +228,7 @@ class PretrainedAudioTransformer(PretrainedTower, AudioSpectrogramTransformer):
     @property
     def min_samples(self) -> int:
         """The shortest wave that it takes: one frame."""
-        if self.is_ast:
-            return self.sample_rate // 40
-        samples = 1
-        for kernel, stride in zip(self.model.config.conv_kernel[::-1], self.model.config.conv_stride[::-1]):
-            samples = (samples - 1) * stride + kernel
-        return samples
+        return self._least
 
     def forward(
         self,
@@ -237,12 +259,17 @@ class PretrainedAudioTransformer(PretrainedTower, AudioSpectrogramTransformer):
 
     def _encode(self, waves: list[Tensor]) -> list[Tensor]:
         """The embedding `(b, d)`, and the mean of each layer `(b, 1, d)`."""
-        waves = [it.detach().cpu().numpy() for it in waves]
-        inputs = self.processor(waves, sampling_rate=self.sample_rate, return_tensors='pt')['input_values']
+        arrays = [it.detach().cpu().numpy() for it in waves]
+        if self.is_ast:
+            inputs = self.processor(arrays, sampling_rate=self.sample_rate, return_tensors='pt')['input_values']
+        else:
+            inputs = extract(self.processor, arrays)
         inputs = inputs.to(self.device, next(self.model.parameters()).dtype)
-        output = self.model(inputs, output_hidden_states=True)
-        embeds = output.pooler_output if self.is_ast else masked_mean(output.last_hidden_state)
-        return [embeds, *(masked_mean(it)[:, None] for it in output.hidden_states[1:])]
+        output = (self.model.encoder if self.is_whisper else self.model)(inputs, output_hidden_states=True)
+        frames = len(waves[0]) // self.samples_a_frame if self.is_whisper else None  # the rest is padding
+        layers = [masked_mean(it[:, :frames]) for it in (output.last_hidden_state, *output.hidden_states[1:])]
+        embeds = output.pooler_output if self.is_ast else layers[0]
+        return [embeds, *(it[:, None] for it in layers[1:])]
 
 
 def check_own(*towers: nn.Module, what: str) -> None:

@@ -73,6 +73,7 @@ class FittedRecipe(Recipe):
                 tokenizer=IS_OWN,
                 codec=IS_OWN,
                 quantizer=IS_OWN,
+                text_encoder='stages are conditioned by MuLaN',
                 sample_rate=IS_OWN,
                 on_change=IS_OWN,
                 texts=IS_OWN,

@@ -54,7 +54,7 @@ class StageRecipe(TrainedRecipe):
 
     def __init_subclass__(cls):
         super().__init_subclass__()
-        told = dict.fromkeys(('has_condition', 'audio_text_condition', 'cond_dim'), FROM_QUANTIZER)
+        told = dict.fromkeys(('has_condition', 'audio_text_condition', 'reads_text', 'cond_dim'), FROM_QUANTIZER)
         told |= dict(t5_name='stages are conditioned by MuLaN', cond_drop_prob="it is a key of section 'training'")
         cls.part = cls.trainer.stage
         cls.SECTIONS = dict(
@@ -66,6 +66,7 @@ class StageRecipe(TrainedRecipe):
                 tokens='say --tokens on the command line',
                 valid_tokens='say --valid-tokens on the command line',
                 quantizer='say --quantizer on the command line',
+                text_encoder='it is for Python alone',
             ),
         )
         coarse = {} if cls.part == 'semantic' else dict(num_coarse_quantizers=3)

@@ -21,6 +21,7 @@ from musiclm_pytorch.audiolm.fingerprints import fingerprint
 from musiclm_pytorch.audiolm.saving import describe
 from musiclm_pytorch.audiolm.stages import (
     NO_TIMES,
+    PAD,
     CoarseTransformer,
     FineTransformer,
     SemanticTransformer,
@@ -30,6 +31,7 @@ from musiclm_pytorch.checks import check_probability, typechecked
 from musiclm_pytorch.codecs.melody import MelodyEmbedding
 from musiclm_pytorch.mulan import checkpoint
 from musiclm_pytorch.mulan.lora import ADAPTERS_FOLDER, adapters_of, save_adapters
+from musiclm_pytorch.mulan.pretrained_towers import PretrainedTextTransformer
 from musiclm_pytorch.quantizer import MELODY_NAMESPACE, MuLaNEmbedQuantizer
 from musiclm_pytorch.trainer.callbacks import Callback
 from musiclm_pytorch.trainer.config import TrainingConfig, TrainingKeywords
@@ -75,11 +77,12 @@ class Stage(nn.Module):
         codec: Tensor | None = None,
         conditioning: Tensor | None = None,
         melody: Tensor | None = None,
+        words: Tensor | None = None,
     ) -> Tensor:
         """The loss of a batch of tokens `(b, n)`, `(b, t, q)`, MuLaN's codes `(b, q)` and those of melodies
-        `(b, m, q)`, as `collate_tokens` gives."""
+        `(b, m, q)`, as `collate_tokens` gives; or with the vectors of words `(b, w, d)`."""
         ids = self.ids_of(semantic, codec)
-        conditioning, melody = self.embed(conditioning, melody, ids[-1].shape[1])
+        conditioning, melody = self.embed(conditioning, melody, words, ids[-1].shape[1])
         return self.transformer.loss(
             *ids,
             conditioning=conditioning,
@@ -103,12 +106,16 @@ class Stage(nn.Module):
             return semantic, codec[..., :q]
         return codec[..., :q], codec[..., q : q + self.transformer.num_fine_quantizers]
 
-    def embed(self, codes: Tensor | None, melody: Tensor | None, tokens: int) -> tuple[Tensor | None, Tensor | None]:
-        """`(b, q)` codes to `(b, q, d)` conditioning, and `(b, m, q)` codes of melodies to what so many tokens are told
-        of them, `(b, n, d)`; some items' dropped in training."""
-        if self.embeddings is None:
+    def embed(
+        self, codes: Tensor | None, melody: Tensor | None, words: Tensor | None, tokens: int
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """`(b, q)` codes to `(b, q, d)` conditioning, or else the vectors of words; and `(b, m, q)` codes of melodies to
+        what so many tokens are told of them, `(b, n, d)`. Some items' are dropped in training."""
+        if self.embeddings is not None:
+            words = self.embeddings[torch.arange(codes.shape[1], device=codes.device), codes]
+        if words is None:
             return None, None
-        parts = [self.embeddings[torch.arange(codes.shape[1], device=codes.device), codes]]
+        parts = [words]
         if self.melody is not None:
             told = self.melody(melody, tokens, self.melody_per_token)
             parts += self._some_dropped([told], self.melody_drop_prob)
@@ -137,6 +144,8 @@ class StageTrainer(Trainer):
         quantizer: the fitted quantizer that the cache was computed with, for a transformer with conditioning. Its
             embeddings of `namespace` are trained with the stage, in place; of one with a melody, those of melodies with
             the semantic stage.
+        text_encoder: in place of the quantizer, for a transformer with `has_condition`, such as one of audiolm-pytorch
+            that a T5 conditions: the frozen encoder whose ids of the texts the cache has. The stage is saved without.
         namespace: of the stage's embeddings; by default the stage's name.
         cond_drop_prob: share of the items that are trained without conditioning, for guidance when sampling.
         melody_drop_prob: share of the items that are trained without their melody, so that text alone does, too.
@@ -167,6 +176,7 @@ class StageTrainer(Trainer):
         tokens: str | Path | TokenCrops,
         *,
         quantizer: MuLaNEmbedQuantizer | None = None,
+        text_encoder: PretrainedTextTransformer | None = None,
         namespace: str | None = None,
         cond_drop_prob: float = 0.1,
         melody_drop_prob: float = 0.3,
@@ -181,14 +191,18 @@ class StageTrainer(Trainer):
         config: TrainingConfig | None = None,
         **keywords: Unpack[TrainingKeywords],
     ):
-        transformer = own_stage(transformer, self.kind)
+        given, transformer = transformer, own_stage(transformer, self.kind)
         config = self.complete(config, keywords)
         check_probability(cond_drop_prob=cond_drop_prob, mask_prob=mask_prob, melody_drop_prob=melody_drop_prob)
         if prefix_loss_weight < 0:
             raise ValueError(f'prefix_loss_weight must be at least 0, got {prefix_loss_weight}')
-        if transformer.has_condition != (quantizer is not None):
+        if quantizer is not None and (text_encoder is not None or transformer.reads_text):
+            raise ValueError('a stage is conditioned by a quantizer or by a text_encoder, not by both')
+        if text_encoder is not None and text_encoder.trained:
+            raise ValueError('the text_encoder of a stage is not trained with it; build it with trained=False')
+        if transformer.has_condition != (quantizer is not None or text_encoder is not None):
             raise ValueError(
-                'this transformer was built with conditioning and needs the quantizer that gives it'
+                'this transformer was built with conditioning and needs the quantizer that gives it, or a text_encoder'
                 if transformer.has_condition
                 else 'this transformer was built without conditioning; build it with audio_text_condition=True, or '
                 'pass no quantizer'
@@ -216,6 +230,7 @@ class StageTrainer(Trainer):
             conditioning=quantizer is not None,
             text_share=text_share,
             melody=melody is not None,
+            words=text_encoder is not None,
         )
         if not isinstance(tokens, TokenCrops):
             tokens = crops(tokens, seconds=seconds)
@@ -224,9 +239,10 @@ class StageTrainer(Trainer):
         if isinstance(valid_tokens, (str, Path)):
             valid_tokens = crops(valid_tokens, seconds=tokens.seconds, training=False)
         self.unique_consecutive = unique_consecutive
-        for given in (tokens, valid_tokens):
-            if given is not None:
-                self._check_tokens(given, transformer, quantizer, embeddings)
+        for crop in (tokens, valid_tokens):
+            if crop is not None:
+                self._check_tokens(crop, transformer, quantizer, embeddings)
+                self._check_words(crop, transformer, text_encoder)
         if valid_tokens is None and config.valid_frac > 0:
             self.held_out_by = dict(valid_frac=config.valid_frac, random_split_seed=config.random_split_seed)
             if len(tokens) > 1:
@@ -242,6 +258,10 @@ class StageTrainer(Trainer):
                 if part is not None:
                     part.requires_grad_(False)
 
+        if text_encoder is not None:
+            given.reads_text = True
+            transformer.read_text()
+        self.text_encoder = text_encoder
         self.transformer = transformer
         self.valid_dataset = self.valid_tokens = valid_tokens
         self.seconds = tokens.seconds
@@ -257,6 +277,8 @@ class StageTrainer(Trainer):
         )
         collate = partial(collate_tokens, unique_consecutive=unique_consecutive)
         super().__init__(stage, stage, tokens, collate_fn=collate, callbacks=callbacks, config=config)
+        if text_encoder is not None:
+            text_encoder.to(self.device)
 
     def _check_tokens(
         self,
@@ -305,23 +327,52 @@ class StageTrainer(Trainer):
             )
 
     @staticmethod
+    def _check_words(
+        tokens: TokenCrops, transformer: StageTransformer, encoder: PretrainedTextTransformer | None
+    ) -> None:
+        if tokens.words != (encoder is not None):
+            raise ValueError(
+                f'TokenCrops with words={tokens.words} do not fit a stage '
+                f'{"with" if encoder is not None else "without"} a text_encoder'
+            )
+        if encoder is None:
+            return
+        if tokens.streams['words'].about['module'] != fingerprint(encoder):
+            raise ValueError(
+                f'the words in {tokens.folder} were computed with another text_encoder; compute them again with the '
+                'one that is given'
+            )
+        if encoder.dim != transformer.conditioning_dim:
+            raise ValueError(
+                f'the text_encoder gives vectors of width {encoder.dim}, but the transformer takes '
+                f'{transformer.conditioning_dim}; build it with cond_dim={encoder.dim}'
+            )
+
+    @staticmethod
     def sizes(transformer: nn.Module) -> list[tuple[str, str, int, bool]]:
         """Stream, fact, what the transformer was built for, and whether the stream may have more."""
         raise NotImplementedError
 
     def compute_gradients(self, batches: list[dict[str, Tensor]]) -> dict[str, float]:
         def compute(batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-            loss = self.step_module(**batch)
+            loss = self.step_module(**self._with_vectors(batch))
             return loss, dict(loss=loss.detach().float())
 
         return self.accumulate(batches, compute, lambda batch: self.model.count_labels(**batch))
+
+    def _with_vectors(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The batch with the text encoder's vectors in the place of words."""
+        if self.text_encoder is None:
+            return batch
+        ids, is_real = batch['words'], batch['words'] != PAD
+        return batch | dict(words=self.text_encoder.vectors(ids.masked_fill(~is_real, 0), mask=is_real))
 
     def validate(self) -> dict[str, Any] | None:
         """The mean loss over all held-out tokens, the same crops each time."""
 
         def measure(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
             with self.autocast():
-                loss = model(**batch)
+                loss = model(**self._with_vectors(batch))
             labels = model.count_labels(**batch)
             return loss.float() * labels, labels
 
@@ -454,6 +505,9 @@ def load_stage(
     parts = ('model', 'keywords', 'stage')
     config, weights = checkpoint.read_folder(folder, type(transformer).__name__, parts, optional=('step',))
     checkpoint.load_strictly(transformer, weights, source=folder)
+    with config.refused("'keywords' must be those of a stage", config['keywords']):
+        if config['keywords'].get('reads_text'):
+            transformer.read_text()
     if quantizer is None:
         return
     path = folder / CONDITIONING_FILE

@@ -40,10 +40,11 @@ class Tokenizer(HubertWithKmeans):
 
 
 def build_audio_lm(
-    conditioned=('semantic', 'coarse', 'fine'), dim=16, unique_consecutive=False, tokenizer=None, codes=8, **keywords
-):
+    conditioned=('semantic', 'coarse', 'fine'), dim=16, unique_consecutive=False, tokenizer=None, codes=8,
+    text_condition=None, **keywords,
+):  # fmt: skip
     torch.manual_seed(1)
-    shared = dict(dim=dim, depth=1, heads=2)
+    shared = dict(dim=dim, depth=1, heads=2, **(text_condition or {}))
     coarse = dict(codebook_size=8, num_coarse_quantizers=2)
     codec = SoundStream(
         channels=4, strides=(2, 4, 4), channel_mults=(1, 2, 2), codebook_dim=8, codebook_size=codes,

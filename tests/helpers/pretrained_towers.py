@@ -59,6 +59,24 @@ AUDIO = {
         ),
         lambda: transformers.Wav2Vec2FeatureExtractor(sampling_rate=RATE),
     ),
+    'whisper': (
+        lambda: transformers.WhisperForConditionalGeneration(
+            transformers.WhisperConfig(
+                **dict(vocab_size=20, num_mel_bins=8, d_model=16, encoder_layers=2, decoder_layers=1),
+                **dict(encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=16, decoder_ffn_dim=16),
+                **dict(max_source_positions=60, encoder_layerdrop=0.5, pad_token_id=0, bos_token_id=1, eos_token_id=2),
+                decoder_start_token_id=1,
+            )
+        ),
+        lambda: transformers.WhisperFeatureExtractor(
+            feature_size=8, sampling_rate=RATE, hop_length=10, chunk_length=1, n_fft=40
+        ),
+    ),
+    # its feature extractor makes frames of 400 samples, whatever their rate
+    'w2v-bert': (
+        lambda: transformers.Wav2Vec2BertModel(transformers.Wav2Vec2BertConfig(**SMALL, conv_depthwise_kernel_size=3)),
+        lambda: transformers.SeamlessM4TFeatureExtractor(),
+    ),
 }
 
 
