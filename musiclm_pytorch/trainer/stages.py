@@ -109,8 +109,8 @@ class Stage(nn.Module):
     def embed(
         self, codes: Tensor | None, melody: Tensor | None, words: Tensor | None, tokens: int
     ) -> tuple[Tensor | None, Tensor | None]:
-        """`(b, q)` codes to `(b, q, d)` conditioning, or else the vectors of words; and `(b, m, q)` codes of melodies to
-        what so many tokens are told of them, `(b, n, d)`. Some items' are dropped in training."""
+        """`(b, q)` codes to `(b, q, d)` conditioning, or else the vectors of words; and `(b, m, q)` codes of melodies
+        to what so many tokens are told of them, `(b, n, d)`. Some items' are dropped in training."""
         if self.embeddings is not None:
             words = self.embeddings[torch.arange(codes.shape[1], device=codes.device), codes]
         if words is None:
