@@ -251,7 +251,7 @@ def sing(musiclm: MusicLM, prompts: list[str], samples: int, batch: int, **keywo
 
 @torch.no_grad()
 def from_real(musiclm: MusicLM, prompts: list[str], real: torch.Tensor, sampling: list[Sampling], batch: int) -> dict:
-    """Waves made of real audio through the codec, the fine stage, and the coarse and the fine stage."""
+    """Waves made of real audio, at the model's rate: by the codec, by the fine stage too, by coarse and fine stage."""
     codec, stages, made = musiclm.codec, musiclm.stages, dict(codec=[], fine=[], coarse=[])
     levels = stages['coarse'].num_coarse_quantizers
     windows = [round(seconds * musiclm.frame_rate) for seconds in musiclm.windows]
@@ -264,7 +264,7 @@ def from_real(musiclm: MusicLM, prompts: list[str], real: torch.Tensor, sampling
         fine = dict(text_embeds=condition['fine'], sampling=sampling[2], window=windows[2], generator=generator)
         coarse = generate_coarse(
             stages['coarse'],
-            musiclm.tokenizer(waves, input_sample_hz=RATE),
+            musiclm.tokenizer(waves, input_sample_hz=musiclm.sample_rate),
             max_length=codes.shape[1],
             min_length=codes.shape[1],
             text_embeds=condition['coarse'],

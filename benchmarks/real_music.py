@@ -14,8 +14,9 @@ estimators of tempo agree within 4 %, and that far from the borders of the class
 generated: music for captions that name the lead's family, the tempo, and drums or a solo or duo, the best of 4 by
 MuLaN.
 Family and drums are read by a logistic regression on musicnn's features, tempo by one on the rhythm; both were fitted
-to other real clips of the same font. Beside it real clips of the same labels, and those through the model's codec: its
-ceiling. FAD is taken on musicnn's features to real clips of the font that are no part of the rest.
+to other real clips of the same font. Beside it real clips of the same labels, and what the model's parts leave of
+those: the codec, the fine stage from real coarse codes, both later stages from real semantic tokens. FAD is taken on
+musicnn's features to real clips of the font that are no part of the rest.
 prompts: 24 prompts as ordinary users write them; is what is named among musicnn's first 5 tags, or does a warning tell
 words that the model does not know? 'Of other prompts' is the same with the music of the others: chance.
 time: 5 s of one sample, the models in turn; the median.
@@ -42,6 +43,7 @@ import numpy as np
 import torch
 from musicnn_judge import RATE as HEARD_RATE
 from musicnn_judge import TAGS, MusicnnJudge
+from obedience import from_real
 from real_music_judges import (
     AGREE,
     RATE,
@@ -60,6 +62,7 @@ from real_music_judges import (
 from torch import Tensor
 
 from musiclm_pytorch import MuLaN, MusicLM, ScoreMusic
+from musiclm_pytorch.audiolm.sampling import Sampling
 from musiclm_pytorch.data.audio import AudioFile, resample
 from musiclm_pytorch.data.scores.instruments import INSTRUMENTS
 from musiclm_pytorch.data.scores.labels import TEMPO_BORDERS, tempo_class
@@ -78,7 +81,10 @@ BASELINE = 'tiny'
 PAIRS, TEXTS, CHECKED = 256, 16, 150  # of retrieval; prompts for each value; clips that references are checked on
 # below for no drums, above for drums: right in 93 and 92 % of 201 and 118 real clips of ScoreMusic
 DRUM_TAGS, SURE = ('drums', 'beat', 'beats'), (0.01, 0.15)
-REAL, THROUGH_CODEC = 'real clips', 'through its codec'
+REAL = 'real clips'
+PARTS_LEFT = dict(
+    codec='through its codec', fine='real coarse codes, its fine stage', coarse='real semantic tokens, its other stages'
+)
 # a prompt, and the tags of MagnaTagATune that name the instrument or style in it
 ORDINARY = {
     'a calm piano piece': ('piano',),
@@ -280,10 +286,15 @@ def make(musiclm: MusicLM, prompts: Sequence[str], samples: int, batch: int, see
 
 
 @torch.no_grad()
-def through_codec(musiclm: MusicLM, wave: Tensor) -> Tensor:
-    codec = musiclm.codec
-    made = codec.decode(codec.encode(resample(wave[None], RATE, codec.sample_rate)))[0]
-    return made[: round(SECONDS * codec.sample_rate)]
+def from_real_clips(musiclm: MusicLM, prompts: list[str], waves: list[Tensor], batch: int) -> dict[str, Tensor]:
+    """What each part of the model leaves of real clips, `(n, samples)`."""
+    samplings = [
+        Sampling(temperature=temperature, cond_scale=scale)
+        for temperature, scale in zip(*(musiclm.sampling[name] for name in ('temperature', 'cond_scale')))
+    ]
+    real = resample(torch.stack(waves), RATE, musiclm.sample_rate)
+    made = from_real(musiclm, prompts, real, samplings, batch)
+    return {PARTS_LEFT[name]: it[:, : round(SECONDS * musiclm.sample_rate)] for name, it in made.items()}
 
 
 def frechet(reference: Heard, heard: Heard) -> MetricValue:
@@ -318,8 +329,8 @@ def judge_generated(bench: Bench, models: list[Model]) -> None:
     judge(REAL, heard.part(taken))
     for model in models:
         musiclm, waves = model.musiclm, [clips.wave(i) for i in taken]
-        decoded = listen(bench.judge, (through_codec(musiclm, it) for it in waves), musiclm.sample_rate)
-        judge(f'{model.name}, {THROUGH_CODEC}', decoded)
+        for what, made in from_real_clips(musiclm, prompts, waves, bench.args.batch).items():
+            judge(f'{model.name}, {what}', listen(bench.judge, made, musiclm.sample_rate))
         start = time.perf_counter()
         made = make(musiclm, prompts, bench.args.samples, bench.args.batch, seed=1000)
         print(f'{model.name}: {len(made)} prompts in {time.perf_counter() - start:.0f} s', flush=True)
