@@ -123,6 +123,11 @@ def test_what_cannot_be_played_is_told(live, given, error, message):
         next(live.play('me', **{**dict(prompt=PROMPT, seconds=2, seed=0), **given}))
 
 
+def test_a_model_without_melodies_is_told(live, tmp_path):
+    with pytest.raises(ValueError, match='this model has no melody encoder'):
+        live.maker.from_prompt(PROMPT, 1.0, melody=tmp_path / 'hum.wav', num_samples=1, seed=3)
+
+
 def test_a_prompt_changes_only_where_something_plays(live):
     with pytest.raises(ValueError, match='nothing plays here whose prompt could change; play something first'):
         live.set_prompt('me', 'drums')
