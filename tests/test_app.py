@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 from pathlib import Path
 
 import av
@@ -263,7 +264,9 @@ def test_the_command_serves_until_it_is_told_to_stop(tiny, tmp_path):
         assert server.stdout.readline() == f'the page is at http://127.0.0.1:{port}/ until Ctrl-C\n'
         with pytest.raises(OSError, match=f'cannot serve at 127.0.0.1, port {port}, where something else may be'):
             launch_app(create_app(tiny), port=port)
-        client = Client(f'http://127.0.0.1:{port}', verbose=False, download_files=str(tmp_path / 'got'))
+        client = Client(
+            f'http://127.0.0.1:{port}', verbose=False, analytics_enabled=False, download_files=str(tmp_path / 'got')
+        )
         about = next(
             it['props']['value'] for it in client.config['components'] if it['props'].get('elem_id') == 'about'
         )
@@ -343,7 +346,7 @@ def test_a_stream_is_there_before_it_is_made(tiny, served, monkeypatch):
     from gradio_client.exceptions import AppError
 
     sliders = [highest(tiny.sampling[name]) for name in ('cond_scale', 'temperature')]
-    client = Client(served.address, verbose=False, download_files=False)
+    client = Client(served.address, verbose=False, analytics_enabled=False, download_files=False)
     job = client.submit(PROMPT, 7, None, *sliders, 5, api_name='/stream')
     note, playing, *_ = until(job.outputs, job)[0]
     assert note.startswith(f'Playing “{PROMPT}”: ')
@@ -398,7 +401,8 @@ class Served:
             where = arguments[1] if event == 'socket.connect' else arguments
             host = where[0] if isinstance(where, tuple) else None  # others are paths of local sockets
             if host is not None and str(host) not in ('127.0.0.1', 'localhost', '::1', "b'localhost'"):
-                self.strangers.append(host)
+                who = ''.join(traceback.format_stack(limit=12))
+                self.strangers.append(f'{host}, by thread {threading.current_thread().name}:\n{who}')
 
 
 @pytest.fixture(scope='module')
@@ -535,7 +539,7 @@ def test_from_the_click_to_the_sound(tiny, served, page):
     assert not any(np.array_equal(others[0], wave) for wave in waves)
 
     assert all(url.startswith((served.address, 'data:', 'blob:')) for url in page.asked)
-    assert served.strangers == []
+    assert not served.strangers, '\n'.join(served.strangers)
 
 
 @pytest.mark.slow
@@ -679,7 +683,7 @@ def test_one_request_at_a_time_makes_music(served, monkeypatch):
             now.pop()
 
     monkeypatch.setattr(MusicLM, 'forward', counted)
-    client = Client(served.address, verbose=False, download_files=False)
+    client = Client(served.address, verbose=False, analytics_enabled=False, download_files=False)
     jobs = [client.submit(PROMPT, 1, None, None, 1, 2, 0.8, seed, api_name='/generate') for seed in (1, 2)]
     story = dict(headers=['seconds', 'prompt'], data=[[1, 'a flute']], metadata=None)
     jobs.append(client.submit(story, 1, 2, 0.8, 3, api_name='/story'))

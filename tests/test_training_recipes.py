@@ -11,7 +11,8 @@ from helpers.recipes import TINY, written
 from musiclm_pytorch import MuLaN, MuLaNTrainer, ShardedAudioText, SyntheticMusic, write_shards
 from musiclm_pytorch.data.opening import open_pairs
 from musiclm_pytorch.data.sources import list_folder
-from musiclm_pytorch.trainer.config_schema import SHIPPED, keywords_of
+from musiclm_pytorch.trainer.config import SHIPPED
+from musiclm_pytorch.trainer.config_schema import keywords_of
 from musiclm_pytorch.trainer.recipes import MuLaNRecipe
 
 EXAMPLES = [path for path in SHIPPED.iterdir() if path.name.startswith('mulan_')]
