@@ -31,6 +31,7 @@ from musiclm_pytorch.audiolm.generate import (
     generate_coarse,
     generate_fine,
     generate_semantic,
+    on_grid,
 )
 from musiclm_pytorch.audiolm.infilling import log_likelihood
 from musiclm_pytorch.audiolm.requests import (
@@ -592,6 +593,8 @@ class MusicLM(HubModel, nn.Module):
         if next_coarse.shape[1]:
             begin, per_frame = max(0, coarse.shape[1] - round(self.windows[1] * self.frame_rate)), self.semantic_rate
             per_frame /= self.frame_rate
+            if self.coarse.semantic_per_frame is not None:
+                begin = on_grid(begin, per_frame.denominator)
             seen = semantic[:, math.floor(begin * per_frame) : math.ceil(coarse.shape[1] * per_frame)]
             condition = self._conditioning('coarse', part.sounds)
             own = coarse[:, begin:]

@@ -291,8 +291,6 @@ def test_music_follows_the_melody_given(chain, tmp_path):
     # softer, at another rate, from a file
     soundfile.write(tmp_path / 'hum.wav', 0.2 * tones([TONES[i] for i in Tunes.orders[2]], rate=16000).numpy(), 16000)
     assert torch.equal(tokens_of(musiclm, seconds=2.0, melody=tmp_path / 'hum.wav'), made[2])
-    # text alone is the same music as of no melody at all
-    assert len({tuple(it.tolist()) for it in (*made, tokens_of(musiclm, seconds=2.0))}) >= 4
 
 
 def test_a_melody_goes_on_through_the_windows_of_longer_music(chain):
@@ -395,11 +393,15 @@ def test_a_stage_trained_without_melodies_goes_on_with_them(chain, tmp_path):
     ).train(num_train_steps=1)
     assert not taken.melody_embedding.is_new
     assert torch.equal(again.eval().loss(ids, conditioning=conditioning), before)
+    # afterwards the whole can be trained again
+    assert all(it.requires_grad for it in (*again.parameters(), taken.cond_embeddings['semantic']))
     with pytest.raises(ValueError, match='melody_only needs a quantizer with a melody'):
         SemanticTrainer(stage, folder / 'tokens', quantizer=plain, melody_only=True, results_folder=tmp_path, **how)
     add_adapters(stage, rank=2)
     with pytest.raises(ValueError, match='melodies are new to this stage, and adapters alone would be trained'):
         SemanticTrainer(stage, folder / 'tokens', quantizer=own, results_folder=tmp_path / 'lora', **how)
+    with pytest.raises(ValueError, match='this stage has adapters; use one of them'):
+        SemanticTrainer(stage, folder / 'tokens', quantizer=own, melody_only=True, results_folder=tmp_path, **how)
 
 
 def test_the_shipped_model_follows_a_melody():

@@ -304,6 +304,9 @@ def test_what_would_fail_in_the_end_fails_at_once(tmp_path, config, music):
     asks = recipe.updated(dict(musiclm=dict(usual_score_prompts=3)), 'a test')
     fails('usual_score_prompts needs held-out captions', asks)
     fails('the semantic stage in .* has dim 192, the recipe says .*begin_with is for stages', begin_with='tiny')
+    timed = MusicLMRecipe.load('musiclm_tiny').updated({'coarse': {'model': {'semantic_per_frame': 0.5}}}, 'a test')
+    with pytest.raises(ValueError, match=r'the coarse stage in .* has semantic_per_frame None, the recipe says 0\.5'):
+        train_musiclm('synthetic', tmp_path / 'out', timed, begin_with='tiny')
     assert not (tmp_path / 'out' / 'mulan').exists()
     (tmp_path / 'out' / 'musiclm').mkdir(parents=True)
     (tmp_path / 'out' / 'musiclm' / 'config.json').write_text('{"model": "MusicLM"}')

@@ -34,6 +34,7 @@ from musiclm_pytorch.audiolm.convert import (
 )
 from musiclm_pytorch.audiolm.crops import PAD, TokenCrops, collate_tokens
 from musiclm_pytorch.audiolm.generate import generate_coarse
+from musiclm_pytorch.audiolm.sampling import Sampling
 from musiclm_pytorch.audiolm.stages import CoarseTransformer, FineTransformer, forgetful_mask, with_end
 from musiclm_pytorch.audiolm.tokens import compute_tokens
 from musiclm_pytorch.trainer.resumable_loader import DummyBatch
@@ -153,6 +154,33 @@ def test_a_coarse_stage_that_is_told_the_time_follows_it():
 
     # every second code repeats the one before
     assert learn(0.5) < 0.25 < 0.75 < learn(None)
+
+
+def test_windows_of_a_stage_that_is_told_the_time_begin_with_a_semantic_token(monkeypatch):
+    torch.manual_seed(0)
+    stage = CoarseTransformer(
+        codebook_size=8, num_coarse_quantizers=1, num_semantic_tokens=40, dim=16, depth=1, heads=2,
+        semantic_per_frame=0.5,
+    ).eval()  # fmt: skip
+    told = []
+
+    def prefill(*ids, **keywords):
+        told.append(ids)
+        return prefilled(*ids, **keywords)
+
+    prefilled = stage.prefill
+    monkeypatch.setattr(stage, 'prefill', prefill)
+    semantic = torch.arange(20)[None]
+    codes = generate_coarse(
+        stage, semantic, max_length=30, min_length=30, window=10, overlap=5, semantic_per_frame=0.5,
+        sampling=Sampling(temperature=0.0),
+    ).tokens  # fmt: skip
+    assert codes.shape == (1, 30, 1)
+    # each window is given its frames from a semantic token's beginning on: never half of one
+    begins = [int(ids[0, 0]) * 2 for ids, _ in told]
+    made = [begin + own.shape[1] for begin, (_, own) in zip(begins, told)]
+    assert begins == [0, 4, 10, 14, 20]
+    assert made == [0, 10, 15, 20, 25]
 
 
 def test_the_time_of_a_coarse_stage_is_that_of_its_tokens(tmp_path, tokens):

@@ -33,6 +33,8 @@ from musiclm_pytorch.checks import check_positive, described, typechecked
 from musiclm_pytorch.kernels.processor import one_thread
 from musiclm_pytorch.mulan.model import evaluating
 
+FAR = 8  # frames
+
 Embeds = Tensor | Sequence[Tensor] | None
 
 PLAIN = Sampling()
@@ -215,6 +217,9 @@ def generate_coarse(
             raise ValueError(
                 f'this stage was built for semantic_per_frame = {told:g}, got {float(semantic_per_frame):g}'
             )
+        # windows begin where a semantic token does, as the crops of training: a few frames earlier
+        grid = Fraction(told).limit_denominator(10_000).denominator
+        windows = [it._replace(start=on_grid(it.start, grid)) for it in windows]
     semantic_ids = semantic_ids.to(stage.device)
     codes = _empty(batch, end, q).to(stage.device)
     codes[:, :known] = prime
@@ -565,6 +570,11 @@ def continued_windows(
 
 
 @typechecked
+def on_grid(start: int, grid: int) -> int:
+    """The last of every `grid` frames up to `start`; where these lie far apart, it is taken as it is."""
+    return start - start % grid if grid <= FAR else start
+
+
 def separate_windows(length: int, window: int | None, prime: int = 0) -> list[Window]:
     """Windows side by side, made without each other's result, as MusicLM's fine stage does (3 s each).
 

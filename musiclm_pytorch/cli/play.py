@@ -88,7 +88,7 @@ def run_train_melody(options: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         melody, found, left = fit_melody(recipe, folder)
     write_results(options.output, melody.save_pretrained)
-    print(f'the same window among 256 in another performance: R@1 {found["valid_recall_at_1"]:.3f}')
+    print(f'the same window among those held out, in another performance: R@1 {found["valid_recall_at_1"]:.3f}')
     told = f'{len(left)} levels of {melody.codebook_size} codes, {left[-1]:.1%} missing after the last'
     print(f'{told}, in {options.output}')
     return dict(results=found, missing=left, output=options.output)

@@ -219,6 +219,8 @@ def run_train_stage(options: argparse.Namespace) -> dict[str, Any] | None:
     quantizer = None if options.quantizer is None else MuLaNEmbedQuantizer.from_pretrained(options.quantizer)
     seed_everything(recipe.seed)
     if options.begin_with is None:
+        if recipe.training.get('melody_only'):
+            raise ValueError('melody_only is for a stage that was trained without melodies: give it with --begin-with')
         model = recipe.build_model(options.tokens, quantizer)
     else:
         model = begin_stage(find_pretrained(options.begin_with), options.stage, quantizer)
@@ -272,6 +274,11 @@ def run_train_codec(options: argparse.Namespace) -> dict[str, Any] | None:
     from musiclm_pytorch.trainer.stage_recipes import CodecRecipe
 
     if fits_spectral_codec(options):
+        if given := [name for name in ('begin_with', 'levels', 'decoder_only') if getattr(options, name)]:
+            raise ValueError(
+                f'--{given[0].replace("_", "-")} is for a codec that is trained step by step; the SpectralCodec of '
+                f'{options.config} is fitted at once'
+            )
         return run_fit_spectral_codec(options)
     recipe = read_recipe(CodecRecipe, options)
     seed_everything(recipe.seed)

@@ -153,7 +153,7 @@ class MelodyEmbedding(nn.Module):
 
     def __init__(self, rq: ResidualQuantizer, dim: int):
         super().__init__()
-        self.register_buffer('codebooks', rq.codebooks.clone(), persistent=False)
+        self._rq = (rq,)  # in a tuple, as no part of this module: the quantizer has it
         self.net = nn.Sequential(nn.Linear(rq.codebooks.shape[-1], dim), nn.GELU(), nn.Linear(dim, dim, bias=False))
         nn.init.zeros_(self.net[-1].weight)
 
@@ -171,7 +171,8 @@ class MelodyEmbedding(nn.Module):
             per_token: windows that begin in the time of a token.
         """
         codes = F.pad(codes, (0, 0, 0, 1), value=PAD)
-        latents = self.codebooks[torch.arange(codes.shape[-1], device=codes.device), codes.clamp(min=0)].sum(dim=-2)
+        codebooks = self._rq[0].codebooks.to(self.net[0].weight)
+        latents = codebooks[torch.arange(codes.shape[-1], device=codes.device), codes.clamp(min=0)].sum(dim=-2)
         told = self.net(latents) * (codes != PAD).all(dim=-1, keepdim=True)
         place = torch.arange(tokens, device=codes.device) * per_token.numerator // per_token.denominator
         return told[:, place.clamp(max=codes.shape[1] - 1)]

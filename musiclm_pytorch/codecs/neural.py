@@ -322,8 +322,10 @@ class NeuralCodec(SpectrogramCodec):
         """Quantized vectors `(b, t, d)` to amplitudes `(b, bins, t * frames)`."""
         levels = self.decoder_line(vectors) + self.decoder(vectors)
         levels = rearrange(levels.float(), 'b t (f d) -> b d (t f)', f=self.frames)
-        # a stage may draw codes that no wave has; no bin of a wave within ±1 is louder than LOUDEST
-        return FLOOR * torch.expm1(F.softplus(SCALE * levels, beta=4.0).clamp(max=math.log1p(LOUDEST / FLOOR)))
+        levels = F.softplus(SCALE * levels, beta=4.0)
+        if not self.training:  # a stage may draw codes that no wave has; no bin of a wave within ±1 is that loud
+            levels = levels.clamp(max=math.log1p(LOUDEST / FLOOR))
+        return FLOOR * torch.expm1(levels)
 
 
 def zeroed(layer: nn.Linear) -> nn.Linear:

@@ -74,7 +74,7 @@ def create_app(
 
     One request at a time makes pieces, and `STREAMS` at a time play; the others wait in line. gradio_client finds
     `/generate`, `/story`, `/stream`, whose outputs are music as it is made, and `/change` and `/stop`, which concern
-    what the same client has begun.
+    the stream that the same client has begun.
 
     Args:
         musiclm: in eval mode, on its device.

@@ -59,8 +59,10 @@ class LiveMusic:
         try:
             with self.maker.stream(prompt, seconds, prime, **how) as own.stream:
                 begin, made = None, 0.0
-                for wave in own.stream:
-                    yield wave, own.prompt
+                waves = iter(own.stream)
+                # a prompt that comes while a wave is made is that of the next one
+                while (prompt := own.prompt) is not None and (wave := next(waves, None)) is not None:
+                    yield wave, prompt
                     begin = time.monotonic() if begin is None else begin
                     made += len(wave) / wave.sample_rate
                     if own.stopped.wait(max(0.0, begin + made - AHEAD - time.monotonic())):

@@ -192,10 +192,10 @@ class PretrainedAudioTransformer(PretrainedTower, AudioSpectrogramTransformer):
             model = load_hearing(source, UNNEEDED)
         settings = getattr(model, 'config', None)
         kind = getattr(settings, 'model_type', None)
-        self.is_ast, self.is_whisper = kind == AST, KINDS.get(kind) is WHISPER
+        self.is_ast, self._is_whisper = kind == AST, KINDS.get(kind) is WHISPER
         hears_waves = getattr(model, 'main_input_name', None) == 'input_values' and hasattr(settings, 'conv_kernel')
         hears_waves = hears_waves and not settings.is_encoder_decoder
-        if not (self.is_ast or self.is_whisper or hears_waves or kind == W2V_BERT):
+        if not (self.is_ast or self._is_whisper or hears_waves or kind == W2V_BERT):
             raise ValueError(
                 f'{source} is no audio encoder that is read: those are AST, MERT, HuBERT and their like, w2v-BERT and '
                 'Whisper (a CLAP takes the place of the whole MuLaN: PretrainedMuLaN)'
@@ -203,7 +203,7 @@ class PretrainedAudioTransformer(PretrainedTower, AudioSpectrogramTransformer):
         if feature_extractor is None:
             told = 'PretrainedAudioTransformer(model, feature_extractor)'
             raise ValueError(f'{source} needs its feature extractor: {told}')
-        if self.is_whisper:
+        if self._is_whisper:
             model.encoder.layerdrop = settings.encoder_layerdrop = 0.0
         elif not self.is_ast:
             settings.apply_spec_augment, settings.layerdrop = False, 0.0
@@ -211,10 +211,10 @@ class PretrainedAudioTransformer(PretrainedTower, AudioSpectrogramTransformer):
         self.dim, self.depth = settings.hidden_size, settings.num_hidden_layers
         self.sample_rate, self.max_audio_length = feature_extractor.sampling_rate, None
         if self.is_ast:  # frames of 25 ms every 10 ms
-            self.samples_a_frame, self._least = self.sample_rate // 100, self.sample_rate // 40
-            self.max_audio_length = (settings.max_length - 1) * self.samples_a_frame + self._least
+            self._samples_a_frame, self._least = self.sample_rate // 100, self.sample_rate // 40
+            self.max_audio_length = (settings.max_length - 1) * self._samples_a_frame + self._least
         else:
-            self.samples_a_frame, self._least = framing_of(model, feature_extractor, self.sample_rate)
+            self._samples_a_frame, self._least = framing_of(model, feature_extractor, self.sample_rate)
             self.max_audio_length = padded_to(feature_extractor)
         self.accept_spec, self.support_variable_length = False, True
         self._warned_of_cut = False
@@ -265,8 +265,8 @@ class PretrainedAudioTransformer(PretrainedTower, AudioSpectrogramTransformer):
         else:
             inputs = extract(self.processor, arrays)
         inputs = inputs.to(self.device, next(self.model.parameters()).dtype)
-        output = (self.model.encoder if self.is_whisper else self.model)(inputs, output_hidden_states=True)
-        frames = len(waves[0]) // self.samples_a_frame if self.is_whisper else None  # the rest is padding
+        output = (self.model.encoder if self._is_whisper else self.model)(inputs, output_hidden_states=True)
+        frames = len(waves[0]) // self._samples_a_frame if self._is_whisper else None  # the rest is padding
         layers = [masked_mean(it[:, :frames]) for it in (output.last_hidden_state, *output.hidden_states[1:])]
         embeds = output.pooler_output if self.is_ast else layers[0]
         return [embeds, *(it[:, None] for it in layers[1:])]

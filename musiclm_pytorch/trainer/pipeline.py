@@ -48,6 +48,7 @@ from musiclm_pytorch.trainer.resumable_loader import seed_everything
 logger = logging.getLogger(__name__)
 
 SOURCE_FILE = 'data.json'
+NONE_BY_DEFAULT = ('semantic_per_frame',)  # sizes of a stage that are something else where they are not said
 
 
 @typechecked
@@ -240,11 +241,13 @@ class _Parts:
                 continue
             config = read_config(self.begin_with / name, 'save_module', ('model', 'keywords'), ('step', 'stage'))
             kept, wanted = config['keywords'], getattr(self.recipe, name).model
-            differ = {key: it for key, it in wanted.items() if kept.get(key, it) != it}
+            wanted = dict.fromkeys(NONE_BY_DEFAULT) | wanted
+            kept = dict.fromkeys(NONE_BY_DEFAULT) | kept
+            differ = {key: (kept[key], it) for key, it in wanted.items() if kept.get(key, it) != it}
             if differ:
-                key, it = next(iter(differ.items()))
+                key, (old, new) = next(iter(differ.items()))
                 raise ValueError(
-                    f'the {name} stage in {self.begin_with} has {key} {kept[key]}, the recipe says {it}: '
+                    f'the {name} stage in {self.begin_with} has {key} {old}, the recipe says {new}: '
                     'begin_with is for stages of the same sizes'
                 )
         if not (self.recipe.fitted.pretrained_codec or (resume and is_whole(self.output / 'codec'))):

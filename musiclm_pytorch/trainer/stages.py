@@ -166,6 +166,7 @@ class StageTrainer(Trainer):
 
     DEFAULTS = Trainer.DEFAULTS | dict(max_valid_items=256)
     saves_last = True
+    kept: Sequence[nn.Parameter] = ()  # what `melody_only` leaves as it is
     stage: ClassVar[str]
     kind: ClassVar[type[StageTransformer]]
 
@@ -221,8 +222,13 @@ class StageTrainer(Trainer):
         if melody_only:
             if melody is None:
                 raise ValueError('melody_only needs a quantizer with a melody for this stage')
-            transformer.requires_grad_(False)
-            embeddings.requires_grad_(False)
+            if adapters_of(transformer):
+                raise ValueError(
+                    'melody_only trains what tells the melody, and this stage has adapters; use one of them'
+                )
+            self.kept = [it for it in (*transformer.parameters(), embeddings) if it.requires_grad]
+            for it in self.kept:
+                it.requires_grad_(False)
 
         crops = partial(
             TokenCrops,
@@ -279,6 +285,15 @@ class StageTrainer(Trainer):
         super().__init__(stage, stage, tokens, collate_fn=collate, callbacks=callbacks, config=config)
         if text_encoder is not None:
             text_encoder.to(self.device)
+
+    def train(self, *arguments: Any, **keywords: Any) -> dict[str, Any]:
+        for it in self.kept:
+            it.requires_grad_(False)
+        try:
+            return super().train(*arguments, **keywords)
+        finally:
+            for it in self.kept:
+                it.requires_grad_(True)
 
     def _check_tokens(
         self,
@@ -501,13 +516,16 @@ def load_stage(
     Raises FileNotFoundError for a missing file, ValueError for weights of another model.
     """
     folder = Path(folder)
-    transformer = own_stage(transformer)
+    given, transformer = transformer, own_stage(transformer)
     parts = ('model', 'keywords', 'stage')
     config, weights = checkpoint.read_folder(folder, type(transformer).__name__, parts, optional=('step',))
     checkpoint.load_strictly(transformer, weights, source=folder)
     with config.refused("'keywords' must be those of a stage", config['keywords']):
-        if config['keywords'].get('reads_text'):
+        if reads_text := config['keywords'].get('reads_text'):
+            given.reads_text = True
             transformer.read_text()
+    if reads_text and quantizer is not None:
+        raise ValueError(f'the stage in {folder} was trained with a text_encoder, not with a quantizer')
     if quantizer is None:
         return
     path = folder / CONDITIONING_FILE
