@@ -493,11 +493,9 @@ class CoarseTransformer(StageTransformer):
     def embed(self, semantic: Tensor, coarse: Tensor) -> Tensor:
         b, seen = len(semantic), self.mask_given(semantic)
         starts = [start(it, b) for it in (self.semantic_start_token, self.coarse_start_token)]
-        own, aligned = (
-            torch.cat((starts[1], self.embed_own(coarse)), dim=1),
-            self.aligned(semantic, count=coarse.shape[1]),
-        )
-        own = own if aligned is None else own + aligned
+        own = torch.cat((starts[1], self.embed_own(coarse)), dim=1)
+        if (aligned := self.aligned(semantic, count=coarse.shape[1])) is not None:
+            own = own + aligned
         return torch.cat((starts[0], self.semantic_embedding(semantic.masked_fill(~seen, 0)), own), dim=1)
 
     def embed_own(self, ids: Tensor, first: int = 0) -> Tensor:

@@ -215,6 +215,9 @@ def create_app(
     def recorder(what: str, **how: Any) -> gradio.Audio:
         return gr.Audio(label=what, type='filepath', sources=['microphone', 'upload'], **how)
 
+    def duration(least: float, first: float, most: float, **how: Any) -> gradio.Slider:
+        return gr.Slider(min(least, most), most, min(first, most), label='Seconds', **how)
+
     for function in (generate, tell, play, change, begin, begin_to_play, stop, end):
         function.__annotations__['request'] = gr.Request  # by which Gradio finds it
     hidden = gr.Column(visible=False), None, None, None
@@ -227,14 +230,7 @@ def create_app(
                 with gr.Tab('Prompt'):
                     prompt = gr.Textbox(label='What is the music like?', value=EXAMPLES[0], lines=2, elem_id='prompt')
                     gr.Examples([[it] for it in EXAMPLES], prompt, label='For example', cache_examples=False)
-                    seconds = gr.Slider(
-                        min(1, max_seconds),
-                        max_seconds,
-                        min(5, max_seconds),
-                        step=0.5,
-                        label='Seconds',
-                        elem_id='seconds',
-                    )
+                    seconds = duration(1, 5, max_seconds, step=0.5, elem_id='seconds')
                     with gr.Accordion('Go on from a recording', open=False):
                         prime = recorder('The music begins with it, and the seconds count it', elem_id='prime')
                     with gr.Accordion('Follow a melody', open=False):
@@ -261,14 +257,7 @@ def create_app(
                     live_prompt = gr.Textbox(
                         label='What is the music like?', value=EXAMPLES[1], lines=2, elem_id='live-prompt'
                     )
-                    live_seconds = gr.Slider(
-                        min(5, max_stream_seconds),
-                        max_stream_seconds,
-                        min(60, max_stream_seconds),
-                        step=1,
-                        label='Seconds',
-                        elem_id='live-seconds',
-                    )
+                    live_seconds = duration(5, 60, max_stream_seconds, step=1, elem_id='live-seconds')
                     with gr.Accordion('Go on from a recording', open=False):
                         live_prime = recorder('The stream begins with it', elem_id='live-prime')
                     go_live = gr.Button('Play', variant='primary', elem_id='play')

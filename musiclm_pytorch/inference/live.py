@@ -58,15 +58,14 @@ class LiveMusic:
             own = self.playing[visitor] = Playing(prompt)
         try:
             with self.maker.stream(prompt, seconds, prime, **how) as own.stream:
-                begin, made = None, 0.0
-                waves = iter(own.stream)
-                # a prompt that comes while a wave is made is that of the next one
-                while (prompt := own.prompt) is not None and (wave := next(waves, None)) is not None:
+                begin, made, prompt = None, 0.0, own.prompt
+                for wave in own.stream:
                     yield wave, prompt
                     begin = time.monotonic() if begin is None else begin
                     made += len(wave) / wave.sample_rate
                     if own.stopped.wait(max(0.0, begin + made - AHEAD - time.monotonic())):
                         return
+                    prompt = own.prompt  # one that comes while the next wave is made is that of the wave after it
         finally:
             with self._changed:
                 del self.playing[visitor]
