@@ -3,8 +3,11 @@
     python benchmarks/obedience.py                  # the tables of the model card, ten minutes on two cores
     python benchmarks/obedience.py --prompts 40     # the same on fewer prompts
     python benchmarks/obedience.py --parts stories primes  # where a story's prompt changes, and a prime ends
+    python benchmarks/obedience.py --model small --sound-font /usr/share/sounds/sf2/TimGM6mb.sf2 \
+        --trained-on /usr/share/sounds/sf2/FluidR3_GM.sf2 /usr/share/sounds/sf3/MuseScore_General_Full.sf3
 
-The judge was trained on real audio of SyntheticMusic alone, with noise added: a small network for each attribute, for
+The judge was trained on real audio of SyntheticMusic alone (played with the sound font given, which the model need not
+have heard), with noise added: a small network for each attribute, for
 the instrument on the mel spectrogram, for the others on its statistics and on the autocorrelation of the onset
 strength. The prompts are phrasings that no training used. Beside the music of the whole model stand samples without
 MuLaN's ranking and without guidance, and what each stage loses: real audio through the codec, real coarse codes
@@ -39,7 +42,8 @@ from torch import nn
 
 from musiclm_pytorch import MusicLM, SyntheticMusic, generate_coarse, generate_fine
 from musiclm_pytorch.audiolm.sampling import Sampling
-from musiclm_pytorch.data.attributes import INSTRUMENTS, MusicLabels
+from musiclm_pytorch.data.attributes import MusicLabels
+from musiclm_pytorch.data.audio import resample
 from musiclm_pytorch.evaluation.memorization import memorisation, training_clips
 from musiclm_pytorch.evaluation.metric import to_json
 
@@ -97,15 +101,15 @@ def worn(wave: np.ndarray, random: np.random.Generator) -> np.ndarray:
     return wave + noise * wave.std() / noise.std() * 10 ** (-random.uniform(15, 45) / 20)
 
 
-def real_music(split: str) -> SyntheticMusic:
-    return SyntheticMusic(10**6, seed=7, seconds=SECONDS, sample_rate=RATE, split=split)
+def real_music(split: str, font: str | None) -> SyntheticMusic:
+    return SyntheticMusic(10**6, seed=7, seconds=SECONDS, sample_rate=RATE, split=split, sound_font=font)
 
 
-def meet(task: tuple[str, int, int]) -> tuple[np.ndarray, np.ndarray]:
+def meet(task: tuple[str, str | None, int, int]) -> tuple[np.ndarray, np.ndarray]:
     """What is heard and seen of some real clips; those of training are worn before they are heard."""
-    split, start, stop = task
+    split, font, start, stop = task
     torch.set_num_threads(1)
-    music, random = real_music(split), np.random.default_rng(start)
+    music, random = real_music(split, font), np.random.default_rng(start)
     waves = [music[i][0].numpy() for i in range(start, stop)]
     heard = np.stack([hear(worn(wave, random) if split == 'train' else wave) for wave in waves])
     return heard, np.stack([see(wave) for wave in waves])
@@ -120,12 +124,12 @@ def see(wave: np.ndarray) -> np.ndarray:
 class Ear(nn.Module):
     """Reads the instrument from `see`: a few convolutions, and the mean over time and frequency."""
 
-    def __init__(self):
+    def __init__(self, instruments: int):
         super().__init__()
         sizes, layers = (2, 32, 64, 96, 128), []
         for width, next_width in pairwise(sizes):
             layers += [nn.Conv2d(width, next_width, 3, stride=2, padding=1), nn.BatchNorm2d(next_width), nn.ReLU()]
-        self.net = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(sizes[-1], len(INSTRUMENTS)))
+        self.net = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(sizes[-1], instruments))
 
     def forward(self, below: torch.Tensor) -> torch.Tensor:
         """`(b, 64, frames)` dB below the loudest; what is softer than the floor is silence."""
@@ -144,10 +148,10 @@ def worn_picture(below: torch.Tensor) -> torch.Tensor:
     return -10 * power.log10()
 
 
-def train_ear(pictures: np.ndarray, labels: list[MusicLabels], epochs: int = 8) -> Ear:
+def train_ear(pictures: np.ndarray, wanted: torch.Tensor, instruments: int, epochs: int = 8) -> Ear:
     torch.manual_seed(0)
-    ear, batch = Ear(), 64
-    pictures, wanted = torch.from_numpy(pictures), torch.tensor([INSTRUMENTS.index(it.instrument) for it in labels])
+    ear, batch = Ear(instruments), 64
+    pictures = torch.from_numpy(pictures)
     steps = epochs * (len(wanted) // batch)
     optimizer = torch.optim.AdamW(ear.parameters(), lr=2e-3, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
@@ -167,7 +171,9 @@ class Judge:
     """A classifier for each attribute: of what is heard, and for the instrument of what is seen."""
 
     def __init__(self, heard: np.ndarray, seen: np.ndarray, labels: list[MusicLabels]):
-        self.ear = train_ear(seen, labels)
+        self.instruments = tuple(sorted({it.instrument for it in labels}))
+        wanted = torch.tensor([self.instruments.index(it.instrument) for it in labels])
+        self.ear = train_ear(seen, wanted, len(self.instruments))
         self.models = {}
         # each clip several times, a little off, so that the networks do not rest on details
         random = np.random.default_rng(0)
@@ -182,7 +188,9 @@ class Judge:
         """Share of the waves in which each attribute is that of their labels."""
         with torch.no_grad():
             parts = torch.cat([self.ear(part.float()) for part in torch.from_numpy(seen).split(100)]).argmax(dim=1)
-        found = dict(instrument=np.mean([INSTRUMENTS[i] == it.instrument for i, it in zip(parts.tolist(), labels)]))
+        found = dict(
+            instrument=np.mean([self.instruments[i] == it.instrument for i, it in zip(parts.tolist(), labels)])
+        )
         for name, model in self.models.items():
             wanted = np.array([str(getattr(it, name)) for it in labels])
             found[name] = (model.predict(heard) == wanted).mean()
@@ -194,7 +202,7 @@ class Judge:
         """Which waves are likelier, all attributes together, to have their own labels than the other ones."""
         with torch.no_grad():
             parts = torch.cat([self.ear(part.float()) for part in torch.from_numpy(seen).split(100)])
-        likely = dict(instrument=(INSTRUMENTS, parts.log_softmax(dim=1).double().numpy()))
+        likely = dict(instrument=(self.instruments, parts.log_softmax(dim=1).double().numpy()))
         for name, model in self.models.items():
             likely[name] = (tuple(model.classes_), np.log(model.predict_proba(heard) + 1e-9))
         for name, (values, table) in likely.items():
@@ -205,16 +213,18 @@ class Judge:
         return sum(likely.values()) > 0
 
 
-def train_judge(clips: int, tested: int, pool: ProcessPoolExecutor, folder: Path) -> tuple[Judge, dict[str, float]]:
+def train_judge(
+    clips: int, tested: int, font: str | None, pool: ProcessPoolExecutor, folder: Path
+) -> tuple[Judge, dict[str, float]]:
     """The judge, and its accuracy on real held-out audio. What was heard once is kept in `folder`."""
 
     def collect(split: str, count: int) -> tuple[np.ndarray, np.ndarray, list[MusicLabels]]:
-        path = folder / f'heard-{split}-{count}.npz'
+        path = folder / f'heard-{Path(font).stem + "-" if font else ""}{split}-{count}.npz'
         if not path.exists():
-            parts = list(pool.map(meet, [(split, i, min(i + 50, count)) for i in range(0, count, 50)]))
+            parts = list(pool.map(meet, [(split, font, i, min(i + 50, count)) for i in range(0, count, 50)]))
             folder.mkdir(parents=True, exist_ok=True)
             np.savez(path, heard=np.concatenate([it for it, _ in parts]), seen=np.concatenate([it for _, it in parts]))
-        music, found = real_music(split), np.load(path)
+        music, found = real_music(split, font), np.load(path)
         return found['heard'], found['seen'], [music.labels(i) for i in range(count)]
 
     judge = Judge(*collect('train', clips))
@@ -224,9 +234,9 @@ def train_judge(clips: int, tested: int, pool: ProcessPoolExecutor, folder: Path
 # ---- what is judged ----
 
 
-def ask(prompts: int) -> tuple[list[str], list[MusicLabels]]:
+def ask(prompts: int, font: str | None) -> tuple[list[str], list[MusicLabels]]:
     """Prompts in held-out phrasings that tell every attribute, and what they ask for."""
-    music = SyntheticMusic(1, seconds=SECONDS, sample_rate=RATE, split='valid')
+    music = SyntheticMusic(1, seconds=SECONDS, sample_rate=RATE, split='valid', sound_font=font)
     labels = [music.draw_labels(10_000 + seed) for seed in range(prompts)]
     return [music.caption(it, seed, mention=TOLD) for seed, it in enumerate(labels)], labels
 
@@ -286,10 +296,11 @@ def from_real(musiclm: MusicLM, prompts: list[str], real: torch.Tensor, sampling
 # ---- memorised music ----
 
 
-def memorised(musiclm: MusicLM, clips: int, prompts: tuple[int, ...]) -> dict[int, dict]:
+def memorised(musiclm: MusicLM, clips: int, fonts: list[str] | None, prompts: tuple[int, ...]) -> dict[int, dict]:
     """Shares of training clips whose continuation is said again, exactly or nearly, by the length of the prompt."""
-    music = SyntheticMusic(24_000, seed=1, seconds=SECONDS, sample_rate=RATE)
-    known = training_clips(musiclm, [music[i][0] for i in range(clips)], sample_rate=RATE)
+    rate = musiclm.sample_rate
+    music = SyntheticMusic(24_000, seed=1, seconds=SECONDS, sample_rate=rate, sound_font=fonts)
+    known = training_clips(musiclm, [music[i][0] for i in range(clips)], sample_rate=rate)
     return to_json(memorisation(musiclm, known.tokens, known.indices, prompts, new_tokens=None))
 
 
@@ -301,14 +312,14 @@ def main(args: argparse.Namespace) -> None:
     musiclm = MusicLM.from_pretrained(args.model)
     report = dict(parts=args.parts)
     with ProcessPoolExecutor(args.processes, mp_context=get_context('spawn')) as pool:
-        perceive = partial(perceived, pool)
+        perceive = partial(perceived, pool, musiclm.sample_rate)
         if {'music', 'stories'} & set(args.parts):
-            judge, accuracy = train_judge(args.clips, args.tested, pool, args.data)
+            judge, accuracy = train_judge(args.clips, args.tested, args.sound_font, pool, args.data)
         if 'music' in args.parts:
             rows = judge_music(musiclm, args, judge, accuracy, perceive)
             report |= dict(prompts=args.prompts, samples=args.samples, rows=rows)
         if 'stories' in args.parts:
-            valid = SyntheticMusic(1, seconds=SECONDS, sample_rate=RATE, split='valid')
+            valid = SyntheticMusic(1, seconds=SECONDS, sample_rate=RATE, split='valid', sound_font=args.sound_font)
             pairs = seams.contrasting(valid, args.stories, apart=ASKED, told=TOLD, seed=args.stories_from)
             report['stories'] = seams.stories(musiclm, pairs, args.seeds, partial(nearer, judge, perceive))
             seams.show(report['stories'])
@@ -316,16 +327,16 @@ def main(args: argparse.Namespace) -> None:
         report['primes'] = seams.primes(musiclm, args.primes)
         seams.show(report['primes'])
     if 'memory' in args.parts:
-        report['memorised'] = memorised(musiclm, args.memorised, (0, 12, 31))
+        report['memorised'] = memorised(musiclm, args.memorised, args.trained_on, (0, 12, 31))
         for prompt, found in report['memorised'].items():
             print(f'{prompt} tokens of a training clip given:', json.dumps(found))
     report['seconds'] = time.perf_counter() - start
     write_results(args.out, report)
 
 
-def perceived(pool: ProcessPoolExecutor, waves: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """What is heard and seen of `(b, samples)`."""
-    waves = list(waves.numpy())
+def perceived(pool: ProcessPoolExecutor, rate: int, waves: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """What is heard and seen of `(b, samples)` at `rate` Hz."""
+    waves = list(resample(waves, rate, RATE).numpy())
     return tuple(np.stack(list(pool.map(it, waves, chunksize=10))) for it in (hear, see))
 
 
@@ -337,8 +348,8 @@ def judge_music(
     musiclm: MusicLM, args: argparse.Namespace, judge: Judge, accuracy: dict[str, float], perceive: Callable
 ) -> dict[str, dict[str, float]]:
     """Music of the whole model, and what each stage loses."""
-    prompts, labels = ask(args.prompts)
-    music = SyntheticMusic(1, seconds=SECONDS, sample_rate=RATE)
+    prompts, labels = ask(args.prompts, args.sound_font)
+    music = SyntheticMusic(1, seconds=SECONDS, sample_rate=musiclm.sample_rate, sound_font=args.sound_font)
     rows: dict[str, dict[str, float]] = {}
     show(rows, 'real held-out audio: the judge itself', accuracy)
 
@@ -376,6 +387,8 @@ def show(rows: dict, name: str, shares: dict[str, float]) -> None:
 if __name__ == '__main__':
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--model', default='tiny', help='name or folder of the model (default: tiny)')
+    parser.add_argument('--sound-font', help='what plays the music of the judge; without it, it is synthesised')
+    parser.add_argument('--trained-on', nargs='+', help='the sound fonts that the model was trained on')
     parser.add_argument('--parts', nargs='+', choices=PARTS, default=list(PARTS[:2]), help='(default: %(default)s)')
     parser.add_argument('--prompts', type=int, default=200)
     parser.add_argument('--samples', type=int, default=4, help='pieces that MuLaN chooses from (default 4)')

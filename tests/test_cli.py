@@ -90,7 +90,11 @@ def epochs_of(folder, epoch):
     ('arguments', 'says'),
     [
         (['{here}/music', '-o', '{here}/out', '--clips', '3'], 'error: --clips: files have these already'),
-        (['synthetic', '-o', '{here}/out', '--sound-font', 'a.sf2'], 'error: --sound-font belongs to "scores"'),
+        (['synthetic', '-o', '{here}/out', '--sound-font', 'a.sf2'], 'error: no sound font is at a.sf2'),
+        (
+            ['{here}/music', '-o', '{here}/out', '--sound-font', 'a.sf2'],
+            'error: --sound-font: files have these already',
+        ),
         (['{here}/none.csv', '-o', '{here}/out'], 'musiclm shard: error: no manifest at .*none.csv'),
         (['{here}/music', '-o', '{here}/out', '--shard-size', '0'], 'error: shard_size must be greater than 0, got 0'),
         (['{here}/music', '-o', '{here}/music/0.wav'], 'error: .*0.wav'),

@@ -36,7 +36,7 @@ def shard(subcommands) -> None:
     option(made, '--sample-rate', metavar='HZ', help='default: 24000')
     option(made, '--split', choices=['train', 'valid'], help='valid is music and phrasings that train has not')
     option(made, '--seed', metavar='N', help='another seed, other clips (default: 0)')
-    option(made, '--sound-font', metavar='FILE', action='append', help='of "scores": a .sf2 or .sf3, or several')
+    option(made, '--sound-font', metavar='FILE', action='append', help='a .sf2 or .sf3, or several, that play')
 
 
 def run_shard(options: argparse.Namespace) -> dict[str, Any]:
@@ -49,8 +49,6 @@ def run_shard(options: argparse.Namespace) -> dict[str, Any]:
     if options.source in GENERATED:
         if options.audio_folder is not None:
             raise ValueError(f'"{options.source}" is made here; --audio-folder belongs to a manifest')
-        if options.source != 'scores' and 'sound_font' in given:
-            raise ValueError(f'--sound-font belongs to "scores", not to "{options.source}"')
         listing = GENERATED[options.source](**dict(length=20_000, seconds=10.0, sample_rate=24000) | given)
     elif given:
         names = ', '.join('--clips' if name == 'length' else f'--{name.replace("_", "-")}' for name in given)

@@ -9,6 +9,27 @@ from typing import Any
 import numpy as np
 
 INSTRUMENTS = ('piano', 'guitar', 'strings', 'flute', 'brass', 'organ', 'bell', 'synth')
+# those that a sound font plays, and the registers that are theirs
+SAMPLED: dict[str, tuple[str, ...]] = {
+    'piano': ('low', 'middle', 'high'),
+    'guitar': ('low', 'middle'),
+    'strings': ('low', 'middle', 'high'),
+    'flute': ('middle', 'high'),
+    'brass': ('low', 'middle'),
+    'organ': ('low', 'middle', 'high'),
+    'bell': ('middle', 'high'),
+    'synth': ('low', 'middle', 'high'),
+    'electric piano': ('low', 'middle', 'high'),
+    'electric guitar': ('low', 'middle'),
+    'violin': ('middle', 'high'),
+    'cello': ('low', 'middle'),
+    'harp': ('middle', 'high'),
+    'clarinet': ('middle', 'high'),
+    'saxophone': ('low', 'middle'),
+    'trumpet': ('middle', 'high'),
+    'accordion': ('middle', 'high'),
+    'choir': ('low', 'middle'),
+}
 MODES = ('major', 'minor')
 TEXTURES = ('melody', 'chords', 'accompanied', 'arpeggio')
 # BPM. Half and double of each range lie outside the other two, so that the class survives an octave error.
@@ -30,6 +51,7 @@ ATTRIBUTES: dict[str, tuple] = {
     'drums': (False, True),
     'tonic': tuple(range(12)),
 }
+SAMPLED_ATTRIBUTES = ATTRIBUTES | {'instrument': tuple(SAMPLED)}
 
 SPLITS = ('train', 'valid')
 
@@ -79,7 +101,7 @@ class MusicLabels:
     """All that is to be known of a synthesised clip.
 
     Fields:
-        instrument: one of `INSTRUMENTS`; every pitched note is played by it.
+        instrument: one of `INSTRUMENTS`, or of `SAMPLED` with a sound font; every pitched note is played by it.
         tempo: 'slow', 'medium' or 'fast'.
         mode: 'major' or 'minor' (harmonic minor: the seventh is raised over the dominant).
         register: 'low', 'middle' or 'high'; every pitched note lies within `REGISTERS[register]`.
@@ -104,7 +126,7 @@ class MusicLabels:
 
     def __post_init__(self):
         for name in ATTRIBUTES:
-            check_value(name, getattr(self, name), ATTRIBUTES)
+            check_value(name, getattr(self, name), SAMPLED_ATTRIBUTES)
         if tempo_of(self.bpm) != self.tempo:
             low, high = TEMPI[self.tempo]
             raise ValueError(f'bpm of tempo {self.tempo!r} must lie in {low:g} to {high:g}, got {self.bpm:g}')
@@ -115,8 +137,11 @@ class MusicLabels:
         return f'{TONICS[self.mode][self.tonic]} {self.mode}'
 
     @classmethod
-    def draw(cls, random: np.random.Generator, **given: Any) -> MusicLabels:
-        """Labels with the given fields, and the others at random: each value of an attribute is as likely.
+    def draw(
+        cls, random: np.random.Generator, attributes: Mapping[str, Sequence] = ATTRIBUTES, **given: Any
+    ) -> MusicLabels:
+        """Labels with the given fields, and the others at random: each value in `attributes` is as likely, but that
+        sampled instruments keep to their registers.
 
         Raises TypeError for a field that does not exist, ValueError for a value outside its vocabulary.
         """
@@ -126,12 +151,26 @@ class MusicLabels:
         if 'bpm' in given:
             given = {'tempo': tempo_of(given['bpm']), **given}
         # drawn whether given or not, so that fixing one field leaves the others as they were
-        values = {name: choose(random, allowed) for name, allowed in ATTRIBUTES.items()} | given
+        drawn = {name: choose(random, allowed) for name, allowed in attributes.items()}
+        if attributes is SAMPLED_ATTRIBUTES:
+            drawn |= drawn_in_register(random, drawn | given, given)
+        values = drawn | given
         place = random.random()
         if values['tempo'] in TEMPI:
             low, high = TEMPI[values['tempo']]
             values.setdefault('bpm', round(low + (high - low) * place, 2))
         return cls(**{'bpm': 0.0, **values})
+
+
+def drawn_in_register(
+    random: np.random.Generator, values: Mapping[str, Any], given: Mapping[str, Any]
+) -> dict[str, str]:
+    """A register of the sampled instrument, or an instrument of the register, where that is what was given."""
+    if 'register' in given:
+        suit = [name for name, registers in SAMPLED.items() if given['register'] in registers]
+        return {'instrument': choose(random, suit)} if suit else {}
+    suit = SAMPLED.get(values['instrument'], ())
+    return {'register': choose(random, suit)} if suit else {}
 
 
 def choose(random: np.random.Generator, values: Sequence, weights: Sequence[float] | None = None) -> Any:

@@ -56,6 +56,22 @@ NAMES = {
         Name('ringing bells', 'ringing-bell', plural=True),
     ),
     'synth': (Name('synthesizer'), Name('synth'), Name('analog synth'), Name('electronic synthesizer')),
+    # what a sound font plays besides
+    'electric piano': (Name('electric piano'), Name('rhodes'), Name('rhodes piano'), Name('electric keyboard')),
+    'electric guitar': (
+        Name('electric guitar'),
+        Name('distorted guitar'),
+        Name('overdriven guitar'),
+        Name('rock guitar'),
+    ),
+    'violin': (Name('violin'), Name('fiddle'), Name('solo violin'), Name('bowed violin')),
+    'cello': (Name('cello'), Name('solo cello'), Name('violoncello'), Name('bowed cello')),
+    'harp': (Name('harp'), Name('concert harp'), Name('orchestral harp'), Name('plucked harp')),
+    'clarinet': (Name('clarinet'), Name('solo clarinet'), Name('woody clarinet'), Name('mellow clarinet')),
+    'saxophone': (Name('saxophone'), Name('sax'), Name('tenor sax'), Name('jazz saxophone')),
+    'trumpet': (Name('trumpet'), Name('solo trumpet'), Name('bright trumpet'), Name('jazz trumpet')),
+    'accordion': (Name('accordion'), Name('squeezebox'), Name('button accordion'), Name('piano accordion')),
+    'choir': (Name('choir'), Name('voices', 'voice', plural=True), Name('chorus'), Name('vocal choir')),
 }
 
 ADJECTIVES = {

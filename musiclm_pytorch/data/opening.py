@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from torch.utils.data import Dataset
@@ -33,6 +33,7 @@ def open_pairs(
     synthetic_length: int = 20_000,
     synthetic_valid_length: int = 256,
     mentions: Mapping[str, float] | None = None,
+    sound_font: str | Sequence[str] | None = None,
 ) -> Dataset:
     """The data set at `source`: a folder, a manifest, MusicCaps' CSV (with `audio_folder`), shards, 'synthetic', which
     is `SyntheticMusic`, or 'scores', which is `ScoreMusic` with the sound font that it finds.
@@ -48,6 +49,7 @@ def open_pairs(
         mixed_shards: as in `ShardedAudioText`.
         synthetic_length, synthetic_valid_length: items of what is generated, in training and outside of it.
         mentions: of what is generated, the share of the captions that tell an attribute, as in `SyntheticMusic`.
+        sound_font: of what is generated, a path or several, as in `SyntheticMusic` and `ScoreMusic`.
 
     Raises:
         FileNotFoundError, ValueError: nothing is there, or nothing usable.
@@ -58,7 +60,8 @@ def open_pairs(
             raise ValueError(f'{source} music has no length of its own; give max_seconds')
         length, split = (synthetic_length, 'train') if training else (synthetic_valid_length, 'valid')
         make = GENERATED[str(source)]
-        return make(length, seed=seed, seconds=max_seconds, sample_rate=sample_rate, split=split, mentions=mentions)
+        more = dict(split=split, mentions=mentions, sound_font=sound_font)
+        return make(length, seed=seed, seconds=max_seconds, sample_rate=sample_rate, **more)
     path = Path(source)
     if audio_folder is None and (path.suffix == '.tar' or (path.is_dir() and any(path.glob('*.tar')))):
         return ShardedAudioText(source, **crops, training=training, mixed_shards=mixed_shards)
@@ -77,12 +80,14 @@ def open_whole_clips(
     synthetic_seconds: float = 10.0,
     synthetic_seed: int = 0,
     synthetic_mentions: Mapping[str, float] | None = None,
+    synthetic_sound_font: str | Sequence[str] | None = None,
 ) -> Dataset:
     """The same for what is computed once: items by index, alike at each visit, clips from beginning to end.
 
     Args:
         synthetic_length, synthetic_seconds: clips of what is generated, of its split 'train', and how long each is.
-        synthetic_seed, synthetic_mentions: their seed, and what their captions tell, as `mentions` of `open_pairs`.
+        synthetic_seed, synthetic_mentions, synthetic_sound_font: their seed, what their captions tell, and what plays
+            them, as `mentions` and `sound_font` of `open_pairs`.
         others: as in `open_pairs`.
     """
     generated = str(source) in GENERATED
@@ -95,5 +100,6 @@ def open_whole_clips(
         synthetic_length=synthetic_length,
         seed=synthetic_seed if generated else 0,
         mentions=synthetic_mentions,
+        sound_font=synthetic_sound_font,
     )
     return ShardItems(dataset) if isinstance(dataset, ShardedAudioText) else dataset

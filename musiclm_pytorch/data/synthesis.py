@@ -310,12 +310,16 @@ def render_notes(
 
     Args:
         notes, drums: what to play, with onsets and lengths in beats.
-        instrument: one of `PLAYED_BY`.
+        instrument: one of `PLAYED_BY`; ValueError for one that only a sound font has.
         tonic: pitch class that the drums are tuned to.
         bpm: beats per minute.
         samples, rate: length and sample rate in Hz of the wave.
         random: draws the player, the drum kit and where the first beat lies (10 to 60 ms after the start).
     """
+    if instrument not in PLAYED_BY:
+        raise ValueError(
+            f'the {instrument} is not synthesised, only {", ".join(PLAYED_BY)} are; give SyntheticMusic a sound_font'
+        )
     player = Player.draw(rate, 4 * rate, random)
     if instrument in BREATH:
         player.noise = shaped_noise(player.noise, rate, *BREATH[instrument])
@@ -338,9 +342,14 @@ def render_notes(
         level = 3.2 * random.uniform(0.8, 1.2)
         for note in drums:
             add(wave, kit[note.pitch], first + note.start * beat, note.loudness * level, rate)
-    wave *= envelope(samples, rate, 0.002, 0.02)
+    return finished(wave, rate, LOUDNESS)
+
+
+def finished(wave: np.ndarray, rate: int, loudness: float) -> np.ndarray:
+    """A clip with soft ends, of root mean square `loudness`, or less where peaks would pass `CEILING`."""
+    wave = wave * envelope(len(wave), rate, 0.002, 0.02)
     wave -= wave.mean()
-    gain = min(LOUDNESS / np.sqrt(np.mean(wave * wave)), CEILING / np.abs(wave).max())
+    gain = min(loudness / np.sqrt(np.mean(wave * wave)), CEILING / np.abs(wave).max())
     return wave * np.float32(gain)
 
 

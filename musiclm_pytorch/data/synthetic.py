@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+import os
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -34,6 +35,9 @@ class SyntheticMusic(GeneratedMusic):
     Captions leave attributes out now and then; `labels(i).mentioned` has those told. The split 'valid' has other
     music, and phrasings (sentence patterns, combinations of synonyms) that 'train' never uses.
 
+    With a sound font, 18 sampled instruments and a sampled drum kit play the same compositions, each instrument in
+    registers of its own: `SyntheticMusic(sound_font='FluidR3_GM.sf2')`. That needs the extra `scores` and FluidSynth.
+
     Args:
         length: number of items.
         seed: 0 or above; another seed, other items.
@@ -42,10 +46,14 @@ class SyntheticMusic(GeneratedMusic):
         split: 'train' or 'valid'.
         mentions: share of the captions that tell an attribute, such as `{'key': 0.5}`; 'bpm' and 'key' are shares of
             those that tell the tempo and the mode.
+        sound_font: path of a .sf2 or .sf3, or several, of which each item takes one; by default, eight instruments
+            are synthesised.
 
     Raises:
         TypeError: an argument of another type.
-        ValueError: an argument out of its range.
+        ValueError: an argument out of its range, a file that is no sound font.
+        FileNotFoundError: no sound font at a path.
+        ImportError: pyfluidsynth or FluidSynth is missing (when the first wave is rendered).
     """
 
     _ITEM = _ITEM
@@ -63,11 +71,19 @@ class SyntheticMusic(GeneratedMusic):
         sample_rate: int = 16000,
         split: str = 'train',
         mentions: Mapping[str, float] | None = None,
+        sound_font: str | os.PathLike | Sequence[str | os.PathLike] | None = None,
     ):
         if sample_rate < 8000:
             raise ValueError(f'sample_rate must be at least 8000 Hz, got {sample_rate}; resample the waves instead')
         super().__init__(length, seed=seed, seconds=seconds, sample_rate=sample_rate, split=split)
         self.mentions = check_shares(mentions or {})
+        self.sound_fonts = []
+        if sound_font is not None:
+            # what plays them takes a while to import
+            from musiclm_pytorch.data.scores.rendering import find_sound_fonts
+
+            self.sound_fonts = find_sound_fonts(sound_font)
+            self.ATTRIBUTES = attributes.SAMPLED_ATTRIBUTES
 
     def __getitem__(self, index: int) -> tuple[Tensor, str]:
         """The wave, `(samples,)` float32, and the caption of an item. Raises IndexError beyond the length."""
@@ -78,7 +94,7 @@ class SyntheticMusic(GeneratedMusic):
         """What is true of item `index`, in some 50 µs: nothing is synthesised."""
         index = self._index(index)
         mentioned = draw_mentions(generator(*self._key(_CAPTION, index)), self.mentions)
-        return MusicLabels.draw(generator(*self._key(_LABELS, index)), mentioned=mentioned)
+        return MusicLabels.draw(generator(*self._key(_LABELS, index)), self.ATTRIBUTES, mentioned=mentioned)
 
     def text(self, index: int) -> str:
         """The caption of item `index`, without its wave."""
@@ -91,12 +107,13 @@ class SyntheticMusic(GeneratedMusic):
 
         Raises TypeError for an unknown attribute, ValueError for a value outside its vocabulary.
         """
-        return MusicLabels.draw(generator(_LABELS, check_seed(seed)), **given)
+        return MusicLabels.draw(generator(_LABELS, check_seed(seed)), self.ATTRIBUTES, **given)
 
     def render(self, labels: MusicLabels, seed: int = 0) -> Tensor:
         """Music with these labels, `(samples,)` float32 in [-1, 1]; another seed, another piece.
 
-        The same in every data set of these `seconds` and `sample_rate`.
+        The same in every data set of these `seconds`, `sample_rate` and `sound_font`. Raises ValueError for an
+        instrument that only a sound font has.
         """
         return self._wave(labels, (_WAVE, check_seed(seed)))
 
@@ -118,17 +135,19 @@ class SyntheticMusic(GeneratedMusic):
     def _wave(self, labels: MusicLabels, key: tuple[int, ...]) -> Tensor:
         random = generator(*key)
         notes, drums = compose(labels, self.seconds * labels.bpm / 60, random)
-        wave = render_notes(
-            notes,
-            drums,
+        how = dict(
             instrument=labels.instrument,
-            tonic=labels.tonic,
             bpm=labels.bpm,
             samples=self.samples,
             rate=self.sample_rate,
             random=random,
         )
-        return torch.from_numpy(wave)
+        if self.sound_fonts:
+            from musiclm_pytorch.data.sampled import render_sampled
+
+            return torch.from_numpy(render_sampled(notes, drums, fonts=self.sound_fonts, **how))
+        return torch.from_numpy(render_notes(notes, drums, tonic=labels.tonic, **how))
 
     def __repr__(self) -> str:
-        return f'SyntheticMusic({self._shown()})'
+        fonts = ', '.join(it.name for it in self.sound_fonts)
+        return f'SyntheticMusic({self._shown()}{fonts and f", sound_font={fonts!r}"})'

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -31,6 +31,7 @@ SYNTHETIC = dict(
     synthetic_seconds=float,
     synthetic_seed=int,
     synthetic_mentions=dict[str, float],
+    synthetic_sound_font=str | Sequence[str] | None,
     synthetic_rendered=int,
 )
 CODEC_PARTS = ('codec', 'spectral_codec', 'pretrained_codec')

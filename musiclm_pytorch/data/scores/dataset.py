@@ -26,7 +26,7 @@ from musiclm_pytorch.data.scores.phrases import (
     known_of,
     write_caption,
 )
-from musiclm_pytorch.data.scores.rendering import Room, SoundFont, find_sound_font
+from musiclm_pytorch.data.scores.rendering import Room, SoundFont, find_sound_fonts
 from musiclm_pytorch.data.synthesis import CEILING, envelope
 
 # what a generator of random numbers is for; part of its key, so that no two uses share their numbers
@@ -100,10 +100,7 @@ class ScoreMusic(GeneratedMusic):
         if not 0 <= source_share <= 1:
             raise ValueError(f'source_share must lie in 0 to 1, got {source_share}')
         super().__init__(length, seed=seed, seconds=seconds, sample_rate=sample_rate, split=split)
-        several = isinstance(sound_font, Sequence) and not isinstance(sound_font, str)
-        if several and not sound_font:
-            raise ValueError('sound_font is an empty list; leave it out to look for one')
-        self.sound_fonts = [find_sound_font(it) for it in (sound_font if several else [sound_font])]
+        self.sound_fonts = find_sound_fonts(sound_font)
         if isinstance(sources, str):
             raise TypeError(f'sources must be a list of MIDI files and folders, such as [{sources!r}]')
         self._scores = files_of_split(find_scores(sources), split) if sources else []

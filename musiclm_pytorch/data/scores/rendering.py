@@ -62,6 +62,14 @@ def find_sound_font(sound_font: str | os.PathLike | None = None) -> Path:
     return path.resolve()
 
 
+def find_sound_fonts(sound_font: str | os.PathLike | Sequence[str | os.PathLike] | None = None) -> list[Path]:
+    """`find_sound_font` of one or of several. Raises ValueError for none in a list."""
+    several = isinstance(sound_font, Sequence) and not isinstance(sound_font, str)
+    if several and not sound_font:
+        raise ValueError('sound_font is an empty list; leave it out to look for one')
+    return [find_sound_font(it) for it in (sound_font if several else [sound_font])]
+
+
 @cache
 def _library() -> tuple[ModuleType, SimpleNamespace]:
     """pyfluidsynth, and functions of FluidSynth that it does not declare."""
