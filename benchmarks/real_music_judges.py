@@ -12,6 +12,7 @@ import importlib.util
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,7 +26,7 @@ from synthetic_figures import estimate_tempo
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
-from musiclm_pytorch import ScoreMusic
+from musiclm_pytorch import ScoreMusic, SyntheticMusic
 from musiclm_pytorch.atomic import atomic_write
 from musiclm_pytorch.data.audio import resample
 from musiclm_pytorch.data.scores.labels import ScoreLabels
@@ -43,9 +44,9 @@ AGREE = 0.04  # of two estimates of a tempo that are the same
 
 @dataclass
 class Clips:
-    """Rendered items of ScoreMusic: waves `(n, samples)` int16 at `RATE`, with their labels and captions."""
+    """Rendered items: waves `(n, samples)` int16 at `RATE`, with their labels and captions."""
 
-    music: ScoreMusic
+    music: ScoreMusic | SyntheticMusic
     waves: np.ndarray
     indices: list[int]
     name: str  # tells these clips from others
@@ -61,7 +62,7 @@ class Clips:
         return torch.from_numpy(self.waves[place].astype(np.float32) / 32767)
 
 
-def render(music: ScoreMusic, folder: Path) -> Clips:
+def render(music: ScoreMusic | SyntheticMusic, folder: Path) -> Clips:
     """All items of a data set, rendered once and kept in `folder`; those that the font cannot play are left out."""
     told = repr([music, [music.labels(i) for i in range(len(music))]])
     name = hashlib.sha256(told.encode()).hexdigest()[:12]
@@ -136,8 +137,8 @@ def grouped(family: str) -> str:
 class Probes:
     """A logistic regression for each attribute that is asked for: tempo from the rhythm, the others from musicnn."""
 
-    def __init__(self, heard: Heard, labels: Sequence[ScoreLabels]):
-        self.models = {name: self.fit(name, heard, [getattr(it, name) for it in labels]) for name in ASKED}
+    def __init__(self, heard: Heard, labels: Sequence[Any], asked: Sequence[str] = ASKED):
+        self.models = {name: self.fit(name, heard, [getattr(it, name) for it in labels]) for name in asked}
 
     @staticmethod
     def inputs(name: str, heard: Heard) -> np.ndarray:
