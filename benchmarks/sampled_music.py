@@ -3,10 +3,10 @@
     python benchmarks/sampled_music.py --model small    # beside 'tiny'
 
 Prompts are captions of SyntheticMusic in held-out phrasings; for comparison they are played by a sound font that
-training never hears (Debian: timgm6mb-soundfont). Instrument, register and drums are read by logistic regressions on the
-features of musicnn, the tempo by one on the rhythm; all were fitted to other real clips of that font. Beside the music,
+training never hears (Debian: timgm6mb-soundfont). Instrument, register and drums are read by logistic regressions on
+the features of musicnn, the tempo by one on the rhythm; all were fitted to other clips of that font. Beside the music,
 the best of 4 by MuLaN, stand real clips of the same labels, and what the codec, the fine stage from real coarse codes,
-and both later stages from real semantic tokens leave of those. FAD is taken on musicnn's features to further real clips.
+and both later stages from real semantic tokens leave of those. FAD is taken on those features to further real clips.
 
 Needs the extras `test` and `scores`, FluidSynth, the font, and the package musicnn (see `musicnn_judge.py`).
 """
