@@ -216,11 +216,11 @@ def test_the_recipe_of_a_whole_serves_its_parts(config):
 def test_recipes_that_ship(capsys):
     assert main(['recipes']) == 0
     names = {line.split()[0] for line in capsys.readouterr().out.splitlines()}
-    assert names == {'codec_neural', 'mulan_small', 'musiclm_small', 'musiclm_tiny'}
+    assert names == {'codec_neural', 'mulan_small', 'musiclm_sampled', 'musiclm_small', 'musiclm_tiny'}
     assert main(['recipes', 'mulan_small']) == 0
     assert yaml.safe_load(capsys.readouterr().out)['audio']['use_case'] == 'tonal'
     assert main(['recipes', 'large']) == 2
-    told = "no recipe 'large' in the package; known are codec_neural, mulan_small, musiclm_small"
+    told = "no recipe 'large' in the package; known are codec_neural, mulan_small, musiclm_sampled"
     assert told in capsys.readouterr().err
     with pytest.raises(FileNotFoundError, match='no recipe large, neither a file nor in the package'):
         MuLaNRecipe.load('large')
