@@ -305,10 +305,7 @@ class NeuralCodec(SpectrogramCodec):
 
     def _magnitudes(self, waves: Tensor) -> Tensor:
         """`(b, samples)` to amplitudes `(b, bins, t * frames)`, of whole code frames."""
-        count = self.count_frames(waves)
-        waves = F.pad(waves.float(), (self.n_fft // 2, self.n_fft // 2))
-        spectrum = torch.stft(waves, self.n_fft, self.hop, window=self.fft_window, center=False, return_complex=True)
-        return spectrum[..., : count * self.frames].abs() * (2 / self.fft_window.sum())
+        return self.spectra(waves) * (2 / self.fft_window.sum())
 
     def _inputs(self, magnitudes: Tensor) -> Tensor:
         bands = einsum(self.analysis, magnitudes.square(), 'd f, b f t -> b d t').sqrt()
