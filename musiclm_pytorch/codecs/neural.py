@@ -11,7 +11,7 @@ from einops import einsum, rearrange
 from torch import Tensor, nn
 
 from musiclm_pytorch.audiolm.codec import SpectrogramCodec, griffin_lim, integrate_phases
-from musiclm_pytorch.checks import records_config, typechecked
+from musiclm_pytorch.checks import check_not_negative, records_config, typechecked
 from musiclm_pytorch.codecs.residual import ResidualQuantizer, commitment_loss
 from musiclm_pytorch.mulan.spectrogram import mel_filters
 
@@ -120,8 +120,7 @@ class NeuralCodec(SpectrogramCodec):
         )
         if not 0 <= lookahead < kernel:
             raise ValueError(f'lookahead must lie between 0 and {kernel - 1}, less than kernel, got {lookahead}')
-        if iterations < 0:
-            raise ValueError(f'iterations must be 0 at least, got {iterations}')
+        check_not_negative(iterations=iterations)
         if not 0 <= quantizer_dropout <= 1:
             raise ValueError(f'quantizer_dropout must lie in [0, 1], got {quantizer_dropout}')
         self.iterations, self.quantizer_dropout = iterations, quantizer_dropout
