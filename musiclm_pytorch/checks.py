@@ -7,7 +7,7 @@ import inspect
 import math
 import re
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ParamSpec
 
 import numpy as np
@@ -61,6 +61,13 @@ def fitted(value: Any, hint: Any, where: str) -> Any:
     raise TypeError(f'{where} must be {shown_hint(hint)}, got {shown(value)}')
 
 
+def as_tuples(value: Any) -> Any:
+    """What a file of JSON or YAML holds, with tuples for its lists."""
+    if isinstance(value, dict):
+        return {name: as_tuples(item) for name, item in value.items()}
+    return tuple(map(as_tuples, value)) if isinstance(value, list) else value
+
+
 def shown_hint(hint: Any) -> str:
     told = hint.__name__ if inspect.isclass(hint) and not typing.get_args(hint) else str(hint)
     return told.replace('pathlib.', '').replace('typing.', '')
@@ -108,6 +115,20 @@ def check_positive(**values: float | None) -> None:
     for name, value in values.items():
         if value is not None and not (value > 0 and math.isfinite(value)):
             raise ValueError(f'{name} must be greater than 0, got {value}')
+
+
+def check_not_negative(**values: float) -> None:
+    """Raise ValueError unless each keyword is a number from zero on."""
+    for name, value in values.items():
+        if not value >= 0:
+            raise ValueError(f'{name} must be at least 0, got {value}')
+
+
+def check_choice(choices: Iterable[str], **values: str | None) -> None:
+    """Raise ValueError unless each keyword is None or one of `choices`."""
+    for name, value in values.items():
+        if value is not None and value not in choices:
+            raise ValueError(f'unknown {name} {value!r}; choose one of {", ".join(map(repr, choices))}')
 
 
 def check_probability(**values: float) -> None:

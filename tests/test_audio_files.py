@@ -312,6 +312,8 @@ def test_a_piece_at_another_rate_is_that_of_the_whole(rate):
         assert len(whole) == total
         for start, stop in [(0, total), (9000, 9001), (total - 1, total), (300, 9000), (5, 5), (total, total)]:
             torch.testing.assert_close(file.read_at(start, stop, rate), whole[start:stop], atol=1e-5, rtol=0)
+        with pytest.raises(ValueError, match=rf'samples 0 to {total + 1} at {rate} Hz lie outside'):
+            file.read_at(0, total + 1, rate)
 
 
 # ---- where files are used ----

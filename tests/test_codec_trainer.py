@@ -152,7 +152,7 @@ def test_crops():
         (dict(seconds=0.001), 'less than one frame of the codec, 0.004 s'),
         (dict(seconds=0.0), 'seconds must be greater than 0'),
         (dict(sample_rate=-1), 'sample_rate must be greater than 0'),
-        (dict(max_gain_db=-1.0), 'max_gain_db must be 0 at least'),
+        (dict(max_gain_db=-1.0), 'max_gain_db must be at least 0'),
         (dict(valid_frac=1.0), r'valid_frac must lie in \[0, 1\)'),
     ],
 )

@@ -71,15 +71,6 @@ def train_alone(folder, *, data=None, mulan=None, steps=STEPS, **keywords):
     return weights(trainer.model), trainer.train(num_train_steps=steps), weights(mulan)
 
 
-def train_together(folder, *, data=None, mulan=None, steps=STEPS, config, **keywords):
-    mulan = mulan or still_mulan(hierarchical_contrastive_loss=True)
-    config = config if isinstance(config, DistributedConfig) else DistributedConfig(backend='gloo', **config)
-    trainer = DistributedMuLaNTrainer(mulan, data or StillTones(), config, results_folder=folder, **COMMON, **keywords)
-    results = trainer.train(num_train_steps=steps)
-    assert trainer.step == steps
-    return results, weights(mulan)
-
-
 # ---- equality: all runs of a world in one start of its processes ----
 
 # name: batch size over all processes; config; keywords of the trainer; config of the second half of the run
@@ -361,8 +352,10 @@ config = DistributedConfig(
     world_size=2, backend='gloo', num_nodes=2, node_rank=int(sys.argv[2]), master_addr='127.0.0.1',
     master_port=int(sys.argv[3]),
 )
-_, trained = train_together(sys.argv[1], config=config, steps=3, batch_size=4)
-torch.save(trained, f'{{sys.argv[1]}}/{{sys.argv[2]}}.pt')
+mulan = still_mulan(hierarchical_contrastive_loss=True)
+trainer = DistributedMuLaNTrainer(mulan, StillTones(), config, batch_size=4, results_folder=sys.argv[1], **COMMON)
+trainer.train(num_train_steps=3)
+torch.save(weights(mulan), f'{{sys.argv[1]}}/{{sys.argv[2]}}.pt')
 """
 
 
@@ -432,8 +425,8 @@ def test_config_on_a_machine_with_gpus(monkeypatch):
         (dict(use_amp=True, amp_dtype='fp8'), "unknown amp_dtype 'fp8'"),
         (dict(amp_dtype='bf16'), 'does nothing without use_amp'),
         (dict(prefetch_factor=2), 'prefetch_factor=2 needs num_workers'),
-        (dict(num_workers=-1), 'num_workers and max_restarts must be at least 0'),
-        (dict(max_restarts=-1), 'num_workers and max_restarts must be at least 0'),
+        (dict(num_workers=-1), 'must be at least 0, got -1'),
+        (dict(max_restarts=-1), 'must be at least 0, got -1'),
         (dict(world_size=3, num_nodes=2, master_addr='a'), 'cannot be shared evenly'),
         (dict(world_size=2, num_nodes=2), 'needs master_addr'),
         (dict(node_rank=1), 'node_rank must lie in'),

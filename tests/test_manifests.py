@@ -231,7 +231,7 @@ def test_table_of_clips_holds_what_was_put_in(tmp_path):
         ('m.csv', 'audio,audio,caption\na.wav,b.wav,x\n', r"'audio' and 'audio' may mean the same; rename"),
         ('m.csv', 'audio,caption\n,x\n', r'line 2: no file name under audio'),
         ('m.jsonl', '{"audio": 3, "text": "x"}', r'line 1: audio must be the path of a file, got 3'),
-        ('m.jsonl', '{"audio": "a.wav", "text": "x", "text": "y"}', r"line 1: twice the key 'text' in one object"),
+        ('m.jsonl', '{"audio": "a.wav", "text": "x", "text": "y"}', r"line 1: the key 'text' is given twice"),
         # times
         ('m.csv', 'audio,caption,start,start_s\na.wav,x,1,2\n', r"'start' and 'start_s' may mean the same; rename"),
         ('m.csv', 'audio,caption,start_frame\na.wav,x,\nb.wav,x,90\n', r"line 3: start_frame '90' reads as a time"),

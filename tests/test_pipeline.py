@@ -1,12 +1,18 @@
 """`musiclm train all` and `train_musiclm`: from pairs to a MusicLM, in parts that are not made twice."""
 
+import contextlib
+import io
 import json
+import logging.handlers
+import shutil
 
 import pytest
 import torch
 import yaml
 from helpers.pipeline import STEPS, TINY
 from helpers.recipes import CODEC
+from helpers.sounds import ramp, write
+from helpers.training import assert_same
 from safetensors.torch import load_file
 
 from musiclm_pytorch import MusicLM, MusicLMRecipe, ShardedAudioText, SyntheticMusic, train_musiclm
@@ -21,82 +27,91 @@ from musiclm_pytorch.trainer.stage_recipes import STAGE_RECIPES
 PARTS = ['mulan', 'quantizer', 'tokenizer', 'codec', 'tokens', 'semantic', 'coarse', 'fine', 'musiclm']
 
 
-@pytest.fixture
-def config(tmp_path):
-    path = tmp_path / 'all.json'
+@pytest.fixture(scope='module')
+def config(tmp_path_factory):
+    path = tmp_path_factory.mktemp('recipe') / 'all.json'
     path.write_text(json.dumps(TINY))
     return path
 
 
-def test_from_pairs_to_music(tmp_path, music, config, capsys, caplog):
-    out = tmp_path / 'out'
-    command = ['train', 'all', '--data', str(music), '--output', str(out)]
-    assert main([*command, '--config', str(config), '--seed', '3']) == 0
-    printed = capsys.readouterr().out.splitlines()
+@pytest.fixture(scope='module')
+def music(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('music')
+    for index in range(3):
+        write(folder / f'{index}.wav', ramp(1), caption=f'clip {index}')
+    write(folder / 'mute.wav', ramp(1), caption=None)
+    return folder
+
+
+@pytest.fixture(scope='module')
+def whole(tmp_path_factory, music, config):
+    """The folder in which the command has trained every part, and what it printed and logged."""
+    folder, printed = tmp_path_factory.mktemp('whole') / 'out', io.StringIO()
+    logged = logging.handlers.BufferingHandler(capacity=1000)
+    logging.getLogger().addHandler(logged)
+    with contextlib.redirect_stdout(printed):
+        assert main(['train', 'all', '--data', str(music), '--output', str(folder), '--config', str(config)]) == 0
+    logging.getLogger().removeHandler(logged)
+    return folder, printed.getvalue().splitlines(), [record.getMessage() for record in logged.buffer]
+
+
+def assert_same_music(one, other):
+    assert (one.windows, one.sampling) == (other.windows, other.sampling)
+    assert_same(one.state_dict(), other.state_dict())
+
+
+def test_from_pairs_to_music(whole):
+    out, printed, logged = whole
     lines = [line for n, part in enumerate(PARTS, 1) for line in (f'part {n} of {len(PARTS)}, {part}', part)]
     assert [line.split(':')[0] for line in printed[: len(lines)]] == lines
     assert f'the model is in {out / "musiclm"}' in printed[-1]
-
     # every part opens the data, and what is left out of them is told once
-    assert sum('mute.wav' in line for line in caplog.messages) == 1
-
+    assert sum('mute.wav' in line for line in logged) == 1
     musiclm = MusicLM.from_pretrained(out / 'musiclm')
     assert musiclm.windows == (0.5, 0.2, 0.2)
     assert musiclm.sampling['cond_scale'] == 2.0
-    with torch.no_grad():
-        wave = musiclm('clip 0', seconds=0.6, seed=0)
+    wave = musiclm('clip 0', seconds=0.6, seed=0)
     assert wave.shape == (1, 4800)
     assert wave.isfinite().all()
-    kept = json.loads((out / 'recipe.json').read_text())
-    assert kept['semantic']['training']['seed'] == kept['mulan']['training']['seed'] == kept['quantizer']['seed'] == 3
 
-    # again: every part is passed over, and what was put together is the same
+
+def test_what_is_there_is_not_made_again(tmp_path, music, config, whole, capsys):
+    out = shutil.copytree(whole[0], tmp_path / 'out')
+    command = ['train', 'all', '--data', str(music), '--output', str(out), '--resume']
     weights = {path: path.stat().st_mtime_ns for path in out.rglob('last/model.safetensors')}
-    assert main([*command, '--resume']) == 0
+    assert main(command) == 0
     assert {path: path.stat().st_mtime_ns for path in out.rglob('last/model.safetensors')} == weights
-    again = MusicLM.from_pretrained(out / 'musiclm')
-    assert all(torch.equal(a, b) for a, b in zip(musiclm.state_dict().values(), again.state_dict().values()))
+    assert_same_music(*(MusicLM.from_pretrained(it / 'musiclm') for it in (out, whole[0])))
 
     # a part that is missing is made again, and nothing else
     (out / 'fine' / 'last' / 'config.json').unlink()
     del weights[out / 'fine' / 'last' / 'model.safetensors']
-    assert main([*command, '--resume']) == 0
+    assert main(command) == 0
     assert (out / 'fine' / 'last' / 'config.json').is_file()
     assert all(path.stat().st_mtime_ns == time for path, time in weights.items())
 
     # another recipe is not mixed with what is there
-    assert main([*command, '--resume', '--config', str(config)]) == 2
+    assert main([*command, '--config', str(config), '--seed', '3']) == 2
     assert 'has another recipe: mulan' in capsys.readouterr().err
 
 
-def test_an_interrupted_run_ends_as_one_that_was_not(tmp_path, music, config, monkeypatch):
-    recipe = MusicLMRecipe.load(config)
-    whole = train_musiclm(music, tmp_path / 'whole', recipe)
-    seen = []
-    build = pipeline._Parts.stage
-
-    def interrupted(self, name):
-        seen.append(name)
+def test_an_interrupted_run_ends_as_one_that_was_not(tmp_path, music, config, whole):
+    def interrupted(name, *_):
         if name == 'coarse':
             raise KeyboardInterrupt
-        build(self, name)
 
-    monkeypatch.setattr(pipeline._Parts, 'stage', interrupted)
     with pytest.raises(KeyboardInterrupt):
-        train_musiclm(music, tmp_path / 'parts', recipe)
-    monkeypatch.undo()
-    assert seen == ['semantic', 'coarse']
-    resumed = train_musiclm(music, tmp_path / 'parts', resume=True)
-    assert all(torch.equal(a, b) for a, b in zip(whole.state_dict().values(), resumed.state_dict().values()))
+        train_musiclm(music, tmp_path / 'parts', MusicLMRecipe.load(config), on_begin=interrupted)
+    train_musiclm(music, tmp_path / 'parts', resume=True)
+    assert_same_music(*(MusicLM.from_pretrained(it / 'musiclm') for it in (tmp_path / 'parts', whole[0])))
 
 
-def test_part_by_part_it_is_the_same(tmp_path, music, config):
-    whole, parts = tmp_path / 'whole', tmp_path / 'parts'
+def test_part_by_part_it_is_the_same(tmp_path, music, config, whole):
+    parts = tmp_path / 'parts'
 
     def run(*arguments):
         assert main([*map(str, arguments), '--config', str(config)]) == 0
 
-    run('train', 'all', '--data', music, '--output', whole)
     run('train', 'mulan', '--data', music, '--output', parts / 'mulan')
     for part in 'quantizer', 'tokenizer':
         run('train', part, '--mulan', parts / 'mulan', '--data', music, '--output', parts / part)
@@ -107,25 +122,19 @@ def test_part_by_part_it_is_the_same(tmp_path, music, config):
         given = ['--tokens', parts / 'tokens', '--quantizer', parts / 'quantizer']
         run('train', stage, *given, '--output', parts / stage)
     run('assemble', parts, '-o', tmp_path / 'musiclm')
-
-    one, other = MusicLM.from_pretrained(whole / 'musiclm'), MusicLM.from_pretrained(tmp_path / 'musiclm')
-    assert (one.windows, one.sampling) == (other.windows, other.sampling)
-    weights = other.state_dict()
-    assert weights.keys() == one.state_dict().keys()
-    assert all(torch.equal(it, weights[name]) for name, it in one.state_dict().items())
+    assert_same_music(*(MusicLM.from_pretrained(it) for it in (whole[0] / 'musiclm', tmp_path / 'musiclm')))
 
 
-def test_nothing_to_resume_is_told_and_faults_move_nothing(tmp_path, music, config, caplog, monkeypatch):
+def test_nothing_to_resume_is_told_and_faults_and_other_data_move_nothing(tmp_path, music, config, caplog):
     out, recipe = tmp_path / 'out', MusicLMRecipe.load(config)
     (tmp_path / 'out.2').mkdir()
     recipe.save(tmp_path / 'out.2')
 
-    def interrupted(self):
+    def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(pipeline._Parts, 'quantizer', interrupted)
     with pytest.raises(KeyboardInterrupt):
-        train_musiclm(music, out, recipe, resume=True)
+        train_musiclm(music, out, recipe, resume=True, on_begin=interrupted)
     said = (
         f'nothing to resume in {out}: every part is trained from its beginning; an earlier run is in {tmp_path}/out.2'
     )
@@ -134,18 +143,9 @@ def test_nothing_to_resume_is_told_and_faults_move_nothing(tmp_path, music, conf
     left = sorted(out.rglob('*'))
     with pytest.raises(FileNotFoundError):
         train_musiclm(tmp_path / 'nowhere', out, recipe)
+    with pytest.raises(ValueError, match=r"was begun with '.*music.*', now the data are '.*elsewhere'"):
+        train_musiclm(tmp_path / 'elsewhere', out, resume=True)
     assert sorted(out.rglob('*')) == left
-
-
-def test_other_data_are_not_mixed_in(tmp_path, music, config, monkeypatch):
-    def interrupted(self):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(pipeline._Parts, 'quantizer', interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        train_musiclm(music, tmp_path / 'out', MusicLMRecipe.load(config))
-    with pytest.raises(ValueError, match=r"was begun with '.*music', now the data are '.*elsewhere'"):
-        train_musiclm(tmp_path / 'elsewhere', tmp_path / 'out', resume=True)
 
 
 def test_with_a_soundstream_and_melodies(tmp_path, music, config):
@@ -199,7 +199,7 @@ def test_one_process_only(tmp_path, monkeypatch):
     assert not (tmp_path / 'out').exists()
 
 
-def test_the_recipe_of_a_whole_serves_its_parts(config):
+def test_the_recipe_of_a_whole_serves_its_parts(config, tmp_path):
     assert set(FITTED_PARTS) == set(FittedRecipe.SECTIONS)
     assert MuLaNRecipe.load(config).text['dim'] == 32
     assert STAGE_RECIPES['coarse'].load(config).training['seconds'] == 0.2
@@ -209,8 +209,8 @@ def test_the_recipe_of_a_whole_serves_its_parts(config):
     ):
         raise ValueError('x')
     # what a recipe of MuLaN alone says of its section mulan is no part
-    config.write_text(json.dumps(dict(mulan=dict(dim_latent=8))))
-    assert MuLaNRecipe.load(config).mulan['dim_latent'] == 8
+    (tmp_path / 'mulan.json').write_text(json.dumps(dict(mulan=dict(dim_latent=8))))
+    assert MuLaNRecipe.load(tmp_path / 'mulan.json').mulan['dim_latent'] == 8
 
 
 def test_recipes_that_ship(capsys):
@@ -265,7 +265,9 @@ def test_keys_on_the_command_line(tmp_path, config, monkeypatch, capsys):
     taken = []
     monkeypatch.setattr(pipeline, 'train_musiclm', lambda data, output, recipe, **_: taken.append(recipe))
     command = ['train', 'all', '--data', 'synthetic', '--output', str(tmp_path / 'out'), '--config', str(config)]
-    assert main([*command, '--semantic.training.lr', '1e-3', '--quantizer.codebook_size=8']) == 0
+    assert main([*command, '--semantic.training.lr', '1e-3', '--quantizer.codebook_size=8', '--seed', '3']) == 0
+    trained = [getattr(taken[0], part).training['seed'] for part in ('mulan', 'semantic', 'coarse', 'fine')]
+    assert {*trained, taken[0].fitted.quantizer['seed']} == {3}
     assert (taken[0].semantic.training['lr'], taken[0].fitted.quantizer['codebook_size']) == (1e-3, 8)
     assert taken[0].semantic.training['seconds'] == 0.5
     assert main([*command, '--pretrained_codec.source', 'elsewhere']) == 0  # takes the place of the spectral codec

@@ -104,7 +104,7 @@ def test_saved_and_cast(codec, tmp_path):
     assert torch.equal(loaded.to(torch.bfloat16).train().encode(waves), codes)
 
 
-@pytest.mark.parametrize('kind', KINDS)
+@pytest.mark.parametrize('kind', [LOUD, 'mimi'])
 def test_from_waves_to_saved_music(kind, tmp_path):
     model = make_codec_model(kind)
     model.save_pretrained(tmp_path / 'theirs')

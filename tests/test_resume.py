@@ -204,18 +204,6 @@ def test_a_better_model_outlives_a_run_without_its_checkpoint(tmp_path, caplog):
     assert (tmp_path / 'best.2').is_dir()
 
 
-def test_checkpoints_of_a_later_step_are_not_taken_for_the_newest(tmp_path, caplog):
-    trainer(tmp_path, checkpoint_every=2).train(num_train_steps=6, **QUIET)
-    newest = tmp_path / 'checkpoints' / 'step-000000006' / 'state.safetensors'
-    newest.write_bytes(newest.read_bytes()[:1000])
-    again = trainer(tmp_path, resume=True, max_checkpoints=1)
-    assert again.step == 4
-    again.train(num_train_steps=5, **QUIET)
-    assert [path.name for path in (tmp_path / 'checkpoints').iterdir()] == ['step-000000005']
-    assert [path.name for path in (tmp_path / 'checkpoints.1').iterdir()] == ['step-000000006']
-    assert 'the checkpoints of later steps than 4 are now in' in caplog.text
-
-
 def test_results_are_moved_when_nothing_can_fail_any_more(tmp_path, caplog, monkeypatch):
     folder = tmp_path / 'results'
     trained(folder)
@@ -384,7 +372,7 @@ from musiclm_pytorch.trainer.metrics_logger import Journal
 
 torch.set_num_threads(1)
 Journal.draw = lambda self: None  # takes long, and has no part in it
-SETTINGS = dict(checkpoint_every=2, validate_every=2)
+SETTINGS = dict(checkpoint_every=1, validate_every=1, max_checkpoints=1)
 
 def train(folder, stop_at=None, resume=False):
     '''In a process of its own, which ends right before the file that is counted is renamed or opened.'''
@@ -400,13 +388,13 @@ def train(folder, stop_at=None, resume=False):
                 counts = event == 'open' and str(arguments[0]).endswith('metrics.jsonl')
                 if event == 'os.rename':
                     counts = '/.step-' not in str(arguments[1])  # of a file in a checkpoint that is not there yet
-                if run.step == 4 and counts:
+                if run.step == 2 and counts:
                     count += 1
                     if count == stop_at:
                         os._exit(9)
 
             sys.addaudithook(watch)
-            run.train(num_train_steps=4)
+            run.train(num_train_steps=2)
             code = 0
         finally:
             os._exit(code)
@@ -442,7 +430,7 @@ def test_a_run_that_was_cut_off_anywhere_ends_with_the_same_best_model(tmp_path)
         [sys.executable, '-c', script, str(tmp_path)], env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    assert int(done.stdout.split()[0]) >= 6
+    assert int(done.stdout.split()[0]) >= 7
 
 
 # ---- held-out items ----

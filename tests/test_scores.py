@@ -85,13 +85,6 @@ def test_waves_have_the_loudness_of_their_dynamics(font, synth):
     assert loud > 2 * soft
 
 
-def test_indices_count_from_both_ends_and_stop(font):
-    data = music(font, length=3)
-    assert data.text(-1) == data.text(2)
-    with pytest.raises(IndexError, match='item 3 of a data set of 3'):
-        data.labels(3)
-
-
 def test_other_sound_fonts_play_the_same_music(font, synth, tmp_path):
     other = write_sound_font(tmp_path / 'other.sf2', gain=0.3)
     both = music(font, sound_font=[font, other])

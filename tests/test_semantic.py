@@ -23,7 +23,13 @@ from transformers import (
     WhisperForConditionalGeneration,
 )
 
-from musiclm_pytorch import MuLaNSemanticTokenizer, SemanticTokenizer, SyntheticMusic, TransformersSemanticTokenizer
+from musiclm_pytorch import (
+    MuLaNSemanticTokenizer,
+    MusicLMRecipe,
+    SemanticTokenizer,
+    TransformersSemanticTokenizer,
+    train_musiclm,
+)
 from musiclm_pytorch.atomic import read_checked_json
 from musiclm_pytorch.audiolm.convert import (
     CoarseTransformer,
@@ -177,23 +183,14 @@ def test_items_of_a_batch_do_not_see_each_other(tokenizer):
     assert torch.equal(together, torch.cat([tokenizer(wave[None]) for wave in waves]))
 
 
-def test_tokens_are_nearest_centres_of_the_features(tokenizer):
-    waves = 0.3 * torch.randn(2, 2000)
-    features = tokenizer.features(waves)
-    normal = (features - tokenizer.kmeans.mean) / tokenizer.kmeans.std
-    expected = (normal[:, :, None] - tokenizer.kmeans.centers).square().sum(dim=-1).argmin(dim=-1)
-    assert torch.equal(tokenizer(waves), expected)
-
-
-@pytest.mark.parametrize('factor', [2, 0.5])
-def test_waves_of_another_rate_are_resampled(tokenizer, factor):
-    own, rate = tokenizer.target_sample_hz, int(tokenizer.target_sample_hz * factor)
+@pytest.mark.parametrize('rate', [16000, 4000])
+def test_waves_of_another_rate_are_resampled(mulan_tokenizer, rate):
     waves = torch.stack(sounds(rate))
-    expected = tokenizer(resample(waves, rate, own))
-    found = tokenizer(waves, input_sample_hz=rate)
+    expected = mulan_tokenizer(resample(waves, rate, 8000))
+    found = mulan_tokenizer(waves, input_sample_hz=rate)
     assert found.shape == expected.shape
     assert (found == expected).float().mean() > 0.97  # resampling differs in rounding at the end
-    assert torch.equal(tokenizer(waves, input_sample_hz=own), tokenizer(waves))
+    assert torch.equal(mulan_tokenizer(waves, input_sample_hz=8000), mulan_tokenizer(waves))
 
 
 def test_the_same_while_something_around_it_trains(tokenizer):
@@ -236,7 +233,6 @@ def test_saved_and_rebuilt(tokenizer, tmp_path):
         assert type(rebuilt) is type(tokenizer)
         assert torch.equal(rebuilt(waves), tokenizer(waves))
         assert rebuilt.num_tokens(3000) == tokenizer.num_tokens(3000)
-        assert rebuilt._window == tokenizer._window
     rebuilt.save_pretrained(tmp_path / 'again')
     for path in files:
         twin = tmp_path / 'again' / path.relative_to(tmp_path / 'saved')
@@ -262,28 +258,21 @@ def train_a_step(wrapper, wave):
     assert_same(weights(wrapper.wav2vec), before)
 
 
-def test_the_semantic_stage_trains_with_it(tokenizer):
-    transformer = SemanticTransformer(
-        num_semantic_tokens=tokenizer.codebook_size, dim=16, depth=1, heads=2, flash_attn=False
-    )
+@pytest.mark.parametrize('kind', ['mulan', 'hubert'])
+def test_the_semantic_and_the_coarse_stage_train_with_it(kind, tmp_path):
+    tokenizer, sizes = build(kind, tmp_path), dict(num_semantic_tokens=CODES, dim=16, depth=1, heads=2)
+    transformer = SemanticTransformer(**sizes, flash_attn=False)
     wrapper = SemanticTransformerWrapper(transformer=transformer, wav2vec=tokenizer)
     train_a_step(wrapper, torch.stack(sounds(tokenizer.target_sample_hz))[2:])
     # and is asked to go on from a wave of another rate
     rate = tokenizer.target_sample_hz * 2
     ids = wrapper.generate(prime_wave=sounds(rate)[3][None], prime_wave_input_sample_hz=rate, max_length=8)
     assert ids.shape[0] == 1
-
-
-@pytest.mark.parametrize('kind', ['mulan', 'hubert'])
-def test_the_coarse_stage_trains_with_it(kind, tmp_path):
-    tokenizer = build(kind, tmp_path)
     codec = SoundStream(
         channels=4, strides=(2, 4, 4), channel_mults=(1, 2, 2), codebook_dim=8, codebook_size=8, rq_num_quantizers=3,
         target_sample_hz=tokenizer.target_sample_hz, attn_dim_head=4, attn_heads=1, use_local_attn=False,
     )  # fmt: skip
-    transformer = CoarseTransformer(
-        num_semantic_tokens=tokenizer.codebook_size, codebook_size=8, num_coarse_quantizers=2, dim=16, depth=1, heads=2
-    )
+    transformer = CoarseTransformer(**sizes, codebook_size=8, num_coarse_quantizers=2)
     wrapper = CoarseTransformerWrapper(transformer=transformer, codec=codec, wav2vec=tokenizer)
     train_a_step(wrapper, torch.stack(sounds(tokenizer.target_sample_hz, 0.1))[2:])
 
@@ -340,16 +329,6 @@ def test_any_data_of_waves_will_do(mulan_tokenizer, caplog):
     for batch_size in (2, 8):
         mulan_tokenizer.fit([first, second[:3000], third, torch.randn(4000)], max_items=3, batch_size=batch_size)
         torch.testing.assert_close(mulan_tokenizer.kmeans.mean, mean)
-
-
-def test_a_data_set_tells_its_rate(mulan_tokenizer):
-    music = SyntheticMusic(2, seconds=1, sample_rate=16000)
-    mulan_tokenizer.fit(music)
-    mean = mulan_tokenizer.kmeans.mean.clone()
-    mulan_tokenizer.fit([music[0], music[1]], sample_rate=16000)
-    assert torch.equal(mulan_tokenizer.kmeans.mean, mean)
-    mulan_tokenizer.fit([music[0], music[1]])  # taken for 8 kHz
-    assert not torch.allclose(mulan_tokenizer.kmeans.mean, mean, atol=1e-3)
 
 
 # MuLaN's tower
@@ -666,11 +645,10 @@ def test_features_are_those_of_the_part_that_hears(kind, tmp_path):
             TransformersSemanticTokenizer(model, CODES, layer=1, feature_extractor=extractor)
 
 
-@pytest.mark.parametrize('kind', ['hubert', 'whisper', 'clap'])
-def test_from_waves_to_saved_music(kind, tmp_path):
+def test_from_waves_to_saved_music(tmp_path):
     from helpers.pretrained_parts import from_waves_to_saved_music
 
-    tokenizer = build(kind, tmp_path)
+    tokenizer = build('whisper', tmp_path)
     loaded = from_waves_to_saved_music(tmp_path, tokenizer=tokenizer)
     waves = 0.3 * torch.randn(2, 3000)
     assert torch.equal(loaded.tokenizer.encode(waves), tokenizer.encode(waves))
@@ -687,12 +665,17 @@ def test_by_command_line(tmp_path, music, capsys):
     tokenizer = SemanticTokenizer.from_pretrained(tmp_path / 'tokenizer')
     assert (tokenizer.layer, tokenizer.codebook_size) == (2, 4)
 
+    def stop(name, *_):
+        if name == 'codec':
+            raise InterruptedError
+
     config = tmp_path / 'all.json'
     section = dict(codebook_size=4, model=str(tmp_path / 'whisper'), layer=2)
-    config.write_text(json.dumps({**TINY, 'tokenizer': section}))
-    command = ['train', 'all', '--data', str(music), '--output', str(tmp_path / 'out'), '--config', str(config)]
-    assert main(command) == 0
-    kept = SemanticTokenizer.from_pretrained(tmp_path / 'out' / 'musiclm' / 'tokenizer')
+    with pytest.raises(InterruptedError):
+        train_musiclm(
+            music, tmp_path / 'out', MusicLMRecipe().updated(TINY | dict(tokenizer=section), ''), on_begin=stop
+        )
+    kept = SemanticTokenizer.from_pretrained(tmp_path / 'out' / 'tokenizer')
     assert torch.equal(kept.features(torch.ones(1, 900)), tokenizer.features(torch.ones(1, 900)))
     config.write_text(json.dumps({**TINY, 'tokenizer': section | dict(model=str(tmp_path / 'nowhere'))}))
     assert main(['train', 'all', '--data', str(music), '--output', str(tmp_path / 'x'), '--config', str(config)]) == 2

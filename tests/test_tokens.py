@@ -19,14 +19,18 @@ def files(folder):
     return {path: path.stat().st_mtime_ns for path in sorted(folder.rglob('*.safetensors'))}
 
 
+@pytest.fixture(scope='module')
+def tokens(tmp_path_factory):
+    return compute(tmp_path_factory.mktemp('tokens'))
+
+
 # ---- computing ----
 
 
-def test_tokens_of_long_and_short_clips_are_those_of_the_whole(tmp_path):
+def test_tokens_of_long_and_short_clips_are_those_of_the_whole(tokens):
     """Windows of 3 s with context: every frame of every clip once, in order; what cannot be read is left out."""
-    compute(tmp_path)
-    semantic = TokenCrops(tmp_path, 'semantic', seconds=60, conditioning=False, training=False)
-    fine = TokenCrops(tmp_path, 'fine', seconds=60, conditioning=False, training=False)
+    semantic = TokenCrops(tokens, 'semantic', seconds=60, conditioning=False, training=False)
+    fine = TokenCrops(tokens, 'fine', seconds=60, conditioning=False, training=False)
     assert semantic.items.tolist() == [0, 1, 3, 4]
     for index, seconds in enumerate((2.0, 9.6, 4.0, 4.0)):
         assert torch.equal(semantic[index]['semantic'], torch.arange(round(seconds * 50)))
@@ -250,7 +254,6 @@ def test_what_cannot_be_computed_is_said(tmp_path, dataset, keywords, error, mes
         (dict(stage='coarse', items=[2]), ValueError, "no item with tokens for the stage 'coarse'"),
     ],
 )
-def test_crops_that_cannot_be_taken(tmp_path, arguments, error, message):
-    compute(tmp_path)
+def test_crops_that_cannot_be_taken(tokens, arguments, error, message):
     with pytest.raises(error, match=message):
-        TokenCrops(tmp_path, **{**dict(conditioning=False), **arguments})
+        TokenCrops(tokens, **{**dict(conditioning=False), **arguments})

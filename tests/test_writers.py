@@ -11,12 +11,14 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 from helpers.files import largest_file
+from helpers.recipes import SHORT, written
 from helpers.stage_parts import compute
 from helpers.training import trainer
 
@@ -276,9 +278,11 @@ def test_signals_end_real_processes(music, tmp_path):
     for index in range(500):
         for suffix in ('wav', 'txt'):
             (many / f'{index}.{suffix}').symlink_to(music / f'0.{suffix}')
+    endless = ['--steps', 100000, '--validate-every', 100000, '--checkpoint-every', 100000, '--workers', 1]
+    training = ['--data', 'synthetic', '--config', written(tmp_path, SHORT), *endless]
     given = {
         signal.SIGTERM: ['shard', many, '--shard-size', 2, '-o', tmp_path / 'shards'],
-        signal.SIGINT: ['shard', many, '--shard-size', 2, '-o', tmp_path / 'more'],
+        signal.SIGINT: ['train', 'mulan', *training, '--output', tmp_path / 'run'],
         signal.SIGHUP: ['generate', *['a flute'] * 50, '--seconds', 0.5, '-o', tmp_path / 'pieces'],
     }
     running = {
@@ -294,20 +298,29 @@ def test_signals_end_real_processes(music, tmp_path):
     }
     told = {}
     for number, process in running.items():
-        assert process.stdout.readline()  # of the first shard, the first piece
+        if number == signal.SIGINT:  # training prints nothing before its end
+            while not (tmp_path / 'run' / 'metrics.jsonl').exists():
+                assert process.poll() is None
+                time.sleep(0.05)
+        else:
+            assert process.stdout.readline()  # of the first shard, the first piece
         os.killpg(process.pid, number)
         told[number] = process.communicate(timeout=WAITS)[1]
         assert process.returncode == CODES[number], told[number]
         with pytest.raises(ProcessLookupError):
             os.killpg(process.pid, 0)
-    assert told[signal.SIGTERM] == told[signal.SIGINT] == 'musiclm shard: interrupted\n'
+    assert told[signal.SIGTERM] == 'musiclm shard: interrupted\n'
+    (stopped,) = re.findall(r'stopped by SIGINT at step (\d+) of 100000, with a checkpoint', told[signal.SIGINT])
+    assert 'Traceback' not in told[signal.SIGINT]
+    assert [path.name for path in (tmp_path / 'run' / 'checkpoints').iterdir()] == [f'step-{int(stopped):09d}']
     done = re.fullmatch(
         r'musiclm generate: interrupted; (\d+) of 50 pieces are done, on the page in .*\n', told[signal.SIGHUP]
     )
     assert 1 <= int(done[1]) < 50
     assert not [*tmp_path.rglob('.*')]
-    left = [json.loads((tmp_path / name / 'index.json').read_text()) for name in ('shards', 'more')]
-    assert all(0 < len(it['shards']) < 250 and not it['complete'] for it in left)
+    left = json.loads((tmp_path / 'shards' / 'index.json').read_text())
+    assert 0 < len(left['shards']) < 250
+    assert not left['complete']
 
 
 def compilers(seconds, cache):

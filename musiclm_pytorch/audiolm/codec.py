@@ -203,6 +203,13 @@ class SpectrogramCodec(FrameCodec):
         if not self.is_fitted:
             raise ValueError(f'this codec has no codebooks yet; {self.how_to_fit}')
 
+    def spectra(self, waves: Tensor) -> Tensor:
+        """Magnitudes `(b, bins, t * frames)` of waves `(b, samples)`, of whole code frames."""
+        count = self.count_frames(waves)
+        waves = F.pad(waves.float(), (self.n_fft // 2, self.n_fft // 2))
+        spectrum = torch.stft(waves, self.n_fft, self.hop, window=self.fft_window, center=False, return_complex=True)
+        return spectrum[..., : count * self.frames].abs()
+
     def told(self) -> str:
         return f'{"fitted" if self.is_fitted else "not fitted"}, {super().told()}'
 

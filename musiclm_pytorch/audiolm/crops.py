@@ -20,7 +20,7 @@ from torch.utils.data import Dataset
 from musiclm_pytorch.atomic import read_tensors
 from musiclm_pytorch.audiolm.stages import PAD
 from musiclm_pytorch.audiolm.tokens import SHARD, STREAM_FILE, read_stream, shard_identity
-from musiclm_pytorch.checks import check_positive, typechecked
+from musiclm_pytorch.checks import check_choice, check_positive, typechecked
 
 # length of the crops that each stage is trained on (MusicLM, arXiv 2301.11325, section 4.1), in seconds
 STAGE_SECONDS = dict(semantic=30.0, coarse=10.0, fine=3.0)
@@ -64,8 +64,7 @@ class TokenCrops(Dataset):
         training: bool = True,
         items: Sequence[int] | None = None,
     ):
-        if stage not in STAGE_STREAMS:
-            raise ValueError(f'unknown stage {stage!r}; choose one of {", ".join(map(repr, STAGE_STREAMS))}')
+        check_choice(STAGE_STREAMS, stage=stage)
         check_positive(seconds=seconds)
         if not 0 <= text_share <= 1:
             raise ValueError(f'text_share must lie in [0, 1], got {text_share}')

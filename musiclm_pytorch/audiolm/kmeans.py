@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 import numpy as np
 import torch
-from einops import einsum, reduce
+from einops import einsum
 from torch import Tensor
 
 from musiclm_pytorch.checks import check_positive
@@ -14,6 +14,12 @@ from musiclm_pytorch.mulan.spectrogram import Float32Buffers
 
 # frames looked at in one step of the k-means
 BATCH = 4096
+
+
+def nearest(vectors: Tensor, centers: Tensor) -> Tensor:
+    """Which of centres `(c, d)` is nearest to each of vectors `(…, d)`: `(…)` int64."""
+    # |x - c|² = |x|² - 2 (x · c - |c|² / 2), and |x|² is the same for all centres
+    return (einsum(vectors, centers, '... d, c d -> ... c') - centers.square().sum(dim=-1) / 2).argmax(dim=-1)
 
 
 class KMeansCodebook(Float32Buffers):
@@ -39,10 +45,7 @@ class KMeansCodebook(Float32Buffers):
 
     def forward(self, features: Tensor) -> Tensor:
         """`(…, dim)` features to the index of the nearest centre, `(…)` int64."""
-        centers = self.centers.float()
-        scores = einsum(self.normalise(features), centers, '... d, c d -> ... c')
-        # |x - c|² = |x|² - 2 (x · c - |c|² / 2), and |x|² is the same for all centres
-        return (scores - reduce(centers.square(), 'c d -> c', 'sum') / 2).argmax(dim=-1)
+        return nearest(self.normalise(features), self.centers.float())
 
     def normalise(self, features: Tensor) -> Tensor:
         return (features.float() - self.mean.float()) / self.std.float()

@@ -12,6 +12,7 @@ from torch import nn
 
 from musiclm_pytorch.audiolm import convert
 from musiclm_pytorch.audiolm.stages import STAGES
+from musiclm_pytorch.checks import as_tuples
 from musiclm_pytorch.mulan import checkpoint
 
 # where each class comes from
@@ -75,7 +76,8 @@ def load_module(
     if config['model'] not in [*KINDS]:
         raise ValueError(f'{folder} holds a {config["model"]!r}, not one of {", ".join(KINDS)}')
     kind = _class(config['model'])
-    config = replace(config, content={**config.content, 'keywords': _tuples(config['keywords'])})
+    # JSON has no tuples, and audiolm-pytorch no lists
+    config = replace(config, content={**config.content, 'keywords': as_tuples(config['keywords'])})
     module = config.build(kind, 'keywords')
     checkpoint.load_strictly(module, weights, source=folder)
     return place(module.eval())
@@ -83,10 +85,3 @@ def load_module(
 
 def _class(name: str) -> Any:
     return getattr(import_module(KINDS[name]), name)
-
-
-def _tuples(value: Any) -> Any:
-    """JSON has no tuples, and audiolm-pytorch no lists."""
-    if isinstance(value, dict):
-        return {name: _tuples(item) for name, item in value.items()}
-    return tuple(_tuples(item) for item in value) if isinstance(value, list) else value

@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from einops import einsum, rearrange
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from musiclm_pytorch.audiolm.codec import BlockPhases, SpectrogramCodec
+from musiclm_pytorch.audiolm.kmeans import nearest
 from musiclm_pytorch.checks import check_positive, records_config, typechecked
 from musiclm_pytorch.data.audio import resample
 from musiclm_pytorch.data.collate import read_item
@@ -98,7 +98,11 @@ class SpectralCodec(SpectrogramCodec):
     @torch.no_grad()
     def encode(self, waves: Tensor) -> Tensor:
         self.check_fitted()
-        return self._quantize(self._vectors(waves))
+        residual, codes = (self._vectors(waves) - self.mean) @ self.basis, []
+        for codebook in self.codebooks:
+            codes.append(nearest(residual, codebook))
+            residual = residual - codebook[codes[-1]]
+        return torch.stack(codes, dim=-1)
 
     def decode(self, codes: Tensor) -> Tensor:
         waves = list(self.decode_stream([codes]))
@@ -195,23 +199,8 @@ class SpectralCodec(SpectrogramCodec):
 
     def _vectors(self, waves: Tensor) -> Tensor:
         """`(b, samples)` to `(b, samples // downsample_factor, d)`."""
-        codes = self.count_frames(waves)
-        waves = F.pad(waves, (self.n_fft // 2, self.n_fft // 2))
-        spectrum = torch.stft(
-            waves, self.n_fft, self.hop, window=self.fft_window.to(waves), center=False, return_complex=True
-        )
-        power = spectrum[..., : codes * self.frames].abs().square()
-        levels = einsum(self.analysis.to(waves), power, 'd f, b f t -> b d t') ** (LOUDNESS / 2)
+        levels = einsum(self.analysis, self.spectra(waves).square(), 'd f, b f t -> b d t') ** (LOUDNESS / 2)
         return rearrange(levels, 'b d (t f) -> b t (f d)', f=self.frames)
-
-    def _quantize(self, vectors: Tensor) -> Tensor:
-        """The nearest code of each level to what the levels before leave, `(b, t, q)`."""
-        residual, codes = (vectors - self.mean) @ self.basis, []
-        for codebook in self.codebooks:
-            scores = einsum(residual, codebook, 'b t d, c d -> b t c') - codebook.square().sum(dim=-1) / 2
-            codes.append(scores.argmax(dim=-1))
-            residual = residual - codebook[codes[-1]]
-        return torch.stack(codes, dim=-1)
 
     def vectors_of(self, codes: Tensor) -> Tensor:
         """The sum of the codes' centres, in principal components."""

@@ -32,7 +32,7 @@ from tqdm.auto import tqdm
 from musiclm_pytorch.atomic import free_name, read_checked_json, write_checked_json, write_tensors
 from musiclm_pytorch.audiolm.convert import own_codec, own_tokenizer
 from musiclm_pytorch.audiolm.fingerprints import differences, fingerprint, fingerprint_data
-from musiclm_pytorch.checks import check_positive, fitted, typechecked
+from musiclm_pytorch.checks import check_choice, check_positive, fitted, typechecked
 from musiclm_pytorch.data.audio import resample, windows
 from musiclm_pytorch.data.collate import read_item
 from musiclm_pytorch.data.rates import agreed_rate
@@ -120,8 +120,7 @@ def compute_tokens(
         mulan_seconds=mulan_seconds,
         mulan_hop=mulan_hop,
     )
-    if on_change not in ON_CHANGE:
-        raise ValueError(f'unknown on_change {on_change!r}; choose one of {", ".join(map(repr, ON_CHANGE))}')
+    check_choice(ON_CHANGE, on_change=on_change)
     if getattr(dataset, 'training', False):
         raise ValueError(
             f'this {type(dataset).__name__} draws crops at random; tokens are computed once: pass '

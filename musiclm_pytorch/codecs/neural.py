@@ -11,7 +11,7 @@ from einops import einsum, rearrange
 from torch import Tensor, nn
 
 from musiclm_pytorch.audiolm.codec import SpectrogramCodec, griffin_lim, integrate_phases
-from musiclm_pytorch.checks import records_config, typechecked
+from musiclm_pytorch.checks import check_not_negative, records_config, typechecked
 from musiclm_pytorch.codecs.residual import ResidualQuantizer, commitment_loss
 from musiclm_pytorch.mulan.spectrogram import mel_filters
 
@@ -120,8 +120,7 @@ class NeuralCodec(SpectrogramCodec):
         )
         if not 0 <= lookahead < kernel:
             raise ValueError(f'lookahead must lie between 0 and {kernel - 1}, less than kernel, got {lookahead}')
-        if iterations < 0:
-            raise ValueError(f'iterations must be 0 at least, got {iterations}')
+        check_not_negative(iterations=iterations)
         if not 0 <= quantizer_dropout <= 1:
             raise ValueError(f'quantizer_dropout must lie in [0, 1], got {quantizer_dropout}')
         self.iterations, self.quantizer_dropout = iterations, quantizer_dropout
@@ -305,10 +304,7 @@ class NeuralCodec(SpectrogramCodec):
 
     def _magnitudes(self, waves: Tensor) -> Tensor:
         """`(b, samples)` to amplitudes `(b, bins, t * frames)`, of whole code frames."""
-        count = self.count_frames(waves)
-        waves = F.pad(waves.float(), (self.n_fft // 2, self.n_fft // 2))
-        spectrum = torch.stft(waves, self.n_fft, self.hop, window=self.fft_window, center=False, return_complex=True)
-        return spectrum[..., : count * self.frames].abs() * (2 / self.fft_window.sum())
+        return self.spectra(waves) * (2 / self.fft_window.sum())
 
     def _inputs(self, magnitudes: Tensor) -> Tensor:
         bands = einsum(self.analysis, magnitudes.square(), 'd f, b f t -> b d t').sqrt()

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import torch
 import torch.nn.functional as F
-from einops import einsum
 from torch import Tensor, nn
 
+from musiclm_pytorch.audiolm.kmeans import nearest
 from musiclm_pytorch.collectives import mean_over_ranks
 
 BATCH = 4096  # vectors looked at in one step of the k-means
@@ -35,9 +35,7 @@ class ResidualQuantizer(nn.Module):
         found, codes = torch.zeros_like(vectors), []
         for level, codebook in enumerate(self.codebooks[:levels]):
             residual = (vectors - found).detach()
-            # the nearest: |x - c|² = |x|² - 2 (x · c - |c|² / 2)
-            scores = einsum(residual, codebook, 'b t d, c d -> b t c') - codebook.square().sum(dim=-1) / 2
-            codes.append(scores.argmax(dim=-1))
+            codes.append(nearest(residual, codebook))
             found = found + codebook[codes[-1]]
             if self.training:
                 self._follow(level, residual.flatten(0, 1), codes[-1].flatten())

@@ -158,11 +158,12 @@ def captions_in_file(content: bytes, suffix: str, name: str) -> list[str]:
         raise ValueError(f'{name}: {error}') from error
 
 
-def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def once(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
+    """A dict of pairs. Raises ValueError for a key that is there twice."""
     found = dict(pairs)
     if len(found) < len(pairs):
         keys = [key for key, _ in pairs]
-        raise ValueError(f'twice the key {next(key for key in keys if keys.count(key) > 1)!r} in one object')
+        raise ValueError(f'the key {next(key for key in keys if keys.count(key) > 1)!r} is given twice')
     return found
 
 

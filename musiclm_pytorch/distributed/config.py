@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from musiclm_pytorch.checks import check_positive, typechecked
+from musiclm_pytorch.checks import check_choice, check_not_negative, check_positive, typechecked
 from musiclm_pytorch.kernels.processor import half_precision
 
 BACKENDS = {'nccl': 'cuda', 'gloo': 'cpu'}
@@ -76,10 +76,7 @@ class DistributedConfig:
             num_nodes=self.num_nodes,
             prefetch_factor=self.prefetch_factor,
         )
-        if self.num_workers < 0 or self.max_restarts < 0:
-            raise ValueError(
-                f'num_workers and max_restarts must be at least 0, got {self.num_workers} and {self.max_restarts}'
-            )
+        check_not_negative(num_workers=self.num_workers, max_restarts=self.max_restarts)
         if self.prefetch_factor is not None and self.num_workers == 0:
             raise ValueError(f'prefetch_factor={self.prefetch_factor} needs num_workers of at least 1')
         self._resolve_backend()
@@ -105,8 +102,7 @@ class DistributedConfig:
         cuda = torch.cuda.is_available()
         if self.backend is None:
             self._set(backend='nccl' if cuda else 'gloo')
-        if self.backend not in BACKENDS:
-            raise ValueError(f"unknown backend {self.backend!r}; choose 'nccl' (GPUs) or 'gloo' (CPUs)")
+        check_choice(BACKENDS, backend=self.backend)
         if self.backend == 'nccl' and not cuda:
             raise ValueError("backend='nccl' needs CUDA, which is not available; use 'gloo'")
 
@@ -137,10 +133,9 @@ class DistributedConfig:
             raise ValueError(f'world_size={self.world_size} needs use_ddp or use_fsdp: without, processes drift apart')
         if self.use_fsdp and self.find_unused_parameters:
             raise ValueError('find_unused_parameters is a setting of DDP; FSDP does not wait for unused parameters')
-        if self.compile and self.use_fsdp:
-            raise ValueError('compile works with use_ddp only')
-        if self.sync_batchnorm and self.use_fsdp:
-            raise ValueError('sync_batchnorm works with use_ddp only')
+        for name in ('compile', 'sync_batchnorm'):
+            if getattr(self, name) and self.use_fsdp:
+                raise ValueError(f'{name} works with use_ddp only')
 
     def _resolve_precision(self) -> None:
         if not self.use_amp:
@@ -149,8 +144,7 @@ class DistributedConfig:
             return
         if self.amp_dtype is None:
             self._set(amp_dtype=half_precision(self.device_type))
-        if self.amp_dtype not in AMP_DTYPES:
-            raise ValueError(f'unknown amp_dtype {self.amp_dtype!r}; choose one of {", ".join(map(repr, AMP_DTYPES))}')
+        check_choice(AMP_DTYPES, amp_dtype=self.amp_dtype)
         if self.amp_dtype == 'fp16' and (self.device_type == 'cpu' or self.use_fsdp):
             raise ValueError("amp_dtype='fp16' works on CUDA with use_ddp only; use 'bf16'")
 

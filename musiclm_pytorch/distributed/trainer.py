@@ -75,7 +75,8 @@ class WorldTrainer(MuLaNTrainer):
             raise ValueError('use_ema=True needs the whole model in every process; use_fsdp=True shares it out')
         self.whole_model = mulan
         if config.sync_batchnorm:
-            _synchronise_batchnorm(mulan, config.device_type)
+            _check_batchnorm(mulan, config.device_type)
+            nn.SyncBatchNorm.convert_sync_batchnorm(mulan)
         self.sharded = config.use_fsdp
         model = copy.deepcopy(mulan) if self.sharded else mulan
         if config.gradient_checkpointing or config.use_fsdp:
@@ -384,11 +385,6 @@ def _check_batchnorm(mulan: MuLaN, device_type: str) -> None:
             f'sync_batchnorm=True: torch synchronises BatchNorm on CUDA only, and the model has {found[0]}; '
             'pass sync_batchnorm=False, or replace them by GroupNorm'
         )
-
-
-def _synchronise_batchnorm(mulan: MuLaN, device_type: str) -> None:
-    _check_batchnorm(mulan, device_type)
-    nn.SyncBatchNorm.convert_sync_batchnorm(mulan)
 
 
 def _launcher() -> str:

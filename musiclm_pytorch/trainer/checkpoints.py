@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import random
 import re
 import shutil
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
 from torch import Tensor
 
@@ -25,9 +27,9 @@ from musiclm_pytorch.atomic import (
     written_together,
 )
 
-WEIGHTS = 'weights'  # the checksum of the tensors beside the state
 logger = logging.getLogger(__name__)
 
+WEIGHTS = 'weights'  # the checksum of the tensors beside the state
 NAME = 'step-{:09d}'
 PATTERN = re.compile(r'step-(\d{9})')
 TENSORS_FILE, STATE_FILE = 'state.safetensors', 'state.json'
@@ -170,10 +172,6 @@ def _unflatten(tree: Any, tensors: dict[str, Tensor]) -> Any:
 
 def random_states(cuda: bool = True) -> dict[str, Any]:
     """The states of the generators of torch, numpy and random in this process, and of CUDA where it is in use."""
-    import random
-
-    import numpy
-
     kind, keys, position, has_gauss, gauss = numpy.random.get_state()  # noqa: NPY002 - what data sets draw from
     return dict(
         torch=torch.get_rng_state(),
@@ -184,10 +182,6 @@ def random_states(cuda: bool = True) -> dict[str, Any]:
 
 
 def restore_random_states(states: dict[str, Any]) -> None:
-    import random
-
-    import numpy
-
     torch.set_rng_state(states['torch'])
     if states['cuda'] is not None:
         torch.cuda.set_rng_state(states['cuda'])

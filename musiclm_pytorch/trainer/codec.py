@@ -9,13 +9,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from typing_extensions import Unpack
 
 from musiclm_pytorch.audiolm.convert import SoundStream
 from musiclm_pytorch.audiolm.saving import describe
 from musiclm_pytorch.audiolm.spectral_codec import SpectralCodec
-from musiclm_pytorch.checks import check_positive, typechecked
+from musiclm_pytorch.checks import check_not_negative, check_positive, typechecked
 from musiclm_pytorch.codecs.distance import mel_distance
 from musiclm_pytorch.codecs.neural import NeuralCodec
 from musiclm_pytorch.data.audio import resample
@@ -25,7 +25,7 @@ from musiclm_pytorch.data.rates import agreed_rate
 from musiclm_pytorch.mulan.model import evaluating
 from musiclm_pytorch.trainer.callbacks import Callback
 from musiclm_pytorch.trainer.config import TrainingConfig, TrainingKeywords
-from musiclm_pytorch.trainer.resumable_loader import SeededItems, default_batch_size
+from musiclm_pytorch.trainer.resumable_loader import default_batch_size
 from musiclm_pytorch.trainer.trainer import Trainer
 
 FITTED_AT_ONCE = 16  # crops whose spectra are computed together, where codebooks begin
@@ -170,8 +170,7 @@ class CodecTrainer(Trainer):
             discriminator_max_grad_norm=discriminator_max_grad_norm,
             grad_penalty_every=grad_penalty_every,
         )
-        if max_gain_db < 0:
-            raise ValueError(f'max_gain_db must be 0 at least, got {max_gain_db}')
+        check_not_negative(max_gain_db=max_gain_db)
         config = self.complete(config, keywords)
         rate = agreed_rate(dataset, sample_rate)
         multiple = codec.seq_len_multiple_of
@@ -199,13 +198,7 @@ class CodecTrainer(Trainer):
     def train(self, *arguments: Any, **keywords: Any) -> dict[str, Any]:
         if isinstance(self.codec, NeuralCodec) and not self.codec.is_fitted:
             order = torch.randperm(len(self.crops), generator=torch.Generator().manual_seed(self.seed)).tolist()
-            loader = DataLoader(
-                SeededItems(self.crops, self.seed),
-                sampler=[(0, index) for index in order],
-                batch_size=FITTED_AT_ONCE,
-                collate_fn=collate_waves,
-            )
-            self.codec.fit((waves for waves in loader if waves is not None), seed=self.seed)
+            self.codec.fit(self.batches_of(self.crops, order, FITTED_AT_ONCE), seed=self.seed)
         return super().train(*arguments, **keywords)
 
     def compute_gradients(self, batches: list[Tensor]) -> dict[str, float]:

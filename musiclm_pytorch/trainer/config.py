@@ -111,7 +111,7 @@ class TrainingConfig:
     def __post_init__(self):
         import numpy as np
 
-        from musiclm_pytorch.checks import check_positive, fitted
+        from musiclm_pytorch.checks import check_choice, check_not_negative, check_positive, check_probability, fitted
 
         for name, hint in typing.get_type_hints(type(self)).items():
             value = getattr(self, name)
@@ -121,18 +121,14 @@ class TrainingConfig:
                 value = int(value)  # 1e3 steps
             object.__setattr__(self, name, fitted(value, hint, name))
         check_positive(**{name: getattr(self, name) for name in POSITIVE})
-        for name in ('weight_decay', 'warmup_steps', 'num_workers', 'seed', 'random_split_seed'):
-            if getattr(self, name) < 0:
-                raise ValueError(f'{name} must be at least 0, got {getattr(self, name)}')
-        if not 0 <= self.valid_frac < 1:
-            raise ValueError(f'valid_frac must lie in [0, 1), got {self.valid_frac}')
+        check_not_negative(**{name: getattr(self, name) for name in NOT_NEGATIVE})
+        check_probability(valid_frac=self.valid_frac)
         if self.num_epochs is not None and self.num_train_steps is not None:
             raise ValueError(
                 f'pass num_epochs or num_train_steps, got both: {self.num_epochs} and {self.num_train_steps}'
             )
         for name, choices in CHOICES.items():
-            if (value := getattr(self, name)) not in (*choices, None):
-                raise ValueError(f'unknown {name} {value!r}; choose one of {", ".join(map(repr, choices))}')
+            check_choice(choices, **{name: getattr(self, name)})
 
     def updated(self, **fields: Any) -> TrainingConfig:
         """The same with other values for some fields. Raises TypeError for what is no field, naming the nearest."""
@@ -193,6 +189,7 @@ POSITIVE = (
     *('num_train_steps', 'num_epochs', 'batch_size', 'grad_accum_every', 'lr', 'max_grad_norm', 'ema_update_every'),
     *('checkpoint_every', 'checkpoint_minutes', 'max_checkpoints', 'validate_every', 'max_valid_items', 'log_every'),
 )
+NOT_NEGATIVE = ('weight_decay', 'warmup_steps', 'num_workers', 'seed', 'random_split_seed')
 CHOICES = dict(optimizer=OPTIMIZERS, lr_scheduler_type=SCHEDULES, mixed_precision=PRECISIONS)
 
 

@@ -18,6 +18,7 @@ from typing import Any
 import yaml
 
 from musiclm_pytorch.checks import fitted, keywords_of, shown, shown_hint
+from musiclm_pytorch.data.cells import once
 from musiclm_pytorch.trainer.config import nearest, shipped_recipes
 
 
@@ -145,7 +146,7 @@ def read_content(path: str | Path) -> Any:
     try:
         text = path.read_text(encoding='utf-8')
         if path.suffix.lower() == '.json':
-            return json.loads(text, object_pairs_hook=_unique)
+            return json.loads(text, object_pairs_hook=once)
         return yaml.load(text, Loader=_Loader)  # a SafeLoader
     except UnicodeDecodeError as error:
         raise ValueError(f'{path} is not UTF-8: {error.reason} at byte {error.start}') from error
@@ -157,18 +158,11 @@ class _Loader(yaml.SafeLoader):
     pass
 
 
-def _unique(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
-    keys = [key for key, _ in pairs]
-    if repeated := [key for key in keys if keys.count(key) > 1]:
-        raise ValueError(f'the key {repeated[0]!r} is given twice')
-    return dict(pairs)
-
-
 def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
     try:
         # its own keys alone: one that `<<` brings along may be given anew
         own = [key for key, _ in node.value if key.tag != 'tag:yaml.org,2002:merge']
-        _unique([(loader.construct_object(key), None) for key in own])
+        once([(loader.construct_object(key), None) for key in own])
         loader.flatten_mapping(node)
         return {loader.construct_object(key): loader.construct_object(it, deep=True) for key, it in node.value}
     except (TypeError, ValueError) as error:

@@ -8,7 +8,7 @@ from itertools import chain
 
 import torch
 
-from musiclm_pytorch.checks import check_positive
+from musiclm_pytorch.checks import check_not_negative, check_positive
 
 
 class Grouping:
@@ -28,8 +28,7 @@ class Grouping:
 
     def __init__(self, keys: Sequence[Hashable], size: int = 16, after: int = 0):
         check_positive(group_size=size)
-        if after < 0:
-            raise ValueError(f'groups_after must be 0 or more, got {after}')
+        check_not_negative(groups_after=after)
         numbers: dict[Hashable, int] = {}
         self.numbers = [numbers.setdefault(key, len(numbers)) for key in keys]
         self.size, self.after = size, after

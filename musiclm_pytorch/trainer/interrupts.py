@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 
 logger = logging.getLogger(__name__)
 
-SIGNALS = [getattr(signal, name) for name in ('SIGINT', 'SIGTERM', 'SIGHUP') if hasattr(signal, name)]
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 OUTLIVED = 60  # seconds
 
@@ -73,8 +73,6 @@ def loaded(dataset: Dataset, **keywords: Any) -> Iterator[Any]:
         dataset, **keywords: as of `torch.utils.data.DataLoader`, but for `worker_init_fn`.
     """
     loader = DataLoader(dataset, worker_init_fn=_outlive_signals, **keywords)
-    if not hasattr(signal, 'pthread_sigmask'):
-        return iter(loader)
     # a process is at the mercy of a signal until it has handlers of its own: until then, signals wait
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
@@ -88,5 +86,4 @@ def _outlive_signals(worker: int) -> None:
         if signal.getsignal(number) is not signal.SIG_IGN:
             # should nobody end them the usual way, they do not stay
             signal.signal(number, lambda *_: signal.alarm(OUTLIVED))
-    if hasattr(signal, 'pthread_sigmask'):
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)

@@ -39,6 +39,12 @@ def matrices_of(layer: nn.Linear) -> list[nn.Parameter]:
     return [layer.weight]
 
 
+def trained_names(optimizer: torch.optim.Optimizer, model: nn.Module) -> list[str]:
+    """Names of the weights that an optimizer trains, in its order."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    return [names[id(parameter)] for group in optimizer.param_groups for parameter in group['params']]
+
+
 def learning_rate(
     step: int, *, lr: float, schedule: str, warmup_steps: int, total_steps: int, min_lr_ratio: float = 0.0
 ) -> float:

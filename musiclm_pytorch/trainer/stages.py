@@ -27,7 +27,7 @@ from musiclm_pytorch.audiolm.stages import (
     SemanticTransformer,
     StageTransformer,
 )
-from musiclm_pytorch.checks import check_probability, typechecked
+from musiclm_pytorch.checks import check_not_negative, check_probability, typechecked
 from musiclm_pytorch.codecs.melody import MelodyEmbedding
 from musiclm_pytorch.mulan import checkpoint
 from musiclm_pytorch.mulan.lora import ADAPTERS_FOLDER, adapters_of, save_adapters
@@ -195,8 +195,7 @@ class StageTrainer(Trainer):
         given, transformer = transformer, own_stage(transformer, self.kind)
         config = self.complete(config, keywords)
         check_probability(cond_drop_prob=cond_drop_prob, mask_prob=mask_prob, melody_drop_prob=melody_drop_prob)
-        if prefix_loss_weight < 0:
-            raise ValueError(f'prefix_loss_weight must be at least 0, got {prefix_loss_weight}')
+        check_not_negative(prefix_loss_weight=prefix_loss_weight)
         if quantizer is not None and (text_encoder is not None or transformer.reads_text):
             raise ValueError('a stage is conditioned by a quantizer or by a text_encoder, not by both')
         if text_encoder is not None and text_encoder.trained:
@@ -247,8 +246,7 @@ class StageTrainer(Trainer):
         self.unique_consecutive = unique_consecutive
         for crop in (tokens, valid_tokens):
             if crop is not None:
-                self._check_tokens(crop, transformer, quantizer, embeddings)
-                self._check_words(crop, transformer, text_encoder)
+                self._check_tokens(crop, transformer, quantizer, text_encoder)
         if valid_tokens is None and config.valid_frac > 0:
             self.held_out_by = dict(valid_frac=config.valid_frac, random_split_seed=config.random_split_seed)
             if len(tokens) > 1:
@@ -298,17 +296,21 @@ class StageTrainer(Trainer):
     def _check_tokens(
         self,
         tokens: TokenCrops,
-        transformer: nn.Module,
+        transformer: StageTransformer,
         quantizer: MuLaNEmbedQuantizer | None,
-        embeddings: nn.Parameter | None,
+        encoder: PretrainedTextTransformer | None,
     ) -> None:
         if tokens.stage != self.stage:
             raise ValueError(f'these are crops for the stage {tokens.stage!r}, not {self.stage!r}')
-        if tokens.conditioning != (quantizer is not None):
-            raise ValueError(
-                f'TokenCrops with conditioning={tokens.conditioning} do not fit a stage '
-                f'{"with" if quantizer is not None else "without"} a quantizer'
-            )
+        melody = None if quantizer is None else melody_of(quantizer, self.namespace)
+        for name, part, whose, what in (
+            ('conditioning', quantizer, 'a stage', 'a quantizer'),
+            ('melody', melody, 'a quantizer', 'a melody for this stage'),
+            ('words', encoder, 'a stage', 'a text_encoder'),
+        ):
+            if getattr(tokens, name) != (part is not None):
+                has = 'without' if part is None else 'with'
+                raise ValueError(f'TokenCrops with {name}={getattr(tokens, name)} do not fit {whose} {has} {what}')
         for stream, what, own, at_most in self.sizes(transformer):
             found = tokens.facts(stream)[what]
             if own > found or (own < found and not at_most):
@@ -316,51 +318,24 @@ class StageTrainer(Trainer):
                     f'the {stream} tokens in {tokens.folder} have {what} {found}, but the transformer was built for '
                     f'{own}'
                 )
-        if quantizer is None:
-            return
-        if tokens.melody != (melody_of(quantizer, self.namespace) is not None):
-            raise ValueError(
-                f'TokenCrops with melody={tokens.melody} do not fit a quantizer '
-                f'{"without" if tokens.melody else "with"} a melody for this stage'
-            )
-        if tokens.melody and tokens.streams['melody'].about['module'] != fingerprint(quantizer.melody):
-            raise ValueError(
-                f'the melodies in {tokens.folder} were computed with another MelodyQuantizer; compute them again with '
-                'the one of this quantizer'
-            )
-        for name in {'audio', 'text'} & {*tokens.streams}:
-            if tokens.streams[name].about['module'] != fingerprint(quantizer):
+        sources = dict.fromkeys(('audio', 'text'), (quantizer, 'quantizer or another MuLaN'))
+        sources |= dict(melody=(getattr(quantizer, 'melody', None), 'MelodyQuantizer'), words=(encoder, 'text_encoder'))
+        for name, (module, what) in sources.items():
+            if name in tokens.streams and tokens.streams[name].about['module'] != fingerprint(module):
                 raise ValueError(
-                    f'the {name} codes in {tokens.folder} were computed with another quantizer or another MuLaN; '
-                    'compute them again with the one that is given'
+                    f'the {name} codes in {tokens.folder} were computed with another {what}; compute them again with '
+                    'the one that is given'
                 )
         width = transformer.conditioning_dim
-        if embeddings.shape[-1] != width:
+        if quantizer is not None and (own := embeddings_of(quantizer, self.namespace).shape[-1]) != width:
             raise ValueError(
-                f"the quantizer's embeddings of {self.namespace!r} have width {embeddings.shape[-1]}, but the "
-                f'transformer takes {width}; conditioning_dims and dim (or cond_dim) must be equal'
+                f"the quantizer's embeddings of {self.namespace!r} have width {own}, but the transformer takes "
+                f'{width}; conditioning_dims and dim (or cond_dim) must be equal'
             )
-
-    @staticmethod
-    def _check_words(
-        tokens: TokenCrops, transformer: StageTransformer, encoder: PretrainedTextTransformer | None
-    ) -> None:
-        if tokens.words != (encoder is not None):
+        if encoder is not None and encoder.dim != width:
             raise ValueError(
-                f'TokenCrops with words={tokens.words} do not fit a stage '
-                f'{"with" if encoder is not None else "without"} a text_encoder'
-            )
-        if encoder is None:
-            return
-        if tokens.streams['words'].about['module'] != fingerprint(encoder):
-            raise ValueError(
-                f'the words in {tokens.folder} were computed with another text_encoder; compute them again with the '
-                'one that is given'
-            )
-        if encoder.dim != transformer.conditioning_dim:
-            raise ValueError(
-                f'the text_encoder gives vectors of width {encoder.dim}, but the transformer takes '
-                f'{transformer.conditioning_dim}; build it with cond_dim={encoder.dim}'
+                f'the text_encoder gives vectors of width {encoder.dim}, but the transformer takes {width}; build it '
+                f'with cond_dim={encoder.dim}'
             )
 
     @staticmethod

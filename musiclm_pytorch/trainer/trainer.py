@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 from typing_extensions import Unpack
 
 from musiclm_pytorch.audiolm.saving import describe
-from musiclm_pytorch.checks import check_positive
+from musiclm_pytorch.checks import check_choice, check_positive
 from musiclm_pytorch.collectives import gather_sizes, mean_over_ranks, rank, world_size
 from musiclm_pytorch.kernels.processor import computes_in_bf16, half_precision
 from musiclm_pytorch.locking import only_writer
@@ -56,8 +56,7 @@ def precision_for(name: str | None, device: torch.device, *, tell: bool = True) 
     Raises ValueError for an unknown one, and for fp16 without CUDA.
     """
     name = name or os.environ.get('ACCELERATE_MIXED_PRECISION', 'no')
-    if name not in PRECISIONS:
-        raise ValueError(f'unknown mixed_precision {name!r}; choose one of {", ".join(map(repr, PRECISIONS))}')
+    check_choice(PRECISIONS, mixed_precision=name)
     if name == 'fp16' and not torch.cuda.is_available():
         raise ValueError("mixed_precision='fp16' needs a CUDA device; use 'bf16' on a CPU")
     if name == 'bf16' and device.type == 'cpu' and not computes_in_bf16() and tell:
@@ -287,9 +286,13 @@ class Trainer(Resumable):
         return {name: mean_over_ranks(value).item() for name, value in sums.items()}
 
     def held_out_batches(self, indices: Iterable[int]) -> Iterator[Any]:
-        """Batches of held-out items, alike at each validation, on the device; what cannot be read is left out."""
-        items, keys = SeededItems(self.valid_dataset, self.seed), [(0, index) for index in indices]
-        loader = DataLoader(items, sampler=keys, batch_size=self.batches.batch_size, collate_fn=self.collate_fn)
+        """Batches of held-out items, alike at each validation."""
+        return self.batches_of(self.valid_dataset, indices, self.batches.batch_size)
+
+    def batches_of(self, dataset: Dataset, indices: Iterable[int], size: int) -> Iterator[Any]:
+        """Batches of some items, the same whenever they are read, on the device; what cannot be read is left out."""
+        items, keys = SeededItems(dataset, self.seed), [(0, index) for index in indices]
+        loader = DataLoader(items, sampler=keys, batch_size=size, collate_fn=self.collate_fn)
         return (send_to_device(batch, self.device) for batch in loader if batch is not None)
 
     @torch.no_grad()

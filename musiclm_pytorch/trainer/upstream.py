@@ -12,6 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from musiclm_pytorch.collectives import world_size
+from musiclm_pytorch.trainer.optimizers import trained_names
 
 
 def pad_to_longest_fn(data: Sequence[Any]) -> tuple[Any, ...]:
@@ -93,8 +94,7 @@ def moments_by_name(saved: dict[str, Any], names: list[str], *, source: str | Pa
 
 def set_moments(optimizer: torch.optim.Optimizer, model: nn.Module, moments: dict[str, dict[str, Any]]) -> None:
     """Give an optimizer, grouped as it is, what another one of the same kind knew of each weight."""
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    trained = [names[id(parameter)] for group in optimizer.param_groups for parameter in group['params']]
     own = optimizer.state_dict()
-    own['state'] = {number: moments[name] for number, name in enumerate(trained) if name in moments}
+    trained = enumerate(trained_names(optimizer, model))
+    own['state'] = {number: moments[name] for number, name in trained if name in moments}
     optimizer.load_state_dict(own)

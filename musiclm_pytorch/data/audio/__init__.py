@@ -21,7 +21,6 @@ __all__ = ['AudioFile', 'resample', 'windows']
 SNDFILE_HEADS = (b'RIFF', b'RIFX', b'RF64', b'riff', b'fLaC', b'FORM', b'.snd', b'caff')
 SNDFILE_SUBTYPES = ('PCM_', 'FLOAT', 'DOUBLE', 'ULAW', 'ALAW')
 UNKNOWN_LENGTH = 2**62  # samples, from which on a length stands for none
-INTEGERS = dict(int16=np.int16, int32=np.int32)
 
 
 class AudioFile:
@@ -136,14 +135,7 @@ class SoundfileReader:
             raise ValueError(reason_of(error)) from error
 
 
-class PacketReader(PacketFile):
-    """A sound file by FFmpeg."""
-
-    def read(self, start: int, stop: int, dtype: str) -> np.ndarray:
-        return converted(super().read(start, stop), dtype)
-
-
-def open_sound(source: str | BinaryIO, key: Hashable = None) -> SoundfileReader | PacketReader:
+def open_sound(source: str | BinaryIO, key: Hashable = None) -> SoundfileReader | PacketFile:
     """Raises ValueError or OSError, with the reason alone."""
     import soundfile
 
@@ -163,23 +155,7 @@ def open_sound(source: str | BinaryIO, key: Hashable = None) -> SoundfileReader 
             if file.subtype.startswith(SNDFILE_SUBTYPES) and 0 < file.frames < UNKNOWN_LENGTH:
                 return SoundfileReader(file)
             file.close()
-    return PacketReader(source, key)
-
-
-def converted(samples: np.ndarray, dtype: str) -> np.ndarray:
-    """Samples of a decoder, in its own type, as libsndfile gives them: floats of [-1, 1], or integers of full scale."""
-    if samples.dtype == np.uint8:
-        samples = (samples.astype(np.int16) - 128) << 8
-    bits = samples.dtype.itemsize * 8
-    if samples.dtype.kind == 'f':
-        if dtype == 'float32':
-            return np.ascontiguousarray(samples, np.float32)
-        full = 2.0 ** (INTEGERS[dtype]().itemsize * 8 - 1)
-        return np.clip(np.rint(samples * full), -full, full - 1).astype(dtype)
-    if dtype == 'float32':
-        return (samples * np.float32(2.0 ** (1 - bits))).astype(np.float32)
-    wanted = INTEGERS[dtype]().itemsize * 8
-    return (samples.astype(np.int64) << max(0, wanted - bits) >> max(0, bits - wanted)).astype(dtype)
+    return PacketFile(source, key)
 
 
 def reason_of(error: Exception) -> str:

@@ -89,8 +89,8 @@ class PacketFile:
         if self._owns:
             self._file.close()
 
-    def read(self, start: int, stop: int) -> np.ndarray:
-        """`(channels, stop - start)` in the decoder's own type; fewer samples where the file ends before."""
+    def read(self, start: int, stop: int, dtype: str) -> np.ndarray:
+        """`(channels, stop - start)`; fewer samples where the file ends before."""
         pieces = []
         for number, (index, end) in enumerate(zip(self._indices, self.ends)):
             first, last = max(start, end - index.length), min(stop, end)
@@ -101,7 +101,8 @@ class PacketFile:
                     self._streams[number] = PacketStream(self._file, index.begin, index.stop, index)
                 offset = int(end) - index.length
                 pieces.append(self._streams[number].read(int(first) - offset, int(last) - offset))
-        return np.concatenate(pieces, axis=1) if pieces else np.zeros((self.channels, 0), np.float32)
+        samples = np.concatenate(pieces, axis=1) if pieces else np.zeros((self.channels, 0), np.float32)
+        return converted(samples, dtype)
 
 
 class PacketStream:
@@ -412,6 +413,22 @@ class Section(io.RawIOBase):
     def at(self, offset: int, size: int) -> bytes:
         self.file.seek(self.begin + offset)
         return self.file.read(max(0, min(size, self.stop - self.begin - offset)))
+
+
+def converted(samples: np.ndarray, dtype: str) -> np.ndarray:
+    """Samples of a decoder, in its own type, as libsndfile gives them: floats of [-1, 1], or integers of full scale."""
+    if samples.dtype == np.uint8:
+        samples = (samples.astype(np.int16) - 128) << 8
+    bits = samples.dtype.itemsize * 8
+    if samples.dtype.kind == 'f':
+        if dtype == 'float32':
+            return np.ascontiguousarray(samples, np.float32)
+        full = 2.0 ** (np.iinfo(dtype).bits - 1)
+        return np.clip(np.rint(samples * full), -full, full - 1).astype(dtype)
+    if dtype == 'float32':
+        return (samples * np.float32(2.0 ** (1 - bits))).astype(np.float32)
+    wanted = np.iinfo(dtype).bits
+    return (samples.astype(np.int64) << max(0, wanted - bits) >> max(0, bits - wanted)).astype(dtype)
 
 
 def family(head: bytes) -> int | None:

@@ -10,6 +10,7 @@ from functools import cache
 import numpy as np
 
 from musiclm_pytorch.data.attributes import choose
+from musiclm_pytorch.data.composition import within
 from musiclm_pytorch.data.scores.styles import SCALES
 
 NUMERALS = {'i': 0, 'ii': 2, 'iii': 4, 'iv': 5, 'v': 7, 'vi': 9, 'vii': 11}
@@ -74,15 +75,10 @@ def read_progression(progression: str, tonic: int, bar: int, halved: bool) -> li
     return chords
 
 
-def notes_of(tones: tuple[int, ...], low: int, high: int) -> list[int]:
-    """All MIDI numbers of these pitch classes from `low` to `high`, in rising order."""
-    return [pitch for pitch in range(low, high + 1) if pitch % 12 in tones]
-
-
 def nearest(pitch: float, tones: tuple[int, ...], low: int, high: int) -> int:
     """The note of these pitch classes from `low` to `high` that lies next to `pitch`, or next to the range if it is too
     narrow to hold one."""
-    found = notes_of(tones, low, high) or notes_of(tones, low - 11, high + 11)
+    found = within(tones, low, high) or within(tones, low - 11, high + 11)
     return min(found, key=lambda it: abs(it - pitch))
 
 
@@ -90,7 +86,7 @@ def nearest(pitch: float, tones: tuple[int, ...], low: int, high: int) -> int:
 def voicings(tones: tuple[int, ...], low: int, high: int) -> tuple[tuple[int, ...], ...]:
     """Close positions of a chord within a range, each with every tone once (a power chord with the octave)."""
     size = 3 if len(tones) == 2 else len(tones)
-    found = notes_of(tones, low, high)
+    found = within(tones, low, high)
     groups = [tuple(found[i : i + size]) for i in range(len(found) - size + 1)]
     if len(tones) == 2:
         groups = [it for it in groups if it[0] % 12 == tones[0]]
@@ -124,11 +120,11 @@ def bass_line(
     top = min(high, low + 19)
     root = nearest(low + 7, (chords[0].root,), low, top)
     for chord, following in itertools.zip_longest(chords, chords[1:], fillvalue=chords[0]):
-        roots = notes_of((chord.root,), low, top)
+        roots = within((chord.root,), low, top)
         root = min(roots, key=lambda it: abs(it - root) + 0.2 * abs(it - low - 5))
         goal = nearest(root, (following.root,), low, top)
         fifth_class = chord.tones[2] if len(chord.tones) > 2 else chord.tones[1]
-        fifth = choose(random, notes_of((fifth_class,), max(low, root - 7), min(high, root + 8)) or [root])
+        fifth = choose(random, within((fifth_class,), max(low, root - 7), min(high, root + 8)) or [root])
         third = nearest(root + 4, chord.tones[1:2], max(low, root - 8), high)
         walking = root
         for at in range(chord.start, chord.start + chord.steps):
@@ -146,7 +142,7 @@ def bass_line(
                     beside = [it for it in (goal - 1, goal + 1, goal - 2, goal + 2) if it % 12 in scale]
                     walking = choose(random, [it for it in beside if low <= it <= high] or [goal])
                 else:
-                    tones = notes_of(chord.tones, max(low, walking - 5), min(high, walking + 5))
+                    tones = within(chord.tones, max(low, walking - 5), min(high, walking + 5))
                     walking = choose(random, [it for it in tones if it != walking] or tones)
             pitch = {
                 'r': root,

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from musiclm_pytorch.data.attributes import choose
-from musiclm_pytorch.data.scores.harmony import Chord, nearest, notes_of
+from musiclm_pytorch.data.composition import within
+from musiclm_pytorch.data.scores.harmony import Chord, nearest
 from musiclm_pytorch.data.scores.styles import METRES, SCALES, Style
 
 # which motif each bar of a phrase has; the last bar of a passage has a rest in any case
@@ -79,7 +80,7 @@ def compose_melody(
                 pitch = _moved(pitch, contours[letter][place], chord.scale(mode, tonic), low, high)
             last = resting and place == len(onsets_of(rhythm)) - 1
             if last:
-                goals = (tonic,) if tonic in chord.tones and notes_of((tonic,), low, high) else chord.tones
+                goals = (tonic,) if tonic in chord.tones and within((tonic,), low, high) else chord.tones
                 pitch, steps = nearest(pitch, goals, low, high), max(steps, bar - at)
             elif at % beat == 0 or steps >= beat or place == 0:
                 pull = 2.6 if alone or number + place == 0 else 1.6
@@ -90,13 +91,13 @@ def compose_melody(
 
 def _strong(pitch: float, chord: Chord, pull: dict[int, float], low: int, high: int) -> int:
     """The tone of the chord near `pitch`; some pitch classes pull by so many semitones."""
-    tones = notes_of(chord.tones, low, high)
+    tones = within(chord.tones, low, high)
     return min(tones, key=lambda it: abs(it - pitch) - pull.get(it % 12, 0.0))
 
 
 def _moved(pitch: float, move: int, scale: tuple[int, ...], low: int, high: int) -> int:
     """The note `move` steps of the scale away from `pitch`, turned back at the ends of the span."""
-    ladder = notes_of(scale, low, high)
+    ladder = within(scale, low, high)
     place = min(range(len(ladder)), key=lambda i: abs(ladder[i] - pitch)) + move
     if not 0 <= place < len(ladder):
         place -= 2 * move
@@ -123,7 +124,7 @@ def second_voice(
             while pitch - 9 + shift < low:
                 shift += 12
             tones = at_step[min(step, len(at_step) - 1)].tones
-            below = [it for it in notes_of(tones, low, high) if 3 <= pitch + shift - it <= 9]
+            below = [it for it in within(tones, low, high) if 3 <= pitch + shift - it <= 9]
             voice.append((step, steps, max(below) if below else nearest(pitch + shift - 4, tones, low, high)))
         return voice
     voice, pitch = [], (low + high) / 2
@@ -133,7 +134,7 @@ def second_voice(
         first = max(2 * beat, chord.steps // 2) if chord.steps > 2 * beat else chord.steps
         voice.append((chord.start, first, pitch))
         if chord.steps > first:
-            other = [it for it in notes_of(chord.tones, low, high) if it != pitch]
+            other = [it for it in within(chord.tones, low, high) if it != pitch]
             pitch = min(other, key=lambda it: abs(it - pitch), default=pitch)
             voice.append((chord.start + first, chord.steps - first, pitch))
     return voice

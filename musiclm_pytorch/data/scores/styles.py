@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from musiclm_pytorch.checks import as_tuples
 from musiclm_pytorch.data.scores.instruments import INSTRUMENTS
 
 # sixteenths in a bar, sixteenths in a beat
@@ -94,12 +95,6 @@ class Style:
             raise ValueError(f'no instrument, drum or mode is named {unknown[0]!r}')
 
 
-def _frozen(value):
-    if isinstance(value, list):
-        return tuple(map(_frozen, value))
-    return {key: _frozen(it) for key, it in value.items()} if isinstance(value, dict) else value
-
-
 def read_table(name: str) -> dict[str, Any]:
     """A YAML file that lies beside this one."""
     # the loader in C takes a tenth of the time, where PyYAML was built with it
@@ -115,7 +110,7 @@ def _read() -> dict[str, Style]:
         if unknown := table.keys() - known:
             raise ValueError(f'styles.yaml: {name} has an unknown field {sorted(unknown)[0]!r}')
         try:
-            found[name] = Style(**_frozen(table))
+            found[name] = Style(**as_tuples(table))
         except ValueError as error:
             raise ValueError(f'styles.yaml: {name}: {error}') from error
     return found
