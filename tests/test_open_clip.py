@@ -308,7 +308,8 @@ def trainable(module):
 
 @pytest.mark.parametrize('tower', ['audio', 'text'])
 def test_locked_towers_are_not_trained(tower):
-    model = view(dict(depth=3), dict(depth=3))
+    front_end = dict(spec_n_fft=512, spec_win_length=500, spec_n_mels=20, patch_size=4, clip_summary=True)
+    model = view(dict(depth=3, **front_end), dict(depth=3))
     lock = model.lock_image_tower if tower == 'audio' else model.lock_text_tower
     everything = trainable(model.mulan)
     own = {name for name in everything if name.startswith((f'{tower}.', f'{tower}_to_latents.'))}
