@@ -31,12 +31,9 @@ def test_cosines_and_their_mean():
     assert mean.value == pytest.approx(expected.mean().item(), abs=1e-6)
     assert mean.count == 7
     assert mean.low < mean.value < mean.high
-
-
-def test_the_mean_goes_by_the_name_of_its_embedder():
-    figures = alignment_figures(*latents(3), name='clap_score', permutations=10)
-    assert 'mulan_cycle_consistency' not in figures
-    assert figures['clap_score'].value == pytest.approx(np.mean(figures['cosines']))
+    renamed = alignment_figures(audio, text, name='clap_score', permutations=10)
+    assert renamed.pop('clap_score') == figures.pop('mulan_cycle_consistency')
+    assert renamed == figures
 
 
 @pytest.mark.parametrize('n', [2, 11, 40])
@@ -55,15 +52,6 @@ def test_retrieval_without_duplicates_is_that_of_the_trainer(n, noise):
                 assert figure.value is None
                 assert f'more than {k} different texts' in figure.reason
         assert figures[f'{direction}_median_rank'].value == expected[f'{direction}_median_rank']
-
-
-def test_collapsed_latents_look_bad():
-    one = F.normalize(torch.ones(12, 4), dim=-1)
-    figures = alignment_figures(one, one, permutations=100)
-    assert figures['audio_to_text_recall_at_10'].value == 0
-    assert figures['audio_to_text_median_rank'].value == 12
-    assert figures['margin'].value == pytest.approx(0)
-    assert figures['margin'].details['p_value'] == 1
 
 
 def naive_ranks(scores, texts):
@@ -130,6 +118,7 @@ def test_blocks_of_pairs_give_what_all_at_once_give(monkeypatch, held):
 
 
 def test_equal_cosines_are_ties_wherever_they_stand(monkeypatch):
+    """Collapsed latents look as bad as they are."""
     # as matrix products round them, equal cosines may differ by their place
     audio, text = latents(1, d=200)
     for n in (9, 64, 101):
@@ -137,6 +126,8 @@ def test_equal_cosines_are_ties_wherever_they_stand(monkeypatch):
         figures = alignment_figures(audio.expand(n, -1), text.expand(n, -1), permutations=1)
         assert figures['text_to_audio_median_rank'].value == figures['audio_to_text_median_rank'].value == n
         assert figures['audio_to_text_recall_at_5'].value == 0
+        assert figures['margin'].value == pytest.approx(0, abs=1e-7)
+        assert figures['margin'].details['p_value'] == 1
 
 
 def test_recall_that_cannot_fail_is_undefined():
@@ -172,26 +163,6 @@ def test_drawn_permutations_come_near_the_exact_p_value():
     error = math.sqrt(exact['p_value'] * (1 - exact['p_value']) / 500)
     assert abs(drawn['p_value'] - exact['p_value']) < 4 * error
     assert drawn['smallest_p'] == pytest.approx(1 / 501)
-
-
-def test_margin_tells_belonging_from_chance():
-    near = alignment_figures(*latents(30), permutations=999)['margin']
-    audio, text = latents(30)
-    far = alignment_figures(audio, text.roll(1, dims=0), permutations=999)['margin']
-    assert near.details['p_value'] == 1 / 1000 == near.details['smallest_p']
-    assert near.low > 0.2
-    assert far.details['p_value'] > 0.05
-    assert far.low < 0 < far.high
-
-
-def test_p_values_of_unrelated_latents_are_uniform():
-    found = []
-    for seed in range(200):
-        audio, _ = latents(6, seed=seed)
-        _, text = latents(6, seed=seed + 1000)
-        found.append(alignment_figures(audio, text, permutations=39)['margin'].details['p_value'])
-    assert 0.4 < np.mean(found) < 0.6
-    assert np.mean(np.array(found) <= 0.1) < 0.2
 
 
 def test_one_pair_has_a_cosine_and_nothing_else():

@@ -9,14 +9,13 @@ from torch import nn
 from musiclm_pytorch import create_optimized_audiospectrogram_transformer
 from musiclm_pytorch.kernels import plain_kernels
 from musiclm_pytorch.mulan import audio_transformer
-from musiclm_pytorch.mulan.model import evaluating
-from musiclm_pytorch.mulan.patches import choose_patches, sincos_2d
+from musiclm_pytorch.mulan.patches import choose_patches
 
 NAN = float('nan')
 
 
-def padded(waves, filling, total):
-    batch = torch.full((len(waves), total), filling)
+def padded(waves, total):
+    batch = torch.full((len(waves), total), NAN)
     for row, wave in zip(batch, waves):
         row[: len(wave)] = wave
     return batch, torch.tensor([len(wave) for wave in waves])
@@ -32,14 +31,6 @@ def test_position_table_equals_the_mlp_on_every_pair(height, width):
     grid = torch.cartesian_prod(torch.arange(height), torch.arange(width)).view(-1, 2)
     pairs = tower.dynamic_pos_bias_mlp((grid[:, None] - grid[None, :]).float())
     torch.testing.assert_close(table[:, codes[:, None] - codes[None, :] + centre], pairs.permute(2, 0, 1))
-
-
-def test_positions_tell_rows_from_columns():
-    positions = sincos_2d(3, 5, 16, device='cpu')
-    assert positions.shape == (3, 5, 16)
-    assert (positions[0, :, 8:] == positions[0, :1, 8:]).all()
-    assert (positions[:, 0, :8] == positions[:1, 0, :8]).all()
-    assert len(positions.view(15, 16).unique(dim=0)) == 15
 
 
 @pytest.mark.parametrize('lengths', [None, [2000, 700, 1333]])
@@ -71,11 +62,10 @@ VARIANTS = {
 
 
 @pytest.mark.parametrize('variant', VARIANTS)
-@pytest.mark.parametrize('filling', [0.0, 3.0, NAN])
-def test_padded_item_is_embedded_like_the_item_alone(variant, filling):
+def test_padded_item_is_embedded_like_the_item_alone(variant):
     tower = tiny_audio(support_variable_length=True, **VARIANTS[variant]).eval()
     waves = [torch.randn(n) for n in (2500, 1200, 1997, 2300)]
-    batch, lengths = padded(waves, filling, total=3100)
+    batch, lengths = padded(waves, total=3100)
     together = tower(batch, audio_lengths=lengths)
     for embed, wave in zip(together, waves):
         torch.testing.assert_close(embed, tower(wave[None])[0], atol=1e-5, rtol=0)
@@ -95,35 +85,32 @@ def test_padded_spectrogram_is_embedded_like_the_item_alone(time_first):
         torch.testing.assert_close(embed, tower(order(spec[None]))[0], atol=1e-5, rtol=0)
 
 
-def test_patch_dropout_of_a_padded_item_is_that_of_the_item_alone():
-    tower = tiny_audio(
-        support_variable_length=True, spec_aug_stretch_factor=1, spec_aug_freq_mask=0, spec_aug_time_mask=0
-    ).train()
-    wave = torch.randn(2000)
-    batch, lengths = padded([wave, torch.randn(2900)], NAN, total=3100)
-    torch.manual_seed(5)
-    together = tower(batch, audio_lengths=lengths)[0]
-    torch.manual_seed(5)
-    torch.testing.assert_close(together, tower(wave[None])[0], atol=1e-5, rtol=0)
-    torch.manual_seed(6)
-    assert (tower(wave[None])[0] - together).abs().max() > 1e-3
-
-
 def test_augmented_padded_item_is_that_of_the_item_alone():
+    """Patch dropout, stretch and masks."""
     tower = tiny_audio(support_variable_length=True).train()
     wave = torch.randn(1, 2000)
+    found = []
     for seed in range(5):
         torch.manual_seed(seed)
-        alone = tower(wave)
+        found.append(tower(wave))
         torch.manual_seed(seed)
         together = tower(nn.functional.pad(wave, (0, 999), value=NAN), audio_lengths=[2000])
-        torch.testing.assert_close(together, alone, atol=1e-5, rtol=0)
+        torch.testing.assert_close(together, found[-1], atol=1e-5, rtol=0)
+    assert torch.pdist(torch.cat(found)).min() > 1e-3
+
+
+def test_nothing_is_drawn_in_eval_mode_or_where_it_is_turned_off():
+    tower = tiny_audio(spec_aug_stretch_factor=1, spec_aug_freq_mask=0, spec_aug_time_mask=0)
+    wave = torch.randn(1, 2000)
+    kept_all = tower(wave, force_no_patch_dropout=True)
+    assert (tower(wave) - kept_all).abs().max() > 1e-3
+    torch.testing.assert_close(tower.eval()(wave), kept_all)
 
 
 def test_gradients_of_padded_items_are_those_of_the_items_alone():
     tower = tiny_audio(support_variable_length=True).eval()
     waves = [torch.randn(n) for n in (2500, 1200, 1997)]
-    batch, lengths = padded(waves, NAN, total=2600)
+    batch, lengths = padded(waves, total=2600)
 
     gradients = []
     for embeds in (tower(batch, audio_lengths=lengths), torch.cat([tower(wave[None]) for wave in waves])):
@@ -147,11 +134,8 @@ def test_gradients_of_padded_items_are_those_of_the_items_alone():
 def test_bad_lengths(lengths, error, message):
     with pytest.raises(error, match=message):
         tiny_audio(support_variable_length=True)(torch.randn(2, 2000), audio_lengths=lengths)
-
-
-def test_lengths_have_to_be_switched_on():
     with pytest.raises(ValueError, match='support_variable_length=True'):
-        tiny_audio()(torch.randn(1, 2000), audio_lengths=[2000])
+        tiny_audio()(torch.randn(2, 2000), audio_lengths=lengths)
 
 
 def test_long_audio_is_cut_with_one_warning():
@@ -180,43 +164,6 @@ def test_chosen_patches_are_real_distinct_and_as_many_as_asked(dropout):
         assert len(real.unique()) == count
         assert (real % 7 < filled).all()
         assert (real.diff() > 0).all()
-
-
-@pytest.mark.parametrize('dropout', [0.1, 0.25, 0.3, 0.35, 0.8, 0.9, 0.95])
-def test_as_many_patches_stay_with_a_length_as_without(dropout):
-    for width in range(1, 200):
-        kept, lengths = choose_patches(2, width, None, 1, dropout, device='cpu')
-        with_length, _ = choose_patches(2, width + 3, torch.tensor([width]), 1, dropout, device='cpu')
-        assert lengths is None
-        assert kept.shape[1] == with_length.shape[1] == max(1, int(2 * width * (1 - dropout)))
-        assert len(kept.unique()) == kept.shape[1]
-
-
-def test_every_patch_can_stay():
-    seen = torch.cat([choose_patches(2, 3, None, 4, 0.5, device='cpu')[0].flatten() for _ in range(30)])
-    assert seen.bincount(minlength=6).min() > 0.3 * len(seen) / 6
-
-
-def test_choosing_without_dropout_draws_no_random_numbers():
-    before = torch.get_rng_state()
-    choose_patches(3, 7, torch.tensor([7, 2]), 2, 0.0, device='cpu')
-    assert torch.equal(before, torch.get_rng_state())
-
-
-def test_no_patch_dropout_when_forced_off():
-    tower = tiny_audio(spec_aug_stretch_factor=1, spec_aug_freq_mask=0, spec_aug_time_mask=0)
-    wave = torch.randn(1, 2000)
-    kept_all = tower(wave, force_no_patch_dropout=True)
-    with evaluating(tower):
-        torch.testing.assert_close(kept_all, tower(wave))
-    assert (tower(wave) - kept_all).abs().max() > 1e-3
-
-
-def test_training_is_random_and_eval_is_not():
-    tower, wave = tiny_audio(), torch.randn(2, 2000)
-    assert not torch.equal(tower(wave), tower(wave))
-    tower.eval()
-    assert torch.equal(tower(wave), tower(wave))
 
 
 # ---- layers, depth, printing ----
@@ -250,14 +197,9 @@ def test_every_parameter_learns():
 def test_autocast_stays_close(dtype):
     tower, wave = tiny_audio().eval(), torch.randn(2, 2000)
     expected = tower(wave)
+    torch.testing.assert_close(tower(wave.double()), expected)
     with torch.autocast('cpu', dtype=dtype):
         torch.testing.assert_close(tower(wave).float(), expected, atol=0.1, rtol=0.1)
-
-
-def test_a_model_cast_to_bfloat16_works():
-    tower, wave = tiny_audio().eval(), torch.randn(2, 2000)
-    expected = tower(wave)
-    torch.testing.assert_close(tower.bfloat16()(wave).float(), expected, atol=0.15, rtol=0.15)
 
 
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
@@ -304,11 +246,6 @@ def test_a_trace_fits_other_lengths():
         torch.testing.assert_close(traced(wavs, shorter), module(wavs, shorter), atol=1e-5, rtol=1e-4)
 
 
-def test_float64_waves_work():
-    tower, wave = tiny_audio().eval(), torch.randn(2, 2000)
-    torch.testing.assert_close(tower(wave.double()), tower(wave))
-
-
 # ---- bad input ----
 
 
@@ -316,7 +253,6 @@ def test_float64_waves_work():
     ('x', 'error', 'message'),
     [
         (torch.zeros(0, 2000), ValueError, r'empty batch of shape \(0, 2000\)'),
-        (torch.zeros(2, 0), ValueError, 'has 0 samples, but one patch needs at least 180'),
         (torch.zeros(2, 100), ValueError, 'has 100 samples, but one patch needs at least 180'),
         (torch.zeros(2000), ValueError, r'for one wave pass wavs\[None\]'),
         (torch.zeros(2, 1, 2000), ValueError, r'wavs.mean\(dim=1\)'),
@@ -349,6 +285,7 @@ def test_bad_waves(x, error, message):
         (dict(accept_spec=True, max_audio_length=9999), ValueError, 'cannot go with accept_spec'),
         (dict(spec_n_mels=32), ValueError, 'spec_n_mels needs audio_sample_rate'),
         (dict(spec_n_mels=32, accept_spec=True), ValueError, 'spec_n_mels needs waves'),
+        (dict(clip_summary=True), ValueError, 'adds to a log-mel front end; give spec_n_mels'),
         (dict(depht=3), TypeError, 'depht'),
     ],
 )

@@ -5,7 +5,6 @@ import torch
 import torch.nn.functional as F
 
 from musiclm_pytorch import MultiLayerContrastiveLoss, SigmoidContrastiveLearning, SoftmaxContrastiveLearning
-from musiclm_pytorch.mulan.layers import masked_mean
 
 
 def latents(*shape):
@@ -73,8 +72,8 @@ LOSSES = {
 
 
 @pytest.mark.parametrize('loss_of', LOSSES.values(), ids=LOSSES)
-@pytest.mark.parametrize('log_temperature', [-20.0, math.log(100), 10.0, 90.0])
-@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize('log_temperature', [-20.0, math.log(100), 90.0])
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float16])
 def test_losses_are_finite_at_any_temperature_and_precision(loss_of, log_temperature, dtype):
     loss = loss_of()
     with torch.no_grad():
@@ -83,22 +82,15 @@ def test_losses_are_finite_at_any_temperature_and_precision(loss_of, log_tempera
     cases = [(same, same), (same, -same), (same[:1].expand(4, -1), same[:1].expand(4, -1)), latents(4, 7)]
     for audio, text in cases:
         audio, text = (t.clone().to(dtype).requires_grad_() for t in (audio, text))
-        with torch.autocast('cpu', dtype=torch.bfloat16 if dtype == torch.float32 else dtype):
+        expected = loss(audio, text)
+        with torch.autocast('cpu', dtype=torch.bfloat16):
             value = loss(audio, text)
+        assert torch.equal(value, expected)
         assert value.dtype == torch.float32
         assert value.isfinite()
         value.backward()
         for gradient in (audio.grad, text.grad, loss.temperatures.grad):
             assert gradient.isfinite().all()
-
-
-@pytest.mark.parametrize('loss_of', LOSSES.values(), ids=LOSSES)
-def test_autocast_does_not_change_the_loss(loss_of):
-    audio, text = latents(6, 7)
-    loss = loss_of()
-    expected = loss(audio, text)
-    with torch.autocast('cpu', dtype=torch.bfloat16):
-        torch.testing.assert_close(loss(audio, text), expected, atol=0, rtol=0)
 
 
 def test_temperature_is_bounded_and_can_come_back():
@@ -123,20 +115,12 @@ def test_one_pair_has_nothing_to_contrast_with(decoupled):
         SoftmaxContrastiveLearning(decoupled_contrastive_learning=decoupled)(audio, text)
 
 
-def test_mismatched_latents():
-    with pytest.raises(ValueError, match=r'got \(3, 7\) and \(4, 7\)'):
-        SoftmaxContrastiveLearning()(torch.randn(3, 7), torch.randn(4, 7))
-
-
 @pytest.mark.parametrize(('layers', 'shape'), [(1, (7,)), (1, (2, 3, 5, 7)), (3, (5, 7)), (3, (2, 5, 7))])
 def test_latents_of_a_wrong_rank_or_number_of_layers(layers, shape):
     with pytest.raises(ValueError, match=r'latents must have shape .*, got \('):
         SigmoidContrastiveLearning(layers=layers)(torch.randn(shape), torch.randn(shape))
-
-
-def test_bad_settings():
-    with pytest.raises(ValueError, match='layers must be greater than 0'):
-        SoftmaxContrastiveLearning(layers=0)
+    with pytest.raises(ValueError, match=r'got \(3, 7\) and \(4, 7\)'):
+        SoftmaxContrastiveLearning()(torch.randn(3, 7), torch.randn(4, 7))
     with pytest.raises(ValueError, match='init_temp must be greater than 0'):
         SigmoidContrastiveLearning(init_temp=-1)
 
@@ -148,11 +132,3 @@ def test_multi_layer_loss_ignores_padding():
     expected = loss(audio_layers=audio, text_layers=text, audio_mask=mask)
     audio.masked_fill_(~mask[None, ..., None], float('nan'))
     torch.testing.assert_close(loss(audio_layers=audio, text_layers=text, audio_mask=mask), expected)
-
-
-def test_masked_mean():
-    tokens = torch.randn(2, 3, 5, 4)
-    mask = torch.arange(5) < torch.tensor([[5], [1], [3]])
-    for i, count in enumerate((5, 1, 3)):
-        torch.testing.assert_close(masked_mean(tokens, mask)[:, i], tokens[:, i, :count].mean(dim=1))
-    torch.testing.assert_close(masked_mean(tokens), tokens.mean(dim=2))

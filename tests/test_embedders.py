@@ -1,36 +1,29 @@
 """Embedders on tiny models of the real classes, and clips on their way through them."""
 
 import math
-import os
 import sys
 import threading
-from datetime import timedelta
-from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 from helpers.clap import RATE, tiny_clap
 from helpers.models import tiny_mulan
+from scipy.signal import get_window
 
 from musiclm_pytorch.data.audio import resample
-from musiclm_pytorch.evaluation.distances import GaussianStatistics
 from musiclm_pytorch.evaluation.embedders import (
     CLAPEmbedder,
     Embedder,
     EnCodecEmbedder,
     MuLaNEmbedder,
     VGGishEmbedder,
-    batches_by_length,
     vggish_patches,
 )
 from musiclm_pytorch.evaluation.evaluator import Evaluator
 from musiclm_pytorch.evaluation.inputs import embed_clips
-from musiclm_pytorch.evaluation.metric import Metric
 from musiclm_pytorch.evaluation.tagging import TagDivergence, TaggerEmbedder, ZeroShotTagger
 
 
@@ -55,13 +48,6 @@ def agree(found, wanted, atol=1e-5):
         assert mine.dtype == torch.float32
         assert not mine.requires_grad
         torch.testing.assert_close(mine, theirs, atol=atol, rtol=1e-4)
-
-
-def test_batches_hold_neighbours_in_length():
-    waves = noise(5, 3, 5, 9, 3, 5)
-    assert list(batches_by_length(waves, 2, mixed=False)) == [[1, 4], [0, 2], [5], [3]]
-    assert list(batches_by_length(waves, 4, mixed=True)) == [[1, 4, 0, 2], [5, 3]]
-    assert list(batches_by_length([], 4, mixed=True)) == []
 
 
 # ---- MuLaN ----
@@ -126,16 +112,12 @@ def test_mulan_that_does_not_fit_is_refused(says, make):
         make()
 
 
-@pytest.mark.parametrize(
-    ('error', 'says', 'wave'),
-    [
-        (ValueError, r'waves\[1\] must have shape \(samples,\)', torch.zeros(1, 4000)),
-        (TypeError, r'waves\[1\] must be a floating-point tensor', torch.zeros(4000, dtype=torch.int16)),
-    ],
-)
-def test_waves_of_another_kind_are_refused(error, says, wave):
-    with pytest.raises(error, match=says):
-        MuLaNEmbedder(mulan()).embed([noise(4000), wave])
+def test_waves_of_another_kind_are_refused():
+    embedder = MuLaNEmbedder(mulan())
+    with pytest.raises(ValueError, match=r'waves\[1\] must have shape \(samples,\)'):
+        embedder.embed([noise(4000), torch.zeros(1, 4000)])
+    with pytest.raises(TypeError, match=r'waves\[1\] must be a floating-point tensor'):
+        embedder.embed([noise(4000), torch.zeros(4000, dtype=torch.int16)])
 
 
 # ---- CLAP ----
@@ -246,7 +228,7 @@ def test_encodec_is_read_from_a_local_file_only(tmp_path):
     assert (embedder.sample_rate, embedder.dim, embedder.min_samples) == (24000, 128, 320)
     wave = noise(6400)
     agree(embedder.embed([wave]), EnCodecEmbedder(model).embed([wave]))
-    with pytest.raises(FileNotFoundError, match=r'no weights at .*nothing.th; .*encodec_24khz-d7cc33bc.th'):
+    with pytest.raises(FileNotFoundError, match=r'no weights of .*encodec_24khz-d7cc33bc.th, at .*nothing.th'):
         EnCodecEmbedder(tmp_path / 'nothing.th')
 
 
@@ -254,28 +236,15 @@ def test_encodec_is_read_from_a_local_file_only(tmp_path):
 
 
 def plain_log_mel(samples):
-    """The definition in numpy, frame by frame and band by band."""
+    """The definition in numpy."""
 
     def mel(frequency):
-        return 1127 * math.log(1 + frequency / 700)
+        return 1127 * np.log(1 + frequency / 700)
 
-    window = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(400) / 400)
-    edges = np.linspace(mel(125), mel(7500), 66)
-    frames = []
-    for start in range(0, len(samples) - 400 + 1, 160):
-        magnitudes = np.abs(np.fft.rfft(samples[start : start + 400] * window, 512))
-        bands = []
-        for low, centre, high in zip(edges, edges[1:], edges[2:]):
-            weights = [
-                max(
-                    0,
-                    min((mel(i * 16000 / 512) - low) / (centre - low), (high - mel(i * 16000 / 512)) / (high - centre)),
-                )
-                for i in range(257)
-            ]
-            bands.append(math.log(np.dot(weights, magnitudes) + 0.01))
-        frames.append(bands)
-    return np.array(frames)
+    bins, edges = mel(np.linspace(0, 8000, 257)), np.linspace(mel(125), mel(7500), 66)
+    filters = np.stack([np.interp(bins, edges[i : i + 3], [0, 1, 0]) for i in range(64)], axis=1)
+    frames = np.lib.stride_tricks.sliding_window_view(samples, 400)[::160] * get_window('hann', 400)
+    return np.log(np.abs(np.fft.rfft(frames, 512)) @ filters + 0.01)
 
 
 def test_vggish_features_are_their_definition():
@@ -339,26 +308,23 @@ def test_vggish_is_its_network_on_patches(vggish_weights):
 
 def test_weights_that_do_not_fit_are_named(vggish_weights, tmp_path):
     path, state = vggish_weights
-    with pytest.raises(FileNotFoundError, match=r'no weights at .*nothing.pth; .*vggish-10086976.pth'):
+    with pytest.raises(FileNotFoundError, match=r'no weights of .*vggish-10086976.pth, at .*nothing.pth'):
         VGGishEmbedder(tmp_path / 'nothing.pth')
     torch.save({**state, 'embeddings.4.bias': torch.zeros(64)}, path)
-    with pytest.raises(ValueError, match=r'embeddings.4.bias should be \(128,\), is \(64,\)'):
+    with pytest.raises(ValueError, match=r'embeddings.4.bias is \(64,\) .* ought to be \(128,\)'):
         VGGishEmbedder(path)
     torch.save({'weight': torch.zeros(1)}, path)
-    with pytest.raises(ValueError, match=r'embeddings.0.bias should be \(4096,\), is absent'):
+    with pytest.raises(ValueError, match=r'features.0.weight is missing; .* and \d+ more'):
         VGGishEmbedder(path)
     torch.save(threading.Thread, path)  # a class, which loading would have to import
-    with pytest.raises(ValueError, match='cannot be read as weights'):
-        VGGishEmbedder(path)
-    path.write_bytes(b'not a file of torch')
-    with pytest.raises(ValueError, match='cannot be read as weights'):
+    with pytest.raises(ValueError, match='damaged, or holds more than tensors'):
         VGGishEmbedder(path)
 
 
 @pytest.mark.parametrize(('package', 'embedder'), [('transformers', CLAPEmbedder), ('encodec', EnCodecEmbedder)])
 def test_missing_package_is_named_with_its_extra(monkeypatch, package, embedder):
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(ImportError, match=rf"needs the package {package}: pip install '\.\[eval\]'"):
+    with pytest.raises(ImportError, match=rf"needs the package {package} .*: pip install '\.\[eval\]'"):
         embedder('anywhere')
 
 
@@ -466,84 +432,17 @@ def test_clips_go_by_their_indices_in_a_larger_set():
 # ---- sets of clips ----
 
 
-class Loudest(Metric):
-    """The logarithm of the loudest sample of each clip, by an embedder of one number."""
-
-    def __init__(self, embedder):
-        self.embedders = [embedder]
-        super().__init__()
-
-    def initial_state(self):
-        return dict(loudest={}, statistics=GaussianStatistics(1))
-
-    def update(self, clip):
-        (embedder,) = self.embedders
-        self.state['loudest'][clip.index] = clip.frames[embedder.name].item()
-        self.state['statistics'].update(clip.frames[embedder.name])
-
-    def compute(self):
-        return dict(mean=self.state['statistics'].mean.exp().item())
-
-
-def evaluated(clips, metric):
-    Evaluator([metric], batch_size=2).update(clips, sample_rate=RATE)
-    return metric
-
-
 def test_a_tagger_leaves_short_clips_out():
     model = tiny_mulan(dict(audio_sample_rate=RATE), dict(num_tokens=49408))
     tagger = ZeroShotTagger(model, ('a', 'b', 'c'))
     clips = noise(4000, tagger.min_samples - 1, 3000)
-    found = evaluated(clips, TagDivergence(tagger)).state['generated']
+    metric = TagDivergence(tagger)
+    Evaluator([metric], batch_size=2).update(clips, sample_rate=RATE)
+    found = metric.state['generated']
     assert set(found) == {0, 2}
     torch.testing.assert_close(found[2] / found[2].sum(), tagger.probabilities(clips[2:])[0], atol=1e-5, rtol=1e-4)
     with pytest.raises(ValueError, match='the tagger does not know the rate'):
         TaggerEmbedder(ZeroShotTagger(tiny_mulan(text=dict(num_tokens=49408)), ('a',)))
-
-
-class Strange(Exception):
-    """Whose constructor takes more than a message, so that it cannot be raised again from one."""
-
-    def __init__(self, message, more='more'):
-        super().__init__(message, more)
-
-
-def failing_worker(rank, folder):
-    """Measures sets with a clip that only rank 1 has and cannot measure, then a sound one."""
-    (Path(folder) / f'broken.{rank}').write_bytes(b'no sound')
-    os.environ.update(MASTER_ADDR='127.0.0.1')
-    torch.set_num_threads(1)
-    # a rank that waited for another that failed gives up
-    keywords = dict(init_method=f'file://{folder}/rendezvous', timeout=timedelta(seconds=20))
-    dist.init_process_group('gloo', rank=rank, world_size=2, **keywords)
-    clips = [torch.full((100,), 1.0 + index / 10) for index in range(4)]
-    lines = []
-    for last, embedder in (
-        (Path(folder) / f'broken.{rank}', Picky()),
-        (3 * clips[3], Picky()),
-        (3 * clips[3], Picky(Strange)),
-        (clips[3], Picky()),
-    ):
-        try:
-            found = evaluated([*clips[:3], last], Loudest(embedder))
-            lines.append(f'{sorted(found.state["loudest"])} {found.compute()["mean"]:.3f}')
-        except Exception as error:
-            lines.append(f'{type(error).__name__}: {error}')
-    Path(folder, f'{rank}.txt').write_text('\n'.join(lines))
-    dist.destroy_process_group()
-
-
-def test_what_goes_wrong_on_one_rank_is_raised_on_all(tmp_path):
-    mp.start_processes(failing_worker, args=(str(tmp_path),), nprocs=2, start_method='spawn')
-    lines = [Path(tmp_path, f'{rank}.txt').read_text().split('\n') for rank in range(2)]
-    assert lines[0] == lines[1]
-    broken, loud, strange, fine = lines[0]
-    assert broken.startswith(f'ValueError: rank 1: {tmp_path}/broken.1 cannot be read as audio')
-    assert loud == 'ValueError: rank 1: clip 3: picky cannot embed it: waves[0] is too loud'
-    assert strange.startswith("RuntimeError: rank 1: Strange: ('waves[1] is too loud'")
-    assert fine == f'[0, 1, 2, 3] {math.prod((1, 1.1, 1.2, 1.3)) ** 0.25:.3f}'
-    with pytest.raises(ValueError, match='^clip 1: picky'):  # alone, as it is
-        evaluated([torch.ones(100), 3 * torch.ones(100)], Loudest(Picky()))
 
 
 def test_reader_stays_near_the_models_and_ends_with_them():

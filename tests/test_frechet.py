@@ -40,10 +40,6 @@ def gaussian(mean, covariance):
     return statistics_of(mean + torch.cat([points.T, -points.T]))
 
 
-def rotation(dim, seed=0):
-    return torch.linalg.qr(drawn(dim, dim, seed=seed))[0]
-
-
 def filled(kind, clips, order=None, **keywords):
     """A `kind` that took clips of frames, in some order."""
     gathered = kind(clips[0].shape[1], **keywords)
@@ -55,8 +51,8 @@ def filled(kind, clips, order=None, **keywords):
 # ---- statistics ----
 
 
-@pytest.mark.parametrize('piece', [1, 7, 256, 300, 1000])
-@pytest.mark.parametrize('dtype', [torch.float32, torch.float64, torch.float16])
+@pytest.mark.parametrize('piece', [1, 300])
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64, torch.bfloat16])
 def test_statistics_are_those_of_numpy(piece, dtype):
     frames = (drawn(1000, 5) * torch.tensor([1, 2, 0.1, 1, 3])).to(dtype)
     statistics = GaussianStatistics(5)
@@ -95,10 +91,6 @@ def test_statistics_share_no_memory_with_anyone():
         tensor.fill_(9)
     for found, was in zip((statistics.mean, statistics.covariance), wanted):
         torch.testing.assert_close(found, was)
-    taken = pickle.loads(pickle.dumps(statistics))
-    taken.update(drawn(4, 2))
-    assert (len(taken), len(statistics)) == (7, 3)
-    torch.testing.assert_close(statistics.mean, wanted[0])
 
 
 def test_what_ranks_send_is_no_more_than_it_must_be():
@@ -115,30 +107,7 @@ def test_what_ranks_send_is_no_more_than_it_must_be():
 # ---- the Fréchet distance ----
 
 
-def test_closed_forms():
-    zero, one = torch.zeros(3, dtype=torch.float64), torch.eye(3, dtype=torch.float64)
-    shift = torch.tensor([1.0, -2, 2], dtype=torch.float64)
-    assert frechet_distance(gaussian(zero, one), gaussian(zero, one)) == pytest.approx(0, abs=1e-12)
-    assert frechet_distance(gaussian(zero, one), gaussian(shift, one)) == pytest.approx(9)
-    assert frechet_distance(gaussian(zero, one), gaussian(zero, 9 * one)) == pytest.approx(3 * (3 - 1) ** 2)
-
-    # covariances that commute: the sum of (σa - σb)² along their common axes
-    a, b = torch.tensor([1.0, 4, 0], dtype=torch.float64), torch.tensor([9.0, 4, 2], dtype=torch.float64)
-    wanted = (a.sqrt() - b.sqrt()).square().sum().item()
-    axes = rotation(3)
-    for basis in (one, axes):
-        sides = [gaussian(mean, basis @ values.diag() @ basis.T) for mean, values in ((zero, a), (shift, b))]
-        assert frechet_distance(*sides) == pytest.approx(wanted + 9)
-
-    # in two dimensions Tr (AB)^½ = √(Tr AB + 2 √det AB), whatever the axes
-    turn, a, b = rotation(2, seed=1), torch.tensor([5.0, 0.5]).double().diag(), torch.tensor([3.0, 2]).double().diag()
-    b = turn @ b @ turn.T
-    root = math.sqrt((a @ b).trace() + 2 * math.sqrt((a @ b).det()))
-    found = frechet_distance(gaussian(zero[:2], a), gaussian(shift[:2], b))
-    assert found == pytest.approx(5 + (a + b).trace().item() - 2 * root)
-
-
-@pytest.mark.parametrize('dim', [1, 2, 17, 64])
+@pytest.mark.parametrize('dim', [1, 2, 64])
 def test_agrees_with_scipy(dim):
     a, b = drawn(300, dim) @ drawn(dim, dim, seed=1), drawn(200, dim, seed=2) @ drawn(dim, dim, seed=3) + 0.5
     cov_a, cov_b = (np.atleast_2d(np.cov(frames.numpy().T)) for frames in (a, b))
@@ -160,16 +129,6 @@ def test_fewer_frames_than_dimensions(frames):
     assert frechet_distance(statistics_of(a), statistics_of(a)) == pytest.approx(0, abs=1e-6)
 
 
-def test_figure_names_embedding_and_frames():
-    a, b = statistics_of(drawn(50, 3)), statistics_of(drawn(60, 3, seed=1))
-    found = frechet_audio_distance(a, b, embedding='mulan')
-    assert found.value == frechet_distance(a, b)
-    assert found.details == dict(embedding='mulan', frames=(50, 60))
-    found = frechet_audio_distance(a, statistics_of(drawn(1, 3)), embedding='mulan')
-    assert (found.value, found.details['frames']) == (None, (50, 1))
-    assert 'got 50 of reference and 1 generated' in found.reason
-
-
 # ---- its limit ----
 
 
@@ -188,28 +147,18 @@ def test_thinned_statistics_do_not_depend_on_order_or_ranks():
     for rank in range(3):
         part = filled(ThinnedStatistics, clips, range(rank, 150, 3), seed=5)
         joined.merge(pickle.loads(pickle.dumps(part)))
-    wanted = frechet_infinity(statistics_of(drawn(999, 4)), whole)
+    reference, plain = statistics_of(drawn(999, 4)), statistics_of(torch.cat(clips))
+    wanted = frechet_infinity(reference, whole, embedding='clap')
     for other in (shuffled, joined):
-        for group, same in zip(other._groups, whole._groups):
-            assert len(group) == len(same)
-            torch.testing.assert_close(group.mean, same.mean, rtol=1e-9, atol=1e-9)
-            torch.testing.assert_close(group.covariance, same.covariance, rtol=1e-9, atol=1e-9)
-        found = frechet_infinity(statistics_of(drawn(999, 4)), other)
-        assert found.value == pytest.approx(wanted.value, rel=1e-9)
-    assert (
-        frechet_infinity(statistics_of(drawn(999, 4)), filled(ThinnedStatistics, clips, seed=6)).value != wanted.value
-    )
-
-
-def test_thinning_keeps_clips_together_and_loses_none():
-    clips = clips_of(400, 3, 4)
-    thinned, plain = filled(ThinnedStatistics, clips), statistics_of(torch.cat(clips))
-    counts = torch.tensor([len(group) for group in thinned._groups])
-    assert len(thinned) == counts.sum() == 1200
-    assert (counts % 3 == 0).all()
-    # 12.5 clips a group on average, with a deviation of 3.5
-    assert 0 < counts.min() <= counts.max() < 3 * 30
-    torch.testing.assert_close(thinned.total().covariance, plain.covariance, rtol=1e-12, atol=1e-12)
+        assert len(other) == 450
+        torch.testing.assert_close(other.total().covariance, plain.covariance, rtol=1e-12, atol=1e-12)
+        assert frechet_infinity(reference, other).value == pytest.approx(wanted.value, rel=1e-9)
+    assert frechet_infinity(reference, filled(ThinnedStatistics, clips, seed=6)).value != wanted.value
+    details = dict(wanted.details)
+    assert 90 <= details.pop('smallest_subset') <= 150
+    assert details.pop('slope') > 0
+    assert 0 < details.pop('r_squared') <= 1
+    assert details == dict(embedding='clap', frames=(999, 450), seed=5)
 
 
 @pytest.mark.parametrize(('clips', 'dim', 'share'), [(1000, 4, 1 / 4), (300, 100, 1 / 3), (200, 100, 1 / 2)])
@@ -241,16 +190,13 @@ def test_limit_is_much_less_biased_than_the_distance(count, frames, dim):
     assert np.mean(fits) > 0.9
 
 
-def test_limit_says_how_it_was_found():
-    reference, clips = statistics_of(drawn(999, 4)), clips_of(100, 3, 4)
-    details = dict(frechet_infinity(reference, filled(ThinnedStatistics, clips, seed=3), embedding='clap').details)
-    assert 60 <= details.pop('smallest_subset') <= 100
-    assert details.pop('slope') > 0
-    assert 0 < details.pop('r_squared') <= 1
-    assert details == dict(embedding='clap', frames=(999, 300), seed=3)
-
-
-def test_limit_of_too_few_clips_is_undefined():
+def test_distance_of_too_few_clips_is_undefined():
+    a, b = statistics_of(drawn(50, 3)), statistics_of(drawn(60, 3, seed=1))
+    found = frechet_audio_distance(a, b, embedding='mulan')
+    assert (found.value, found.details) == (frechet_distance(a, b), dict(embedding='mulan', frames=(50, 60)))
+    found = frechet_audio_distance(a, statistics_of(drawn(1, 3)))
+    assert (found.value, found.details['frames']) == (None, (50, 1))
+    assert 'got 50 of reference and 1 generated' in found.reason
     reference = statistics_of(drawn(999, 40))
     for clips, says in (
         (clips_of(10, 100, 40), 'got 1000 frames'),
@@ -321,7 +267,7 @@ def test_bandwidth_of_many_frames_is_near_that_of_all(monkeypatch):
     assert median_distance(frames, clips) == pytest.approx((frames - frames[333]).norm(dim=1).median().item(), rel=0.1)
 
 
-@pytest.mark.parametrize('count', [5, 12, 40])
+@pytest.mark.parametrize('count', [5, 20])
 def test_kernel_distance_knows_no_number_of_clips(count):
     # ten frames a clip that hardly differ, as MuLaN's windows: sets of one kind are at a distance of 0
     values = []
@@ -332,17 +278,7 @@ def test_kernel_distance_knows_no_number_of_clips(count):
             clips = list(own + 0.05 * drawn(count, 10, 8, seed=10_000 + 2 * seed + side))
             sides.append(filled(FrameReservoir, clips, max_frames=10 * count - 7))
         values.append(kernel_audio_distance(*sides).value)
-    assert abs(np.mean(values)) < 3.5 * np.std(values) / math.sqrt(60)
-    assert abs(np.mean(values)) < 2
-
-
-def test_kernel_distance_is_unbiased():
-    # 20 frames a side tell no difference on average, though each value is off by about 5
-    values = np.array([kernel_distance(drawn(20, 4, seed=i), drawn(20, 4, seed=1000 + i)) for i in range(200)])
-    assert values.std() > 1
-    assert abs(values.mean()) < 3 * values.std() / math.sqrt(200)
-    assert (values < 0).any()
-    assert kernel_distance(drawn(200, 4), drawn(200, 4, seed=1) + 1) > 10
+    assert abs(np.mean(values)) < min(2, 3.5 * np.std(values) / math.sqrt(60))
 
 
 def test_reservoir_does_not_depend_on_order_or_ranks():
@@ -371,11 +307,11 @@ def test_reservoir_does_not_depend_on_order_or_ranks():
 def test_reservoir_is_a_fair_sample():
     clips = [torch.arange(4.0)[:, None] + 4 * clip for clip in range(10)]
     chosen = torch.zeros(40)
-    for seed in range(500):
+    for seed in range(200):
         chosen[filled(FrameReservoir, clips, max_frames=8, seed=seed).frames.flatten().long()] += 1
-    # 100 expected each, with a deviation of 9
-    assert chosen.sum() == 500 * 8
-    assert 60 < chosen.min() <= chosen.max() < 140
+    # 40 expected each, with a deviation of 6
+    assert chosen.sum() == 200 * 8
+    assert 15 < chosen.min() <= chosen.max() < 65
 
 
 def test_reservoir_keeps_everything_that_fits_and_little_more():
@@ -384,9 +320,7 @@ def test_reservoir_keeps_everything_that_fits_and_little_more():
     reservoir = FrameReservoir(2, 10)
     for clip in range(1000):
         reservoir.update(drawn(7, 2, seed=clip), clip)
-        assert sum(len(frames) for _, _, frames in reservoir._pieces) < 2 * 10 + 7
-        # nor an empty tensor for each clip that brings nothing
-        assert len(reservoir._pieces) <= 1 + 2 * 10
+        assert len(pickle.dumps(reservoir)) < 3000
 
 
 def test_kernel_figure():

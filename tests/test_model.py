@@ -5,7 +5,6 @@ import pytest
 import soundfile
 import torch
 from helpers.models import GOLDEN, build_golden, state_of, tiny_audio, tiny_mulan, tiny_text
-from torchaudio import functional
 
 from musiclm_pytorch import MuLaN, TextTransformer
 from musiclm_pytorch.atomic import read_checked_json
@@ -32,21 +31,21 @@ def test_latents_have_length_one_and_similarities_are_cosines():
     torch.testing.assert_close(mulan(wavs, texts, return_similarities=True), pairwise.diagonal())
 
 
-def test_pairwise_similarities_of_different_numbers():
-    mulan = tiny_mulan().eval()
-    assert mulan(torch.randn(3, 2000), ids(5), return_pairwise_similarities=True).shape == (3, 5)
-
-
-@pytest.mark.parametrize('keywords', [dict(), dict(return_similarities=True)])
-def test_waves_and_texts_come_in_pairs(keywords):
-    with pytest.raises(ValueError, match='got 3 waves but 2 texts'):
-        tiny_mulan()(torch.randn(3, 2000), ids(2), **keywords)
+def test_waves_and_texts_come_in_pairs():
+    mulan, wavs = tiny_mulan().eval(), torch.randn(3, 2000)
+    assert mulan(wavs, ids(5), return_pairwise_similarities=True).shape == (3, 5)
+    for keywords in dict(), dict(return_similarities=True):
+        with pytest.raises(ValueError, match='got 3 waves but 2 texts'):
+            mulan(wavs, ids(2), **keywords)
 
 
 def test_all_layers():
-    mulan = tiny_mulan(audio=dict(depth=3))
-    _, audio_layers = mulan.get_audio_latents(torch.randn(2, 2000), return_all_layers=True)
-    _, text_layers = mulan.get_text_latents(ids(2), return_all_layers=True)
+    mulan = tiny_mulan(audio=dict(depth=3)).eval()
+    wavs, texts = torch.randn(2, 2000), ids(2)
+    audio, audio_layers = mulan.get_audio_latents(wavs, return_all_layers=True)
+    text, text_layers = mulan.get_text_latents(texts, return_all_layers=True)
+    assert torch.equal(audio, mulan.get_audio_latents(wavs))
+    assert torch.equal(text, mulan.get_text_latents(texts))
     assert audio_layers.shape[:2] == (2, 2)
     assert text_layers.shape == (1, 2, 8, 24)
 
@@ -94,18 +93,6 @@ def test_padded_pairs_have_the_loss_of_unpadded_ones(sigmoid):
     )
 
 
-def test_a_batch_overfits():
-    mulan = tiny_mulan()
-    wavs, texts = torch.sin(torch.arange(1, 7)[:, None] * torch.arange(2000) * 0.4), ids(6)
-    optimizer = torch.optim.Adam(mulan.parameters(), lr=3e-3)
-    for _ in range(100):
-        optimizer.zero_grad()
-        mulan(wavs, texts).backward()
-        optimizer.step()
-    pairwise = mulan.eval()(wavs, texts, return_pairwise_similarities=True)
-    assert (pairwise.argmax(dim=1) == torch.arange(6)).all()
-
-
 def test_wrong_towers():
     with pytest.raises(TypeError, match='audio_transformer'):
         MuLaN(tiny_text(), tiny_text())
@@ -137,17 +124,6 @@ def test_resampled_padded_item_is_that_of_the_item_alone():
         torch.testing.assert_close(
             latents, mulan.get_audio_latents(wave[None], sample_rate=22050)[0], atol=1e-5, rtol=0
         )
-
-
-@pytest.mark.parametrize(('from_rate', 'to_rate'), [(44100, 16000), (16000, 44100), (22050, 24000), (8000, 48000)])
-def test_resampled_lengths_are_exact(from_rate, to_rate):
-    for samples in (1, 2, 999, 44100, *range(440995, 441010)):
-        resampled = resample(torch.ones(1, samples), from_rate, to_rate)
-        assert resampled.shape[-1] == -(-samples * to_rate // from_rate)
-    wave = torch.randn(1, 3000)
-    torch.testing.assert_close(
-        resample(wave, from_rate, to_rate), functional.resample(wave, from_rate, to_rate), atol=1e-5, rtol=1e-4
-    )
 
 
 def test_resampling_needs_a_rate():
@@ -195,9 +171,8 @@ def test_long_audio_is_the_mean_over_windows():
     assert both.shape == (2, 16)
 
 
-@pytest.mark.parametrize(('suffix', 'tolerance'), [('.wav', 1e-4), ('.flac', 1e-3), ('.ogg', 0.2), ('.mp3', 0.2)])
-@pytest.mark.parametrize('rate', [8000, 22050])
-def test_files_are_embedded_like_their_waves(tmp_path, suffix, tolerance, rate):
+@pytest.mark.parametrize(('suffix', 'rate', 'tolerance'), [('.wav', 8000, 1e-4), ('.flac', 22050, 1e-3)])
+def test_files_are_embedded_like_their_waves(tmp_path, suffix, rate, tolerance):
     mulan = tiny_mulan(audio=KNOWS_RATE).eval()
     time = torch.arange(rate * 4) / rate
     stereo = 0.3 * torch.stack([torch.sin(time * 2000), torch.sin(time * 3000) * torch.cos(time * 9)])
@@ -209,17 +184,6 @@ def test_files_are_embedded_like_their_waves(tmp_path, suffix, tolerance, rate):
     with AudioFile(path) as file:
         torch.testing.assert_close(mulan.embed_audio(file, window=1.5), expected, atol=tolerance, rtol=0)
         assert len(file.read(0, 100)) == 100  # it is still open
-
-
-def test_audio_files_are_read_piece_by_piece(tmp_path):
-    wave = torch.rand(5000) - 0.5
-    soundfile.write(tmp_path / 'a.wav', wave.numpy(), 8000, subtype='FLOAT')
-    with AudioFile(tmp_path / 'a.wav') as file:
-        assert (len(file), file.sample_rate) == (5000, 8000)
-        torch.testing.assert_close(file.read(1000, 1100), wave[1000:1100])
-        torch.testing.assert_close(file.read(0, 5000), wave)
-        with pytest.raises(ValueError, match='ends at sample 5000'):
-            file.read(4990, 5010)
 
 
 def test_bad_long_audio(tmp_path):
@@ -300,28 +264,21 @@ def test_bad_folders(tmp_path):
     tiny_mulan().save_pretrained(tmp_path)
     config = read_checked_json(tmp_path / 'config.json')
     for broken, error, message in [
-        ('{', ValueError, 'config.json is damaged, it is no JSON'),
         ('[]', ValueError, 'config.json is not the config of a MuLaN'),
         (json.dumps({**config, 'audio': {**config['audio'], 'dim': 64}}), ValueError, 'do not fit this model'),
-        (json.dumps({**config, 'audio': {**config['audio'], 'dmi': 64}}), ValueError, 'dmi'),
     ]:
         (tmp_path / 'config.json').write_text(broken)
         with pytest.raises(error, match=message):
             MuLaN.from_pretrained(tmp_path)
-    (tmp_path / 'config.json').write_text(json.dumps(config))
-    whole = (tmp_path / 'model.safetensors').read_bytes()
-    (tmp_path / 'model.safetensors').write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ValueError, match='model.safetensors is damaged'):
-        MuLaN.from_pretrained(tmp_path)
 
 
 # ---- upstream's files ----
 
 
-@pytest.mark.parametrize('prefix', ['', 'module.'])
 @pytest.mark.parametrize('name', ['softmax_decoupled', 'softmax_hierarchical', 'sigmoid_hierarchical'])
-def test_upstreams_checkpoints_load(tmp_path, name, prefix):
+def test_upstreams_checkpoints_load(tmp_path, name):
     golden, tensors = build_golden(name)
+    prefix = 'module.' if name == 'softmax_hierarchical' else ''  # of DDP
     state = {prefix + key: value for key, value in state_of(tensors).items()}
     optimizer = torch.optim.Adam(golden.parameters())
     torch.save(dict(model=state, optim=optimizer.state_dict()), tmp_path / 'mulan.1000.pt')

@@ -80,7 +80,6 @@ def test_embeddings_are_the_latents_of_mulan():
     assert torch.equal(model.encode_text(ids), model.mulan.get_text_latents(ids))
     assert torch.equal(model.encode_text(TEXTS), model.mulan.get_text_latents(raw_texts=TEXTS))
     for found, wanted in (
-        (model.encode_audio(wavs, normalize=False), model.encode_audio(wavs)),
         (model.encode_image(wavs, normalize=False), model.encode_audio(wavs)),
         (model.encode_text(TEXTS, normalize=False), model.encode_text(TEXTS)),
     ):
@@ -163,16 +162,14 @@ def test_forward_gives_what_losses_take(sigmoid):
 
 def test_what_is_wrong_with_an_input_is_said():
     model = view()
-    with pytest.raises(TypeError, match='put one text in a list'):
-        model.encode_text([3])
-    with pytest.raises(TypeError, match='must be an integer tensor'):
-        model.encode_text(torch.ones(2, 3))
-    with pytest.raises(TypeError, match='must be an integer tensor'):
-        model.encode_text(torch.ones(2, 3, dtype=torch.bool))
-    with pytest.raises(ValueError, match='must have shape'):
-        model.encode_text(torch.tensor([START, 5, END]))
-    with pytest.raises(ValueError, match='token id 49408 is outside'):
-        model.encode_text(torch.tensor([[START, 49408, END]]))
+    for texts, error, message in (
+        ([3], TypeError, 'put one text in a list'),
+        (torch.ones(2, 3), TypeError, 'must be an integer tensor'),
+        (torch.tensor([START, 5, END]), ValueError, 'must have shape'),
+        (torch.tensor([[START, 49408, END]]), ValueError, 'token id 49408 is outside'),
+    ):
+        with pytest.raises(error, match=message):
+            model.encode_text(texts)
     with pytest.raises(ValueError, match=r'num_tokens=100'):
         view(text=dict(num_tokens=100), framed_texts=True)
     with pytest.raises(ValueError, match='at least 3, got 2'):
@@ -191,7 +188,7 @@ def padded(texts, pad, width=None):
     return torch.tensor([[*text, *[pad] * (width - len(text))] for text in texts]).reshape(len(texts), width)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(rows, st.sampled_from([0, 49000]), st.integers(0, 3), st.integers(3, 10))
 def test_frames_come_off_and_go_on(texts, pad, spare, longest):
     texts = [[token for token in text if token != pad] for text in texts]
@@ -210,9 +207,7 @@ def test_frames_come_off_and_go_on(texts, pad, spare, longest):
     cut = [text[: longest - 2] for text in texts]
     found = framed(wanted, pad, longest)
     assert torch.equal(found, padded([[START, *text, END] for text in cut], pad, min(width, longest - 2) + 2))
-
-
-def test_end_tokens_within_a_text_and_texts_cut_without_one():
+    # end tokens within a text, and texts cut without one
     assert bare(torch.tensor([[START, 5, END, 6, END, 0]]), 0).tolist() == [[5, END, 6]]
     assert bare(torch.tensor([[START, 5, 6, 7]]), 0).tolist() == [[5, 6, 7]]
     assert bare(torch.tensor([[5, 6, END]]), 0).tolist() == [[5, 6, END]]
@@ -251,12 +246,9 @@ def test_long_texts_are_cut_alike():
     assert found[0, 0] == START
     assert found[0, -1] == END
     assert found[0, 1:-1].tolist() == bare_ids[0, :10].tolist()
-
-
-def test_other_vocabularies_are_taken_as_they_come():
-    model = view(text=dict(num_tokens=60000))
+    others = view(text=dict(num_tokens=60000))  # another vocabulary is taken as it comes
     ids = torch.tensor([[START, 5, END, 0, 0]])
-    assert torch.equal(model.tokenize(ids), ids)
+    assert torch.equal(others.tokenize(ids), ids)
 
 
 # ---- MuLaN's own parameters ----
@@ -316,7 +308,8 @@ def trainable(module):
 
 @pytest.mark.parametrize('tower', ['audio', 'text'])
 def test_locked_towers_are_not_trained(tower):
-    model = view(dict(depth=3), dict(depth=3))
+    front_end = dict(spec_n_fft=512, spec_win_length=500, spec_n_mels=20, patch_size=4, clip_summary=True)
+    model = view(dict(depth=3, **front_end), dict(depth=3))
     lock = model.lock_image_tower if tower == 'audio' else model.lock_text_tower
     everything = trainable(model.mulan)
     own = {name for name in everything if name.startswith((f'{tower}.', f'{tower}_to_latents.'))}
@@ -338,15 +331,12 @@ def test_locked_towers_are_not_trained(tower):
     assert not any(name.removeprefix('mulan.') in own for name in gradients(model))
     with pytest.raises(ValueError, match='must be 0 or more, got -1'):
         lock(-1)
-
-
-def test_norms_of_a_locked_text_tower_may_stay_trainable():
-    model = view()
-    model.lock_text_tower(freeze_layer_norm=False)
-    left = {name for name in trainable(model.mulan) if name.startswith('text')}
-    # two layers with a norm in front of attention and of the feed-forward, and the final norm
-    assert len(left) == 5
-    assert all(name.endswith('learned_gamma') for name in left)
+    if tower == 'text':
+        lock(freeze_layer_norm=False)
+        left = {name for name in trainable(model.mulan) if name.startswith('text')}
+        # three layers with a norm in front of attention and of the feed-forward, and the final norm
+        assert len(left) == 7
+        assert all(name.endswith('learned_gamma') for name in left)
 
 
 def test_checkpointing_of_activations_changes_no_gradient():
@@ -438,6 +428,14 @@ def test_batches_carry_lengths_and_rate():
     training = create_open_clip_data(clips, model, 2, tokenizer=model.tokenize)
     assert training.dataloader.num_batches == len(list(training.dataloader)) == 2
     training.set_epoch(3)  # there is nothing to set in one process
+    deaf = MuLaNOpenCLIP(tiny_mulan({}, dict(num_tokens=49408)))  # without lengths: what all clips have
+    pairs = [(wave, torch.tensor([3, 4])) for wave, _ in clips[:2]]
+    ((audio, texts),) = create_open_clip_data(pairs, deaf, 2, training=False, tokenizer=model.tokenize).dataloader
+    assert (audio.shape, audio.lengths, audio.sample_rate) == ((2, 1500), None, None)
+    assert texts.tolist() == [[3, 4]] * 2
+    music = SyntheticMusic(2, seconds=1.0, sample_rate=8000)
+    ((audio, _),) = create_open_clip_data(music, model, 2, tokenizer=model.tokenize).dataloader
+    assert audio.sample_rate == 8000
 
     many = [(waves(1)[0], torch.tensor([number])) for number in range(1, 41)]
     in_order, shuffled = (
@@ -448,23 +446,6 @@ def test_batches_carry_lengths_and_rate():
     assert not torch.equal(second, first)
     assert not torch.equal(third, second)
     assert torch.equal(second.sort(dim=0).values, first)
-
-
-def test_towers_without_lengths_get_what_all_clips_have():
-    mulan = tiny_mulan({}, dict(num_tokens=49408))
-    model = MuLaNOpenCLIP(mulan)
-    clips = [(waves(1, 1500 + 100 * i)[0], torch.tensor([3, 4])) for i in range(2)]
-    ((audio, texts),) = create_open_clip_data(clips, model, 2, training=False, tokenizer=model.tokenize).dataloader
-    assert audio.shape == (2, 1500)
-    assert audio.lengths is None
-    assert audio.sample_rate is None
-    assert texts.tolist() == [[3, 4]] * 2
-    assert (
-        create_open_clip_data(
-            SyntheticMusic(4, seconds=1.0, sample_rate=8000), model, 2, tokenizer=model.tokenize
-        ).dataloader.collate_fn.keywords['sample_rate']
-        == 8000
-    )
 
 
 def test_data_that_cannot_be_trained_on_is_refused():
@@ -524,8 +505,8 @@ SMALL = dict(
 
 
 def test_tokenizers_give_the_same_ids(open_clip):
-    music = SyntheticMusic(300, split='valid')
-    texts = [*(music.text(i) for i in range(300)), *TEXTS, 'Déjà-vu – 80’s “house” & R&B  ', '音楽 🎵 #1']
+    music = SyntheticMusic(50, split='valid')
+    texts = [*(music.text(i) for i in range(50)), *TEXTS, 'Déjà-vu – 80’s “house” & R&B  ', '音楽 🎵 #1']
     mulan = view(text=dict(max_seq_len=75)).mulan
     for framed_texts in (False, True):
         model = MuLaNOpenCLIP(mulan, framed_texts=framed_texts)
@@ -632,9 +613,8 @@ def clips(count, seed=0):
     return [(music[i][0][: 4000 + 500 * (i % 5)], music.text(i)) for i in range(count)]
 
 
-@pytest.mark.parametrize('accumulated', [1, 2])
-@pytest.mark.parametrize('sigmoid', [False, True])
-def test_training_loop_does_what_mulans_own_would(loop, accumulated, sigmoid):
+@pytest.mark.parametrize(('sigmoid', 'accumulated'), [(False, 1), (True, 2)])
+def test_training_loop_does_what_mulans_own_would(loop, sigmoid, accumulated):
     model = view(sigmoid_contrastive_loss=sigmoid)
     own = copy.deepcopy(model.mulan)
     data = create_open_clip_data(clips(9), model, 2)
@@ -652,12 +632,8 @@ def test_training_loop_does_what_mulans_own_would(loop, accumulated, sigmoid):
     assert any(audio.lengths is not None for audio, _ in batches)
     for start in range(0, 4, accumulated):
         group = batches[start : start + accumulated]
-        audio, text = zip(
-            *(
-                (own.get_audio_latents(a.waves, audio_lengths=a.lengths), MuLaNOpenCLIP(own).encode_text(t))
-                for a, t in group
-            )
-        )
+        audio = [own.get_audio_latents(it.waves, audio_lengths=it.lengths) for it, _ in group]
+        text = [MuLaNOpenCLIP(own).encode_text(it) for _, it in group]
         optimizer.zero_grad()
         loss = own.contrast(torch.cat(audio), torch.cat(text))
         loss.backward()
@@ -747,7 +723,7 @@ def test_zero_shot_tagger_on_synthetic_music(open_clip):
     from musiclm_pytorch.evaluation.evaluator import load_mulan
 
     model = MuLaNOpenCLIP(load_mulan('tiny'))
-    music = SyntheticMusic(48, seconds=3.0, sample_rate=RATE, split='valid', seed=11)
+    music = SyntheticMusic(24, seconds=3.0, sample_rate=RATE, split='valid', seed=11)
     names = list(music.ATTRIBUTES['instrument'])
     templates = ['a {} melody', '{} music', 'music played on the {}']
     classifier = open_clip.build_zero_shot_classifier(model, open_clip.get_tokenizer('ViT-B-32'), names, templates)
@@ -757,8 +733,8 @@ def test_zero_shot_tagger_on_synthetic_music(open_clip):
     torch.testing.assert_close(own, classifier)
     torch.testing.assert_close(legacy, classifier)
 
-    targets = [names.index(music.labels(i).instrument) for i in range(48)]
-    wavs = torch.stack([music[i][0] for i in range(48)])
+    targets = [names.index(music.labels(i).instrument) for i in range(24)]
+    wavs = torch.stack([music[i][0] for i in range(24)])
     with torch.no_grad():
         # as open_clip_train.zero_shot does, whose count of what is right does not run with numpy 2.4
         logits = 100 * model(image=wavs)['image_features'] @ classifier

@@ -7,7 +7,7 @@ from musiclm_pytorch import (
     get_optimal_spectrogram_params,
 )
 
-RATES = (1000, 4000, 8000, 11025, 16000, 22050, 24000, 32000, 44100, 48000, 96000, 192000)
+RATES = (1000, 8000, 11025, 16000, 24000, 44100, 192000)
 
 
 @pytest.mark.parametrize('use_case', ['music', 'tonal', 'speech', 'general'])
@@ -47,11 +47,6 @@ def test_tonal_patches_hold_the_whole_spectrum():
     assert tower.bands == 160
     assert tower.patch_size == (160, 4)
     assert tower.summary is not None
-
-
-def test_a_summary_needs_mel_bands():
-    with pytest.raises(ValueError, match='clip_summary=True adds to a log-mel front end; give spec_n_mels'):
-        AudioSpectrogramTransformer(dim=16, depth=1, clip_summary=True)
 
 
 @pytest.mark.parametrize('pitch', [880.0, 1760.0])

@@ -6,9 +6,7 @@ from musiclm_pytorch.mulan.spectrogram import (
     LogMel,
     RandomMask,
     RandomTimeStretch,
-    SpecAugment,
     Spectrogram,
-    mel_filters,
 )
 
 FRONT_ENDS = {
@@ -36,13 +34,12 @@ def test_equals_torchaudio(name):
 
 
 @pytest.mark.parametrize('name', FRONT_ENDS)
-@pytest.mark.parametrize('filling', [0.0, float('nan'), 1e6])
-def test_padded_wave_has_the_frames_of_the_wave_alone(name, filling):
+def test_padded_wave_has_the_frames_of_the_wave_alone(name):
     front_end = Spectrogram(**FRONT_ENDS[name])
     lengths = torch.tensor([700, 333, 513])
     wavs = torch.randn(3, 700)
     for wave, length in zip(wavs, lengths):
-        wave[length:] = filling
+        wave[length:] = torch.nan
     spec, frames = front_end(wavs, lengths)
     for item, wave, length, count in zip(spec, wavs, lengths, frames):
         alone, _ = front_end(wave[None, :length])
@@ -101,11 +98,6 @@ def test_stretch_leaves_enough_for_a_patch():
     assert frames.min() >= 16
 
 
-def test_stretch_of_one_is_off():
-    spec = torch.rand(2, 3, 10)
-    assert RandomTimeStretch(1.0, power=2, min_frames=4)(spec, None)[0] is spec
-
-
 @pytest.mark.parametrize(('axis', 'size', 'shape'), [('frequency', 65, (65, 4)), ('time', 200, (4, 200))])
 def test_masks_differ_and_never_blank_a_sample(axis, size, shape):
     mask = RandomMask(axis, max_width=80, max_fraction=0.375)
@@ -129,14 +121,6 @@ def test_time_mask_stays_within_the_real_frames():
         assert item[:, :count].sum() > 0
 
 
-def test_augmentation_keeps_the_batch_and_its_length():
-    augment = SpecAugment(stretch_factor=0.8, freq_mask=80, time_mask=80, power=2, min_frames=16)
-    spec, frames = augment.stretch(torch.rand(8, 65, 100), None)
-    masked = augment.mask(spec, frames)
-    assert masked.shape == (8, 65, 100)
-    assert (masked.amax(dim=(1, 2)) > 0).all()
-
-
 def log_mel(**keywords):
     return LogMel(
         **{**dict(n_mels=32, bins=257, sample_rate=16000, f_min=0.0, f_max=None, mean=-4.0, std=4.0), **keywords}
@@ -154,22 +138,6 @@ def test_log_mel_by_blocks_of_bands_equals_the_whole_product(n_mels):
     front_end, power = log_mel(n_mels=n_mels, bins=513), torch.rand(2, 513, 7) * 10
     expected = ((front_end.filters.T @ power).clamp(min=2**-23).log() + 4.0) / 8.0
     torch.testing.assert_close(front_end(power), expected, atol=1e-6, rtol=1e-5)
-
-
-def test_mel_filters_are_those_of_torchaudio():
-    filters = mel_filters(24, bins=257, sample_rate=16000, f_min=50.0, f_max=7000.0)  # torchaudio 2.11's numbers
-    torch.testing.assert_close(filters.sum(), torch.tensor(208.2200927734375))
-    sums = torch.tensor([3.63165283203125, 3.657449722290039, 6.4670209884643555, 23.36793327331543])
-    torch.testing.assert_close(filters[:, [0, 1, 12, 23]].sum(dim=0), sums)
-    torch.testing.assert_close(filters[100, 17:19], torch.tensor([0.8970611691474915, 0.10293880850076675]))
-    torch.testing.assert_close(filters[[3, 5], 0], torch.tensor([0.38554486632347107, 0.9363232254981995]))
-
-
-def test_log_mel_of_silence_does_not_depend_on_the_clip():
-    loud_and_silent = torch.zeros(2, 257, 9)
-    loud_and_silent[0, 100] = 1e6
-    normalised = log_mel()(loud_and_silent)
-    torch.testing.assert_close(normalised[0, 0], normalised[1, 0])
 
 
 @pytest.mark.parametrize(

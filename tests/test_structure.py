@@ -23,13 +23,8 @@ from musiclm_pytorch.evaluation.metric import MetricValue, to_json, undefined
 from musiclm_pytorch.evaluation.music_analysis import (
     PROFILES,
     entropy_bits,
-    find_boundaries,
-    find_key,
-    find_tempo,
     folding,
-    mel_power,
     novelty,
-    onset_strength,
     repetition,
     tonality,
 )
@@ -101,17 +96,6 @@ def test_beat_variation_is_that_of_the_beats():
     assert np.mean(found) == pytest.approx(np.mean(true), rel=0.25)
 
 
-def test_autocorrelation_is_the_plain_one_at_the_beat():
-    strength = onset_strength(mel_power(strokes(np.arange(0.2, 5.9, 0.48), 6).float().numpy()))
-    bpm, clarity = find_tempo(strength)
-    assert bpm == pytest.approx(125, rel=0.003)
-    centred, lag = strength - strength.mean(), 60  # 0.48 s in frames of 8 ms
-    plain = sum(a * b for a, b in zip(centred, centred[lag:])) / sum(a * a for a in centred)
-    assert clarity == pytest.approx(plain, rel=1e-4)
-    assert find_tempo(np.zeros(500)) == (0.0, 0.0)
-    assert find_tempo(np.arange(500.0) ** 3) == (0.0, 0.0)  # a slope has no peak
-
-
 def test_tempo_is_undefined_where_there_is_no_pulse():
     random = np.random.default_rng(1)
     short = structure_of(strokes(np.arange(0.1, 2.8, 0.5), 2.9), RATE)
@@ -142,25 +126,6 @@ def test_cadences_are_heard_in_their_key_and_its_tuning(mode):
         assert (found.tonic, found.mode) == (tonic, mode)
         assert 0.6 < found.key_strength.value <= 1
     assert found.key == f'B {mode}'
-
-
-def test_profile_itself_is_its_key():
-    for mode, profile in PROFILES.items():
-        for tonic in range(12):
-            found = find_key(3 * np.roll(profile, tonic) + 1)
-            assert found[:2] == (tonic, mode)
-            assert found[2] == pytest.approx(1)
-
-
-@pytest.mark.parametrize('tuning', [-0.5, -0.2, 0.0, 1 / 6, 0.5])
-def test_folding_shares_each_bin_once(tuning):
-    matrix = folding(tuning)
-    assert matrix.shape == (12, 252)
-    np.testing.assert_allclose(matrix.sum(axis=0)[3:-3], 1)
-    if tuning == 0:
-        # thirds of semitones: C1 in bin 0, with the one above; then B, ten semitones up, in bins 32 to 34
-        assert np.flatnonzero(matrix[0])[:2].tolist() == [0, 1]
-        assert np.flatnonzero(matrix[11])[:3].tolist() == [32, 33, 34]
 
 
 def test_entropy_of_pitch_classes():
@@ -201,15 +166,6 @@ def test_novelty_is_the_plain_difference_of_means(side):
         assert found[t] == pytest.approx(sums[True][0] / sums[True][1] - sums[False][0] / sums[False][1])
 
 
-def test_boundary_of_two_blocks_lies_between_them():
-    block = np.zeros((20, 20))
-    block[:8, :8] = block[8:, 8:] = 1
-    changes = novelty(block, 4)
-    assert changes[8] == pytest.approx(1)
-    assert find_boundaries(changes, 4).tolist() == [8]
-    assert find_boundaries(novelty(np.ones((20, 20)), 4), 4).tolist() == []
-
-
 @pytest.mark.parametrize(('frames', 'passage'), [(9, 1), (10, 5), (23, 4)])
 def test_repetition_is_that_of_all_pairs_of_passages(frames, passage):
     random = np.random.default_rng(frames)
@@ -224,8 +180,6 @@ def test_repetition_is_that_of_all_pairs_of_passages(frames, passage):
         alike = [np.mean([centred[:, i + k] @ centred[:, j + k] for k in range(passage)]) for j in others]
         again += max(alike, default=-1) >= 0.9
     assert repetition(chroma, passage) == pytest.approx(again / count)
-    with pytest.raises(ValueError, match='no two passages'):
-        repetition(chroma, frames)
 
 
 def test_parts_are_told_apart_and_loops_are_heard():
@@ -297,9 +251,9 @@ def test_rate_and_loudness_and_offset_change_little():
 
 
 def test_synthetic_music_is_heard_as_it_is():
-    music = SyntheticMusic(40, split='valid')
-    found = [structure_of(music[i][0], music.sample_rate) for i in range(40)]
-    labels = [music.labels(i) for i in range(40)]
+    music = SyntheticMusic(20, split='valid')
+    found = [structure_of(music[i][0], music.sample_rate) for i in range(20)]
+    labels = [music.labels(i) for i in range(20)]
     truth = [StructureTruth(tempo=it.bpm, tonic=it.tonic, mode=it.mode) for it in labels]
     scores = score_structure(found, truth)
     assert scores['tempo_4'].value >= 0.9

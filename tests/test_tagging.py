@@ -1,4 +1,4 @@
-"""Taggers, KL, areas under curves against plain counts, and MagnaTagATune from a small table."""
+"""Taggers, KL, areas under curves, and MagnaTagATune from a small table."""
 
 import math
 import sys
@@ -79,13 +79,6 @@ def test_long_audio_is_the_mean_over_windows(mulan):
     torch.testing.assert_close(tagger.scores([wave])[0], expected, atol=1e-5, rtol=0)
 
 
-def test_window_keeps_to_the_longest_audio_of_the_tower():
-    audio = dict(depth=1, audio_sample_rate=RATE, spec_n_fft=64, max_audio_length=RATE)
-    tagger = ZeroShotTagger(tiny_mulan(audio, dict(depth=1, num_tokens=49408)), ('a', 'b'))
-    assert tagger.window == 1.0
-    assert tagger.scores(waves(3)).shape == (1, 2)
-
-
 @pytest.mark.parametrize('longest', [0.25, 1.5, None])
 def test_waves_are_tagged_as_their_embeddings(longest):
     # windows of less than a second leave nothing out between them
@@ -119,11 +112,6 @@ def test_prompts_in_batches_are_the_same_and_the_mode_is_kept(mulan):
     assert not few.requires_grad
 
 
-def test_the_vocabulary_is_about_fifty_different_words():
-    assert 45 <= len(MUSIC_TAGS) == len(set(MUSIC_TAGS)) <= 55
-    assert all(tag == tag.lower().strip() and tag for tag in MUSIC_TAGS)
-
-
 def test_bad_taggers(mulan):
     deaf = tiny_mulan(text=dict(num_tokens=49408))
     for build, message in [
@@ -144,10 +132,6 @@ def test_bad_taggers(mulan):
 
 
 # ---- PaSST ----
-
-
-def test_passt_tells_its_shortest_wave():
-    assert PaSSTTagger.min_samples == tagging.PASST_SHORTEST == 4801
 
 
 def test_passt_without_its_package_names_the_extra(monkeypatch):
@@ -185,9 +169,9 @@ def test_passt_averages_segments(passt, capsys):
 
 def test_passt_wants_its_weights(passt, tmp_path):
     _, path = passt
-    with pytest.raises(FileNotFoundError, match='no file of weights'):
+    with pytest.raises(FileNotFoundError, match='no weights of PaSST at'):
         PaSSTTagger(tmp_path / 'nothing.pt')
-    with pytest.raises(ValueError, match='does not hold weights of passt_l_kd_p16_128_ap47'):
+    with pytest.raises(ValueError, match='do not fit this model'):
         PaSSTTagger(path, arch='passt_l_kd_p16_128_ap47')
 
 
@@ -212,6 +196,7 @@ def test_kl_of_pairs_is_that_of_audiocraft():
         assert figures[name].low < figures[name].value < figures[name].high
         assert (figures[name].count, figures[name].unit) == (9, 'nats')
     assert figures['kl_reference_generated'].value != figures['kl_generated_reference'].value
+    assert kl_figures(generated.numpy(), reference.numpy()) == figures
 
 
 def test_kl_of_the_same_is_nothing_and_of_the_excluded_is_finite():
@@ -236,11 +221,6 @@ def test_kl_of_sets_compares_their_means():
     # in any order
     turned = kl_figures(generated.flip(0), reference, paired=False)
     assert turned['kl_of_means_reference_generated'].value == pytest.approx(figure.value)
-
-
-def test_kl_takes_arrays():
-    generated, reference = distributions(3, 4), distributions(3, 4, seed=1)
-    assert kl_figures(generated.numpy(), reference.numpy()) == kl_figures(generated, reference)
 
 
 @pytest.mark.parametrize(
@@ -268,31 +248,14 @@ def few_resamples(monkeypatch):
     monkeypatch.setattr(tagging, 'RESAMPLES', 40)
 
 
-def naive_roc_auc(scores, wanted):
-    """How often a clip with the tag scores higher than one without; a tie counts half."""
-    pairs = [(a > b) + 0.5 * (a == b) for a in scores[wanted] for b in scores[~wanted]]
-    return np.mean(pairs)
-
-
-def naive_average_precision(scores, wanted):
-    """Precision at each threshold, weighted with the recall that it adds."""
-    total, recall = 0.0, 0.0
-    for threshold in sorted(set(scores.tolist()), reverse=True):
-        taken = scores >= threshold
-        hits = (taken & wanted).sum()
-        total += hits / taken.sum() * (hits / wanted.sum() - recall)
-        recall = hits / wanted.sum()
-    return total
-
-
-def test_areas_are_those_of_plain_counts():
+def test_areas_are_those_of_each_tag():
     random = np.random.default_rng(0)
     truth = random.random((41, 5)) < np.array([0.1, 0.3, 0.5, 0.7, 0.9])
     scores = np.round(random.standard_normal((41, 5)) + truth, 1)  # with ties
     tags = [f'tag {i}' for i in range(5)]
     figures = tagging_figures(scores, truth, tags)
-    for name, naive in dict(roc_auc=naive_roc_auc, pr_auc=naive_average_precision).items():
-        expected = [naive(scores[:, i], truth[:, i]) for i in range(5)]
+    for name, measure in dict(roc_auc=roc_auc_score, pr_auc=average_precision_score).items():
+        expected = [measure(truth[:, i], scores[:, i]) for i in range(5)]
         by_tag = figures[f'{name}_by_tag']
         assert list(by_tag) == tags
         assert [it.value for it in by_tag.values()] == pytest.approx(expected)
@@ -404,10 +367,6 @@ def test_splits_and_truth(tmp_path):
     named = [{tag for tag, has in zip(found.tags, row) if has} for row in found.truth]
     assert named == [{'choral', 'slow'}, set(), {'guitar'}]
     assert len(TOP_TAGS) == len(set(TOP_TAGS)) == 50
-
-
-def test_other_tags_and_clips_without_any(tmp_path):
-    path = write_annotations(tmp_path / 'annotations_final.csv', CLIPS)
     assert len(read_magnatagatune(path, untagged=False).paths) == 2
     found = read_magnatagatune(path, tags=('hissing', 'guitar'), untagged=False)
     assert found.truth.tolist() == [[True, False], [True, False], [False, True]]

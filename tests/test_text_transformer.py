@@ -14,34 +14,18 @@ def words():
     return TextTransformer(dim=16, depth=2, heads=2, dim_head=8, max_seq_len=12).eval()
 
 
-def test_vocabulary_is_that_of_the_tokenizer():
-    from x_clip.tokenizer import tokenizer
-
-    assert tokenizer.vocab_size == VOCAB_SIZE
-
-
 def test_padding_changes_nothing():
     tower = tiny_text().eval()
     ids = torch.randint(1, 100, (2, 7))
     torch.testing.assert_close(tower(torch.nn.functional.pad(ids, (0, 5))), tower(ids), atol=1e-6, rtol=1e-5)
-    torch.testing.assert_close(
-        tower(torch.cat([ids, ids], dim=1)[:, :9], mask=torch.arange(9).expand(2, 9) < 7),
-        tower(ids),
-        atol=1e-6,
-        rtol=1e-5,
-    )
-
-
-def test_order_and_words_matter():
-    tower = tiny_text().eval()
-    ids = torch.tensor([[5, 6, 7], [7, 6, 5], [5, 6, 8]])
-    embeds = tower(ids)
-    assert torch.pdist(embeds).min() > 1e-3
+    masked = tower(torch.cat([ids, ids], dim=1)[:, :9], mask=torch.arange(9).expand(2, 9) < 7)
+    torch.testing.assert_close(masked, tower(ids), atol=1e-6, rtol=1e-5)
 
 
 def test_strings_are_embedded_like_their_ids(words):
     from x_clip.tokenizer import tokenizer
 
+    assert tokenizer.vocab_size == VOCAB_SIZE
     texts = ['a slow piano', 'drums']
     torch.testing.assert_close(words(raw_texts=texts), words(tokenizer.tokenize(texts)))
     torch.testing.assert_close(words(raw_texts=texts)[1:], words(raw_texts=texts[1:]), atol=1e-6, rtol=1e-5)

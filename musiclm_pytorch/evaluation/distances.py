@@ -17,8 +17,6 @@ from musiclm_pytorch.checks import check_positive, is_finite, typechecked
 from musiclm_pytorch.evaluation.embedders import Embedder
 from musiclm_pytorch.evaluation.metric import EvaluationClip, Metric, MetricValue, checked_seed, undefined
 
-# frames that wait until they are worth a matrix product
-BLOCK = 256
 # FAD∞: groups that clips are dealt into, and how few of them may hold clips
 NUM_GROUPS, FEWEST_GROUPS = 32, 16
 # FAD∞: the smallest subset as a share of everything, sizes of subsets, and how often the groups are dealt out anew for
@@ -34,7 +32,7 @@ SCALE, ROWS, MEDIAN_FRAMES = 100.0, 512, 2000
 class GaussianStatistics:
     """Count, mean and scatter of frames, gathered as they come, in float64 on the CPU and in O(dim²) memory.
 
-    The scatter is taken about the mean of each block, and blocks are merged (Chan, Golub and LeVeque, 1983), so that
+    The scatter is taken about the mean of each batch, and batches are merged (Chan, Golub and LeVeque, 1983), so that
     nothing is lost where the mean is far from zero. `dim` is the width of a frame.
     """
 
@@ -46,12 +44,10 @@ class GaussianStatistics:
         # in numpy, whose calls cost less and whose A.T @ A takes half the products
         self._mean = np.zeros(dim)
         self._scatter = np.zeros((dim, dim))
-        self._waiting: np.ndarray | None = None  # (BLOCK, dim), made with the first frames
-        self._num_waiting = 0
 
     def __len__(self) -> int:
         """Frames seen."""
-        return self._count + self._num_waiting
+        return self._count
 
     @typechecked
     def update(self, frames: Tensor) -> None:
@@ -60,33 +56,23 @@ class GaussianStatistics:
         Raises ValueError for another shape and for NaN or infinity, TypeError for integers.
         """
         check_frames(frames, self.dim)
-        # numpy has no bfloat16
-        frames = frames.detach().to('cpu', torch.float64 if frames.dtype == torch.bfloat16 else frames.dtype).numpy()
-        if self._waiting is None:
-            self._waiting = np.empty((BLOCK, self.dim))
-        taken = 0
-        while taken < len(frames):
-            begin = self._num_waiting
-            end = min(BLOCK, begin + len(frames) - taken)
-            self._waiting[begin:end] = frames[taken : taken + end - begin]
-            taken += end - begin
-            self._num_waiting = end
-            if end == BLOCK:
-                self._flush()
+        if len(frames):
+            batch = frames.detach().cpu().double().numpy()
+            mean = batch.mean(axis=0)
+            centred = batch - mean
+            self._merge(len(batch), mean, centred.T @ centred)
 
     @typechecked
     def merge(self, other: GaussianStatistics) -> None:
         """Add what another has seen; the other stays as it is. Raises ValueError for another width."""
         if other.dim != self.dim:
             raise ValueError(f'cannot merge statistics of {other.dim}-d frames into those of {self.dim}-d frames')
-        self._flush()
-        other._flush()
-        self._merge(other._count, other._mean, other._scatter)
+        if len(other):
+            self._merge(other._count, other._mean, other._scatter)
 
     @property
     def mean(self) -> Tensor:
         """`(dim,)` float64. Raises ValueError without a frame."""
-        self._flush()
         if self._count == 0:
             raise ValueError('no frame has been seen, so there is no mean')
         return torch.from_numpy(self._mean.copy())
@@ -94,27 +80,11 @@ class GaussianStatistics:
     @property
     def covariance(self) -> Tensor:
         """`(dim, dim)` float64, unbiased as `numpy.cov`. Raises ValueError with fewer than 2 frames."""
-        self._flush()
         if self._count < 2:
             raise ValueError(f'a covariance needs at least 2 frames, got {self._count}')
         return torch.from_numpy(self._scatter / (self._count - 1))
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Without the room for frames that wait: this is what ranks send each other."""
-        self._flush()
-        return self.__dict__ | dict(_waiting=None)
-
-    def _flush(self) -> None:
-        if self._num_waiting:
-            block = self._waiting[: self._num_waiting]
-            mean = block.mean(axis=0)
-            centred = block - mean
-            self._merge(len(block), mean, centred.T @ centred)
-            self._num_waiting = 0
-
     def _merge(self, count: int, mean: np.ndarray, scatter: np.ndarray) -> None:
-        if count == 0:
-            return
         total = self._count + count
         delta = mean - self._mean
         self._scatter += scatter

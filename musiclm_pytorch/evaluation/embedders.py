@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from musiclm_pytorch.checks import check_audio, check_positive, described, typechecked
-from musiclm_pytorch.data.audio import windows
-from musiclm_pytorch.extras import how_to_install
+from musiclm_pytorch.extras import needing
+from musiclm_pytorch.mulan.checkpoint import load_file
 from musiclm_pytorch.mulan.model import evaluating
-from musiclm_pytorch.mulan.pretrained import PretrainedMuLaN, own_mulan
+from musiclm_pytorch.mulan.pretrained import PretrainedMuLaN, cut, own_mulan
 from musiclm_pytorch.mulan.vocabulary import unknown_words_line
 from musiclm_pytorch.pretrained.hub import find_folder
 
@@ -119,9 +119,7 @@ class MuLaNEmbedder:
                     f'{self.max_samples / self.sample_rate:g} or less'
                 )
         else:
-            spans = [list(windows(len(wave), self.window, self.hop)) for wave in waves]
-            pieces = [wave[start:stop] for wave, own in zip(waves, spans) for start, stop in own]
-            counts = [len(own) for own in spans]
+            pieces, counts = cut(waves, self.window, self.hop)
 
         latents = torch.empty(len(pieces), self.dim)
         with evaluating(self.mulan):
@@ -134,24 +132,24 @@ class MuLaNEmbedder:
                 latents[rows] = self.mulan.get_audio_latents(wavs, **given).cpu()
         return list(latents.split(counts))
 
-    @torch.no_grad()
     def embed_texts(self, texts: Sequence[str]) -> Tensor:
         """MuLaN's latents of texts, `(n, dim)` float32 on the CPU; a text gives the same wherever it stands.
 
         Words that MuLaN does not know are told in the log: what it says of these texts means little.
         """
-        different = list(dict.fromkeys(text_list(texts)))
+        if isinstance(texts, str) or not texts:
+            raise ValueError(f'texts must be one or more strings in a list, got {described(texts)}')
+        different = list(dict.fromkeys(texts))
         unknown = [words for text in different if (words := self.mulan.text.unknown_words(text))]
         if unknown:
             line = unknown_words_line(list(dict.fromkeys(chain.from_iterable(unknown))), None)
             logger.warning('%s, in %d of %d different texts', line, len(unknown), len(different))
-        with evaluating(self.mulan):
-            latents = latents_of_texts(self.mulan, different, TEXTS_AT_ONCE)
+        latents = latents_of_texts(self.mulan, different, TEXTS_AT_ONCE)
         places = {text: place for place, text in enumerate(different)}
         return latents[[places[text] for text in texts]]
 
 
-class CLAPEmbedder:
+class CLAPEmbedder(MuLaNEmbedder):
     """The audio and text embeddings of CLAP (arXiv 2211.06687), of length 1, by transformers' `ClapModel`.
 
     A clip gives one frame a window of the length that the model was made for, 10 s; the last window ends with the
@@ -171,7 +169,6 @@ class CLAPEmbedder:
     """
 
     name = 'clap'
-    min_samples = 1
 
     @typechecked
     def __init__(
@@ -181,11 +178,8 @@ class CLAPEmbedder:
         batch_size: int = 8,
         device: str | torch.device | None = None,
     ):
-        check_positive(batch_size=batch_size)
-        try:
+        with needing('CLAPEmbedder needs the package transformers', 'eval'):
             from transformers import ClapModel
-        except ImportError as error:
-            raise missing_package('transformers', 'CLAPEmbedder') from error
         if isinstance(model, (str, Path)):
             try:
                 mulan = PretrainedMuLaN(find_folder(model, local_only=True), processor)
@@ -198,26 +192,8 @@ class CLAPEmbedder:
             mulan = PretrainedMuLaN(model, processor)
         else:
             raise TypeError(f'model must be a path or a transformers.ClapModel, got {type(model).__name__}')
-        self.mulan, self.batch_size = mulan.to(device or mulan.device), batch_size
-        self.sample_rate, self.dim = self.mulan.sample_rate, self.mulan.dim_latent
-        self.window = self.mulan.audio.max_audio_length
-
-    @typechecked
-    @torch.no_grad()
-    def embed(self, waves: list[Tensor]) -> list[Tensor]:
-        """See `Embedder.embed`."""
-        check_waves(self, waves)
-        spans = [list(windows(len(wave), self.window, self.window)) for wave in waves]
-        pieces = [wave[start:stop] for wave, own in zip(waves, spans) for start, stop in own]
-        found = [torch.empty(0, self.dim)]
-        for start in range(0, len(pieces), self.batch_size):
-            found.append(self.mulan.embed_pieces(pieces[start : start + self.batch_size]).cpu())
-        return list(torch.cat(found).split([len(own) for own in spans]))
-
-    @typechecked
-    def embed_texts(self, texts: Sequence[str]) -> Tensor:
-        """Embed texts as `(n, dim)` float32 on the CPU, of length 1; a text is cut where the text tower ends."""
-        return latents_of_texts(self.mulan, text_list(texts), self.batch_size)
+        window = mulan.audio.max_audio_length / mulan.sample_rate
+        super().__init__(mulan.to(device or mulan.device), window, batch_size=batch_size)
 
 
 class EnCodecEmbedder:
@@ -239,14 +215,12 @@ class EnCodecEmbedder:
     @typechecked
     def __init__(self, model: Any, batch_size: int = 8, device: str | torch.device | None = None):
         check_positive(batch_size=batch_size)
-        try:
+        with needing('EnCodecEmbedder needs the package encodec', 'eval'):
             from encodec import EncodecModel
-        except ImportError as error:
-            raise missing_package('encodec', 'EnCodecEmbedder') from error
         if isinstance(model, (str, Path)):
             path, model = model, EncodecModel.encodec_model_24khz(pretrained=False)
             url = 'https://dl.fbaipublicfiles.com/encodec/v0/encodec_24khz-d7cc33bc.th'
-            model.load_state_dict(read_weights(path, model, f'the 24 kHz EnCodec, fetched from {url}'))
+            load_file(model, path, f'weights of the 24 kHz EnCodec, fetched from {url},')
         if not isinstance(model, EncodecModel):
             raise TypeError(f'model must be a path or an encodec.EncodecModel, got {type(model).__name__}')
         if model.channels != 1 or model.normalize or model.segment is not None:
@@ -286,10 +260,10 @@ class VGGishEmbedder:
     @typechecked
     def __init__(self, path: str | Path, batch_size: int = 32, device: str | torch.device = 'cpu'):
         check_positive(batch_size=batch_size)
-        with torch.device('meta'):
+        with torch.device('meta'):  # to draw no numbers
             model = VGGish()
         url = 'https://github.com/harritaylor/torchvggish/releases/download/v0.1/vggish-10086976.pth'
-        model.load_state_dict(read_weights(path, model, f'VGGish, fetched from {url}'), assign=True)
+        load_file(model.to_empty(device='cpu'), path, f'weights of VGGish, fetched from {url},')
         self.model, self.batch_size, self.device = model.eval().to(device), batch_size, device
 
     @typechecked
@@ -297,9 +271,11 @@ class VGGishEmbedder:
     def embed(self, waves: list[Tensor]) -> list[Tensor]:
         """See `Embedder.embed`."""
         check_waves(self, waves)
+        if not waves:
+            return []
         patches = [vggish_patches(wave.to(self.device)) for wave in waves]
-        found = [self.model(batch).cpu() for batch in torch.cat(patches).split(self.batch_size)] if waves else []
-        return list(torch.cat(found).split([len(own) for own in patches])) if waves else []
+        found = [self.model(batch).cpu() for batch in torch.cat(patches).split(self.batch_size)]
+        return list(torch.cat(found).split([len(own) for own in patches]))
 
 
 class VGGish(nn.Module):
@@ -353,15 +329,12 @@ def vggish_mel_filters() -> Tensor:
     return torch.minimum((bins - left) / (centre - left), (right - bins) / (right - centre)).clamp(min=0)
 
 
-def text_list(texts: Sequence[str]) -> list[str]:
-    if isinstance(texts, str) or not texts:
-        raise ValueError(f'texts must be one or more strings in a list, got {described(texts)}')
-    return list(texts)
-
-
+@torch.no_grad()
 def latents_of_texts(mulan: nn.Module, texts: list[str], batch_size: int) -> Tensor:
+    """`(n, dim_latent)` on the CPU; the model computes in eval mode."""
     batches = (texts[start : start + batch_size] for start in range(0, len(texts), batch_size))
-    return torch.cat([mulan.get_text_latents(raw_texts=batch).cpu() for batch in batches])
+    with evaluating(mulan):
+        return torch.cat([mulan.get_text_latents(raw_texts=batch).cpu() for batch in batches])
 
 
 def check_waves(embedder: Embedder, waves: list[Tensor]) -> None:
@@ -387,25 +360,3 @@ def batches_by_length(waves: Sequence[Tensor], batch_size: int, *, mixed: bool) 
         batch.append(row)
     if batch:
         yield batch
-
-
-def missing_package(package: str, user: str) -> ImportError:
-    return ImportError(f'{user} needs the package {package}: {how_to_install("eval")}')
-
-
-def read_weights(path: str | Path, module: nn.Module, what: str) -> dict[str, Tensor]:
-    """The state dict in a file, checked to have the names and shapes of a module's. Nothing in the file is run."""
-    if not Path(path).is_file():
-        raise FileNotFoundError(f'no weights at {path!s}; give the path of those of {what}')
-    try:
-        state = torch.load(path, map_location='cpu', weights_only=True)
-    except Exception as error:  # torch raises one of many, by what is wrong with the file
-        raise ValueError(f'{path!s} cannot be read as weights: {error}') from error
-    wanted = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
-    found = {name: tuple(it.shape) for name, it in state.items()} if isinstance(state, dict) else {}
-    if wrong := sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name)):
-        raise ValueError(
-            f'{path!s} does not hold the weights of {what}: {wrong[0]} should be {wanted.get(wrong[0], "absent")}, is '
-            f'{found.get(wrong[0], "absent")}'
-        )
-    return state

@@ -144,36 +144,30 @@ class Evaluator:
             text = text if texts is None else texts[place]
             return first + place, clip if isinstance(clip, Path) else (clip, sample_rate), text
 
-        metrics = [it for it in self.metrics if it.uses_reference or not is_reference]
-        metrics = [it for it in metrics if self.reference or not it.needs_reference]
-        before = [metric.state for metric in self.metrics]
-        found: list[dict[str, Any]] | Exception
-        for metric in self.metrics:
+        # what is found goes to twins of the metrics, so that nothing of it stays where something goes wrong
+        own, merged = ([copy.copy(metric) for metric in self.metrics] for _ in range(2))
+        for metric, total in zip(own, merged):
             metric.reset()
+            total.state = copy.deepcopy(total.state)
+        asked = [it for it in own if it.uses_reference or not is_reference]
+        asked = [it for it in asked if self.reference or not it.needs_reference]
+        found: list[dict[str, Any]] | Exception
         try:
-            own = range(rank(), len(clips), world_size())
-            stream = evaluation_clips(map(source, own), self.embedders(metrics), self.batch_size)
+            places = range(rank(), len(clips), world_size())
+            stream = evaluation_clips(map(source, places), self.embedders(asked), self.batch_size)
             bar = dict(desc=name.removesuffix('_audio'), disable=not self.progress or rank() > 0, leave=False)
             with closing(stream):  # its reader ends here, whatever happens
-                for clip in tqdm(stream, unit='clip', total=len(own), **bar):
-                    for metric in metrics:
+                for clip in tqdm(stream, unit='clip', total=len(places), **bar):
+                    for metric in asked:
                         metric.update(replace(clip, is_reference=is_reference))
-            found = [metric.state for metric in self.metrics]
+            found = [metric.state for metric in own]
         except Exception as error:  # the other ranks, too, must know, or they would wait for what was found
             found = error
-        finally:
-            for metric, state in zip(self.metrics, before):
-                metric.state = state
-        for metric in self.metrics:
-            metric.state = copy.deepcopy(metric.state)
-        try:
-            for states in over_ranks(found):
-                for metric, state in zip(self.metrics, states):
-                    metric.merge_state(state)
-        except Exception:
-            for metric, state in zip(self.metrics, before):
-                metric.state = state
-            raise
+        for states in over_ranks(found):
+            for metric, state in zip(merged, states):
+                metric.merge_state(state)
+        for metric, total in zip(self.metrics, merged):
+            metric.state = total.state
         seen |= added
 
     def merge(self, other: Evaluator) -> None:

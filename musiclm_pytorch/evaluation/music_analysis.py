@@ -336,15 +336,10 @@ def repetition(chroma: np.ndarray, passage: int) -> float:
     A passage comes again if another that does not overlap it is alike: frame by frame in order, the cosine of their
     chroma is 0.9 or more in the mean. Of each frame of chroma, scaled to length 1, the mean over the clip is subtracted
     first, or else noise, which holds every pitch class all the time, would seem to repeat itself.
-
-    Raises ValueError for fewer than two passages' frames.
     """
-    frames = chroma.shape[1]
-    if frames < 2 * passage:
-        raise ValueError(f'{frames} frames hold no two passages of {passage}')
     units = unit_columns(chroma)
     centred = unit_columns(units - units.mean(axis=1, keepdims=True))
-    count = frames - passage + 1
+    count = chroma.shape[1] - passage + 1
     best = np.full(count, -1.0)
     # one diagonal of the self-similarity matrix at a time
     for lag in range(passage, count):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from musiclm_pytorch.checks import check_audio, check_finite, check_positive, described, typechecked
-from musiclm_pytorch.evaluation.embedders import Embedder, MuLaNEmbedder
+from musiclm_pytorch.evaluation.embedders import Embedder, MuLaNEmbedder, latents_of_texts
 from musiclm_pytorch.evaluation.inputs import evaluation_clips
 from musiclm_pytorch.evaluation.metric import (
     EvaluationClip,
@@ -28,8 +28,8 @@ from musiclm_pytorch.evaluation.metric import (
     undefined,
 )
 from musiclm_pytorch.extras import needing
+from musiclm_pytorch.mulan.checkpoint import load_file
 from musiclm_pytorch.mulan.layers import l2norm
-from musiclm_pytorch.mulan.model import evaluating
 from musiclm_pytorch.mulan.pretrained import own_mulan
 
 # common words for music: genres, instruments and voices, moods, tempo and sound
@@ -112,9 +112,7 @@ class ZeroShotTagger:
         self.min_samples = mulan.audio.min_samples
         self.batch_size = batch_size
         prompts = [template.replace('{}', tag) for tag in tags for template in templates]
-        with torch.no_grad(), evaluating(mulan):
-            batches = [prompts[i : i + batch_size] for i in range(0, len(prompts), batch_size)]
-            latents = torch.cat([mulan.get_text_latents(raw_texts=batch).cpu() for batch in batches])
+        latents = latents_of_texts(mulan, prompts, batch_size)
         latents = rearrange(latents, '(tags templates) d -> tags templates d', templates=len(templates))
         self.tag_latents = l2norm(latents.mean(dim=1))  # (tags, dim_latent)
 
@@ -183,8 +181,6 @@ class PaSSTTagger:
             from hear21passt.models.passt import get_model
             from hear21passt.models.preprocess import AugmentMelSTFT
             from hear21passt.wrapper import PasstBasicWrapper
-        if not Path(weights).is_file():
-            raise FileNotFoundError(f'no file of weights of PaSST at {weights}; give one that you have downloaded')
         with quiet():
             net = get_model(arch=arch, pretrained=False, n_classes=PASST_CLASSES)
             # as in hear21passt.base, where the weights would be downloaded
@@ -193,10 +189,7 @@ class PaSSTTagger:
                 fmin=0.0, fmax=None, norm=1, fmin_aug_range=10, fmax_aug_range=2000,
             )  # fmt: skip
             self.model = PasstBasicWrapper(mel=mel, net=net, mode='logits').eval().to(device)
-        try:
-            net.load_state_dict(torch.load(weights, map_location='cpu', weights_only=True))
-        except RuntimeError as error:
-            raise ValueError(f'{weights} does not hold weights of {arch}: {error}') from error
+        load_file(net, weights, 'weights of PaSST')
 
     @typechecked
     @torch.no_grad()

@@ -12,7 +12,6 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-from einops import einsum
 from torch import Tensor, nn
 
 from musiclm_pytorch.checks import as_tensor, check_lengths, typechecked
@@ -160,22 +159,13 @@ class OptimizedMuLaN(nn.Module):
         sample_rate: int | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """As `MuLaN.forward`. The loss of a model with the hierarchical loss is computed on the whole batch at once."""
-        asks_for_loss = not (return_latents or return_similarities or return_pairwise_similarities)
-        if asks_for_loss and self.mulan.multi_layer_contrastive_learning is not None:
+        asked = return_latents, return_similarities, return_pairwise_similarities
+        if not any(asked) and self.mulan.multi_layer_contrastive_learning is not None:
             texts = texts.to(self.device) if isinstance(texts, Tensor) else texts
             wavs = wavs.to(self.device) if isinstance(wavs, Tensor) else wavs
             return self.mulan(wavs, texts, raw_texts, audio_lengths=audio_lengths, sample_rate=sample_rate)
         audio = self.get_audio_latents(wavs, audio_lengths=audio_lengths, sample_rate=sample_rate)
-        text = self.get_text_latents(texts, raw_texts)
-        if return_latents:
-            return audio, text
-        if return_pairwise_similarities:
-            return einsum(audio, text, 'i d, j d -> i j')
-        if len(audio) != len(text):
-            raise ValueError(f'got {len(audio)} waves but {len(text)} texts; they must come in pairs')
-        if return_similarities:
-            return einsum(audio, text, 'i d, i d -> i')
-        return self.mulan.loss(PairLatents(audio, text))
+        return self.mulan.compare(PairLatents(audio, self.get_text_latents(texts, raw_texts)), *asked)
 
 
 class InferenceLayers(nn.Module):

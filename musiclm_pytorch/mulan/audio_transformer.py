@@ -25,7 +25,7 @@ from musiclm_pytorch.checks import (
 from musiclm_pytorch.kernels.attention import PositionBias
 from musiclm_pytorch.mulan.layers import Encoding, Float32LayerNorm, LayerNorm, Transformer, masked_mean
 from musiclm_pytorch.mulan.patches import choose_patches, sincos_2d
-from musiclm_pytorch.mulan.spectrogram import LogMel, SpecAugment, Spectrogram
+from musiclm_pytorch.mulan.spectrogram import LogMel, SpecAugment, Spectrogram, frame_mask
 from musiclm_pytorch.mulan.summary import ClipSummary
 
 # numbers of a spectrogram that are computed together, 2 MiB as complex ones
@@ -281,11 +281,7 @@ class AudioSpectrogramTransformer(nn.Module):
         embeds = self.norm(masked_mean(layers[-1], mask))
         if measured is not None:
             embeds = embeds + self.summary(measured)
-        encoding = Encoding(embeds, layers, mask)
-
-        if return_encoding:
-            return encoding
-        return (encoding.embeds, encoding.all_but_last()) if return_all_layers else encoding.embeds
+        return Encoding(embeds, layers, mask).asked(return_all_layers, return_encoding)
 
     def check_input(self, x: Tensor, audio_lengths) -> tuple[Tensor, Tensor | None]:
         """Check and cut a batch; lengths become a tensor on the device of the batch."""
@@ -342,32 +338,26 @@ class AudioSpectrogramTransformer(nn.Module):
 
     def front_end(self, x: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """What `to_spectrogram` gives, and what the summary is made of, `(b, k)` (None without `clip_summary`)."""
-        measured = None
+        if lengths is not None:
+            real = frame_mask(lengths, x.shape[-1])
+            x = x.masked_fill(~(real if self.accept_spec else real[:, 0]), 0.0)
         if self.accept_spec:
-            spec, frames = x, lengths
-            if lengths is not None:
-                padding = torch.arange(x.shape[-1], device=x.device) >= rearrange(lengths, 'b -> b 1 1')
-                spec = spec.masked_fill(padding, 0.0)
-            check_finite(spec, 'spectrograms[{}] holds NaN or infinity; clean the data first')
+            check_finite(x, 'spectrograms[{}] holds NaN or infinity; clean the data first')
+            spec, frames, measured = x, lengths, None
         else:
-            real = x
-            if lengths is not None:
-                padding = torch.arange(x.shape[-1], device=x.device) >= rearrange(lengths, 'b -> b 1')
-                real = x.masked_fill(padding, 0.0)
-            check_finite(real, 'wavs[{}] holds NaN or infinite samples; clean the data first')
+            check_finite(x, 'wavs[{}] holds NaN or infinite samples; clean the data first')
             spec, frames, measured = self.wave_features(x, lengths)
-            for found in (spec, measured):
-                if found is not None:
-                    check_finite(
-                        found, 'wavs[{}] is so loud that its spectrogram overflows; samples should lie in [-1, 1]'
-                    )
+            overflow = 'wavs[{}] is so loud that its spectrogram overflows; samples should lie in [-1, 1]'
+            check_finite(spec, overflow)
+            if measured is not None:
+                check_finite(measured, overflow)
         if self.training:
             spec = self.aug.mask(spec, frames)
         return spec, frames, measured
 
     def wave_features(self, x: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Waves to what patches are cut of, but for masks, the frames of each, and what the summary is made of."""
-        stretches = self.training and self.aug.stretches
+        stretches = self.training and self.aug[0].max_log_rate > 0
         if self.log_mel is not None and not stretches and not is_traced():
             # a few at a time: spectra, many times the size of what comes of them, stay in the cache
             size = max(1, BINS_AT_A_TIME // (self.spec.bins * int(self.spec.num_frames(x.shape[-1]))))

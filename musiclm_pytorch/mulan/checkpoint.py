@@ -383,7 +383,11 @@ def _build_upstream(
 ) -> nn.Module:
     state, _ = read_upstream(path)
     known_audio, known_text, known_mulan = _infer_config(state, known=audio or {}, source=path)
-    mulan = _build(cls, {**known_audio, **(audio or {})}, {**known_text, **(text or {})}, {**known_mulan, **keywords})
+    mulan = cls(
+        AudioSpectrogramTransformer(**{**known_audio, **(audio or {})}),
+        TextTransformer(**{**known_text, **(text or {})}),
+        **{**known_mulan, **keywords},
+    )
     load_strictly(mulan, state, source=path)
     return mulan.eval()
 
@@ -395,21 +399,35 @@ def _load_upstream_into(mulan: nn.Module, path: str | Path) -> nn.Module:
 
 def read_upstream(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
     """State dicts of model and optimizer (None without one) in a file of upstream's trainer, without DDP's prefix."""
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f'no checkpoint at {path}')
-    try:
-        package = torch.load(path, map_location='cpu', weights_only=True)
-    except Exception as error:  # torch raises one of many, by what is wrong with the file
-        raise ValueError(f'{path} is damaged, or holds more than tensors; it was not loaded') from error
+    package = read_torch(path, 'checkpoint')
     state = package.get('model', package) if isinstance(package, dict) else None
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+    if not is_state(state):
         raise ValueError(f'{path} holds no state dict of a MuLaN under "model"')
     state = {name.removeprefix('module.'): tensor for name, tensor in state.items()}
     if 'audio_to_latents.weight' not in state:
         raise ValueError(f'{path} is not a MuLaN: it has no audio_to_latents.weight, but {sorted(state)[:3]} …')
     optimizer = package.get('optim') if 'model' in package else None
     return state, optimizer
+
+
+def read_torch(path: str | Path, what: str) -> Any:
+    """What `torch.save` wrote, tensors and plain values; nothing in it is run. Raises FileNotFoundError, ValueError."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f'no {what} at {path}')
+    try:
+        return torch.load(path, map_location='cpu', weights_only=True)
+    except Exception as error:  # torch raises one of many, by what is wrong with the file
+        raise ValueError(f'{path} is damaged, or holds more than tensors; it was not loaded') from error
+
+
+def is_state(found: Any) -> bool:
+    return isinstance(found, dict) and all(isinstance(value, Tensor) for value in found.values())
+
+
+def load_file(model: nn.Module, path: str | Path, what: str) -> None:
+    """Load the state dict in a file of torch. Raises FileNotFoundError, and ValueError for one of another model."""
+    state = read_torch(path, what)
+    load_strictly(model, state if is_state(state) else {}, source=path)
 
 
 def _infer_config(state: dict[str, Tensor], *, known: dict, source: str | Path) -> tuple[dict, dict, dict]:
@@ -453,37 +471,20 @@ def _infer_config(state: dict[str, Tensor], *, known: dict, source: str | Path) 
     return audio, text, mulan
 
 
-def _build(cls: type, audio: dict, text: dict, mulan: dict) -> nn.Module:
-    return cls(
-        audio_transformer=AudioSpectrogramTransformer(**audio),
-        text_transformer=TextTransformer(**text),
-        **mulan,
-    )
-
-
 def load_strictly(model: nn.Module, state: dict[str, Tensor], *, source: str | Path) -> None:
     """Load all weights of a model. Raises ValueError where names, shapes or kinds of numbers differ."""
     own = model.state_dict()
-    try:
-        differ = [
-            name
-            for name in own.keys() & state.keys()
-            if own[name].is_floating_point() != state[name].is_floating_point()
-        ]
-        if differ:
-            raise RuntimeError
-        model.load_state_dict(state, strict=True)
-    except RuntimeError as error:
-        faults = [f'{name} is missing' for name in own if name not in state]
-        faults += [f'{name} has no place in it' for name in state if name not in own]
-        faults += [
-            f'{name} is {tuple(it.shape)} of {it.dtype}, and ought to be {tuple(own[name].shape)} of {own[name].dtype}'
-            for name, it in state.items()
-            if name in own and (it.shape != own[name].shape or name in differ)
-        ]
+    faults = [f'{name} is missing' for name in own if name not in state]
+    faults += [f'{name} has no place in it' for name in state if name not in own]
+    faults += [
+        f'{name} is {tuple(it.shape)} of {it.dtype}, and ought to be {tuple(own[name].shape)} of {own[name].dtype}'
+        for name, it in state.items()
+        if name in own and (it.shape, it.is_floating_point()) != (own[name].shape, own[name].is_floating_point())
+    ]
+    if faults:
         more = f', and {len(faults) - 4} more' if len(faults) > 4 else ''
-        told = '; '.join(faults[:4]) or ' '.join(str(error).split())
         raise ValueError(
-            f'the weights in {source} do not fit this model: {told}{more}; weights and config must be of one model, '
-            'as save_pretrained wrote them'
-        ) from error
+            f'the weights in {source} do not fit this model: {"; ".join(faults[:4])}{more}; weights and config must be '
+            'of one model, as save_pretrained wrote them'
+        )
+    model.load_state_dict(state)

@@ -34,6 +34,12 @@ class Encoding(NamedTuple):
         first = self.layers[0]
         return torch.stack(self.layers[:-1]) if len(self.layers) > 1 else first.new_empty(0, *first.shape)
 
+    def asked(self, all_layers: bool, encoding: bool) -> Tensor | tuple[Tensor, Tensor] | Encoding:
+        """What a tower returns: the embedding alone, with `all_but_last`, or everything."""
+        if encoding:
+            return self
+        return (self.embeds, self.all_but_last()) if all_layers else self.embeds
+
 
 def l2norm(t: Tensor) -> Tensor:
     return F.normalize(t, p=2, dim=-1)

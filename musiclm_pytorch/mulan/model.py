@@ -7,7 +7,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -33,7 +33,7 @@ from musiclm_pytorch.mulan.contrastive import (
     SoftmaxContrastiveLearning,
 )
 from musiclm_pytorch.mulan.display import size_of
-from musiclm_pytorch.mulan.layers import l2norm
+from musiclm_pytorch.mulan.layers import Encoding, l2norm
 from musiclm_pytorch.mulan.text_transformer import TextTransformer
 from musiclm_pytorch.mulan.transfer import load_matching
 from musiclm_pytorch.mulan.words import WordPrediction
@@ -291,11 +291,8 @@ class MuLaN(JointEmbedding):
         Returns:
             `(b, dim_latent)` float32, of length 1.
         """
-        wavs, audio_lengths = self.to_own_rate(wavs, audio_lengths, sample_rate)
-        embeds = self.audio(wavs, return_all_layers=return_all_layers, audio_lengths=audio_lengths)
-        embeds, *layers = embeds if return_all_layers else (embeds,)
-        latents = l2norm(self.audio_to_latents(embeds).float())
-        return (latents, *layers) if return_all_layers else latents
+        latents, encoding = self._encode_audio(wavs, audio_lengths, sample_rate)
+        return (latents, encoding.all_but_last()) if return_all_layers else latents
 
     def get_text_latents(
         self,
@@ -308,13 +305,22 @@ class MuLaN(JointEmbedding):
         Returns:
             `(b, dim_latent)` float32, of length 1, and with `return_all_layers` also `(depth - 1, b, 1 + n, dim)`.
         """
+        latents, encoding, _ = self._encode_text(texts, raw_texts)
+        return (latents, encoding.all_but_last()) if return_all_layers else latents
+
+    def _encode_audio(self, wavs: Tensor, audio_lengths: Any, sample_rate: int | None) -> tuple[Tensor, Encoding]:
+        wavs, audio_lengths = self.to_own_rate(wavs, audio_lengths, sample_rate)
+        encoding = self.audio(wavs, audio_lengths=audio_lengths, return_encoding=True)
+        return l2norm(self.audio_to_latents(encoding.embeds).float()), encoding
+
+    def _encode_text(self, texts: Tensor | None, raw_texts: Sequence[str] | None) -> tuple[Tensor, Encoding, Tensor]:
+        """Latents, what the tower knows, and the token ids."""
         if texts is None and raw_texts is not None:
             texts, raw_texts = self.text.tokenize(raw_texts), None
-        embeds = self.text(texts, raw_texts=raw_texts, return_all_layers=return_all_layers)
-        embeds, *layers = embeds if return_all_layers else (embeds,)
-        latents = l2norm(self.text_to_latents(embeds).float())
+        encoding = self.text(texts, raw_texts=raw_texts, return_encoding=True)
+        latents = l2norm(self.text_to_latents(encoding.embeds).float())
         self.text.note_trained(texts, latents)
-        return (latents, *layers) if return_all_layers else latents
+        return latents, encoding, texts
 
     # training
 
@@ -350,6 +356,16 @@ class MuLaN(JointEmbedding):
             ValueError: different numbers of waves and texts, or fewer than 2 pairs for a softmax loss.
         """
         latents = self.pair_latents(wavs, texts, raw_texts, audio_lengths, sample_rate)
+        return self.compare(latents, return_latents, return_similarities, return_pairwise_similarities)
+
+    def compare(
+        self,
+        latents: PairLatents,
+        return_latents: bool = False,
+        return_similarities: bool = False,
+        return_pairwise_similarities: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """What `forward` returns of the latents of a batch."""
         if return_latents:
             return latents.audio, latents.text
         if return_pairwise_similarities:
@@ -369,14 +385,8 @@ class MuLaN(JointEmbedding):
         sample_rate: int | None = None,
     ) -> PairLatents:
         """Both towers' latents of a batch, as the loss needs them; arguments as in `forward`."""
-        wavs, audio_lengths = self.to_own_rate(wavs, audio_lengths, sample_rate)
-        audio = self.audio(wavs, audio_lengths=audio_lengths, return_encoding=True)
-        if texts is None and raw_texts is not None:
-            texts, raw_texts = self.text.tokenize(raw_texts), None
-        text = self.text(texts, raw_texts=raw_texts, return_encoding=True)
-        audio_latents = l2norm(self.audio_to_latents(audio.embeds).float())
-        text_latents = l2norm(self.text_to_latents(text.embeds).float())
-        self.text.note_trained(texts, text_latents)
+        audio_latents, audio = self._encode_audio(wavs, audio_lengths, sample_rate)
+        text_latents, text, texts = self._encode_text(texts, raw_texts)
         tokens = self.padded(texts) if self.words is not None and self.training else None
         if self.multi_layer_contrastive_learning is None:
             return PairLatents(audio_latents, text_latents, tokens=tokens)

@@ -138,10 +138,9 @@ class PretrainedMuLaN(JointEmbedding):
             audio_lengths, batch=len(wavs), limit=wavs.shape[1], unit='samples', device=wavs.device
         ).tolist()
         longest = self.audio.max_audio_length or max(lengths)
-        spans = [list(windows(length, longest, longest)) for length in lengths]
-        pieces = [wave[start:stop] for wave, own in zip(wavs.float(), spans) for start, stop in own]
-        found = torch.cat([self.embed_pieces(pieces[row : row + BATCH]) for row in range(0, len(pieces), BATCH)])
-        return l2norm(torch.stack([it.mean(dim=0) for it in found.split([len(own) for own in spans])]))
+        pieces, counts = cut([wave[:length] for wave, length in zip(wavs.float(), lengths)], longest, longest)
+        found = torch.cat([self._embed(pieces[row : row + BATCH]) for row in range(0, len(pieces), BATCH)])
+        return l2norm(torch.stack([it.mean(dim=0) for it in found.split(counts)]))
 
     @torch.no_grad()
     def get_text_latents(self, texts: None = None, raw_texts: Sequence[str] | None = None) -> Tensor:
@@ -158,17 +157,14 @@ class PretrainedMuLaN(JointEmbedding):
             settings = self.model.config.text_config
             # RoBERTa counts positions from behind its padding
             longest = settings.max_position_embeddings - settings.pad_token_id - 1
-            tokens = self.processor.tokenizer(
-                texts, padding=True, truncation=True, max_length=longest, return_tensors='pt'
-            ).to(self.device)
-            given = dict(input_ids=tokens['input_ids'], attention_mask=tokens['attention_mask'])
-            return pooled(self.model.get_text_features(**given))
+            keywords = dict(padding=True, truncation=True, max_length=longest, return_tensors='pt')
+            tokens = self.processor.tokenizer(texts, **keywords).to(self.device)
+            return pooled(self.model.get_text_features(tokens['input_ids'], tokens['attention_mask']))
         if hasattr(self.model, 'get_text_latents'):
             return self.model.get_text_latents(raw_texts=texts)
         return self.model.extract_text_latents(texts)
 
-    @torch.no_grad()
-    def embed_pieces(self, pieces: list[Tensor]) -> Tensor:
+    def _embed(self, pieces: list[Tensor]) -> Tensor:
         """Latents of waves `(samples,)`, none longer than the model was made for, `(n, dim_latent)` of length 1."""
         with self._evaluated():
             return l2norm(self._hear(pieces).float())
@@ -221,6 +217,13 @@ class PretrainedMuLaN(JointEmbedding):
         folder = find_folder(folder, revision, subfolder)
         config = read_config(folder, cls.__name__, ('encoder',), verify=verify)
         return place(cls(find_encoder(config, verify)))
+
+
+def cut(waves: Sequence[Tensor], window: int, hop: int) -> tuple[list[Tensor], list[int]]:
+    """The windows of all waves `(samples,)`, one after another, and how many each has."""
+    spans = [list(windows(len(wave), window, hop)) for wave in waves]
+    pieces = [wave[start:stop] for wave, own in zip(waves, spans) for start, stop in own]
+    return pieces, [len(own) for own in spans]
 
 
 def own_mulan(mulan: Any) -> JointEmbedding:

@@ -125,7 +125,7 @@ class PretrainedTextTransformer(PretrainedTower, TextTransformer):
         x, mask = self.ids_and_mask(x, raw_texts, mask)
         output = self.model(input_ids=x, attention_mask=mask.long(), output_hidden_states=True)
         layers = [masked_mean(it, mask)[:, None] for it in output.hidden_states[1:]]
-        return _given(Encoding(masked_mean(output.last_hidden_state, mask), layers), return_all_layers, return_encoding)
+        return Encoding(masked_mean(output.last_hidden_state, mask), layers).asked(return_all_layers, return_encoding)
 
     @torch.no_grad()
     def vectors(
@@ -255,7 +255,7 @@ class PretrainedAudioTransformer(PretrainedTower, AudioSpectrogramTransformer):
             parts.append(self._encode([waves[row] for row in own]))
         back = torch.tensor(rows, device=x.device).argsort()
         embeds, *layers = (torch.cat(it)[back] for it in zip(*parts))
-        return _given(Encoding(embeds, layers), return_all_layers, return_encoding)
+        return Encoding(embeds, layers).asked(return_all_layers, return_encoding)
 
     def _encode(self, waves: list[Tensor]) -> list[Tensor]:
         """The embedding `(b, d)`, and the mean of each layer `(b, 1, d)`."""
@@ -309,11 +309,3 @@ def _prepared(model: nn.Module, trained: bool) -> nn.Module:
 
 def _content(model: nn.Module) -> dict[str, Any]:
     return json.loads(model.config.to_json_string())
-
-
-def _given(
-    encoding: Encoding, return_all_layers: bool, return_encoding: bool
-) -> Tensor | tuple[Tensor, Tensor] | Encoding:
-    if return_encoding:
-        return encoding
-    return (encoding.embeds, encoding.all_but_last()) if return_all_layers else encoding.embeds

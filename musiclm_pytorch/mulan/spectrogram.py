@@ -334,25 +334,21 @@ class RandomMask(nn.Module):
         return spec.masked_fill(band, 0.0)
 
 
-class SpecAugment(nn.Module):
+class SpecAugment(nn.Sequential):
     """Random stretch before the mel filters, random masks after them. Call it in training only.
 
     Mask sizes are capped at the fractions that AST uses on AudioSet, 48 of 128 bands and 192 of 1,024 frames.
     """
 
     def __init__(self, *, stretch_factor: float, freq_mask: int, time_mask: int, power: float, min_frames: int):
-        super().__init__()
-        # numbered children, because the state dict of 0.2.8 holds aug.0.phase_advance
-        self.add_module('0', RandomTimeStretch(stretch_factor, power, min_frames))
-        self.add_module('1', RandomMask('frequency', freq_mask, max_fraction=48 / 128))
-        self.add_module('2', RandomMask('time', time_mask, max_fraction=192 / 1024))
-
-    @property
-    def stretches(self) -> bool:
-        return self.get_submodule('0').max_log_rate != 0.0
+        super().__init__(
+            RandomTimeStretch(stretch_factor, power, min_frames),
+            RandomMask('frequency', freq_mask, max_fraction=48 / 128),
+            RandomMask('time', time_mask, max_fraction=192 / 1024),
+        )
 
     def stretch(self, spec: Tensor, frames: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        return self.get_submodule('0')(spec, frames)
+        return self[0](spec, frames)
 
     def mask(self, spec: Tensor, frames: Tensor | None) -> Tensor:
-        return self.get_submodule('2')(self.get_submodule('1')(spec, frames), frames)
+        return self[2](self[1](spec, frames), frames)

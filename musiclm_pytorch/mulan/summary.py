@@ -53,36 +53,26 @@ class Chroma(Float32Buffers):
         return classes.sum(dim=-1) / rearrange(frames, 'b -> b 1')
 
 
-class Tempogram(nn.Module):
+def tempogram(mel: Tensor, lags: int, frames: Tensor | None = None) -> Tensor:
     """Log-mel spectrogram `(b, mels, t)` → how much the onsets repeat after each lag, `(b, lags)` in [-1, 1].
 
     Onset strength is how much the bands rise from frame to frame, on average; what repeats in it is its
     autocorrelation (Ellis 2007, "Beat tracking by dynamic programming", has both). A beat of 120 BPM shows at 0.5 s
     and at all multiples, whatever plays it. Silence is 0.
 
-    Args:
-        lags: number of lags, from 1 frame on.
+    `lags` are counted from 1 frame on; `frames` `(b,)` of each item are heard, by default all.
     """
-
-    FLOOR = 1e-6
-
-    def __init__(self, lags: int):
-        super().__init__()
-        self.lags = lags
-
-    def forward(self, mel: Tensor, frames: Tensor | None = None) -> Tensor:
-        """Of the first `frames` `(b,)` of each item, by default of all."""
-        onsets = F.pad(mel.float(), (1, 0), mode='replicate').diff(dim=-1).relu().mean(dim=1)
-        if frames is None:
-            onsets = onsets - onsets.mean(dim=-1, keepdim=True)
-        else:
-            real, count = frame_mask(frames, onsets.shape[-1])[:, 0], rearrange(frames, 'b -> b 1')
-            mean = onsets.masked_fill(~real, 0.0).sum(dim=-1, keepdim=True) / count
-            onsets = (onsets - mean).masked_fill(~real, 0.0)
-        later = torch.arange(onsets.shape[-1], device=mel.device)[:, None]
-        later = later + torch.arange(self.lags + 1, device=mel.device)
-        products = torch.einsum('b t, b t l -> b l', onsets, F.pad(onsets, (0, self.lags))[:, later])
-        return products[:, 1:] / (products[:, :1] + self.FLOOR)
+    onsets = F.pad(mel.float(), (1, 0), mode='replicate').diff(dim=-1).relu().mean(dim=1)
+    if frames is None:
+        onsets = onsets - onsets.mean(dim=-1, keepdim=True)
+    else:
+        real, count = frame_mask(frames, onsets.shape[-1])[:, 0], rearrange(frames, 'b -> b 1')
+        mean = onsets.masked_fill(~real, 0.0).sum(dim=-1, keepdim=True) / count
+        onsets = (onsets - mean).masked_fill(~real, 0.0)
+    later = torch.arange(onsets.shape[-1], device=mel.device)[:, None]
+    later = later + torch.arange(lags + 1, device=mel.device)
+    products = torch.einsum('b t, b t l -> b l', onsets, F.pad(onsets, (0, lags))[:, later])
+    return products[:, 1:] / (products[:, :1] + 1e-6)
 
 
 class ClipSummary(nn.Module):
@@ -114,11 +104,11 @@ class ClipSummary(nn.Module):
                 f'frames {hop_length} samples apart are too many for a summary of the rhythm; raise spec_hop_length to '
                 f'{math.ceil(self.LONGEST_LAG * sample_rate / self.MOST_LAGS)}, or set clip_summary=False'
             )
-        self.tempogram = Tempogram(lags)
+        self.lags = lags
         self.from_each_tonic = nn.Sequential(
             nn.Linear(PITCH_CLASSES, self.HIDDEN), nn.SiLU(), nn.Linear(self.HIDDEN, self.HIDDEN)
         )
-        self.from_tempogram = nn.Sequential(nn.Linear(self.tempogram.lags, self.HIDDEN), nn.SiLU())
+        self.from_tempogram = nn.Sequential(nn.Linear(lags, self.HIDDEN), nn.SiLU())
         # each of the scale of the embedding, or what is loud in the patches would drown them
         self.harmony_to_features = nn.Sequential(nn.LayerNorm(self.HIDDEN), nn.Linear(self.HIDDEN, dim))
         self.rhythm_to_features = nn.Sequential(nn.LayerNorm(self.HIDDEN), nn.Linear(self.HIDDEN, dim))
@@ -128,12 +118,12 @@ class ClipSummary(nn.Module):
     def measure(self, power: Tensor, mel: Tensor, frames: Tensor | None) -> Tensor:
         """Pitch classes and tempogram `(b, 12 + lags)` float32, of the first `frames` `(b,)` of each item."""
         with torch.autocast(power.device.type, enabled=False):
-            return torch.cat([self.chroma(power, frames), self.tempogram(mel, frames)], dim=-1)
+            return torch.cat([self.chroma(power, frames), tempogram(mel, self.lags, frames)], dim=-1)
 
     def forward(self, measured: Tensor) -> Tensor:
         """`(b, 12 + lags)` → `(b, dim)`."""
         dtype = self.from_tempogram[0].weight.dtype
-        parts = measured.split([PITCH_CLASSES, self.tempogram.lags], dim=-1)
-        classes, tempogram = (F.layer_norm(part, part.shape[-1:]).to(dtype) for part in parts)
+        parts = measured.split([PITCH_CLASSES, self.lags], dim=-1)
+        classes, repeats = (F.layer_norm(part, part.shape[-1:]).to(dtype) for part in parts)
         harmony = self.from_each_tonic(classes[:, self.rotations]).amax(dim=1)
-        return self.harmony_to_features(harmony) + self.rhythm_to_features(self.from_tempogram(tempogram))
+        return self.harmony_to_features(harmony) + self.rhythm_to_features(self.from_tempogram(repeats))

@@ -133,11 +133,7 @@ class TextTransformer(nn.Module):
         mask = F.pad(mask, (1, 0), value=True)
 
         layers = self.transformer(tokens, mask=mask)
-        encoding = Encoding(self.norm(layers[-1][:, 0]), layers, mask)
-
-        if return_encoding:
-            return encoding
-        return (encoding.embeds, encoding.all_but_last()) if return_all_layers else encoding.embeds
+        return Encoding(self.norm(layers[-1][:, 0]), layers, mask).asked(return_all_layers, return_encoding)
 
     def with_known_tokens(self, known_tokens: Sequence[int]) -> TextTransformer:
         """A copy that keeps the embeddings of these ids alone: of a model trained on few words, most never moved."""

@@ -246,12 +246,14 @@ class MuLaNOpenCLIP(nn.Module):
 
         Args:
             unlocked_groups: how many stay trainable, counted from the end: the projection to the latents, the last
-                layer with the final norm, each layer before it, the patch embedding with the position bias.
+                layer with the final norm, each layer before it, the patch embedding with the position bias and the
+                summary of the clip.
             freeze_bn_stats: open_clip's; there is no batch norm here.
         """
         tower = self.mulan.audio
         *layers, last = tower.transformer.layers
-        beginning = [tower.to_patch_tokens, tower.dynamic_pos_bias_mlp]
+        summary = [] if tower.summary is None else [tower.summary]
+        beginning = [tower.to_patch_tokens, tower.dynamic_pos_bias_mlp, *summary]
         groups = [beginning, *([it] for it in layers), [last, tower.norm], [self.mulan.audio_to_latents]]
         _lock([tower, self.mulan.audio_to_latents], groups, unlocked_groups)
 
