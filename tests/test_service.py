@@ -735,10 +735,9 @@ def test_help_tells_every_limit_and_its_default(capsys):
     with pytest.raises(SystemExit) as stopped:
         main(['serve', '--help'])
     assert stopped.value.code == 0
-    told = capsys.readouterr().out
+    told = ' '.join(capsys.readouterr().out.split())
     for name, value in ServiceConfig().to_dict().items():
-        assert f'--{name.replace("_", "-")} ' in told
-        assert re.search(rf'--{name.replace("_", "-")} [NS].*?\(default: {value}\)', told, re.S), name
+        assert re.search(rf'--{name.replace("_", "-")} [NS] .*?\(default: {value}\)', told), name
 
 
 @pytest.mark.parametrize(
