@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from musiclm_pytorch import MusicLM, SyntheticMusic
+from musiclm_pytorch.audiolm.pieces import CROSSFADE
 from musiclm_pytorch.data.attributes import MusicLabels
-from musiclm_pytorch.musiclm import CROSSFADE
 
 PART, STORY, GAP = 5.0, (5.0, 15.0), (2.0, 4.0)  # seconds
 NEAR = 0.07  # seconds on either side of a seam in which a break would be

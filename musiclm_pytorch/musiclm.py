@@ -2,38 +2,22 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import warnings
 from collections.abc import Iterator, Sequence
-from fractions import Fraction
-from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from einops import einsum, rearrange, repeat
+from einops import einsum, rearrange
 from torch import Tensor, nn
 
 from musiclm_pytorch.atomic import write_checked_json, written_together
-from musiclm_pytorch.audiolm.convert import (
-    audiolm_pytorch,
-    audiolm_stage,
-    own_codec,
-    own_stage,
-    own_tokenizer,
-    unwrapped,
-)
+from musiclm_pytorch.audiolm.convert import audiolm_pytorch, audiolm_stage, unwrapped
 from musiclm_pytorch.audiolm.decode_step import fastest_dtype
-from musiclm_pytorch.audiolm.generate import (
-    generate_coarse,
-    generate_fine,
-    generate_semantic,
-    on_grid,
-)
-from musiclm_pytorch.audiolm.infilling import log_likelihood
+from musiclm_pytorch.audiolm.pieces import AudioStages, Conditions, Part, decode, part_times
 from musiclm_pytorch.audiolm.requests import (
     CountPerStage,
     Mix,
@@ -54,10 +38,10 @@ from musiclm_pytorch.audiolm.requests import (
 )
 from musiclm_pytorch.audiolm.sampling import Progress, Sampling, StopGeneration, counted_steps
 from musiclm_pytorch.audiolm.saving import load_module, save_module
-from musiclm_pytorch.audiolm.seam import CHANGE, CHANGE_GUIDANCE, FADE, SETTLE, join, steps_in
+from musiclm_pytorch.audiolm.seam import FADE, join
 from musiclm_pytorch.audiolm.semantic import SemanticTokenizer
-from musiclm_pytorch.audiolm.stages import STAGES, CoarseTransformer, FineTransformer, SemanticTransformer
-from musiclm_pytorch.audiolm.streaming import DECODED_BEFORE, SHORTEST_CODED, MusicStream, StageStream, decode
+from musiclm_pytorch.audiolm.stages import STAGES
+from musiclm_pytorch.audiolm.streaming import MusicStream, StageStream
 from musiclm_pytorch.checks import check_positive, fitted, keywords_of, typechecked
 from musiclm_pytorch.data.audio import resample
 from musiclm_pytorch.mulan.checkpoint import CONFIG_FILE, checksums_within, placing, read_config, store_as
@@ -74,18 +58,14 @@ from musiclm_pytorch.waves import Music, Waves
 
 # how to sample where a model does not say: the temperatures of MusicLM (section 5.1)
 SAMPLING = dict(temperature=(1.0, 0.95, 0.4), top_k=None, top_p=None, cond_scale=3.0)
+# of a model that is saved; those from 'sampling' on may be missing
+SETTINGS = ('windows', 'unique_consecutive', 'sampling', 'knows', 'usual_score')
 RANKING_WINDOW = 10.0  # seconds that MuLaN hears at once (MusicLM, section 3.2)
-# seconds before a change of prompt in which the next part comes in and the one before goes
-CROSSFADE = 0.3
 # seconds of a prime at least by whose sound what follows is conditioned, too: less tells no timbre
 HEARD = 1.0
-# seconds of the right side of a gap by which candidates for it are judged
-SEEN = 1.0
-# seconds at the end of a prime that are made again: tokens and codes there look beyond it, and tell of an end
-REMADE = 0.1
 
 
-class MusicLM(HubModel, nn.Module):
+class MusicLM(HubModel, AudioStages):
     """Text to music (arXiv 2301.11325).
 
         musiclm = MusicLM(audio_lm, mulan_embed_quantizer)
@@ -129,7 +109,6 @@ class MusicLM(HubModel, nn.Module):
         tokenizer: nn.Module | None = None,
         unique_consecutive: bool = False,
     ):
-        super().__init__()
         parts = dict(semantic=semantic, coarse=coarse, fine=fine, codec=codec, tokenizer=tokenizer)
         if audio_lm is not None:
             if given := [name for name, part in parts.items() if part is not None]:
@@ -143,14 +122,9 @@ class MusicLM(HubModel, nn.Module):
                 if audio_lm is not None
                 else f'{missing[0]} is missing; pass an AudioLM, or all of {", ".join(parts)}'
             )
-        check_positive(**{f'the window of the {name} stage': it for name, it in zip(STAGES, windows)})
+        super().__init__(**parts, windows=windows, unique_consecutive=unique_consecutive)
         self._given = (audio_lm,)  # its weights are counted once: it is none of the modules of this one
-        for name, kind in STAGES.items():
-            setattr(self, name, own_stage(parts[name], kind))
-        self.codec, self.tokenizer = own_codec(parts['codec']), own_tokenizer(parts['tokenizer'])
-        self.unique_consecutive = unique_consecutive
         self.mulan_embed_quantizer = mulan_embed_quantizer
-        self.windows = windows
         self.knows = knows
         self.usual_score = usual_score
         if unknown := (sampling or {}).keys() - SAMPLING.keys():
@@ -185,18 +159,6 @@ class MusicLM(HubModel, nn.Module):
                     f'the {name} stage takes conditioning of width {wanted}, but the quantizer gives {given}; set its '
                     'conditioning_dims'
                 )
-        semantic, coarse, fine, levels = self.semantic, self.coarse, self.fine, self.codec.num_quantizers
-        for what, ours, theirs in (
-            ('coarse stage reads {} semantic tokens, but the semantic stage makes {}', coarse.num_semantic_tokens,
-             semantic.num_semantic_tokens),
-            ('fine stage has {} codes a codebook, but the coarse stage {}', fine.codebook_size, coarse.codebook_size),
-            ('fine stage goes on after {} levels of codes, but the coarse stage makes {}', fine.num_coarse_quantizers,
-             coarse.num_coarse_quantizers),
-            ('stages make {} levels of codes, but the codec has {}', coarse.num_levels + fine.num_levels, levels),
-            ('stages have {} codes a codebook, but the codec {}', coarse.codebook_size, self.codec.codebook_size),
-        ):  # fmt: skip
-            if ours != theirs:
-                raise ValueError(f'the {what.format(ours, theirs)}')
 
     def __repr__(self) -> str:
         """In short; `print(musiclm.semantic)` shows the layers of a stage."""
@@ -212,14 +174,6 @@ class MusicLM(HubModel, nn.Module):
             f'  sampling: {sampling},\n'
             f'  {indented(mulan)})'
         )
-
-    @property
-    def device(self) -> torch.device:
-        return self.semantic.device
-
-    @property
-    def stages(self) -> dict[str, SemanticTransformer | CoarseTransformer | FineTransformer]:
-        return {name: getattr(self, name) for name in STAGES}
 
     @property
     def audio_lm(self) -> nn.Module:
@@ -240,21 +194,6 @@ class MusicLM(HubModel, nn.Module):
             **{f'{name}_transformer': audiolm_stage(stage) for name, stage in self.stages.items()},
             unique_consecutive=self.unique_consecutive,
         )
-
-    @property
-    def sample_rate(self) -> int:
-        """Of the music, in Hz."""
-        return self.codec.sample_rate
-
-    @property
-    def frame_rate(self) -> Fraction:
-        """Frames of the codec a second."""
-        return self.codec.frame_rate
-
-    @property
-    def semantic_rate(self) -> Fraction:
-        """Semantic tokens a second."""
-        return self.tokenizer.frame_rate
 
     @typechecked
     @torch.no_grad()
@@ -332,22 +271,16 @@ class MusicLM(HubModel, nn.Module):
         see `prompt_warnings`.
         """
         check_positive(num_samples=num_samples, seconds=seconds, max_length=max_length, max_batch=max_batch)
-        self._check_fitted()
+        self.check_fitted()
         prompts, story = read_prompts(text)
         seconds = read_seconds(seconds, max_length, story, semantic_rate=self.semantic_rate)
-        samplings = self._samplings(
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            cond_scale=cond_scale,
-            negative_scale=negative_scale,
-            logits_processor=logits_processor,
-        )
+        how = dict(temperature=temperature, top_k=top_k, top_p=top_p, cond_scale=cond_scale)
+        samplings = self._samplings(**how, negative_scale=negative_scale, logits_processor=logits_processor)
         if seconds * self.sample_rate < 1:
             raise ValueError(f'seconds={seconds:g} is less than a sample of music, 1 / {self.sample_rate} s')
         if return_scores or (num_samples > 1 and not return_all):
             self._check_heard(seconds, 'music that is scored')
-        avoided = [] if negative is None else [read_prompt(negative)]
+        negative = None if negative is None else read_prompt(negative)
         prime = read_prime(prime_wave, prime_wave_input_sample_hz, prime_wave_path, seconds=seconds)
         pieces = 1 if story else len(prompts)
         if isinstance(melody, list) and len(melody) != pieces:
@@ -355,17 +288,11 @@ class MusicLM(HubModel, nn.Module):
         if melody is not None:
             melody = self._read_melodies(melody if isinstance(melody, list) else [melody], seconds)
             melody = melody.expand(pieces, -1, -1)
-        warn_of(self.prompt_warnings(prompts + avoided))
 
         with evaluating(self):
-            wanted = self._latents(prompts)
-            indices = self.mulan_embed_quantizer.indices(latents=wanted)  # a row a prompt, or a part of the story
-            avoided = self.mulan_embed_quantizer.indices(latents=self._latents(avoided)) if avoided else None
-            sounds = indices
-            if prime is not None:
-                goes_on = wanted[:1] if story else wanted
-                heard = self._indices_with(resample(prime[0], prime[1], self.sample_rate), goes_on)
-                sounds = torch.cat((heard, indices[len(goes_on) :]))
+            heard = None if prime is None else resample(*prime, self.sample_rate)
+            # a row a prompt, or a part of the story
+            wanted, indices, sounds, avoided = self._read(prompts, negative, heard, is_story=story is not None)
             total = pieces * num_samples
             # one generator a piece, so that a piece does not depend on those made beside it
             seeds = seeds_of(seed, total)
@@ -374,21 +301,23 @@ class MusicLM(HubModel, nn.Module):
             for start in range(0, total, max_batch or total):
                 rows = range(start, min(start + (max_batch or total), total))
                 prompt_of = [row // num_samples for row in rows]
-                if story:
-                    parts = [
-                        Part(*time, *(repeat(it, 'q -> b q', b=len(rows)) for it in conditions))
-                        for time, *conditions in zip(part_times([length for length, _ in story]), indices, sounds)
-                    ]
-                else:
-                    parts = [Part(0.0, seconds, indices[prompt_of], sounds[prompt_of])]
+                times = part_times([length for length, _ in story]) if story else [(0.0, seconds)]
+                parts = []
+                for number, time in enumerate(times):
+                    own = [number] * len(rows) if story else prompt_of
+                    parts.append(Part(*time, self._conditions(indices[own], sounds[own], avoided)))
                 try:
-                    told = None if melody is None else melody[prompt_of]
-                    codes = self._generate(
-                        parts, avoided, samplings, prime, [generators[row] for row in rows], progress, told
+                    made = self.generate_parts(
+                        parts,
+                        samplings,
+                        prime=prime,
+                        generators=[generators[row] for row in rows],
+                        progress=progress,
+                        melody=None if melody is None else melody[prompt_of],
                     )
                     with counted_steps(progress, 'waves', len(rows)) as advance:
-                        for own in zip(*(it.split(1) for it in codes)):
-                            waves.append(self._decode_parts(own, parts))
+                        for own in zip(*(codes.split(1) for _, codes in made)):
+                            waves.append(self.decode_parts(own, parts))
                             advance(1)
                 except StopGeneration:
                     if not waves:
@@ -400,8 +329,7 @@ class MusicLM(HubModel, nn.Module):
                     break
             waves = torch.stack(waves)
             if prime is not None:
-                given = resample(prime[0].to(waves.device), prime[1], self.sample_rate)[0]
-                waves = join(given, waves, self.sample_rate)
+                waves = join(heard[0].to(waves.device), waves, self.sample_rate)
             waves = rearrange(waves, '(p s) n -> p s n', s=num_samples)
             scores = None
             if return_scores or (num_samples > 1 and not return_all):
@@ -453,7 +381,7 @@ class MusicLM(HubModel, nn.Module):
         without repetitions, of which no one knows how many a second has.
         """
         check_positive(seconds=seconds)
-        self._check_fitted()
+        self.check_fitted()
         self._check_timed('they cannot stream')
         (seed,) = seeds_of(seed, 1)
         given, coded_from, codes = None, 0, None
@@ -462,30 +390,25 @@ class MusicLM(HubModel, nn.Module):
             if seconds is not None:
                 check_shorter(len(given) / self.sample_rate, seconds)
             coded_from = max(0, len(given) - round(self.windows[0] * self.sample_rate))  # more is not seen
-        conditions = self._conditions(text, negative, given)
+        avoided = None if negative is None else read_prompt(negative)
+
+        def conditions_of(prompt: Prompt, heard: Tensor | None = None) -> Conditions:
+            return self._conditions(*self._read([read_prompt(prompt)], avoided, heard)[1:])
+
+        conditions = conditions_of(text, None if given is None else given[None])
         if given is not None:
             with evaluating(self):
-                codes = self._encode_prime((given[None, coded_from:], self.sample_rate), 1)
+                codes = self.encode_prime((given[None, coded_from:], self.sample_rate), 1)
+        how = dict(temperature=temperature, top_k=top_k, top_p=top_p, cond_scale=cond_scale)
         stages = StageStream(
-            self.stages,
-            self.windows,
-            semantic_rate=self.semantic_rate,
-            frame_rate=self.frame_rate,
-            samplings=self._samplings(
-                temperature=temperature,
-                top_k=top_k,
-                top_p=top_p,
-                cond_scale=cond_scale,
-                negative_scale=negative_scale,
-                logits_processor=logits_processor,
-            ),
+            self,
+            samplings=self._samplings(**how, negative_scale=negative_scale, logits_processor=logits_processor),
             seconds=seconds,
             generator=torch.Generator(self.device).manual_seed(seed),
             prime=codes,
         )
-        conditions_of = partial(self._conditions, negative=negative)
         how = dict(seconds=seconds, seed=seed, given=given, coded_from=coded_from)
-        return MusicStream(stages, self.codec, conditions_of, conditions, **how)
+        return MusicStream(stages, conditions_of, conditions, **how)
 
     @typechecked
     @torch.no_grad()
@@ -532,7 +455,7 @@ class MusicLM(HubModel, nn.Module):
                 tokens without repetitions, which tell no times, and what `forward` raises.
         """
         check_positive(num_samples=num_samples)
-        self._check_fitted()
+        self.check_fitted()
         self._check_timed('they fill no gap')
         samplings = self._samplings(temperature=temperature, top_k=top_k, top_p=top_p, cond_scale=cond_scale)
         given = resample(*read_sound(wave, name='wave'), self.sample_rate)[0].to(self.device)
@@ -545,7 +468,6 @@ class MusicLM(HubModel, nn.Module):
             )
         first, last = round(start * rate), round(end * rate)
         prompt = read_prompt(text)
-        warn_of(self.prompt_warnings([prompt]))
         # the rest of the semantic stage's window is for the gap
         begin = max(0.0, start - self.windows[0] / 2)
         left, right = given[round(begin * rate) : first], given[last:]
@@ -553,17 +475,13 @@ class MusicLM(HubModel, nn.Module):
         made = end - begin, min(end + FADE, length) - begin
         generators = [torch.Generator(self.device).manual_seed(it) for it in seeds_of(seed, num_samples)]
         with evaluating(self):
-            wanted = self._latents([prompt])
-            indices = self.mulan_embed_quantizer.indices(latents=wanted)
-            sounds = self._indices_with(torch.cat((left, right))[None], wanted)
-            indices, sounds = (repeat(it, '1 q -> b q', b=num_samples) for it in (indices, sounds))
-            part = Part(0.0, made[1], indices, sounds)
+            _, *codes, _ = self._read([prompt], None, torch.cat((left, right))[None])
+            part = Part(0.0, made[1], self._conditions(*(it.expand(num_samples, -1) for it in codes), None))
             prime = (left[None], rate) if len(left) else None
-            semantic, *codes = self._encode_prime(prime, num_samples)
-            shared = dict(generator=generators, progress=progress)
-            (semantic,) = self._generate_semantic([part], semantic, None, samplings, None, shared)
-            (codes,) = self._generate_codes([part], [semantic], *codes, None, samplings, shared)
-            best = self._leads_to(right, semantic, codes, part, made[0]).argmax()
+            ((semantic, codes),) = self.generate_parts(
+                [part], samplings, prime=prime, generators=generators, progress=progress
+            )
+            best = self.likelihood_of(right, semantic, codes, part, made[0]).argmax()
             filled = decode(self.codec, codes[best, None])[0, : round(made[1] * rate)]
         whole = torch.cat((given[: first - len(left)], filled))
         if first:
@@ -573,62 +491,39 @@ class MusicLM(HubModel, nn.Module):
             whole = join(right.flip(0), whole.flip(0), rate, settle=(end - start) / 2).flip(0)
         return Waves.of(whole, rate)
 
-    def _leads_to(self, right: Tensor, semantic: Tensor, codes: Tensor, part: Part, end: float) -> Tensor:
-        """How likely the beginning of a wave `(samples,)` is after each candidate, of which `end` seconds count: the
-        mean log-probability of its semantic tokens, and that of its coarse codes, added, `(b,)`."""
-        b, levels = len(semantic), self.coarse.num_levels
-        seen = min(SEEN, *(it / 2 for it in self.windows[:2]))
-        following = right[: round((seen + REMADE) * self.sample_rate)]
-        prime = (following[None], self.sample_rate) if len(following) else None
-        next_semantic, next_coarse, _ = self._encode_prime(prime, b)
-        known = math.ceil(end * self.semantic_rate), math.ceil(end * self.frame_rate)
-        semantic = torch.cat((semantic[:, : known[0]], next_semantic), dim=1)
-        coarse = torch.cat((codes[:, : known[1], :levels], next_coarse), dim=1)
-        likely = torch.zeros(b, device=semantic.device)
-        if next_semantic.shape[1]:
-            begin = max(0, semantic.shape[1] - round(self.windows[0] * self.semantic_rate))
-            condition = self._conditioning('semantic', part.indices)
-            own = semantic[:, begin:]
-            likely += log_likelihood(self.semantic, own, known=known[0] - begin, conditioning=condition)
-        if next_coarse.shape[1]:
-            begin, per_frame = max(0, coarse.shape[1] - round(self.windows[1] * self.frame_rate)), self.semantic_rate
-            per_frame /= self.frame_rate
-            if self.coarse.semantic_per_frame is not None:
-                begin = on_grid(begin, per_frame.denominator)
-            seen = semantic[:, math.floor(begin * per_frame) : math.ceil(coarse.shape[1] * per_frame)]
-            condition = self._conditioning('coarse', part.sounds)
-            own = coarse[:, begin:]
-            likely += log_likelihood(self.coarse, seen, own, known=known[1] - begin, conditioning=condition)
-        return likely
+    def _read(
+        self, prompts: list[Prompt], negative: Prompt | None, heard: Tensor | None, *, is_story: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """MuLaN's latents `(p, d)` and codes `(p, q)` of prompts as `read_prompts` gives them; the codes that make the
+        timbre; and those to keep away from, `(1, q)`. Warns of words that the model does not know.
 
-    def _conditions(
-        self, text: Prompt, negative: Prompt | None, heard: Tensor | None = None
-    ) -> dict[str, tuple[Tensor | None, Tensor | None]]:
-        """The conditioning of each stage by one prompt, and by one to keep away from; that of coarse and fine stage
-        also by a wave `(samples,)` from which the music goes on."""
-        prompts = [read_prompt(it) for it in (text, negative) if it is not None]
-        warn_of(self.prompt_warnings(prompts))
-        with evaluating(self.mulan_embed_quantizer), torch.no_grad():
-            latents = self._latents(prompts)
-            wanted, *avoided = self.mulan_embed_quantizer.indices(latents=latents).split(1)
-            sounds = wanted if heard is None else self._indices_with(heard[None], latents[:1])
-        avoided = avoided[0] if avoided else None
+        heard: `(1, samples)` from which the music goes on. If that lasts `HEARD` seconds, the timbre is by the mean of
+            what MuLaN hears in it and reads in the prompts, of a story in the first one.
+        """
+        warn_of(self.prompt_warnings(prompts if negative is None else [*prompts, negative]))
+        quantizer = self.mulan_embed_quantizer
+        with evaluating(quantizer), torch.no_grad():
+            wanted = self._latents(prompts)
+            indices = sounds = quantizer.indices(latents=wanted)
+            if heard is not None and heard.shape[-1] >= HEARD * self.sample_rate:
+                goes_on = wanted[:1] if is_story else wanted
+                both = quantizer.indices(latents=l2norm(goes_on + self._hear(heard, self.sample_rate)))
+                sounds = torch.cat((both, indices[len(both) :]))
+            avoided = None if negative is None else quantizer.indices(latents=self._latents([negative]))
+        return wanted, indices, sounds, avoided
+
+    def _conditions(self, indices: Tensor, sounds: Tensor, avoided: Tensor | None) -> Conditions:
+        """What each stage is told, by codes as `_read` gives them: the semantic one has those of the prompts."""
         return {
-            name: (
-                self._conditioning(name, wanted if name == 'semantic' else sounds),
-                self._conditioning(name, avoided),
+            name: tuple(
+                None if it is None or not stage.has_condition else self.mulan_embed_quantizer.embed(it, name)
+                for it in (indices if name == 'semantic' else sounds, avoided)
             )
-            for name in STAGES
+            for name, stage in self.stages.items()
         }
 
-    def _indices_with(self, wave: Tensor, wanted: Tensor) -> Tensor:
-        """MuLaN's codes `(p, q)` of latents `(p, d)` and, in their mean, of what it hears in a wave `(1, samples)`, if
-        that lasts `HEARD` seconds."""
-        if wave.shape[-1] >= HEARD * self.sample_rate:
-            wanted = l2norm(wanted + self._hear(wave, self.sample_rate))
-        return self.mulan_embed_quantizer.indices(latents=wanted)
-
-    def _check_fitted(self) -> None:
+    def check_fitted(self) -> None:
+        """Raise ValueError unless the quantizer is fitted."""
         if not self.mulan_embed_quantizer.is_fitted:
             raise ValueError('the quantizer has no codebooks yet; call mulan_embed_quantizer.fit(dataset) first')
 
@@ -667,127 +562,7 @@ class MusicLM(HubModel, nn.Module):
         usual = None if is_short else self.usual_score
         return [low_score_line(best, usual) for best in music.scores.amax(dim=1).tolist()]
 
-    # generation
-
-    def _generate(
-        self,
-        parts: list[Part],
-        avoided: Tensor | None,
-        samplings: list[Sampling],
-        prime: tuple[Tensor, int] | None,
-        generators: list[torch.Generator],
-        progress: Progress,
-        melody: Tensor | None = None,
-    ) -> list[Tensor]:
-        """Codes of all levels for each part, `(b, t, q)`, from the beginning of the music to its end.
-
-        Each part goes on from the one before under a conditioning of its own, `CROSSFADE` seconds before that ends.
-        """
-        semantic, *codes = self._encode_prime(prime, len(generators))
-        shared = dict(generator=generators, progress=progress)
-        semantics = self._generate_semantic(parts, semantic, avoided, samplings, melody, shared)
-        return self._generate_codes(parts, semantics, *codes, avoided, samplings, shared)
-
-    def _generate_semantic(
-        self,
-        parts: list[Part],
-        semantic: Tensor,
-        avoided: Tensor | None,
-        samplings: list[Sampling],
-        melody: Tensor | None,
-        shared: dict[str, Any],
-    ) -> list[Tensor]:
-        """Semantic tokens `(b, n)` of each part, which go on from those of a prime."""
-        semantics, semantic_known, unique_consecutive = [], semantic.shape[1], self.unique_consecutive
-        for begin, end, indices, _ in parts:
-            length, window = math.ceil(end * self.semantic_rate), round(self.windows[0] * self.semantic_rate)
-            steps = [(length, samplings[0], None)]
-            if semantic.shape[1] > semantic_known:  # an earlier part has made what this one goes on from
-                if not unique_consecutive:
-                    semantic = semantic[:, : max(semantic_known, math.floor(begin * self.semantic_rate))]
-                seen = min(steps_in(CHANGE, self.semantic_rate), window // 2)
-                first = min(semantic.shape[1] - seen + window, length)
-                steps.insert(0, (first, samplings[0].guided(CHANGE_GUIDANCE), seen))
-            for stop, sampling, seen in steps:
-                if stop > semantic.shape[1]:
-                    sight = dict(window=window if stop > window else None, overlap=window // 2, prime_overlap=seen)
-                    semantic = generate_semantic(
-                        self.stages['semantic'],
-                        max_length=stop,
-                        min_length=stop,
-                        text_embeds=self._conditioning('semantic', indices),
-                        negative_embeds=self._conditioning('semantic', avoided),
-                        melody=melody,
-                        prime=semantic,
-                        sampling=sampling,
-                        **sight,
-                        **shared,
-                    ).tokens
-            semantics.append(semantic)
-        return semantics
-
-    def _generate_codes(
-        self,
-        parts: list[Part],
-        semantics: list[Tensor],
-        coarse: Tensor,
-        fine: Tensor,
-        avoided: Tensor | None,
-        samplings: list[Sampling],
-        shared: dict[str, Any],
-    ) -> list[Tensor]:
-        """Codes `(b, t, q)` of each part, of its semantic tokens, which go on from coarse and fine ones of a prime."""
-        coarses, coarse_known, unique_consecutive = [], coarse.shape[1], self.unique_consecutive
-        for (begin, end, _, sounds), semantic in zip(parts, semantics):
-            length, window = math.ceil(end * self.frame_rate), round(self.windows[1] * self.frame_rate)
-            # without repetitions, no one knows which tokens belong to a window
-            has_windows = length > window and not unique_consecutive
-            seen = semantic if unique_consecutive else semantic[:, : math.ceil(end * self.semantic_rate)]
-            changes = coarse.shape[1] > coarse_known
-            first = max(coarse_known, math.floor(begin * self.frame_rate)) if changes else 0
-            if changes:
-                coarse = coarse[:, :first]
-            if length > coarse.shape[1]:
-                coarse = generate_coarse(
-                    self.stages['coarse'],
-                    seen,
-                    max_length=length,
-                    min_length=length,
-                    text_embeds=self._conditioning('coarse', sounds),
-                    negative_embeds=self._conditioning('coarse', avoided),
-                    prime=coarse,
-                    sampling=samplings[1],
-                    unique_consecutive=unique_consecutive,
-                    window=window if has_windows else None,
-                    overlap=window // 2,
-                    prime_overlap=min(steps_in(CHANGE, self.frame_rate), window // 2)
-                    if changes and not unique_consecutive
-                    else None,
-                    semantic_per_frame=self.semantic_rate / self.frame_rate,
-                    **shared,
-                ).tokens
-            coarses.append((first, coarse))
-
-        made, fine_made = [], fine[:, :0]
-        for part, (first, coarse) in zip(parts, coarses):
-            own = generate_fine(
-                self.stages['fine'],
-                coarse[:, first:],
-                text_embeds=self._conditioning('fine', part.sounds),
-                negative_embeds=self._conditioning('fine', avoided),
-                prime=fine[:, first:],
-                sampling=samplings[2],
-                window=round(self.windows[2] * self.frame_rate),
-                **shared,
-            ).tokens
-            fine_made = torch.cat((fine_made[:, :first], own), dim=1)
-            made.append(torch.cat((coarse, fine_made), dim=-1))
-        return made
-
-    def _conditioning(self, name: str, indices: Tensor | None) -> Tensor | None:
-        if indices is None or not self.stages[name].has_condition:
-            return None
-        return self.mulan_embed_quantizer.embed(indices, name)
+    # what MuLaN reads and hears
 
     def _read_melodies(self, melodies: list[Path | Sound | Tensor], seconds: float) -> Tensor:
         """What the semantic stage is told of melodies in the first seconds of music, `(p, n, d)`."""
@@ -825,45 +600,6 @@ class MusicLM(HubModel, nn.Module):
             raise NoDirectionError('a latent of zeros, or a Mix whose parts cancel out, points nowhere')
         return l2norm(latent)
 
-    def _encode_prime(self, prime: tuple[Tensor, int] | None, batch: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Semantic tokens `(b, n)`, coarse and fine codes `(b, t, q)` of a wave `(1, samples)` and its rate, up to
-        `REMADE` seconds before its end."""
-        coarse_levels, levels = self.coarse.num_levels, self.codec.num_quantizers
-        semantic = torch.zeros(1, 0, dtype=torch.long, device=self.device)
-        codes = torch.zeros(1, 0, levels, dtype=torch.long, device=self.device)
-        if prime is not None:
-            wave, rate = prime[0].to(self.device), prime[1]
-            own = resample(wave, rate, self.tokenizer.sample_rate)
-            if own.shape[-1] >= self.tokenizer.sample_rate / self.semantic_rate:
-                semantic = self.tokenizer.encode(own)
-                semantic = semantic[:, : max(0, semantic.shape[1] - steps_in(REMADE, self.semantic_rate))]
-            if self.unique_consecutive:
-                semantic = torch.unique_consecutive(semantic, dim=1)
-            wave = resample(wave, rate, self.sample_rate)
-            factor = int(self.sample_rate / self.frame_rate)
-            if frames := wave.shape[-1] // factor:
-                missing = SHORTEST_CODED * factor - wave.shape[-1]
-                codes = self.codec.encode(F.pad(wave, (0, max(0, missing))))
-                codes = codes[:, : max(0, frames - steps_in(REMADE, self.frame_rate))]
-        semantic, codes = repeat(semantic, '1 n -> b n', b=batch), repeat(codes, '1 t q -> b t q', b=batch)
-        return semantic.clone(), codes[..., :coarse_levels].clone(), codes[..., coarse_levels:].clone()
-
-    def _decode_parts(self, codes: Sequence[Tensor], parts: list[Part]) -> Tensor:
-        """The wave `(samples,)` of one piece, of codes `(1, t, q)` for each part; each next one is faded in."""
-        wave = None
-        for part, own in zip(parts, codes):
-            stop = round(part.end * self.sample_rate)
-            if wave is None:
-                wave = decode(self.codec, own)[0, :stop]
-                continue
-            first = math.floor(part.begin * self.frame_rate)
-            skipped = max(0, first - steps_in(DECODED_BEFORE, self.frame_rate))
-            before = wave[: int(skipped * self.sample_rate / self.frame_rate)]
-            made = torch.cat((before, decode(self.codec, own[:, skipped:])[0, : stop - len(before)]))
-            fade = len(wave) / self.sample_rate - float(first / self.frame_rate)
-            wave = join(wave, made, self.sample_rate, fade=fade, settle=SETTLE)
-        return wave
-
     def _score(self, waves: Tensor, wanted: Tensor, story: Story | None, progress: Progress = False) -> Tensor:
         """Cosine of each wave of `(p, s, n)` with the latent of its prompt, or with the mean of a story's, `(p, s)`."""
         if story:
@@ -880,7 +616,7 @@ class MusicLM(HubModel, nn.Module):
 
     def _check_heard(self, seconds: float, what: str) -> None:
         mulan = self.mulan_embed_quantizer.mulan
-        least = getattr(getattr(mulan, 'audio', None), 'min_samples', 1) / (mulan.sample_rate or self.sample_rate)
+        least = mulan.audio.min_samples / (mulan.sample_rate or self.sample_rate)
         if seconds < least:
             raise ValueError(f'{what} must last {least:.3g} s at least, for MuLaN to hear it, got {seconds:g} s')
 
@@ -916,13 +652,7 @@ class MusicLM(HubModel, nn.Module):
                 f'the semantic tokenizer, a {type(unwrapped(self.tokenizer)).__name__}, cannot be saved; use one of '
                 'musiclm_pytorch.audiolm.semantic'
             )
-        settings = dict(
-            windows=self.windows,
-            unique_consecutive=self.unique_consecutive,
-            sampling=self.sampling,
-            knows=self.knows,
-            usual_score=self.usual_score,
-        )
+        settings = {name: getattr(self, name) for name in SETTINGS}
         with written_together(folder) as aside:
             save_module(self.codec, aside / 'codec')
             for name, stage in self.stages.items():
@@ -959,16 +689,14 @@ class MusicLM(HubModel, nn.Module):
         at = dict(device=device, dtype=None if dtype == 'auto' else dtype)
         place = placing(**at)
         folder = find_pretrained(folder, revision, subfolder)
-        needed, optional = ('windows', 'unique_consecutive'), ('sampling', 'knows', 'usual_score')
-        settings = read_config(folder, 'MusicLM', needed, optional, verify)
+        settings = read_config(folder, 'MusicLM', SETTINGS[:2], SETTINGS[2:], verify)
         with settings.refused("'sampling' must hold keywords", settings.content.get('sampling')):
             sampling = dict(settings.content.get('sampling') or {})
         settings.check_known(sampling, SAMPLING, 'sampling')
         parts = {name: load_module(folder / name, verify=verify) for name in (*STAGES, 'codec')}
         parts['tokenizer'] = SemanticTokenizer.from_pretrained(folder / 'tokenizer', verify=verify)
         quantizer = MuLaNEmbedQuantizer.from_pretrained(folder / 'quantizer', mulan, verify=verify, **at)
-        told = {name: settings.content.get(name) for name in ('knows', 'usual_score')}
-        values = dict(windows=settings['windows'], unique_consecutive=settings['unique_consecutive'], **told)
+        values = {name: settings.content.get(name) for name in SETTINGS if name != 'sampling'}
         with settings.refused('what stands there builds no MusicLM', values):
             hints = keywords_of(cls)
             values = {key: fitted(it, hints[key], key) for key, it in values.items()}
@@ -1014,23 +742,3 @@ def seeds_of(seed: int | Sequence[int] | None, pieces: int) -> list[int]:
     if len(seed) != pieces:
         raise ValueError(f'got {len(seed)} seeds for {pieces} pieces; pass one, or one a piece')
     return [it % 2**63 for it in seed]
-
-
-class Part(NamedTuple):
-    """A part of the music under one conditioning: from when to when, in seconds, and MuLaN's codes `(b, q)`, those of
-    the semantic stage and those of the others, which make the timbre."""
-
-    begin: float
-    end: float
-    indices: Tensor
-    sounds: Tensor
-
-
-def part_times(lengths: Sequence[float]) -> list[tuple[float, float]]:
-    """From when to when each part of a story is made, in seconds.
-
-    A part comes in `CROSSFADE` seconds before the one before ends, no earlier than in its middle.
-    """
-    ends = list(itertools.accumulate(lengths, initial=0.0))
-    fades = [0.0, *(min(CROSSFADE, length / 2) for length in lengths)]
-    return [(start - fade, end) for start, end, fade in zip(ends, ends[1:], fades)]

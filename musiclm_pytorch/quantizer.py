@@ -209,7 +209,6 @@ class MuLaNEmbedQuantizer(HubModel, nn.Module):
         Returns:
             `(b, rq_num_quantizers, conditioning dim)` float32, differentiable with respect to the embeddings.
         """
-        namespace = self._default_namespace if namespace is None else self._check_namespace(namespace)
         indices = self.indices(
             wavs, texts, raw_texts=raw_texts, latents=latents, audio_lengths=audio_lengths, sample_rate=sample_rate
         )

@@ -39,15 +39,8 @@ def test_shard(music, tmp_path, capsys, caplog):
 def test_shard_of_musiccaps(tmp_path):
     write(tmp_path / 'audio' / 'abcdefghijk.wav', ramp(1), caption=None)
     (tmp_path / 'm.csv').write_text('ytid,start_s,end_s,caption\nabcdefghijk,30,40,a song\n')
-    arguments = [
-        'shard',
-        str(tmp_path / 'm.csv'),
-        '--audio-folder',
-        str(tmp_path / 'audio'),
-        '-o',
-        str(tmp_path / 'out'),
-    ]
-    assert cli.main(arguments) == 0
+    command = f'shard {tmp_path}/m.csv --audio-folder {tmp_path}/audio -o {tmp_path}/out'
+    assert cli.main(command.split()) == 0
     assert json.loads((tmp_path / 'out' / 'index.json').read_text())['shards'][0]['samples'] == 1
 
 
@@ -125,17 +118,11 @@ def test_a_device_that_is_not_there_is_one_line(device, tmp_path, capsys):
     ('line', 'says'),
     [
         ('', 'musiclm: error: the following arguments are required: COMMAND; musiclm --help'),
-        (
-            'generat',
-            "musiclm: error: argument COMMAND: invalid choice: 'generat' .*; generat: did you mean generate\\?",
-        ),
+        ('generat', "musiclm: error: .* COMMAND: invalid choice: 'generat' .*; generat: did you mean generate\\?"),
         ('train mulann', 'musiclm train: error: .*; mulann: did you mean mulan\\?; musiclm train --help tells'),
         ('shard', 'musiclm shard: error: the following arguments are required: SOURCE, -o/--output; musiclm shard --h'),
         ('shard x -o y --shard-size many', "musiclm shard: error: argument --shard-size: invalid int value: 'many'"),
-        (
-            'shard x -o y --shard-sise=2',
-            'unrecognized arguments: --shard-sise=2; --shard-sise: did you mean --shard-size',
-        ),
+        ('shard x -o y --shard-sise=2', 'unrecognized arguments: --shard-sise=2; .* did you mean --shard-size'),
         # the option that is missing is the one that was misspelt
         ('generate a --ouput out', 'required: -o/--output; --ouput: did you mean --output\\?'),
         ('generate a -o out --dtype float16', "invalid choice: 'float16' .*; float16: did you mean bfloat16\\?"),
@@ -180,24 +167,9 @@ def test_every_option_has_help(monkeypatch):
     with pytest.raises(SystemExit):
         cli.main([])
     commands = dict(parsers_below(parsers[0]))
-    trainings = ('mulan', 'melody', 'quantizer', 'tokenizer', 'codec', 'semantic', 'coarse', 'fine', 'all')
-    assert set(commands) == {
-        'shard',
-        'tokens',
-        'assemble',
-        'recipes',
-        'train',
-        'generate',
-        'infill',
-        'evaluate',
-        'compare',
-        'index',
-        'search',
-        'serve',
-        'stream',
-        'app',
-        *(f'train {name}' for name in trainings),
-    }
+    words = 'shard tokens assemble recipes train generate infill evaluate compare index search serve stream app'
+    trainings = 'mulan melody quantizer tokenizer codec semantic coarse fine all'
+    assert set(commands) == {*words.split(), *(f'train {name}' for name in trainings.split())}
     for parser in commands.values():
         assert parser.description
         for action in parser._actions:

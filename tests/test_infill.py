@@ -6,7 +6,7 @@ from helpers.music import RATE, build_audio_lm, build_quantizer
 from helpers.stage_parts import make_transformer
 
 from musiclm_pytorch import MusicLM, Waves
-from musiclm_pytorch.audiolm.infilling import log_likelihood
+from musiclm_pytorch.audiolm.pieces import log_likelihood
 
 FADE = round(0.04 * RATE)
 WINDOWS = (2.0, 1.0, 0.4)

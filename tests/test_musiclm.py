@@ -35,25 +35,27 @@ def test_the_best_is_what_mulan_finds_nearest(musiclm):
     assert len({wave.sum().item() for wave in waves[0]}) == 4
 
 
-@pytest.mark.parametrize(
-    ('done', 'kept'),  # pieces of three prompts with two samples each; what is given back of the prompts
-    [(1, (1, 1)), (2, (1, 2)), (5, (2, 2)), (6, (3, 2))],
-)
-def test_what_is_done_when_it_is_stopped_is_given_back(musiclm, done, kept):
-    prompts, keywords = ['a', 'b', 'c'], dict(num_samples=2, seconds=0.4, seed=5, return_all=True, return_scores=True)
-    stages = 0
+def test_what_is_done_when_it_is_stopped_is_given_back(musiclm):
+    keywords = dict(num_samples=2, seconds=0.4, seed=5, max_batch=1, return_all=True, return_scores=True)
+    whole = musiclm(['a', 'b', 'c'], **keywords)
 
-    def report(step, total):
-        nonlocal stages
-        stages += step == total
-        if stages == 4 * done + 1:  # three stages and a wave for each piece by itself
-            raise StopGeneration
+    def made_until(done):
+        stages = 0
 
-    made = musiclm(prompts, max_batch=1, progress=report, **keywords)
-    whole = musiclm(prompts, max_batch=1, **keywords)
-    assert made.waves.shape[:2] == made.scores.shape == made.seeds.shape == kept
-    for given, wanted in zip((*made, made.seeds), (*whole, whole.seeds)):
-        assert torch.equal(given, wanted[: kept[0], : kept[1]])
+        def report(step, total):
+            nonlocal stages
+            stages += step == total
+            if stages == 4 * done + 1:  # three stages and a wave for each piece by itself
+                raise StopGeneration
+
+        return musiclm(['a', 'b', 'c'], progress=report, **keywords)
+
+    # pieces; what is given back of the prompts
+    for done, kept in ((1, (1, 1)), (2, (1, 2)), (5, (2, 2)), (6, (3, 2))):
+        made = made_until(done)
+        assert made.waves.shape[:2] == made.scores.shape == made.seeds.shape == kept
+        for given, wanted in zip((*made, made.seeds), (*whole, whole.seeds)):
+            assert torch.equal(given, wanted[: kept[0], : kept[1]])
     with pytest.raises(StopGeneration):
         musiclm('a', seconds=0.4, progress=stop_at_once)
 
@@ -83,8 +85,9 @@ def test_logits_are_processed_stage_by_stage(musiclm):
             musiclm('a', logits_processor=(None, lambda _, it, value=value: it * 0 + value, None), **keywords)
 
 
-def test_a_seed_makes_a_piece_again_alone(musiclm):
-    whole = musiclm(['a', 'b'], 2, seconds=0.4, seed=2**63 - 2, return_all=True, return_scores=True)
+def test_a_seed_makes_a_piece_again_alone_and_in_batches(musiclm):
+    shared = dict(seconds=0.4, return_all=True)
+    whole = musiclm(['a', 'b'], 2, seed=2**63 - 2, return_scores=True, **shared)
     assert whole.seeds.tolist() == [[2**63 - 2, 2**63 - 1], [0, 1]]
     waves, scores = whole
     for row, prompt in enumerate(['a', 'b']):
@@ -92,6 +95,10 @@ def test_a_seed_makes_a_piece_again_alone(musiclm):
             alone = musiclm(prompt, seconds=0.4, seed=seed, return_scores=True)
             torch.testing.assert_close(alone.waves[0], waves[row, column], atol=1e-5, rtol=0)
             torch.testing.assert_close(alone.scores[0, 0], scores[row, column], atol=1e-5, rtol=0)
+    torch.testing.assert_close(musiclm(['a', 'b'], 2, seed=2**63 - 2, max_batch=3, **shared), waves, atol=1e-5, rtol=0)
+    torch.testing.assert_close(musiclm(['a', 'b'], seed=[2**63 - 1, 1], **shared), waves[:, 1:], atol=1e-5, rtol=0)
+    with pytest.raises(ValueError, match='got 2 seeds for 4 pieces; pass one, or one a piece'):
+        musiclm(['a', 'b'], 2, seed=[1, 2])
 
 
 def test_without_a_seed_the_global_generator_decides(musiclm):

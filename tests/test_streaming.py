@@ -1,5 +1,6 @@
 """Music while it is made: the same as whole, repeatable, steered, bounded, ended."""
 
+import copy
 import threading
 from pathlib import Path
 
@@ -118,22 +119,19 @@ def test_what_goes_on_is_joined_alike_whatever_the_pieces(sizes):
 
 
 def stage_stream(musiclm, windows, **sampling):
-    return StageStream(
-        musiclm.stages,
-        windows,
-        semantic_rate=musiclm.semantic_rate,
-        frame_rate=musiclm.frame_rate,
-        samplings=[Sampling(**sampling)] * 3,
-        seconds=None,
-        generator=torch.Generator().manual_seed(0),
-    )
+    """Step by step, and under which conditions."""
+    audio = copy.copy(musiclm)
+    audio.windows = windows
+    how = dict(samplings=[Sampling(**sampling)] * 3, seconds=None, generator=torch.Generator().manual_seed(0))
+    stages = StageStream(audio, **how)
+    read = musiclm.mulan_embed_quantizer
+    return stages, {name: (read(raw_texts=['a slow flute'], namespace=name), None) for name in musiclm.stages}
 
 
 @pytest.mark.parametrize(('window', 'step'), [(20, 20), (6, 15)])  # begin with a semantic token, or between two
 def test_coarse_codes_go_with_the_tokens_of_their_time(musiclm, window, step):
     """Step by step they are those of all tokens at once, where windows begin at the same frames."""
-    stages = stage_stream(musiclm, (2.0, window / 50, step / 50), temperature=0.0)
-    conditions = musiclm._conditions('a slow flute', None)
+    stages, conditions = stage_stream(musiclm, (2.0, window / 50, step / 50), temperature=0.0)
     codes, tokens = [], []
     for _ in range(12):
         before = stages.first_semantic + stages.semantic.shape[1]
@@ -157,7 +155,7 @@ def test_coarse_codes_go_with_the_tokens_of_their_time(musiclm, window, step):
 
 
 def test_memory_is_bounded(musiclm):
-    stages, conditions = stage_stream(musiclm, WINDOWS), musiclm._conditions('a slow flute', None)
+    stages, conditions = stage_stream(musiclm, WINDOWS)
     sizes = []
     for _ in range(30):
         stages.step(20, conditions)

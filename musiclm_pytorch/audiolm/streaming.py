@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from fractions import Fraction
 from typing import Any
@@ -13,25 +13,19 @@ import torch
 from torch import Tensor
 
 from musiclm_pytorch.audiolm.generate import generate_coarse, generate_fine, generate_semantic
+from musiclm_pytorch.audiolm.pieces import DECODED_BEFORE, AudioStages, Conditions, decode
 from musiclm_pytorch.audiolm.protocols import Codec
 from musiclm_pytorch.audiolm.requests import Prompt
 from musiclm_pytorch.audiolm.sampling import Sampling
 from musiclm_pytorch.audiolm.seam import CHANGE, CHANGE_GUIDANCE, FADE, SETTLE, join, steps_in
-from musiclm_pytorch.audiolm.stages import StageTransformer
 from musiclm_pytorch.checks import typechecked
 from musiclm_pytorch.kernels.processor import one_thread
 from musiclm_pytorch.mulan.model import evaluating
 from musiclm_pytorch.waves import Waves
 
-# frames: the convolutions of a codec reflect what they are given, and need something to reflect
-SHORTEST_CODED = 32
-# seconds of codes on either side of those that are asked for, more than a codec looks back and ahead
-DECODED_BEFORE, DECODED_AFTER = 1.0, 0.25
+DECODED_AFTER = 0.25  # seconds of codes behind those that are asked for, more than a codec looks ahead
 ENDLESS = 600.0  # seconds: as long as that, what has no end is worth the kernels
 CROSSED = 0.01  # seconds over which a codec that looks further goes over from piece to piece
-
-# of each stage `(1, q, d)` of the prompt and of the negative one, if there is one
-Conditions = Mapping[str, tuple[Tensor | None, Tensor | None]]
 
 
 class StageStream:
@@ -42,9 +36,7 @@ class StageStream:
     window, and windows of the fine stage are made apart from each other.
 
     Args:
-        stages: semantic, coarse and fine, by name, with semantic tokens that come with repetitions.
-        windows: seconds that each sees at once.
-        semantic_rate, frame_rate: tokens and frames a second.
+        audio: the stages, with semantic tokens that come with repetitions.
         samplings: of each stage.
         seconds: that will be made, as far as it is known.
         generator: what the tokens are drawn with, on the stages' device.
@@ -53,26 +45,22 @@ class StageStream:
 
     def __init__(
         self,
-        stages: Mapping[str, StageTransformer],
-        windows: Sequence[float],
+        audio: AudioStages,
         *,
-        semantic_rate: Fraction,
-        frame_rate: Fraction,
         samplings: Sequence[Sampling],
         seconds: float | None,
         generator: torch.Generator,
         prime: tuple[Tensor, Tensor, Tensor] | None = None,
     ):
-        self.stages, self.samplings, self.generator = stages, samplings, generator
-        self.semantic_rate, self.frame_rate = semantic_rate, frame_rate
-        self.per_frame = Fraction(semantic_rate) / Fraction(frame_rate)
-        rates = semantic_rate, frame_rate, frame_rate
-        self.windows = [max(1, round(seconds * rate)) for seconds, rate in zip(windows, rates)]
+        self.audio, self.samplings, self.generator = audio, samplings, generator
+        rates = audio.semantic_rate, audio.frame_rate, audio.frame_rate
+        self.per_frame = Fraction(rates[0]) / Fraction(rates[1])
+        self.windows = [max(1, round(seconds * rate)) for seconds, rate in zip(audio.windows, rates)]
         self.totals = [math.ceil((seconds or ENDLESS) * rate) for rate in rates]
         self.made = 0  # frames so far
         empty = torch.zeros(1, 0, dtype=torch.long, device=generator.device)
         self.semantic, self.first_semantic = empty, 0  # what is still needed, and the number of its first token
-        levels = stages['coarse'].num_levels, stages['fine'].num_levels
+        levels = audio.coarse.num_levels, audio.fine.num_levels
         self.coarse, self.fine = (empty[..., None].expand(-1, -1, q) for q in levels)
         self.seen_from = 0, 0  # the first token and frame that what follows may depend on
         self.guided_until = 0
@@ -89,7 +77,7 @@ class StageStream:
         """
         if changes:
             tokens = self.first_semantic + self.semantic.shape[1]
-            seen = steps_in(CHANGE, self.semantic_rate), steps_in(CHANGE, self.frame_rate)
+            seen = steps_in(CHANGE, self.audio.semantic_rate), steps_in(CHANGE, self.audio.frame_rate)
             self.seen_from = max(0, tokens - seen[0]), max(0, self.made - seen[1])
             self.guided_until = self.seen_from[0] + self.windows[0]
         stop = self.made + frames
@@ -109,7 +97,7 @@ class StageStream:
         prime = self.semantic[:, self.semantic.shape[1] - seen :]
         length = seen + stop - have
         made = generate_semantic(
-            self.stages['semantic'],
+            self.audio.semantic,
             max_length=length,
             min_length=length,
             text_embeds=condition,
@@ -131,7 +119,7 @@ class StageStream:
         prime = self.coarse[:, self.coarse.shape[1] - (self.made - first) :]
         begin = int(first * self.per_frame) - self.first_semantic
         made = generate_coarse(
-            self.stages['coarse'],
+            self.audio.coarse,
             self.semantic[:, begin : math.ceil(stop * self.per_frame) - self.first_semantic],
             max_length=stop - first,
             min_length=stop - first,
@@ -153,7 +141,7 @@ class StageStream:
         window, new = self.windows[2], stop - self.made
         known = min(self.fine.shape[1], -new % window)
         made = generate_fine(
-            self.stages['fine'],
+            self.audio.fine,
             self.coarse[:, self.coarse.shape[1] - new - known :],
             text_embeds=condition,
             negative_embeds=negative,
@@ -194,7 +182,6 @@ class MusicStream(Iterator[Waves]):
     def __init__(
         self,
         stages: StageStream,
-        codec: Codec,
         conditions_of: Callable[[Any], Conditions],
         conditions: Conditions,
         *,
@@ -205,11 +192,11 @@ class MusicStream(Iterator[Waves]):
     ):
         """conditions: those to begin with. given: `(samples,)` to begin with, whose codes from sample `coded_from` on
         the stages have as their prime."""
-        self.sample_rate, self.seed = codec.sample_rate, seed
-        self._conditions_of, self._codec = conditions_of, codec
+        self.sample_rate, self.seed = stages.audio.sample_rate, seed
+        self._conditions_of, self._codec = conditions_of, stages.audio.codec
         self._waiting = deque([conditions], maxlen=1)
         self._closed = False
-        samples = None if seconds is None else round(seconds * codec.sample_rate)
+        samples = None if seconds is None else round(seconds * self.sample_rate)
         self._waves = self._play(stages, samples, given, coded_from)
 
     @typechecked
@@ -319,12 +306,3 @@ def _decode_overlapping(codec: Codec, chunks: Iterable[Tensor]) -> Iterator[Tens
             yield piece(settled)
     if codes is not None and codes.shape[1] > given:
         yield piece(codes.shape[1])
-
-
-def decode(codec: Codec, codes: Tensor) -> Tensor:
-    """Waves `(b, samples)` of codes, also of so few that a codec needs more to work."""
-    if hasattr(codec, 'decode_stream'):  # which takes any number
-        return codec.decode(codes).float()
-    spare = max(0, SHORTEST_CODED - codes.shape[1])
-    whole = torch.cat((codes, codes[:, -1:].expand(-1, spare, -1)), dim=1)
-    return codec.decode(whole).float()[:, : codes.shape[1] * int(codec.sample_rate / codec.frame_rate)]

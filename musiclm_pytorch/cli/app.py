@@ -10,12 +10,11 @@ import threading
 import warnings
 from pathlib import Path
 
-from musiclm_pytorch.cli.options import add_model, add_place, command, option, place_of
+from musiclm_pytorch.cli.options import add_model, add_place, command, load_musiclm, option
 from musiclm_pytorch.extras import how_to_install
 
 
 def app(subcommands) -> None:
-    """`musiclm app`: a web page with prompt, players, spectrograms and scores."""
     parser = command(
         subcommands,
         'app',
@@ -41,14 +40,11 @@ def app(subcommands) -> None:
 
 
 def run_app(options: argparse.Namespace) -> None:
-    from musiclm_pytorch.checks import check_device
     from musiclm_pytorch.inference.app import close_app, create_app, launch_app
     from musiclm_pytorch.mulan.vocabulary import PromptWarning
-    from musiclm_pytorch.musiclm import MusicLM
 
-    check_device(options.device)
     warnings.simplefilter('ignore', PromptWarning)  # the page tells it
-    musiclm = MusicLM.from_pretrained(options.model, **place_of(options))
+    musiclm = load_musiclm(options)
     with tempfile.TemporaryDirectory(prefix='musiclm-app-') as folder:
         os.environ.setdefault('GRADIO_TEMP_DIR', folder)  # so that what was made goes with the page
         name = Path(options.model).resolve().name  # where the folder lies concerns no visitor

@@ -11,7 +11,6 @@ from musiclm_pytorch.cli.options import AUDIO_FOLDER, add_codec, add_data, add_o
 
 
 def shard(subcommands) -> None:
-    """`musiclm shard`: a folder, a manifest or MusicCaps to tar files."""
     parser = command(
         subcommands,
         'shard',
@@ -69,7 +68,6 @@ def run_shard(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def tokens(subcommands) -> None:
-    """`musiclm tokens`: what the stages are trained on, computed once."""
     parser = command(
         subcommands,
         'tokens',

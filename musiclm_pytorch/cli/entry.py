@@ -16,11 +16,10 @@ from collections.abc import Iterator, Sequence
 from musiclm_pytorch.cli.app import app
 from musiclm_pytorch.cli.data import shard, tokens
 from musiclm_pytorch.cli.evaluate import compare, evaluate
-from musiclm_pytorch.cli.generate import discard_output, generate, stream
+from musiclm_pytorch.cli.generate import discard_output, generate, infill, stream
 from musiclm_pytorch.cli.options import split_fields
 from musiclm_pytorch.cli.parser import Parser, complete
 from musiclm_pytorch.cli.parts import assemble, recipes
-from musiclm_pytorch.cli.play import infill
 from musiclm_pytorch.cli.search import index, search
 from musiclm_pytorch.cli.serve import serve
 from musiclm_pytorch.cli.training import train

@@ -17,7 +17,6 @@ logger = logging.getLogger(__name__)
 
 
 def evaluate(subcommands) -> None:
-    """`musiclm evaluate`: sound files and their texts to a report."""
     parser = command(
         subcommands,
         'evaluate',
@@ -52,7 +51,6 @@ def evaluate(subcommands) -> None:
 
 
 def compare(subcommands) -> None:
-    """`musiclm compare`: reports side by side."""
     parser = command(
         subcommands,
         'compare',
@@ -80,17 +78,14 @@ def run_evaluate(options: argparse.Namespace) -> dict[str, Any]:
     if options.players < 0:
         raise ValueError(f'--players must be 0 or more, got {options.players}')
 
-    from musiclm_pytorch.checks import check_device
     from musiclm_pytorch.evaluation.embedders import CLAPEmbedder, EnCodecEmbedder, VGGishEmbedder
     from musiclm_pytorch.evaluation.evaluator import GROUPS, MusicLMEvaluator, load_mulan
     from musiclm_pytorch.evaluation.tagging import PaSSTTagger
 
-    check_device(options.device)
     kinds = dict(clap=CLAPEmbedder, vggish=VGGishEmbedder, encodec=EnCodecEmbedder)
     given = {name: path for name in kinds if (path := getattr(options, name)) is not None}
     evaluator = MusicLMEvaluator(
-        mulan=load_mulan(options.model),
-        device=options.device,
+        mulan=load_mulan(options.model, device=options.device),
         embedders=[kinds[name](path, device=options.device) for name, path in given.items()],
         tagger=None if options.passt is None else PaSSTTagger(options.passt, device=options.device),
         seed=options.seed,

@@ -1,4 +1,4 @@
-"""`musiclm generate`: words to music, with a page to hear and see it; `musiclm stream`, for a player."""
+"""`musiclm generate`, `stream` and `infill`: words to music, with a page to hear and see it, or for a player."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from musiclm_pytorch.cli.options import add_model, add_output, add_place, command, option, place_of
+from musiclm_pytorch.cli.options import add_model, add_output, add_place, command, load_musiclm, option
 from musiclm_pytorch.version import __version__
 
 if TYPE_CHECKING:
@@ -22,7 +22,6 @@ NEGATIVE = 'what the music is to keep away from, words or @FILE'
 
 
 def generate(subcommands) -> None:
-    """`musiclm generate`: prompts to WAV files and a page."""
     parser = command(
         subcommands,
         'generate',
@@ -73,7 +72,6 @@ def generate(subcommands) -> None:
 
 
 def stream(subcommands) -> None:
-    """`musiclm stream`: a prompt to a WAV that grows, for a player."""
     parser = command(
         subcommands,
         'stream',
@@ -95,16 +93,34 @@ def stream(subcommands) -> None:
     add_place(parser)
 
 
+def infill(subcommands) -> None:
+    parser = command(
+        subcommands,
+        'infill',
+        run_infill,
+        'replace seconds of a sound file',
+        'Write a sound file again with other music between two times, that fits the words and both sides, which stay '
+        'as they are but for a crossfade of 40 ms.',
+        shares_output=True,  # one file, which appears whole
+    )
+    option(parser, 'sound', metavar='FILE', help='the sound file')
+    option(parser, 'prompt', metavar='PROMPT', help='as of `musiclm generate`')
+    option(parser, '--start', metavar='S', required=True, help='where the gap begins, in seconds')
+    option(parser, '--end', metavar='S', required=True, help='where it ends')
+    add_output(parser, '.wav, .flac, .ogg or .mp3', '-o', metavar='FILE')
+    add_model(parser)
+    option(parser, '--num-samples', metavar='N', default=8, help='candidates to choose from')
+    option(parser, '--seed', metavar='N', default=0, help='another seed, other music')
+    add_place(parser)
+
+
 def run_stream(options: argparse.Namespace) -> None:
     if sys.stdout.isatty():
         raise ValueError('this is a terminal, which plays no sound: add "| ffplay -nodisp -i -", or "> music.wav"')
 
-    from musiclm_pytorch.checks import check_device
-    from musiclm_pytorch.musiclm import MusicLM
     from musiclm_pytorch.waves import STREAMS
 
-    check_device(options.device)
-    musiclm = MusicLM.from_pretrained(options.model, **place_of(options))
+    musiclm = load_musiclm(options)
     negative = None if options.negative is None else prompt_of(options.negative)
     prime = None if options.prime is None else Path(options.prime)
     with musiclm.stream(
@@ -121,28 +137,42 @@ def run_stream(options: argparse.Namespace) -> None:
             discard_output()
 
 
+def run_infill(options: argparse.Namespace) -> dict[str, Any]:
+    from musiclm_pytorch.waves import format_of
+
+    format_of(Path(options.output).suffix)  # before music is made
+    music = load_musiclm(options).infill(
+        Path(options.sound),
+        options.start,
+        options.end,
+        prompt_of(options.prompt),
+        num_samples=options.num_samples,
+        seed=options.seed,
+    )
+    files = music.save(options.output)
+    print(*files)
+    return dict(files=files)
+
+
 def discard_output() -> None:
     """Let what waits to be printed, and cannot be, go nowhere: else the interpreter tries once more at its end."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def run_generate(options: argparse.Namespace) -> dict[str, Any]:
-    from musiclm_pytorch.checks import check_device
     from musiclm_pytorch.gallery import check_no_page
 
     folder, given = Path(options.output), read_given(options)
     prompts = [told for told, _ in given]
     check_no_page(folder, options.overwrite)
-    check_device(options.device)
     alone = options.prompts
     if len(alone) > 1 and all(len(prompt.split()) == 1 for prompt in alone):
         tell(f'these are {len(alone)} prompts, each with music of its own; for one, quote it: "{" ".join(alone)}"')
 
     from musiclm_pytorch.gallery import file_name, ranked_clips, write_clip
     from musiclm_pytorch.mulan.vocabulary import PromptWarning
-    from musiclm_pytorch.musiclm import MusicLM
 
-    musiclm = MusicLM.from_pretrained(options.model, **place_of(options))
+    musiclm = load_musiclm(options)
     sampling = {
         name: it for name in (*musiclm.sampling, 'negative_scale') if (it := getattr(options, name)) is not None
     }

@@ -87,8 +87,15 @@ def add_place(parser: Any) -> None:
     option(parser, '--dtype', choices=dtypes, default='float32', help=what)
 
 
+def load_musiclm(options: argparse.Namespace):
+    """The model of `add_model`, where `add_place` says."""
+    from musiclm_pytorch.musiclm import MusicLM
+
+    return MusicLM.from_pretrained(options.model, **place_of(options))
+
+
 def place_of(options: argparse.Namespace) -> dict[str, Any]:
-    """The same as keywords of `from_pretrained`."""
+    """What `add_place` says, as keywords of `from_pretrained`."""
     import torch
 
     return dict(device=options.device, dtype=dict(float32=None, bfloat16=torch.bfloat16, auto='auto')[options.dtype])
@@ -159,9 +166,14 @@ def add_training(parser: Any, *more: str) -> None:
         option(
             target,
             f'--{name.replace("_", "-")}',
-            help=docs[field].partition('. ')[0].rstrip('.').replace('%', '%%'),
+            help=help_of(docs[field]),
             **choices,
         )
+
+
+def help_of(doc: str) -> str:
+    """The first sentence of what a docstring tells of a field."""
+    return doc.partition('. ')[0].rstrip('.').replace('%', '%%')
 
 
 def overrides_of(options: argparse.Namespace) -> dict[str, Any]:

@@ -15,7 +15,6 @@ logger = logging.getLogger(__name__)
 
 
 def index(subcommands) -> None:
-    """`musiclm index`: sound files to an index of their latents."""
     parser = command(
         subcommands,
         'index',
@@ -35,7 +34,6 @@ def index(subcommands) -> None:
 
 
 def search(subcommands) -> None:
-    """`musiclm search`: words or a sound file to the nearest clips of an index."""
     parser = command(
         subcommands,
         'search',
@@ -98,10 +96,9 @@ def run_search(options: argparse.Namespace) -> dict[str, Any]:
     if model is None:
         raise ValueError(f'the index in {options.index} does not say which model it was made with; give --model')
 
-    from musiclm_pytorch.checks import check_device
     from musiclm_pytorch.evaluation.evaluator import load_mulan
 
-    mulan = load_mulan(model).to(check_device(options.device))
+    mulan = load_mulan(model, device=options.device)
     found = MuLaNIndex.load(options.index, mulan, backend=options.backend)
     if options.text is not None:
         matches = found.search_text(options.text, options.k)

@@ -5,27 +5,15 @@ from __future__ import annotations
 import argparse
 import contextlib
 import warnings
+from dataclasses import fields
 from typing import Any
 
-from musiclm_pytorch.cli.options import SHIPPED, add_model, add_place, command, option, place_of
-
-# the fields of ServiceConfig, which is not loaded for `--help`; a test compares the defaults
-LIMITS = {
-    'max-requests': (64, 'requests in progress at once; one more is answered 503'),
-    'timeout': (120.0, 'seconds that a body may take to arrive, and its answer from then on'),
-    'max-body-bytes': (32 * 2**20, 'size of a request'),
-    'max-texts': (256, 'texts in a request'),
-    'max-text-chars': (2000, 'characters of a text'),
-    'max-files': (16, 'sound files in a request'),
-    'max-audio-seconds': (600.0, 'length of the sound files of a request together'),
-    'max-pieces': (8, 'pieces of music in a request'),
-    'max-seconds': (30.0, 'length of a piece of music'),
-    'max-streams': (2, 'streams of music that play at once'),
-}
+from musiclm_pytorch.cli.options import SHIPPED, add_model, add_place, command, help_of, option, place_of
+from musiclm_pytorch.inference.service.config import ServiceConfig
+from musiclm_pytorch.trainer.config import field_docs
 
 
 def serve(subcommands) -> None:
-    """`musiclm serve`: embed, rank, generate over HTTP."""
     parser = command(
         subcommands,
         'serve',
@@ -40,23 +28,21 @@ def serve(subcommands) -> None:
     option(parser, '--port', metavar='N', default=8000, help='0 takes a free one')
     add_place(parser)
     limits = parser.add_argument_group('limits')
-    for name, (default, what) in LIMITS.items():
-        option(limits, f'--{name}', metavar='S' if isinstance(default, float) else 'N', default=default, help=what)
+    docs = field_docs(ServiceConfig)
+    for field in fields(ServiceConfig):
+        name, metavar = f'--{field.name.replace("_", "-")}', 'S' if isinstance(field.default, float) else 'N'
+        option(limits, name, metavar=metavar, default=field.default, help=help_of(docs[field.name]))
 
 
 def run_serve(options: argparse.Namespace) -> None:
     if not 0 <= options.port < 2**16:
         raise ValueError(f'--port must lie between 0 and 65535, got {options.port}')
 
-    from musiclm_pytorch.checks import check_device
-    from musiclm_pytorch.inference.service.config import ServiceConfig
     from musiclm_pytorch.inference.service.creation import create_service, require
     from musiclm_pytorch.mulan.vocabulary import PromptWarning
 
     require('fastapi', 'python_multipart', 'uvicorn')
-    names = [name.replace('-', '_') for name in LIMITS]
-    config = ServiceConfig(**{name: getattr(options, name) for name in names})
-    check_device(options.device)
+    config = ServiceConfig(**{it.name: getattr(options, it.name) for it in fields(ServiceConfig)})
     app = create_service(load_model(options.model, **place_of(options)), config)
     warnings.simplefilter('ignore', PromptWarning)  # who asked is told in the answer
 

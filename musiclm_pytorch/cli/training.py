@@ -26,8 +26,7 @@ from musiclm_pytorch.cli.options import (
     write_results,
 )
 from musiclm_pytorch.cli.parser import models_that_ship, or_a_path
-from musiclm_pytorch.cli.parts import train_quantizer, train_tokenizer
-from musiclm_pytorch.cli.play import train_melody
+from musiclm_pytorch.cli.parts import train_melody, train_quantizer, train_tokenizer
 
 STAGES = dict(
     semantic='semantic tokens from conditioning',
@@ -38,7 +37,6 @@ METRICS = dict(recall_at_1='R@1', recall_at_5='R@5', recall_at_10='R@10', median
 
 
 def train(subcommands) -> None:
-    """`musiclm train`: a subcommand of its own for each kind of model."""
     parser = subcommands.add_parser('train', help='train a model', description='Train a model on audio and captions.')
     models = parser.add_subparsers(dest='model', required=True, metavar='MODEL')
     train_mulan(models)
@@ -52,7 +50,6 @@ def train(subcommands) -> None:
 
 
 def train_mulan(models) -> None:
-    """`musiclm train mulan`: from data and a recipe to a trained MuLaN."""
     parser = command(
         models,
         'mulan',
@@ -83,7 +80,6 @@ def train_mulan(models) -> None:
 
 
 def train_codec(models) -> None:
-    """`musiclm train codec`: from audio and a recipe to a codec."""
     parser = command(
         models,
         'codec',
@@ -111,7 +107,6 @@ def train_codec(models) -> None:
 
 
 def train_stage(models, stage: str, what: str) -> None:
-    """`musiclm train semantic|coarse|fine`: from cached tokens and a recipe to a trained stage."""
     parser = command(models, stage, run_train_stage, what, f'Train the {stage} stage: {what}.', stage=stage)
     option(parser, '--tokens', metavar='FOLDER', required=True, help='tokens, made by `musiclm tokens`')
     option(parser, '--valid-tokens', metavar='FOLDER', help='held-out tokens (default: a share of --tokens)')
@@ -140,7 +135,6 @@ def add_lora(parser, start: str) -> None:
 
 
 def train_all(models) -> None:
-    """`musiclm train all`: from pairs of audio and text to a MusicLM."""
     parser = command(
         models,
         'all',

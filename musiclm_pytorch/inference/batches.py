@@ -18,6 +18,7 @@ from musiclm_pytorch.data.audio import AudioFile, resample, windows
 from musiclm_pytorch.inference.optimize import OptimizedMuLaN
 from musiclm_pytorch.mulan.audio_transformer import AudioSpectrogramTransformer
 from musiclm_pytorch.mulan.model import JointEmbedding
+from musiclm_pytorch.mulan.text_transformer import VOCAB_SIZE
 
 WINDOW = 10.0  # seconds that MuLaN hears at once (MusicLM, section 3.2)
 LOOK_AHEAD = 4096  # files or texts that are sorted by length at a time
@@ -149,6 +150,15 @@ def window_and_hop(mulan: JointEmbedding, window: float | None, hop: float | Non
             f'this MuLaN takes {shortest / rate:g} to {longest / rate:g} s at once, but window is {window:g} s'
         )
     return window, window if hop is None else hop
+
+
+def check_words(mulan: JointEmbedding, remedy: str = '') -> None:
+    """Raise ValueError, with another remedy if there is one, unless a MuLaN reads words."""
+    if not mulan.text.reads_words:
+        raise ValueError(
+            f'this MuLaN takes no words, only its own {mulan.text.num_tokens} token ids; words need a text tower with '
+            f'num_tokens={VOCAB_SIZE}{remedy}'
+        )
 
 
 def plain(model: JointEmbedding | OptimizedMuLaN) -> JointEmbedding:

@@ -1,4 +1,7 @@
-"""How models are made ready for inference: one frozen dataclass, checked when it is made, JSON both ways."""
+"""How models are made ready for inference: one frozen dataclass, checked when it is made, JSON both ways.
+
+Nothing heavy is loaded with it, so that the command line can tell the options of `service.config`.
+"""
 
 from __future__ import annotations
 
@@ -7,32 +10,34 @@ import json
 import re
 import typing
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
+from musiclm_pytorch.trainer.config import nearest
 
-from musiclm_pytorch.atomic import write_text
-from musiclm_pytorch.checks import check_device, check_positive
-from musiclm_pytorch.kernels.processor import half_precision
-from musiclm_pytorch.trainer.config_schema import fitted, nearest
+if TYPE_CHECKING:
+    import torch
 
 Choice = bool | Literal['auto']
 DEVICE = re.compile(r'auto|cpu|cuda(:\d+)?')
-DTYPES = {'bf16': torch.bfloat16, 'fp16': torch.float16}
+DTYPES = {'bf16': 'bfloat16', 'fp16': 'float16'}
 OPSETS = range(18, 24)  # what torch's exporter writes and ONNX Runtime of today reads
 
 
-def naming_the_nearest(init: Callable) -> Callable:
-    """An `__init__` whose TypeError for an unknown keyword tells which one was probably meant."""
+def checked_fields(init: Callable) -> Callable:
+    """The `__init__` of a dataclass that checks the types of fields, and whose TypeError for an unknown one tells which
+    was probably meant."""
 
     @functools.wraps(init)
     def wrapper(self: Any, **values: Any) -> None:
-        known = [field.name for field in fields(self)]
-        for name in values:
-            if name not in known:
-                raise TypeError(f'{type(self).__name__} has no field {name!r}; {nearest(name, known)}')
+        from musiclm_pytorch.checks import fitted
+
+        hints = typing.get_type_hints(type(self))
+        for name, value in values.items():
+            if name not in hints:
+                raise TypeError(f'{type(self).__name__} has no field {name!r}; {nearest(name, hints)}')
+            fitted(value, hints[name], name)
         init(self, **values)
 
     return wrapper
@@ -75,13 +80,8 @@ class InferenceConfig:
     onnx_opset: int = 18
 
     def __post_init__(self):
-        for name, hint in typing.get_type_hints(type(self)).items():
-            value = getattr(self, name)
-            if hint == Choice:
-                if not isinstance(value, bool) and value != 'auto':
-                    raise TypeError(f"{name} must be True, False or 'auto', got {value!r}")
-            else:
-                fitted(value, hint, name)
+        from musiclm_pytorch.checks import check_positive
+
         check_positive(batch_size=self.batch_size)
         if self.mixed_precision_dtype not in ('auto', *DTYPES):
             raise ValueError(
@@ -94,15 +94,22 @@ class InferenceConfig:
 
     def torch_device(self) -> torch.device:
         """The device on this machine. Raises ValueError where it has none of that kind or number."""
+        import torch
+
+        from musiclm_pytorch.checks import check_device
+
         if self.device == 'auto':
             return torch.device('cuda' if torch.cuda.is_available() else 'cpu')
         return check_device(self.device)
 
     def torch_dtype(self, device: torch.device) -> torch.dtype:
         """The half precision that mixed precision computes in on a device."""
-        if self.mixed_precision_dtype != 'auto':
-            return DTYPES[self.mixed_precision_dtype]
-        return DTYPES[half_precision(device.type)]
+        import torch
+
+        from musiclm_pytorch.kernels.processor import half_precision
+
+        chosen = self.mixed_precision_dtype
+        return getattr(torch, DTYPES[half_precision(device.type) if chosen == 'auto' else chosen])
 
     # JSON
 
@@ -113,6 +120,8 @@ class InferenceConfig:
         """The config as JSON text, which is also written to `path` if that is given."""
         text = json.dumps(self.to_dict(), indent=2) + '\n'
         if path is not None:
+            from musiclm_pytorch.atomic import write_text
+
             write_text(path, text)
         return text
 
@@ -138,4 +147,4 @@ class InferenceConfig:
         return cls.from_dict(values)
 
 
-InferenceConfig.__init__ = naming_the_nearest(InferenceConfig.__init__)
+InferenceConfig.__init__ = checked_fields(InferenceConfig.__init__)

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from musiclm_pytorch.audiolm.sampling import Progress, counted_steps
-from musiclm_pytorch.checks import check_positive, typechecked
-from musiclm_pytorch.evaluation.embedders import batches_by_length
+from musiclm_pytorch.checks import typechecked
 from musiclm_pytorch.inference.batches import (
     LOOK_AHEAD,
     Window,
@@ -68,7 +68,7 @@ class BatchInferenceEngine:
     @typechecked
     def __init__(self, model: JointEmbedding | OptimizedMuLaN | MusicLM, config: InferenceConfig | None = None):
         self.musiclm = model if isinstance(model, MusicLM) else None
-        self.mulan = model.mulan_embed_quantizer.mulan if isinstance(model, MusicLM) else model
+        self.mulan = mulan_of(model)
         if config is None and isinstance(model, OptimizedMuLaN):
             config = model.config
         self.config, self.batch_size = config, BATCH_SIZE if config is None else config.batch_size
@@ -84,7 +84,7 @@ class BatchInferenceEngine:
         mulan = taking_lengths(self.mulan)
         if self.config is None or isinstance(mulan, OptimizedMuLaN):
             return mulan
-        return OptimizedMuLaN(mulan, self.config) if isinstance(mulan, MuLaN) else mulan.to(self.config.device)
+        return OptimizedMuLaN(mulan, self.config) if isinstance(mulan, MuLaN) else mulan.to(self.config.torch_device())
 
     # embedding
 
@@ -172,14 +172,13 @@ class BatchInferenceEngine:
                     advance(len(part))
                 return latents
             for start in range(0, len(texts), LOOK_AHEAD):
-                ids = text_tower.tokenize(texts[start : start + LOOK_AHEAD])
+                ids = F.pad(text_tower.tokenize(texts[start : start + LOOK_AHEAD]), (0, 1), value=text_tower.pad_id)
                 # up to the last token that counts
                 places = torch.arange(1, ids.shape[1] + 1, device=ids.device)
-                lengths = ((ids != text_tower.pad_id) * places).amax(dim=1).clamp(min=1) if ids.numel() else None
-                rows = [ids[i, : None if lengths is None else lengths[i]] for i in range(len(ids))]
-                for batch in batches_by_length(rows, self.batch_size, mixed=True):
-                    part = ids[batch, : max(len(rows[i]) for i in batch)]
-                    latents[[start + i for i in batch]] = self.embeds.get_text_latents(part).float().cpu()
+                lengths = ((ids != text_tower.pad_id) * places).amax(dim=1).clamp(min=1)
+                for batch in lengths.argsort(stable=True).split(self.batch_size):
+                    part = ids[batch, : lengths[batch].max()]
+                    latents[start + batch.cpu()] = self.embeds.get_text_latents(part).float().cpu()
                     advance(len(batch))
         return latents
 
@@ -217,7 +216,6 @@ class BatchInferenceEngine:
         Raises:
             ValueError: no texts, an empty one, not one shape a text, a shape without a positive number.
         """
-        check_positive(num_samples=num_samples, steps=steps)
         shapes = read_shapes(texts, audio_shapes)
         if self.musiclm is not None:
             return self._generate(texts, shapes, seed, num_samples, progress)
@@ -265,6 +263,11 @@ class BatchInferenceEngine:
             for row, wave in zip(group, waves.float().cpu()):
                 found[row] = wave[: shapes[row][-1]].expand(shapes[row]).clone()
         return [found[row] for row in range(len(texts))]
+
+
+def mulan_of(model: JointEmbedding | OptimizedMuLaN | MusicLM) -> JointEmbedding | OptimizedMuLaN:
+    """The model itself, or that within a MusicLM."""
+    return model.mulan_embed_quantizer.mulan if isinstance(model, MusicLM) else model
 
 
 def read_shapes(texts: Sequence[str], audio_shapes: Sequence[Sequence[int]]) -> list[tuple[int, ...]]:

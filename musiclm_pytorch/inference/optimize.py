@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -175,8 +174,10 @@ class InferenceLayers(nn.Module):
         super().__init__()
         self.transformer, self.dtype = transformer, dtype
         if quantized:
-            quantize_, config = _torchao()
-            quantize_(transformer, config, filter_fn=lambda module, _: isinstance(module, Linear))
+            with needing('use_quantization needs torchao', 'inference'):
+                from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
+            int8 = Int8DynamicActivationInt8WeightConfig()
+            quantize_(transformer, int8, filter_fn=lambda module, _: isinstance(module, Linear))
         for module in transformer.modules():
             if isinstance(module, Linear) and not quantized:
                 module.to(dtype)
@@ -204,9 +205,3 @@ def choices(mulan: MuLaN, config: InferenceConfig, device: torch.device) -> tupl
         half = wide and (not on_cpu or (config.torch_dtype(device) == torch.bfloat16 and computes_in_bf16()))
     dtype = config.torch_dtype(device) if half else torch.float32
     return config.use_quantization is True, dtype, config.compile_model is True
-
-
-def _torchao() -> tuple[Callable, Any]:
-    with needing('use_quantization needs torchao', 'inference'):
-        from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
-    return quantize_, Int8DynamicActivationInt8WeightConfig()

@@ -16,10 +16,10 @@ import soundfile
 from musiclm_pytorch.atomic import write_json, write_text, written_together
 from musiclm_pytorch.checks import typechecked
 from musiclm_pytorch.data.synthetic import SyntheticMusic
-from musiclm_pytorch.inference.batches import window_and_hop
+from musiclm_pytorch.inference.batches import check_words, window_and_hop
 from musiclm_pytorch.inference.config import InferenceConfig
+from musiclm_pytorch.inference.engine import mulan_of
 from musiclm_pytorch.mulan.model import MuLaN
-from musiclm_pytorch.mulan.text_transformer import VOCAB_SIZE
 from musiclm_pytorch.musiclm import MusicLM
 from musiclm_pytorch.version import __version__
 
@@ -132,21 +132,12 @@ def check_models(models: dict, include_examples: bool) -> None:
 def check_usable(model: MuLaN | MusicLM, include_examples: bool) -> None:
     """Raise ValueError unless the commands, and the examples if wanted, work with a model."""
     mulan, generates = mulan_of(model), isinstance(model, MusicLM)
-    if generates and not model.mulan_embed_quantizer.is_fitted:
-        raise ValueError('the quantizer has no codebooks yet; call mulan_embed_quantizer.fit(dataset) first')
-    if mulan.audio.accept_spec:
-        raise ValueError('its audio tower takes spectrograms (accept_spec=True), but the package embeds sound files')
-    if mulan.sample_rate is not None:
+    if generates:
+        model.check_fitted()
+    if mulan.audio.accept_spec or mulan.sample_rate is not None:  # else the command is told the rate
         window_and_hop(mulan, None, None)
-    if (generates or include_examples) and not mulan.text.reads_words:
-        raise ValueError(
-            f'strings need a text tower with num_tokens={VOCAB_SIZE}, but this one has {mulan.text.num_tokens}'
-            + ('' if generates else '; pass include_examples=False')
-        )
-
-
-def mulan_of(model: MuLaN | MusicLM) -> MuLaN:
-    return model.mulan_embed_quantizer.mulan if isinstance(model, MusicLM) else model
+    if generates or include_examples:
+        check_words(mulan, '' if generates else '; or pass include_examples=False')
 
 
 def facts_of(model: MuLaN | MusicLM) -> dict[str, str | int | None]:

@@ -289,7 +289,7 @@ class MuLaNIndex:
             names=self.names,
         )
         text = checked_json(content, indent=1)
-        before = vectors_files(folder)
+        before = list(folder.glob('vectors-*.safetensors'))
         is_new = not folder.exists()
         folder.mkdir(parents=True, exist_ok=True)
         new = folder / content['vectors']
@@ -368,10 +368,6 @@ def check_free(folder: Path, overwrite: bool) -> None:
         raise FileExistsError(f'{folder} is a file; give a folder for the index')
     elif (folder / CONFIG_FILE).exists():
         raise FileExistsError(f'{folder} is the folder of a model; give one of its own for the index')
-
-
-def vectors_files(folder: Path) -> list[Path]:
-    return list(folder.glob('vectors-*.safetensors'))
 
 
 def read_index(folder: str | Path, verify: bool = True) -> dict[str, Any]:

@@ -199,9 +199,9 @@ def field_parameters(without: Mapping[str, Any] = {}) -> list[inspect.Parameter]
     return [it.replace(annotation=hints[name]) for name, it in own.items() if name not in without]
 
 
-def field_docs() -> dict[str, str]:
+def field_docs(config: type = TrainingConfig) -> dict[str, str]:
     """What the docstring tells of each field."""
-    lines = inspect.getdoc(TrainingConfig).partition('Attributes:\n')[2].partition('\n\n')[0]
+    lines = inspect.getdoc(config).partition('Attributes:\n')[2].partition('\n\n')[0]
     found = re.findall(r'^    (\w+): (.*(?:\n        .*)*)', lines, re.M)
     return {name: ' '.join(text.split()) for name, text in found}
 

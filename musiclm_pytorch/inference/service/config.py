@@ -1,14 +1,11 @@
-"""What the HTTP service allows."""
+"""What the HTTP service allows. Nothing heavy is loaded with it, so that the command line can tell its options."""
 
 from __future__ import annotations
 
-import typing
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from musiclm_pytorch.checks import check_positive
-from musiclm_pytorch.inference.config import naming_the_nearest
-from musiclm_pytorch.trainer.config_schema import fitted
+from musiclm_pytorch.inference.config import checked_fields
 
 
 @dataclass(frozen=True)
@@ -19,7 +16,7 @@ class ServiceConfig:
         max_requests: requests that are read, wait or are computed at once; one more gets 503. So the service holds at
             most this many bodies in memory.
         timeout: seconds that a body may take to arrive (408), and that its answer may take from then on (504).
-        max_body_bytes: of a request, whether or not it tells its length (413).
+        max_body_bytes: size of a request, whether or not it tells its length (413).
         max_texts: texts in a request.
         max_text_chars: characters of a text or prompt.
         max_files: sound files in a request.
@@ -44,12 +41,12 @@ class ServiceConfig:
     max_streams: int = 2
 
     def __post_init__(self):
-        for name, hint in typing.get_type_hints(type(self)).items():
-            fitted(getattr(self, name), hint, name)
+        from musiclm_pytorch.checks import check_positive
+
         check_positive(**self.to_dict())
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
 
-ServiceConfig.__init__ = naming_the_nearest(ServiceConfig.__init__)
+ServiceConfig.__init__ = checked_fields(ServiceConfig.__init__)

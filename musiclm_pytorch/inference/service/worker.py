@@ -12,11 +12,10 @@ from torch import Tensor
 
 from musiclm_pytorch.audiolm.streaming import MusicStream
 from musiclm_pytorch.data.audio import AudioFile
-from musiclm_pytorch.inference.batches import plain, window_and_hop
+from musiclm_pytorch.inference.batches import check_words, plain, window_and_hop
 from musiclm_pytorch.inference.engine import BatchInferenceEngine
 from musiclm_pytorch.inference.optimize import OptimizedMuLaN
 from musiclm_pytorch.mulan.model import MuLaN
-from musiclm_pytorch.mulan.text_transformer import VOCAB_SIZE
 from musiclm_pytorch.musiclm import Music, MusicLM
 
 TEXTS_AT_A_TIME = 256  # of several requests
@@ -64,13 +63,9 @@ class ModelWorker:
         self.engine = BatchInferenceEngine(model)
         self.musiclm, self.mulan = self.engine.musiclm, plain(self.engine.mulan)
         self.window, self.hop = window_and_hop(self.mulan, None, None)
-        if not self.mulan.text.reads_words:
-            raise ValueError(
-                f'this MuLaN takes no words, only its own {self.mulan.text.num_tokens} token ids; serve one whose text '
-                f'tower has num_tokens={VOCAB_SIZE}'
-            )
-        if self.musiclm is not None and not self.musiclm.mulan_embed_quantizer.is_fitted:
-            raise ValueError('the quantizer has no codebooks yet; call mulan_embed_quantizer.fit(dataset) first')
+        check_words(self.mulan)
+        if self.musiclm is not None:
+            self.musiclm.check_fitted()
         self.streams: dict[str, MusicStream | None] = {}  # that play, each in a thread of its own
         self._texts: deque[tuple[Job, Sequence[str]]] = deque()
         self._jobs: set[Job] = set()  # without a result
