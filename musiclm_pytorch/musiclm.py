@@ -488,7 +488,9 @@ class MusicLM(HubModel, nn.Module):
             seconds=seconds,
             generator=torch.Generator(self.device).manual_seed(seed),
             prime=codes,
-            melody=None if melody is None else melody[:, math.floor(coded_from * self.semantic_rate / self.sample_rate) :],
+            melody=None
+            if melody is None
+            else melody[:, math.floor(coded_from * self.semantic_rate / self.sample_rate) :],
         )
         conditions_of = partial(self._conditions, negative=negative)
         how = dict(seconds=seconds, seed=seed, given=given, coded_from=coded_from)

@@ -161,9 +161,9 @@ def test_rank_orders_both_ways(service, mulan):
     assert answer['files_by_text'] == wanted.T.argsort(dim=1, descending=True).tolist()
 
 
-def read_wav(content):
+def read_wav(content, wanted=2 * RATE):
     wave, rate = soundfile.read(io.BytesIO(content), dtype='float32')
-    assert rate == 2 * RATE
+    assert rate == wanted
     return torch.from_numpy(wave)
 
 
@@ -318,7 +318,26 @@ def test_a_stream_goes_on_from_a_given_sound(musiclm, monkeypatch):
             check_error(service.client.post('/stream', json=body | changed), 422, 'invalid_request', says)
         noise = body | dict(prime=base64.b64encode(b'noise').decode())
         check_error(service.client.post('/stream', json=noise), 400, 'unreadable_audio', 'prime')
+        tune = dict(prompt='a slow flute', melody=body['prime'])
+        check_error(service.client.post('/stream', json=tune), 422, 'invalid_request', 'has no melody encoder')
         assert service.worker.streams == {}
+
+
+def test_a_stream_is_like_sounds_and_mixtures_and_follows_melodies():
+    tiny = MusicLM.from_pretrained('tiny')
+    like = base64.b64encode(sound(1.0, 16000)).decode()
+    wave = read_wav(base64.b64decode(like), 16000), 16000
+    mix = dict(mix=[[0.7, 'a slow flute'], [0.3, dict(sound=like)]])
+    body = dict(prompt=mix, negative=dict(sound=like), melody=like, seed=3, seconds=0.5)
+    with served(tiny) as service:
+        made = read_wav(service.client.post('/stream', json=body).content, 16000)
+        own = tiny.stream(Mix([(0.7, 'a slow flute'), (0.3, wave)]), negative=wave, melody=wave, seed=3, seconds=0.5)
+        same_music(made, torch.cat(list(own)))
+        wrong = body | dict(prompt=dict(mix=[[-1, 'a slow flute']]))
+        check_error(service.client.post('/stream', json=wrong), 422, 'invalid_request', 'must be greater than 0')
+        with service.client.stream('POST', '/stream', json=dict(prompt='a slow flute', seed=1)) as endless:
+            told = service.client.post(f'/stream/{endless.headers["x-stream"]}', json=dict(prompt=mix))
+            assert told.json()['warnings'] == {}
 
 
 def test_a_stream_takes_another_prompt_and_ends_with_the_service(musiclm, monkeypatch):
