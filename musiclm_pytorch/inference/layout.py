@@ -82,9 +82,8 @@ def lay_out(
             found = [weight('Weight of the words above', elem_id=f'{prefix}mix-weight')]
             found.append(table(MIX, 'weight', label='Other words', elem_id=f'{prefix}mix-words'))
             for place, what in enumerate(('A sound to be like', 'Another sound'), 1):
-                with gr.Group():
-                    found.append(recorder(what, elem_id=f'{prefix}mix-sound-{place}'))
-                    found.append(weight('Its weight', elem_id=f'{prefix}mix-weight-{place}'))
+                found.append(recorder(what, elem_id=f'{prefix}mix-sound-{place}'))
+                found.append(weight('Its weight', elem_id=f'{prefix}mix-weight-{place}'))
         return found
 
     def primed(told: str, prefix: str) -> gradio.Audio:

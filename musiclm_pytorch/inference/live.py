@@ -15,7 +15,7 @@ from musiclm_pytorch.inference.music_maker import MusicMaker, check_says_somethi
 from musiclm_pytorch.waves import Waves
 
 AHEAD = 4.0  # seconds that are made ahead of what can be heard by now
-LAST_STEP = 10.0  # seconds that a step, and showing what was played, may take after the page was closed
+LAST_STEP = 30.0  # seconds that a step, and showing what was played, may take after the page was closed
 
 
 @dataclass
