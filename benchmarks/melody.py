@@ -24,11 +24,13 @@ from dataclasses import replace
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import matplotlib.pyplot as plt
-import obedience  # beside this file
+import obedience  # this and results are beside this file
 import torch
 import torch.nn.functional as F
+from results import add_out, write_results
 from torch import Tensor
 
 from musiclm_pytorch import MelodyEncoder, MelodyPairs, MelodyQuantizer, MelodyTrainer, MusicLM, SyntheticMusic
@@ -46,13 +48,14 @@ HELD_OUT = {
 }
 
 
-def recall(anchors: Tensor, positives: Tensor) -> str:
+def recall(anchors: Tensor, positives: Tensor) -> list[float]:
+    """From the first to the second, and back."""
     found = retrieval_metrics(anchors @ positives.T)
-    return ' / '.join(f'{found[f"{way}_recall_at_1"]:.3f}' for way in ('audio_to_text', 'text_to_audio'))
+    return [float(found[f'{way}_recall_at_1']) for way in ('audio_to_text', 'text_to_audio')]
 
 
 @torch.no_grad()
-def retrieval(options: argparse.Namespace) -> None:
+def retrieval(options: argparse.Namespace) -> dict[str, Any]:
     torch.manual_seed(options.seed)
     encoder, begin = MelodyEncoder(), time.perf_counter()
     with tempfile.TemporaryDirectory() as folder, torch.enable_grad():
@@ -76,6 +79,7 @@ def retrieval(options: argparse.Namespace) -> None:
         f'R@1 among {options.items}, first to second and back\n\n| held-out pairs | embeddings | codes | chroma alone |'
     )
     print('|---|---|---|---|')
+    rows = []
     for name, keywords in HELD_OUT.items():
         pairs = MelodyPairs(options.items, sample_rate=encoder.sample_rate, split='valid', **keywords)
         waves = [torch.stack(side) for side in zip(*(pairs[i] for i in range(options.items)))]
@@ -83,9 +87,16 @@ def retrieval(options: argparse.Namespace) -> None:
         coded = [F.normalize(melody.rq(side[:, None])[0][:, 0], dim=-1) for side in latents]
         chromas = [torch.cat([encoder.chroma(some) for some in side.split(64)]) for side in waves]
         plain = [F.normalize((it - it.mean(dim=1, keepdim=True)).flatten(1), dim=-1) for it in chromas]
-        print(f'| {name} | {recall(*latents)} | {recall(*coded)} | {recall(*plain)} |', flush=True)
+        own = dict(embeddings=recall(*latents), codes=recall(*coded), chroma=recall(*plain))
+        print(
+            f'| {name} | ' + ' | '.join(' / '.join(f'{it:.3f}' for it in both) for both in own.values()) + ' |',
+            flush=True,
+        )
+        rows.append(dict(held_out=name, **own))
     if options.output:
         melody.save_pretrained(options.output)
+    how = dict(steps=options.steps, batch_size=options.batch_size, items=options.items, seconds=took)
+    return how | dict(missing=left, rows=rows)
 
 
 def asked(count: int) -> tuple[list[str], list[MusicLabels], dict[str, list[tuple[torch.Tensor, int]]]]:
@@ -129,7 +140,8 @@ def agreement(given: torch.Tensor, made: torch.Tensor) -> dict[str, float]:
 
 
 @torch.no_grad()
-def music(options: argparse.Namespace) -> None:
+def music(options: argparse.Namespace) -> dict[str, Any]:
+    rows = []
     musiclm, chroma = MusicLM.from_pretrained(options.model), Chroma(12, obedience.RATE)
     prompts, labels, given = asked(options.prompts)
     tunes = {name: chroma(torch.stack([wave for wave, _ in waves])) for name, waves in given.items()}
@@ -156,8 +168,10 @@ def music(options: argparse.Namespace) -> None:
             print(
                 f'| {name} | {numbers} | ' + ' | '.join(f'{right[it]:.1%}' for it in obedience.ASKED) + ' |', flush=True
             )
+            rows.append(dict(melody=name, **found, obeyed={it: float(right[it]) for it in obedience.ASKED}))
             if waves is not None and options.picture:
                 draw(tunes[name][:4], heard[:4], prompts, f'{options.picture}-{name}.png')
+    return dict(model=options.model, prompts=options.prompts, seconds=obedience.SECONDS, rows=rows)
 
 
 def draw(given: torch.Tensor, made: torch.Tensor, prompts: list[str], path: str) -> None:
@@ -186,6 +200,6 @@ if __name__ == '__main__':
     parser.add_argument('--processes', type=int, default=2)
     parser.add_argument('--data', type=Path, default=obedience.ROOT / 'build' / 'obedience', help='as of obedience.py')
     parser.add_argument('--picture', help='begins the names of pictures of chromas, given and made')
+    add_out(parser, 'melody')
     arguments = parser.parse_args()
-    for part in arguments.parts:
-        parts[part](arguments)
+    write_results(arguments.out, {part: parts[part](arguments) for part in arguments.parts})

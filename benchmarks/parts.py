@@ -19,6 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from results import add_out, write_results  # beside this file
 from transformers import EncodecConfig, EncodecModel
 
 from musiclm_pytorch import CoarseTrainer, CoarseTransformer, PretrainedCodec, TokenCrops, add_adapters, compute_tokens
@@ -55,7 +56,7 @@ def in_turns(first: Callable[[], None], second: Callable[[], None], rounds: int)
     return *map(statistics.median, zip(*times)), statistics.median(one / other for one, other in times)
 
 
-def tokens(options: argparse.Namespace) -> None:
+def tokens(options: argparse.Namespace) -> dict[str, float]:
     config = EncodecConfig(num_filters=4, hidden_size=16, codebook_dim=16, num_lstm_layers=1)
     model, waves = EncodecModel(config).eval(), Waves(max(BATCH, options.clips // options.rounds), options.seconds)
     codec = PretrainedCodec(model, num_quantizers=LEVELS)
@@ -79,9 +80,12 @@ def tokens(options: argparse.Namespace) -> None:
     alone, whole, ratio = in_turns(bare, ours, options.rounds)
     print(f'{len(waves)} clips of {options.seconds:g} s: the model alone {alone:.2f} s, tokens on disk {whole:.2f} s')
     print(f'{ratio:.2f} of its speed')
+    return dict(
+        clips=len(waves), seconds=options.seconds, model_seconds=alone, on_disk_seconds=whole, speed_ratio=ratio
+    )
 
 
-def adapters(options: argparse.Namespace) -> None:
+def adapters(options: argparse.Namespace) -> dict[str, float]:
     class Noise(torch.nn.Module):
         """Random tokens: what a step costs does not depend on them."""
 
@@ -130,6 +134,8 @@ def adapters(options: argparse.Namespace) -> None:
         ]
     print(f'a step of the coarse stage: adapters {seconds[0]:.3f} s, all weights {seconds[1]:.3f} s')
     print(f'{seconds[2]:.2f} of its time; {held[0]:.1f} MB of gradients and moments in place of {held[1]:.1f} MB')
+    found = dict(adapters_seconds=seconds[0], all_weights_seconds=seconds[1], time_ratio=seconds[2])
+    return found | dict(adapters_mb=held[0], all_weights_mb=held[1])
 
 
 def main() -> None:
@@ -137,10 +143,10 @@ def main() -> None:
     parser.add_argument('--clips', type=int, default=100)
     parser.add_argument('--seconds', type=float, default=10.0)
     parser.add_argument('--rounds', type=int, default=5, help='of both in turn, which share the clips')
+    add_out(parser, 'parts')
     options = parser.parse_args()
     torch.manual_seed(0)
-    tokens(options)
-    adapters(options)
+    write_results(options.out, dict(rounds=options.rounds, tokens=tokens(options), adapters=adapters(options)))
 
 
 if __name__ == '__main__':

@@ -34,7 +34,6 @@ import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from datetime import date
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -59,6 +58,7 @@ from real_music_judges import (
     share_by_file,
     tempo_estimators,
 )
+from results import write_results
 from torch import Tensor
 
 from musiclm_pytorch import MuLaN, MusicLM, ScoreMusic
@@ -421,15 +421,12 @@ def main(args: argparse.Namespace) -> None:
         show(part, bench.rows[part])
         bench.more.setdefault('seconds', {})[part] = round(time.perf_counter() - start)
         report = dict(
-            date=date.today().isoformat(),
             models=dict(zip(names_of(places), places)),
             settings={name: str(it) if isinstance(it, Path) else it for name, it in vars(args).items()},
-            threads=torch.get_num_threads(),
             rows=to_json(bench.rows),
             **bench.more,
         )
-        (args.out / 'real_music.json').write_text(json.dumps(report, indent=2) + '\n')
-    print(f'\nwritten to {args.out / "real_music.json"}')
+        write_results(args.out / 'real_music.json', report)
 
 
 if __name__ == '__main__':

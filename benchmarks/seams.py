@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection
 
 import numpy as np
 import torch
+from results import add_out, write_results  # beside this file
 from torch import Tensor
 
 from musiclm_pytorch import MusicLM, SyntheticMusic
@@ -193,7 +194,11 @@ if __name__ == '__main__':
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--model', default='tiny', help='a folder, or the name of a model that ships')
     parser.add_argument('--clips', type=int, default=8)
+    add_out(parser, 'seams')
     options = parser.parse_args()
     musiclm = MusicLM.from_pretrained(options.model)
-    show(changes(musiclm, options.clips))
-    show(infills(musiclm, options.clips))
+    report = dict(model=options.model, clips=options.clips)
+    for part in (changes, infills):
+        report[part.__name__] = part(musiclm, options.clips)
+        show(report[part.__name__])
+    write_results(options.out, report)

@@ -17,10 +17,13 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from statistics import median
+from typing import Any
 
 import torch
+from results import add_out, write_results  # beside this file
 
 from musiclm_pytorch import MusicLM
 from musiclm_pytorch.waves import STREAMS
@@ -65,9 +68,9 @@ def side_by_side(musiclm: MusicLM, count: int, seconds: float) -> list[list[tupl
     return found
 
 
-def memory(model: str, minutes: float) -> None:
+def memory(model: str, minutes: float) -> list[dict[str, float]]:
     """Of a process that makes one stream and encodes it in each way, as the service does, and keeps nothing."""
-    musiclm, made = MusicLM.from_pretrained(model), 0.0
+    musiclm, made, rows = MusicLM.from_pretrained(model), 0.0, []
     stream = musiclm.stream(PROMPT, seed=0)
     encoders = [encoder(stream.sample_rate) for encoder in STREAMS.values()]
     for told in [it for it in (1, 10, 30) if it < minutes] + [minutes]:
@@ -81,20 +84,23 @@ def memory(model: str, minutes: float) -> None:
             now = int(file.read().split()[1]) * resource.getpagesize() / 2**20
         what = f'after {told:g} minutes of a stream, as {" and as ".join(STREAMS)}: peak memory, and what is held, MB'
         row(what, f'{most:.0f}, {now:.0f}')
+        rows.append(dict(minutes=told, peak_mb=most, held_mb=now))
+    return rows
 
 
 def row(what: str, figure: str) -> None:
     print(f'| {what} | {figure} |', flush=True)
 
 
-def speed(options: argparse.Namespace) -> None:
+def speed(options: argparse.Namespace) -> dict[str, Any]:
     musiclm = MusicLM.from_pretrained(options.model)
     script = COLD.format(model=options.model, prompt=PROMPT)
     cold = [
         float(subprocess.run([sys.executable, '-c', script], check=True, capture_output=True, text=True).stdout)
         for _ in range(options.rounds)
     ]
-    row('first sound after the first call of a process, s', f'{median(cold):.2f}')
+    cold = median(cold)
+    row('first sound after the first call of a process, s', f'{cold:.2f}')
     whole, streams = [], []
     for seed in range(options.rounds + 1):  # in turn, the first ones to warm up
         begin = time.perf_counter()
@@ -102,17 +108,22 @@ def speed(options: argparse.Namespace) -> None:
         whole.append(time.perf_counter() - begin)
         streams.append([*arrivals(musiclm, options.seconds, seed)])
     whole, streams = whole[1:], streams[1:]
-    first = median([found[0][0] for found in streams])
+    first, whole = median([found[0][0] for found in streams]), median(whole)
+    factor = median([found[-1][1] / found[-1][0] for found in streams])
     row('first sound after a later call, s', f'{first:.3f}')
-    row(f'a call for {options.seconds:g} s, s', f'{median(whole):.2f}')
-    row('first sound over that call', f'{first / median(whole):.3f}')
-    row('real-time factor of a stream', f'{median([found[-1][1] / found[-1][0] for found in streams]):.1f}')
+    row(f'a call for {options.seconds:g} s, s', f'{whole:.2f}')
+    row('first sound over that call', f'{first / whole:.3f}')
+    row('real-time factor of a stream', f'{factor:.1f}')
     row('longest gap, s', f'{max(map(gap, streams)):.2f}')
+    at_once = [dict(streams=1, real_time_factor=factor, longest_gap_seconds=max(map(gap, streams)))]
     for count in (2, 3):
         found = side_by_side(musiclm, count, options.seconds)
-        factor = min(own[-1][1] / own[-1][0] for own in found)
-        row(f'{count} streams at once: real-time factor of the slowest', f'{factor:.1f}')
+        slowest = min(own[-1][1] / own[-1][0] for own in found)
+        row(f'{count} streams at once: real-time factor of the slowest', f'{slowest:.1f}')
         row(f'{count} streams at once: longest gap, s', f'{max(map(gap, found)):.2f}')
+        at_once.append(dict(streams=count, real_time_factor=slowest, longest_gap_seconds=max(map(gap, found))))
+    seconds = dict(seconds=options.seconds, call_seconds=whole, first_sound_seconds=first)
+    return seconds | dict(first_sound_of_a_process_seconds=cold, real_time_factor=factor, at_once=at_once)
 
 
 def main() -> None:
@@ -122,19 +133,21 @@ def main() -> None:
     parser.add_argument('--rounds', type=int, default=5)
     parser.add_argument('--minutes', type=float, default=5.0, help='of the long stream whose memory is measured')
     parser.add_argument('--only', choices=('speed', 'memory'), help='the other takes its time')
+    add_out(parser, 'streaming')
     options = parser.parse_args()
 
     load = ', '.join(f'{it:.1f}' for it in os.getloadavg())
     print(f'{torch.get_num_threads()} threads, load {load}; medians of {options.rounds}\n')
     row('', '')
     print('|---|---|')
+    found: dict[str, Any] = dict(model=options.model, rounds=options.rounds)
     if options.only != 'memory':
-        speed(options)
+        found |= speed(options)
     if options.only != 'speed':
-        long = get_context('spawn').Process(target=memory, args=(options.model, options.minutes))
-        long.start()  # a process whose memory nothing else has touched
-        long.join()
-        sys.exit(long.exitcode)
+        # a process whose memory nothing else has touched
+        with ProcessPoolExecutor(1, mp_context=get_context('spawn')) as pool:
+            found['memory'] = pool.submit(memory, options.model, options.minutes).result()
+    write_results(options.out, found)
 
 
 if __name__ == '__main__':

@@ -358,6 +358,7 @@ class MusicLM(HubModel, AudioStages):
         negative: Prompt | None = None,
         negative_scale: PerStage = 1.0,
         logits_processor: ProcessorPerStage = None,
+        melody: Path | Sound | Tensor | None = None,
         prime: Path | Sound | Tensor | None = None,
         seed: int | None = None,
     ) -> MusicStream:
@@ -377,6 +378,9 @@ class MusicLM(HubModel, AudioStages):
         these samples, at `sample_rate`, which come at once, and `seconds` count them. The music goes on from them as
         that of a call does, until the prompt changes, but finds its own loudness within 3 s, which come as one wave.
 
+        A `melody` is followed once, from the beginning of the stream on, a prime included: each window of the semantic
+        stage is told what is of its time, under whatever prompt. What comes after its end is made without.
+
         Args, errors and warnings are those of `forward`. Raises ValueError also for stages trained on semantic tokens
         without repetitions, of which no one knows how many a second has.
         """
@@ -385,6 +389,8 @@ class MusicLM(HubModel, AudioStages):
         self._check_timed('they cannot stream')
         (seed,) = seeds_of(seed, 1)
         given, coded_from, codes = None, 0, None
+        if melody is not None:
+            melody = self._read_melodies([melody])
         if prime is not None:
             given = resample(*read_sound(prime, name='prime'), self.sample_rate)[0].to(self.device)
             if seconds is not None:
@@ -406,6 +412,9 @@ class MusicLM(HubModel, AudioStages):
             seconds=seconds,
             generator=torch.Generator(self.device).manual_seed(seed),
             prime=codes,
+            melody=None
+            if melody is None
+            else melody[:, math.floor(coded_from * self.semantic_rate / self.sample_rate) :],
         )
         how = dict(seconds=seconds, seed=seed, given=given, coded_from=coded_from)
         return MusicStream(stages, conditions_of, conditions, **how)
@@ -564,16 +573,19 @@ class MusicLM(HubModel, AudioStages):
 
     # what MuLaN reads and hears
 
-    def _read_melodies(self, melodies: list[Path | Sound | Tensor], seconds: float) -> Tensor:
-        """What the semantic stage is told of melodies in the first seconds of music, `(p, n, d)`."""
+    def _read_melodies(self, melodies: list[Path | Sound | Tensor], seconds: float | None = None) -> Tensor:
+        """What the semantic stage is told of melodies in the first seconds of music, or up to the end of the longest,
+        `(p, n, d)`."""
         if (quantizer := self.mulan_embed_quantizer.melody) is None or not self.semantic.has_condition:
             raise ValueError(
                 'this model has no melody encoder: fit a MelodyQuantizer, give it to add_melody of the '
                 'MuLaNEmbedQuantizer, and train the semantic stage with that'
             )
         self._check_timed('they follow no melody')
-        told = dict(tokens=math.ceil(seconds * self.semantic_rate), rate=self.semantic_rate)
         codes = [quantizer(*read_sound(melody, name='melody')) for melody in melodies]
+        if seconds is None:
+            seconds = max(it.shape[1] for it in codes) / quantizer.rate
+        told = dict(tokens=math.ceil(seconds * self.semantic_rate), rate=self.semantic_rate)
         return torch.cat([self.mulan_embed_quantizer.embed_melody(it, **told) for it in codes])
 
     def _latents(self, prompts: list[Prompt]) -> Tensor:

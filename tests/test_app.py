@@ -21,14 +21,17 @@ import soundfile
 import torch
 from helpers.music import build_audio_lm, build_quantizer, stop_at_once
 
-from musiclm_pytorch import MusicLM, StopGeneration
+from musiclm_pytorch import Mix, MusicLM, StopGeneration
 from musiclm_pytorch.cli import main
 from musiclm_pytorch.data.audio import resample
-from musiclm_pytorch.inference.app import create_app, launch_app, who_plays, without_folders
+from musiclm_pytorch.gallery import write_clip
+from musiclm_pytorch.inference.app import close_app, create_app, launch_app, without_folders
+from musiclm_pytorch.inference.layout import EXAMPLES, who_plays
 from musiclm_pytorch.inference.music_maker import (
     MusicMaker,
     highest,
     in_proportion,
+    read_mix,
     read_story,
     stage_progress,
 )
@@ -115,6 +118,27 @@ def test_a_story_and_a_prime_go_to_the_model(tiny, maker, tmp_path):
     hummed = maker.from_prompt(PROMPT, 1.0, None, str(tmp_path / 'prime.wav'), num_samples=1, seed=3)
     expected = tiny(PROMPT, seconds=1.0, seed=3, melody=tmp_path / 'prime.wav')
     assert torch.equal(hummed[0].wave, expected[0])
+
+    mix = read_mix(PROMPT, 0.7, [[1, ''], ['0.5', 'drums']], (None, 1), (str(tmp_path / 'prime.wav'), 0.3))
+    mixed = maker.from_prompt(mix, 1.0, num_samples=1, seed=3)
+    expected = tiny(Mix([(0.7, PROMPT), (0.5, 'drums'), (0.3, tmp_path / 'prime.wav')]), seconds=1.0, seed=3)
+    assert torch.equal(mixed[0].wave, expected[0])
+    assert mixed[0].section == f'0.7 {PROMPT} + 0.5 drums + 0.3 prime.wav'
+
+
+def test_a_mixture_is_what_is_filled_in():
+    nothing = [[1, ''], [None, None]], (None, 1), ('', 1)
+    assert read_mix(PROMPT) == read_mix(PROMPT, 1, *nothing) == read_mix(PROMPT, 0.5, *nothing) == PROMPT
+    for words, weight in ((' ', 1), (PROMPT, 0)):
+        assert read_mix(words, weight, [], ('a.wav', 0.2), ('b.wav', 0)) == Path('a.wav')
+        assert read_mix(words, weight, *nothing) == ''
+    for given, told in (
+        ((1, [['', 'drums']]), "row 1 of the other words needs its weight, a number above 0, got ''"),
+        ((1, [[1, 'a flute'], [0, 'drums']]), "row 2 of the other words needs its weight, a number above 0, got '0'"),
+        ((-1,), f"the weight of '{PROMPT}' must be greater than 0, got -1"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(told)):
+            read_mix(PROMPT, *given)
 
 
 @pytest.mark.parametrize(
@@ -223,7 +247,8 @@ def test_a_page_whose_model_follows_no_melody_says_so():
     app = create_app(MusicLM(build_audio_lm(), build_quantizer()))
     found = {it['props'].get('elem_id'): it['props'] for it in app.config['components']}
     assert found['no-melody']['value'].startswith('This model was trained without melodies and cannot follow one')
-    assert (found['no-melody']['visible'], found['melody']['visible']) == (True, False)
+    for prefix in ('', 'live-'):
+        assert (found[f'{prefix}no-melody']['visible'], found[f'{prefix}melody']['visible']) == (True, False)
 
 
 def test_a_missing_extra_is_named(tiny, monkeypatch):
@@ -340,9 +365,9 @@ def segments(playlist):
 
 @pytest.mark.slow
 @needs_ffmpeg
-def test_a_stream_is_there_before_it_is_made(tiny, served, monkeypatch):
+def test_a_stream_is_there_before_it_is_made(tiny, served, tmp_path, monkeypatch):
     """In segments while it is made, and as a file in the end; its prompt may change, and it stops."""
-    from gradio_client import Client
+    from gradio_client import Client, handle_file
     from gradio_client.exceptions import AppError
 
     sliders = [highest(tiny.sampling[name]) for name in ('cond_scale', 'temperature')]
@@ -363,17 +388,25 @@ def test_a_stream_is_there_before_it_is_made(tiny, served, monkeypatch):
     assert np.corrcoef(heard[: len(made)], made)[0, 1] > 0.95
     assert nothing_plays(served.app)
 
-    job = client.submit(PROMPT, 60, None, *sliders, 5, api_name='/stream')
+    hum = tmp_path / 'hum.wav'
+    soundfile.write(hum, expected[:RATE].numpy(), RATE, subtype='FLOAT')
+    drums = dict(headers=['weight', 'prompt'], data=[[0.5, 'drums']], metadata=None)
+    given = handle_file(hum), 1, drums, handle_file(hum), 0.3
+    job = client.submit(PROMPT, 60, None, *sliders, 5, '', *given, api_name='/stream')
     until(job.outputs, job)
     with pytest.raises(AppError, match='music is playing here already; stop it first'):
         client.predict(PROMPT, 60, None, *sliders, 5, api_name='/stream')
-    client.predict('a fast flute', api_name='/change')
-    until(lambda: job.outputs()[-1][0].startswith('Playing “a fast flute”: '), job)
+    client.predict('a fast flute', 0.5, drums, api_name='/change')
+    until(lambda: job.outputs()[-1][0].startswith('Playing “0.5 a fast flute + 0.5 drums”: '), job)
+    assert job.outputs()[0][0].startswith(f'Playing “1 {PROMPT} + 0.5 drums + 0.3 hum.wav”: ')
     client.predict(api_name='/stop')
     note, _, _, file, _ = job.result(60)
     made, _ = soundfile.read(io.BytesIO(httpx.get(file['url']).content), dtype='int16')
     assert note == f'Stopped after {len(made) / RATE:.1f} of 60 s.'
     assert len(made) < 40 * RATE
+    mix = Mix([(1.0, PROMPT), (0.5, 'drums'), (0.3, hum)])
+    first = next(tiny.stream(mix, seconds=60.0, seed=5, melody=hum))
+    assert np.abs(made[: len(first)].astype(int) - as_written(first)).max() <= 1
     assert nothing_plays(served.app)
 
     client.predict(api_name='/stop')  # nothing plays, and what comes next is not stopped
@@ -385,6 +418,46 @@ def test_a_stream_is_there_before_it_is_made(tiny, served, monkeypatch):
     monkeypatch.setenv('PATH', '')
     with pytest.raises(AppError, match='the page needs FFmpeg, which is not on its machine'):
         client.predict(PROMPT, 9, None, *sliders, 5, api_name='/stream')
+
+
+@pytest.mark.slow
+@needs_ffmpeg
+def test_a_closed_page_has_shown_what_was_played(tiny, tmp_path, monkeypatch):
+    from gradio_client import Client
+
+    def slowly(*arguments):
+        time.sleep(2.0)
+        write_clip(*arguments)
+
+    monkeypatch.setenv('GRADIO_TEMP_DIR', str(tmp_path))
+    monkeypatch.setattr('musiclm_pytorch.inference.app.write_clip', slowly)
+    monkeypatch.setattr('musiclm_pytorch.inference.app.ANSWERING', 3.0)  # however busy the machine is
+    monkeypatch.setattr('musiclm_pytorch.inference.live.LAST_STEP', None)
+    app = create_app(tiny)
+    client = Client(launch_app(app, port=free_port()), verbose=False, analytics_enabled=False, download_files=False)
+    job = client.submit(PROMPT, 60, None, api_name='/stream')
+    until(job.outputs, job)
+    close_app(app)
+    note, _, score, _, picture = job.result(60)
+    assert note.startswith('Stopped after ')
+    assert score.startswith('**What was played**')
+    assert picture['value']['path'].endswith('.png')  # which goes with the page
+
+
+@pytest.mark.slow
+def test_a_program_stops_the_piece_that_is_made_for_it_and_no_other(served):
+    from gradio_client import Client
+    from gradio_client.utils import Status
+
+    how = dict(verbose=False, analytics_enabled=False, download_files=False)
+    own, other = (Client(served.address, **how) for _ in range(2))
+    job = own.submit(PROMPT, 8, None, None, 4, api_name='/generate')
+    until(lambda: job.status().code is Status.PROGRESS, job)
+    other.predict(api_name='/stop')
+    time.sleep(1.0)
+    assert not job.done()
+    own.predict(api_name='/stop')
+    assert job.result(60)[0].startswith('Stopped')
 
 
 # the page in a browser
@@ -452,9 +525,9 @@ def fill(page, name, value):
     box.press('Tab')
 
 
-def type_into(page, row, column, text, enter=True):
-    """Into a cell of the story, as a double click opens it; without Enter, the cell stays open."""
-    cell = page.locator(f'#story [data-row="{row}"][data-col="{column}"]:visible')
+def type_into(page, row, column, text, enter=True, table='story'):
+    """Into a cell of a table, as a double click opens it; without Enter, the cell stays open."""
+    cell = page.locator(f'#{table} [data-row="{row}"][data-col="{column}"]:visible')
     cell.dblclick()
     cell.locator('textarea').fill(text)
     if not enter:
@@ -617,14 +690,20 @@ def test_it_plays_while_it_is_made(served, page):
     page.set_viewport_size(dict(width=400, height=900))
     page.click('button[role=tab]:has-text("Stream")')
     page.fill('#live-prompt textarea', PROMPT)
+    page.click('#live-mix button:has-text("Mix with sounds or other words")')
+    type_into(page, 1, 1, 'drums', table='live-mix-words')
+    page.locator('button:has-text("Follow a melody"):visible').click()
+    record(page, 'live-melody')
+    assert page.evaluate('document.documentElement.scrollWidth') <= 400
     page.click('#play')
+    page.wait_for_selector(f'text=Playing “1 {PROMPT} + 1 drums”')
     page.wait_for_function("document.querySelector('#live audio')?.currentTime > 0.5")
     assert page.locator('#play').is_disabled()
     assert list(served.app.live.playing)
     fits(page, 400)
     page.fill('#live-prompt textarea', 'a fast flute')
     page.click('#change')
-    page.wait_for_selector('text=Playing “a fast flute”')
+    page.wait_for_selector('text=Playing “1 a fast flute + 1 drums”')
     page.click('#stop')
     page.wait_for_selector('text=Stopped after')
     assert page.evaluate("document.querySelector('#live audio').paused")
@@ -642,29 +721,43 @@ def test_it_plays_while_it_is_made(served, page):
     assert all(url.startswith((served.address, 'data:', 'blob:', 'about:')) for url in page.asked)
 
 
+def record(page, name):
+    """Beeps, for some seconds, by the recorder of this name; the file that the page has of them."""
+    known = set(Path(os.environ['GRADIO_TEMP_DIR']).glob('*/audio*.wav'))
+    page.click(f'#{name} .record-button')
+    page.wait_for_timeout(1500)
+    page.click(f'#{name} .stop-button')
+    for _ in range(300):
+        if uploaded := set(Path(os.environ['GRADIO_TEMP_DIR']).glob('*/audio*.wav')) - known:
+            break
+        page.wait_for_timeout(100)
+    page.wait_for_timeout(1000)  # for the page to know it
+    return uploaded.pop()
+
+
 @pytest.mark.slow
-def test_what_is_recorded_is_gone_on_from(page):
+def test_what_is_recorded_is_gone_on_from_and_mixed(tiny, page):
     page.click('button:has-text("Follow a melody")')
     page.wait_for_selector('#melody .record-button')
     assert not page.locator('#no-melody').is_visible()
     page.locator('button:has-text("Go on from a recording"):visible').click()
-    page.click('#prime .record-button')
-    page.wait_for_timeout(1500)
-    page.click('#prime .stop-button')
-    for _ in range(300):
-        if uploaded := list(Path(os.environ['GRADIO_TEMP_DIR']).glob('*/audio*.wav')):
-            break
-        page.wait_for_timeout(100)
-    page.wait_for_timeout(1000)  # for the page to know it
+    prime = record(page, 'prime')
+    page.click('#mix button:has-text("Mix with sounds or other words")')
+    sound = record(page, 'mix-sound-1')
+    fill(page, 'mix-weight-1', 0.5)
     fill(page, 'seconds', 8)
     fill(page, 'samples', 1)
     page.click('#generate')
-    _, waves, _ = shown(page, 1)
-    recorded, rate = soundfile.read(uploaded[0], dtype='float32', always_2d=True)
+    scores, waves, _ = shown(page, 1)
+    recorded, rate = soundfile.read(prime, dtype='float32', always_2d=True)
     assert 1 < len(recorded) / rate < 7
     given = resample(torch.from_numpy(recorded.mean(axis=1))[None], rate, RATE)[0][: -RATE // 10]
     assert given.abs().max() > 0.01  # the beeps
     assert np.abs(as_written(given).astype(int) - waves[0][: len(given)]).max() <= 2
+    prompt = Mix([(1.0, EXAMPLES[0]), (0.5, sound)])
+    expected = tiny(prompt, seconds=8.0, seed=0, prime_wave_path=prime, return_scores=True)
+    assert scores == pytest.approx(expected.scores[0].tolist(), abs=6e-4)
+    assert np.abs(as_written(expected.waves[0]).astype(int) - waves[0]).max() <= 1
 
 
 @pytest.mark.slow

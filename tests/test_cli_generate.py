@@ -140,6 +140,15 @@ def test_stream_writes_a_file_for_a_player(tiny, tmp_path, capfdbinary):
     assert (rate, len(heard)) == (16000, 16000)
     given = own[1000:7000]  # all but what is crossfaded
     assert torch.corrcoef(torch.stack((torch.from_numpy(heard)[1000:7000], given)))[0, 1] > 0.9
+    mix = ['--mix', '0.7', 'a slow organ', '--mix', '0.3', f'@{prime}']
+    assert main(['stream', *mix, '--seconds', '0.5', '--seed', '3', '--melody', str(prime)]) == 0
+    heard, _ = soundfile.read(io.BytesIO(capfdbinary.readouterr().out), dtype='float32')
+    prompt = Mix([(0.7, 'a slow organ'), (0.3, prime)])
+    own = torch.cat(list(tiny.stream(prompt, seconds=0.5, seed=3, melody=prime)))
+    torch.testing.assert_close(torch.from_numpy(heard), own, atol=1e-3, rtol=0)
+    for given, told in ((['a flute', *mix], 'one prompt: give a PROMPT, or --mix, not both'), ([], 'give a PROMPT')):
+        assert main(['stream', *given]) == 2
+        assert told in capfdbinary.readouterr().err.decode()
 
 
 def test_a_stream_ends_with_its_player(capsys, monkeypatch):

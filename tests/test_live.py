@@ -7,7 +7,7 @@ import pytest
 import torch
 from helpers.music import RATE, build_audio_lm, build_quantizer
 
-from musiclm_pytorch import MusicLM
+from musiclm_pytorch import Mix, MusicLM
 from musiclm_pytorch.inference.live import LiveMusic
 from musiclm_pytorch.inference.music_maker import MusicMaker
 
@@ -35,9 +35,10 @@ def test_the_pieces_are_those_of_the_stream(musiclm, live, hurried, tmp_path):
     musiclm(PROMPT, seconds=1.2, seed=1).save(prime)
     how = dict(cond_scale=2.0, temperature=1.0, negative='drums')
     sampling = dict(cond_scale=2.0, temperature=(1.0, 0.95, 0.4), negative='drums')
-    for given, own in ((None, None), (str(prime), prime)):
-        pieces = [wave for wave, _ in live.play('me', PROMPT, 4, given, seed=3, **how)]
-        stream = musiclm.stream(PROMPT, seconds=4.0, prime=own, seed=3, **sampling)
+    mix = Mix([(0.7, PROMPT), (0.3, prime)])
+    for prompt, given, own in ((PROMPT, None, None), (PROMPT, str(prime), prime), (mix, None, None)):
+        pieces = [wave for wave, _ in live.play('me', prompt, 4, given, seed=3, **how)]
+        stream = musiclm.stream(prompt, seconds=4.0, prime=own, seed=3, **sampling)
         assert torch.equal(torch.cat(pieces), torch.cat(list(stream)))
     assert not live.playing
 
@@ -106,6 +107,15 @@ def test_all_end_with_the_page(live, monkeypatch):
         next(live.play('c', PROMPT, 100, seed=3))
 
 
+def test_the_end_waits_until_what_was_played_is_shown(live):
+    closing = threading.Thread(target=live.close)
+    with live.answering():
+        closing.start()
+        closing.join(0.2)
+        assert closing.is_alive()
+    closing.join()
+
+
 @pytest.mark.parametrize(
     ('given', 'error', 'message'),
     [
@@ -126,6 +136,8 @@ def test_what_cannot_be_played_is_told(live, given, error, message):
 def test_a_model_without_melodies_is_told(live, tmp_path):
     with pytest.raises(ValueError, match='this model has no melody encoder'):
         live.maker.from_prompt(PROMPT, 1.0, melody=tmp_path / 'hum.wav', num_samples=1, seed=3)
+    with pytest.raises(ValueError, match='this model has no melody encoder'):
+        next(live.play('me', PROMPT, 1.0, melody=tmp_path / 'hum.wav', seed=3))
 
 
 def test_a_prompt_changes_only_where_something_plays(live):

@@ -309,6 +309,28 @@ def test_a_melody_goes_on_through_the_windows_of_longer_music(chain):
     assert (made[:, :60] == ToneTokenizer()(wave)).float().mean() > 0.8
 
 
+@pytest.mark.parametrize('primed', [0, 15, 35])  # tenths of a second: none, of a window, of more than one
+def test_a_stream_follows_the_melody_in_time_and_goes_on_without(chain, primed):
+    _, quantizer, stage = chain
+    musiclm, drawn = musiclm_of(quantizer, stage), []
+    wave = torch.cat([it['wave'] for it in Tunes()])[: 6 * RATE]
+
+    def look(tokens, logits):
+        drawn.append(int(logits[0, :-1].argmax()))
+        return logits
+
+    prime = (wave[: primed * RATE // 10], RATE) if primed else None
+    how = dict(seed=0, logits_processor=(look, None, None), prime=prime)
+    with musiclm.stream('clip 1', melody=(wave, RATE), **how) as stream:
+        while len(drawn) + primed < 100:
+            next(stream)
+    first = max(0, primed - 1)  # the last tenth of a second is made again
+    wanted = ToneTokenizer()(wave[None])[0, first:].tolist()
+    assert np.mean([one == other for one, other in zip(drawn, wanted)]) > 0.8
+    with pytest.raises(ValueError, match='this model has no melody encoder'):
+        musiclm_of(make_quantizer(), stage).stream('clip 1', melody=(wave, RATE))
+
+
 def test_saved_and_loaded_with_all_that_conditions(chain, tmp_path):
     folder, quantizer, _ = chain
     wave = Tunes()[1]['wave'][None]

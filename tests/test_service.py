@@ -321,7 +321,26 @@ def test_a_stream_goes_on_from_a_given_sound(streaming):
             check_error(service.client.post('/stream', json=body | changed), 422, 'invalid_request', says)
         noise = body | dict(prime=coded(b'noise'))
         check_error(service.client.post('/stream', json=noise), 400, 'unreadable_audio', 'prime')
+        tune = dict(prompt='a slow flute', melody=body['prime'])
+        check_error(service.client.post('/stream', json=tune), 422, 'invalid_request', 'has no melody encoder')
         assert service.worker.streams == {}
+
+
+def test_a_stream_is_like_sounds_and_mixtures_and_follows_melodies():
+    tiny = MusicLM.from_pretrained('tiny')
+    like = coded(sound(1.0, 16000))
+    wave = wave_of(base64.b64decode(like), 16000), 16000
+    mix = dict(mix=[[0.7, 'a slow flute'], [0.3, dict(sound=like)]])
+    body = dict(prompt=mix, negative=dict(sound=like), melody=like, seed=3, seconds=0.5)
+    with served(tiny) as service:
+        made = wave_of(service.client.post('/stream', json=body).content, 16000)
+        own = tiny.stream(Mix([(0.7, 'a slow flute'), (0.3, wave)]), negative=wave, melody=wave, seed=3, seconds=0.5)
+        same_music(made, torch.cat(list(own)))
+        wrong = body | dict(prompt=dict(mix=[[-1, 'a slow flute']]))
+        check_error(service.client.post('/stream', json=wrong), 422, 'invalid_request', 'must be greater than 0')
+        with service.client.stream('POST', '/stream', json=dict(prompt='a slow flute', seed=1)) as endless:
+            told = service.client.post(f'/stream/{endless.headers["x-stream"]}', json=dict(prompt=mix))
+            assert told.json()['warnings'] == {}
 
 
 def test_a_stream_takes_another_prompt_and_ends_with_the_service(streaming):

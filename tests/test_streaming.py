@@ -42,9 +42,10 @@ def taken(stream, samples):
 
 
 def test_a_stream_of_a_step_is_the_call_of_that_length(musiclm, tiny):
-    for model, seconds in ((musiclm, 0.4), (tiny, 0.96)):
-        whole = model('a slow flute', seconds=seconds, seed=3)[0]
-        stream = model.stream('a slow flute', seconds=seconds, seed=3)
+    hum = torch.sin(torch.arange(8000) * 0.2), 16000
+    for model, seconds, more in ((musiclm, 0.4, {}), (tiny, 0.96, {}), (tiny, 0.96, dict(melody=hum))):
+        whole = model('a slow flute', seconds=seconds, seed=3, **more)[0]
+        stream = model.stream('a slow flute', seconds=seconds, seed=3, **more)
         waves = list(stream)
         assert {wave.sample_rate for wave in waves} == {stream.sample_rate} == {model.sample_rate}
         torch.testing.assert_close(torch.cat(waves), whole, atol=1e-5, rtol=0)

@@ -41,6 +41,8 @@ class StageStream:
         seconds: that will be made, as far as it is known.
         generator: what the tokens are drawn with, on the stages' device.
         prime: semantic tokens `(1, n)`, coarse and fine codes `(1, t, q)` to go on from.
+        melody: `(1, m, d)`, of the melody at the time of each semantic token from the first one of the prime on, as of
+            `generate_semantic`; each window sees what is of its time, and later ones go on without.
     """
 
     def __init__(
@@ -51,12 +53,14 @@ class StageStream:
         seconds: float | None,
         generator: torch.Generator,
         prime: tuple[Tensor, Tensor, Tensor] | None = None,
+        melody: Tensor | None = None,
     ):
         self.audio, self.samplings, self.generator = audio, samplings, generator
         rates = audio.semantic_rate, audio.frame_rate, audio.frame_rate
         self.per_frame = Fraction(rates[0]) / Fraction(rates[1])
         self.windows = [max(1, round(seconds * rate)) for seconds, rate in zip(audio.windows, rates)]
         self.totals = [math.ceil((seconds or ENDLESS) * rate) for rate in rates]
+        self.melody = melody
         self.made = 0  # frames so far
         empty = torch.zeros(1, 0, dtype=torch.long, device=generator.device)
         self.semantic, self.first_semantic = empty, 0  # what is still needed, and the number of its first token
@@ -95,13 +99,14 @@ class StageStream:
             return
         seen = min(have - self.seen_from[0], max(window // 2, window - (stop - have)))
         prime = self.semantic[:, self.semantic.shape[1] - seen :]
-        length = seen + stop - have
+        length, first = seen + stop - have, have - seen
         made = generate_semantic(
             self.audio.semantic,
             max_length=length,
             min_length=length,
             text_embeds=condition,
             negative_embeds=negative,
+            melody=None if self.melody is None else self.melody[:, first : first + length],
             prime=prime,
             sampling=sampling.guided(CHANGE_GUIDANCE) if have < self.guided_until else sampling,
             window=window,

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from musiclm_pytorch.gallery import Clip
 
 NEGATIVE = 'what the music is to keep away from, words or @FILE'
+MELODY = 'a sound file, such as of a hum, whose melody to follow'
 
 
 def generate(subcommands) -> None:
@@ -34,13 +35,7 @@ def generate(subcommands) -> None:
     )
     prompts = 'what the music is like, in quotes; @FILE for a sound to be like'
     option(parser, 'prompts', metavar='PROMPT', nargs='*', help=prompts)
-    parser.add_argument(
-        '--mix',
-        metavar=('WEIGHT', 'PROMPT'),
-        nargs=2,
-        action='append',
-        help='a prompt with its weight; all of these are one prompt together',
-    )
+    add_mix(parser)
     option(parser, '--negative', metavar='PROMPT', help=NEGATIVE)
     add_output(parser, 'where files and page go', '-o')
     add_model(parser)
@@ -57,8 +52,7 @@ def generate(subcommands) -> None:
         each = f'{what}: one number, or one for each of three stages'
         option(parser, f'--{name}', metavar='X', type=kind, nargs='+', help=each)
     option(parser, '--prime', metavar='FILE', help='a sound file to go on from')
-    melody = 'a sound file, such as of a hum, whose melody to follow'
-    option(parser, '--melody', metavar='FILE', help=melody)
+    option(parser, '--melody', metavar='FILE', help=MELODY)
     option(
         parser,
         '--max-batch',
@@ -81,16 +75,28 @@ def stream(subcommands) -> None:
         'stream "a slow piano" | ffplay -nodisp -i -',
         facts=False,
     )
-    option(parser, 'prompt', metavar='PROMPT', help='as of `musiclm generate`')
+    option(parser, 'prompt', metavar='PROMPT', nargs='?', help='as of `musiclm generate`')
+    add_mix(parser)
     add_model(parser)
     option(parser, '--seconds', metavar='S', help='end after so many (default: never)')
     option(parser, '--seed', metavar='N', default=0, help='another seed, other music')
     option(parser, '--negative', metavar='PROMPT', help=NEGATIVE)
     option(parser, '--prime', metavar='FILE', help='a sound file to begin with and go on from')
+    option(parser, '--melody', metavar='FILE', help=f'{MELODY} from the beginning on, once')
     option(
         parser, '--format', choices=('wav', 'opus'), default='wav', help='opus is in Ogg, a tenth of the bytes or less'
     )
     add_place(parser)
+
+
+def add_mix(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        '--mix',
+        metavar=('WEIGHT', 'PROMPT'),
+        nargs=2,
+        action='append',
+        help='a prompt with its weight; all of these are one prompt together',
+    )
 
 
 def infill(subcommands) -> None:
@@ -120,12 +126,15 @@ def run_stream(options: argparse.Namespace) -> None:
 
     from musiclm_pytorch.waves import STREAMS
 
+    given = read_given([] if options.prompt is None else [options.prompt], options.mix)
+    if len(given) > 1:
+        raise ValueError('a stream is for one prompt: give a PROMPT, or --mix, not both')
     musiclm = load_musiclm(options)
-    negative = None if options.negative is None else prompt_of(options.negative)
-    prime = None if options.prime is None else Path(options.prime)
-    with musiclm.stream(
-        prompt_of(options.prompt), seconds=options.seconds, seed=options.seed, negative=negative, prime=prime
-    ) as music:
+    sounds = dict(prime=options.prime, melody=options.melody)
+    how = {name: Path(it) for name, it in sounds.items() if it is not None}
+    if options.negative is not None:
+        how['negative'] = prompt_of(options.negative)
+    with musiclm.stream(given[0][1], seconds=options.seconds, seed=options.seed, **how) as music:
         samples = None if options.seconds is None else round(options.seconds * music.sample_rate)
         encoder = STREAMS[options.format](music.sample_rate, samples)
         try:
@@ -162,7 +171,7 @@ def discard_output() -> None:
 def run_generate(options: argparse.Namespace) -> dict[str, Any]:
     from musiclm_pytorch.gallery import check_no_page
 
-    folder, given = Path(options.output), read_given(options)
+    folder, given = Path(options.output), read_given(options.prompts, options.mix)
     prompts = [told for told, _ in given]
     check_no_page(folder, options.overwrite)
     alone = options.prompts
@@ -239,17 +248,17 @@ def run_generate(options: argparse.Namespace) -> dict[str, Any]:
     return dict(pieces=pieces, page=folder / 'index.html')
 
 
-def read_given(options: argparse.Namespace) -> list[tuple[str, Any]]:
+def read_given(prompts: list[str], mix: list[list[str]] | None) -> list[tuple[str, Any]]:
     """Each prompt: what tells of it, and the words, the file of a sound or the mixture that it is."""
     from musiclm_pytorch.audiolm.requests import Mix
 
-    given = [(prompt, prompt_of(prompt)) for prompt in options.prompts]
-    if options.mix:
+    given = [(prompt, prompt_of(prompt)) for prompt in prompts]
+    if mix:
         try:
-            parts = [(float(weight), prompt_of(prompt)) for weight, prompt in options.mix]
+            parts = [(float(weight), prompt_of(prompt)) for weight, prompt in mix]
         except ValueError as error:
             raise ValueError(f'--mix takes a weight, a number, and a prompt: {error}') from error
-        given.append((' + '.join(f'{weight} {prompt}' for weight, prompt in options.mix), Mix(parts)))
+        given.append((' + '.join(f'{weight} {prompt}' for weight, prompt in mix), Mix(parts)))
     if not given:
         raise ValueError('say what the music is like: give a PROMPT, or --mix')
     return given

@@ -22,21 +22,15 @@ import torch
 from musiclm_pytorch.audiolm.sampling import StopGeneration
 from musiclm_pytorch.extras import how_to_install
 from musiclm_pytorch.gallery import Clip, file_name, write_clip
+from musiclm_pytorch.inference.layout import CSS, lay_out
 from musiclm_pytorch.inference.live import LiveMusic
-from musiclm_pytorch.inference.music_maker import MusicMaker, highest
+from musiclm_pytorch.inference.music_maker import MusicMaker, read_mix, title_of
 from musiclm_pytorch.musiclm import MusicLM
 from musiclm_pytorch.waves import sound_bytes
 
 if TYPE_CHECKING:
     import gradio
 
-EXAMPLES = (
-    'a fast happy flute melody',
-    'a slow low organ in minor, with drums',
-    'a high piano at a medium tempo',
-)
-STORY = [[3, 'a slow low organ'], [3, 'a fast high flute with drums'], [None, ''], [None, '']]
-SHOWN_AT_FIRST = 4  # samples
 STREAMS = 2  # that play at once: two CPU cores make as many without a gap
 MAX_WAITING = 16  # requests in line; who comes after them is told so
 ANSWERING = 0.5  # seconds for answers to go out, and for those in line to have their turn
@@ -47,18 +41,6 @@ MAX_UPLOAD = '50mb'
 SCROLL = "(...given) => { if (innerWidth < 768) document.getElementById('note').scrollIntoView(); return given }"
 # what the browser has of a stream is not played to its end
 PAUSE = "() => document.querySelectorAll('#live audio').forEach(it => it.pause())"
-NO_MELODY = (
-    'This model was trained without melodies and cannot follow one; `musiclm train melody` is the first step to one '
-    'that does.'
-)
-CSS = """
-.gradio-container { width: 100%; max-width: 1180px !important; margin: auto !important }
-.sample { gap: var(--spacing-sm) !important; margin-bottom: var(--spacing-xl) }
-.sample audio { width: calc(100% - 36px) }
-#note { min-height: 6rem }
-#note .pending { opacity: 0 }
-footer { display: none !important }
-"""
 
 
 def create_app(
@@ -73,8 +55,8 @@ def create_app(
     """The page; `launch_app` serves it.
 
     One request at a time makes pieces, and `STREAMS` at a time play; the others wait in line. gradio_client finds
-    `/generate`, `/story`, `/stream`, whose outputs are music as it is made, and `/change` and `/stop`, which concern
-    the stream that the same client has begun.
+    `/generate`, `/story`, `/stream`, whose outputs are music as it is made, `/change`, which concerns the stream that
+    the same client has begun, and `/stop`, which ends whatever is being made for that client, and nothing of others.
 
     Args:
         musiclm: in eval mode, on its device.
@@ -98,39 +80,93 @@ def create_app(
     stopping: set[str] = set()
     at_work, closing = threading.Lock(), threading.Event()
 
-    def generate(request, prompt, seconds, prime, melody, *settings, progress=followed):
-        return show(partial(maker.from_prompt, prompt, seconds, prime, melody), settings, request, progress)
+    # what is None by default here and on the page, programs may leave out
+
+    def generate(
+        request,
+        prompt,
+        seconds,
+        prime,
+        melody,
+        num_samples,
+        cond_scale,
+        temperature,
+        seed,
+        negative,
+        weight=1.0,
+        other_words=(),
+        sound=None,
+        sound_weight=1.0,
+        other_sound=None,
+        other_weight=1.0,
+        progress=followed,
+    ):
+        def make(**how):
+            mixed = read_mix(prompt, weight, other_words, (sound, sound_weight), (other_sound, other_weight))
+            return maker.from_prompt(mixed, seconds, prime, melody, **how)
+
+        return show(make, (num_samples, cond_scale, temperature, seed, negative), request, progress)
 
     def tell(request, rows, *settings, progress=followed):
         return show(partial(maker.from_story, rows), settings, request, progress)
 
-    def play(request, prompt, seconds, prime, cond_scale, temperature, seed, negative):
+    def play(
+        request,
+        prompt,
+        seconds,
+        prime,
+        cond_scale,
+        temperature,
+        seed,
+        negative,
+        melody=None,
+        weight=1.0,
+        other_words=(),
+        sound=None,
+        sound_weight=1.0,
+        other_sound=None,
+        other_weight=1.0,
+    ):
         """First of all outputs, then of those that change; what was played comes last, as one piece."""
         if shutil.which('ffmpeg') is None:
             told = 'To play music while it is made, the page needs FFmpeg, which is not on its machine.'
             raise gr.Error(told, duration=None, print_exception=False)
         how = dict(cond_scale=cond_scale, temperature=temperature, seed=seed, negative=negative)
         rate, waves, prompts, samples = musiclm.sample_rate, [], [], 0
-        playing = live.play(request.session_hash, prompt, seconds, prime, **how)
-        with refusing(), contextlib.closing(playing):
-            for wave, own in playing:
-                if own not in prompts[-1:]:
-                    prompts.append(own)
-                waves.append(wave)
-                samples += len(wave)
-                note = f'Playing “{html.escape(own)}”: {samples / rate:.0f} s are made.'
-                yield [with_remark(note, maker.remarks([own], negative)), sound_bytes(wave, rate), *[gr.skip()] * 4]
-                if request.session_hash in stopping:
-                    break
-        title = ' – '.join(prompts)
-        clip = Clip(file_name(title), torch.cat(waves), 'what was played', f'seed {int(seed)}', title)
-        is_whole = samples == round(seconds * rate)
-        note = f'All {seconds:g} s are made.' if is_whole else f'Stopped after {samples / rate:.1f} of {seconds:g} s.'
-        yield [with_remark(note, maker.remarks(prompts, negative)), gr.skip(), *kept([clip])]
+        with live.answering(), refusing():
+            mixed = read_mix(prompt, weight, other_words, (sound, sound_weight), (other_sound, other_weight))
+            playing = live.play(request.session_hash, mixed, seconds, prime, melody, **how)
+            with contextlib.closing(playing):
+                for wave, own in playing:
+                    if own not in prompts[-1:]:
+                        prompts.append(own)
+                    waves.append(wave)
+                    samples += len(wave)
+                    note = f'Playing “{html.escape(title_of(own))}”: {samples / rate:.0f} s are made.'
+                    told = with_remark(note, maker.remarks([own], negative))
+                    yield [told, sound_bytes(wave, rate), *[gr.skip()] * 4]
+                    if request.session_hash in stopping:
+                        break
+            title = ' – '.join(map(title_of, prompts))
+            clip = Clip(file_name(title), torch.cat(waves), 'what was played', f'seed {int(seed)}', title)
+            note = f'Stopped after {samples / rate:.1f} of {seconds:g} s.'
+            if samples == round(seconds * rate):
+                note = f'All {seconds:g} s are made.'
+            yield [with_remark(note, maker.remarks(prompts, negative)), gr.skip(), *kept([clip])]
 
-    def change(request, prompt):
+    def change(
+        request,
+        prompt,
+        weight=1.0,
+        other_words=(),
+        sound=None,
+        sound_weight=1.0,
+        other_sound=None,
+        other_weight=1.0,
+    ):
         with refusing():
-            live.set_prompt(request.session_hash, prompt)
+            mixed = read_mix(prompt, weight, other_words, (sound, sound_weight), (other_sound, other_weight))
+            live.set_prompt(request.session_hash, mixed)
 
     def show(
         make: Callable[..., list[Clip]], settings: tuple, request: gradio.Request, progress: gradio.Progress
@@ -147,19 +183,21 @@ def create_app(
         if closing.is_set():
             raise gr.Error('The page is being closed.', duration=None, print_exception=False)
         at_work.acquire()  # one at a time as it is: for `close_app`
+        waiting.add(request.session_hash)  # also a program, which has not called `begin`
         try:
             with refusing():
                 clips = make(report=report, **dict(zip(names, settings)))
                 shown = kept(clips, progress)
         finally:
             at_work.release()
-            stopping.discard(request.session_hash)
+            for sessions in (waiting, stopping):
+                sessions.discard(request.session_hash)
         took = time.perf_counter() - begin
         return [noted(clips, int(settings[0]), took), *shown, *[*hidden] * (max_samples - len(clips))]
 
     def kept(clips: list[Clip], progress: Callable[..., Any] = lambda *_, **__: None) -> list[Any]:
         """What becomes of the outputs of so many pieces."""
-        folder, shown = Path(players[0].GRADIO_CACHE) / secrets.token_hex(16), []
+        folder, shown = Path(it.heard.GRADIO_CACHE) / secrets.token_hex(16), []
         folder.mkdir(parents=True)
         for place, clip in enumerate(clips):
             progress(MAKING + (1 - MAKING) * place / len(clips), desc='drawing')
@@ -212,122 +250,33 @@ def create_app(
         waiting.discard(request.session_hash)
         return [*[gr.Button(visible=False)] * 2, *[gr.Button(interactive=True)] * 3]
 
-    def recorder(what: str, **how: Any) -> gradio.Audio:
-        return gr.Audio(label=what, type='filepath', sources=['microphone', 'upload'], **how)
-
-    def duration(least: float, first: float, most: float, **how: Any) -> gradio.Slider:
-        return gr.Slider(min(least, most), most, min(first, most), label='Seconds', **how)
-
     for function in (generate, tell, play, change, begin, begin_to_play, stop, end):
         function.__annotations__['request'] = gr.Request  # by which Gradio finds it
     hidden = gr.Column(visible=False), None, None, None
 
-    plain = gr.WaveformOptions(show_recording_waveform=False)  # the browser's own player
     with gr.Blocks(title=title, analytics_enabled=False, delete_cache=(3600, KEEP_FILES)) as page:
-        gr.Markdown(f'# {title}\n{who_plays(name, musiclm.knows)}', elem_id='about')
-        with gr.Row():
-            with gr.Column(scale=2, min_width=320):
-                with gr.Tab('Prompt'):
-                    prompt = gr.Textbox(label='What is the music like?', value=EXAMPLES[0], lines=2, elem_id='prompt')
-                    gr.Examples([[it] for it in EXAMPLES], prompt, label='For example', cache_examples=False)
-                    seconds = duration(1, 5, max_seconds, step=0.5, elem_id='seconds')
-                    with gr.Accordion('Go on from a recording', open=False):
-                        prime = recorder('The music begins with it, and the seconds count it', elem_id='prime')
-                    with gr.Accordion('Follow a melody', open=False):
-                        follows = musiclm.mulan_embed_quantizer.melody is not None
-                        gr.Markdown(NO_MELODY, visible=not follows, elem_id='no-melody')
-                        melody = recorder('Hum or play it', visible=follows, elem_id='melody')
-                    go = gr.Button('Make music', variant='primary', elem_id='generate')
-                with gr.Tab('Story'):
-                    gr.Markdown('One piece, whose prompt changes on the way.')
-                    rows = gr.Dataframe(
-                        STORY,
-                        headers=['seconds', 'prompt'],
-                        datatype=['number', 'str'],
-                        column_count=2,
-                        column_widths=['25%', '75%'],
-                        type='array',
-                        interactive=True,
-                        show_label=False,
-                        elem_id='story',
-                    )
-                    go_on = gr.Button('Tell the story', variant='primary', elem_id='tell')
-                with gr.Tab('Stream'):
-                    gr.Markdown('It plays while it is made, and its prompt may change on the way.')
-                    live_prompt = gr.Textbox(
-                        label='What is the music like?', value=EXAMPLES[1], lines=2, elem_id='live-prompt'
-                    )
-                    live_seconds = duration(5, 60, max_stream_seconds, step=1, elem_id='live-seconds')
-                    with gr.Accordion('Go on from a recording', open=False):
-                        live_prime = recorder('The stream begins with it', elem_id='live-prime')
-                    go_live = gr.Button('Play', variant='primary', elem_id='play')
-                    other = gr.Button('Go on with this prompt', visible=False, elem_id='change')
-                with gr.Group():
-                    num_samples = gr.Slider(
-                        1, max_samples, min(SHOWN_AT_FIRST, max_samples), step=1, label='Samples', elem_id='samples'
-                    )
-                    own = highest(musiclm.sampling['cond_scale'])
-                    cond_scale = gr.Slider(
-                        1, max(10, own), own, step=0.1, label='Guidance', info='how closely to follow the words'
-                    )
-                    seed = gr.Number(0, precision=0, label='Seed', info='the same seed, the same music', elem_id='seed')
-                    another = gr.Button('Another seed', size='sm', elem_id='another')
-                with gr.Accordion('More', open=False):
-                    negative = gr.Textbox('', label='Keep away from', placeholder='drums', elem_id='negative')
-                    own = highest(musiclm.sampling['temperature'])
-                    temperature = gr.Slider(
-                        0, max(1.5, own), own, step=0.05, label='Temperature', info='how much is left to chance'
-                    )
-            with gr.Column(scale=3, min_width=320):
-                note = gr.Markdown('The music appears here.', elem_id='note')
-                halt = gr.Button('Stop', variant='stop', size='sm', visible=False, elem_id='stop')
-                heard = gr.Audio(
-                    label='While it is made',
-                    streaming=True,
-                    autoplay=True,
-                    interactive=False,
-                    visible=False,
-                    buttons=[],
-                    elem_id='live',
-                )
-                players, outputs = [], [note, heard]
-                for _ in range(max_samples):
-                    with gr.Column(visible=False, elem_classes='sample') as column:
-                        score = gr.Markdown(elem_classes='score')
-                        player = gr.Audio(
-                            show_label=False,
-                            type='filepath',
-                            interactive=False,
-                            buttons=['download'],
-                            waveform_options=plain,
-                        )
-                        picture = gr.Image(
-                            show_label=False, type='filepath', format='png', interactive=False, buttons=['fullscreen']
-                        )
-                    players.append(player)
-                    outputs += [column, score, player, picture]
-
-        settings = [num_samples, cond_scale, temperature, seed, negative]
-        buttons, aside = [halt, other, go, go_on, go_live], dict(queue=False, show_progress='hidden')
-        pieces = [it for it in outputs if it is not heard]
+        it = lay_out(gr, musiclm, title=title, name=name, **most)
+        outputs, pieces = it.outputs, [it.note, *it.outputs[2:]]
+        buttons, aside = [it.halt, it.other, it.go, it.go_on, it.go_live], dict(queue=False, show_progress='hidden')
 
         def connect(triggers, first, make, inputs, changed, **how):
             made = gr.on(
                 triggers, first, outputs=[*outputs, *buttons], js=SCROLL, **aside, api_visibility='private'
-            ).then(make, inputs, changed, show_progress_on=note, **how)
+            ).then(make, inputs, changed, show_progress_on=it.note, **how)
             for ended in (made.success, made.failure):
                 ended(end, outputs=buttons, **aside, api_visibility='private')
 
+        # what came later stands behind the rest, so that calls of programs stay what they were
         alone = dict(concurrency_id='music', concurrency_limit=1)
-        inputs = [prompt, seconds, prime, melody, *settings]
-        connect([go.click, prompt.submit], begin, generate, inputs, pieces, api_name='generate', **alone)
-        connect([go_on.click], begin, tell, [rows, *settings], pieces, api_name='story', **alone)
+        inputs = [it.prompt, it.seconds, it.prime, it.melody, *it.settings, *it.mixed]
+        connect([it.go.click, it.prompt.submit], begin, generate, inputs, pieces, api_name='generate', **alone)
+        connect([it.go_on.click], begin, tell, [it.rows, *it.settings], pieces, api_name='story', **alone)
         few = dict(concurrency_id='streams', concurrency_limit=STREAMS, show_progress='hidden')
-        inputs = [live_prompt, live_seconds, live_prime, *settings[1:]]
-        connect([go_live.click], begin_to_play, play, inputs, outputs[:6], api_name='stream', **few)
-        other.click(change, live_prompt, api_name='change', **aside)
-        halt.click(stop, outputs=halt, js=PAUSE, api_name='stop', **aside)
-        another.click(lambda: secrets.randbelow(2**31), outputs=seed, queue=False, api_visibility='private')
+        inputs = [it.live_prompt, it.live_seconds, it.live_prime, *it.settings[1:], it.live_melody, *it.live_mixed]
+        connect([it.go_live.click], begin_to_play, play, inputs, outputs[:6], api_name='stream', **few)
+        it.other.click(change, [it.live_prompt, *it.live_mixed], api_name='change', **aside)
+        it.halt.click(stop, outputs=it.halt, js=PAUSE, api_name='stop', **aside)
+        it.another.click(lambda: secrets.randbelow(2**31), outputs=it.seed, queue=False, api_visibility='private')
     page.at_work, page.closing, page.live = at_work, closing, live
     return page.queue(max_size=MAX_WAITING, api_open=False)
 
@@ -371,19 +320,13 @@ def launch_app(page: gradio.Blocks, *, host: str = '127.0.0.1', port: int = 7860
 
 def close_app(page: gradio.Blocks) -> None:
     """End what `launch_app` began: the music that is being made or plays ends at its next step and shows what is done,
-    and those who wait are told. A thread at work would not outlive the end of the program."""
+    which is waited for, and those in line are told. A thread at work would not outlive the end of the program."""
     page.closing.set()
     page.live.close()
     for _ in range(2):
         with page.at_work:
             time.sleep(ANSWERING)
     page.close(verbose=False)
-
-
-def who_plays(name: str | None, knows: str | None) -> str:
-    """The line below the heading, in Markdown: which model makes the music, and what it knows."""
-    by = f', by the model `{name}`' if name else ''  # in a code span, nothing is markup
-    return f'Words to music{by}.' + (f' It knows {html.escape(knows, quote=False)}.' if knows else '')
 
 
 def with_remark(note: str, remark: str) -> str:

@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from musiclm_pytorch.audiolm.requests import Prompt
 from musiclm_pytorch.audiolm.streaming import MusicStream
 from musiclm_pytorch.inference.music_maker import MusicMaker, check_says_something
 from musiclm_pytorch.waves import Waves
 
 AHEAD = 4.0  # seconds that are made ahead of what can be heard by now
-LAST_STEP = 10.0  # seconds that a step may take after the page was closed
+LAST_STEP = 30.0  # seconds that a step, and showing what was played, may take after the page was closed
 
 
 @dataclass
 class Playing:
     """What a visitor hears: under which prompt, once it is there, and whether it was stopped."""
 
-    prompt: str
+    prompt: Prompt
     stream: MusicStream | None = None
     stopped: threading.Event = field(default_factory=threading.Event)
 
@@ -38,12 +40,13 @@ class LiveMusic:
     def __init__(self, maker: MusicMaker):
         self.maker = maker
         self.playing: dict[str, Playing] = {}
+        self._answers = 0
         self._changed = threading.Condition()
         self._is_closed = False
 
     def play(
-        self, visitor: str, prompt: str, seconds: float, prime: Any = None, **how: Any
-    ) -> Iterator[tuple[Waves, str]]:
+        self, visitor: str, prompt: Prompt, seconds: float, prime: Any = None, melody: Any = None, **how: Any
+    ) -> Iterator[tuple[Waves, Prompt]]:
         """Waves, each with the prompt for which it was made at the latest, until `seconds` are there or `stop` is
         called; arguments as of `MusicMaker.stream`.
 
@@ -57,7 +60,7 @@ class LiveMusic:
                 raise ValueError('music is playing here already; stop it first')
             own = self.playing[visitor] = Playing(prompt)
         try:
-            with self.maker.stream(prompt, seconds, prime, **how) as own.stream:
+            with self.maker.stream(prompt, seconds, prime, melody, **how) as own.stream:
                 begin, made, prompt = None, 0.0, own.prompt
                 for wave in own.stream:
                     yield wave, prompt
@@ -71,7 +74,19 @@ class LiveMusic:
                 del self.playing[visitor]
                 self._changed.notify_all()
 
-    def set_prompt(self, visitor: str, prompt: str) -> None:
+    @contextlib.contextmanager
+    def answering(self) -> Iterator[None]:
+        """While a visitor is still shown what was played: `close` waits for that, too."""
+        with self._changed:
+            self._answers += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._answers -= 1
+                self._changed.notify_all()
+
+    def set_prompt(self, visitor: str, prompt: Prompt) -> None:
         """Another prompt for what a visitor hears. Raises ValueError if nothing plays."""
         check_says_something(prompt)
         own = self.playing.get(visitor)
@@ -91,4 +106,4 @@ class LiveMusic:
             self._is_closed = True
             for own in self.playing.values():
                 own.stopped.set()
-            self._changed.wait_for(lambda: not self.playing, timeout=LAST_STEP)
+            self._changed.wait_for(lambda: not self.playing and not self._answers, timeout=LAST_STEP)

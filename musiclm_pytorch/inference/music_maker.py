@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from musiclm_pytorch.audiolm.requests import Mix, Prompt, Story
 from musiclm_pytorch.audiolm.sampling import Progress, StopGeneration
 from musiclm_pytorch.audiolm.stages import STAGES
 from musiclm_pytorch.audiolm.streaming import MusicStream
@@ -45,7 +46,12 @@ class MusicMaker:
         self.max_stream_seconds = max_stream_seconds
 
     def from_prompt(
-        self, prompt: str, seconds: float, prime: str | Path | None = None, melody: str | Path | None = None, **how: Any
+        self,
+        prompt: Prompt,
+        seconds: float,
+        prime: str | Path | None = None,
+        melody: str | Path | None = None,
+        **how: Any,
     ) -> list[Clip]:
         """The samples for a prompt, the best first; `how` as in `_make`.
 
@@ -69,9 +75,10 @@ class MusicMaker:
 
     def stream(
         self,
-        prompt: str,
+        prompt: Prompt,
         seconds: float,
         prime: str | Path | None = None,
+        melody: str | Path | None = None,
         *,
         seed: int | None,
         cond_scale: float | None = None,
@@ -85,10 +92,11 @@ class MusicMaker:
             prompt,
             seconds=float(seconds),
             prime=None if prime is None else Path(prime),
+            melody=None if melody is None else Path(melody),
             **self._sampling(seed, cond_scale, temperature, negative),
         )
 
-    def remarks(self, prompts: Sequence[str], negative: str | None = None, music: Music | None = None) -> str:
+    def remarks(self, prompts: Sequence[Prompt], negative: str | None = None, music: Music | None = None) -> str:
         """What there is to say of prompts, and of the music made for one, in a line."""
         told = self.musiclm.prompt_warnings(prompts, music)
         if negative and negative.strip():
@@ -111,8 +119,8 @@ class MusicMaker:
 
     def _make(
         self,
-        text: str | Sequence[tuple[float, str]],
-        prompts: list[str],
+        text: Prompt | Story,
+        prompts: list[Prompt],
         *,
         num_samples: int,
         seed: int | None,
@@ -156,12 +164,12 @@ class MusicMaker:
         # a story is scored by the mean of its parts
         music = Music(waves[None], scores[None]) if len(prompts) == 1 else None
         remark = self.remarks(prompts, negative, music)
-        title = ' – '.join(prompts)
+        title = ' – '.join(map(title_of, prompts))
         return ranked_clips(title, waves, scores, seeds, name=file_name(title), remark=remark)
 
 
-def check_says_something(prompt: str) -> None:
-    if not prompt.strip():
+def check_says_something(prompt: Prompt) -> None:
+    if isinstance(prompt, str) and not prompt.strip():
         raise ValueError('the prompt is empty; say what the music is like')
 
 
@@ -170,24 +178,62 @@ def check_length(what: str, seconds: float | None, most: float) -> None:
         raise ValueError(f'the {what} may last up to {most:g} seconds, got {seconds}')
 
 
+def title_of(prompt: Prompt) -> str:
+    """A prompt of a page in words: a sound by the name of its file, a mixture by its parts and their weights."""
+    if isinstance(prompt, Mix):
+        return ' + '.join(f'{weight:g} {title_of(part)}' for weight, part in prompt.parts)
+    return prompt.name if isinstance(prompt, Path) else str(prompt)
+
+
+def read_mix(
+    words: str, weight: float = 1.0, rows: Sequence[Sequence[Any]] = (), *sounds: tuple[str | None, float]
+) -> Prompt:
+    """What is asked for together: words, a table of (weight, words), and sounds, each a file or None, and its weight.
+
+    A sound or words alone are what they are; what is not filled in is left out, and words before it or sounds whose
+    weight is 0. Raises ValueError for another weight that is no number above 0, naming what it is of.
+    """
+    parts = [(weight, words)]
+    for number, cells in enumerate(rows, 1):
+        of, more = map(as_text, cells)
+        if more:
+            parts.append((as_number(of, f'row {number} of the other words needs its weight'), more))
+    parts += [(of, file and Path(file)) for file, of in sounds]
+    parts = [(of, it) for of, it in parts if of != 0 and as_text(it)]
+    if not parts:
+        return ''
+    mix = Mix(parts)
+    return mix if len(parts) > 1 else parts[0][1]
+
+
 def read_story(rows: Sequence[Sequence[Any]]) -> list[tuple[float, str]]:
     """(seconds, prompt) of the rows of a table that are filled in. Raises ValueError, naming the row."""
     story = []
     for number, (length, prompt) in enumerate(rows, 1):
-        length, prompt = ('' if it is None or it != it else str(it).strip() for it in (length, prompt))
+        length, prompt = as_text(length), as_text(prompt)
         if not length and not prompt:
             continue
         if not prompt:
             raise ValueError(f'row {number} of the story has no prompt')
-        try:
-            seconds = float(length)
-            check_positive(seconds=seconds)
-        except ValueError:
-            raise ValueError(f'row {number} of the story needs its seconds, a number above 0, got {length!r}') from None
-        story.append((seconds, prompt))
+        story.append((as_number(length, f'row {number} of the story needs its seconds'), prompt))
     if not story:
         raise ValueError('the story is empty; give seconds and a prompt in a row or more')
     return story
+
+
+def as_text(cell: Any) -> str:
+    """What stands in a cell of a table, nothing where it is not filled in."""
+    return '' if cell is None or cell != cell else str(cell).strip()
+
+
+def as_number(cell: str, needed: str) -> float:
+    """Raises ValueError, saying what is needed, unless it is a number above 0."""
+    try:
+        number = float(cell)
+        check_positive(number=number)
+    except ValueError:
+        raise ValueError(f'{needed}, a number above 0, got {cell!r}') from None
+    return number
 
 
 def highest(own: float | Sequence[float]) -> float:

@@ -61,7 +61,7 @@ CALLS = {
     'POST /rank': 'how well sound files fit texts, as a form',
     'POST /generate': 'music for a prompt, as JSON',
     'GET /stream': 'music without end for a prompt, while it is made; POST /stream/NAME changes its prompt',
-    'POST /stream': 'the same, as JSON, also from a given sound on',
+    'POST /stream': 'the same, as JSON, also like a sound, from one on, or to its melody',
 }
 
 

@@ -238,28 +238,7 @@ def asked_prompts(
         raise invalid(f'seed must lie between 0 and 2⁶³ - 1, got {body.seed}')
     if body.format != 'json' and isinstance(body.prompt, list):
         raise invalid(f"a {body.format.upper()} holds one piece: give one prompt, not a list, or format 'json'")
-    texts, sounds, used = [], 0, 0.0
-
-    def read(prompt: OnePrompt) -> Prompt:
-        nonlocal used, sounds
-        if isinstance(prompt, str):
-            texts.append(prompt)
-            check_texts(texts, config, 'prompt')
-            return prompt
-        if isinstance(prompt, MixPrompt):
-            return Mix([(weight, read(part)) for weight, part in prompt.mix])
-        if isinstance(prompt, LatentPrompt):
-            latent = torch.tensor(prompt.latent)
-            if len(latent) != dim_latent:
-                raise invalid(f'a latent must have {dim_latent} numbers, got {len(latent)}')
-            return latent
-        sounds += 1
-        if sounds > config.max_files:
-            raise invalid(f'prompts hold {sounds} sounds or more, but at most {config.max_files} may come at once')
-        wave, rate = read_base64(prompt.sound, 'the sound of a prompt', config, used=used, shortest=shortest)
-        used += len(wave) / rate
-        return wave, rate
-
+    read = PromptReader(config, shortest=shortest, dim_latent=dim_latent)
     try:
         prompts, _ = read_prompts([read(it) for it in asked])
         negative = None if body.negative is None else read_prompt(read(body.negative))
@@ -267,6 +246,37 @@ def asked_prompts(
     except (TypeError, ValueError) as error:
         raise invalid(str(error)) from error
     return prompts, negative
+
+
+class PromptReader:
+    """Prompts as `MusicLM` takes them, of what a body holds; all of them together keep to the limits."""
+
+    def __init__(self, config: ServiceConfig, *, shortest: float, dim_latent: int):
+        self.config, self.shortest, self.dim_latent = config, shortest, dim_latent
+        self.texts, self.sounds, self.seconds = [], 0, 0.0  # so far
+
+    def __call__(self, prompt: OnePrompt) -> Prompt:
+        if isinstance(prompt, str):
+            self.texts.append(prompt)
+            check_texts(self.texts, self.config, 'prompt')
+            return prompt
+        if isinstance(prompt, MixPrompt):
+            return Mix([(weight, self(part)) for weight, part in prompt.mix])
+        if isinstance(prompt, LatentPrompt):
+            latent = torch.tensor(prompt.latent)
+            if len(latent) != self.dim_latent:
+                raise invalid(f'a latent must have {self.dim_latent} numbers, got {len(latent)}')
+            return latent
+        return self.sound(prompt.sound, 'the sound of a prompt', shortest=self.shortest)
+
+    def sound(self, text: str, name: str, *, shortest: float = 0.0) -> tuple[Tensor, int]:
+        """The wave `(samples,)` of a sound file as base64, and its rate."""
+        self.sounds, most = self.sounds + 1, self.config.max_files
+        if self.sounds > most:
+            raise invalid(f'prompts hold {self.sounds} sounds or more, but at most {most} may come at once')
+        wave, rate = read_base64(text, name, self.config, used=self.seconds, shortest=shortest)
+        self.seconds += len(wave) / rate
+        return wave, rate
 
 
 def read_base64(

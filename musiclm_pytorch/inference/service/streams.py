@@ -16,16 +16,18 @@ from starlette.concurrency import run_in_threadpool
 from starlette.types import Receive, Scope, Send
 
 from musiclm_pytorch.audiolm.streaming import MusicStream
+from musiclm_pytorch.checks import described
 from musiclm_pytorch.inference.live import AHEAD
 from musiclm_pytorch.inference.service.requests import (
     RETRY_AFTER,
     Body,
+    OnePrompt,
+    PromptReader,
     ServiceError,
     check_texts,
     header_of,
     invalid,
     music_model,
-    read_base64,
     read_json,
     schema,
     stopping,
@@ -58,15 +60,22 @@ class Stream(Body):
 
 
 class PrimedStream(Stream):
-    """prime: a sound file as base64, with which it begins and from which it goes on; `seconds` count it"""
+    """What to play, with sounds, each a file as base64.
 
+    prime: with which it begins and from which it goes on; `seconds` count it
+    melody: to follow from the beginning on, for models that follow melodies; it goes on without
+    """
+
+    prompt: OnePrompt
+    negative: OnePrompt | None = None
     prime: str | None = None
+    melody: str | None = None
 
 
 class NextPrompt(Body):
     """prompt: what a stream goes on with."""
 
-    prompt: str
+    prompt: OnePrompt
 
 
 def query_schema(kind: type[Body]) -> list[dict[str, Any]]:
@@ -87,7 +96,7 @@ async def stream(request: Request) -> StreamingResponse:
 
 @router.post('/stream', openapi_extra={'requestBody': {'content': schema(PrimedStream)}})
 async def stream_on(request: Request) -> StreamingResponse:
-    """The same, asked for by JSON, which has room for a sound to go on from."""
+    """The same, asked for by JSON, which has room for sounds: to be like, to go on from, and whose melody to follow."""
     music_model(request)
     return await play(request, await read_json(request, PrimedStream))
 
@@ -96,7 +105,7 @@ async def play(request: Request, wanted: Stream) -> StreamingResponse:
     musiclm, config = music_model(request), request.app.state.config
     query = wanted.model_dump(exclude_none=True)
     for name in ('prompt', 'negative'):
-        check_texts([query[name]] if name in query else [], config, name)
+        check_texts([query[name]] if isinstance(query.get(name), str) else [], config, name)
     kinds = {it.media_type: kind for kind, it in STREAMS.items()}
     kind = query.pop('format', None) or kinds[wanted_type(request.headers.get('accept', ''), list(kinds))]
     worker = request.app.state.worker
@@ -106,11 +115,16 @@ async def play(request: Request, wanted: Stream) -> StreamingResponse:
     if len(streams) >= config.max_streams:
         message = f'{len(streams)} streams are playing already; try again in a while'
         raise ServiceError(503, 'overloaded', message, {'Retry-After': str(RETRY_AFTER)})
-    name, prompt = secrets.token_urlsafe(8), query.pop('prompt')
+    name, read = secrets.token_urlsafe(8), reader(request)
     streams[name] = None  # its place, until it is there
     try:
-        if 'prime' in query:
-            query['prime'] = await run_in_threadpool(read_base64, query['prime'], 'prime', config)
+        prompt = await run_in_threadpool(read, wanted.prompt)
+        query.pop('prompt')
+        if wanted.negative is not None:
+            query['negative'] = await run_in_threadpool(read, wanted.negative)
+        for given in ('prime', 'melody'):
+            if given in query:
+                query[given] = await run_in_threadpool(read.sound, query[given], given)
         streams[name] = made = await run_in_threadpool(musiclm.stream, prompt, **query)
         if worker.is_stopping:
             raise stopping()
@@ -132,17 +146,23 @@ async def play(request: Request, wanted: Stream) -> StreamingResponse:
 async def change(request: Request, name: str) -> JSONResponse:
     """Another prompt for a stream that plays."""
     state = request.app.state
-    prompt = (await read_json(request, NextPrompt)).prompt
-    check_texts([prompt], state.config, 'prompt')
+    wanted = (await read_json(request, NextPrompt)).prompt
     playing = state.worker.streams.get(name)
     if playing is None:
         raise ServiceError(404, 'not_found', f'no stream {name:.80} is playing; its header X-Stream tells its name')
     try:
+        prompt = await run_in_threadpool(reader(request), wanted)
         await run_in_threadpool(playing.set_prompt, prompt)
     except ValueError as error:
         raise invalid(str(error)) from error
     warning = state.worker.musiclm.prompt_warnings([prompt])[0]
-    return JSONResponse({'stream': name, 'warnings': {prompt: warning} if warning else {}})
+    told = prompt if isinstance(prompt, str) else described(prompt)
+    return JSONResponse({'stream': name, 'warnings': {told: warning} if warning else {}})
+
+
+def reader(request: Request) -> PromptReader:
+    worker = request.app.state.worker
+    return PromptReader(request.app.state.config, shortest=worker.shortest, dim_latent=worker.mulan.dim_latent)
 
 
 class Playing(StreamingResponse):
