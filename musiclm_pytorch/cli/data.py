@@ -7,7 +7,16 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from musiclm_pytorch.cli.options import AUDIO_FOLDER, add_codec, add_data, add_output, command, option
+from musiclm_pytorch.cli.options import (
+    AUDIO_FOLDER,
+    add_codec,
+    add_data,
+    add_output,
+    add_text_encoder,
+    command,
+    open_text_encoder,
+    option,
+)
 
 
 def shard(subcommands) -> None:
@@ -86,6 +95,7 @@ def tokens(subcommands) -> None:
     for name, what in (('tokenizer', 'semantic tokenizer'), ('quantizer', 'quantizer')):
         option(parser, f'--{name}', metavar='FOLDER', help=f'a trained {what}, for its tokens')
     add_codec(parser, 'for its tokens')
+    add_text_encoder(parser, 'what reads the captions for stages that are conditioned by words, beside the others')
     option(parser, '--batch-size', metavar='N', default=8, help='waves at a time')
     parser.add_argument(
         '--synthetic', nargs=2, metavar=('N', 'SECONDS'), default=('20000', '10'), help='clips of "--data synthetic"'
@@ -113,6 +123,8 @@ def run_tokens(options: argparse.Namespace) -> dict[str, Any]:
     rates += [modules['quantizer'].mulan.sample_rate] if 'quantizer' in modules else []
     if not rates or None in rates:
         raise ValueError('give at least one of --tokenizer, --codec and --quantizer, each of a known sample rate')
+    if (encoder := open_text_encoder(options)) is not None:
+        modules['text_encoder'] = encoder
     length, seconds = options.synthetic
     dataset = open_whole_clips(
         options.data, sample_rate=max(rates), synthetic_length=int(length), synthetic_seconds=float(seconds)
