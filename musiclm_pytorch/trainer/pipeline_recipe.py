@@ -80,6 +80,7 @@ class FittedRecipe(Recipe):
                 text_encoder='it is a section of its own',
                 sample_rate=IS_OWN,
                 on_change=IS_OWN,
+                share=IS_OWN,
                 texts=IS_OWN,
             ),
             more=SYNTHETIC,
