@@ -30,7 +30,6 @@ torch.set_num_threads(1)
 folder, rank = Path(sys.argv[1]), int(os.environ['RANK'])
 (folder / f'pid {{rank}}').write_text(str(os.getpid()))
 compute(folder / 'tokens', Clips({SECONDS}), share=(rank, int(os.environ['WORLD_SIZE'])))
-(folder / f'done {{rank}}').write_text(str(len(list((folder / 'tokens').glob('*/*.safetensors')))))
 """
 
 
@@ -62,8 +61,6 @@ def test_a_killed_process_loses_nothing(tmp_path):
     assert len(before) < len(shards(whole))
     assert all(it.stat().st_mtime_ns == when for it, when in before.items())  # and went on where they were
     assert [it.read_bytes() for it in shards(tokens)] == [it.read_bytes() for it in shards(whole)]
-    # each returned when the shards of both were there
-    assert {(tmp_path / f'done {rank}').read_text() for rank in range(2)} == {str(len(shards(whole)))}
     # one process knows the cache as its own
     compute(tokens, Clips(SECONDS))
     assert all(it.stat().st_mtime_ns == when for it, when in before.items())

@@ -45,7 +45,7 @@ logger = logging.getLogger(__name__)
 
 STREAM_FILE = 'stream.json'
 SHARD = '{:05d}.safetensors'
-POLL = 0.05  # seconds between two looks at what another process is to write
+POLL = 0.05  # seconds between two looks at what another process moves aside
 CONTEXT_SECONDS = 1.0  # on both sides of a window of long audio, so that its edges are tokenized as its middle is
 SIZES = ('quantizers', 'codebook_size')
 FACTS = dict(semantic=(*SIZES, 'rate'), codec=(*SIZES, 'rate'), audio=(*SIZES, 'seconds', 'hop'), text=SIZES)
@@ -109,9 +109,9 @@ def compute_tokens(
         on_change: what to do about a stream that was computed with another module, of other data, or with other
             settings: 'error', or 'aside', which moves it to a folder beside it and begins anew.
         progress: show a progress bar.
-        share: number of this process, from 0 on, and of all that compute these tokens together, each every so many'th
-            shard. It returns when all shards are there: that the others run, or that none waits for one that died, is
-            for their launcher, such as torchrun. Any number of processes may go on where others were.
+        share: number of this process, from 0 on, and that of all processes that compute these tokens together, such as
+            those of torchrun. Each computes its share of the shards, and returns when that is there; they need not run
+            at the same time, and any number of them may go on where others were.
 
     Returns:
         the folder.
@@ -168,16 +168,7 @@ def compute_tokens(
         for number in tqdm(shards[rank::processes], disable=not progress or rank > 0, unit='shard', desc='tokens'):
             indices = range(number * shard_size, min((number + 1) * shard_size, len(dataset)))
             _compute_shard(dataset, indices, folder, number, streams)
-        for number in shards if processes > 1 else ():
-            for stream in streams:
-                _wait_for((folder / stream.name / SHARD.format(number)).is_file)
     return folder
-
-
-def _wait_for(is_there: Callable[[], bool]) -> None:
-    """Wait for what another process of this run writes."""
-    while not is_there():
-        time.sleep(POLL)
 
 
 def _compute_shard(dataset: Any, indices: range, folder: Path, number: int, streams: list[Stream]) -> None:
@@ -347,8 +338,8 @@ def _device_of(module: nn.Module) -> torch.device:
 def _open_stream(
     folder: Path, stream: Stream, data: dict[str, Any], items: int, shard_size: int, on_change: str, *, first: bool
 ) -> None:
-    """Make the folder of a stream, or see that what is there is of the same stream; the `first` of several processes
-    makes it, which the others wait for."""
+    """Make the folder of a stream, or see that what is there is of the same stream. Of several processes the `first`
+    moves another one aside, which the others wait for."""
     own = dict(
         stream=stream.name,
         facts=stream.facts,
@@ -364,9 +355,9 @@ def _open_stream(
         raise ValueError(
             f"{folder} holds tokens of something else: {'; '.join(changed)}. Give another folder, or on_change='aside'"
         )
-    if not first:
-        _wait_for(lambda: _changes(folder, own) == [])
-        return
+    while changed and not first:
+        time.sleep(POLL)
+        changed = _changes(folder, own)
     if changed:
         target = free_name(folder)
         folder.rename(target)
