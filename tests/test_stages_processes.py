@@ -10,6 +10,7 @@ from helpers.stage_parts import (
     Clips,
     ClockCodec,
     ClockTokenizer,
+    compute,
     draw_items,
     gradients_of_step,
     make_quantizer,
@@ -97,3 +98,10 @@ def test_two_processes_equal_one_and_each_other(tmp_path, stages):
             assert torch.equal(tensor, found[0][0][f'transformer.{name}']), name
             assert torch.equal(tensor, written[name]), name
         assert resumed.train(num_train_steps=5)['loss'] > 0
+
+
+def test_what_needs_whole_weights_is_named(tmp_path):
+    compute(tmp_path / 'tokens')
+    for wrong, name in ((dict(use_ema=True), 'use_ema'), (dict(mixed_precision='fp16'), "mixed_precision='fp16'")):
+        with pytest.raises(ValueError, match=f'fsdp shares the weights out, which {name} needs whole'):
+            make_trainer(tmp_path / 'run', tmp_path / 'tokens', conditioned=False, fsdp=True, **wrong)

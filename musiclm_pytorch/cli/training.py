@@ -99,8 +99,8 @@ def train_codec(models) -> None:
         parser,
         '--begin-with',
         metavar='FOLDER',
-        help="start from the codec in this folder, a trainer's or that of a MusicLM; then the section model of a "
-        'recipe is not used',
+        help="start from the codec in this folder, a trainer's or that of a MusicLM, or of one that ships by its name; "
+        'then the section model of a recipe is not used',
     )
     option(parser, '--levels', metavar='N', help='keep only this many levels of codes of a NeuralCodec of --begin-with')
     option(
@@ -277,6 +277,7 @@ def adapt(model, options: argparse.Namespace, start: str | None, name: str) -> N
 
 def run_train_codec(options: argparse.Namespace) -> dict[str, Any] | None:
     from musiclm_pytorch.codecs.neural import NeuralCodec
+    from musiclm_pytorch.pretrained import find_pretrained
     from musiclm_pytorch.trainer.resumable_loader import seed_everything
     from musiclm_pytorch.trainer.stage_recipes import CodecRecipe
 
@@ -289,7 +290,7 @@ def run_train_codec(options: argparse.Namespace) -> dict[str, Any] | None:
         return run_fit_spectral_codec(options)
     recipe = read_recipe(CodecRecipe, options)
     seed_everything(recipe.seed)
-    codec = recipe.build_model() if options.begin_with is None else begin_codec(Path(options.begin_with))
+    codec = recipe.build_model() if options.begin_with is None else begin_codec(find_pretrained(options.begin_with))
     for name, value in (('--levels', options.levels), ('--decoder-only', options.decoder_only or None)):
         if value is not None and (options.begin_with is None or not isinstance(codec, NeuralCodec)):
             raise ValueError(f'{name} is for a NeuralCodec that is trained: give it with --begin-with')
