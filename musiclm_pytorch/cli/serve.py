@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import warnings
+from functools import partial
 from typing import Any
 
 from musiclm_pytorch.cli.options import SHIPPED, add_model, add_place, command, option, place_of
@@ -38,6 +39,8 @@ def serve(subcommands) -> None:
     add_model(parser, f'a folder of a MusicLM or of a MuLaN, or {SHIPPED}')
     option(parser, '--host', metavar='HOST', default='127.0.0.1', help='address to listen at')
     option(parser, '--port', metavar='N', default=8000, help='0 takes a free one')
+    what = 'processes that serve, each with a model, a share of the cores and limits of its own'
+    option(parser, '--workers', metavar='N', default=1, help=what)
     add_place(parser)
     limits = parser.add_argument_group('limits')
     for name, (default, what) in LIMITS.items():
@@ -47,18 +50,24 @@ def serve(subcommands) -> None:
 def run_serve(options: argparse.Namespace) -> None:
     if not 0 <= options.port < 2**16:
         raise ValueError(f'--port must lie between 0 and 65535, got {options.port}')
+    if options.workers < 1:
+        raise ValueError(f'--workers must be at least 1, got {options.workers}')
 
     from musiclm_pytorch.checks import check_device
     from musiclm_pytorch.inference.service.config import ServiceConfig
     from musiclm_pytorch.inference.service.creation import create_service, require
-    from musiclm_pytorch.mulan.vocabulary import PromptWarning
 
     require('fastapi', 'python_multipart', 'uvicorn')
     names = [name.replace('-', '_') for name in LIMITS]
     config = ServiceConfig(**{name: getattr(options, name) for name in names})
     check_device(options.device)
-    app = create_service(load_model(options.model, **place_of(options)), config)
-    warnings.simplefilter('ignore', PromptWarning)  # who asked is told in the answer
+    load = partial(load_model, options.model, **place_of(options))
+    if options.workers > 1:
+        from musiclm_pytorch.inference.service.workers import serve_together
+
+        serve_together(load, config, options.workers, host=options.host, port=options.port)
+        return
+    app = create_service(load(), config)
 
     from musiclm_pytorch.inference.service.server import Server
 
@@ -70,9 +79,11 @@ def load_model(folder: str, dtype: Any, **place: Any):
     """The MusicLM or the MuLaN in a folder, or the model of that name that ships; 'auto' says nothing to a MuLaN."""
     from musiclm_pytorch.mulan.checkpoint import saved_kind
     from musiclm_pytorch.mulan.model import MuLaN
+    from musiclm_pytorch.mulan.vocabulary import PromptWarning
     from musiclm_pytorch.musiclm import MusicLM
     from musiclm_pytorch.pretrained import find_pretrained
 
+    warnings.simplefilter('ignore', PromptWarning)  # who asked is told in the answer
     folder = find_pretrained(folder)
     if saved_kind(folder) == 'MusicLM':
         return MusicLM.from_pretrained(folder, dtype=dtype, **place)
