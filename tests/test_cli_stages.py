@@ -56,6 +56,8 @@ def test_a_codec_goes_on_from_another(tmp_path, music, capsys):
         capsys.readouterr()
         assert main([str(it) for it in (*command, '--output', tmp_path / 'none', *given)]) != 0
         assert f'{given[0]} is for a NeuralCodec that is trained: give it with --begin-with' in capsys.readouterr().err
+    assert main([str(it) for it in (*command, '--output', tmp_path / 'none', '--begin-with', 'tiny')]) == 2
+    assert 'a SpectralCodec is not trained step by step' in capsys.readouterr().err
 
 
 def test_from_nothing_to_trained_stages(tmp_path, music, capsys):

@@ -10,6 +10,7 @@ from helpers.stage_parts import (
     Clips,
     ClockCodec,
     ClockTokenizer,
+    compute,
     draw_items,
     gradients_of_step,
     make_quantizer,
@@ -19,9 +20,11 @@ from helpers.stage_parts import (
 
 from musiclm_pytorch import add_adapters
 from musiclm_pytorch.audiolm.crops import TokenCrops, collate_tokens
+from musiclm_pytorch.audiolm.saving import load_module
 from musiclm_pytorch.audiolm.tokens import compute_tokens
 
 STAGES = ('semantic', 'coarse', 'fine', 'coarse adapted')
+SHARDED = ('coarse sharded',)
 
 
 def gradients(trainer, rank, processes):
@@ -39,38 +42,43 @@ def gradients(trainer, rank, processes):
 
 
 def train(folder, tokens, stage, rank, processes):
-    kind, adapted = stage.split()[0], 'adapted' in stage
+    kind, adapted, sharded = stage.split()[0], 'adapted' in stage, 'sharded' in stage
     transformer = add_adapters(transformer_for(kind), rank=2) if adapted else None
     # 9 items, so that one process has none of the last batch of an epoch
     crops = TokenCrops(tokens, kind, seconds=0.8, training=False)
     trainer = make_trainer(
         f'{folder}/{stage}', crops, kind, transformer, seconds=None, batch_size=4 // processes, grad_accum_every=2,
-        mask_prob=0.0, cond_drop_prob=0.0, use_ema=True, drop_last=False,
+        mask_prob=0.0, cond_drop_prob=0.0, use_ema=not sharded, drop_last=False, fsdp=sharded,
     )  # fmt: skip
     assert len(trainer.batches.items.dataset) == 9
-    first = gradients(trainer, rank, processes)
+    first = {} if sharded else gradients(trainer, rank, processes)
     trainer.optimizer.zero_grad()
     results = trainer.train(num_train_steps=4)
-    return trainer.model.state_dict(), {name: results[name] for name in ('loss', 'valid_loss')}, first
+    if sharded and processes > 1:
+        held = sum(it.to_local().numel() for it in trainer.model.parameters())
+        assert held < 0.6 * sum(it.numel() for it in trainer.whole_model.parameters())
+    model = trainer.evaluated_model if sharded else trainer.model
+    return model.state_dict(), {name: results[name] for name in ('loss', 'valid_loss')}, first
 
 
-def worker(rank, folder):
+def worker(rank, folder, stages):
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT='29583'
     )
     torch.set_num_threads(1)
-    for stage in STAGES:
+    for stage in stages:
         torch.save(train(f'{folder}/two', f'{folder}/tokens', stage, rank, 2), f'{folder}/{stage}.{rank}.pt')
 
 
 @pytest.mark.slow
-def test_two_processes_equal_one_and_each_other(tmp_path):
+@pytest.mark.parametrize('stages', [STAGES, SHARDED])
+def test_two_processes_equal_one_and_each_other(tmp_path, stages):
     compute_tokens(
         Clips([1.0, 0.5] * 6), tmp_path / 'tokens', tokenizer=ClockTokenizer(), codec=ClockCodec(),
         quantizer=make_quantizer(), progress=False,
     )  # fmt: skip
-    mp.start_processes(worker, args=(str(tmp_path),), nprocs=2, start_method='spawn')
-    for stage in STAGES:
+    mp.start_processes(worker, args=(str(tmp_path), stages), nprocs=2, start_method='spawn')
+    for stage in stages:
         weights, results, expected = train(tmp_path / 'one', tmp_path / 'tokens', stage, 0, 1)
         found = [torch.load(tmp_path / f'{stage}.{rank}.pt', weights_only=True) for rank in range(2)]
         for name, tensor in weights.items():
@@ -80,3 +88,20 @@ def test_two_processes_equal_one_and_each_other(tmp_path):
         for _, own, first in found:
             torch.testing.assert_close(first, expected, atol=1e-5, rtol=0)
             assert own == pytest.approx(results, abs=1e-4)
+    if stages == SHARDED:  # one process reads what two have written, and goes on
+        crops = TokenCrops(tmp_path / 'tokens', 'coarse', seconds=0.8, training=False)
+        keywords = dict(seconds=None, batch_size=4, drop_last=False, resume=True)
+        resumed = make_trainer(tmp_path / 'two' / stage, crops, 'coarse', **keywords)
+        assert resumed.step == 4
+        written = load_module(tmp_path / 'two' / stage / 'last').state_dict()
+        for name, tensor in resumed.transformer.state_dict().items():
+            assert torch.equal(tensor, found[0][0][f'transformer.{name}']), name
+            assert torch.equal(tensor, written[name]), name
+        assert resumed.train(num_train_steps=5)['loss'] > 0
+
+
+def test_what_needs_whole_weights_is_named(tmp_path):
+    compute(tmp_path / 'tokens')
+    for wrong, name in ((dict(use_ema=True), 'use_ema'), (dict(mixed_precision='fp16'), "mixed_precision='fp16'")):
+        with pytest.raises(ValueError, match=f'fsdp shares the weights out, which {name} needs whole'):
+            make_trainer(tmp_path / 'run', tmp_path / 'tokens', conditioned=False, fsdp=True, **wrong)

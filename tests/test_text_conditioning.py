@@ -1,8 +1,11 @@
 """Stages that a T5 conditions: audiolm-pytorch's own, trained by our trainers and generating with either package."""
 
+import json
+
 import pytest
 import torch
 from helpers.music import build_audio_lm, build_quantizer
+from helpers.pipeline import TINY
 from helpers.pretrained_parts import Sounds
 from helpers.pretrained_towers import save_tower
 from helpers.stage_parts import make_quantizer, make_transformer
@@ -21,6 +24,7 @@ from musiclm_pytorch import (
 )
 from musiclm_pytorch.audiolm.convert import audiolm_stage, own_stage
 from musiclm_pytorch.audiolm.saving import load_module
+from musiclm_pytorch.cli import main
 from musiclm_pytorch.trainer import load_stage
 
 TEXTS = ['a calm flute', 'fast drums with a cello']
@@ -74,6 +78,43 @@ def test_from_words_to_music(t5, encoder, tmp_path):
 
     with pytest.raises(ValueError, match='semantic stage reads the words of a text, .* where MusicLM has codes'):
         MusicLM(mulan_embed_quantizer=build_quantizer(), **parts, **stages)
+
+
+def test_the_command_trains_such_stages_at_once_and_part_by_part(t5, music, tmp_path, capsys):
+    whole, parts, config = tmp_path / 'whole', tmp_path / 'parts', tmp_path / 'all.json'
+    hubert = save_tower('hubert', tmp_path / 'hubert')
+    tokenizer = dict(model=str(hubert), layer=1, codebook_size=4)
+    content = {**TINY, 'tokenizer': tokenizer, 'text_encoder': dict(model=str(t5))}
+    config.write_text(json.dumps(content))
+
+    def run(*arguments):
+        assert main(list(map(str, arguments))) == 0
+
+    run('train', 'all', '--data', music, '--config', config, '--output', whole)
+    out = capsys.readouterr().out
+    made = ('tokenizer', 'codec', 'tokens', 'semantic', 'coarse', 'fine')
+    assert [line.split(', ')[1] for line in out.splitlines() if line.startswith('part ')] == list(made)
+    assert 'the stages, which read words, are in' in out
+    assert {it.name for it in whole.iterdir() if it.is_dir()} == {*made}
+    run('train', 'all', '--data', music, '--output', whole, '--resume')
+
+    folders = [f'--{name}={whole / name}' for name in ('tokenizer', 'codec')]
+    run('tokens', '--data', music, '-o', parts / 'tokens', *folders, '--text-encoder', t5)
+    for stage in ('semantic', 'fine'):
+        given = ['--tokens', parts / 'tokens', '--text-encoder', t5, '--config', config]
+        run('train', stage, *given, '--output', parts / stage)
+        one, other = (load_module(folder / stage / 'last') for folder in (whole, parts))
+        assert one.reads_text
+        assert all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), other.state_dict().values()))
+    run('train', 'fine', *given, '--begin-with', parts / 'fine', '--output', tmp_path / 'on', '--lora', '2')
+
+    for more, message in (
+        (['--melody.training.num_train_steps', '1'], 'leave out text_encoder, or the part melody'),
+        (['--begin-with', 'tiny'], 'is a MusicLM, whose stages read'),
+    ):
+        command = ['train', 'all', '--data', music, '--config', config, '--output', tmp_path / 'none', *more]
+        assert main(list(map(str, command))) == 2
+        assert message in capsys.readouterr().err
 
 
 def seeded(count):

@@ -15,6 +15,8 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
+import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -43,6 +45,7 @@ logger = logging.getLogger(__name__)
 
 STREAM_FILE = 'stream.json'
 SHARD = '{:05d}.safetensors'
+POLL = 0.05  # seconds between two looks at what another process moves aside
 CONTEXT_SECONDS = 1.0  # on both sides of a window of long audio, so that its edges are tokenized as its middle is
 SIZES = ('quantizers', 'codebook_size')
 FACTS = dict(semantic=(*SIZES, 'rate'), codec=(*SIZES, 'rate'), audio=(*SIZES, 'seconds', 'hop'), text=SIZES)
@@ -85,6 +88,7 @@ def compute_tokens(
     mulan_hop: float = 5.0,
     on_change: str = 'error',
     progress: bool = True,
+    share: tuple[int, int] = (0, 1),
 ) -> Path:
     """Compute the tokens of a data set, or what is missing of them: interrupted, the same call goes on where it was.
 
@@ -105,6 +109,9 @@ def compute_tokens(
         on_change: what to do about a stream that was computed with another module, of other data, or with other
             settings: 'error', or 'aside', which moves it to a folder beside it and begins anew.
         progress: show a progress bar.
+        share: number of this process, from 0 on, and that of all processes that compute these tokens together, such as
+            those of torchrun. Each computes its share of the shards, and returns when that is there; they need not run
+            at the same time, and any number of them may go on where others were.
 
     Returns:
         the folder.
@@ -126,6 +133,9 @@ def compute_tokens(
             f'this {type(dataset).__name__} draws crops at random; tokens are computed once: pass '
             'dataset.validation(), built with max_seconds=None for whole clips'
         )
+    rank, processes = share
+    if not 0 <= rank < processes:
+        raise ValueError(f'share must be the number of a process, from 0 on, and that of all of them, got {share}')
     rate = agreed_rate(dataset, sample_rate)
     if len(dataset) == 0:
         raise ValueError('the data set is empty')
@@ -149,13 +159,14 @@ def compute_tokens(
     folder = Path(folder)
     data = fingerprint_data(dataset) | dict(sample_rate=rate)
     with ExitStack() as stack:
-        for stream in streams:
+        for stream in streams if rank == 0 else ():  # the first process keeps other runs out
             stack.enter_context(only_writer(folder / stream.name))
         for stream in streams:
-            _open_stream(folder / stream.name, stream, data, len(dataset), shard_size, on_change)
-        starts = range(0, len(dataset), shard_size)
-        for number, start in enumerate(tqdm(starts, disable=not progress, unit='shard', desc='tokens')):
-            _compute_shard(dataset, range(start, min(start + shard_size, len(dataset))), folder, number, streams)
+            _open_stream(folder / stream.name, stream, data, len(dataset), shard_size, on_change, first=rank == 0)
+        shards = range(math.ceil(len(dataset) / shard_size))
+        for number in tqdm(shards[rank::processes], disable=not progress or rank > 0, unit='shard', desc='tokens'):
+            indices = range(number * shard_size, min((number + 1) * shard_size, len(dataset)))
+            _compute_shard(dataset, indices, folder, number, streams)
     return folder
 
 
@@ -323,8 +334,11 @@ def _device_of(module: nn.Module) -> torch.device:
 # ---- on disk ----
 
 
-def _open_stream(folder: Path, stream: Stream, data: dict[str, Any], items: int, shard_size: int, on_change: str):
-    """Make the folder of a stream, or see that what is there is of the same stream."""
+def _open_stream(
+    folder: Path, stream: Stream, data: dict[str, Any], items: int, shard_size: int, on_change: str, *, first: bool
+) -> None:
+    """Make the folder of a stream, or see that what is there is of the same stream. Of several processes the `first`
+    moves another one aside, which the others wait for."""
     own = dict(
         stream=stream.name,
         facts=stream.facts,
@@ -333,21 +347,30 @@ def _open_stream(folder: Path, stream: Stream, data: dict[str, Any], items: int,
         items=items,
         shard_size=shard_size,
     )
-    path = folder / STREAM_FILE
-    if path.is_file():
-        changed = differences(read_stream(folder), own)
-        if not changed:
-            return
-        if on_change == 'error':
-            raise ValueError(
-                f'{folder} holds tokens of something else: {"; ".join(changed)}. Give another folder, or '
-                "on_change='aside'"
-            )
+    changed = _changes(folder, own)
+    if changed == []:
+        return
+    if changed and on_change == 'error':
+        raise ValueError(
+            f"{folder} holds tokens of something else: {'; '.join(changed)}. Give another folder, or on_change='aside'"
+        )
+    while changed and not first:
+        time.sleep(POLL)
+        changed = _changes(folder, own)
+    if changed:
         target = free_name(folder)
         folder.rename(target)
         logger.warning('%s held tokens of something else (%s); they are now in %s', folder, '; '.join(changed), target)
     folder.mkdir(parents=True, exist_ok=True)
-    write_checked_json(path, own)
+    write_checked_json(folder / STREAM_FILE, own)
+
+
+def _changes(folder: Path, own: dict[str, Any]) -> list[str] | None:
+    """In what the stream in a folder differs from another; None if there is none, or it is just being moved aside."""
+    try:
+        return differences(read_stream(folder), own)
+    except FileNotFoundError:
+        return None
 
 
 def read_stream(folder: Path) -> dict[str, Any]:

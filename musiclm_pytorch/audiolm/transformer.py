@@ -384,7 +384,8 @@ class HyperConnection(nn.Module):
         dynamic = at_least_float32(torch.cat((self.dynamic_alpha_fn, self.dynamic_beta_fn[:, None]), dim=1))
         static = torch.cat((self.static_alpha, self.static_beta[:, None]), dim=1)
         scales = [self.dynamic_alpha_scale] * (static.shape[1] - 1)
-        return self.norm.gain[:, None] * dynamic, static, torch.stack((*scales, self.dynamic_beta_scale))
+        # flat already, unless `trainer.sharding` has made lists of numbers
+        return self.norm.gain[:, None] * dynamic, static, torch.stack((*scales, self.dynamic_beta_scale)).flatten()
 
     def width(self, streams: Tensor, mixing: Mixing) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         x, mixed, beta = mix(streams, *mixing)

@@ -4,10 +4,21 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
-from musiclm_pytorch.cli.options import AUDIO_FOLDER, add_codec, add_data, add_output, command, option
+from musiclm_pytorch.cli.options import (
+    AUDIO_FOLDER,
+    add_codec,
+    add_data,
+    add_device,
+    add_output,
+    add_text_encoder,
+    command,
+    open_text_encoder,
+    option,
+)
 
 
 def shard(subcommands) -> None:
@@ -73,7 +84,8 @@ def tokens(subcommands) -> None:
         'tokens',
         run_tokens,
         'compute the tokens that the stages are trained on',
-        'Compute tokens of whole clips. Interrupted, the same command goes on where it was.',
+        'Compute tokens of whole clips. Interrupted, the same command goes on where it was. Under `torchrun` and '
+        '`accelerate launch` the processes share the clips out.',
         # each kind of tokens lets one writer in: another process may compute another kind
         shares_output=True,
     )
@@ -82,7 +94,9 @@ def tokens(subcommands) -> None:
     for name, what in (('tokenizer', 'semantic tokenizer'), ('quantizer', 'quantizer')):
         option(parser, f'--{name}', metavar='FOLDER', help=f'a trained {what}, for its tokens')
     add_codec(parser, 'for its tokens')
+    add_text_encoder(parser, 'what reads the captions for stages that are conditioned by words, beside the others')
     option(parser, '--batch-size', metavar='N', default=8, help='waves at a time')
+    add_device(parser)
     parser.add_argument(
         '--synthetic', nargs=2, metavar=('N', 'SECONDS'), default=('20000', '10'), help='clips of "--data synthetic"'
     )
@@ -90,13 +104,18 @@ def tokens(subcommands) -> None:
     option(parser, '--aside', action='store_true', help=aside)
 
 
-def run_tokens(options: argparse.Namespace) -> dict[str, Any]:
+def run_tokens(options: argparse.Namespace) -> dict[str, Any] | None:
     from musiclm_pytorch.audiolm.semantic import SemanticTokenizer
     from musiclm_pytorch.audiolm.tokens import compute_tokens
+    from musiclm_pytorch.checks import check_device
     from musiclm_pytorch.data.opening import open_whole_clips
+    from musiclm_pytorch.distributed.config import is_launched
     from musiclm_pytorch.quantizer import MuLaNEmbedQuantizer
     from musiclm_pytorch.trainer.assembly import model_in
 
+    rank, processes = (int(os.environ[name]) for name in ('RANK', 'WORLD_SIZE')) if is_launched() else (0, 1)
+    device = f'cuda:{os.environ["LOCAL_RANK"]}' if options.device == 'cuda' and processes > 1 else options.device
+    check_device(device)
     readers = dict(tokenizer=SemanticTokenizer.from_pretrained, quantizer=MuLaNEmbedQuantizer.from_pretrained)
     modules = {
         name: read(model_in(Path(folder)))
@@ -109,6 +128,8 @@ def run_tokens(options: argparse.Namespace) -> dict[str, Any]:
     rates += [modules['quantizer'].mulan.sample_rate] if 'quantizer' in modules else []
     if not rates or None in rates:
         raise ValueError('give at least one of --tokenizer, --codec and --quantizer, each of a known sample rate')
+    if (encoder := open_text_encoder(options)) is not None:
+        modules['text_encoder'] = encoder
     length, seconds = options.synthetic
     dataset = open_whole_clips(
         options.data, sample_rate=max(rates), synthetic_length=int(length), synthetic_seconds=float(seconds)
@@ -119,8 +140,11 @@ def run_tokens(options: argparse.Namespace) -> dict[str, Any]:
         sample_rate=max(rates),
         batch_size=options.batch_size,
         on_change='aside' if options.aside else 'error',
-        **modules,
+        share=(rank, processes),
+        **{name: it.to(device) for name, it in modules.items()},
     )
+    if rank > 0:
+        return None
     print(f'tokens of {len(dataset)} clips are in {options.output}')
     return dict(clips=len(dataset), output=options.output)
 

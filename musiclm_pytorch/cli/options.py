@@ -125,6 +125,23 @@ def add_config(parser: Any, what: str) -> None:
     parser.set_defaults(takes_fields=True)
 
 
+def add_text_encoder(parser: Any, what: str) -> None:
+    option(
+        parser,
+        '--text-encoder',
+        metavar='SOURCE',
+        help=f'{what}: the folder of a T5, a BERT or another text encoder of transformers, or its name on the Hugging '
+        'Face Hub, such as google/t5-v1_1-base',
+    )
+
+
+def open_text_encoder(options: argparse.Namespace):
+    """The encoder that this option names; None without it."""
+    from musiclm_pytorch.mulan.pretrained_towers import PretrainedTextTransformer
+
+    return None if options.text_encoder is None else PretrainedTextTransformer(options.text_encoder)
+
+
 def add_codec(parser: Any, why: str) -> None:
     """Which trained codec is used."""
     option(

@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import warnings
 from dataclasses import fields
+from functools import partial
 from typing import Any
 
 from musiclm_pytorch.cli.options import SHIPPED, add_model, add_place, command, help_of, option, place_of
@@ -26,6 +27,8 @@ def serve(subcommands) -> None:
     add_model(parser, f'a folder of a MusicLM or of a MuLaN, or {SHIPPED}')
     option(parser, '--host', metavar='HOST', default='127.0.0.1', help='address to listen at')
     option(parser, '--port', metavar='N', default=8000, help='0 takes a free one')
+    what = 'processes that serve, each with a model, a share of the cores and limits of its own'
+    option(parser, '--workers', metavar='N', default=1, help=what)
     add_place(parser)
     limits = parser.add_argument_group('limits')
     docs = field_docs(ServiceConfig)
@@ -37,14 +40,20 @@ def serve(subcommands) -> None:
 def run_serve(options: argparse.Namespace) -> None:
     if not 0 <= options.port < 2**16:
         raise ValueError(f'--port must lie between 0 and 65535, got {options.port}')
+    if options.workers < 1:
+        raise ValueError(f'--workers must be at least 1, got {options.workers}')
 
     from musiclm_pytorch.inference.service.creation import create_service, require
-    from musiclm_pytorch.mulan.vocabulary import PromptWarning
 
     require('fastapi', 'python_multipart', 'uvicorn')
     config = ServiceConfig(**{it.name: getattr(options, it.name) for it in fields(ServiceConfig)})
-    app = create_service(load_model(options.model, **place_of(options)), config)
-    warnings.simplefilter('ignore', PromptWarning)  # who asked is told in the answer
+    load = partial(load_model, options.model, **place_of(options))
+    if options.workers > 1:
+        from musiclm_pytorch.inference.service.workers import serve_together
+
+        serve_together(load, config, options.workers, host=options.host, port=options.port)
+        return
+    app = create_service(load(), config)
 
     from musiclm_pytorch.inference.service.server import Server
 
@@ -56,9 +65,11 @@ def load_model(folder: str, dtype: Any, **place: Any):
     """The MusicLM or the MuLaN in a folder, or the model of that name that ships; 'auto' says nothing to a MuLaN."""
     from musiclm_pytorch.mulan.checkpoint import saved_kind
     from musiclm_pytorch.mulan.model import MuLaN
+    from musiclm_pytorch.mulan.vocabulary import PromptWarning
     from musiclm_pytorch.musiclm import MusicLM
     from musiclm_pytorch.pretrained import find_pretrained
 
+    warnings.simplefilter('ignore', PromptWarning)  # who asked is told in the answer
     folder = find_pretrained(folder)
     if saved_kind(folder) == 'MusicLM':
         return MusicLM.from_pretrained(folder, dtype=dtype, **place)

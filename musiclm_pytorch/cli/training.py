@@ -14,10 +14,12 @@ from musiclm_pytorch.cli.options import (
     add_config,
     add_data,
     add_output,
+    add_text_encoder,
     add_training,
     add_valid_data,
     command,
     open_clips,
+    open_text_encoder,
     option,
     overrides_of,
     read_recipe,
@@ -93,8 +95,8 @@ def train_codec(models) -> None:
         parser,
         '--begin-with',
         metavar='FOLDER',
-        help="start from the codec in this folder, a trainer's or that of a MusicLM; then the section model of a "
-        'recipe is not used',
+        help="start from the codec in this folder, a trainer's or that of a MusicLM, or of one that ships by its name; "
+        'then the section model of a recipe is not used',
     )
     option(parser, '--levels', metavar='N', help='keep only this many levels of codes of a NeuralCodec of --begin-with')
     option(
@@ -110,8 +112,11 @@ def train_stage(models, stage: str, what: str) -> None:
     parser = command(models, stage, run_train_stage, what, f'Train the {stage} stage: {what}.', stage=stage)
     option(parser, '--tokens', metavar='FOLDER', required=True, help='tokens, made by `musiclm tokens`')
     option(parser, '--valid-tokens', metavar='FOLDER', help='held-out tokens (default: a share of --tokens)')
-    condition = 'the fitted quantizer that conditions the stage; without it, the stage has no conditioning'
-    option(parser, '--quantizer', metavar='FOLDER', help=condition)
+    condition = parser.add_mutually_exclusive_group()
+    what = 'the fitted quantizer that conditions the stage; without it, the stage has no conditioning'
+    option(condition, '--quantizer', metavar='FOLDER', help=what)
+    what = 'what conditions the stage in place of a quantizer, by the words of the captions; not for a MusicLM'
+    add_text_encoder(condition, what)
     option(
         parser,
         '--begin-with',
@@ -141,8 +146,9 @@ def train_all(models) -> None:
         run_train_all,
         'every part of MusicLM in turn, and the whole put together',
         'Train MuLaN, quantizer, semantic tokenizer, codec and the three stages, each in a folder of its own under '
-        '--output; the model is in the folder musiclm there. Interrupted, the same command with --resume goes on where '
-        'it was.',
+        '--output; the model is in the folder musiclm there. With --text_encoder.model SOURCE, such as '
+        'google/t5-v1_1-base, words condition the stages, which are all that is made. Interrupted, the same command '
+        'with --resume goes on where it was.',
     )
     add_data(parser)
     add_valid_data(parser, 'held-out pairs for MuLaN, as --data (default: a share of --data; none for shards)')
@@ -211,16 +217,17 @@ def run_train_stage(options: argparse.Namespace) -> dict[str, Any] | None:
 
     recipe = read_recipe(STAGE_RECIPES[options.stage], options)
     quantizer = None if options.quantizer is None else MuLaNEmbedQuantizer.from_pretrained(options.quantizer)
+    condition = dict(quantizer=quantizer, text_encoder=open_text_encoder(options))
     seed_everything(recipe.seed)
     if options.begin_with is None:
         if recipe.training.get('melody_only'):
             raise ValueError('melody_only is for a stage that was trained without melodies: give it with --begin-with')
-        model = recipe.build_model(options.tokens, quantizer)
+        model = recipe.build_model(options.tokens, **condition)
     else:
         model = begin_stage(find_pretrained(options.begin_with), options.stage, quantizer)
     adapt(model, options, options.begin_with, '--begin-with')
     held_out = options.valid_tokens
-    return report(run_trainer(recipe, options, model, options.tokens, valid_tokens=held_out, quantizer=quantizer))
+    return report(run_trainer(recipe, options, model, options.tokens, valid_tokens=held_out, **condition))
 
 
 def begin_stage(folder: Path, stage: str, quantizer):
@@ -264,6 +271,7 @@ def adapt(model, options: argparse.Namespace, start: str | None, name: str) -> N
 
 def run_train_codec(options: argparse.Namespace) -> dict[str, Any] | None:
     from musiclm_pytorch.codecs.neural import NeuralCodec
+    from musiclm_pytorch.pretrained import find_pretrained
     from musiclm_pytorch.trainer.resumable_loader import seed_everything
     from musiclm_pytorch.trainer.stage_recipes import CodecRecipe
 
@@ -276,7 +284,7 @@ def run_train_codec(options: argparse.Namespace) -> dict[str, Any] | None:
         return run_fit_spectral_codec(options)
     recipe = read_recipe(CodecRecipe, options)
     seed_everything(recipe.seed)
-    codec = recipe.build_model() if options.begin_with is None else begin_codec(Path(options.begin_with))
+    codec = recipe.build_model() if options.begin_with is None else begin_codec(find_pretrained(options.begin_with))
     for name, value in (('--levels', options.levels), ('--decoder-only', options.decoder_only or None)):
         if value is not None and (options.begin_with is None or not isinstance(codec, NeuralCodec)):
             raise ValueError(f'{name} is for a NeuralCodec that is trained: give it with --begin-with')
@@ -375,7 +383,7 @@ def run_train_all(options: argparse.Namespace) -> dict[str, Any]:
         recipe = (recipe or MusicLMRecipe()).with_pretrained_codec(codec, options.codec_quantizers)
         recipe = recipe.updated(options.fields, COMMAND_LINE)
     start = time.perf_counter()
-    train_musiclm(
+    musiclm = train_musiclm(
         options.data,
         options.output,
         recipe,
@@ -388,6 +396,9 @@ def run_train_all(options: argparse.Namespace) -> dict[str, Any]:
         on_begin=lambda name, number, parts: print(f'part {number} of {parts}, {name}', flush=True),
     )
     print(f'all of it: {time.perf_counter() - start:.0f} s')
+    if musiclm is None:
+        print(f'the stages, which read words, are in the folders {", ".join(STAGES)} of {options.output}')
+        return dict(output=options.output)
     folder = Path(options.output) / 'musiclm'
     tell_model(folder)
     return dict(model=folder)

@@ -7,7 +7,6 @@ import copy
 import dataclasses
 import inspect
 import os
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,6 @@ from torch import Tensor, nn
 
 from musiclm_pytorch.checks import typechecked
 from musiclm_pytorch.collectives import gather_sizes
-from musiclm_pytorch.distributed import sharding
 from musiclm_pytorch.distributed.config import (
     DistributedConfig,
     create_distributed_config,
@@ -32,6 +30,7 @@ from musiclm_pytorch.trainer.config import TrainingConfig
 from musiclm_pytorch.trainer.metrics_logger import check_trackers
 from musiclm_pytorch.trainer.mulan import MuLaNTrainer
 from musiclm_pytorch.trainer.resumable_loader import mixed_seed, seed_everything
+from musiclm_pytorch.trainer.sharding import Sharing
 
 MARKER = '.launcher'  # in a results folder: who has started the processes that write there
 
@@ -47,7 +46,7 @@ DECIDED = {
 }
 
 
-class WorldTrainer(MuLaNTrainer):
+class WorldTrainer(Sharing, MuLaNTrainer):
     """One process of a world that a launcher has started.
 
     Args:
@@ -118,18 +117,9 @@ class WorldTrainer(MuLaNTrainer):
 
     # sharing out
 
-    def distribute(self, step_module: nn.Module) -> nn.Module:
-        if not self.sharded:
-            return super().distribute(step_module)
+    def parts_to_shard(self) -> list[nn.Module]:
         towers = (self.model.audio, self.model.text)
-        layers = [part for tower in towers for layer in tower.transformer.layers for part in layer]
-        return sharding.shard(step_module, layers, self.device.type)
-
-    def clip_gradients(self) -> float:
-        if not self.sharded:
-            return super().clip_gradients()
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
-        return float(sharding.gathered(norm))
+        return [part for tower in towers for layer in tower.transformer.layers for part in layer]
 
     def split(self, batches: list[dict[str, Any]]) -> list[dict[str, Any]]:
         chunks = super().split(batches)
@@ -146,21 +136,10 @@ class WorldTrainer(MuLaNTrainer):
     def loss_of(self, latents: PairLatents) -> Tensor:
         return self.step_module(None, latents=latents) if self.sharded else super().loss_of(latents)
 
-    # the whole model
-
-    @property
-    def evaluated_model(self) -> nn.Module:
-        return self.whole_model if self.sharded else super().evaluated_model
-
     def refresh_whole_model(self) -> None:
-        """Give the model that is not sharded the weights of the one that is. Every process has to call it."""
+        super().refresh_whole_model()
         if self.sharded:
-            self.whole_model.to(self.device).load_state_dict(sharding.gathered(self.model.state_dict()))
             self.whole_model.text.trained_tokens = self.model.text.trained_tokens
-
-    def run_validation(self) -> dict[str, Any]:
-        self.refresh_whole_model()
-        return super().run_validation()
 
     @contextlib.contextmanager
     def opening_results(self) -> Iterator[None]:
@@ -168,28 +147,6 @@ class WorldTrainer(MuLaNTrainer):
             yield
         if self.is_main:
             self.marker.write_text(_launcher(), encoding='utf-8')
-
-    def train(self, *arguments: Any, **keywords: Any) -> dict[str, Any]:
-        results = super().train(*arguments, **keywords)
-        self.refresh_whole_model()
-        # gloo's threads let go of the last tensors under Python's lock; a program that ends right here would take its
-        # process group apart under that lock, and wait for these threads for ever (seen with torch 2.11)
-        time.sleep(0.1)
-        return results
-
-    # states: a sharded run writes and reads the same files as any other
-
-    def state(self) -> dict[str, Any]:
-        return sharding.gathered(super().state()) if self.sharded else super().state()
-
-    def load_state(self, state: dict[str, Any]) -> None:
-        if self.sharded:
-            shards = dict(
-                model=sharding.shard_model_state(state['model'], self.model),
-                optimizer=sharding.shard_optimizer_state(state['optimizer'], self.optimizer),
-            )
-            state = state | shards
-        super().load_state(state)
 
 
 class DistributedMuLaNTrainer:

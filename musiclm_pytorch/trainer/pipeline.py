@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from torch import nn
 from torch.utils.data import Dataset
 
 from musiclm_pytorch.atomic import read_checked_json, write_json
@@ -25,6 +26,7 @@ from musiclm_pytorch.data.shards import webdataset
 from musiclm_pytorch.locking import only_writer
 from musiclm_pytorch.mulan.checkpoint import load_strictly, read_config
 from musiclm_pytorch.mulan.model import MuLaN
+from musiclm_pytorch.mulan.pretrained_towers import PretrainedTextTransformer
 from musiclm_pytorch.musiclm import MusicLM
 from musiclm_pytorch.pretrained import find_pretrained
 from musiclm_pytorch.quantizer import MuLaNEmbedQuantizer
@@ -64,9 +66,10 @@ def train_musiclm(
     resume: bool = False,
     on_part: Callable[[str, float], None] | None = None,
     on_begin: Callable[[str, int, int], None] | None = None,
-) -> MusicLM:
+) -> MusicLM | None:
     """Train a MusicLM from nothing: MuLaN, what hears melodies if the recipe has that part, quantizer, semantic
-    tokenizer, codec, tokens, and the three stages.
+    tokenizer, codec, tokens, and the three stages. With a `text_encoder` in the recipe there is no quantizer, no MuLaN
+    unless the tokenizer is of one, and no MusicLM.
 
     Each part lies in a folder of its own under `output`, the whole in `output/musiclm`, which
     `MusicLM.from_pretrained` reads. Interrupted, the same call with `resume` passes over the parts that are finished
@@ -86,7 +89,7 @@ def train_musiclm(
         on_begin: called before each part with its name, its number from 1 on, and how many there are.
 
     Returns:
-        the model, in eval mode.
+        the model, in eval mode; None of a recipe with a `text_encoder`, whose stages are in their folders.
 
     Raises:
         ValueError: several processes, a recipe or data that are not those of the run to resume, data without enough
@@ -116,7 +119,7 @@ def _train(
     resume: bool,
     on_part: Callable[[str, float], None] | None,
     on_begin: Callable[[str, int, int], None] | None,
-) -> MusicLM:
+) -> MusicLM | None:
     recipe = agreed_recipe(recipe, output, resume)
     if resume:
         source = agreed_source(output / SOURCE_FILE, source)
@@ -127,8 +130,10 @@ def _train(
     else:
         check_outside(output, source)
     parts = _Parts(output, recipe, **source)
+    left_out = {'melody': recipe.melody is None, 'mulan': not recipe.needs_mulan}
+    left_out |= dict.fromkeys(('quantizer', 'musiclm'), recipe.text_encoder is not None)
     names = ('mulan', 'melody', 'quantizer', 'tokenizer', 'codec', 'tokens', *STAGES, 'musiclm')
-    names = [it for it in names if it != 'melody' or recipe.melody is not None]
+    names = [it for it in names if not left_out.get(it)]
     with said_once('musiclm_pytorch.data.datasets', 'musiclm_pytorch.data.reading'):  # of files that are left out
         # what is wrong with the data or the recipe shows here, while everything is where it was
         parts.check(resume)
@@ -236,6 +241,11 @@ class _Parts:
             webdataset()
         if self.begin_with is None:
             return
+        if self.recipe.text_encoder is not None:
+            raise ValueError(
+                f"begin_with is a MusicLM, whose stages read MuLaN's codes, and {self.recipe.text_encoder} is to "
+                'condition these; leave one of them out'
+            )
         for name in STAGES:
             if resume and is_whole(self.output / name / 'last'):  # needs it no more
                 continue
@@ -258,7 +268,7 @@ class _Parts:
         recipe, folder = self.recipe.mulan, self.output / 'mulan'
         resume = resume and holds_something(folder)
         self.mulan_trainer = None
-        if resume and is_whole(folder / 'last'):
+        if not self.recipe.needs_mulan or (resume and is_whole(folder / 'last')):
             return
         seed_everything(recipe.seed)
         mulan = recipe.build_model()
@@ -272,7 +282,10 @@ class _Parts:
 
     def open_pretrained(self, resume: bool) -> None:
         """Find the models that are trained already, unless they are among the parts of the run to resume."""
-        self.pretrained_codec = None
+        self.pretrained_codec = self.text_encoder = None
+        if (source := self.recipe.text_encoder) is not None:
+            with self.recipe.fitted.section('text_encoder'):
+                self.text_encoder = PretrainedTextTransformer(source)
         if 'model' in self.recipe.fitted.tokenizer and not (resume and is_whole(self.output / 'tokenizer')):
             build_tokenizer(self.recipe.fitted, None)
         with self.recipe.fitted.section('pretrained_codec') as keywords:
@@ -311,7 +324,7 @@ class _Parts:
         if self.begin_with is not None:
             SemanticTokenizer.from_pretrained(self.begin_with / 'tokenizer').save_pretrained(folder)
             return
-        mulan = MuLaN.from_pretrained(model_in(self.output / 'mulan'))
+        mulan = MuLaN.from_pretrained(model_in(self.output / 'mulan')) if self.recipe.needs_mulan else None
         tokenizer = build_tokenizer(self.recipe.fitted, mulan)
         fit_tokenizer(self.recipe.fitted, tokenizer, self.clips(tokenizer.target_sample_hz))
         tokenizer.save_pretrained(folder)
@@ -340,14 +353,11 @@ class _Parts:
             trainer.train()
 
     def tokens(self) -> None:
-        modules = dict(
-            tokenizer=self.load_tokenizer(), codec=load_codec(self.output / 'codec'), quantizer=self.load_quantizer()
-        )
-        rate = max(
-            modules['tokenizer'].target_sample_hz,
-            modules['codec'].target_sample_hz,
-            modules['quantizer'].mulan.sample_rate,
-        )
+        modules = dict(tokenizer=self.load_tokenizer(), codec=load_codec(self.output / 'codec'))
+        rate = max(it.target_sample_hz for it in modules.values())
+        modules |= self.conditioned_by()
+        if (quantizer := modules.get('quantizer')) is not None:
+            rate = max(rate, quantizer.mulan.sample_rate)
         with self.recipe.fitted.section('tokens') as keywords:
             keywords = {name: it for name, it in keywords.items() if not name.startswith('synthetic_')}
             compute_tokens(self.clips(rate), self.output / 'tokens', sample_rate=rate, **modules, **keywords)
@@ -356,14 +366,14 @@ class _Parts:
         recipe, folder = getattr(self.recipe, name), self.output / name
         if is_whole(folder / 'last'):
             return
-        quantizer, tokens = self.load_quantizer(), self.output / 'tokens'
+        condition, tokens = self.conditioned_by(), self.output / 'tokens'
         seed_everything(recipe.seed)
-        transformer = recipe.build_model(tokens, quantizer)
+        transformer = recipe.build_model(tokens, **condition)
         if self.begin_with is not None:
             weights = load_module(self.begin_with / name).state_dict()
             load_strictly(transformer, weights, source=self.begin_with / name)
         trainer = recipe.build_trainer(
-            transformer, tokens, quantizer=quantizer, results_folder=folder, resume=holds_something(folder)
+            transformer, tokens, **condition, results_folder=folder, resume=holds_something(folder)
         )
         trainer.train()
 
@@ -385,8 +395,11 @@ class _Parts:
         """Pairs that MuLaN is validated on; None where it is by a share of the data."""
         return self.recipe.mulan.open_held_out(self.data, mulan, self.valid_data, audio_folder=self.valid_audio_folder)
 
-    def load_quantizer(self) -> MuLaNEmbedQuantizer:
-        return MuLaNEmbedQuantizer.from_pretrained(self.output / 'quantizer')
+    def conditioned_by(self) -> dict[str, nn.Module]:
+        """What conditions the stages, as a keyword of tokens and trainers."""
+        if self.text_encoder is not None:
+            return dict(text_encoder=self.text_encoder)
+        return dict(quantizer=MuLaNEmbedQuantizer.from_pretrained(self.output / 'quantizer'))
 
     def load_tokenizer(self) -> SemanticTokenizer:
         return SemanticTokenizer.from_pretrained(self.output / 'tokenizer')

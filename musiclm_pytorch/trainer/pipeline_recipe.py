@@ -45,6 +45,9 @@ class FittedRecipe(Recipe):
     parts but MuLaN. `musiclm.usual_score_prompts` is how many held-out captions `usual_score` is measured on.
 
     The section `tokenizer` is of a `TransformersSemanticTokenizer` if it has the key `model`, else of MuLaN's.
+
+    The section `text_encoder` has the key `model`, a text encoder of `transformers` such as a T5, whose vectors of the
+    words condition the stages in the place of MuLaN's codes; the sections `quantizer` and `musiclm` are not used then.
     """
 
     SECTIONS: ClassVar[Mapping[str, Section]] = {
@@ -59,6 +62,7 @@ class FittedRecipe(Recipe):
             ),
             more=dict(trained_words_only=bool),
         ),
+        'text_encoder': Section((), more=dict(model=str)),
         'tokenizer': Section(
             (MuLaNSemanticTokenizer, MuLaNSemanticTokenizer.fit, TransformersSemanticTokenizer),
             refused=dict(mulan=FROM_MULAN, data=IS_DATA, sample_rate=FROM_MULAN, feature_extractor=IS_CODE),
@@ -74,9 +78,10 @@ class FittedRecipe(Recipe):
                 tokenizer=IS_OWN,
                 codec=IS_OWN,
                 quantizer=IS_OWN,
-                text_encoder='stages are conditioned by MuLaN',
+                text_encoder='it is a section of its own',
                 sample_rate=IS_OWN,
                 on_change=IS_OWN,
+                share=IS_OWN,
                 texts=IS_OWN,
             ),
             more=SYNTHETIC,
@@ -102,6 +107,8 @@ class MusicLMRecipe:
     the sections of `FittedRecipe`.
 
     With the part `melody`, the semantic stage learns to follow melodies; without it, there are none.
+
+    With the section `text_encoder`, the stages are all that is made: a `MusicLM` takes none that read words.
 
     Without the part `codec` a `SpectralCodec` is fitted; with it a SoundStream or a NeuralCodec is trained instead, and
     by the section `pretrained_codec` one is used that is trained already: what `assembly.load_codec` takes.
@@ -131,6 +138,8 @@ class MusicLMRecipe:
             )
         if self.melody is not None and uniques['semantic']:
             raise ValueError('melodies need tokens that tell times; leave out unique_consecutive, or the part melody')
+        if self.melody is not None and self.text_encoder is not None:
+            raise ValueError('a stage is told melodies by the quantizer; leave out text_encoder, or the part melody')
 
     @classmethod
     def load(cls, path: str | Path) -> MusicLMRecipe:
@@ -187,8 +196,9 @@ class MusicLMRecipe:
         fitted = self.fitted.to_dict()
         if self.codec is not None or self.fitted.pretrained_codec:
             del fitted['spectral_codec']
-        if not self.fitted.pretrained_codec:
-            del fitted['pretrained_codec']
+        for name in ('pretrained_codec', 'text_encoder'):
+            if not fitted[name]:
+                del fitted[name]
         return parts | fitted
 
     def save(self, folder: str | Path) -> Path:
@@ -219,6 +229,15 @@ class MusicLMRecipe:
     def unique_consecutive(self, stage: str) -> bool:
         """Whether a stage reads its semantic tokens without repetitions."""
         return getattr(self, stage).training.get('unique_consecutive', False)
+
+    @property
+    def text_encoder(self) -> str | None:
+        """What reads the words that condition the stages, its folder or name; None where MuLaN's codes do."""
+        return self.fitted.text_encoder.get('model')
+
+    @property
+    def needs_mulan(self) -> bool:
+        return self.text_encoder is None or 'model' not in self.fitted.tokenizer
 
     @property
     def codec_levels(self) -> int | None:

@@ -18,6 +18,7 @@ from musiclm_pytorch.data.melodies import MelodyPairs
 from musiclm_pytorch.data.opening import open_pairs, open_whole_clips
 from musiclm_pytorch.data.shards import ShardedAudioText
 from musiclm_pytorch.mulan.melody import MelodyEncoder
+from musiclm_pytorch.mulan.pretrained_towers import PretrainedTextTransformer
 from musiclm_pytorch.quantizer import MuLaNEmbedQuantizer
 from musiclm_pytorch.trainer.codec import CodecTrainer
 from musiclm_pytorch.trainer.config_schema import Section
@@ -26,7 +27,7 @@ from musiclm_pytorch.trainer.recipes import IS_CODE, TrainedRecipe, training_sec
 from musiclm_pytorch.trainer.stages import CoarseTrainer, FineTrainer, SemanticTrainer, StageTrainer, embeddings_of
 
 FROM_TOKENS = 'it follows from the tokens'
-FROM_QUANTIZER = 'it follows from --quantizer'
+FROM_CONDITION = 'it follows from --quantizer or --text-encoder'
 
 TRAINING = dict(
     batch_size=16,
@@ -54,8 +55,8 @@ class StageRecipe(TrainedRecipe):
 
     def __init_subclass__(cls):
         super().__init_subclass__()
-        told = dict.fromkeys(('has_condition', 'audio_text_condition', 'reads_text', 'cond_dim'), FROM_QUANTIZER)
-        told |= dict(t5_name='stages are conditioned by MuLaN', cond_drop_prob="it is a key of section 'training'")
+        told = dict.fromkeys(('has_condition', 'audio_text_condition', 'reads_text', 'cond_dim'), FROM_CONDITION)
+        told |= dict(t5_name='say --text-encoder', cond_drop_prob="it is a key of section 'training'")
         cls.part = cls.trainer.stage
         cls.SECTIONS = dict(
             model=Section((cls.trainer.kind, StageTransformer), refused=told | dict.fromkeys(cls.SIZES, FROM_TOKENS)),
@@ -66,18 +67,25 @@ class StageRecipe(TrainedRecipe):
                 tokens='say --tokens on the command line',
                 valid_tokens='say --valid-tokens on the command line',
                 quantizer='say --quantizer on the command line',
-                text_encoder='it is for Python alone',
+                text_encoder='say --text-encoder on the command line',
             ),
         )
         coarse = {} if cls.part == 'semantic' else dict(num_coarse_quantizers=3)
         cls.DEFAULT = dict(model=dict(dim=512, depth=6) | coarse, training=TRAINING)
 
-    def build_model(self, tokens: str | Path, quantizer: MuLaNEmbedQuantizer | None) -> nn.Module:
+    def build_model(
+        self,
+        tokens: str | Path,
+        quantizer: MuLaNEmbedQuantizer | None = None,
+        text_encoder: PretrainedTextTransformer | None = None,
+    ) -> nn.Module:
         """A new transformer for a cache of tokens, with weights drawn from torch's and Python's generators."""
         found = {name: self.fact(Path(tokens), name) for name in self.SIZES}
         if quantizer is not None:
             namespace = self.training.get('namespace') or self.part
             found |= dict(audio_text_condition=True, cond_dim=embeddings_of(quantizer, namespace).shape[-1])
+        if text_encoder is not None:
+            found |= dict(has_condition=True, cond_dim=text_encoder.dim)
         with self.section('model') as model:
             return self.trainer.kind(**{**model, **found}).scale_initial_weights()
 

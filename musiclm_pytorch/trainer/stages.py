@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import logging
+import os
 from collections.abc import Sequence
 from fractions import Fraction
 from functools import partial
@@ -35,6 +37,7 @@ from musiclm_pytorch.mulan.pretrained_towers import PretrainedTextTransformer
 from musiclm_pytorch.quantizer import MELODY_NAMESPACE, MuLaNEmbedQuantizer
 from musiclm_pytorch.trainer.callbacks import Callback
 from musiclm_pytorch.trainer.config import TrainingConfig, TrainingKeywords
+from musiclm_pytorch.trainer.sharding import Sharing
 from musiclm_pytorch.trainer.trainer import Trainer
 
 logger = logging.getLogger(__name__)
@@ -130,7 +133,7 @@ class Stage(nn.Module):
         return [part * rearrange(kept, 'b -> b 1 1') for part in parts]
 
 
-class StageTrainer(Trainer):
+class StageTrainer(Sharing, Trainer):
     """What the trainers of the three stages share; use `SemanticTrainer`, `CoarseTrainer` or `FineTrainer`.
 
     Results, beside those of `Trainer`: the folder `best`, of the least loss on held-out tokens, and `last`, each with
@@ -158,6 +161,8 @@ class StageTrainer(Trainer):
         seconds: length of the crops, by default 30, 10 and 3 s for the three stages.
         text_share: share of the items that are conditioned by their text instead of their audio.
         valid_tokens: held-out tokens; by default `valid_frac` of the items are held out.
+        fsdp: share the transformer, its gradients and the optimizer out over the processes of `torchrun`, of which each
+            else has all (FSDP2); one process has all of it.
         callbacks, config, further keywords: as of `Trainer`.
 
     Raises:
@@ -188,6 +193,7 @@ class StageTrainer(Trainer):
         seconds: float | None = None,
         text_share: float = 0.0,
         valid_tokens: str | Path | TokenCrops | None = None,
+        fsdp: bool = False,
         callbacks: Sequence[Callback] = (),
         config: TrainingConfig | None = None,
         **keywords: Unpack[TrainingKeywords],
@@ -228,6 +234,14 @@ class StageTrainer(Trainer):
             self.kept = [it for it in (*transformer.parameters(), embeddings) if it.requires_grad]
             for it in self.kept:
                 it.requires_grad_(False)
+
+        if fsdp:
+            refused = dict(use_ema=config.use_ema, melody_only=melody_only, adapters=bool(adapters_of(transformer)))
+            refused["mixed_precision='fp16'"] = config.mixed_precision == 'fp16'
+            if given_too := [name for name, it in refused.items() if it]:
+                raise ValueError(
+                    f'fsdp shares the weights out, which {given_too[0]} needs whole; leave out one of them'
+                )
 
         crops = partial(
             TokenCrops,
@@ -279,10 +293,20 @@ class StageTrainer(Trainer):
             melody_drop_prob=melody_drop_prob,
             melody_per_token=None if melody is None else tokens.windows_per_token,
         )
+        self.whole_model, self.sharded = stage, fsdp and int(os.environ.get('WORLD_SIZE', '1')) > 1
+        if self.sharded:
+            stage = copy.deepcopy(stage)
         collate = partial(collate_tokens, unique_consecutive=unique_consecutive)
         super().__init__(stage, stage, tokens, collate_fn=collate, callbacks=callbacks, config=config)
         if text_encoder is not None:
             text_encoder.to(self.device)
+
+    def parts_to_shard(self) -> list[nn.Module | list[nn.Module]]:
+        parts = []
+        for attention, cross, feed_forward in self.model.transformer.transformer.layers:
+            attentions = [it.branch for it in (attention, cross) if it is not None]
+            parts += [[it.to_kv, it.to_q, it.to_out] for it in attentions] + [feed_forward.branch]
+        return parts
 
     def train(self, *arguments: Any, **keywords: Any) -> dict[str, Any]:
         for it in self.kept:

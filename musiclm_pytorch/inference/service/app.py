@@ -80,6 +80,7 @@ def build(model: MuLaN | OptimizedMuLaN | MusicLM, config: ServiceConfig) -> Fas
     # no page of documentation: it would be loaded from elsewhere
     app = FastAPI(title='musiclm-pytorch', version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
     app.state.worker, app.state.config, app.state.load = worker, config, Load()
+    app.state.siblings = None  # where several processes serve, `Siblings`
     app.add_middleware(Limits, config=config, load=app.state.load)
     app.add_exception_handler(HTTPException, answer_with_error)
     app.add_exception_handler(ClientDisconnect, answer_no_one)
@@ -153,7 +154,8 @@ async def about(request: Request) -> dict[str, Any]:
 async def health(request: Request) -> dict[str, Any]:
     """What is served, and how busy the service is."""
     worker, state = request.app.state.worker, request.app.state
-    return {
+    several = {} if state.siblings is None else {'worker': state.siblings.number, 'workers': len(state.siblings.ports)}
+    return several | {
         'status': 'ok',
         'version': __version__,
         'model': 'MuLaN' if worker.musiclm is None else 'MusicLM',

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import secrets
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, Literal
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import ConfigDict
 from starlette.concurrency import run_in_threadpool
@@ -116,6 +117,8 @@ async def play(request: Request, wanted: Stream) -> StreamingResponse:
         message = f'{len(streams)} streams are playing already; try again in a while'
         raise ServiceError(503, 'overloaded', message, {'Retry-After': str(RETRY_AFTER)})
     name, read = secrets.token_urlsafe(8), reader(request)
+    if (siblings := request.app.state.siblings) is not None:
+        name = f'{siblings.number}.{name}'
     streams[name] = None  # its place, until it is there
     try:
         prompt = await run_in_threadpool(read, wanted.prompt)
@@ -143,10 +146,16 @@ async def play(request: Request, wanted: Stream) -> StreamingResponse:
 
 
 @router.post('/stream/{name}', openapi_extra={'requestBody': {'content': schema(NextPrompt)}})
-async def change(request: Request, name: str) -> JSONResponse:
+async def change(request: Request, name: str) -> Response:
     """Another prompt for a stream that plays."""
     state = request.app.state
-    wanted = (await read_json(request, NextPrompt)).prompt
+    body = await read_json(request, NextPrompt)
+    siblings, wanted = state.siblings, body.prompt
+    if siblings is not None and (port := siblings.port_of(name)) is not None:
+        asked = body.model_dump_json().encode()
+        with contextlib.suppress(ConnectionError):  # died, and the stream with it
+            status, content = await run_in_threadpool(siblings.ask, port, request.url.path, asked, state.config.timeout)
+            return Response(content, status_code=status, media_type='application/json')
     playing = state.worker.streams.get(name)
     if playing is None:
         raise ServiceError(404, 'not_found', f'no stream {name:.80} is playing; its header X-Stream tells its name')
