@@ -18,6 +18,7 @@ $(shell test ! -e $(STAMP) || $(RUN) -c '$(HEALTHY)' >/dev/null 2>&1 || rm -f $(
 .PHONY: help test quick demo docs figures bench lint format constraints clean
 
 DEMO = 'a fast happy flute melody' 'a slow low organ in minor, with drums'
+MODEL ?= tiny
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
@@ -37,7 +38,7 @@ quick: $(STAMP) ## the suite without its slow tests
 	$(RUN) -m pytest -n 2 --dist worksteal -m 'not slow' $(ARGS)
 
 demo: $(STAMP) ## make music for two prompts, and a page to hear and see it: out/demo/index.html
-	$(RUN) -m musiclm_pytorch.cli generate $(or $(PROMPTS),$(DEMO)) --num-samples 4 --seconds 5 -o out/demo --overwrite $(ARGS)
+	$(RUN) -m musiclm_pytorch.cli generate $(or $(PROMPTS),$(DEMO)) --model $(MODEL) --num-samples 4 --seconds 5 -o out/demo --overwrite $(ARGS)
 
 docs: $(STAMP) ## the site, with the reference of every public name: build/site/index.html
 	$(RUN) -m pip install --quiet -c constraints.txt -e '.[docs]'

@@ -18,6 +18,7 @@ from musiclm_pytorch.cli import main
 from musiclm_pytorch.cli.evaluate import read_texts
 from musiclm_pytorch.evaluation.inputs import texts_by_file
 from musiclm_pytorch.pretrained import HOME, find_pretrained, pretrained_names
+from musiclm_pytorch.trainer.pipeline_recipe import MusicLMRecipe
 from musiclm_pytorch.waves import Music
 
 
@@ -26,13 +27,31 @@ def tiny():
     return MusicLM.from_pretrained('tiny')
 
 
-def test_what_ships_is_small_and_whole(tiny):
-    assert pretrained_names() == ['tiny']
-    folder = HOME / 'tiny'
-    assert sum(path.stat().st_size for path in folder.rglob('*.safetensors')) <= 26e6
+@pytest.mark.parametrize(('name', 'most', 'rate'), [('tiny', 26e6, 16000), ('small', 35e6, 24000)])
+def test_what_ships_is_small_and_whole(name, most, rate):
+    assert pretrained_names() == ['small', 'tiny']
+    folder, musiclm = HOME / name, MusicLM.from_pretrained(name)
+    assert sum(path.stat().st_size for path in folder.rglob('*.safetensors')) <= most
     assert {path.suffix for path in folder.rglob('*') if path.is_file()} == {'.safetensors', '.json', '.md'}
-    assert not tiny.training
-    assert all(it.isfinite().all() for it in tiny.state_dict().values() if it.is_floating_point())
+    assert not musiclm.training
+    assert musiclm.sample_rate == rate
+    assert all(it.isfinite().all() for it in musiclm.state_dict().values() if it.is_floating_point())
+
+
+def test_small_makes_music_of_sampled_instruments_and_knows_their_names():
+    small = MusicLM.from_pretrained('small')
+    music = small('a fast violin melody with drums', 2, seconds=1.0, seed=1, return_scores=True)
+    assert music.waves.shape == (1, 24000)
+    assert music.waves.square().mean().sqrt() > 0.01
+    quiet, told = small.prompt_warnings(['a slow cello and no drums', 'a didgeridoo solo'])
+    assert not quiet
+    assert 'didgeridoo' in told
+    recipe = MusicLMRecipe.load('musiclm_sampled')
+    assert recipe.fitted.musiclm['knows'] == small.knows
+    assert recipe.windows == small.windows
+    for stage in ('semantic', 'coarse', 'fine'):
+        model = getattr(recipe, stage).model
+        assert {key: small.stages[stage].config[key] for key in model} == model
 
 
 def test_a_folder_of_the_same_name_comes_first(tmp_path, monkeypatch):
@@ -93,8 +112,8 @@ def test_generate_writes_waves_and_a_page(tmp_path, capsys):
         (['--temperature', '1', '2'], 'temperature must be one number or three'),
         (['--prime', 'nowhere.wav'], 'nowhere.wav'),
         (['--device', 'cuda:99'], 'pass another, or leave it out'),
-        (['--model', str(HOME)], f'the model in it is {HOME / "tiny"}, so pass that'),
-        (['--model', str(HOME / 'best')], f'the model beside it is {HOME / "tiny"}'),
+        (['--model', str(HOME)], f'the model in it is {HOME / "small"}, so pass that'),
+        (['--model', str(HOME / 'best')], f'the model beside it is {HOME / "small"}'),
     ],
 )
 def test_bad_options_are_told_in_a_line(tmp_path, capsys, arguments, message):
