@@ -506,8 +506,8 @@ class MusicLM(HubModel, AudioStages):
         """MuLaN's latents `(p, d)` and codes `(p, q)` of prompts as `read_prompts` gives them; the codes that make the
         timbre; and those to keep away from, `(1, q)`. Warns of words that the model does not know.
 
-        heard: `(1, samples)` from which the music goes on. If that lasts `HEARD` seconds, the timbre is by the mean of
-            what MuLaN hears in it and reads in the prompts, of a story in the first one.
+        If what was heard, `(1, samples)`, from which the music goes on, lasts `HEARD` seconds, the timbre is by the
+        mean of what MuLaN hears in it and reads in the prompts, of a story in the first one.
         """
         warn_of(self.prompt_warnings(prompts if negative is None else [*prompts, negative]))
         quantizer = self.mulan_embed_quantizer

@@ -92,7 +92,7 @@ def unsafe_loads(text: str) -> list[str]:
 
 def test_loading_never_runs_code_from_a_file():
     texts = {path: path.read_text(encoding='utf-8') for path in (ROOT / PACKAGE).rglob('*.py')}
-    assert sum('weights_only=True' in text for text in texts.values()) >= 3
+    assert sum('weights_only=True' in text for text in texts.values()) >= 2
     assert {path: found for path, text in texts.items() if (found := unsafe_loads(text))} == {}
 
 
