@@ -5,7 +5,7 @@ import torch
 from einops import einsum, rearrange
 
 from musiclm_pytorch.kernels import attention
-from musiclm_pytorch.kernels.attention import PositionBias, attend
+from musiclm_pytorch.kernels.attention import GridBias, attend
 
 
 def plain(q, k, v, bias=None, mask=None):
@@ -31,7 +31,7 @@ def make(batch=3, heads=2, height=3, width=5, keep=None, shared=False, lengths=N
     codes = torch.stack([grid[torch.randperm(total)[:keep]] for _ in range(1 if shared else batch)])
     table = torch.randn(heads, (2 * height - 1) * stride)
     lengths = None if lengths is None else torch.tensor(lengths)
-    bias = PositionBias(table, codes, (height - 1) * stride + width - 1, lengths)
+    bias = GridBias(table, codes, (height - 1) * stride + width - 1, lengths)
     q, k, v = torch.randn(3, batch, keep, heads, dim).transpose(2, 3)  # as projections lay them out
     return q, k, v, bias
 

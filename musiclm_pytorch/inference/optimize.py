@@ -17,7 +17,7 @@ from musiclm_pytorch.checks import as_tensor, check_lengths, typechecked
 from musiclm_pytorch.extras import needing
 from musiclm_pytorch.inference.config import InferenceConfig
 from musiclm_pytorch.inference.workers import count_workers, workers
-from musiclm_pytorch.kernels.attention import PositionBias
+from musiclm_pytorch.kernels.attention import GridBias
 from musiclm_pytorch.kernels.processor import computes_in_bf16
 from musiclm_pytorch.mulan.display import indented
 from musiclm_pytorch.mulan.layers import Linear, Transformer
@@ -185,7 +185,7 @@ class InferenceLayers(nn.Module):
             for _, feed_forward in transformer.layers:
                 feed_forward.compile(dynamic=True)
 
-    def forward(self, x: Tensor, bias: PositionBias | None = None, mask: Tensor | None = None) -> list[Tensor]:
+    def forward(self, x: Tensor, bias: GridBias | None = None, mask: Tensor | None = None) -> list[Tensor]:
         # whatever the caller computes in
         with torch.autocast(x.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
             return self.transformer(x, bias=bias, mask=mask)

@@ -33,7 +33,7 @@ KEPT_ELEMENTS = 2**25
 
 
 @dataclass
-class PositionBias:
+class GridBias:
     """A bias that depends only on the offset between two positions of a 2-d grid.
 
     The offset (dy, dx) of a pair of tokens is `codes[i] - codes[j] + centre`, a column of the table, because a code
@@ -93,7 +93,7 @@ def attend(
     k: Tensor,
     v: Tensor,
     *,
-    bias: PositionBias | None = None,
+    bias: GridBias | None = None,
     mask: Tensor | None = None,
     dropout: float = 0.0,
 ) -> Tensor:
@@ -118,7 +118,7 @@ def attend(
 
 
 def _dense(
-    q: Tensor, k: Tensor, v: Tensor, bias: PositionBias | None, mask: Tensor | None = None, dropout: float = 0.0
+    q: Tensor, k: Tensor, v: Tensor, bias: GridBias | None, mask: Tensor | None = None, dropout: float = 0.0
 ) -> Tensor:
     if bias is not None:
         added = bias.dense()
@@ -141,7 +141,7 @@ def _compiled_flex_attention():
     return torch.compile(flex_attention)
 
 
-def _flex(q: Tensor, k: Tensor, v: Tensor, bias: PositionBias) -> Tensor:
+def _flex(q: Tensor, k: Tensor, v: Tensor, bias: GridBias) -> Tensor:
     """FlexAttention with the bias looked up inside the kernel (arXiv 2412.05496)."""
     from torch.nn.attention.flex_attention import flex_attention
 
@@ -160,7 +160,7 @@ def _flex(q: Tensor, k: Tensor, v: Tensor, bias: PositionBias) -> Tensor:
     return kernel(q, k, v, score_mod=score_mod, scale=1.0)
 
 
-def _blockwise(q: Tensor, k: Tensor, v: Tensor, bias: PositionBias) -> Tensor:
+def _blockwise(q: Tensor, k: Tensor, v: Tensor, bias: GridBias) -> Tensor:
     return _BlockwiseAttention.apply(q, k, v, bias.table, bias)
 
 
@@ -219,7 +219,7 @@ class _BlockwiseAttention(torch.autograd.Function):
         return *grads, None
 
 
-def _blocks(bias: PositionBias, lengths: list[int], heads: int) -> Iterator[tuple[Sequence[int], slice, int]]:
+def _blocks(bias: GridBias, lengths: list[int], heads: int) -> Iterator[tuple[Sequence[int], slice, int]]:
     """The items that share a bias, a block of their queries, and how many keys they have."""
     shared = len(bias.codes) == 1 and len(set(lengths)) == 1
     for items in [range(len(lengths))] if shared else [[i] for i in range(len(lengths))]:

@@ -22,7 +22,7 @@ from musiclm_pytorch.checks import (
     typechecked,
     values_can_be_checked,
 )
-from musiclm_pytorch.kernels.attention import PositionBias
+from musiclm_pytorch.kernels.attention import GridBias
 from musiclm_pytorch.mulan.layers import Encoding, Float32LayerNorm, LayerNorm, Transformer, masked_mean
 from musiclm_pytorch.mulan.patches import choose_patches, sincos_2d
 from musiclm_pytorch.mulan.spectrogram import LogMel, SpecAugment, Spectrogram, frame_mask
@@ -272,7 +272,7 @@ class AudioSpectrogramTransformer(nn.Module):
             codes = codes[kept]
         else:
             codes, lengths = codes[None], None
-        bias = PositionBias(table, codes, centre, lengths)
+        bias = GridBias(table, codes, centre, lengths)
 
         # attention, what else
 

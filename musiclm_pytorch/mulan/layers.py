@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from musiclm_pytorch.checks import check_positive, check_probability
-from musiclm_pytorch.kernels.attention import PositionBias, attend
+from musiclm_pytorch.kernels.attention import GridBias, attend
 from musiclm_pytorch.kernels.linear import linear
 
 
@@ -125,7 +125,7 @@ class Attention(nn.Module):
         self.k_scale = nn.Parameter(torch.ones(dim_head))
         self.to_out = nn.Sequential(Linear(dim_inner, dim), nn.Dropout(dropout))
 
-    def forward(self, x: Tensor, bias: PositionBias | None = None, mask: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, bias: GridBias | None = None, mask: Tensor | None = None) -> Tensor:
         """`(b, n, d)` to `(b, n, d)`; `mask` `(b, n)` is true where a key may be attended to."""
         x = self.norm(x)
         q, k, v = self.to_q(x), *self.to_kv(x).chunk(2, dim=-1)
@@ -169,7 +169,7 @@ class Transformer(nn.Module):
         # recompute what is inside a layer in the backward pass instead of keeping it (arXiv 1604.06174)
         self.checkpoint_activations = False
 
-    def forward(self, x: Tensor, bias: PositionBias | None = None, mask: Tensor | None = None) -> list[Tensor]:
+    def forward(self, x: Tensor, bias: GridBias | None = None, mask: Tensor | None = None) -> list[Tensor]:
         """`(b, n, d)` to the output of every layer, a list of `depth` tensors `(b, n, d)`."""
         layers = []
         for attention, feed_forward in self.layers:
