@@ -1,7 +1,11 @@
 """Two processes train a stage, or its adapters, as one does on the same crops of several lengths, and stay equal."""
 
+import json
 import os
+import subprocess
+import sys
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -23,8 +27,10 @@ from musiclm_pytorch.audiolm.crops import TokenCrops, collate_tokens
 from musiclm_pytorch.audiolm.saving import load_module
 from musiclm_pytorch.audiolm.tokens import compute_tokens
 
-STAGES = ('semantic', 'coarse', 'fine', 'coarse adapted')
+# alone: without conditioning, and the loss of what the stage makes alone, so that some weights have no gradient
+STAGES = ('semantic', 'coarse', 'fine', 'coarse adapted', 'fine alone')
 SHARDED = ('coarse sharded',)
+ROOT = Path(__file__).parents[1]
 
 
 def gradients(trainer, rank, processes):
@@ -43,12 +49,14 @@ def gradients(trainer, rank, processes):
 
 def train(folder, tokens, stage, rank, processes):
     kind, adapted, sharded = stage.split()[0], 'adapted' in stage, 'sharded' in stage
+    alone = dict(conditioned=False, prefix_loss_weight=0.0) if 'alone' in stage else {}
     transformer = add_adapters(transformer_for(kind), rank=2) if adapted else None
     # 9 items, so that one process has none of the last batch of an epoch
-    crops = TokenCrops(tokens, kind, seconds=0.8, training=False)
+    crops = TokenCrops(tokens, kind, seconds=0.8, training=False, conditioning=not alone)
     trainer = make_trainer(
         f'{folder}/{stage}', crops, kind, transformer, seconds=None, batch_size=4 // processes, grad_accum_every=2,
         mask_prob=0.0, cond_drop_prob=0.0, use_ema=not sharded, drop_last=False, fsdp=sharded,
+        **alone,
     )  # fmt: skip
     assert len(trainer.batches.items.dataset) == 9
     first = {} if sharded else gradients(trainer, rank, processes)
@@ -59,6 +67,30 @@ def train(folder, tokens, stage, rank, processes):
         assert held < 0.6 * sum(it.numel() for it in trainer.whole_model.parameters())
     model = trainer.evaluated_model if sharded else trainer.model
     return model.state_dict(), {name: results[name] for name in ('loss', 'valid_loss')}, first
+
+
+@pytest.mark.slow
+def test_the_command_line_trains_under_torchrun(tmp_path):
+    quantizer = make_quantizer()
+    compute_tokens(
+        Clips([1.0, 0.5] * 6), tmp_path / 'tokens', tokenizer=ClockTokenizer(), codec=ClockCodec(), quantizer=quantizer,
+        progress=False,
+    )  # fmt: skip
+    quantizer.save_pretrained(tmp_path / 'quantizer')
+    keys = dict(seconds=0.8, batch_size=2, num_train_steps=2, prefix_loss_weight=0.0, use_ema='no')
+    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node=2']
+    command += ['-m', 'musiclm_pytorch.cli', 'train', 'coarse', '--tokens', 'tokens', '--quantizer', 'quantizer']
+    command += ['--output', 'out', '--model.dim', '16', '--model.depth', '1', '--model.num_coarse_quantizers', '2']
+    command += [word for name, value in keys.items() for word in (f'--training.{name}', str(value))]
+    environment = {name: it for name, it in os.environ.items() if name != 'ACCELERATE_USE_CPU'} | dict(
+        OMP_NUM_THREADS='1', PYTHONPATH=str(ROOT)
+    )
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    # one process writes, and each has half of a step's items
+    losses = [json.loads(line) for line in (tmp_path / 'out' / 'metrics.jsonl').read_text().splitlines()]
+    assert [it['step'] for it in losses if it['part'] == 'valid'] == [2]
+    assert load_module(tmp_path / 'out' / 'last').num_coarse_quantizers == 2
 
 
 def worker(rank, folder, stages):

@@ -296,6 +296,9 @@ class StageTrainer(Sharing, Trainer):
         self.whole_model, self.sharded = stage, fsdp and int(os.environ.get('WORLD_SIZE', '1')) > 1
         if self.sharded:
             stage = copy.deepcopy(stage)
+        # what reads conditioning has no gradient without, nor has what predicts the tokens that a stage is given
+        self.some_unused = stage.embeddings is None and text_encoder is None
+        self.some_unused |= prefix_loss_weight == 0 and self.stage != 'semantic'
         collate = partial(collate_tokens, unique_consecutive=unique_consecutive)
         super().__init__(stage, stage, tokens, collate_fn=collate, callbacks=callbacks, config=config)
         if text_encoder is not None:

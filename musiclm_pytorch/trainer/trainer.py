@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import send_to_device
+from accelerate.utils import DistributedDataParallelKwargs, send_to_device
 from ema_pytorch import EMA
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
@@ -99,6 +99,8 @@ class Trainer(Resumable):
 
     #: what fields of `TrainingConfig` that are None by default are for this kind
     DEFAULTS: ClassVar[Mapping[str, Any]] = dict(lr=3e-4)
+    #: whether some weights have no part in the loss
+    some_unused = False
 
     def __init_subclass__(cls, **keywords: Any):
         super().__init_subclass__(**keywords)
@@ -140,7 +142,7 @@ class Trainer(Resumable):
             mixed_precision='no',
             log_with=config.log_with,
             project_dir=str(config.results_folder),
-            **(config.accelerate_kwargs or {}),
+            **self.accelerate_keywords(config.accelerate_kwargs or {}),
         )
         self.mixed_precision = precision_for(config.mixed_precision, self.device, tell=self.is_main)
         handler = self.accelerator.scaler_handler
@@ -237,6 +239,20 @@ class Trainer(Resumable):
         return DummyBatch(batch)
 
     # how it is trained
+
+    def accelerate_keywords(self, given: dict[str, Any]) -> dict[str, Any]:
+        """What Accelerate is told beside `accelerate_kwargs`, whose word counts.
+
+        Accelerate 1.15 takes each of several processes without a GPU for the only one, unless it is told of the CPU.
+        DDP waits for gradients of all weights, unless it is told that some have none.
+        """
+        told: dict[str, Any] = {}
+        if int(os.environ.get('WORLD_SIZE', '1')) > 1 and not torch.accelerator.is_available():
+            told['cpu'] = True
+        handlers = given.get('kwargs_handlers') or []
+        if self.some_unused and not any(isinstance(it, DistributedDataParallelKwargs) for it in handlers):
+            told['kwargs_handlers'] = [DistributedDataParallelKwargs(find_unused_parameters=True), *handlers]
+        return told | {name: it for name, it in given.items() if name != 'kwargs_handlers' or name not in told}
 
     def distribute(self, step_module: nn.Module) -> nn.Module:
         """Wrap what is trained for several processes."""
