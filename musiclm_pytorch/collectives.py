@@ -6,6 +6,7 @@ process group everything here is the identity.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -39,6 +40,11 @@ def world_size() -> int:
 def rank() -> int:
     """Index of this process in the default group, 0 without one."""
     return dist.get_rank() if _has_company() else 0
+
+
+def num_launched() -> int:
+    """Processes that a launcher such as torchrun has started, 1 without one; known before there is a group."""
+    return int(os.environ.get('WORLD_SIZE', '1'))
 
 
 def gather_sizes(size: int, device: torch.device) -> list[int]:

@@ -53,6 +53,7 @@ def render_sampled(
     *,
     fonts: Sequence[Path],
     instrument: str,
+    register: str,
     bpm: float,
     samples: int,
     rate: int,
@@ -64,13 +65,14 @@ def render_sampled(
         notes, drums: what to play, with onsets and lengths in beats.
         fonts: paths of sound fonts.
         instrument: one of `PROGRAMS`.
+        register: that its notes lie in.
         bpm: beats per minute.
         samples, rate: length and sample rate in Hz of the wave.
         random: draws font, program, room, drum kit, touch and where the first beat lies (10 to 60 ms after the start).
     """
     font = SoundFont.open(choose(random, fonts))
     programs = PROGRAMS[instrument]
-    player = INSTRUMENTS[choose(random, programs.get(register_of(notes), programs[None]))]
+    player = INSTRUMENTS[choose(random, programs.get(register, programs[None]))]
     beat, first, room = 60 / bpm, random.uniform(0.01, 0.06), Room.draw(random)
     kit, drum_level = choose(random, KITS), DRUM_LEVEL + random.uniform(-2, 2)
 
@@ -92,9 +94,3 @@ def render_sampled(
     if not np.any(wave):
         raise ValueError(f'{font.path} plays nothing of the {player.name}: its samples are silent there')
     return finished(wave, rate, LOUDNESS)
-
-
-def register_of(notes: list[Note]) -> str:
-    """The register that a piece lies in, by its mean pitch."""
-    mean = sum(it.pitch for it in notes) / max(1, len(notes))
-    return 'low' if mean < 54 else 'middle' if mean < 75 else 'high'

@@ -145,7 +145,8 @@ class SyntheticMusic(GeneratedMusic):
         if self.sound_fonts:
             from musiclm_pytorch.data.sampled import render_sampled
 
-            return torch.from_numpy(render_sampled(notes, drums, fonts=self.sound_fonts, **how))
+            sampled = dict(fonts=self.sound_fonts, register=labels.register)
+            return torch.from_numpy(render_sampled(notes, drums, **sampled, **how))
         return torch.from_numpy(render_notes(notes, drums, tonic=labels.tonic, **how))
 
     def __repr__(self) -> str:

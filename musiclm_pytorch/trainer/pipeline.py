@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ from musiclm_pytorch.audiolm.stages import STAGES
 from musiclm_pytorch.audiolm.tokens import compute_tokens
 from musiclm_pytorch.checks import typechecked
 from musiclm_pytorch.codecs.melody import MelodyQuantizer
+from musiclm_pytorch.collectives import num_launched
 from musiclm_pytorch.data.opening import GENERATED, open_whole_clips
 from musiclm_pytorch.data.shard_writer import write_shards
 from musiclm_pytorch.data.shards import webdataset
@@ -95,7 +95,7 @@ def train_musiclm(
         ValueError: several processes, a recipe or data that are not those of the run to resume, data without enough
             clips. FolderInUseError: another run writes into `output`.
     """
-    if int(os.environ.get('WORLD_SIZE', '1')) > 1:
+    if num_launched() > 1:
         raise ValueError(
             'all parts in one run is for one process; with several, run musiclm train mulan, quantizer, codec, then '
             'musiclm tokens, then musiclm train semantic, coarse, fine'

@@ -140,14 +140,13 @@ def shard_model_state(state: dict[str, Tensor], model: nn.Module) -> dict[str, T
 
 def shard_optimizer_state(state: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """A whole optimizer state as shards for `optimizer.load_state_dict`."""
+    # a state dict numbers them in this order
     parameters = [parameter for group in optimizer.param_groups for parameter in group['params']]
-    indices = [index for group in state['param_groups'] for index in group['params']]
-    of_index = dict(zip(indices, parameters))
     shards = {
-        index: {
-            name: shard_like(value, of_index[index]) if isinstance(value, Tensor) and name != 'step' else value
+        number: {
+            name: shard_like(value, parameters[number]) if isinstance(value, Tensor) and name != 'step' else value
             for name, value in values.items()
         }
-        for index, values in state['state'].items()
+        for number, values in state['state'].items()
     }
     return state | dict(state=shards)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import os
 from collections.abc import Sequence
 from fractions import Fraction
 from functools import partial
@@ -31,6 +30,7 @@ from musiclm_pytorch.audiolm.stages import (
 )
 from musiclm_pytorch.checks import check_not_negative, check_probability, typechecked
 from musiclm_pytorch.codecs.melody import MelodyEmbedding
+from musiclm_pytorch.collectives import num_launched
 from musiclm_pytorch.mulan import checkpoint
 from musiclm_pytorch.mulan.lora import ADAPTERS_FOLDER, adapters_of, save_adapters
 from musiclm_pytorch.mulan.pretrained_towers import PretrainedTextTransformer
@@ -293,7 +293,7 @@ class StageTrainer(Sharing, Trainer):
             melody_drop_prob=melody_drop_prob,
             melody_per_token=None if melody is None else tokens.windows_per_token,
         )
-        self.whole_model, self.sharded = stage, fsdp and int(os.environ.get('WORLD_SIZE', '1')) > 1
+        self.whole_model, self.sharded = stage, fsdp and num_launched() > 1
         if self.sharded:
             stage = copy.deepcopy(stage)
         # what reads conditioning has no gradient without, nor has what predicts the tokens that a stage is given

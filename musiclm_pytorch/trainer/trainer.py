@@ -23,7 +23,7 @@ from typing_extensions import Unpack
 
 from musiclm_pytorch.audiolm.saving import describe
 from musiclm_pytorch.checks import check_choice, check_positive
-from musiclm_pytorch.collectives import gather_sizes, mean_over_ranks, rank, world_size
+from musiclm_pytorch.collectives import gather_sizes, mean_over_ranks, num_launched, rank, world_size
 from musiclm_pytorch.kernels.processor import computes_in_bf16, half_precision
 from musiclm_pytorch.locking import only_writer
 from musiclm_pytorch.mulan import checkpoint
@@ -246,13 +246,13 @@ class Trainer(Resumable):
         Accelerate 1.15 takes each of several processes without a GPU for the only one, unless it is told of the CPU.
         DDP waits for gradients of all weights, unless it is told that some have none.
         """
-        told: dict[str, Any] = {}
-        if int(os.environ.get('WORLD_SIZE', '1')) > 1 and not torch.accelerator.is_available():
-            told['cpu'] = True
+        told = dict(given)
+        if num_launched() > 1 and not torch.accelerator.is_available():
+            told.setdefault('cpu', True)
         handlers = given.get('kwargs_handlers') or []
         if self.some_unused and not any(isinstance(it, DistributedDataParallelKwargs) for it in handlers):
             told['kwargs_handlers'] = [DistributedDataParallelKwargs(find_unused_parameters=True), *handlers]
-        return told | {name: it for name, it in given.items() if name != 'kwargs_handlers' or name not in told}
+        return told
 
     def distribute(self, step_module: nn.Module) -> nn.Module:
         """Wrap what is trained for several processes."""
