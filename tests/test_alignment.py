@@ -165,6 +165,26 @@ def test_drawn_permutations_come_near_the_exact_p_value():
     assert drawn['smallest_p'] == pytest.approx(1 / 501)
 
 
+def test_margin_tells_belonging_from_chance():
+    near = alignment_figures(*latents(30), permutations=999)['margin']
+    audio, text = latents(30)
+    far = alignment_figures(audio, text.roll(1, dims=0), permutations=999)['margin']
+    assert near.details['p_value'] == 1 / 1000 == near.details['smallest_p']
+    assert near.low > 0.2
+    assert far.details['p_value'] > 0.05
+    assert far.low < 0 < far.high
+
+
+def test_p_values_of_unrelated_latents_are_uniform():
+    found = []
+    for seed in range(200):
+        audio, _ = latents(6, seed=seed)
+        _, text = latents(6, seed=seed + 1000)
+        found.append(alignment_figures(audio, text, permutations=39)['margin'].details['p_value'])
+    assert 0.4 < np.mean(found) < 0.6
+    assert np.mean(np.array(found) <= 0.1) < 0.2
+
+
 def test_one_pair_has_a_cosine_and_nothing_else():
     figures = alignment_figures(*latents(1))
     assert figures['mulan_cycle_consistency'].value == pytest.approx(figures['cosines'][0])

@@ -166,6 +166,27 @@ def test_chosen_patches_are_real_distinct_and_as_many_as_asked(dropout):
         assert (real.diff() > 0).all()
 
 
+@pytest.mark.parametrize('dropout', [0.1, 0.25, 0.3, 0.35, 0.8, 0.9, 0.95])
+def test_as_many_patches_stay_with_a_length_as_without(dropout):
+    for width in range(1, 200):
+        kept, lengths = choose_patches(2, width, None, 1, dropout, device='cpu')
+        with_length, _ = choose_patches(2, width + 3, torch.tensor([width]), 1, dropout, device='cpu')
+        assert lengths is None
+        assert kept.shape[1] == with_length.shape[1] == max(1, int(2 * width * (1 - dropout)))
+        assert len(kept.unique()) == kept.shape[1]
+
+
+def test_every_patch_can_stay():
+    seen = torch.cat([choose_patches(2, 3, None, 4, 0.5, device='cpu')[0].flatten() for _ in range(30)])
+    assert seen.bincount(minlength=6).min() > 0.3 * len(seen) / 6
+
+
+def test_choosing_without_dropout_draws_no_random_numbers():
+    before = torch.get_rng_state()
+    choose_patches(3, 7, torch.tensor([7, 2]), 2, 0.0, device='cpu')
+    assert torch.equal(before, torch.get_rng_state())
+
+
 # ---- layers, depth, printing ----
 
 
@@ -200,6 +221,12 @@ def test_autocast_stays_close(dtype):
     torch.testing.assert_close(tower(wave.double()), expected)
     with torch.autocast('cpu', dtype=dtype):
         torch.testing.assert_close(tower(wave).float(), expected, atol=0.1, rtol=0.1)
+
+
+def test_a_model_cast_to_bfloat16_works():
+    tower, wave = tiny_audio().eval(), torch.randn(2, 2000)
+    expected = tower(wave)
+    torch.testing.assert_close(tower.bfloat16()(wave).float(), expected, atol=0.15, rtol=0.15)
 
 
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])

@@ -23,6 +23,10 @@ from musiclm_pytorch.evaluation.distances import (
 )
 
 
+def rotation(dim, seed=0):
+    return torch.linalg.qr(drawn(dim, dim, seed=seed))[0]
+
+
 def drawn(*shape, seed=0):
     return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
@@ -102,6 +106,29 @@ def test_what_ranks_send_is_no_more_than_it_must_be():
     assert len(pickle.dumps(thinned)) < 1.05 * NUM_GROUPS * 8 * 64 * 65
     assert len(pickle.dumps(reservoir)) < 1.2 * 100 * (8 + 8 + 4 * 64)
     torch.testing.assert_close(pickle.loads(pickle.dumps(thinned)).total().covariance, thinned.total().covariance)
+
+
+def test_closed_forms():
+    zero, one = torch.zeros(3, dtype=torch.float64), torch.eye(3, dtype=torch.float64)
+    shift = torch.tensor([1.0, -2, 2], dtype=torch.float64)
+    assert frechet_distance(gaussian(zero, one), gaussian(zero, one)) == pytest.approx(0, abs=1e-12)
+    assert frechet_distance(gaussian(zero, one), gaussian(shift, one)) == pytest.approx(9)
+    assert frechet_distance(gaussian(zero, one), gaussian(zero, 9 * one)) == pytest.approx(3 * (3 - 1) ** 2)
+
+    # covariances that commute: the sum of (σa - σb)² along their common axes
+    a, b = torch.tensor([1.0, 4, 0], dtype=torch.float64), torch.tensor([9.0, 4, 2], dtype=torch.float64)
+    wanted = (a.sqrt() - b.sqrt()).square().sum().item()
+    axes = rotation(3)
+    for basis in (one, axes):
+        sides = [gaussian(mean, basis @ values.diag() @ basis.T) for mean, values in ((zero, a), (shift, b))]
+        assert frechet_distance(*sides) == pytest.approx(wanted + 9)
+
+    # in two dimensions Tr (AB)^½ = √(Tr AB + 2 √det AB), whatever the axes
+    turn, a, b = rotation(2, seed=1), torch.tensor([5.0, 0.5]).double().diag(), torch.tensor([3.0, 2]).double().diag()
+    b = turn @ b @ turn.T
+    root = math.sqrt((a @ b).trace() + 2 * math.sqrt((a @ b).det()))
+    found = frechet_distance(gaussian(zero[:2], a), gaussian(shift[:2], b))
+    assert found == pytest.approx(5 + (a + b).trace().item() - 2 * root)
 
 
 # ---- the Fréchet distance ----
@@ -279,6 +306,15 @@ def test_kernel_distance_knows_no_number_of_clips(count):
             sides.append(filled(FrameReservoir, clips, max_frames=10 * count - 7))
         values.append(kernel_audio_distance(*sides).value)
     assert abs(np.mean(values)) < min(2, 3.5 * np.std(values) / math.sqrt(60))
+
+
+def test_kernel_distance_is_unbiased():
+    # 20 frames a side tell no difference on average, though each value is off by about 5
+    values = np.array([kernel_distance(drawn(20, 4, seed=i), drawn(20, 4, seed=1000 + i)) for i in range(200)])
+    assert values.std() > 1
+    assert abs(values.mean()) < 3 * values.std() / math.sqrt(200)
+    assert (values < 0).any()
+    assert kernel_distance(drawn(200, 4), drawn(200, 4, seed=1) + 1) > 10
 
 
 def test_reservoir_does_not_depend_on_order_or_ranks():

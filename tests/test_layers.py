@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 
 from musiclm_pytorch.kernels import linear, plain_kernels
-from musiclm_pytorch.mulan.layers import Linear, Transformer
+from musiclm_pytorch.mulan.layers import FeedForward, Linear, Transformer
 
 
 @pytest.fixture
@@ -54,6 +54,15 @@ def test_a_transformer_through_onednn_is_the_same(onednn):
     for checkpoint in (False, True):
         transformer.checkpoint_activations = checkpoint
         torch.testing.assert_close(results(), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_products_can_be_differentiated_twice_by_plain_kernels(onednn):
+    layer, x = FeedForward(6), torch.randn(2, 3, 6, requires_grad=True)
+    with plain_kernels():
+        (gradient,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
+        (twice,) = torch.autograd.grad(gradient.square().sum(), x)
+    assert twice.isfinite().all()
+    assert twice.abs().max() > 0
 
 
 @pytest.mark.parametrize(

@@ -139,6 +139,18 @@ def test_without_negatives_nothing_is_near(distances):
     assert 'cost nothing' in found['approximate'].reason
 
 
+def test_wilson_interval_of_known_counts():
+    generated = tokens(10, 3)
+    training = generated.clone()
+    training[:7, 1] = (training[:7, 1] + 1) % CODES
+    figure = matches(generated, training, np.ones((CODES, CODES)))['exact']
+    # Wilson (1927) in closed form
+    n, share, z = 10, 0.3, 1.959964
+    middle = (share + z**2 / (2 * n)) / (1 + z**2 / n)
+    half = z / (1 + z**2 / n) * (share * (1 - share) / n + z**2 / (4 * n**2)) ** 0.5
+    assert (figure.value, figure.low, figure.high) == pytest.approx((share, middle - half, middle + half), abs=1e-6)
+
+
 # ---- whole models ----
 
 

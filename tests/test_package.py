@@ -92,7 +92,8 @@ def unsafe_loads(text: str) -> list[str]:
 
 def test_loading_never_runs_code_from_a_file():
     texts = {path: path.read_text(encoding='utf-8') for path in (ROOT / PACKAGE).rglob('*.py')}
-    assert sum('weights_only=True' in text for text in texts.values()) >= 2
+    safe = {path.relative_to(ROOT / PACKAGE).as_posix() for path, text in texts.items() if 'weights_only=True' in text}
+    assert safe == {'distributed/launch.py', 'mulan/checkpoint.py'}
     assert {path: found for path, text in texts.items() if (found := unsafe_loads(text))} == {}
 
 

@@ -94,6 +94,14 @@ def test_clipped_samples_are_those_of_runs_at_full_scale(samples, clipped):
     assert value(wave, 'clipped_share') == pytest.approx(clipped / len(samples))
 
 
+def test_clipping_by_a_gain_is_measured():
+    wave = tone(100, seconds=1.0, level=2.0).clamp(-1, 1)
+    # a sine of amplitude 2 is above 1 for two thirds of the time
+    assert value(wave, 'clipped_share') == pytest.approx(2 / 3, abs=0.01)
+    # a sine that just reaches full scale is not clipped
+    assert value(tone(997, seconds=1.0), 'clipped_share') == 0
+
+
 def test_crest_factor_of_a_sine_and_of_a_square():
     assert value(tone(50) + 0.2, 'crest_factor') == pytest.approx(10 * math.log10(2), abs=1e-3)
     assert value(torch.tensor([0.3, -0.3]).repeat(4000), 'crest_factor') == pytest.approx(0, abs=1e-6)

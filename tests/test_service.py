@@ -486,6 +486,17 @@ def test_texts_that_no_one_waits_for_any_more_are_left_out(mulan, monkeypatch):
     worker.close()
 
 
+def test_music_that_no_one_waits_for_is_not_made_to_the_end(musiclm):
+    worker = ModelWorker(musiclm)
+    job = worker.generate(['a'], seconds=60.0, seed=0)
+    until(job.future.running)
+    job.abandon()
+    assert isinstance(job.future.exception(WAITS), Abandoned)
+    worker.close()
+    assert worker.embed_texts(['a']).future.result(WAITS).shape == (1, 16)  # and may be used again
+    worker.close()
+
+
 def test_music_of_a_client_that_has_gone_is_not_made_to_the_end(musiclm, monkeypatch):
     jobs, original = [], ModelWorker.generate
     monkeypatch.setattr(ModelWorker, 'generate', lambda *a, **k: jobs.append(original(*a, **k)) or jobs[-1])

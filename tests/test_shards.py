@@ -267,6 +267,15 @@ def test_state_of_something_else_is_refused(folders):
             opened(folders / '3').set_epoch(epoch, position)
 
 
+def test_only_the_crop_is_read(tmp_path, monkeypatch):
+    write(tmp_path / 'audio/a.flac', noise(60))
+    write_shards(AudioTextDataset.from_folder(tmp_path / 'audio', sample_rate=RATE), tmp_path / 'shards')
+    read, original = [], soundfile.SoundFile.read
+    monkeypatch.setattr(soundfile.SoundFile, 'read', lambda self, n, **kw: read.append(n) or original(self, n, **kw))
+    assert len(list(opened(tmp_path / 'shards', max_seconds=2.0))) == 1
+    assert sum(read) == 2 * RATE
+
+
 # ---- faults ----
 
 

@@ -7,6 +7,7 @@ from musiclm_pytorch.mulan.spectrogram import (
     RandomMask,
     RandomTimeStretch,
     Spectrogram,
+    mel_filters,
 )
 
 FRONT_ENDS = {
@@ -138,6 +139,15 @@ def test_log_mel_by_blocks_of_bands_equals_the_whole_product(n_mels):
     front_end, power = log_mel(n_mels=n_mels, bins=513), torch.rand(2, 513, 7) * 10
     expected = ((front_end.filters.T @ power).clamp(min=2**-23).log() + 4.0) / 8.0
     torch.testing.assert_close(front_end(power), expected, atol=1e-6, rtol=1e-5)
+
+
+def test_mel_filters_are_those_of_torchaudio():
+    filters = mel_filters(24, bins=257, sample_rate=16000, f_min=50.0, f_max=7000.0)  # torchaudio 2.11's numbers
+    torch.testing.assert_close(filters.sum(), torch.tensor(208.2200927734375))
+    sums = torch.tensor([3.63165283203125, 3.657449722290039, 6.4670209884643555, 23.36793327331543])
+    torch.testing.assert_close(filters[:, [0, 1, 12, 23]].sum(dim=0), sums)
+    torch.testing.assert_close(filters[100, 17:19], torch.tensor([0.8970611691474915, 0.10293880850076675]))
+    torch.testing.assert_close(filters[[3, 5], 0], torch.tensor([0.38554486632347107, 0.9363232254981995]))
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,7 @@ from musiclm_pytorch.audiolm.convert import (
 from musiclm_pytorch.audiolm.crops import PAD, TokenCrops, collate_tokens
 from musiclm_pytorch.audiolm.generate import generate_coarse
 from musiclm_pytorch.audiolm.sampling import Sampling
-from musiclm_pytorch.audiolm.stages import CoarseTransformer, FineTransformer
+from musiclm_pytorch.audiolm.stages import CoarseTransformer, FineTransformer, forgetful_mask
 from musiclm_pytorch.audiolm.tokens import compute_tokens
 from musiclm_pytorch.trainer.resumable_loader import DummyBatch
 from musiclm_pytorch.trainer.stages import CoarseTrainer, Stage, load_stage
@@ -196,6 +196,15 @@ def test_the_time_of_a_coarse_stage_is_that_of_its_tokens(tmp_path, tokens):
         generate_coarse(stage, semantic, max_length=8, unique_consecutive=True)
     with pytest.raises(ValueError, match='audiolm-pytorch builds no CoarseTransformer'):
         audiolm_stage(stage)
+
+
+@pytest.mark.parametrize(('n', 'prob', 'hidden'), [(20, 0.15, 3), (3, 0.1, 0), (4, 0.9, 3)])
+def test_forgetful_masks_hide_a_share_but_never_the_first(n, prob, hidden):
+    masks = torch.stack([forgetful_mask((5, n), prob, torch.device('cpu')) for _ in range(50)])
+    assert ((~masks).sum(dim=-1) == hidden).all()
+    assert masks[..., 0].all()
+    if hidden:
+        assert not masks[..., 1:].flatten(0, 1).all(dim=0).any()  # every other one is hidden now and then
 
 
 # ---- training ----
@@ -362,6 +371,32 @@ def test_dropped_items_are_what_sampling_takes_for_the_null_condition():
     for one, other, third in zip(null, zeros, conditioned):
         torch.testing.assert_close(one, other)
         assert not torch.allclose(one, third)
+
+
+def test_training_makes_guidance_real(tmp_path, tokens):
+    """After training with dropped conditions, the two branches differ, and the null one is no worse than chance."""
+    quantizer = make_quantizer()
+    run = make_trainer(tmp_path, tokens, quantizer=quantizer, cond_drop_prob=0.5, lr=5e-3, mask_prob=0.0)
+    run.train(num_train_steps=30)
+    stage = run.model.eval()
+    batch = run.collate_fn([run.valid_tokens[0]])
+    with torch.no_grad():
+        conditioning, _ = stage.embed(batch['conditioning'], None, None, batch['semantic'].shape[1])
+        with_it, without = (
+            stage.transformer.loss(batch['semantic'], conditioning=it)
+            for it in (conditioning, torch.zeros_like(conditioning))
+        )
+    assert with_it != without
+    assert without < math.log(513)
+
+
+def test_validation_leaves_training_as_it_is(tmp_path, tokens):
+    results = []
+    for with_validation in (True, False):
+        run = make_trainer(tmp_path / str(with_validation), tokens, validate_every=2)
+        run.train(num_train_steps=5, with_validation=with_validation)
+        results.append(weights(run.model))
+    assert_same(*results)
 
 
 def test_mixed_precision_and_repetitions(tmp_path, tokens):

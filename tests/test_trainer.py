@@ -4,7 +4,10 @@ import json
 import logging
 import math
 import os
+import subprocess
+import sys
 import typing
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -280,6 +283,12 @@ def test_validation_does_not_change_training(tmp_path):
     assert_same(*results)
 
 
+def test_checkpoints_are_pruned(tmp_path):
+    run = trainer(tmp_path, checkpoint_every=1, max_checkpoints=2)
+    run.train(num_train_steps=4, with_validation=False)
+    assert [path.name for path in checkpoints.steps(run.checkpoint_folder)] == ['step-000000003', 'step-000000004']
+
+
 @pytest.mark.parametrize(
     ('asked', 'has_instructions', 'chosen', 'warns'),
     [
@@ -363,6 +372,45 @@ def test_states_come_back_as_they_were(tmp_path):
     with pytest.raises(TypeError, match='/oops holds a object'):
         checkpoints.write(tmp_path, 8, dict(oops=object()))
     assert [path.name for path in tmp_path.iterdir()] == ['step-000000007']
+
+
+KILLS = """
+import os, random, signal, sys, time
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+import torch
+from musiclm_pytorch.trainer import checkpoints
+from helpers.training import trainer
+
+torch.set_num_threads(1)
+folder, draw, reached = Path(sys.argv[1]) / 'checkpoints', random.Random(0), 0
+for _ in range(4):
+    if (child := os.fork()) == 0:
+        try:
+            run = trainer(sys.argv[1], checkpoint_every=1, max_checkpoints=2, resume=True)
+            run.train(num_train_steps=100000, with_validation=False)
+        finally:
+            os._exit(1)
+    try:
+        while not (found := checkpoints.steps(folder)) or int(found[-1].name[5:]) < reached + 3:
+            assert not os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            time.sleep(0.02)
+        time.sleep(draw.random() * 0.3)
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    path, state = checkpoints.read_newest(folder)
+    assert path == checkpoints.steps(folder)[-1]
+    assert state['step'] >= reached + 3
+    reached = state['step']
+"""
+
+
+@pytest.mark.slow
+def test_sigkill_at_random_moments_loses_no_state(tmp_path):
+    """Killed again and again, each run goes on from a checkpoint that loads."""
+    script = KILLS.format(tests=str(Path(__file__).parent))
+    subprocess.run([sys.executable, '-c', script, str(tmp_path)], check=True)
 
 
 # ---- folders ----
