@@ -536,6 +536,15 @@ class MusicLM(HubModel, AudioStages):
         if not self.mulan_embed_quantizer.is_fitted:
             raise ValueError('the quantizer has no codebooks yet; call mulan_embed_quantizer.fit(dataset) first')
 
+    def check_follows_melodies(self) -> None:
+        """Raise ValueError unless the model was trained for melodies."""
+        if self.mulan_embed_quantizer.melody is None or not self.semantic.has_condition:
+            raise ValueError(
+                'this model has no melody encoder: fit a MelodyQuantizer, give it to add_melody of the '
+                'MuLaNEmbedQuantizer, and train the semantic stage with that'
+            )
+        self._check_timed('they follow no melody')
+
     def _check_timed(self, so: str) -> None:
         if self.unique_consecutive:
             raise ValueError(
@@ -576,12 +585,8 @@ class MusicLM(HubModel, AudioStages):
     def _read_melodies(self, melodies: list[Path | Sound | Tensor], seconds: float | None = None) -> Tensor:
         """What the semantic stage is told of melodies in the first seconds of music, or up to the end of the longest,
         `(p, n, d)`."""
-        if (quantizer := self.mulan_embed_quantizer.melody) is None or not self.semantic.has_condition:
-            raise ValueError(
-                'this model has no melody encoder: fit a MelodyQuantizer, give it to add_melody of the '
-                'MuLaNEmbedQuantizer, and train the semantic stage with that'
-            )
-        self._check_timed('they follow no melody')
+        self.check_follows_melodies()
+        quantizer = self.mulan_embed_quantizer.melody
         codes = [quantizer(*read_sound(melody, name='melody')) for melody in melodies]
         if seconds is None:
             seconds = max(it.shape[1] for it in codes) / quantizer.rate

@@ -248,6 +248,27 @@ def test_music_like_a_sound_or_a_mixture_away_from_something(service, musiclm):
         check_error(service.client.post('/generate', json=dict(prompt=dict(sound=coded(content)))), *wanted)
 
 
+def test_music_goes_on_from_a_sound_and_follows_a_melody(service):
+    tiny, begin = MusicLM.from_pretrained('tiny'), coded(sound(0.5, 16000))
+    hum = coded(file_of(0.5 * torch.sin(torch.arange(32000) * 0.2), 16000))
+    prime, melody = (wave_of(base64.b64decode(it), 16000) for it in (begin, hum))
+    body = dict(prompt='a slow flute', prime=begin, melody=hum, seconds=2.0, seed=3)
+    with served(tiny, max_audio_seconds=2.5) as own_service:
+        made = wave_of(own_service.client.post('/generate', json=body).content, 16000)
+        keywords = dict(prime_wave=prime, prime_wave_input_sample_hz=16000, seconds=2.0, seed=3)
+        same_music(made, tiny('a slow flute', melody=(melody, 16000), **keywords)[0])
+        assert (made - tiny('a slow flute', **keywords)[0].clamp(-1, 1)).abs().max() > 0.01  # the melody is heard
+        for changed, says in (
+            (dict(seconds=0.5), 'the prime lasts 0.50 s and the music 0.5 s'),
+            (dict(melody='?'), 'melody is no base64'),
+            (dict(prime=coded(sound(1.0))), 'with melody, sounds last more than the 2.5 s that are allowed'),
+        ):
+            answer = own_service.client.post('/generate', json=body | changed)
+            check_error(answer, 422, 'invalid_request', says)
+    tune = dict(prompt='a slow flute', melody=hum)
+    check_error(service.client.post('/generate', json=tune), 422, 'invalid_request', 'has no melody encoder')
+
+
 def heard(music):
     """The samples of a WAV that grows, as far as it is there."""
     return np.frombuffer(music[44 : len(music) - len(music) % 2], '<i2') / (2**15 - 1)

@@ -27,7 +27,7 @@ from musiclm_pytorch.inference.service.requests import (
     Prompts,
     ServiceError,
     Texts,
-    asked_prompts,
+    asked_music,
     check_texts,
     code_of,
     content_type,
@@ -59,7 +59,7 @@ CALLS = {
     'GET /openapi.json': 'what the calls take and give',
     'POST /embed': 'latents of texts, as JSON, or of texts and sound files, as a form',
     'POST /rank': 'how well sound files fit texts, as a form',
-    'POST /generate': 'music for a prompt, as JSON',
+    'POST /generate': 'music for a prompt, as JSON; also from a sound on, or to its melody',
     'GET /stream': 'music without end for a prompt, while it is made; POST /stream/NAME changes its prompt',
     'POST /stream': 'the same, as JSON, also like a sound, from one on, or to its melody',
 }
@@ -206,10 +206,10 @@ async def generate(request: Request) -> Response:
     musiclm = music_model(request)
     body = await read_json(request, Prompts)
     limits = dict(shortest=worker.shortest, dim_latent=worker.mulan.dim_latent)
-    prompts, negative = await run_in_threadpool(asked_prompts, body, config, **limits)
+    prompts, given = await run_in_threadpool(asked_music, body, config, musiclm, **limits)
     seed = secrets.randbelow(2**31) if body.seed is None else body.seed
     how = dict(num_samples=body.num_samples, seconds=body.seconds, seed=seed, **body.sampling)
-    job = worker.generate(prompts, negative=negative, **how)
+    job = worker.generate(prompts, **given, **how)
     music, rate = await finished(job, request), musiclm.sample_rate
     warnings = musiclm.prompt_warnings(prompts, music)
     if body.format != 'json':

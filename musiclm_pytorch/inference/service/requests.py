@@ -19,7 +19,7 @@ from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 from torch import Tensor
 
-from musiclm_pytorch.audiolm.requests import Mix, Prompt, read_prompt, read_prompts, read_sampling
+from musiclm_pytorch.audiolm.requests import Mix, Prompt, check_shorter, read_prompt, read_prompts, read_sampling
 from musiclm_pytorch.audiolm.stages import STAGES
 from musiclm_pytorch.data.audio import AudioFile
 from musiclm_pytorch.inference.service.config import ServiceConfig
@@ -120,7 +120,9 @@ class Prompts(Body):
 
     prompt: what the music is like; several with format 'json'
     negative: what it is to keep away from, and `negative_scale` how much
-    seconds: length of a piece
+    prime: a sound file as base64, which the music goes on from and begins with
+    melody: another, whose melody it follows, for models that follow melodies
+    seconds: length of a piece, the prime included
     num_samples: pieces made for each prompt, of which MuLaN chooses
     seed: the same pieces again, of which piece number i is the one that `seed + i` makes alone; by default drawn, and
         told in the answer
@@ -129,6 +131,8 @@ class Prompts(Body):
 
     prompt: OnePrompt | list[OnePrompt]
     negative: OnePrompt | None = None
+    prime: str | None = None
+    melody: str | None = None
     seconds: float = 10.0
     num_samples: int = 1
     seed: int | None = None
@@ -223,10 +227,11 @@ def check_texts(texts: list[str], config: ServiceConfig, name: str = 'texts') ->
             )
 
 
-def asked_prompts(
-    body: Prompts, config: ServiceConfig, *, shortest: float, dim_latent: int
-) -> tuple[list[Prompt], Prompt | None]:
-    """What music is to be like, and what it is to keep away from, as `MusicLM` takes them, once all is checked."""
+def asked_music(
+    body: Prompts, config: ServiceConfig, musiclm: MusicLM, *, shortest: float, dim_latent: int
+) -> tuple[list[Prompt], dict[str, Any]]:
+    """What music is to be like, and what it is to keep away from, go on from and follow, as `MusicLM` takes them, once
+    all is checked."""
     asked = body.prompt if isinstance(body.prompt, list) else [body.prompt]
     check_texts([it for it in asked if isinstance(it, str)], config, 'prompt')
     pieces = len(asked) * body.num_samples
@@ -241,11 +246,20 @@ def asked_prompts(
     read = PromptReader(config, shortest=shortest, dim_latent=dim_latent)
     try:
         prompts, _ = read_prompts([read(it) for it in asked])
-        negative = None if body.negative is None else read_prompt(read(body.negative))
+        given: dict[str, Any] = {}
+        if body.negative is not None:
+            given['negative'] = read_prompt(read(body.negative))
+        if body.prime is not None:
+            wave, rate = read.sound(body.prime, 'prime')
+            check_shorter(len(wave) / rate, body.seconds)
+            given |= dict(prime_wave=wave, prime_wave_input_sample_hz=rate)
+        if body.melody is not None:
+            musiclm.check_follows_melodies()
+            given['melody'] = read.sound(body.melody, 'melody')
         read_sampling(**body.sampling, conditioned=[True] * len(STAGES))
     except (TypeError, ValueError) as error:
         raise invalid(str(error)) from error
-    return prompts, negative
+    return prompts, given
 
 
 class PromptReader:
