@@ -6,11 +6,12 @@
     python benchmarks/obedience.py --model small --sound-font /usr/share/sounds/sf2/TimGM6mb.sf2 \
         --trained-on /usr/share/sounds/sf2/FluidR3_GM.sf2 /usr/share/sounds/sf3/MuseScore_General_Full.sf3
 
-The judge was trained on real audio of SyntheticMusic alone (played with the sound font given, which the model need not
-have heard), with noise added: a small network for each attribute, for
+The judge was trained on real audio of SyntheticMusic alone, with noise added: a small network for each attribute, for
 the instrument on the mel spectrogram, for the others on its statistics and on the autocorrelation of the onset
-strength. The prompts are phrasings that no training used. Beside the music of the whole model stand samples without
-MuLaN's ranking and without guidance, and what each stage loses: real audio through the codec, real coarse codes
+strength. With sound fonts, it learned from them all, that which the model never heard and those that it was trained on:
+one that knows a violin from a single font does not know that of another. The real audio beside the music is played by
+each side alone. The prompts are phrasings that no training used. Beside the music of the whole model stand samples
+without MuLaN's ranking and without guidance, and what each stage loses: real audio through the codec, real coarse codes
 completed by the fine stage, real semantic tokens through the coarse and fine stages.
 
 At last the test of MusicLM (arXiv 2301.11325, section 4 and appendix) for memorised music: the semantic stage goes on
@@ -42,7 +43,7 @@ from torch import nn
 
 from musiclm_pytorch import MusicLM, SyntheticMusic, generate_coarse, generate_fine
 from musiclm_pytorch.audiolm.sampling import Sampling
-from musiclm_pytorch.data.attributes import MusicLabels
+from musiclm_pytorch.data.attributes import INSTRUMENTS, MusicLabels
 from musiclm_pytorch.data.audio import resample
 from musiclm_pytorch.evaluation.memorization import memorisation, training_clips
 from musiclm_pytorch.evaluation.metric import to_json
@@ -54,6 +55,20 @@ RATE, SECONDS = 16000, 5.0
 PARTS = ('music', 'memory', 'stories', 'primes')
 TARGETS = dict(instrument=0.85, tempo=0.75, register=0.85, drums=0.90)
 # lags of the autocorrelation: from 0.1 s, faster than any beat, to 2.1 s, two slow ones
+FAMILIES = {
+    name: family
+    for family, names in dict(
+        keyboard=('piano', 'electric piano'),
+        plucked=('guitar', 'electric guitar', 'harp'),
+        strings=('strings', 'violin', 'cello'),
+        wind=('flute', 'clarinet', 'saxophone'),
+        brass=('brass', 'trumpet'),
+        organ=('organ', 'accordion'),
+        bell=('bell',),
+        voice=('choir', 'synth'),
+    ).items()
+    for name in names
+}
 LAGS = np.geomspace(0.1, 2.1, 96)  # seconds
 RANGE, FLOOR = 25.0, 40.0  # dB below the loudest, of what is heard and seen
 COPIES, OFF = 3, 0.4
@@ -101,15 +116,15 @@ def worn(wave: np.ndarray, random: np.random.Generator) -> np.ndarray:
     return wave + noise * wave.std() / noise.std() * 10 ** (-random.uniform(15, 45) / 20)
 
 
-def real_music(split: str, font: str | None) -> SyntheticMusic:
-    return SyntheticMusic(10**6, seed=7, seconds=SECONDS, sample_rate=RATE, split=split, sound_font=font)
+def real_music(split: str, fonts: list[str] | None) -> SyntheticMusic:
+    return SyntheticMusic(10**6, seed=7, seconds=SECONDS, sample_rate=RATE, split=split, sound_font=fonts)
 
 
-def meet(task: tuple[str, str | None, int, int]) -> tuple[np.ndarray, np.ndarray]:
+def meet(task: tuple[str, list[str] | None, int, int]) -> tuple[np.ndarray, np.ndarray]:
     """What is heard and seen of some real clips; those of training are worn before they are heard."""
-    split, font, start, stop = task
+    split, fonts, start, stop = task
     torch.set_num_threads(1)
-    music, random = real_music(split, font), np.random.default_rng(start)
+    music, random = real_music(split, fonts), np.random.default_rng(start)
     waves = [music[i][0].numpy() for i in range(start, stop)]
     heard = np.stack([hear(worn(wave, random) if split == 'train' else wave) for wave in waves])
     return heard, np.stack([see(wave) for wave in waves])
@@ -188,9 +203,10 @@ class Judge:
         """Share of the waves in which each attribute is that of their labels."""
         with torch.no_grad():
             parts = torch.cat([self.ear(part.float()) for part in torch.from_numpy(seen).split(100)]).argmax(dim=1)
-        found = dict(
-            instrument=np.mean([self.instruments[i] == it.instrument for i, it in zip(parts.tolist(), labels)])
-        )
+        named = [self.instruments[i] for i in parts.tolist()]
+        found = dict(instrument=np.mean([name == it.instrument for name, it in zip(named, labels)]))
+        if len(self.instruments) > len(INSTRUMENTS):
+            found['family'] = np.mean([FAMILIES[name] == FAMILIES[it.instrument] for name, it in zip(named, labels)])
         for name, model in self.models.items():
             wanted = np.array([str(getattr(it, name)) for it in labels])
             found[name] = (model.predict(heard) == wanted).mean()
@@ -214,17 +230,17 @@ class Judge:
 
 
 def train_judge(
-    clips: int, tested: int, font: str | None, pool: ProcessPoolExecutor, folder: Path
+    clips: int, tested: int, fonts: list[str] | None, pool: ProcessPoolExecutor, folder: Path
 ) -> tuple[Judge, dict[str, float]]:
     """The judge, and its accuracy on real held-out audio. What was heard once is kept in `folder`."""
 
     def collect(split: str, count: int) -> tuple[np.ndarray, np.ndarray, list[MusicLabels]]:
-        path = folder / f'heard-{Path(font).stem + "-" if font else ""}{split}-{count}.npz'
+        path = folder / '-'.join(['heard', *(Path(it).stem for it in fonts or ()), split, f'{count}.npz'])
         if not path.exists():
-            parts = list(pool.map(meet, [(split, font, i, min(i + 50, count)) for i in range(0, count, 50)]))
+            parts = list(pool.map(meet, [(split, fonts, i, min(i + 50, count)) for i in range(0, count, 50)]))
             folder.mkdir(parents=True, exist_ok=True)
             np.savez(path, heard=np.concatenate([it for it, _ in parts]), seen=np.concatenate([it for _, it in parts]))
-        music, found = real_music(split, font), np.load(path)
+        music, found = real_music(split, fonts), np.load(path)
         return found['heard'], found['seen'], [music.labels(i) for i in range(count)]
 
     judge = Judge(*collect('train', clips))
@@ -271,7 +287,6 @@ def from_real(musiclm: MusicLM, prompts: list[str], real: torch.Tensor, sampling
         indices = musiclm.mulan_embed_quantizer.indices(raw_texts=texts)
         generator = torch.Generator().manual_seed(start)
         condition = {name: musiclm.mulan_embed_quantizer.embed(indices, name) for name in stages}
-        fine = dict(text_embeds=condition['fine'], sampling=sampling[2], window=windows[2], generator=generator)
         coarse = generate_coarse(
             stages['coarse'],
             musiclm.tokenizer(waves, input_sample_hz=musiclm.sample_rate),
@@ -286,10 +301,12 @@ def from_real(musiclm: MusicLM, prompts: list[str], real: torch.Tensor, sampling
             generator=generator,
         ).tokens
         for name, given in dict(codec=None, fine=codes[..., :levels], coarse=coarse).items():
-            whole = codes
-            if given is not None:
-                whole = torch.cat((given, generate_fine(stages['fine'], given, **fine).tokens), dim=-1)
-            made[name].append(codec.decode(whole))
+            if given is not None and 'fine' in stages:
+                fine = dict(text_embeds=condition['fine'], sampling=sampling[2], window=windows[2], generator=generator)
+                given = torch.cat((given, generate_fine(stages['fine'], given, **fine).tokens), dim=-1)
+            made[name].append(codec.decode(codes if given is None else given))
+    if 'fine' not in stages:  # real coarse codes are all of them
+        del made['fine']
     return {name: torch.cat(waves) for name, waves in made.items()}
 
 
@@ -314,7 +331,8 @@ def main(args: argparse.Namespace) -> None:
     with ProcessPoolExecutor(args.processes, mp_context=get_context('spawn')) as pool:
         perceive = partial(perceived, pool, musiclm.sample_rate)
         if {'music', 'stories'} & set(args.parts):
-            judge, accuracy = train_judge(args.clips, args.tested, args.sound_font, pool, args.data)
+            fonts = args.sound_font and [args.sound_font, *(args.trained_on or ())]
+            judge, accuracy = train_judge(args.clips, args.tested, fonts, pool, args.data)
         if 'music' in args.parts:
             rows = judge_music(musiclm, args, judge, accuracy, perceive)
             report |= dict(prompts=args.prompts, samples=args.samples, rows=rows)
@@ -366,12 +384,16 @@ def judge_music(
     judged('without ranking and guidance', plain[:, 0])
     real = torch.stack([music.render(it, seed) for seed, it in enumerate(labels)])
     judged('real audio of the same labels', real)
+    if args.trained_on:
+        known = SyntheticMusic(1, seconds=SECONDS, sample_rate=musiclm.sample_rate, sound_font=args.trained_on)
+        heard = torch.stack([known.render(it, seed) for seed, it in enumerate(labels)])
+        judged('the same by the fonts that the model was trained on', heard)
     samplings = [Sampling(temperature=t, cond_scale=c) for t, c in zip(*keywords.values())]
     for name, made in from_real(musiclm, prompts, real, samplings, args.batch).items():
         what = dict(
             codec='real audio through the codec: the ceiling',
             fine='real coarse codes, the fine stage',
-            coarse='real semantic tokens, the coarse and fine stages',
+            coarse=f'real semantic tokens, the coarse {"and fine stages" if "fine" in musiclm.stages else "stage"}',
         )
         judged(what[name], made)
     return rows
@@ -379,15 +401,15 @@ def judge_music(
 
 def show(rows: dict, name: str, shares: dict[str, float]) -> None:
     if not rows:
-        print('| | ' + ' | '.join(ASKED) + ' |\n|' + '---|' * (len(ASKED) + 1))
+        print('| | ' + ' | '.join(shares) + ' |\n|' + '---|' * (len(shares) + 1))
     rows[name] = shares
-    print(f'| {name} | ' + ' | '.join(f'{shares[key]:.1%}' for key in ASKED) + ' |', flush=True)
+    print(f'| {name} | ' + ' | '.join(f'{share:.1%}' for share in shares.values()) + ' |', flush=True)
 
 
 if __name__ == '__main__':
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--model', default='tiny', help='name or folder of the model (default: tiny)')
-    parser.add_argument('--sound-font', help='what plays the music of the judge; without it, it is synthesised')
+    parser.add_argument('--sound-font', help='one that the model never heard; without it, music is synthesised')
     parser.add_argument('--trained-on', nargs='+', help='the sound fonts that the model was trained on')
     parser.add_argument('--parts', nargs='+', choices=PARTS, default=list(PARTS[:2]), help='(default: %(default)s)')
     parser.add_argument('--prompts', type=int, default=200)
