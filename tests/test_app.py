@@ -5,7 +5,6 @@ import itertools
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import threading
@@ -20,6 +19,7 @@ import pytest
 import soundfile
 import torch
 from helpers.music import build_audio_lm, build_quantizer, stop_at_once
+from helpers.processes import free_port
 
 from musiclm_pytorch import Mix, MusicLM, StopGeneration
 from musiclm_pytorch.cli import main
@@ -64,18 +64,12 @@ def maker(tiny):
     return MusicMaker(tiny, max_seconds=4.0, max_samples=3)
 
 
-def free_port():
-    with socket.socket() as it:
-        it.bind(('127.0.0.1', 0))
-        return it.getsockname()[1]
-
-
 # what the buttons do
 
 
 def test_a_prompt_gives_what_the_model_gives_in_the_order_of_scores(tiny, maker):
-    clips = maker.from_prompt(PROMPT, 1.0, num_samples=3, seed=4)
-    waves, scores = tiny(PROMPT, 3, seconds=1.0, seed=4, return_all=True, return_scores=True)
+    clips = maker.from_prompt(PROMPT, 0.4, num_samples=3, seed=4)
+    waves, scores = tiny(PROMPT, 3, seconds=0.4, seed=4, return_all=True, return_scores=True)
     order = scores[0].argsort(descending=True)
     assert [clip.note for clip in clips] == [f'MuLaN: {scores[0, index]:.3f} · seed {4 + index}' for index in order]
     for clip, index in zip(clips, order):
@@ -85,10 +79,10 @@ def test_a_prompt_gives_what_the_model_gives_in_the_order_of_scores(tiny, maker)
 
     # where the sliders stand at first, nothing is changed
     sliders = {name: highest(tiny.sampling[name]) for name in ('cond_scale', 'temperature')}
-    again = maker.from_prompt(PROMPT, 1, num_samples=3, seed=4, **sliders)
+    again = maker.from_prompt(PROMPT, 0.4, num_samples=3, seed=4, **sliders)
     assert all(torch.equal(clip.wave, other.wave) for clip, other in zip(clips, again))
-    other = maker.from_prompt(PROMPT, 1, num_samples=1, seed=4, cond_scale=5.0, temperature=0.5)
-    scaled = tiny(PROMPT, seconds=1.0, seed=4, cond_scale=(5.0, 1.0, 1.0), temperature=(0.5, 0.375, 0.25))
+    other = maker.from_prompt(PROMPT, 0.4, num_samples=1, seed=4, cond_scale=5.0, temperature=0.5)
+    scaled = tiny(PROMPT, seconds=0.4, seed=4, cond_scale=(5.0, 1.0, 1.0), temperature=(0.5, 0.375, 0.25))
     torch.testing.assert_close(other[0].wave, scaled[0])
 
 
@@ -108,20 +102,20 @@ def test_a_story_and_a_prime_go_to_the_model(tiny, maker, tmp_path):
         'scores',
     ]
 
-    soundfile.write(tmp_path / 'prime.wav', clips[0].wave[:8000].numpy(), RATE)
-    primed = maker.from_prompt(PROMPT, 1.0, tmp_path / 'prime.wav', num_samples=1, seed=3)
-    expected = tiny(PROMPT, seconds=1.0, seed=3, prime_wave_path=tmp_path / 'prime.wav')
+    soundfile.write(tmp_path / 'prime.wav', clips[0].wave[:3200].numpy(), RATE)
+    primed = maker.from_prompt(PROMPT, 0.4, tmp_path / 'prime.wav', num_samples=1, seed=3)
+    expected = tiny(PROMPT, seconds=0.4, seed=3, prime_wave_path=tmp_path / 'prime.wav')
     assert torch.equal(primed[0].wave, expected[0])
 
-    avoiding = maker.from_prompt(PROMPT, 1.0, num_samples=1, seed=3, negative='drums')
-    assert torch.equal(avoiding[0].wave, tiny(PROMPT, seconds=1.0, seed=3, negative='drums')[0])
-    hummed = maker.from_prompt(PROMPT, 1.0, None, str(tmp_path / 'prime.wav'), num_samples=1, seed=3)
-    expected = tiny(PROMPT, seconds=1.0, seed=3, melody=tmp_path / 'prime.wav')
+    avoiding = maker.from_prompt(PROMPT, 0.4, num_samples=1, seed=3, negative='drums')
+    assert torch.equal(avoiding[0].wave, tiny(PROMPT, seconds=0.4, seed=3, negative='drums')[0])
+    hummed = maker.from_prompt(PROMPT, 0.4, None, str(tmp_path / 'prime.wav'), num_samples=1, seed=3)
+    expected = tiny(PROMPT, seconds=0.4, seed=3, melody=tmp_path / 'prime.wav')
     assert torch.equal(hummed[0].wave, expected[0])
 
     mix = read_mix(PROMPT, 0.7, [[1, ''], ['0.5', 'drums']], (None, 1), (str(tmp_path / 'prime.wav'), 0.3))
-    mixed = maker.from_prompt(mix, 1.0, num_samples=1, seed=3)
-    expected = tiny(Mix([(0.7, PROMPT), (0.5, 'drums'), (0.3, tmp_path / 'prime.wav')]), seconds=1.0, seed=3)
+    mixed = maker.from_prompt(mix, 0.4, num_samples=1, seed=3)
+    expected = tiny(Mix([(0.7, PROMPT), (0.5, 'drums'), (0.3, tmp_path / 'prime.wav')]), seconds=0.4, seed=3)
     assert torch.equal(mixed[0].wave, expected[0])
     assert mixed[0].section == f'0.7 {PROMPT} + 0.5 drums + 0.3 prime.wav'
 

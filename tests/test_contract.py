@@ -1,13 +1,20 @@
 """Code that users already write, run as it stands."""
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import soundfile
 import torch
+from helpers import hubert
 from helpers import music as parts
 from helpers.contract import CONTRACT, run
 from helpers.models import tiny_mulan
+from helpers.processes import start_processes
+
+from musiclm_pytorch import MuLaNEmbedQuantizer
 
 
 @pytest.mark.slow
@@ -33,47 +40,38 @@ def test_musiclm():
     assert names['music'].shape == (1, 10 * parts.RATE)
 
 
-SEMANTIC = """
-import sys
-sys.path.insert(0, {tests!r})
-from pathlib import Path
-import soundfile
-import torch
-from helpers import hubert
-from helpers.models import tiny_mulan
-from musiclm_pytorch import MuLaNEmbedQuantizer
+def train_semantic(_, folder):
+    os.chdir(folder)
+    settings = hubert.make_settings('base', encoder_layers=9)
+    model, checkpoint = hubert.make_checkpoint('base', settings, num_hidden_layers=9)
+    Path('hubert').mkdir()
+    torch.save(checkpoint, 'hubert/hubert_base_ls960.pt')
+    frames = hubert.reference_layers(model, torch.randn(2, 4000))[0][-1].flatten(0, 1)
+    hubert.save_kmeans(frames, 'hubert/hubert_base_ls960_L9_km500.bin')
 
-settings = hubert.make_settings('base', encoder_layers=9)
-model, checkpoint = hubert.make_checkpoint('base', settings, num_hidden_layers=9)
-Path('hubert').mkdir()
-torch.save(checkpoint, 'hubert/hubert_base_ls960.pt')
-frames = hubert.reference_layers(model, torch.randn(2, 4000))[0][-1].flatten(0, 1)
-hubert.save_kmeans(frames, 'hubert/hubert_base_ls960_L9_km500.bin')
+    Path('sounds').mkdir()
+    for i in range(20):
+        soundfile.write(f'sounds/{i}.wav', torch.randn(11000, 2).clamp(-1, 1).numpy(), 16000)
 
-Path('sounds').mkdir()
-for i in range(20):
-    soundfile.write(f'sounds/{{i}}.wav', torch.randn(11000, 2).clamp(-1, 1).numpy(), 16000)
+    mulan = tiny_mulan(dict(depth=1), dict(depth=1))
+    quantizer = MuLaNEmbedQuantizer(mulan, conditioning_dims=(1024,), namespaces=('semantic',), codebook_size=16)
+    quantizer.fit(torch.randn(40, 16))
+    asked = []
+    quantizer.register_forward_hook(lambda module, inputs, output: asked.append(output.shape))
+    if not torch.cuda.is_available():
+        torch.nn.Module.cuda = lambda self: self
 
-mulan = tiny_mulan(dict(depth=1), dict(depth=1))
-quantizer = MuLaNEmbedQuantizer(mulan, conditioning_dims=(1024,), namespaces=('semantic',), codebook_size=16)
-quantizer.fit(torch.randn(40, 16))
-asked = []
-quantizer.register_forward_hook(lambda module, inputs, output: asked.append(output.shape))
-if not torch.cuda.is_available():
-    torch.nn.Module.cuda = lambda self: self
-
-code = Path({piece!r}).read_text().replace('/path/to/audio/files', 'sounds')
-exec(code)
-assert trainer.steps == 1
-assert asked[0] == (1, 8, 1024)
-"""
+    names = dict(quantizer=quantizer)
+    code = (CONTRACT / '02_semantic_trainer.py').read_text().replace('/path/to/audio/files', 'sounds')
+    exec(code, names)
+    assert names['trainer'].steps == 1
+    assert asked[0] == (1, 8, 1024)
 
 
 @pytest.mark.slow
 def test_semantic_trainer(tmp_path):
     # in a process of its own: audiolm-pytorch allows one trainer a process
-    script = SEMANTIC.format(tests=str(CONTRACT.parent), piece=str(CONTRACT / '02_semantic_trainer.py'))
-    subprocess.run([sys.executable, '-c', script], cwd=tmp_path, check=True)
+    start_processes(train_semantic, tmp_path, count=1)
 
 
 TRAINER = """

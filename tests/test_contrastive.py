@@ -93,15 +93,6 @@ def test_losses_are_finite_at_any_temperature_and_precision(loss_of, log_tempera
             assert gradient.isfinite().all()
 
 
-@pytest.mark.parametrize('loss_of', LOSSES.values(), ids=LOSSES)
-def test_autocast_does_not_change_the_loss(loss_of):
-    audio, text = latents(6, 7)
-    loss = loss_of()
-    expected = loss(audio, text)
-    with torch.autocast('cpu', dtype=torch.bfloat16):
-        torch.testing.assert_close(loss(audio, text), expected, atol=0, rtol=0)
-
-
 def test_temperature_is_bounded_and_can_come_back():
     loss = SoftmaxContrastiveLearning()
     with torch.no_grad():

@@ -137,60 +137,51 @@ def test_audiolm_pytorch_first(tmp_path):
     run(program, HF_HUB_OFFLINE='1', HF_HOME=str(tmp_path))
 
 
-@pytest.mark.parametrize(
-    ('fairseq', 'reason'),
-    [
-        ('raise ValueError("mutable default for field common is not allowed")', 'mutable default'),
-        ('raise ModuleNotFoundError("No module named fairseq", name="fairseq")', 'No module named fairseq'),
-        ('', 'checkpoint_utils'),
-    ],
-    ids=['one that fails', 'none', 'one that lacks the function'],
-)
-def test_a_fairseq_that_cannot_be_used(fairseq, reason, tmp_path):
-    (tmp_path / 'fairseq.py').write_text(fairseq)
-    program = f"""
-        import sys, warnings
-        genuine = warnings.warn
-        try:
-            from musiclm_pytorch.audiolm.convert import AudioLM
-        except ImportError as error:
-            assert {reason!r} in str(error), error
-            assert 'pip install ./compat/fairseq' in str(error), error
-        else:
-            raise AssertionError('no error')
-        assert warnings.warn is genuine
-    """
-    run(program, PYTHONPATH=os.pathsep.join([str(tmp_path), os.environ.get('PYTHONPATH', '')]))
+UNUSABLE = {  # what is imported as fairseq, and what the error says of it
+    'failing': ('raise ValueError("mutable default for field common is not allowed")', 'mutable default'),
+    'none': ('raise ModuleNotFoundError("No module named fairseq", name="fairseq")', 'No module named fairseq'),
+    'without the function': ('', 'checkpoint_utils'),
+}
 
 
 @pytest.mark.slow
-def test_an_import_that_fails_halfway_is_undone_as_well(tmp_path):
-    """And audiolm-pytorch's absence is told from that of something it imports."""
+def test_imports_that_fail_are_undone_and_told_apart(tmp_path):
+    """Of a fairseq that cannot be used, of something that audiolm-pytorch imports last, and of itself."""
+    for name, (content, _) in UNUSABLE.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / 'fairseq.py').write_text(content)
     (tmp_path / 'absent').mkdir()
     (tmp_path / 'absent' / 'audiolm_pytorch.py').write_text(
         'raise ModuleNotFoundError("No module named audiolm_pytorch", name="audiolm_pytorch")'
     )
+    reasons = {str(tmp_path / name): reason for name, (_, reason) in UNUSABLE.items()}
     program = f"""
         import logging, sys, warnings
         genuine = warnings.warn
-        sys.modules['audiolm_pytorch.trainer'] = None  # imported last; None makes that fail
-        try:
-            from musiclm_pytorch.audiolm.convert import AudioLM
-        except ModuleNotFoundError as error:
-            assert error.name == 'audiolm_pytorch.trainer', error
-        else:
-            raise AssertionError('no error')
-        assert warnings.warn is genuine
-        assert logging.root.level == logging.WARNING
 
-        for name in [name for name in sys.modules if name.startswith('audiolm_pytorch')]:
-            del sys.modules[name]
-        sys.path.insert(0, {str(tmp_path / 'absent')!r})
-        try:
-            from musiclm_pytorch.audiolm.convert import AudioLM
-        except ImportError as error:
-            assert 'pip install "audiolm-pytorch>=2.4,<3"' in str(error), error
-        else:
+        def error_of(*folders, absent=None):
+            for name in [it for it in sys.modules if it.split('.')[0] in ('audiolm_pytorch', 'fairseq')]:
+                del sys.modules[name]
+            if absent:
+                sys.modules[absent] = None  # makes its import fail
+            sys.path[:0] = folders
+            try:
+                from musiclm_pytorch.audiolm.convert import AudioLM
+            except ImportError as error:
+                assert warnings.warn is genuine
+                assert logging.root.level == logging.WARNING
+                return error
+            finally:
+                del sys.path[:len(folders)]
             raise AssertionError('no error')
+
+        for folder, reason in {reasons}.items():
+            error = error_of(folder)
+            assert reason in str(error), error
+            assert 'pip install ./compat/fairseq' in str(error), error
+        error = error_of(absent='audiolm_pytorch.trainer')
+        assert error.name == 'audiolm_pytorch.trainer', error
+        error = error_of({str(tmp_path / 'absent')!r})
+        assert 'pip install "audiolm-pytorch>=2.4,<3"' in str(error), error
     """
     run(program)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from helpers.processes import METHOD
 from helpers.sounds import RATE, damage, noise, ramp, write
 from torch.utils.data import DataLoader
 
@@ -91,7 +92,7 @@ def test_draws_depend_on_seed_epoch_and_index_alone(tmp_path):
     assert len({start for start, _ in items(0, 3)}) == 4
 
 
-@pytest.mark.parametrize('context', ['fork', 'spawn'])
+@pytest.mark.parametrize('context', ['fork', METHOD])
 def test_set_epoch_and_faults_cross_to_living_workers(tmp_path, context):
     for index in range(3):
         write(tmp_path / f'{index}.wav', ramp(4), subtype='FLOAT')

@@ -5,8 +5,8 @@ import os
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from helpers.models import tiny_mulan
+from helpers.processes import start_processes
 from torch import nn
 
 import musiclm_pytorch.collectives as collectives
@@ -96,7 +96,7 @@ def largest_kept(size):
 
 @pytest.mark.slow
 def test_processes_equal_one(tmp_path):
-    mp.start_processes(worker, args=(str(tmp_path),), nprocs=WORLD, start_method='spawn')
+    start_processes(worker, str(tmp_path), count=WORLD)
     results = [torch.load(tmp_path / f'{rank}.pt', weights_only=True) for rank in range(WORLD)]
     for name, sizes in SIZES.items():
         assert_equal_one(sizes, [result[name] for result in results])

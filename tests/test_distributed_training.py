@@ -5,7 +5,6 @@ import json
 import math
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -14,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.models import tiny_mulan
+from helpers.processes import free_port, start_processes
 from helpers.training import weights
 from torch.utils.data import Dataset
 
@@ -101,8 +101,7 @@ def in_world(rank, world, folder, function, *arguments):
 
 def run_world(folder, world, function, *arguments):
     """What a function returns in each process of a world."""
-    arguments = (world, str(folder), function, *arguments)
-    torch.multiprocessing.start_processes(in_world, args=arguments, nprocs=world, start_method='spawn')
+    start_processes(in_world, world, str(folder), function, *arguments, count=world)
     return [torch.load(folder / f'{rank}.pt', weights_only=True) for rank in range(world)]
 
 
@@ -362,12 +361,10 @@ torch.save(weights(mulan), f'{{sys.argv[1]}}/{{sys.argv[2]}}.pt')
 @pytest.mark.slow
 def test_two_nodes(tmp_path):
     """Each node runs the program; both get the weights of one process."""
-    with socket.socket() as free:
-        free.bind(('127.0.0.1', 0))
-        port = free.getsockname()[1]
     script = NODE.format(tests=str(TESTS))
     command = [sys.executable, '-c', script, str(tmp_path / 'results')]
-    nodes = [subprocess.Popen([*command, str(node), str(port)]) for node in range(2)]
+    port = str(free_port())
+    nodes = [subprocess.Popen([*command, str(node), port]) for node in range(2)]
     assert [node.wait() for node in nodes] == [0, 0]
     _, _, expected = train_alone(tmp_path / 'alone', steps=3, batch_size=8)
     for node in range(2):

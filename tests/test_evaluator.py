@@ -12,8 +12,8 @@ import pytest
 import soundfile
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from helpers.models import tiny_mulan
+from helpers.processes import start_processes
 
 from musiclm_pytorch import MusicLMEvaluator, SyntheticMusic
 from musiclm_pytorch.cli import main
@@ -291,7 +291,7 @@ def worker(rank, folder):
 
 
 def test_processes_find_what_one_finds_and_fail_together(results, tmp_path):
-    mp.start_processes(worker, args=(tmp_path,), nprocs=2, start_method='spawn')
+    start_processes(worker, tmp_path, count=2)
     found, other = (json.loads((tmp_path / f'found{rank}').read_text()) for rank in range(2))
     assert found == other
     assert_alike(found[0], results)

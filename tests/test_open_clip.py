@@ -9,9 +9,9 @@ import sys
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 from helpers.models import tiny_mulan
+from helpers.processes import start_processes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -584,7 +584,7 @@ def worker(rank, world_size, folder):
 
 @pytest.mark.slow
 def test_two_processes_equal_mulan_on_the_joined_batch(open_clip, tmp_path):
-    mp.start_processes(worker, args=(2, str(tmp_path)), nprocs=2, start_method='spawn')
+    start_processes(worker, 2, str(tmp_path), count=2)
     results = [torch.load(tmp_path / f'{rank}.pt', weights_only=True) for rank in range(2)]
     for kind in LOSSES:
         model = view(sigmoid_contrastive_loss=kind in ('bidir', 'gather'))

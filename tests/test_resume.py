@@ -1,5 +1,6 @@
 """What a resumed run takes over, what it is told anew, what it refuses; and that nothing good is lost on the way."""
 
+import itertools
 import logging
 import os
 import shutil
@@ -7,11 +8,11 @@ import signal
 import subprocess
 import sys
 from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
 import torch
 from helpers.files import largest_file
+from helpers.processes import start_processes
 from helpers.training import Tones, assert_same, build, scrambled, trainer, weights
 from safetensors.torch import load_file
 
@@ -21,7 +22,6 @@ from musiclm_pytorch.trainer import MuLaNTrainer, best, checkpoints
 from musiclm_pytorch.trainer.folders import clear_leftovers
 from musiclm_pytorch.trainer.metrics_logger import Journal
 
-TESTS = Path(__file__).parent
 QUIET = dict(with_validation=False)
 
 
@@ -363,23 +363,12 @@ def test_checkpoints_by_the_clock(tmp_path):
         assert [int(path.name[5:]) for path in checkpoints.steps(run.checkpoint_folder)] == expected
 
 
-CRASHES = """
-import hashlib, os, signal, sys
-sys.path.insert(0, {tests!r})
-import torch
-from helpers.training import trainer
-from musiclm_pytorch.trainer.metrics_logger import Journal
-
-torch.set_num_threads(1)
-Journal.draw = lambda self: None  # takes long, and has no part in it
-SETTINGS = dict(checkpoint_every=1, validate_every=1, max_checkpoints=1)
-
-def train(folder, stop_at=None, resume=False):
-    '''In a process of its own, which ends right before the file that is counted is renamed or opened.'''
+def trained_until(folder, stop_at=None, resume=False):
+    """The exit code of a process that trains, and ends right before the file that is counted is renamed or opened."""
     if (child := os.fork()) == 0:
         code = 1
         try:
-            run = trainer(folder, resume=resume, **SETTINGS)
+            run = trainer(folder, resume=resume, checkpoint_every=1, validate_every=1, max_checkpoints=1)
             count = 0
 
             def watch(event, arguments):
@@ -400,37 +389,26 @@ def train(folder, stop_at=None, resume=False):
             os._exit(code)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
-def digest(folder):
-    return hashlib.sha256(open(folder + '/best/model.safetensors', 'rb').read()).hexdigest()
 
-root = sys.argv[1]
-assert train(root + '/straight') == 0
-point, wrong = 0, []
-while True:
-    point += 1
-    folder = f'{{root}}/{{point}}'
-    code = train(folder, point)
-    if code == 0:
-        break
-    assert code == 9, code
-    assert train(folder, resume=True) == 0
-    left = [name for _, folders, files in os.walk(folder) for name in folders + files if name.endswith(('tmp', 'old'))]
-    if digest(folder) != digest(root + '/straight') or left:
-        wrong.append((point, left))
-print(point - 1, 'points')
-assert not wrong, wrong
-"""
+def train_and_be_cut_off(_, folder):
+    torch.set_num_threads(1)
+    Journal.draw = lambda self: None  # takes long, and has no part in it
+    assert trained_until(folder / 'straight') == 0
+    best_model = (folder / 'straight' / 'best' / 'model.safetensors').read_bytes()
+    for point in itertools.count(1):
+        cut_off = folder / str(point)
+        if (code := trained_until(cut_off, point)) == 0:
+            break
+        assert code == 9, code
+        assert trained_until(cut_off, resume=True) == 0
+        assert (cut_off / 'best' / 'model.safetensors').read_bytes() == best_model, point
+        assert not [it for it in cut_off.rglob('*') if it.name.endswith(('tmp', 'old'))], point
+    assert point > 7
 
 
 @pytest.mark.slow
 def test_a_run_that_was_cut_off_anywhere_ends_with_the_same_best_model(tmp_path):
-    script = CRASHES.format(tests=str(TESTS))
-    environment = {**os.environ, 'OMP_NUM_THREADS': '1'}
-    done = subprocess.run(
-        [sys.executable, '-c', script, str(tmp_path)], env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    assert int(done.stdout.split()[0]) >= 7
+    start_processes(train_and_be_cut_off, tmp_path, count=1)
 
 
 # ---- held-out items ----

@@ -1,7 +1,6 @@
 """ScoreMusic: the same everywhere, true in words, musical in its notes, and played as it is written."""
 
 import itertools
-import multiprocessing
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers.processes import found_elsewhere
 from helpers.sound_font import write_sound_font
 
 from musiclm_pytorch import ScoreLabels, ScoreMusic
@@ -58,9 +58,7 @@ def test_items_depend_on_nothing_but_their_index(font, synth):
     indices = [0, 7, 3, 499]
     here = described(font, indices)
     assert described(font, indices[::-1]) == here[::-1]
-    # a fresh interpreter, in which nothing has been played before
-    with multiprocessing.get_context('spawn').Pool(1) as pool:
-        assert pool.apply(described, (font, indices)) == here
+    assert found_elsewhere(described, font, indices) == here
 
 
 def test_seed_and_split_make_other_items(font):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing as mp
+from helpers.processes import free_port, start_processes
 from helpers.stage_parts import (
     Clips,
     ClockCodec,
@@ -93,10 +93,8 @@ def test_the_command_line_trains_under_torchrun(tmp_path):
     assert load_module(tmp_path / 'out' / 'last').num_coarse_quantizers == 2
 
 
-def worker(rank, folder, stages):
-    os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT='29583'
-    )
+def worker(rank, folder, stages, port):
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT=port)
     torch.set_num_threads(1)
     for stage in stages:
         torch.save(train(f'{folder}/two', f'{folder}/tokens', stage, rank, 2), f'{folder}/{stage}.{rank}.pt')
@@ -109,7 +107,7 @@ def test_two_processes_equal_one_and_each_other(tmp_path, stages):
         Clips([1.0, 0.5] * 6), tmp_path / 'tokens', tokenizer=ClockTokenizer(), codec=ClockCodec(),
         quantizer=make_quantizer(), progress=False,
     )  # fmt: skip
-    mp.start_processes(worker, args=(str(tmp_path), stages), nprocs=2, start_method='spawn')
+    start_processes(worker, str(tmp_path), stages, str(free_port()), count=2)
     for stage in stages:
         weights, results, expected = train(tmp_path / 'one', tmp_path / 'tokens', stage, 0, 1)
         found = [torch.load(tmp_path / f'{stage}.{rank}.pt', weights_only=True) for rank in range(2)]

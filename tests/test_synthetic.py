@@ -1,7 +1,6 @@
 """SyntheticMusic: the same everywhere, true in words, and what is heard is what the labels say."""
 
 import itertools
-import multiprocessing
 import re
 import runpy
 from collections import Counter
@@ -11,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers.processes import found_elsewhere
 
 from musiclm_pytorch import MusicLabels, SyntheticMusic
 from musiclm_pytorch.data import captions
@@ -52,9 +52,7 @@ def test_items_depend_on_nothing_but_their_index():
     indices = [0, 7, 3, 999]
     here = described(indices)
     assert described(indices[::-1]) == here[::-1]
-    # a fresh interpreter, in which nothing has been drawn before
-    with multiprocessing.get_context('spawn').Pool(1) as pool:
-        assert pool.apply(described, (indices,)) == here
+    assert found_elsewhere(described, indices) == here
 
 
 def test_seed_and_split_make_other_items():

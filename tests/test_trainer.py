@@ -4,15 +4,16 @@ import json
 import logging
 import math
 import os
-import subprocess
-import sys
+import random
+import signal
+import time
 import typing
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from helpers.models import tiny_mulan
+from helpers.processes import start_processes
 from helpers.training import Tones, assert_same, build, scrambled, trainer, weights
 
 from musiclm_pytorch import MuLaN
@@ -374,43 +375,35 @@ def test_states_come_back_as_they_were(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ['step-000000007']
 
 
-KILLS = """
-import os, random, signal, sys, time
-from pathlib import Path
-sys.path.insert(0, {tests!r})
-import torch
-from musiclm_pytorch.trainer import checkpoints
-from helpers.training import trainer
-
-torch.set_num_threads(1)
-folder, draw, reached = Path(sys.argv[1]) / 'checkpoints', random.Random(0), 0
-for _ in range(4):
-    if (child := os.fork()) == 0:
+def train_and_be_killed(_, folder):
+    """Four processes, each of which goes on where the one before it was killed."""
+    torch.set_num_threads(1)
+    saved, draw, reached = folder / 'checkpoints', random.Random(0), 0
+    for _ in range(4):
+        if (child := os.fork()) == 0:
+            try:
+                run = trainer(folder, checkpoint_every=1, max_checkpoints=2, resume=True)
+                run.train(num_train_steps=100000, with_validation=False)
+            finally:
+                os._exit(1)
         try:
-            run = trainer(sys.argv[1], checkpoint_every=1, max_checkpoints=2, resume=True)
-            run.train(num_train_steps=100000, with_validation=False)
+            while not (found := checkpoints.steps(saved)) or int(found[-1].name[5:]) < reached + 3:
+                assert not os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+                time.sleep(0.02)
+            time.sleep(draw.random() * 0.3)
         finally:
-            os._exit(1)
-    try:
-        while not (found := checkpoints.steps(folder)) or int(found[-1].name[5:]) < reached + 3:
-            assert not os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-            time.sleep(0.02)
-        time.sleep(draw.random() * 0.3)
-    finally:
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
-    path, state = checkpoints.read_newest(folder)
-    assert path == checkpoints.steps(folder)[-1]
-    assert state['step'] >= reached + 3
-    reached = state['step']
-"""
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+        path, state = checkpoints.read_newest(saved)
+        assert path == checkpoints.steps(saved)[-1]
+        assert state['step'] >= reached + 3
+        reached = state['step']
 
 
 @pytest.mark.slow
 def test_sigkill_at_random_moments_loses_no_state(tmp_path):
     """Killed again and again, each run goes on from a checkpoint that loads."""
-    script = KILLS.format(tests=str(Path(__file__).parent))
-    subprocess.run([sys.executable, '-c', script, str(tmp_path)], check=True)
+    start_processes(train_and_be_killed, tmp_path, count=1)
 
 
 # ---- folders ----

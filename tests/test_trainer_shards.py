@@ -9,8 +9,8 @@ from functools import partial
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from helpers.models import tiny_mulan
+from helpers.processes import free_port, start_processes
 from helpers.recipes import SHORT, run
 from helpers.sounds import noise, ramp, write
 from helpers.training import assert_same, weights
@@ -164,10 +164,8 @@ def noting(note, compute_gradients, batches):
     return compute_gradients(batches)
 
 
-def worker(rank, folder, results):
-    os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT='29583'
-    )
+def worker(rank, folder, results, port):
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT=port)
     torch.set_num_threads(1)
     for name, (epochs, options) in RUNS.items():
         run = trainer(f'{results}/run-{name}', shards(folder), **options)
@@ -185,7 +183,7 @@ RUNS = {'plain': (2, dict(drop_last=False)), 'workers': (1, dict(num_workers=2))
 
 @pytest.mark.slow
 def test_two_processes_see_every_item_once_an_epoch(folder, tmp_path):
-    mp.start_processes(worker, args=(str(folder), str(tmp_path)), nprocs=2, start_method='spawn')
+    start_processes(worker, str(folder), str(tmp_path), str(free_port()), count=2)
     # parts of 11 and 12 items: two batches of four each, and one of what is left
     for name, (epochs, _) in RUNS.items():
         seen = [Counter() for _ in range(epochs)]

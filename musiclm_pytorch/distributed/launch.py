@@ -112,9 +112,15 @@ def _run_workers(folder: Path, config: DistributedConfig) -> None:
     )
     try:
         elastic_launch(launcher, sys.executable)('-c', code, str(folder))
-    except ChildFailedError as failed:
+    except (ChildFailedError, json.JSONDecodeError) as failed:
         if (folder / ERROR_FILE).exists():
             raise cloudpickle.loads((folder / ERROR_FILE).read_bytes()) from failed
+        if isinstance(failed, json.JSONDecodeError):
+            # torch's launcher reads what a process tells of its failure, even where it ended it in the middle of that
+            raise RuntimeError(
+                f'a process of {config.world_size} ended while it told what had failed; with resume=True training goes '
+                'on from the newest checkpoint'
+            ) from failed
         rank, failure = failed.get_first_failure()
         raise RuntimeError(
             f'process {rank} of {config.world_size} failed (exit code {failure.exitcode}) and '
