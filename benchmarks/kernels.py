@@ -38,7 +38,7 @@ CODES, COARSE = 1024, 3
 NEVER = 'fast_kernels_allowed', lambda: False
 MULAN = {
     'attention': ('musiclm_pytorch.kernels.attention', *NEVER),
-    'linear': ('musiclm_pytorch.kernels.linear', *NEVER),
+    'linear': ('musiclm_pytorch.kernels', *NEVER),
 }
 STAGE = {
     'block_attention': ('musiclm_pytorch.audiolm.transformer', *NEVER),

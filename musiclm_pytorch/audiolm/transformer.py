@@ -19,7 +19,7 @@ from einops import rearrange, repeat
 from torch import Tensor, nn
 
 from musiclm_pytorch.kernels import fast_kernels_allowed
-from musiclm_pytorch.kernels.block_attention import block_causal_attention, blocks, plain_attention
+from musiclm_pytorch.kernels.attention import block_causal_attention, causal_blocks, plain_attention
 from musiclm_pytorch.kernels.residual_streams import add, mix
 from musiclm_pytorch.mulan import layers
 
@@ -155,7 +155,9 @@ class Transformer(nn.Module):
             row = bias.row(start)[:, None, :stop]
             return [row] if by_blocks else row
         if by_blocks:
-            return [bias.block(start + a, start + b, num_keys=start + b) for a, b, _ in blocks(stop - start, stop)]
+            return [
+                bias.block(start + a, start + b, num_keys=start + b) for a, b, _ in causal_blocks(stop - start, stop)
+            ]
         return bias.block(start, stop, num_keys=stop)
 
     # what is there before any token
