@@ -64,8 +64,8 @@ from .mulan.recipes import (
     create_optimized_audiospectrogram_transformer as create_optimized_audiospectrogram_transformer,
 )
 from .mulan.recipes import get_optimal_spectrogram_params as get_optimal_spectrogram_params
+from .mulan.text_transformer import PromptWarning as PromptWarning
 from .mulan.text_transformer import TextTransformer as TextTransformer
-from .mulan.vocabulary import PromptWarning as PromptWarning
 from .musiclm import MusicLM as MusicLM
 from .open_clip import MuLaNOpenCLIP as MuLaNOpenCLIP
 from .open_clip import create_mulan_open_clip_model as create_mulan_open_clip_model

@@ -49,7 +49,7 @@ from musiclm_pytorch.mulan.display import count_of, indented, size_of
 from musiclm_pytorch.mulan.layers import l2norm
 from musiclm_pytorch.mulan.lora import adapters_of
 from musiclm_pytorch.mulan.model import evaluating
-from musiclm_pytorch.mulan.vocabulary import low_score_line, unknown_words_line, warn_of
+from musiclm_pytorch.mulan.text_transformer import low_score_line, unknown_words_line, warn_of
 from musiclm_pytorch.pretrained import find_pretrained
 from musiclm_pytorch.pretrained.hub import HubModel
 from musiclm_pytorch.quantizer import MuLaNEmbedQuantizer

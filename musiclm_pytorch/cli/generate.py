@@ -179,7 +179,7 @@ def run_generate(options: argparse.Namespace) -> dict[str, Any]:
         tell(f'these are {len(alone)} prompts, each with music of its own; for one, quote it: "{" ".join(alone)}"')
 
     from musiclm_pytorch.gallery import file_name, ranked_clips, write_clip
-    from musiclm_pytorch.mulan.vocabulary import PromptWarning
+    from musiclm_pytorch.mulan.text_transformer import PromptWarning
 
     musiclm = load_musiclm(options)
     sampling = {

@@ -65,7 +65,7 @@ def load_model(folder: str, dtype: Any, **place: Any):
     """The MusicLM or the MuLaN in a folder, or the model of that name that ships; 'auto' says nothing to a MuLaN."""
     from musiclm_pytorch.mulan.checkpoint import saved_kind
     from musiclm_pytorch.mulan.model import MuLaN
-    from musiclm_pytorch.mulan.vocabulary import PromptWarning
+    from musiclm_pytorch.mulan.text_transformer import PromptWarning
     from musiclm_pytorch.musiclm import MusicLM
     from musiclm_pytorch.pretrained import find_pretrained
 

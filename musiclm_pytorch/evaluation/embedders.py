@@ -21,7 +21,7 @@ from musiclm_pytorch.extras import needing
 from musiclm_pytorch.mulan.checkpoint import load_file
 from musiclm_pytorch.mulan.model import evaluating
 from musiclm_pytorch.mulan.pretrained import PretrainedMuLaN, cut, own_mulan
-from musiclm_pytorch.mulan.vocabulary import unknown_words_line
+from musiclm_pytorch.mulan.text_transformer import unknown_words_line
 from musiclm_pytorch.pretrained.hub import find_folder
 
 logger = logging.getLogger(__name__)
