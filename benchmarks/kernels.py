@@ -119,7 +119,7 @@ def case_of(name: str) -> tuple[Callable[[], Tensor], dict]:
         return step, MULAN
 
     from musiclm_pytorch.audiolm.generate import generate_coarse
-    from musiclm_pytorch.audiolm.sampling import Sampling
+    from musiclm_pytorch.audiolm.generation_args import Sampling
     from musiclm_pytorch.audiolm.stages import CoarseTransformer
 
     frames, rows = sizes if what == 'stage' else (24, *sizes)

@@ -62,7 +62,7 @@ from results import write_results
 from torch import Tensor
 
 from musiclm_pytorch import MuLaN, MusicLM, ScoreMusic
-from musiclm_pytorch.audiolm.sampling import Sampling
+from musiclm_pytorch.audiolm.generation_args import Sampling
 from musiclm_pytorch.data.audio import AudioFile, resample
 from musiclm_pytorch.data.scores.instruments import INSTRUMENTS
 from musiclm_pytorch.data.scores.labels import TEMPO_BORDERS, tempo_class

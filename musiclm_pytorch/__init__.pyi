@@ -9,11 +9,11 @@ from .audiolm.crops import TokenCrops as TokenCrops
 from .audiolm.generate import generate_coarse as generate_coarse
 from .audiolm.generate import generate_fine as generate_fine
 from .audiolm.generate import generate_semantic as generate_semantic
+from .audiolm.generation_args import Mix as Mix
+from .audiolm.generation_args import Sampling as Sampling
+from .audiolm.generation_args import StopGeneration as StopGeneration
 from .audiolm.protocols import Codec as Codec
 from .audiolm.protocols import Tokenizer as Tokenizer
-from .audiolm.requests import Mix as Mix
-from .audiolm.sampling import Sampling as Sampling
-from .audiolm.sampling import StopGeneration as StopGeneration
 from .audiolm.semantic import SemanticTokenizer as SemanticTokenizer
 from .audiolm.semantic_mulan import MuLaNSemanticTokenizer as MuLaNSemanticTokenizer
 from .audiolm.semantic_transformers import TransformersSemanticTokenizer as TransformersSemanticTokenizer

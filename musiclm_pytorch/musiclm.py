@@ -17,17 +17,20 @@ from torch import Tensor, nn
 from musiclm_pytorch.atomic import write_checked_json, written_together
 from musiclm_pytorch.audiolm.convert import audiolm_pytorch, audiolm_stage, unwrapped
 from musiclm_pytorch.audiolm.decode_step import fastest_dtype
-from musiclm_pytorch.audiolm.pieces import AudioStages, Conditions, Part, decode, part_times
-from musiclm_pytorch.audiolm.requests import (
+from musiclm_pytorch.audiolm.generation_args import (
     CountPerStage,
     Mix,
     NoDirectionError,
     PerStage,
     ProcessorPerStage,
+    Progress,
     Prompt,
+    Sampling,
     Sound,
+    StopGeneration,
     Story,
     check_shorter,
+    counted_steps,
     read_prime,
     read_prompt,
     read_prompts,
@@ -36,7 +39,7 @@ from musiclm_pytorch.audiolm.requests import (
     read_sound,
     words_in,
 )
-from musiclm_pytorch.audiolm.sampling import Progress, Sampling, StopGeneration, counted_steps
+from musiclm_pytorch.audiolm.pieces import AudioStages, Conditions, Part, decode, part_times
 from musiclm_pytorch.audiolm.saving import load_module, save_module
 from musiclm_pytorch.audiolm.seam import FADE, join
 from musiclm_pytorch.audiolm.semantic import SemanticTokenizer
@@ -231,7 +234,7 @@ class MusicLM(HubModel, AudioStages):
             seconds: length of the music, the prime included; 10 by default, for a story the sum of its parts.
             max_length: the same in semantic tokens, as `AudioLM` takes it.
             temperature, top_k, top_p, cond_scale: of all stages, or three for semantic, coarse and fine; see
-                `audiolm.sampling.Sampling`. By default as in `sampling`, or else MusicLM's temperatures (1.0, 0.95,
+                `Sampling`. By default as in `sampling`, or else MusicLM's temperatures (1.0, 0.95,
                 0.4) and a guidance of 3.
             negative: a prompt that the music is to keep away from, in all conditioned stages.
             negative_scale: how much, as `temperature` for all stages or three.

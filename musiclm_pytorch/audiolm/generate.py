@@ -19,7 +19,14 @@ from torch import Tensor, nn
 
 from musiclm_pytorch.audiolm.convert import own_stage
 from musiclm_pytorch.audiolm.decode_step import FusedStep
-from musiclm_pytorch.audiolm.sampling import Generators, LogitsProcessor, Noise, Progress, Sampling, counted_steps
+from musiclm_pytorch.audiolm.generation_args import (
+    Generators,
+    LogitsProcessor,
+    Noise,
+    Progress,
+    Sampling,
+    counted_steps,
+)
 from musiclm_pytorch.audiolm.stages import (
     NO_TIMES,
     PAD,
@@ -118,7 +125,7 @@ def generate_semantic(
     Returns tokens (b, n) and lengths (b,), without the end token.
     Raises ValueError for lengths, windows, tokens or shapes that do not fit, TypeError for another stage.
     """
-    stage = own_stage(transformer, SemanticTransformer)
+    stage = transformer if isinstance(transformer, SemanticTransformer) else own_stage(transformer, SemanticTransformer)
     _check_lengths(max_length, min_length)
     batch = _batch_size(num_samples, prime=prime, text_embeds=text_embeds)
     prime = _empty(batch, 0) if prime is None else prime
@@ -191,7 +198,7 @@ def generate_coarse(
     Returns codes (b, t, q) and lengths (b,) in frames.
     Raises ValueError for lengths, windows, tokens or shapes that do not fit, TypeError for another stage.
     """
-    stage = own_stage(transformer, CoarseTransformer)
+    stage = transformer if isinstance(transformer, CoarseTransformer) else own_stage(transformer, CoarseTransformer)
     batch, q = len(semantic_ids), stage.num_levels
     _check_ids('semantic_ids', semantic_ids, (None, None), stage.num_semantic_tokens + 1, may_pad=True)
     limits = [max_length] * batch if isinstance(max_length, int) else list(max_length)
@@ -281,7 +288,7 @@ def generate_fine(
     Returns codes (b, t, q') and lengths (b,) in frames.
     Raises ValueError for windows, tokens or shapes that do not fit, TypeError for another stage.
     """
-    stage = own_stage(transformer, FineTransformer)
+    stage = transformer if isinstance(transformer, FineTransformer) else own_stage(transformer, FineTransformer)
     q = stage.num_levels
     _check_ids('coarse_codes', coarse_codes, (None, None, stage.num_coarse_quantizers), stage.eos_id + 1, may_pad=True)
     check_positive(max_batch=max_batch)
@@ -569,10 +576,9 @@ def continued_windows(
     return windows
 
 
-@typechecked
-def on_grid(start: int, grid: int) -> int:
-    """The last of every `grid` frames up to `start`; where these lie far apart, it is taken as it is."""
-    return start - start % grid if grid <= FAR else start
+def on_grid(start: int, grid: int, far: float = FAR) -> int:
+    """The last of every `grid` frames up to `start`; where these lie further apart than `far`, it is taken as it is."""
+    return start - start % grid if grid <= far else start
 
 
 def separate_windows(length: int, window: int | None, prime: int = 0) -> list[Window]:

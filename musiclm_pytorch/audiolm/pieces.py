@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from fractions import Fraction
 from typing import Any, NamedTuple
 
 import torch
@@ -15,8 +14,8 @@ from torch import Tensor, nn
 
 from musiclm_pytorch.audiolm.convert import own_codec, own_stage, own_tokenizer
 from musiclm_pytorch.audiolm.generate import generate_coarse, generate_fine, generate_semantic, on_grid
+from musiclm_pytorch.audiolm.generation_args import Progress, Sampling
 from musiclm_pytorch.audiolm.protocols import Codec
-from musiclm_pytorch.audiolm.sampling import Progress, Sampling
 from musiclm_pytorch.audiolm.seam import CHANGE, CHANGE_GUIDANCE, SETTLE, join, steps_in
 from musiclm_pytorch.audiolm.stages import (
     STAGES,
@@ -71,6 +70,10 @@ class AudioStages(nn.Module):
         windows: seconds that each stage sees at once.
         unique_consecutive: whether semantic tokens come without repetitions.
 
+    Attributes:
+        sample_rate: of the music, in Hz.
+        frame_rate, semantic_rate: frames of the codec and semantic tokens a second, fractions.
+
     Raises ValueError for parts that do not fit each other.
     """
 
@@ -90,6 +93,8 @@ class AudioStages(nn.Module):
             setattr(self, name, own_stage(stage, kind))
         self.codec, self.tokenizer = own_codec(codec), own_tokenizer(tokenizer)
         self.windows, self.unique_consecutive = windows, unique_consecutive
+        self.sample_rate, self.frame_rate = self.codec.sample_rate, self.codec.frame_rate
+        self.semantic_rate = self.tokenizer.frame_rate
         semantic, coarse, fine, levels = self.semantic, self.coarse, self.fine, self.codec.num_quantizers
         for what, ours, theirs in (
             ('coarse stage reads {} semantic tokens, but the semantic stage makes {}', coarse.num_semantic_tokens,
@@ -110,21 +115,6 @@ class AudioStages(nn.Module):
     @property
     def stages(self) -> dict[str, SemanticTransformer | CoarseTransformer | FineTransformer]:
         return {name: getattr(self, name) for name in STAGES}
-
-    @property
-    def sample_rate(self) -> int:
-        """Of the music, in Hz."""
-        return self.codec.sample_rate
-
-    @property
-    def frame_rate(self) -> Fraction:
-        """Frames of the codec a second."""
-        return self.codec.frame_rate
-
-    @property
-    def semantic_rate(self) -> Fraction:
-        """Semantic tokens a second."""
-        return self.tokenizer.frame_rate
 
     def encode_prime(self, prime: tuple[Tensor, int] | None, batch: int) -> tuple[Tensor, Tensor, Tensor]:
         """Semantic tokens `(b, n)`, coarse and fine codes `(b, t, q)` of a wave `(1, samples)` and its rate, up to

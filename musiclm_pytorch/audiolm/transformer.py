@@ -329,20 +329,12 @@ class Attention(nn.Module):
         return self.merged(plain_attention(q, k, v, mask, bias, causal=causal, fused=fused, dropout=dropout))
 
 
-class GEGLU(nn.Module):
-    """arXiv 2002.05202."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        x, gate = x.chunk(2, dim=-1)
-        return F.gelu(gate) * x
-
-
 def feed_forward(dim: int, dropout: float) -> nn.Sequential:
     hidden = int(dim * 8 / 3)
     return nn.Sequential(
         LayerNorm(dim),
         Linear(dim, 2 * hidden),
-        GEGLU(),
+        layers.GEGLU(),
         LayerNorm(hidden),
         nn.Dropout(dropout),
         Linear(hidden, dim),

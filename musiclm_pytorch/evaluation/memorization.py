@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from musiclm_pytorch.audiolm.convert import unwrapped
 from musiclm_pytorch.audiolm.generate import generate_semantic
-from musiclm_pytorch.audiolm.sampling import Sampling
+from musiclm_pytorch.audiolm.generation_args import Sampling
 from musiclm_pytorch.checks import check_audio, check_positive, check_probability, check_sample_rate, typechecked
 from musiclm_pytorch.data.audio import resample
 from musiclm_pytorch.evaluation.metric import Metric, MetricValue, checked_seed, mean_value, undefined

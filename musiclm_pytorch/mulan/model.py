@@ -487,7 +487,8 @@ def evaluating(module: nn.Module) -> Iterator[None]:
     with _evaluated_lock:
         for child in children:
             _evaluated.setdefault(child, [0, child.training])[0] += 1
-        module.eval()
+        if any(child.training for child in children):
+            module.eval()
     try:
         yield
     finally:

@@ -16,7 +16,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from torch import Tensor
 
-from musiclm_pytorch.audiolm.requests import NoDirectionError
+from musiclm_pytorch.audiolm.generation_args import NoDirectionError
 from musiclm_pytorch.checks import described, typechecked
 from musiclm_pytorch.inference.optimize import OptimizedMuLaN
 from musiclm_pytorch.inference.service.config import ServiceConfig
@@ -44,7 +44,7 @@ from musiclm_pytorch.inference.service.requests import (
 )
 from musiclm_pytorch.inference.service.streams import router as streams
 from musiclm_pytorch.inference.service.worker import Abandoned, Job, ModelWorker, Unreadable
-from musiclm_pytorch.mulan.model import MuLaN
+from musiclm_pytorch.mulan.model import JointEmbedding
 from musiclm_pytorch.musiclm import MusicLM
 from musiclm_pytorch.version import __version__
 from musiclm_pytorch.waves import sound_bytes
@@ -66,7 +66,7 @@ CALLS = {
 
 
 @typechecked
-def build(model: MuLaN | OptimizedMuLaN | MusicLM, config: ServiceConfig) -> FastAPI:
+def build(model: JointEmbedding | OptimizedMuLaN | MusicLM, config: ServiceConfig) -> FastAPI:
     """The application of `create_service`."""
     worker = ModelWorker(model)
 
