@@ -14,9 +14,19 @@ from torch import Tensor
 
 from musiclm_pytorch.audiolm.generate import generate_coarse, generate_fine, generate_semantic, on_grid
 from musiclm_pytorch.audiolm.generation_args import Prompt, Sampling
-from musiclm_pytorch.audiolm.pieces import DECODED_BEFORE, AudioStages, Conditions, decode
+from musiclm_pytorch.audiolm.pieces import (
+    CHANGE,
+    CHANGE_GUIDANCE,
+    DECODED_BEFORE,
+    FADE,
+    SETTLE,
+    AudioStages,
+    Conditions,
+    decode,
+    join,
+    steps_in,
+)
 from musiclm_pytorch.audiolm.protocols import Codec
-from musiclm_pytorch.audiolm.seam import CHANGE, CHANGE_GUIDANCE, FADE, SETTLE, join, steps_in
 from musiclm_pytorch.checks import typechecked
 from musiclm_pytorch.kernels.processor import one_thread
 from musiclm_pytorch.mulan.model import evaluating

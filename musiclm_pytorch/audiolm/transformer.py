@@ -128,7 +128,10 @@ class Transformer(nn.Module):
             k, v, own = attention.branch.keys_values(x, values)
             values = own if values is None and self.add_value_residual else values
             k, v, mask = cache.extend(index, k, v)
-            out = self._attend(attention.branch, x, k, v, placed, mask)
+            if isinstance(placed, list):
+                out = attention.branch.merged(block_causal_attention(attention.branch.queries(x), k, v, mask, placed))
+            else:
+                out = attention.branch(x, k, v, mask, bias=placed, causal=True, fused=self.flash_attn)
             streams = attention.depth(out, *kept)
 
             if cross is not None:
@@ -139,11 +142,6 @@ class Transformer(nn.Module):
             x, kept = feed_forward.width(streams, mixing[2])
             streams = feed_forward.depth(feed_forward.branch(x), *kept)
         return self.norm(streams if self.num_residual_streams == 1 else streams.sum(dim=2))
-
-    def _attend(self, attention: Attention, x, k, v, placed, mask: Tensor | None) -> Tensor:
-        if isinstance(placed, list):
-            return attention.merged(block_causal_attention(attention.queries(x), k, v, mask, placed))
-        return attention(x, k, v, mask, bias=placed, causal=True, fused=self.flash_attn)
 
     def _place(self, bias: PositionBias, start: int, stop: int, device: torch.device) -> list[Tensor] | Tensor | None:
         """The position bias of tokens [start, stop): by blocks for the CPU, whole otherwise, None for none."""

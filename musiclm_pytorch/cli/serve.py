@@ -55,7 +55,7 @@ def run_serve(options: argparse.Namespace) -> None:
         return
     app = create_service(load(), config)
 
-    from musiclm_pytorch.inference.service.server import Server
+    from musiclm_pytorch.inference.service.workers import Server
 
     with contextlib.suppress(KeyboardInterrupt):  # the signals that it has ended by, once more
         Server(app, host=options.host, port=options.port).run()
