@@ -646,8 +646,8 @@ class MusicLM(HubModel, AudioStages):
                 stacklevel=3,
             )
             return mulan.get_audio_latents(resample(wave, rate, self.sample_rate))
-        if wave.shape[-1] > RANKING_WINDOW * rate:
-            return mulan.embed_audio(wave, window=RANKING_WINDOW, sample_rate=rate)
+        if wave.shape[-1] > (window := mulan.window(RANKING_WINDOW)) * rate:
+            return mulan.embed_audio(wave, window=window, hop=min(1.0, window), sample_rate=rate)
         return mulan.get_audio_latents(wave, sample_rate=rate)
 
     # saving
