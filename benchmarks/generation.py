@@ -38,7 +38,7 @@ import torch  # noqa: E402
 
 from musiclm_pytorch.audiolm import convert  # noqa: E402
 from musiclm_pytorch.audiolm.generate import generate_coarse, generate_fine, generate_semantic  # noqa: E402
-from musiclm_pytorch.audiolm.sampling import Sampling  # noqa: E402
+from musiclm_pytorch.audiolm.generation_args import Sampling  # noqa: E402
 
 DIM, DEPTH, CODES, COARSE, FINE = 512, 6, 1024, 3, 5
 SECONDS, SEMANTIC_RATE, FRAME_RATE = 6, 25, 50

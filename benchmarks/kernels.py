@@ -38,7 +38,7 @@ CODES, COARSE = 1024, 3
 NEVER = 'fast_kernels_allowed', lambda: False
 MULAN = {
     'attention': ('musiclm_pytorch.kernels.attention', *NEVER),
-    'linear': ('musiclm_pytorch.kernels.linear', *NEVER),
+    'linear': ('musiclm_pytorch.kernels', *NEVER),
 }
 STAGE = {
     'block_attention': ('musiclm_pytorch.audiolm.transformer', *NEVER),
@@ -119,7 +119,7 @@ def case_of(name: str) -> tuple[Callable[[], Tensor], dict]:
         return step, MULAN
 
     from musiclm_pytorch.audiolm.generate import generate_coarse
-    from musiclm_pytorch.audiolm.sampling import Sampling
+    from musiclm_pytorch.audiolm.generation_args import Sampling
     from musiclm_pytorch.audiolm.stages import CoarseTransformer
 
     frames, rows = sizes if what == 'stage' else (24, *sizes)

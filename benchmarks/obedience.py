@@ -42,7 +42,7 @@ from sklearn.preprocessing import StandardScaler
 from torch import nn
 
 from musiclm_pytorch import MusicLM, SyntheticMusic, generate_coarse, generate_fine
-from musiclm_pytorch.audiolm.sampling import Sampling
+from musiclm_pytorch.audiolm.generation_args import Sampling
 from musiclm_pytorch.data.attributes import INSTRUMENTS, MusicLabels
 from musiclm_pytorch.data.audio import resample
 from musiclm_pytorch.evaluation.memorization import memorisation, training_clips

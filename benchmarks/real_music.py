@@ -62,7 +62,7 @@ from results import write_results
 from torch import Tensor
 
 from musiclm_pytorch import MuLaN, MusicLM, ScoreMusic
-from musiclm_pytorch.audiolm.sampling import Sampling
+from musiclm_pytorch.audiolm.generation_args import Sampling
 from musiclm_pytorch.data.audio import AudioFile, resample
 from musiclm_pytorch.data.scores.instruments import INSTRUMENTS
 from musiclm_pytorch.data.scores.labels import TEMPO_BORDERS, tempo_class
@@ -70,7 +70,7 @@ from musiclm_pytorch.evaluation.alignment import alignment_figures
 from musiclm_pytorch.evaluation.distances import GaussianStatistics, frechet_audio_distance
 from musiclm_pytorch.evaluation.metric import MetricValue, to_json
 from musiclm_pytorch.mulan.layers import l2norm
-from musiclm_pytorch.mulan.vocabulary import PromptWarning
+from musiclm_pytorch.mulan.text_transformer import PromptWarning
 from musiclm_pytorch.pretrained import find_pretrained
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -9,11 +9,11 @@ from .audiolm.crops import TokenCrops as TokenCrops
 from .audiolm.generate import generate_coarse as generate_coarse
 from .audiolm.generate import generate_fine as generate_fine
 from .audiolm.generate import generate_semantic as generate_semantic
+from .audiolm.generation_args import Mix as Mix
+from .audiolm.generation_args import Sampling as Sampling
+from .audiolm.generation_args import StopGeneration as StopGeneration
 from .audiolm.protocols import Codec as Codec
 from .audiolm.protocols import Tokenizer as Tokenizer
-from .audiolm.requests import Mix as Mix
-from .audiolm.sampling import Sampling as Sampling
-from .audiolm.sampling import StopGeneration as StopGeneration
 from .audiolm.semantic import SemanticTokenizer as SemanticTokenizer
 from .audiolm.semantic_mulan import MuLaNSemanticTokenizer as MuLaNSemanticTokenizer
 from .audiolm.semantic_transformers import TransformersSemanticTokenizer as TransformersSemanticTokenizer
@@ -64,8 +64,8 @@ from .mulan.recipes import (
     create_optimized_audiospectrogram_transformer as create_optimized_audiospectrogram_transformer,
 )
 from .mulan.recipes import get_optimal_spectrogram_params as get_optimal_spectrogram_params
+from .mulan.text_transformer import PromptWarning as PromptWarning
 from .mulan.text_transformer import TextTransformer as TextTransformer
-from .mulan.vocabulary import PromptWarning as PromptWarning
 from .musiclm import MusicLM as MusicLM
 from .open_clip import MuLaNOpenCLIP as MuLaNOpenCLIP
 from .open_clip import create_mulan_open_clip_model as create_mulan_open_clip_model

@@ -69,7 +69,13 @@ def as_tuples(value: Any) -> Any:
 
 
 def shown_hint(hint: Any) -> str:
-    told = hint.__name__ if inspect.isclass(hint) and not typing.get_args(hint) else str(hint)
+    """A type as people write it: `float | None`, but "bool or 'auto'"."""
+    parts = typing.get_args(hint)
+    if typing.get_origin(hint) is typing.Literal:
+        return ' or '.join(map(repr, parts))
+    if any(typing.get_origin(part) is typing.Literal for part in parts):
+        return ' or '.join('None' if part is type(None) else shown_hint(part) for part in parts)
+    told = hint.__name__ if inspect.isclass(hint) and not parts else str(hint)
     return told.replace('pathlib.', '').replace('typing.', '')
 
 

@@ -17,17 +17,20 @@ from torch import Tensor, nn
 from musiclm_pytorch.atomic import write_checked_json, written_together
 from musiclm_pytorch.audiolm.convert import audiolm_pytorch, audiolm_stage, unwrapped
 from musiclm_pytorch.audiolm.decode_step import fastest_dtype
-from musiclm_pytorch.audiolm.pieces import AudioStages, Conditions, Part, decode, part_times
-from musiclm_pytorch.audiolm.requests import (
+from musiclm_pytorch.audiolm.generation_args import (
     CountPerStage,
     Mix,
     NoDirectionError,
     PerStage,
     ProcessorPerStage,
+    Progress,
     Prompt,
+    Sampling,
     Sound,
+    StopGeneration,
     Story,
     check_shorter,
+    counted_steps,
     read_prime,
     read_prompt,
     read_prompts,
@@ -36,9 +39,8 @@ from musiclm_pytorch.audiolm.requests import (
     read_sound,
     words_in,
 )
-from musiclm_pytorch.audiolm.sampling import Progress, Sampling, StopGeneration, counted_steps
+from musiclm_pytorch.audiolm.pieces import FADE, AudioStages, Conditions, Part, decode, join, part_times
 from musiclm_pytorch.audiolm.saving import load_module, save_module
-from musiclm_pytorch.audiolm.seam import FADE, join
 from musiclm_pytorch.audiolm.semantic import SemanticTokenizer
 from musiclm_pytorch.audiolm.stages import STAGES
 from musiclm_pytorch.audiolm.streaming import MusicStream, StageStream
@@ -49,7 +51,7 @@ from musiclm_pytorch.mulan.display import count_of, indented, size_of
 from musiclm_pytorch.mulan.layers import l2norm
 from musiclm_pytorch.mulan.lora import adapters_of
 from musiclm_pytorch.mulan.model import evaluating
-from musiclm_pytorch.mulan.vocabulary import low_score_line, unknown_words_line, warn_of
+from musiclm_pytorch.mulan.text_transformer import low_score_line, unknown_words_line, warn_of
 from musiclm_pytorch.pretrained import find_pretrained
 from musiclm_pytorch.pretrained.hub import HubModel
 from musiclm_pytorch.quantizer import MuLaNEmbedQuantizer
@@ -231,7 +233,7 @@ class MusicLM(HubModel, AudioStages):
             seconds: length of the music, the prime included; 10 by default, for a story the sum of its parts.
             max_length: the same in semantic tokens, as `AudioLM` takes it.
             temperature, top_k, top_p, cond_scale: of all stages, or three for semantic, coarse and fine; see
-                `audiolm.sampling.Sampling`. By default as in `sampling`, or else MusicLM's temperatures (1.0, 0.95,
+                `Sampling`. By default as in `sampling`, or else MusicLM's temperatures (1.0, 0.95,
                 0.4) and a guidance of 3.
             negative: a prompt that the music is to keep away from, in all conditioned stages.
             negative_scale: how much, as `temperature` for all stages or three.
@@ -270,6 +272,7 @@ class MusicLM(HubModel, AudioStages):
         Warns (`PromptWarning`) of words that the model does not know, and of music that does not come near its prompt;
         see `prompt_warnings`.
         """
+        # what is asked for
         check_positive(num_samples=num_samples, seconds=seconds, max_length=max_length, max_batch=max_batch)
         self.check_fitted()
         prompts, story = read_prompts(text)
@@ -288,34 +291,34 @@ class MusicLM(HubModel, AudioStages):
         if melody is not None:
             melody = self._read_melodies(melody if isinstance(melody, list) else [melody], seconds)
             melody = melody.expand(pieces, -1, -1)
+        times = part_times([length for length, _ in story]) if story else [(0.0, seconds)]
+        # one generator a piece, so that a piece does not depend on those made beside it
+        seeds = seeds_of(seed, total := pieces * num_samples)
+        generators = [torch.Generator(self.device).manual_seed(it) for it in seeds]
 
         with evaluating(self):
+            # prompts to codes of MuLaN's latents, a row a prompt or a part of the story
             heard = None if prime is None else resample(*prime, self.sample_rate)
-            # a row a prompt, or a part of the story
             wanted, indices, sounds, avoided = self._read(prompts, negative, heard, is_story=story is not None)
-            total = pieces * num_samples
-            # one generator a piece, so that a piece does not depend on those made beside it
-            seeds = seeds_of(seed, total)
-            generators = [torch.Generator(self.device).manual_seed(it) for it in seeds]
-            waves = []
-            for start in range(0, total, max_batch or total):
-                rows = range(start, min(start + (max_batch or total), total))
-                prompt_of = [row // num_samples for row in rows]
-                times = part_times([length for length, _ in story]) if story else [(0.0, seconds)]
+
+            # codes to tokens to waves, `max_batch` pieces at a time
+            waves, size = [], max_batch or total
+            for start in range(0, total, size):
+                prompt_of = [row // num_samples for row in range(start, min(start + size, total))]
                 parts = []
                 for number, time in enumerate(times):
-                    own = [number] * len(rows) if story else prompt_of
+                    own = [number] * len(prompt_of) if story else prompt_of
                     parts.append(Part(*time, self._conditions(indices[own], sounds[own], avoided)))
                 try:
                     made = self.generate_parts(
                         parts,
                         samplings,
                         prime=prime,
-                        generators=[generators[row] for row in rows],
+                        generators=generators[start : start + size],
                         progress=progress,
                         melody=None if melody is None else melody[prompt_of],
                     )
-                    with counted_steps(progress, 'waves', len(rows)) as advance:
+                    with counted_steps(progress, 'waves', len(prompt_of)) as advance:
                         for own in zip(*(codes.split(1) for _, codes in made)):
                             waves.append(self.decode_parts(own, parts))
                             advance(1)
@@ -331,7 +334,8 @@ class MusicLM(HubModel, AudioStages):
             if prime is not None:
                 waves = join(heard[0].to(waves.device), waves, self.sample_rate)
             waves = rearrange(waves, '(p s) n -> p s n', s=num_samples)
-            scores = None
+
+            # the best piece of each prompt
             if return_scores or (num_samples > 1 and not return_all):
                 try:
                     scores = self._score(waves, wanted, story, progress)
@@ -389,13 +393,14 @@ class MusicLM(HubModel, AudioStages):
         self._check_timed('they cannot stream')
         (seed,) = seeds_of(seed, 1)
         given, coded_from, codes = None, 0, None
-        if melody is not None:
-            melody = self._read_melodies([melody])
         if prime is not None:
             given = resample(*read_sound(prime, name='prime'), self.sample_rate)[0].to(self.device)
             if seconds is not None:
                 check_shorter(len(given) / self.sample_rate, seconds)
             coded_from = max(0, len(given) - round(self.windows[0] * self.sample_rate))  # more is not seen
+        if melody is not None:
+            melody = self._read_melodies([melody])
+            melody = melody[:, math.floor(coded_from * self.semantic_rate / self.sample_rate) :]
         avoided = None if negative is None else read_prompt(negative)
 
         def conditions_of(prompt: Prompt, heard: Tensor | None = None) -> Conditions:
@@ -412,12 +417,11 @@ class MusicLM(HubModel, AudioStages):
             seconds=seconds,
             generator=torch.Generator(self.device).manual_seed(seed),
             prime=codes,
-            melody=None
-            if melody is None
-            else melody[:, math.floor(coded_from * self.semantic_rate / self.sample_rate) :],
+            melody=melody,
         )
-        how = dict(seconds=seconds, seed=seed, given=given, coded_from=coded_from)
-        return MusicStream(stages, conditions_of, conditions, **how)
+        return MusicStream(
+            stages, conditions_of, conditions, seconds=seconds, seed=seed, given=given, coded_from=coded_from
+        )
 
     @typechecked
     @torch.no_grad()
@@ -516,7 +520,7 @@ class MusicLM(HubModel, AudioStages):
             indices = sounds = quantizer.indices(latents=wanted)
             if heard is not None and heard.shape[-1] >= HEARD * self.sample_rate:
                 goes_on = wanted[:1] if is_story else wanted
-                both = quantizer.indices(latents=l2norm(goes_on + self._hear(heard, self.sample_rate)))
+                both = quantizer.indices(latents=l2norm(goes_on + self.hear(heard, self.sample_rate)))
                 sounds = torch.cat((both, indices[len(both) :]))
             avoided = None if negative is None else quantizer.indices(latents=self._latents([negative]))
         return wanted, indices, sounds, avoided
@@ -606,7 +610,7 @@ class MusicLM(HubModel, AudioStages):
             return next(told)
         if isinstance(prompt, tuple):
             self._check_heard(prompt[0].shape[-1] / prompt[1], 'a sound as a prompt')
-            return self._hear(*prompt)[0]
+            return self.hear(*prompt)[0]
         if isinstance(prompt, Mix):
             latent = sum(weight * self._latent(part, told) for weight, part in prompt.parts)
         else:
@@ -626,7 +630,7 @@ class MusicLM(HubModel, AudioStages):
         audio = []
         with counted_steps(progress, 'scores', len(flat)) as advance:
             for wave in flat.split(1):
-                audio.append(self._hear(wave, self.sample_rate))
+                audio.append(self.hear(wave, self.sample_rate))
                 advance(1)
         audio = rearrange(torch.cat(audio), '(p s) d -> p s d', s=waves.shape[1])
         return einsum(audio, wanted, 'p s d, p d -> p s')
@@ -637,7 +641,7 @@ class MusicLM(HubModel, AudioStages):
         if seconds < least:
             raise ValueError(f'{what} must last {least:.3g} s at least, for MuLaN to hear it, got {seconds:g} s')
 
-    def _hear(self, wave: Tensor, rate: int) -> Tensor:
+    def hear(self, wave: Tensor, rate: int) -> Tensor:
         """MuLaN's latent of a wave `(1, samples)`, `(1, d)`: the mean over windows of a long one."""
         mulan, wave = self.mulan_embed_quantizer.mulan, wave.to(self.device)
         if mulan.sample_rate is None:
@@ -647,8 +651,8 @@ class MusicLM(HubModel, AudioStages):
                 stacklevel=3,
             )
             return mulan.get_audio_latents(resample(wave, rate, self.sample_rate))
-        if wave.shape[-1] > RANKING_WINDOW * rate:
-            return mulan.embed_audio(wave, window=RANKING_WINDOW, sample_rate=rate)
+        if wave.shape[-1] > (window := mulan.window(RANKING_WINDOW)) * rate:
+            return mulan.embed_audio(wave, window=window, hop=min(1.0, window), sample_rate=rate)
         return mulan.get_audio_latents(wave, sample_rate=rate)
 
     # saving

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from musiclm_pytorch.mulan.audio_transformer import AudioSpectrogramTransformer
+from musiclm_pytorch.mulan.audio_transformer import AudioSpectrogramTransformer, sincos_2d
 from musiclm_pytorch.mulan.contrastive import (
     MultiLayerContrastiveLoss,
     SigmoidContrastiveLearning,
@@ -18,7 +18,6 @@ from musiclm_pytorch.mulan.contrastive import (
 )
 from musiclm_pytorch.mulan.layers import GEGLU, Attention, FeedForward, LayerNorm, Transformer, l2norm
 from musiclm_pytorch.mulan.model import MuLaN, interspersed_indices
-from musiclm_pytorch.mulan.patches import sincos_2d
 from musiclm_pytorch.mulan.text_transformer import TextTransformer
 from musiclm_pytorch.musiclm import MusicLM
 from musiclm_pytorch.quantizer import MuLaNEmbedQuantizer

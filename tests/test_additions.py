@@ -14,8 +14,8 @@ from torch import nn
 from musiclm_pytorch import MuLaN, MuLaNEmbedQuantizer, MusicLM
 from musiclm_pytorch.audiolm import saving
 from musiclm_pytorch.audiolm.generate import generate_semantic
+from musiclm_pytorch.audiolm.generation_args import Sampling
 from musiclm_pytorch.audiolm.protocols import Codec, Tokenizer
-from musiclm_pytorch.audiolm.sampling import Sampling
 from musiclm_pytorch.audiolm.stages import CoarseTransformer, FineTransformer, SemanticTransformer
 from musiclm_pytorch.checks import records_config
 from musiclm_pytorch.collectives import gather_batch

@@ -15,7 +15,7 @@ from helpers.models import tiny_mulan
 from torch.utils.data import DataLoader
 from torchaudio import functional
 
-from musiclm_pytorch.audiolm.requests import read_prime
+from musiclm_pytorch.audiolm.generation_args import read_prime
 from musiclm_pytorch.data.audio import AudioFile, resample
 from musiclm_pytorch.data.clips import Clip
 from musiclm_pytorch.data.datasets import AudioTextDataset

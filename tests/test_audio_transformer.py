@@ -9,7 +9,7 @@ from torch import nn
 from musiclm_pytorch import create_optimized_audiospectrogram_transformer
 from musiclm_pytorch.kernels import plain_kernels
 from musiclm_pytorch.mulan import audio_transformer
-from musiclm_pytorch.mulan.patches import choose_patches
+from musiclm_pytorch.mulan.audio_transformer import choose_patches
 
 NAN = float('nan')
 

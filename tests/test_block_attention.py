@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from musiclm_pytorch.audiolm.convert import audiolm_pytorch
-from musiclm_pytorch.kernels.block_attention import BLOCK, block_causal_attention, blocks, plain_attention
+from musiclm_pytorch.kernels.attention import BLOCK, block_causal_attention, causal_blocks, plain_attention
 
 
 def genuine_attend():
@@ -14,7 +14,7 @@ def genuine_attend():
 def in_blocks(bias):
     """Of `(h, n, n)`, what `block_causal_attention` takes."""
     n = bias.shape[1]
-    return [bias[:, start:stop, :stop] for start, stop, _ in blocks(n, n)]
+    return [bias[:, start:stop, :stop] for start, stop, _ in causal_blocks(n, n)]
 
 
 @pytest.mark.parametrize('n', [1, 5, BLOCK - 1, BLOCK, BLOCK + 1, 3 * BLOCK + 7])

@@ -21,7 +21,7 @@ from helpers.audiolm_stages import (
 
 from musiclm_pytorch.audiolm.convert import own_stage
 from musiclm_pytorch.audiolm.generate import generate_coarse, generate_fine, generate_semantic
-from musiclm_pytorch.audiolm.sampling import Sampling
+from musiclm_pytorch.audiolm.generation_args import Sampling
 
 CROSS = dict(audio_text_condition=True)
 SAMPLING = Sampling(temperature=0.9, top_k=9, top_p=0.95)

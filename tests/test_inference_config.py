@@ -45,8 +45,8 @@ def test_json_both_ways(tmp_path):
     [
         (TypeError, "no field 'batchsize'.*'batch_size'", dict(batchsize=4)),
         (TypeError, "no field 'use_quantisation'.*'use_quantization'", dict(use_quantisation=True)),
-        (TypeError, "use_quantization must be .*bool.*'auto'.*, got 'yes'", dict(use_quantization='yes')),
-        (TypeError, "compile_model must be .*bool.*'auto'.*, got 1", dict(compile_model=1)),
+        (TypeError, "use_quantization must be bool or 'auto', got 'yes'", dict(use_quantization='yes')),
+        (TypeError, "compile_model must be bool or 'auto', got 1", dict(compile_model=1)),
         (TypeError, 'batch_size must be int', dict(batch_size=True)),
         (TypeError, 'batch_size must be int', dict(batch_size=2.0)),
         (TypeError, 'memory_efficient must be bool', dict(memory_efficient='auto')),

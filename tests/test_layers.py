@@ -2,7 +2,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from musiclm_pytorch.kernels import linear, plain_kernels
+from musiclm_pytorch import kernels
+from musiclm_pytorch.kernels import plain_kernels
 from musiclm_pytorch.mulan.layers import FeedForward, Linear, Transformer
 
 
@@ -11,8 +12,8 @@ def onednn(monkeypatch):
     """oneDNN's product wherever there is one, for small sizes and on any processor."""
     if not torch.backends.mkldnn.is_available():
         pytest.skip('PyTorch was built without oneDNN')
-    monkeypatch.setattr(linear, 'MIN_MULTIPLICATIONS', 0)
-    monkeypatch.setattr(linear, 'has_slow_float32', lambda: True)
+    monkeypatch.setattr(kernels, 'MIN_MULTIPLICATIONS', 0)
+    monkeypatch.setattr(kernels, 'has_slow_float32', lambda: True)
 
 
 @pytest.mark.parametrize('shape', [(5, 7, 33), (1, 1, 33), (3, 33), (2, 3, 5, 33)])

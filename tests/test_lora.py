@@ -26,7 +26,7 @@ from musiclm_pytorch import (
 from musiclm_pytorch.audiolm import decode_step
 from musiclm_pytorch.audiolm.convert import audiolm_stage, own_stage
 from musiclm_pytorch.audiolm.generate import generate_semantic
-from musiclm_pytorch.audiolm.sampling import Sampling
+from musiclm_pytorch.audiolm.generation_args import Sampling
 from musiclm_pytorch.audiolm.saving import load_module, save_module
 from musiclm_pytorch.cli import main
 from musiclm_pytorch.distributed import DistributedConfig, DistributedMuLaNTrainer

@@ -23,7 +23,7 @@ from musiclm_pytorch import (
     generate_semantic,
 )
 from musiclm_pytorch.audiolm.convert import SoundStream
-from musiclm_pytorch.audiolm.sampling import Sampling
+from musiclm_pytorch.audiolm.generation_args import Sampling
 from musiclm_pytorch.audiolm.saving import load_module
 from musiclm_pytorch.cli import main
 from musiclm_pytorch.data.audio import resample

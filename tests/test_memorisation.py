@@ -11,7 +11,7 @@ from scipy.optimize import linprog
 
 from musiclm_pytorch import MusicLM, evaluation
 from musiclm_pytorch.audiolm.generate import generate_semantic
-from musiclm_pytorch.audiolm.sampling import Sampling
+from musiclm_pytorch.audiolm.generation_args import Sampling
 from musiclm_pytorch.audiolm.semantic_mulan import MuLaNSemanticTokenizer
 from musiclm_pytorch.evaluation.memorization import (
     Memorization,

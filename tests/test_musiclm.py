@@ -35,6 +35,14 @@ def test_the_best_is_what_mulan_finds_nearest(musiclm):
     assert len({wave.sum().item() for wave in waves[0]}) == 4
 
 
+def test_music_longer_than_mulans_tower_takes_is_heard_whole(musiclm, monkeypatch, recwarn):
+    mulan, wave = musiclm.mulan_embed_quantizer.mulan, 0.1 * torch.randn(1, 3 * RATE)
+    monkeypatch.setattr(mulan.audio, 'max_audio_length', mulan.sample_rate // 2)
+    expected = mulan.embed_audio(wave, window=0.5, hop=0.5, sample_rate=RATE)
+    torch.testing.assert_close(musiclm.hear(wave, RATE), expected)
+    assert not recwarn.list
+
+
 def test_what_is_done_when_it_is_stopped_is_given_back(musiclm):
     keywords = dict(num_samples=2, seconds=0.4, seed=5, max_batch=1, return_all=True, return_scores=True)
     whole = musiclm(['a', 'b', 'c'], **keywords)

@@ -26,7 +26,7 @@ from musiclm_pytorch.open_clip import (
     create_open_clip_data,
     create_open_clip_loss,
 )
-from musiclm_pytorch.open_clip.framing import END, START, bare, framed
+from musiclm_pytorch.open_clip.model import END, START, bare, framed
 
 RATE = 8000
 TEXTS = ['a slow flute melody', 'drums!', '', 'happy guitar music, 120 BPM, in C']

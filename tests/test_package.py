@@ -46,8 +46,11 @@ def test_imports_keep_every_contract():
 
 PLANTED = {
     # the file: its import, and how it is called
-    'kernels/linear.py': ('from musiclm_pytorch.mulan.model import x', 'kernels.linear -> musiclm_pytorch.mulan.model'),
-    'mulan/words.py': ('def f():\n    import musiclm_pytorch.trainer', 'mulan.words -> musiclm_pytorch.trainer'),
+    'kernels/processor.py': (
+        'from musiclm_pytorch.mulan.model import x',
+        'kernels.processor -> musiclm_pytorch.mulan.model',
+    ),
+    'mulan/lora.py': ('def f():\n    import musiclm_pytorch.trainer', 'mulan.lora -> musiclm_pytorch.trainer'),
     'data/cells.py': (
         'if TYPE_CHECKING:\n    from ..musiclm import MusicLM',
         'data.cells -> musiclm_pytorch.musiclm',

@@ -14,6 +14,7 @@ from torch import nn
 
 from musiclm_pytorch import MuLaNEmbedQuantizer, MuLaNIndex, MusicLM, MusicLMEvaluator, PretrainedMuLaN
 from musiclm_pytorch.cli import main
+from musiclm_pytorch.cli.serve import load_model
 from musiclm_pytorch.data.audio import resample
 from musiclm_pytorch.evaluation import ZeroShotTagger, load_mulan
 
@@ -270,3 +271,11 @@ def test_what_is_none(tmp_path):
         PretrainedMuLaN(tmp_path / 'ours')
     with pytest.raises(TypeError, match='a Hashes cannot be rebuilt from a folder; pass it again when loading'):
         PretrainedMuLaN(Hashes()).save_pretrained(tmp_path / 'x')
+
+
+def test_a_clap_is_served_by_its_folder(tmp_path):
+    clap = MODELS['clap']()
+    clap.save_pretrained(tmp_path)
+    with served(load_model(str(tmp_path), dtype='auto', device='cpu')) as service:
+        answer = service.client.post('/embed', json={'texts': ['cello']}).json()
+    same(torch.tensor(answer['text_latents']), clap.get_text_latents(raw_texts=['cello']))

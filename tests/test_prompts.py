@@ -7,7 +7,7 @@ import torch
 from helpers.music import RATE, build_audio_lm, build_quantizer
 
 from musiclm_pytorch import Mix, MusicLM
-from musiclm_pytorch.audiolm.requests import read_prompts
+from musiclm_pytorch.audiolm.generation_args import read_prompts
 from musiclm_pytorch.mulan.layers import l2norm
 from musiclm_pytorch.waves import Waves
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from musiclm_pytorch.audiolm.generate import Window, continued_windows, separate_windows
-from musiclm_pytorch.audiolm.sampling import Noise, Sampling
+from musiclm_pytorch.audiolm.generation_args import Noise, Sampling
 
 
 def plain_draw(logits: list[float], noise: float, sampling: Sampling) -> int:

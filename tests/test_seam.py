@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from musiclm_pytorch.audiolm.seam import join
+from musiclm_pytorch.audiolm.pieces import join
 
 RATE, KNOWN, FADE = 1000, 2000, 40
 

@@ -31,7 +31,7 @@ from helpers.training import assert_same, weights
 from musiclm_pytorch.audiolm.convert import own_stage
 from musiclm_pytorch.audiolm.decode_step import FusedStep
 from musiclm_pytorch.audiolm.generate import generate_coarse
-from musiclm_pytorch.audiolm.sampling import Sampling
+from musiclm_pytorch.audiolm.generation_args import Sampling
 from musiclm_pytorch.audiolm.stages import CoarseTransformer, logits_of
 
 CONDITIONS = {

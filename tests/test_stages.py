@@ -33,7 +33,7 @@ from musiclm_pytorch.audiolm.convert import (
 )
 from musiclm_pytorch.audiolm.crops import PAD, TokenCrops, collate_tokens
 from musiclm_pytorch.audiolm.generate import generate_coarse
-from musiclm_pytorch.audiolm.sampling import Sampling
+from musiclm_pytorch.audiolm.generation_args import Sampling
 from musiclm_pytorch.audiolm.stages import CoarseTransformer, FineTransformer, forgetful_mask
 from musiclm_pytorch.audiolm.tokens import compute_tokens
 from musiclm_pytorch.trainer.resumable_loader import DummyBatch

@@ -13,8 +13,8 @@ from torch import nn
 
 from musiclm_pytorch import MusicLM, PromptWarning
 from musiclm_pytorch.audiolm.generate import generate_coarse
-from musiclm_pytorch.audiolm.sampling import Sampling
-from musiclm_pytorch.audiolm.seam import join
+from musiclm_pytorch.audiolm.generation_args import Sampling
+from musiclm_pytorch.audiolm.pieces import join
 from musiclm_pytorch.audiolm.streaming import StageStream, decode_stream, go_on_from
 from musiclm_pytorch.waves import Waves
 

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from helpers.models import tiny_mulan
 
 from musiclm_pytorch import MuLaN
-from musiclm_pytorch.mulan.words import WordPrediction
+from musiclm_pytorch.mulan.contrastive import WordPrediction
 
 
 def reference(latents, tokens, weight, pad_id):

@@ -276,20 +276,16 @@ def own_tokenizer(tokenizer: Any) -> Tokenizer:
 def _own(module: Any, protocol: type, adapter: Callable[[nn.Module], Any], needed: tuple[str, ...]) -> Any:
     if isinstance(module, protocol):
         return module
-    missing = [name for name in needed if not hasattr(module, name)]
-    if missing:
+    if missing := [name for name in needed if not hasattr(module, name)]:
+        remedy = ''
+        if hasattr(getattr(module, 'config', None), 'model_type'):
+            ours = 'musiclm_pytorch.PretrainedCodec' if protocol is Codec else 'TransformersSemanticTokenizer'
+            remedy = f'; {ours} makes one of a model of transformers'
         raise TypeError(
             f'a {type(module).__name__} is no {protocol.__name__}, and has no {" and no ".join(missing)} as one of '
-            f'audiolm-pytorch has{_how_to_adapt(module, protocol)}'
+            f'audiolm-pytorch has{remedy}'
         )
     return adapter(module)
-
-
-def _how_to_adapt(module: Any, protocol: type) -> str:
-    if not hasattr(getattr(module, 'config', None), 'model_type'):
-        return ''
-    adapter = 'musiclm_pytorch.PretrainedCodec' if protocol is Codec else 'TransformersSemanticTokenizer'
-    return f'; {adapter} makes one of a model of transformers'
 
 
 def unwrapped(module: Any) -> Any:

@@ -89,7 +89,10 @@ class TokenCrops(Dataset):
         if words:
             names.append('words')
         self.streams = {name: _Stream(self.folder / name) for name in names}
-        self._check_streams()
+        first, *others = self.streams.values()
+        for other in others:
+            if any(other.about[key] != first.about[key] for key in ('data', 'items')):
+                raise ValueError(f'{first.folder} and {other.folder} were computed from different data sets')
 
         present = np.logical_and.reduce([stream.lengths > 0 for stream in self.streams.values()])
         if items is not None:
@@ -106,12 +109,6 @@ class TokenCrops(Dataset):
                 raise ValueError(
                     f'{self.seconds} s hold not even one frame of the {name} tokens, {float(rate):g} a second'
                 )
-
-    def _check_streams(self) -> None:
-        (first, *others) = self.streams.values()
-        for other in others:
-            if other.about['data'] != first.about['data'] or other.about['items'] != first.about['items']:
-                raise ValueError(f'{first.folder} and {other.folder} were computed from different data sets')
 
     def facts(self, name: str) -> dict[str, Any]:
         """What is known of a stream: `codebook_size`, `quantizers` and others."""

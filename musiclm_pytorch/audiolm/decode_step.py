@@ -145,7 +145,10 @@ class FusedStep:
         for name in ('INPUT', 'NORMED', 'ATTENDED', 'GATED'):
             own = scratch[getattr(kernel, name)]
             scratch[getattr(kernel, f'READ_{name}')] = own.to(self.reads)  # itself where that is float32
-        self.mixing = [[None if it is None else _transposed(it[1]) for it in layer] for layer in layers]
+        # the dynamic weights as the kernel reads them, `(k, d)`
+        self.mixing = [[None if it is None or it[1] is None else
+                        tuple(part.float().contiguous() for part in (it[1][0].t(), *it[1][1:])) for it in layer]
+                       for layer in layers]  # fmt: skip
         self.cross = [(k.contiguous(), v.contiguous()) for k, v in cache.cross]
         self.small: list[Tensor] = []  # float32 copies of what is no matrix
         self.table = self._addresses(kernel, layers)
@@ -218,8 +221,3 @@ class FusedStep:
         self.crew.run(kernel.TOKEN, job)
         self.cache.length += 1
         return self.output[:, None].clone()
-
-
-def _transposed(mixing: tuple[Tensor, Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor] | None:
-    """As the kernel reads it: the dynamic weights `(k, d)`."""
-    return None if mixing is None else tuple(it.float().contiguous() for it in (mixing[0].t(), *mixing[1:]))

@@ -19,10 +19,18 @@ from torch import Tensor, nn
 
 from musiclm_pytorch.audiolm.convert import own_stage
 from musiclm_pytorch.audiolm.decode_step import FusedStep
-from musiclm_pytorch.audiolm.sampling import Generators, LogitsProcessor, Noise, Progress, Sampling, counted_steps
+from musiclm_pytorch.audiolm.generation_args import (
+    Generators,
+    LogitsProcessor,
+    Noise,
+    Progress,
+    Sampling,
+    counted_steps,
+)
 from musiclm_pytorch.audiolm.stages import (
     NO_TIMES,
     PAD,
+    STAGES,
     CoarseTransformer,
     FineTransformer,
     GenerationState,
@@ -118,10 +126,15 @@ def generate_semantic(
     Returns tokens (b, n) and lengths (b,), without the end token.
     Raises ValueError for lengths, windows, tokens or shapes that do not fit, TypeError for another stage.
     """
-    stage = own_stage(transformer, SemanticTransformer)
+    stage = transformer if isinstance(transformer, SemanticTransformer) else own_stage(transformer, SemanticTransformer)
     _check_lengths(max_length, min_length)
-    batch = _batch_size(num_samples, prime=prime, text_embeds=text_embeds)
-    prime = _empty(batch, 0) if prime is None else prime
+    check_positive(num_samples=num_samples)
+    if prime is None:
+        embeds = _at(text_embeds, 0)
+        prime = _empty(num_samples or (1 if embeds is None else len(embeds)), 0)
+    elif num_samples not in (None, len(prime)):
+        raise ValueError(f'num_samples is {num_samples}, but prime has {len(prime)} samples')
+    batch = len(prime)
     _check_ids('prime', prime, (batch, None), stage.codebook_size, may_pad=True)
     lengths = (prime != PAD).sum(dim=1)
     if not torch.equal(prime != PAD, torch.arange(prime.shape[1], device=prime.device) < lengths[:, None]):
@@ -191,7 +204,7 @@ def generate_coarse(
     Returns codes (b, t, q) and lengths (b,) in frames.
     Raises ValueError for lengths, windows, tokens or shapes that do not fit, TypeError for another stage.
     """
-    stage = own_stage(transformer, CoarseTransformer)
+    stage = transformer if isinstance(transformer, CoarseTransformer) else own_stage(transformer, CoarseTransformer)
     batch, q = len(semantic_ids), stage.num_levels
     _check_ids('semantic_ids', semantic_ids, (None, None), stage.num_semantic_tokens + 1, may_pad=True)
     limits = [max_length] * batch if isinstance(max_length, int) else list(max_length)
@@ -281,7 +294,7 @@ def generate_fine(
     Returns codes (b, t, q') and lengths (b,) in frames.
     Raises ValueError for windows, tokens or shapes that do not fit, TypeError for another stage.
     """
-    stage = own_stage(transformer, FineTransformer)
+    stage = transformer if isinstance(transformer, FineTransformer) else own_stage(transformer, FineTransformer)
     q = stage.num_levels
     _check_ids('coarse_codes', coarse_codes, (None, None, stage.num_coarse_quantizers), stage.eos_id + 1, may_pad=True)
     check_positive(max_batch=max_batch)
@@ -362,7 +375,7 @@ def _generate(
     """
     batch, length, q = tokens.shape
     limits = [length] * batch if limits is None else list(limits)
-    name = next(it for it in ('semantic', 'coarse', 'fine') if type(stage).__name__.lower().startswith(it))
+    name = next(name for name, kind in STAGES.items() if isinstance(stage, kind))
     negative = None if negative_embeds is None else _conditioning(stage, negative_embeds, batch, sampling)
     with evaluating(stage), counted_steps(progress, name, sum(_num_steps(jobs) for jobs in batches) * q) as advance:
         for jobs in batches:
@@ -409,7 +422,9 @@ def _generate(
                     primes=primes,
                     advance=advance,
                 )
-            ends = _first_ends(new, stage.end_id)
+            # what stands in front of the first end token of each, all where there is none
+            is_end = new == (PAD - 1 if stage.end_id is None else stage.end_id)
+            ends = torch.where(is_end.any(dim=1), is_end.long().argmax(dim=1), steps).tolist()
             for (row, _, w, kept), own, end in zip(jobs, new.unflatten(1, (-1, q)), ends):
                 tokens[row, kept : w.stop] = own[kept - w.known : w.stop - w.known]
                 if end < steps:
@@ -479,12 +494,6 @@ def _processed(process: LogitsProcessor, tokens: Tensor, logits: Tensor) -> Tens
             f'{described(processed)}'
         )
     return processed.to(logits)
-
-
-def _first_ends(tokens: Tensor, end_id: int | None) -> list[int]:
-    """How many tokens of each row (b, n) stand in front of its first `end_id`, n where there is none."""
-    is_end = tokens == (PAD - 1 if end_id is None else end_id)
-    return torch.where(is_end.any(dim=1), is_end.long().argmax(dim=1), tokens.shape[1]).tolist()
 
 
 def _conditioning(
@@ -569,10 +578,9 @@ def continued_windows(
     return windows
 
 
-@typechecked
-def on_grid(start: int, grid: int) -> int:
-    """The last of every `grid` frames up to `start`; where these lie far apart, it is taken as it is."""
-    return start - start % grid if grid <= FAR else start
+def on_grid(start: int, grid: int, far: float = FAR) -> int:
+    """The last of every `grid` frames up to `start`; where these lie further apart than `far`, it is taken as it is."""
+    return start - start % grid if grid <= far else start
 
 
 def separate_windows(length: int, window: int | None, prime: int = 0) -> list[Window]:
@@ -608,16 +616,6 @@ def _check_lengths(max_length: int, min_length: int) -> None:
     check_positive(max_length=max_length)
     if not 1 <= min_length <= max_length:
         raise ValueError(f'min_length must lie between 1 and max_length = {max_length}, got {min_length}')
-
-
-def _batch_size(num_samples: int | None, *, prime: Tensor | None, text_embeds: Embeds) -> int:
-    check_positive(num_samples=num_samples)
-    if prime is not None:
-        if num_samples not in (None, len(prime)):
-            raise ValueError(f'num_samples is {num_samples}, but prime has {len(prime)} samples')
-        return len(prime)
-    embeds = _at(text_embeds, 0)
-    return num_samples or (1 if embeds is None else len(embeds))
 
 
 def _check_ids(name: str, ids: Tensor, shape: tuple[int | None, ...], num_ids: int, may_pad: bool = False) -> None:

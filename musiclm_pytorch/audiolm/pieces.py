@@ -15,9 +15,8 @@ from torch import Tensor, nn
 
 from musiclm_pytorch.audiolm.convert import own_codec, own_stage, own_tokenizer
 from musiclm_pytorch.audiolm.generate import generate_coarse, generate_fine, generate_semantic, on_grid
+from musiclm_pytorch.audiolm.generation_args import Progress, Sampling
 from musiclm_pytorch.audiolm.protocols import Codec
-from musiclm_pytorch.audiolm.sampling import Progress, Sampling
-from musiclm_pytorch.audiolm.seam import CHANGE, CHANGE_GUIDANCE, SETTLE, join, steps_in
 from musiclm_pytorch.audiolm.stages import (
     STAGES,
     CoarseTransformer,
@@ -31,6 +30,16 @@ from musiclm_pytorch.checks import check_positive
 from musiclm_pytorch.data.audio import resample
 from musiclm_pytorch.mulan.model import evaluating
 
+FADE = 0.04  # seconds in which the one goes and the other comes
+LEVEL = 1.0  # seconds on either side whose loudness is compared
+MOST_GAIN = 6.0  # dB above or below that of all the given samples, so that what follows a fade-out is heard
+# seconds of the part before that the first windows of a story's next part see: more carries the old prompt on,
+# without any the music breaks off
+CHANGE = 0.2
+CHANGE_GUIDANCE = 2.0  # times as much guidance of the semantic stage there
+# seconds in which what came in as loud as what was before finds its own loudness, where it does
+SETTLE = 3.0
+SILENT = 1e-4  # root mean square, -80 dB of full scale: too soft to tell a level
 # seconds before a change of prompt in which the next part comes in and the one before goes
 CROSSFADE = 0.3
 # seconds at the end of a prime that are made again: tokens and codes there look beyond it, and tell of an end
@@ -71,6 +80,10 @@ class AudioStages(nn.Module):
         windows: seconds that each stage sees at once.
         unique_consecutive: whether semantic tokens come without repetitions.
 
+    Attributes:
+        sample_rate: of the music, in Hz.
+        frame_rate, semantic_rate: frames of the codec and semantic tokens a second, fractions.
+
     Raises ValueError for parts that do not fit each other.
     """
 
@@ -90,6 +103,8 @@ class AudioStages(nn.Module):
             setattr(self, name, own_stage(stage, kind))
         self.codec, self.tokenizer = own_codec(codec), own_tokenizer(tokenizer)
         self.windows, self.unique_consecutive = windows, unique_consecutive
+        self.sample_rate, self.frame_rate = self.codec.sample_rate, self.codec.frame_rate
+        self.semantic_rate = self.tokenizer.frame_rate
         semantic, coarse, fine, levels = self.semantic, self.coarse, self.fine, self.codec.num_quantizers
         for what, ours, theirs in (
             ('coarse stage reads {} semantic tokens, but the semantic stage makes {}', coarse.num_semantic_tokens,
@@ -110,21 +125,6 @@ class AudioStages(nn.Module):
     @property
     def stages(self) -> dict[str, SemanticTransformer | CoarseTransformer | FineTransformer]:
         return {name: getattr(self, name) for name in STAGES}
-
-    @property
-    def sample_rate(self) -> int:
-        """Of the music, in Hz."""
-        return self.codec.sample_rate
-
-    @property
-    def frame_rate(self) -> Fraction:
-        """Frames of the codec a second."""
-        return self.codec.frame_rate
-
-    @property
-    def semantic_rate(self) -> Fraction:
-        """Semantic tokens a second."""
-        return self.tokenizer.frame_rate
 
     def encode_prime(self, prime: tuple[Tensor, int] | None, batch: int) -> tuple[Tensor, Tensor, Tensor]:
         """Semantic tokens `(b, n)`, coarse and fine codes `(b, t, q)` of a wave `(1, samples)` and its rate, up to
@@ -339,3 +339,50 @@ def decode(codec: Codec, codes: Tensor) -> Tensor:
     spare = max(0, SHORTEST_CODED - codes.shape[1])
     whole = torch.cat((codes, codes[:, -1:].expand(-1, spare, -1)), dim=1)
     return codec.decode(whole).float()[:, : codes.shape[1] * int(codec.sample_rate / codec.frame_rate)]
+
+
+# ---- where music that was given goes over into music that was made ----
+
+
+def join(given: Tensor, made: Tensor, sample_rate: int, *, fade: float = FADE, settle: float | None = None) -> Tensor:
+    """The given samples, and from their end on those that were made.
+
+    given: (n,) samples; made: (..., m) samples, of which the first n stand for the given ones, n ≤ m as a rule.
+    The last `fade` seconds of the given samples are crossfaded, at equal power, for the phases of a codec are not those
+    of its input; all before is as it was given. What was made comes as loud as the last second of the given samples,
+    within 6 dB of what would make it as loud as all of them, and not above full scale. It stays so, or finds its own
+    loudness within `settle` seconds.
+
+    Returns (..., m).
+    """
+    given = given[: made.shape[-1]]
+    known, rest = len(given), made.shape[-1] - len(given)
+    if rest == 0:
+        return given.expand_as(made).clone()
+    whole = gain_to(given, made[..., known:])
+    span = min(round(LEVEL * sample_rate), known, rest)
+    most = 10 ** (MOST_GAIN / 20)
+    gain = gain_to(given[known - span :], made[..., known : known + span]).clamp(whole / most, whole * most)
+    room = 1 / made[..., known:].abs().amax(dim=-1).clamp(min=SILENT, max=1)  # up to full scale
+    gain = torch.minimum(gain, room)[..., None]
+    if settle is not None:
+        after = torch.arange(made.shape[-1], device=made.device) - known
+        gain = gain ** (1 - after / (settle * sample_rate)).clamp(0, 1)
+    made = made * gain
+
+    fade = min(round(fade * sample_rate), known)
+    angle = torch.linspace(0, math.pi / 2, fade, device=made.device)
+    crossed = given[known - fade :] * angle.cos() + made[..., known - fade : known] * angle.sin()
+    before = given[: known - fade].expand(*made.shape[:-1], -1)
+    return torch.cat((before, crossed, made[..., known:]), dim=-1)
+
+
+def gain_to(given: Tensor, made: Tensor) -> Tensor:
+    """What makes (..., m) as loud as (n,), (...,); 1 where either is silent."""
+    ours, theirs = (it.square().mean(dim=-1).sqrt() for it in (given, made))
+    return torch.where((ours > SILENT) & (theirs > SILENT), ours / theirs.clamp(min=SILENT), 1.0)
+
+
+def steps_in(seconds: float, rate: Fraction) -> int:
+    """Tokens or frames in so short a time, one at least."""
+    return max(1, round(seconds * rate))

@@ -118,9 +118,11 @@ class MuLaNSemanticTokenizer(SemanticTokenizer):
             states = self.encoder(wavs, return_encoding=True).layers[-1]
             states = rearrange(states, 'b (y x) d -> b y x d', y=self.rows)
         else:
-            # the first step makes patches of the spectrogram, the others embed them
+            # the first step makes patches of the spectrogram, cropped to whole ones, the others embed them
             to_patches, *embed = self.encoder.to_patch_tokens
-            states = to_patches(self._spectrogram(wavs))
+            spec, _ = self.encoder.to_spectrogram(wavs, None)
+            bins, frames = (size // patch * patch for size, patch in zip(spec.shape[-2:], self.encoder.patch_size))
+            states = to_patches(spec[..., :bins, :frames])
             for step in embed if self.layer == 0 else ():
                 states = step(states)
         if self.columns == 'mean':
@@ -130,12 +132,6 @@ class MuLaNSemanticTokenizer(SemanticTokenizer):
         if self.layer is None:
             states = F.layer_norm(states.float(), states.shape[-1:])
         return states[:, :tokens]
-
-    def _spectrogram(self, wavs: Tensor) -> Tensor:
-        """As in the tower, cropped to whole patches: `(b, bins, frames)`."""
-        spec, _ = self.encoder.to_spectrogram(wavs, None)
-        bins, frames = (size // patch * patch for size, patch in zip(spec.shape[-2:], self.encoder.patch_size))
-        return spec[..., :bins, :frames]
 
     def _saved_keywords(self) -> dict[str, Any]:
         return self.config

@@ -1,24 +1,88 @@
-"""A codec that learns in a minute on a CPU: residual k-means over spectra, phases by the method of Griffin and Lim."""
+"""A codec that learns in a minute on a CPU: residual k-means over spectra, phases by the method of Griffin and Lim; and
+what it shares with other codecs of spectrograms."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from einops import einsum, rearrange
 from torch import Tensor, nn
 
-from musiclm_pytorch.audiolm.codec import BlockPhases, SpectrogramCodec
+from musiclm_pytorch.audiolm.codec import FrameCodec
 from musiclm_pytorch.audiolm.kmeans import nearest
-from musiclm_pytorch.checks import check_positive, records_config, typechecked
+from musiclm_pytorch.checks import check_positive, check_sample_rate, records_config, typechecked
 from musiclm_pytorch.data.audio import resample
 from musiclm_pytorch.data.collate import read_item
 from musiclm_pytorch.data.rates import agreed_rate
 
 LOUDNESS = 0.5  # power of a magnitude: near that of loudness (Stevens' 0.6), so that errors count as they are heard
 BATCH = 4096  # vectors looked at in one step of the k-means
+MOMENTUM = 0.99  # of fast Griffin-Lim (Perraudin et al., 2013)
+MOST_FILTERS = 2**22  # numbers, 32 MB while they are made; those of 48 kHz are a quarter of that
+
+
+class SpectrogramCodec(FrameCodec):
+    """Base of our codecs, which are fitted or trained here; a subclass has buffers whose names end in `initted`."""
+
+    how_to_fit: ClassVar[str]
+
+    def set_sizes(
+        self,
+        *,
+        sample_rate: int,
+        codebook_size: int,
+        num_quantizers: int,
+        window: float,
+        hop: float,
+        frames: int,
+        resolved_hz: float,
+        bands: int,
+        **others: int,
+    ) -> None:
+        """What codecs of spectrograms have in common, of a constructor's keywords; `others` must be positive, too.
+
+        Raises ValueError for numbers out of range.
+        """
+        check_sample_rate(sample_rate)
+        sizes = dict(codebook_size=codebook_size, num_quantizers=num_quantizers)
+        check_positive(**sizes, window=window, hop=hop, frames=frames, resolved_hz=resolved_hz, bands=bands, **others)
+        self.n_fft, self.hop = 2 * round(window * sample_rate / 2), round(hop * sample_rate)
+        if not 1 <= self.hop <= self.n_fft // 2:
+            raise ValueError(f'hop must lie between a sample and half of the window, got {hop} s of {window} s')
+        if resolved_hz >= sample_rate / 2:
+            raise ValueError(f'resolved_hz must lie below half of the sample rate, got {resolved_hz}')
+        filters = (self.n_fft // 2 + 1) * (int(resolved_hz * self.n_fft / sample_rate) + bands)
+        if filters > MOST_FILTERS:
+            raise ValueError(
+                f'window={window}, resolved_hz={resolved_hz} and bands={bands} at {sample_rate} Hz are filters of '
+                f'{filters} numbers, of which {MOST_FILTERS} are the most; choose smaller ones'
+            )
+        self.target_sample_hz, self.frames = sample_rate, frames
+        self.strides = (self.hop * frames,)
+        self.codebook_size, self.num_quantizers, self.rq_groups = codebook_size, num_quantizers, 1
+
+    @property
+    def is_fitted(self) -> bool:
+        return all(bool(it) for name, it in self.named_buffers() if name.endswith('initted'))
+
+    def check_fitted(self) -> None:
+        if not self.is_fitted:
+            raise ValueError(f'this codec has no codebooks yet; {self.how_to_fit}')
+
+    def spectra(self, waves: Tensor) -> Tensor:
+        """Magnitudes `(b, bins, t * frames)` of waves `(b, samples)`, of whole code frames."""
+        count = self.count_frames(waves)
+        waves = F.pad(waves.float(), (self.n_fft // 2, self.n_fft // 2))
+        spectrum = torch.stft(waves, self.n_fft, self.hop, window=self.fft_window, center=False, return_complex=True)
+        return spectrum[..., : count * self.frames].abs()
+
+    def told(self) -> str:
+        return f'{"fitted" if self.is_fitted else "not fitted"}, {super().told()}'
 
 
 class SpectralCodec(SpectrogramCodec):
@@ -222,3 +286,97 @@ def band_filters(n_fft: int, sample_rate: int, resolved_hz: float, bands: int) -
     synthesis = np.stack([np.interp(bins, middles, row) for row in np.eye(len(middles))], axis=1)
     analysis = synthesis.T / synthesis.sum(axis=0)[:, None]
     return torch.from_numpy(analysis).float(), torch.from_numpy(synthesis).float()
+
+
+# ---- phases for magnitudes: of spectral peaks by their frequencies, then as neighbouring frames agree ----
+
+
+def integrate_phases(magnitudes: Tensor, hop: int, turns: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Phases that go on from frame to frame as fast as the nearest spectral peak does (single pass spectrogram
+    inversion, Beauregard, Harish and Wyse, 2015).
+
+    magnitudes: `(b, f, t)`. hop: in samples. turns: what the call before gave, to go on from.
+
+    Returns complex phases of length 1, `(b, f, t)`, and the turns at the last frame, `(b, f)` float64.
+    """
+    count = magnitudes.shape[1]
+    n_fft = 2 * (count - 1)
+    height = magnitudes.clamp(min=1e-8).log()
+    around = F.pad(height, (0, 0, 1, 1), mode='replicate')
+    below, above = around[:, :-2], around[:, 2:]
+    is_peak = (height > below) & (height >= above)
+    # the top of a parabola through three bins
+    curve = below - 2 * height + above
+    offset = torch.where(curve < -1e-6, (below - above) / (2 * curve), 0.0).clamp(-0.5, 0.5)
+    bins = torch.arange(count, device=magnitudes.device)[None, :, None]
+    last = torch.where(is_peak, bins, -count).cummax(dim=1).values
+    following = torch.where(is_peak, bins, 2 * count).flip(1).cummin(dim=1).values.flip(1)
+    nearest = torch.where(bins - last <= following - bins, last, following).clamp(0, count - 1)
+    cycles = (nearest + offset.gather(1, nearest)) / n_fft  # a sample
+    found = (cycles.double() * hop).cumsum(dim=-1)
+    if turns is not None:
+        found = found + turns[..., None]
+    found = found % 1.0
+    # the lobe of a window around a peak alternates in sign
+    phases = 2 * math.pi * found.gather(1, nearest).float() + math.pi * (bins - nearest)
+    return torch.polar(torch.ones_like(phases), phases), found[..., -1]
+
+
+def griffin_lim(
+    magnitudes: Tensor, phases: Tensor, iterations: int, hop: int, window: Tensor, *, fixed: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Amplitudes `(b, f, t)` and phases to begin with to waves `(b, (t - 1) * hop)` and their phases, by the fast
+    method of Griffin and Lim. Each iteration lets a frame depend on those that its window overlaps.
+
+    fixed: frames at the beginning whose phases stay.
+    """
+    shape = dict(n_fft=len(window), hop_length=hop, window=window)
+    length = (magnitudes.shape[-1] - 1) * hop
+    magnitudes = magnitudes * (window.sum() / 2)
+    kept = phases[..., :fixed]
+    last = torch.zeros((), device=magnitudes.device)
+    for _ in range(iterations):
+        waves = torch.istft(magnitudes * phases, length=length, **shape)
+        rebuilt = torch.stft(waves, pad_mode='constant', return_complex=True, **shape)
+        phases = rebuilt - MOMENTUM / (1 + MOMENTUM) * last
+        phases = torch.cat((kept, (phases / (phases.abs() + 1e-16))[..., fixed:]), dim=-1)
+        last = rebuilt
+    return torch.istft(magnitudes * phases, length=length, **shape), phases
+
+
+class BlockPhases:
+    """Amplitudes as they come to waves, block by block: the method of Griffin and Lim with look-ahead (Zhu, Beauregard
+    and Wyse, 2007), which begins with phases that go on from those of the block before.
+
+    The last `ahead` frames of what has come are phased with it, and again with what follows. The phases of frames
+    before them stay, so that no sample that was given out changes.
+    """
+
+    def __init__(self, iterations: int, hop: int, window: Tensor, ahead: int):
+        self.iterations, self.hop, self.window, self.ahead = iterations, hop, window, ahead
+        self.overlap = -(-len(window) // hop)  # frames before one that its window reaches
+        self.magnitudes: Tensor | None = None  # (b, f, t): those that stay and are overlapped, and those ahead
+        self.phases: Tensor | None = None
+        self.fixed = 0
+
+    def push(self, magnitudes: Tensor, last: bool = False) -> Tensor:
+        """The next frames `(b, f, t)`, more than `ahead` at first, to the samples that are settled now, `(b, n)`."""
+        turns = None
+        if self.phases is not None:
+            turns = self.phases[..., -1].angle().double() / (2 * math.pi)
+        if last:  # the frame at whose middle the wave ends
+            known = magnitudes if magnitudes.shape[-1] else self.magnitudes
+            magnitudes = torch.cat((magnitudes, known[..., -1:]), dim=-1)
+        phases, _ = integrate_phases(magnitudes, self.hop, turns)
+        if self.phases is not None:
+            magnitudes = torch.cat((self.magnitudes, magnitudes), dim=-1)
+            phases = torch.cat((self.phases, phases), dim=-1)
+        waves, phases = griffin_lim(magnitudes, phases, self.iterations, self.hop, self.window, fixed=self.fixed)
+        reach = len(self.window) // 2
+        settled = magnitudes.shape[-1] - self.ahead
+        start = max(0, self.fixed * self.hop - reach)
+        waves = waves[:, start:] if last else waves[:, start : settled * self.hop - reach]
+        dropped = max(0, settled - self.overlap)
+        self.magnitudes, self.phases = magnitudes[..., dropped:], phases[..., dropped:]
+        self.fixed = settled - dropped
+        return waves

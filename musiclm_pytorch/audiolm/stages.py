@@ -11,6 +11,7 @@ validation are of the same thing; each item of a batch has it where it ends.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -380,6 +381,7 @@ class StageTransformer(nn.Module):
         return self
 
 
+@dataclass
 class GenerationState:
     """One batch on its way through a stage: what it has seen, and the features that the next token is told from.
 
@@ -387,23 +389,18 @@ class GenerationState:
     `negative_scale`, under the negative one.
     """
 
-    def __init__(
-        self,
-        cache: Cache,
-        bias: PositionBias,
-        features: Tensor,
-        index: int,
-        cond_scale: float | None,
-        negative_scale: float | None,
-        melody: Tensor | None = None,
-        aligned: Tensor | None = None,
-    ):
-        self.cache, self.bias, self.features = cache, bias, features
-        self.index = index  # of the next token among the own ones
-        self.cond_scale, self.negative_scale = cond_scale, negative_scale
-        self.melody = melody  # at the place of each own token
-        self.aligned = aligned  # see `StageTransformer.aligned`
-        self.num_branches = 1 + (cond_scale is not None) + (negative_scale is not None)
+    cache: Cache
+    bias: PositionBias
+    features: Tensor
+    index: int  # of the next token among the own ones
+    cond_scale: float | None
+    negative_scale: float | None
+    melody: Tensor | None  # at the place of each own token
+    aligned: Tensor | None  # see `StageTransformer.aligned`
+
+    @property
+    def num_branches(self) -> int:
+        return 1 + (self.cond_scale is not None) + (self.negative_scale is not None)
 
 
 class SemanticTransformer(StageTransformer):

@@ -12,12 +12,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from musiclm_pytorch.audiolm.generate import generate_coarse, generate_fine, generate_semantic
-from musiclm_pytorch.audiolm.pieces import DECODED_BEFORE, AudioStages, Conditions, decode
+from musiclm_pytorch.audiolm.generate import generate_coarse, generate_fine, generate_semantic, on_grid
+from musiclm_pytorch.audiolm.generation_args import Prompt, Sampling
+from musiclm_pytorch.audiolm.pieces import (
+    CHANGE,
+    CHANGE_GUIDANCE,
+    DECODED_BEFORE,
+    FADE,
+    SETTLE,
+    AudioStages,
+    Conditions,
+    decode,
+    join,
+    steps_in,
+)
 from musiclm_pytorch.audiolm.protocols import Codec
-from musiclm_pytorch.audiolm.requests import Prompt
-from musiclm_pytorch.audiolm.sampling import Sampling
-from musiclm_pytorch.audiolm.seam import CHANGE, CHANGE_GUIDANCE, FADE, SETTLE, join, steps_in
 from musiclm_pytorch.checks import typechecked
 from musiclm_pytorch.kernels.processor import one_thread
 from musiclm_pytorch.mulan.model import evaluating
@@ -120,7 +129,7 @@ class StageStream:
         window = self.windows[1]
         seen = min(self.made - self.seen_from[1], window // 2)
         # from a frame on that begins with a token
-        first = self._aligned(self.made - seen)
+        first = on_grid(self.made - seen, self.per_frame.denominator, far=math.inf)
         prime = self.coarse[:, self.coarse.shape[1] - (self.made - first) :]
         begin = int(first * self.per_frame) - self.first_semantic
         made = generate_coarse(
@@ -158,15 +167,12 @@ class StageStream:
         ).tokens
         self.fine = torch.cat((self.fine, made[:, known:]), dim=1)
 
-    def _aligned(self, frame: int) -> int:
-        return max(0, frame - frame % self.per_frame.denominator)
-
     def _forget(self) -> None:
         frames = max(self.windows[1] // 2 + self.per_frame.denominator, self.windows[2])
         self.coarse, self.fine = self.coarse[:, -frames:].clone(), self.fine[:, -frames:].clone()
-        first = int(self._aligned(self.made - self.windows[1] // 2) * self.per_frame)
+        begin = on_grid(max(0, self.made - self.windows[1] // 2), self.per_frame.denominator, far=math.inf)
         have = self.first_semantic + self.semantic.shape[1]
-        first = max(self.first_semantic, min(first, have - self.windows[0]))
+        first = max(self.first_semantic, min(int(begin * self.per_frame), have - self.windows[0]))
         self.semantic, self.first_semantic = self.semantic[:, first - self.first_semantic :].clone(), first
 
 

@@ -35,11 +35,12 @@ from musiclm_pytorch.atomic import free_name, read_checked_json, write_checked_j
 from musiclm_pytorch.audiolm.convert import own_codec, own_tokenizer
 from musiclm_pytorch.audiolm.fingerprints import differences, fingerprint, fingerprint_data
 from musiclm_pytorch.checks import check_choice, check_positive, fitted, typechecked
-from musiclm_pytorch.data.audio import resample, windows
+from musiclm_pytorch.data.audio import batches_by_length, resample
 from musiclm_pytorch.data.collate import read_item
 from musiclm_pytorch.data.rates import agreed_rate
 from musiclm_pytorch.locking import only_writer
 from musiclm_pytorch.mulan.model import evaluating
+from musiclm_pytorch.mulan.pretrained import cut
 
 logger = logging.getLogger(__name__)
 
@@ -214,15 +215,14 @@ def _codec_stream(codec: nn.Module, rate: int, batch_size: int, window_seconds: 
 
 def _audio_stream(quantizer: nn.Module, rate: int, batch_size: int, seconds: float, hop: float) -> Stream:
     def compute(items: list[Item]) -> list[Tensor]:
-        spans = [list(windows(len(it.wave), round(seconds * rate), round(hop * rate))) for it in items]
-        pieces = [item.wave[start:stop] for item, own in zip(items, spans) for start, stop in own]
+        pieces, counts = cut([item.wave for item in items], round(seconds * rate), round(hop * rate))
 
         def codes(waves: Tensor) -> Tensor:
             return quantizer.indices(waves, sample_rate=rate)
 
         with evaluating(quantizer):
             found = iter(_in_batches(pieces, codes, batch_size, quantizer.device))
-        return [torch.stack([next(found) for _ in own]) for own in spans]
+        return [torch.stack([next(found) for _ in range(count)]) for count in counts]
 
     facts = dict(seconds=seconds, hop=hop, quantizers=quantizer.num_codebooks, codebook_size=quantizer.codebook_size)
     return Stream('audio', compute, facts, fingerprint(quantizer))
@@ -315,14 +315,9 @@ def _in_batches(
     waves: list[Tensor], call: Callable[[Tensor], Tensor], batch_size: int, device: torch.device
 ) -> list[Tensor]:
     """A call's result for each wave; only waves of one length are computed together, so nothing is padded."""
-    by_length: dict[int, list[int]] = {}
-    for index, wave in enumerate(waves):
-        by_length.setdefault(len(wave), []).append(index)
     results: dict[int, Tensor] = {}
-    for indices in by_length.values():
-        for start in range(0, len(indices), batch_size):
-            chosen = indices[start : start + batch_size]
-            results |= zip(chosen, call(torch.stack([waves[i] for i in chosen]).to(device)).cpu())
+    for chosen in batches_by_length(waves, batch_size, mixed=False):
+        results |= zip(chosen, call(torch.stack([waves[i] for i in chosen]).to(device)).cpu())
     return [results[index] for index in range(len(waves))]
 
 

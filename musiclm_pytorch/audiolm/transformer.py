@@ -19,7 +19,7 @@ from einops import rearrange, repeat
 from torch import Tensor, nn
 
 from musiclm_pytorch.kernels import fast_kernels_allowed
-from musiclm_pytorch.kernels.block_attention import block_causal_attention, blocks, plain_attention
+from musiclm_pytorch.kernels.attention import block_causal_attention, causal_blocks, plain_attention
 from musiclm_pytorch.kernels.residual_streams import add, mix
 from musiclm_pytorch.mulan import layers
 
@@ -128,7 +128,10 @@ class Transformer(nn.Module):
             k, v, own = attention.branch.keys_values(x, values)
             values = own if values is None and self.add_value_residual else values
             k, v, mask = cache.extend(index, k, v)
-            out = self._attend(attention.branch, x, k, v, placed, mask)
+            if isinstance(placed, list):
+                out = attention.branch.merged(block_causal_attention(attention.branch.queries(x), k, v, mask, placed))
+            else:
+                out = attention.branch(x, k, v, mask, bias=placed, causal=True, fused=self.flash_attn)
             streams = attention.depth(out, *kept)
 
             if cross is not None:
@@ -140,11 +143,6 @@ class Transformer(nn.Module):
             streams = feed_forward.depth(feed_forward.branch(x), *kept)
         return self.norm(streams if self.num_residual_streams == 1 else streams.sum(dim=2))
 
-    def _attend(self, attention: Attention, x, k, v, placed, mask: Tensor | None) -> Tensor:
-        if isinstance(placed, list):
-            return attention.merged(block_causal_attention(attention.queries(x), k, v, mask, placed))
-        return attention(x, k, v, mask, bias=placed, causal=True, fused=self.flash_attn)
-
     def _place(self, bias: PositionBias, start: int, stop: int, device: torch.device) -> list[Tensor] | Tensor | None:
         """The position bias of tokens [start, stop): by blocks for the CPU, whole otherwise, None for none."""
         dropping = self.training and any(layer[0].branch.dropout > 0 for layer in self.layers)
@@ -155,7 +153,9 @@ class Transformer(nn.Module):
             row = bias.row(start)[:, None, :stop]
             return [row] if by_blocks else row
         if by_blocks:
-            return [bias.block(start + a, start + b, num_keys=start + b) for a, b, _ in blocks(stop - start, stop)]
+            return [
+                bias.block(start + a, start + b, num_keys=start + b) for a, b, _ in causal_blocks(stop - start, stop)
+            ]
         return bias.block(start, stop, num_keys=stop)
 
     # what is there before any token
@@ -327,20 +327,12 @@ class Attention(nn.Module):
         return self.merged(plain_attention(q, k, v, mask, bias, causal=causal, fused=fused, dropout=dropout))
 
 
-class GEGLU(nn.Module):
-    """arXiv 2002.05202."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        x, gate = x.chunk(2, dim=-1)
-        return F.gelu(gate) * x
-
-
 def feed_forward(dim: int, dropout: float) -> nn.Sequential:
     hidden = int(dim * 8 / 3)
     return nn.Sequential(
         LayerNorm(dim),
         Linear(dim, 2 * hidden),
-        GEGLU(),
+        layers.GEGLU(),
         LayerNorm(hidden),
         nn.Dropout(dropout),
         Linear(hidden, dim),

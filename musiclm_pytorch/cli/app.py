@@ -41,7 +41,7 @@ def app(subcommands) -> None:
 
 def run_app(options: argparse.Namespace) -> None:
     from musiclm_pytorch.inference.app import close_app, create_app, launch_app
-    from musiclm_pytorch.mulan.vocabulary import PromptWarning
+    from musiclm_pytorch.mulan.text_transformer import PromptWarning
 
     warnings.simplefilter('ignore', PromptWarning)  # the page tells it
     musiclm = load_musiclm(options)

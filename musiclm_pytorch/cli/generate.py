@@ -179,7 +179,7 @@ def run_generate(options: argparse.Namespace) -> dict[str, Any]:
         tell(f'these are {len(alone)} prompts, each with music of its own; for one, quote it: "{" ".join(alone)}"')
 
     from musiclm_pytorch.gallery import file_name, ranked_clips, write_clip
-    from musiclm_pytorch.mulan.vocabulary import PromptWarning
+    from musiclm_pytorch.mulan.text_transformer import PromptWarning
 
     musiclm = load_musiclm(options)
     sampling = {
@@ -250,7 +250,7 @@ def run_generate(options: argparse.Namespace) -> dict[str, Any]:
 
 def read_given(prompts: list[str], mix: list[list[str]] | None) -> list[tuple[str, Any]]:
     """Each prompt: what tells of it, and the words, the file of a sound or the mixture that it is."""
-    from musiclm_pytorch.audiolm.requests import Mix
+    from musiclm_pytorch.audiolm.generation_args import Mix
 
     given = [(prompt, prompt_of(prompt)) for prompt in prompts]
     if mix:

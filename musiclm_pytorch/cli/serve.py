@@ -24,7 +24,7 @@ def serve(subcommands) -> None:
         'music. There are no users and no encryption: beyond this machine, put a proxy in front.',
         facts=False,
     )
-    add_model(parser, f'a folder of a MusicLM or of a MuLaN, or {SHIPPED}')
+    add_model(parser, f'a folder of a MusicLM, of a MuLaN or of a CLAP, or {SHIPPED}')
     option(parser, '--host', metavar='HOST', default='127.0.0.1', help='address to listen at')
     option(parser, '--port', metavar='N', default=8000, help='0 takes a free one')
     what = 'processes that serve, each with a model, a share of the cores and limits of its own'
@@ -55,17 +55,17 @@ def run_serve(options: argparse.Namespace) -> None:
         return
     app = create_service(load(), config)
 
-    from musiclm_pytorch.inference.service.server import Server
+    from musiclm_pytorch.inference.service.workers import Server
 
     with contextlib.suppress(KeyboardInterrupt):  # the signals that it has ended by, once more
         Server(app, host=options.host, port=options.port).run()
 
 
 def load_model(folder: str, dtype: Any, **place: Any):
-    """The MusicLM or the MuLaN in a folder, or the model of that name that ships; 'auto' says nothing to a MuLaN."""
+    """The MusicLM or the joint embedding in a folder, or of that name; 'auto' says nothing to the latter."""
     from musiclm_pytorch.mulan.checkpoint import saved_kind
-    from musiclm_pytorch.mulan.model import MuLaN
-    from musiclm_pytorch.mulan.vocabulary import PromptWarning
+    from musiclm_pytorch.mulan.pretrained import load_joint
+    from musiclm_pytorch.mulan.text_transformer import PromptWarning
     from musiclm_pytorch.musiclm import MusicLM
     from musiclm_pytorch.pretrained import find_pretrained
 
@@ -73,4 +73,4 @@ def load_model(folder: str, dtype: Any, **place: Any):
     folder = find_pretrained(folder)
     if saved_kind(folder) == 'MusicLM':
         return MusicLM.from_pretrained(folder, dtype=dtype, **place)
-    return MuLaN.from_pretrained(folder, dtype=None if dtype == 'auto' else dtype, **place)
+    return load_joint(folder, dtype=None if dtype == 'auto' else dtype, **place)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from einops import einsum, rearrange
 from torch import Tensor, nn
 
-from musiclm_pytorch.audiolm.codec import SpectrogramCodec, griffin_lim, integrate_phases
+from musiclm_pytorch.audiolm.spectral_codec import SpectrogramCodec, griffin_lim, integrate_phases
 from musiclm_pytorch.checks import check_not_negative, records_config, typechecked
 from musiclm_pytorch.codecs.residual import ResidualQuantizer, commitment_loss
 from musiclm_pytorch.mulan.spectrogram import mel_filters

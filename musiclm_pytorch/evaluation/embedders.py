@@ -6,7 +6,7 @@ No embedder downloads anything: weights come from a model in memory or from loca
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -17,11 +17,12 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from musiclm_pytorch.checks import check_audio, check_positive, described, typechecked
+from musiclm_pytorch.data.audio import batches_by_length
 from musiclm_pytorch.extras import needing
 from musiclm_pytorch.mulan.checkpoint import load_file
 from musiclm_pytorch.mulan.model import evaluating
 from musiclm_pytorch.mulan.pretrained import PretrainedMuLaN, cut, own_mulan
-from musiclm_pytorch.mulan.vocabulary import unknown_words_line
+from musiclm_pytorch.mulan.text_transformer import unknown_words_line
 from musiclm_pytorch.pretrained.hub import find_folder
 
 logger = logging.getLogger(__name__)
@@ -348,15 +349,3 @@ def check_waves(embedder: Embedder, waves: list[Tensor]) -> None:
 def too_short(embedder: Embedder, samples: int) -> str:
     """How a wave falls short of what an embedder takes."""
     return f'{embedder.name} needs at least {embedder.min_samples} samples at {embedder.sample_rate} Hz, got {samples}'
-
-
-def batches_by_length(waves: Sequence[Tensor], batch_size: int, *, mixed: bool) -> Iterator[list[int]]:
-    """Indices of the waves of each batch: neighbours in length, and of one length unless `mixed`."""
-    batch: list[int] = []
-    for row in sorted(range(len(waves)), key=lambda row: len(waves[row])):
-        if batch and (len(batch) == batch_size or (not mixed and len(waves[row]) != len(waves[batch[0]]))):
-            yield batch
-            batch = []
-        batch.append(row)
-    if batch:
-        yield batch

@@ -453,9 +453,7 @@ class MusicLMEvaluator:
 
     def windows(self, rate: int) -> dict[str, float]:
         """MuLaN's windows in seconds, as long as its tower takes."""
-        longest = self.mulan.audio.max_audio_length
-        own_rate = self.mulan.sample_rate or rate
-        window = WINDOW if longest is None else min(WINDOW, longest / own_rate)
+        window = self.mulan.window(WINDOW, rate)
         return dict(window_seconds=window, hop_seconds=min(HOP, window))
 
     def about(self, rate: int, generated: Sequence[Any], reference: Sequence[Any] | None) -> dict[str, Any]:

@@ -20,12 +20,12 @@ from torch import Tensor, nn
 
 from musiclm_pytorch.audiolm.convert import unwrapped
 from musiclm_pytorch.audiolm.generate import generate_semantic
-from musiclm_pytorch.audiolm.sampling import Sampling
+from musiclm_pytorch.audiolm.generation_args import Sampling
 from musiclm_pytorch.checks import check_audio, check_positive, check_probability, check_sample_rate, typechecked
 from musiclm_pytorch.data.audio import resample
 from musiclm_pytorch.evaluation.metric import Metric, MetricValue, checked_seed, mean_value, undefined
 from musiclm_pytorch.mulan.model import evaluating
-from musiclm_pytorch.musiclm import RANKING_WINDOW, MusicLM
+from musiclm_pytorch.musiclm import MusicLM
 
 METRICS = ('euclidean', 'cosine')
 
@@ -63,11 +63,7 @@ def training_clips(musiclm: MusicLM, waves: Sequence[Tensor], sample_rate: int) 
             if len(ids) == 0:
                 raise ValueError(f'waves[{i}] has {len(wave)} samples, too few for a semantic token; leave it out')
             tokens.append(torch.unique_consecutive(ids) if musiclm.unique_consecutive else ids)
-            if len(wave) > RANKING_WINDOW * sample_rate:
-                latents = quantizer.mulan.embed_audio(wave, window=RANKING_WINDOW, sample_rate=sample_rate)
-                indices.append(quantizer.indices(latents=latents[None]))
-            else:
-                indices.append(quantizer.indices(wave[None], sample_rate=sample_rate))
+            indices.append(quantizer.indices(latents=musiclm.hear(wave[None], sample_rate)))
     shortest = min(map(len, tokens))
     return TrainingClips(torch.stack([it[:shortest] for it in tokens]).cpu(), torch.cat(indices).cpu())
 

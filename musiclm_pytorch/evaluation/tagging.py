@@ -106,8 +106,7 @@ class ZeroShotTagger:
         mulan = self.mulan = own_mulan(mulan)
         self.tags = tuple(tags)
         self.sample_rate = mulan.sample_rate
-        longest, rate = mulan.audio.max_audio_length, mulan.sample_rate
-        self.window = window if longest is None or rate is None else min(window, longest / rate)
+        self.window = mulan.window(window)
         self.hop = min(HOP, self.window)
         self.min_samples = mulan.audio.min_samples
         self.batch_size = batch_size

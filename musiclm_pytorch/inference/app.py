@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from musiclm_pytorch.audiolm.sampling import StopGeneration
+from musiclm_pytorch.audiolm.generation_args import StopGeneration
 from musiclm_pytorch.extras import how_to_install
 from musiclm_pytorch.gallery import Clip, file_name, write_clip
 from musiclm_pytorch.inference.layout import CSS, lay_out

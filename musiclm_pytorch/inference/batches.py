@@ -143,8 +143,7 @@ def window_and_hop(mulan: JointEmbedding, window: float | None, hop: float | Non
         )
     shortest = mulan.audio.min_samples
     longest = mulan.audio.max_audio_length or math.inf
-    if window is None:
-        window = min(WINDOW, longest / rate)
+    window = mulan.window(WINDOW) if window is None else window
     if not shortest <= round(window * rate) <= longest:
         raise ValueError(
             f'this MuLaN takes {shortest / rate:g} to {longest / rate:g} s at once, but window is {window:g} s'

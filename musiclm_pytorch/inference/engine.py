@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from musiclm_pytorch.audiolm.sampling import Progress, counted_steps
+from musiclm_pytorch.audiolm.generation_args import Progress, counted_steps
 from musiclm_pytorch.checks import typechecked
 from musiclm_pytorch.inference.batches import (
     LOOK_AHEAD,

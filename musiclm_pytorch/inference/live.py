@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from musiclm_pytorch.audiolm.requests import Prompt
+from musiclm_pytorch.audiolm.generation_args import Prompt
 from musiclm_pytorch.audiolm.streaming import MusicStream
 from musiclm_pytorch.inference.music_maker import MusicMaker, check_says_something
 from musiclm_pytorch.waves import Waves

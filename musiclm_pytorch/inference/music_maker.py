@@ -9,8 +9,7 @@ from typing import Any
 
 import torch
 
-from musiclm_pytorch.audiolm.requests import Mix, Prompt, Story
-from musiclm_pytorch.audiolm.sampling import Progress, StopGeneration
+from musiclm_pytorch.audiolm.generation_args import Mix, Progress, Prompt, StopGeneration, Story
 from musiclm_pytorch.audiolm.stages import STAGES
 from musiclm_pytorch.audiolm.streaming import MusicStream
 from musiclm_pytorch.checks import check_positive, typechecked

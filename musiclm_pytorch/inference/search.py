@@ -22,7 +22,7 @@ from musiclm_pytorch.mulan.checkpoint import CONFIG_FILE, WEIGHTS
 from musiclm_pytorch.mulan.layers import l2norm
 from musiclm_pytorch.mulan.model import JointEmbedding, evaluating
 from musiclm_pytorch.mulan.pretrained import own_mulan
-from musiclm_pytorch.mulan.vocabulary import unknown_words_line
+from musiclm_pytorch.mulan.text_transformer import unknown_words_line
 
 logger = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from musiclm_pytorch.audiolm.sampling import Progress, counted_steps
+from musiclm_pytorch.audiolm.generation_args import Progress, counted_steps
 from musiclm_pytorch.checks import check_finite, check_positive, typechecked
 from musiclm_pytorch.mulan.model import MuLaN, evaluating
 

@@ -1,4 +1,6 @@
-"""Attention, softmax(q kᵀ + bias) v, with a bias that depends on the offset of two tokens: `attend` picks how.
+"""Attention of the towers and of the stages, softmax(q kᵀ + bias) v, each beside its plain form.
+
+Towers have a bias that depends on the offset of two patches, and `attend` picks how:
 
 - dense: the bias written out as `(b, h, n, n)`. The plain form, which torch.compile and exporters understand, and the
   fastest for short sequences.
@@ -6,6 +8,11 @@
   recomputes the weights in the backward pass (the idea of arXiv 2205.14135, without tiles of keys), so that no layer
   keeps an n × n tensor.
 - flex: for CUDA. FlexAttention looks the bias up inside the fused kernel.
+
+Stages have causal attention whose keys and values are one head for all queries (multi-query attention, arXiv
+1911.02150): `plain_attention` on any device, `block_causal_attention` on a CPU, about half of the work. There queries
+go block by block, each with the keys that it may see, so that what the causal mask would throw away is never computed,
+and each block is biased, masked and normalised while it lies in the cache.
 """
 
 from __future__ import annotations
@@ -16,7 +23,7 @@ from functools import cache
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
+from einops import einsum, rearrange
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -30,6 +37,11 @@ BLOCK_ELEMENTS = 2**20
 MIN_BLOCK_ROWS = 128
 # elements of a bias that is kept for the layers that follow and for the backward pass; a larger one is looked up anew
 KEPT_ELEMENTS = 2**25
+BLOCK = 128  # queries of causal attention at a time
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Towers
 
 
 @dataclass
@@ -176,7 +188,7 @@ class _BlockwiseAttention(torch.autograd.Function):
         ctx.lengths = [total] * batch if bias.lengths is None else bias.lengths.tolist()
 
         out = torch.zeros_like(q)
-        for items, rows, n in _blocks(bias, ctx.lengths, heads):
+        for items, rows, n in _grid_blocks(bias, ctx.lengths, heads):
             block = bias.block(items[0], rows, n, q.dtype)
             for i in items:
                 queries, keys, values = q[i, None, :, rows], k[i, None, :, :n], v[i, None, :, :n]
@@ -197,7 +209,7 @@ class _BlockwiseAttention(torch.autograd.Function):
         grad_table = torch.zeros(table.shape, dtype=torch.float32)
         grad_out = grad_out.contiguous()
 
-        for items, rows, n in _blocks(ctx.bias, ctx.lengths, q.shape[1]):
+        for items, rows, n in _grid_blocks(ctx.bias, ctx.lengths, q.shape[1]):
             block, grad_block = ctx.bias.block(items[0], rows, n, q.dtype), None
             for i in items:
                 queries, keys, values, grad_rows = q[i, :, rows], k[i, :, :n], v[i, :, :n], grad_out[i, :, rows]
@@ -219,7 +231,7 @@ class _BlockwiseAttention(torch.autograd.Function):
         return *grads, None
 
 
-def _blocks(bias: GridBias, lengths: list[int], heads: int) -> Iterator[tuple[Sequence[int], slice, int]]:
+def _grid_blocks(bias: GridBias, lengths: list[int], heads: int) -> Iterator[tuple[Sequence[int], slice, int]]:
     """The items that share a bias, a block of their queries, and how many keys they have."""
     shared = len(bias.codes) == 1 and len(set(lengths)) == 1
     for items in [range(len(lengths))] if shared else [[i] for i in range(len(lengths))]:
@@ -237,3 +249,138 @@ def _weights(q: Tensor, k: Tensor, bias: Tensor | None) -> Tensor:
 
 def _is_half(t: Tensor) -> bool:
     return t.dtype in (torch.bfloat16, torch.float16)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Stages
+
+
+def plain_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    causal: bool = True,
+    dropout: float = 0.0,
+    fused: bool = False,
+) -> Tensor:
+    """`block_causal_attention` by PyTorch's own operators, whole, on any device.
+
+    Args:
+        q, k, v, mask: as of `block_causal_attention`.
+        bias: `(h, n, j)` of the last j keys.
+        causal: whether a query sees its own and earlier keys only; queries are those of the last keys.
+        dropout: of the weights.
+        fused: leave it to `scaled_dot_product_attention`.
+    """
+    hidden = None if mask is None else ~mask[:, None, None]
+    if causal and q.shape[2] > 1:
+        later = _later_keys(q.shape[2], q.device, ahead=k.shape[1] - q.shape[2])
+        hidden = later if hidden is None else hidden | later
+    if fused and bias is None:
+        lowest = torch.finfo(q.dtype).min  # finite, for a query may see no key at all
+        added = None if hidden is None else torch.zeros_like(hidden, dtype=q.dtype).masked_fill(hidden, lowest)
+        k, v = (it[:, None].expand(-1, q.shape[1], -1, -1) for it in (k, v))
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=added, dropout_p=dropout)
+    scores = einsum(q, k, 'b h i d, b j d -> b h i j') * q.shape[-1] ** -0.5
+    if bias is not None:
+        scores = scores + F.pad(bias, (scores.shape[-1] - bias.shape[-1], 0))
+    if hidden is not None:
+        scores = scores.masked_fill(hidden, -torch.finfo(scores.dtype).max)
+    weights = F.dropout(scores.softmax(dim=-1), dropout)
+    return einsum(weights, v.to(weights.dtype), 'b h i j, b j d -> b h i d')
+
+
+def block_causal_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, bias: Sequence[Tensor] | None = None
+) -> Tensor:
+    """Softmax of q kᵀ / √d + bias over the keys up to each query, times v.
+
+    Args:
+        q: `(b, h, n, d)`; under autocast, products are of its precision, and softmaxes in float32.
+        k, v: `(b, p + n, d)`; the first p keys are seen by all queries.
+        mask: `(b, p + n)`, which keys are seen at all.
+        bias: for each block of `BLOCK` queries `(h, queries, j)`, of the last j keys up to the last of them.
+    """
+    q = q * q.shape[-1] ** -0.5
+    if torch.is_autocast_enabled('cpu'):
+        q, k, v = (it.to(torch.get_autocast_dtype('cpu')) for it in (q, k, v))
+    with torch.autocast('cpu', enabled=False):
+        if torch.is_grad_enabled():
+            return _BlockCausal.apply(q, k, v, mask, *(bias or ()))
+        return _causal_attention(q, k, v, mask, bias or ())
+
+
+def _causal_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, bias: Sequence[Tensor], kept: list[Tensor] | None = None
+) -> Tensor:
+    """`kept` gets the weights of each block."""
+    h, i, j = q.shape[1], q.shape[2], k.shape[1]
+    precision = torch.promote_types(q.dtype, torch.float32)
+    hidden = -torch.finfo(precision).max
+    out = torch.empty_like(q)
+    for number, (start, stop, seen) in enumerate(causal_blocks(i, j)):
+        queries = q[:, :, start:stop].flatten(1, 2)
+        # biased and normalised in float32 at least, whatever the precision of the products
+        scores = torch.bmm(queries, k[:, :seen].mT).to(precision)
+        view = scores.unflatten(1, (h, stop - start))
+        if bias:
+            view[..., seen - bias[number].shape[-1] :] += bias[number]
+        if mask is not None:
+            view.masked_fill_(~mask[:, None, None, :seen], hidden)
+        if stop - start > 1:  # the last keys of a block are the positions of its own queries
+            view[..., start + j - i :].masked_fill_(_later_keys(stop - start, q.device), hidden)
+        weights = torch.softmax(scores, dim=-1).to(q.dtype)
+        out[:, :, start:stop] = torch.bmm(weights, v[:, :seen]).unflatten(1, (h, stop - start))
+        if kept is not None:
+            kept.append(weights)
+    return out
+
+
+class _BlockCausal(torch.autograd.Function):
+    @staticmethod
+    @torch.amp.custom_fwd(device_type='cpu')
+    def forward(ctx, q, k, v, mask, *bias):
+        weights = []
+        out = _causal_attention(q, k, v, mask, bias, weights)
+        ctx.save_for_backward(q, k, v, out, *weights)
+        ctx.bias_dtype = bias[0].dtype if bias else None
+        ctx.widths = [it.shape[-1] for it in bias]
+        return out
+
+    @staticmethod
+    @once_differentiable
+    @torch.amp.custom_bwd(device_type='cpu')
+    def backward(ctx, grad_out):
+        q, k, v, out, *weights = ctx.saved_tensors
+        h, i, j = q.shape[1], q.shape[2], k.shape[1]
+        grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        grad_bias = []
+        # the part of the gradient of a softmax that is one number a query
+        shared = (grad_out * out).sum(dim=-1)
+        for number, ((start, stop, seen), weight) in enumerate(zip(causal_blocks(i, j), weights)):
+            rows = rearrange(grad_out[:, :, start:stop], 'b h i d -> b (h i) d')
+            grad_v[:, :seen] += torch.bmm(weight.mT, rows)
+            grad = torch.bmm(rows, v[:, :seen].mT)
+            grad -= rearrange(shared[:, :, start:stop], 'b h i -> b (h i) 1')
+            grad *= weight
+            if ctx.bias_dtype is not None:
+                own = rearrange(grad, 'b (h i) j -> b h i j', h=h)[..., seen - ctx.widths[number] :]
+                grad_bias.append(own.sum(dim=0).to(ctx.bias_dtype))
+            grad_q[:, :, start:stop] = rearrange(torch.bmm(grad, k[:, :seen]), 'b (h i) d -> b h i d', h=h)
+            queries = rearrange(q[:, :, start:stop], 'b h i d -> b (h i) d')
+            grad_k[:, :seen] += torch.bmm(grad.mT, queries)
+        return grad_q, grad_k, grad_v, None, *grad_bias
+
+
+def causal_blocks(queries: int, keys: int) -> Iterator[tuple[int, int, int]]:
+    """Start and stop of each block, and how many keys its last query sees: keys of a prefix are seen by all."""
+    for start in range(0, queries, BLOCK):
+        stop = min(start + BLOCK, queries)
+        yield start, stop, stop + keys - queries
+
+
+def _later_keys(size: int, device: torch.device, ahead: int = 0) -> Tensor:
+    return torch.ones(size, ahead + size, dtype=torch.bool, device=device).triu(1 + ahead)

@@ -32,8 +32,7 @@ from musiclm_pytorch.atomic import (
 from musiclm_pytorch.checks import check_device, fitted, keywords_of
 from musiclm_pytorch.mulan.audio_transformer import AudioSpectrogramTransformer
 from musiclm_pytorch.mulan.pretrained_towers import PretrainedAudioTransformer, PretrainedTextTransformer
-from musiclm_pytorch.mulan.text_transformer import TextTransformer
-from musiclm_pytorch.mulan.vocabulary import packed, unpacked
+from musiclm_pytorch.mulan.text_transformer import TextTransformer, packed, unpacked
 from musiclm_pytorch.pretrained.hub import find_encoder, load_processor, save_encoder
 from musiclm_pytorch.version import __version__
 

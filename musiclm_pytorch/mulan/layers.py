@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from musiclm_pytorch.checks import check_positive, check_probability
+from musiclm_pytorch.kernels import linear
 from musiclm_pytorch.kernels.attention import GridBias, attend
-from musiclm_pytorch.kernels.linear import linear
 
 
 class Encoding(NamedTuple):

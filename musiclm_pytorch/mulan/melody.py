@@ -61,7 +61,7 @@ class MelodyEncoder(nn.Module):
         if sample_rate < 6000:
             raise ValueError(f'sample_rate must be at least 6000 Hz, to hear the highest pitch, got {sample_rate}')
         self.dim_latent, self.seconds, self.hop, self.sample_rate = dim_latent, seconds, hop, sample_rate
-        self.chroma = Chroma(bins, sample_rate)
+        self.chroma = Chromagram(bins, sample_rate)
         tokens = max(1, round(seconds * sample_rate / self.chroma.spectrogram.hop_length))
         self.to_tokens = nn.Linear(2 * bins, dim)
         self.positions = nn.Parameter(0.02 * torch.randn(math.ceil(tokens / 2), dim))
@@ -106,7 +106,7 @@ class MelodyEncoder(nn.Module):
         return l2norm(self.to_latents(reduce(x, 'b n d -> b d', 'mean')).float())
 
 
-class Chroma(Float32Buffers):
+class Chromagram(Float32Buffers):
     """Waves `(b, samples)` to how loud each pitch class is, in [0, 1], `(b, bins, frames)`, 20 frames a second."""
 
     def __init__(self, bins: int, sample_rate: int):

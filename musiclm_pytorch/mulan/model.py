@@ -31,12 +31,12 @@ from musiclm_pytorch.mulan.contrastive import (
     MultiLayerContrastiveLoss,
     SigmoidContrastiveLearning,
     SoftmaxContrastiveLearning,
+    WordPrediction,
 )
 from musiclm_pytorch.mulan.display import size_of
 from musiclm_pytorch.mulan.layers import Encoding, l2norm
 from musiclm_pytorch.mulan.text_transformer import TextTransformer
 from musiclm_pytorch.mulan.transfer import load_matching
-from musiclm_pytorch.mulan.words import WordPrediction
 from musiclm_pytorch.pretrained.hub import HubModel, find_folder
 
 
@@ -70,6 +70,12 @@ class JointEmbedding(HubModel, nn.Module):
     def sample_rate(self) -> int | None:
         """Sample rate in Hz of the waves this model expects, None when it was not told."""
         return self.audio.sample_rate
+
+    def window(self, seconds: float, sample_rate: int | None = None) -> float:
+        """How many seconds of audio to embed at once: so many, or as many as the audio tower takes. `sample_rate` is
+        that of the waves, where the model does not know its own."""
+        longest, rate = self.audio.max_audio_length, self.sample_rate or sample_rate
+        return seconds if longest is None or rate is None else min(seconds, longest / rate)
 
     def pair_latents(
         self,
@@ -194,7 +200,7 @@ class MuLaN(JointEmbedding):
         hierarchical_contrastive_loss_layers: how many; by default one fewer than the shallower tower has.
         sigmoid_contrastive_loss: the loss of SigLIP (arXiv 2303.15343) instead of a softmax.
         word_prediction_weight: of a second loss in training, by which the audio tower learns to tell the words of a
-            clip's text (see `mulan.words`); 0 leaves it out. A small model learns in half the pairs with it.
+            clip's text (see `WordPrediction`); 0 leaves it out. A small model learns in half the pairs with it.
     """
 
     @records_config
@@ -487,7 +493,8 @@ def evaluating(module: nn.Module) -> Iterator[None]:
     with _evaluated_lock:
         for child in children:
             _evaluated.setdefault(child, [0, child.training])[0] += 1
-        module.eval()
+        if any(child.training for child in children):
+            module.eval()
     try:
         yield
     finally:

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from musiclm_pytorch.mulan import checkpoint
-from musiclm_pytorch.mulan.text_transformer import TextTransformer
-from musiclm_pytorch.mulan.vocabulary import known_ids
+from musiclm_pytorch.mulan.text_transformer import TextTransformer, known_ids
 
 TOKENS, POSITIONS = 'text.token_emb.weight', 'text.pos_emb.weight'
 MOST_NAMED = 8

@@ -3,22 +3,57 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from einops import einsum, rearrange
 from torch import Tensor, nn
 
-from musiclm_pytorch.checks import typechecked
+from musiclm_pytorch.checks import typechecked, values_can_be_checked
 from musiclm_pytorch.mulan.audio_transformer import AudioSpectrogramTransformer
 from musiclm_pytorch.mulan.layers import LayerNorm
 from musiclm_pytorch.mulan.model import MuLaN
 from musiclm_pytorch.mulan.recipes import create_optimized_audiospectrogram_transformer
 from musiclm_pytorch.mulan.text_transformer import VOCAB_SIZE, TextTransformer
-from musiclm_pytorch.open_clip.batch import AudioBatch
-from musiclm_pytorch.open_clip.framing import bare, framed
 
 Texts = Tensor | Sequence[str]
+START, END = 49406, 49407  # tokens of CLIP
+
+
+@dataclass(frozen=True)
+class AudioBatch:
+    """Waves with their lengths and rate, where open_clip's loop expects one tensor of images.
+
+    Attributes:
+        waves: `(b, samples)` float.
+        lengths: `(b,)` int64 true lengths in samples; None when all waves are as long as the tensor.
+        sample_rate: in Hz; None is the rate of the model.
+    """
+
+    waves: Tensor
+    lengths: Tensor | None = None
+    sample_rate: int | None = None
+
+    def to(self, device: Any = None, dtype: torch.dtype | None = None, non_blocking: bool = False) -> AudioBatch:
+        """As `Tensor.to`; the dtype is that of the waves."""
+        lengths = self.lengths
+        return replace(
+            self,
+            waves=self.waves.to(device=device, dtype=dtype, non_blocking=non_blocking),
+            lengths=None if lengths is None else lengths.to(device=device, non_blocking=non_blocking),
+        )
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.waves.shape
+
+    def size(self, dim: int | None = None) -> torch.Size | int:
+        return self.waves.size() if dim is None else self.waves.size(dim)
+
+    def __len__(self) -> int:
+        return len(self.waves)
 
 
 class MuLaNOpenCLIP(nn.Module):
@@ -356,3 +391,42 @@ def _lock(modules: list[nn.Module], groups: list[list[nn.Module | nn.Parameter]]
     for group in groups[max(0, len(groups) - unlocked) :]:
         for part in group:
             part.requires_grad_(True)
+
+
+# ---- token ids with and without the start and end tokens that open_clip's tokenizer puts around them ----
+
+# Both tokenizers have CLIP's byte-pair encoding and give the same ids. x-clip's, which MuLaN reads, gives these alone
+# (bare); open_clip's puts a start token in front and an end token behind (framed).
+
+
+def bare(ids: Tensor, pad_id: int) -> Tensor:
+    """Ids `(b, n)` without start and end tokens, `(b, m)`; rows that begin with no start token are as before.
+
+    What follows an end token is padding, with whatever it was padded. Columns that are padding in all rows are cut.
+    """
+    ids = ids.long()
+    places = torch.arange(ids.shape[1], device=ids.device)
+    is_framed = ids[:, :1] == START
+    # the last end token closes the text; without one, as after a careless cut, all of the row is text
+    ends = torch.where(ids == END, places, -1).amax(dim=1, keepdim=True)
+    ends = torch.where(ends < 0, ids.shape[1], ends)
+    shifted = F.pad(ids[:, 1:], (0, 1), value=pad_id).masked_fill(places >= ends - 1, pad_id)
+    ids = torch.where(is_framed, shifted, ids)
+    if not values_can_be_checked():
+        return ids
+    return ids[:, : max(1, int(_lengths(ids, pad_id).max()))]
+
+
+def framed(ids: Tensor, pad_id: int, longest: int) -> Tensor:
+    """Bare ids `(b, n)` between start and end tokens, `(b, m)` with `m` of at most `longest`: longer texts are cut."""
+    ids = ids[:, : longest - 2]
+    lengths = _lengths(ids, pad_id)
+    out = F.pad(ids, (1, 1), value=pad_id)
+    out[:, 0] = START
+    return out.scatter(1, lengths[:, None] + 1, END)
+
+
+def _lengths(ids: Tensor, pad_id: int) -> Tensor:
+    """`(b,)`: ids of each row up to its last that is no padding."""
+    places = torch.arange(1, ids.shape[1] + 1, device=ids.device)
+    return torch.where(ids != pad_id, places, 0).amax(dim=1)

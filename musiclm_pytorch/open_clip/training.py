@@ -18,8 +18,7 @@ from musiclm_pytorch.checks import check_positive, typechecked
 from musiclm_pytorch.data.collate import collate_pairs
 from musiclm_pytorch.data.rates import agreed_rate, rate_of
 from musiclm_pytorch.extras import needing
-from musiclm_pytorch.open_clip.batch import AudioBatch
-from musiclm_pytorch.open_clip.model import MuLaNOpenCLIP
+from musiclm_pytorch.open_clip.model import AudioBatch, MuLaNOpenCLIP
 
 
 @dataclass

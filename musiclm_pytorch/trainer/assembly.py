@@ -31,7 +31,7 @@ from musiclm_pytorch.data.shards import ShardedAudioText, ShardItems
 from musiclm_pytorch.mulan.checkpoint import CONFIG_FILE, read_config, saved_kind
 from musiclm_pytorch.mulan.melody import MelodyEncoder
 from musiclm_pytorch.mulan.model import MuLaN
-from musiclm_pytorch.mulan.vocabulary import PromptWarning
+from musiclm_pytorch.mulan.text_transformer import PromptWarning
 from musiclm_pytorch.musiclm import MusicLM
 from musiclm_pytorch.pretrained.hub import find_folder
 from musiclm_pytorch.quantizer import MuLaNEmbedQuantizer

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from musiclm_pytorch.data.audio.decoding import PacketFile
 from musiclm_pytorch.data.audio.resampling import ResamplingPlan, resample
 
-__all__ = ['AudioFile', 'resample', 'windows']
+__all__ = ['AudioFile', 'batches_by_length', 'resample', 'windows']
 
 # What libsndfile opens by what a file begins with, and how it calls what it knows the length of and seeks in exactly.
 # All else is FFmpeg's.
@@ -173,3 +173,15 @@ def windows(total: int, window: int, hop: int) -> Iterator[tuple[int, int]]:
         yield start, start + window
         start += hop
     yield max(0, total - window), total
+
+
+def batches_by_length(waves: Sequence[Tensor], batch_size: int, *, mixed: bool) -> Iterator[list[int]]:
+    """Indices of the waves of each batch: neighbours in length, and of one length unless `mixed`."""
+    batch: list[int] = []
+    for row in sorted(range(len(waves)), key=lambda row: len(waves[row])):
+        if batch and (len(batch) == batch_size or (not mixed and len(waves[row]) != len(waves[batch[0]]))):
+            yield batch
+            batch = []
+        batch.append(row)
+    if batch:
+        yield batch

@@ -7,6 +7,7 @@ import base64
 import contextlib
 import secrets
 from collections.abc import AsyncIterator
+from dataclasses import dataclass
 from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request, Response
@@ -14,16 +15,17 @@ from fastapi.responses import JSONResponse
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from torch import Tensor
 
-from musiclm_pytorch.audiolm.requests import NoDirectionError
+from musiclm_pytorch.audiolm.generation_args import NoDirectionError
 from musiclm_pytorch.checks import described, typechecked
 from musiclm_pytorch.inference.optimize import OptimizedMuLaN
 from musiclm_pytorch.inference.service.config import ServiceConfig
-from musiclm_pytorch.inference.service.limits import Limits, Load
 from musiclm_pytorch.inference.service.requests import (
     FORM,
     JSON,
+    RETRY_AFTER,
     Prompts,
     ServiceError,
     Texts,
@@ -44,7 +46,7 @@ from musiclm_pytorch.inference.service.requests import (
 )
 from musiclm_pytorch.inference.service.streams import router as streams
 from musiclm_pytorch.inference.service.worker import Abandoned, Job, ModelWorker, Unreadable
-from musiclm_pytorch.mulan.model import MuLaN
+from musiclm_pytorch.mulan.model import JointEmbedding
 from musiclm_pytorch.musiclm import MusicLM
 from musiclm_pytorch.version import __version__
 from musiclm_pytorch.waves import sound_bytes
@@ -66,7 +68,7 @@ CALLS = {
 
 
 @typechecked
-def build(model: MuLaN | OptimizedMuLaN | MusicLM, config: ServiceConfig) -> FastAPI:
+def build(model: JointEmbedding | OptimizedMuLaN | MusicLM, config: ServiceConfig) -> FastAPI:
     """The application of `create_service`."""
     worker = ModelWorker(model)
 
@@ -248,3 +250,69 @@ async def embed_form(request: Request, needs_both: bool = False) -> tuple[Tensor
 
 def best_first(rows: Tensor) -> list[list[int]]:
     return rows.argsort(dim=1, descending=True, stable=True).tolist()
+
+
+# ---- how much may come in: requests at once, bytes of a body, and the time that it may take to arrive ----
+
+
+@dataclass
+class Load:
+    """How many requests are in flight."""
+
+    requests: int = 0
+
+
+class Limits:
+    """ASGI middleware. What only asks for the state of the service, by GET, is always let in."""
+
+    def __init__(self, app: ASGIApp, config: ServiceConfig, load: Load):
+        self.app, self.config, self.load = app, config, load
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope['type'] != 'http' or scope['method'] in ('GET', 'HEAD'):
+            await self.app(scope, receive, send)
+            return
+        if self.load.requests >= self.config.max_requests:
+            message = f'{self.load.requests} requests are being served already; try again in a while'
+            refusal = error_response(503, 'overloaded', message, {'Retry-After': str(RETRY_AFTER)})
+            await refusal(scope, receive, send)
+            return
+        self.load.requests += 1
+        try:
+            # a length that is told is believed only where it is too much
+            told = dict(scope['headers']).get(b'content-length', b'')
+            if told.isdigit() and int(told) > self.config.max_body_bytes:
+                error = self._too_large()
+                await error_response(error.status_code, error.code, error.detail)(scope, receive, send)
+                return
+            await self.app(scope, self._limited(receive), send)
+        finally:
+            self.load.requests -= 1
+
+    def _limited(self, receive: Receive) -> Receive:
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + self.config.timeout
+        size, is_whole = 0, False
+
+        async def limited() -> Message:
+            nonlocal size, is_whole
+            if is_whole:
+                return await receive()
+            try:
+                message = await asyncio.wait_for(receive(), deadline - loop.time())
+            except asyncio.TimeoutError:
+                raise ServiceError(
+                    408, 'request_timeout', f'the body did not arrive within {self.config.timeout:g} s'
+                ) from None
+            size += len(message.get('body', b''))
+            if size > self.config.max_body_bytes:
+                raise self._too_large()
+            is_whole = not message.get('more_body', False)
+            return message
+
+        return limited
+
+    def _too_large(self) -> ServiceError:
+        return ServiceError(
+            413, 'body_too_large', f'the body is larger than the {self.config.max_body_bytes} bytes that are allowed'
+        )

@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING
 from musiclm_pytorch.extras import how_to_install
 from musiclm_pytorch.inference.optimize import OptimizedMuLaN
 from musiclm_pytorch.inference.service.config import ServiceConfig
-from musiclm_pytorch.mulan.model import MuLaN
+from musiclm_pytorch.mulan.model import JointEmbedding
 from musiclm_pytorch.musiclm import MusicLM
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
 
-def create_service(model: MuLaN | OptimizedMuLaN | MusicLM, config: ServiceConfig | None = None) -> FastAPI:
+def create_service(model: JointEmbedding | OptimizedMuLaN | MusicLM, config: ServiceConfig | None = None) -> FastAPI:
     """An application for uvicorn or another ASGI server, which embeds, ranks and, given a MusicLM, makes music.
 
         uvicorn.run(create_service(MusicLM.from_pretrained('tiny')))

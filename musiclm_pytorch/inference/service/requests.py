@@ -19,7 +19,14 @@ from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 from torch import Tensor
 
-from musiclm_pytorch.audiolm.requests import Mix, Prompt, check_shorter, read_prompt, read_prompts, read_sampling
+from musiclm_pytorch.audiolm.generation_args import (
+    Mix,
+    Prompt,
+    check_shorter,
+    read_prompt,
+    read_prompts,
+    read_sampling,
+)
 from musiclm_pytorch.audiolm.stages import STAGES
 from musiclm_pytorch.data.audio import AudioFile
 from musiclm_pytorch.inference.service.config import ServiceConfig

@@ -15,7 +15,7 @@ from musiclm_pytorch.data.audio import AudioFile
 from musiclm_pytorch.inference.batches import check_words, plain, window_and_hop
 from musiclm_pytorch.inference.engine import BatchInferenceEngine
 from musiclm_pytorch.inference.optimize import OptimizedMuLaN
-from musiclm_pytorch.mulan.model import MuLaN
+from musiclm_pytorch.mulan.model import JointEmbedding
 from musiclm_pytorch.musiclm import Music, MusicLM
 
 TEXTS_AT_A_TIME = 256  # of several requests
@@ -59,7 +59,7 @@ class ModelWorker:
     Raises ValueError for a model that cannot serve: see `create_service`.
     """
 
-    def __init__(self, model: MuLaN | OptimizedMuLaN | MusicLM):
+    def __init__(self, model: JointEmbedding | OptimizedMuLaN | MusicLM):
         self.engine = BatchInferenceEngine(model)
         self.musiclm, self.mulan = self.engine.musiclm, plain(self.engine.mulan)
         self.window, self.hop = window_and_hop(self.mulan, None, None)

@@ -1,7 +1,9 @@
-"""Several processes that serve one model at one port, each with a copy of it and limits of its own."""
+"""A server that leaves no request without an answer when it is told to end; and several processes that serve one model
+at one port, each with a copy of it and limits of its own."""
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import multiprocessing
 import os
@@ -16,21 +18,50 @@ from http.client import HTTPConnection
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
+from types import FrameType
 from typing import Any
 
 import torch
 import uvicorn
+from fastapi import FastAPI
 
 from musiclm_pytorch.checks import check_positive
 from musiclm_pytorch.inference.service.config import ServiceConfig
 from musiclm_pytorch.inference.service.creation import create_service
-from musiclm_pytorch.inference.service.server import Server
 
 logger = logging.getLogger('uvicorn.error')
 
 TICK = 0.2  # seconds between two looks at signals
 ENDING = (signal.SIGTERM, signal.SIGINT)
 spawn = multiprocessing.get_context('spawn')  # torch's threads do not survive a fork
+
+
+class Server(uvicorn.Server):
+    """Serves an application of `create_service`.
+
+    The first signal ends it when the job that runs is done; those that wait are answered 503. The second one ends that
+    job too, at its next step, and a third one, by Ctrl-C, does not wait for anything. `on_ready` is called when it
+    takes connections.
+    """
+
+    def __init__(self, app: FastAPI, on_ready: Callable[[], None] | None = None, **config: Any):
+        super().__init__(uvicorn.Config(app, **config))
+        self.worker, self.signals, self.on_ready = app.state.worker, 0, on_ready
+
+    async def serve(self, *arguments: Any, **keywords: Any) -> None:
+        self.loop = asyncio.get_running_loop()
+        await super().serve(*arguments, **keywords)
+
+    async def startup(self, *arguments: Any, **keywords: Any) -> None:
+        await super().startup(*arguments, **keywords)
+        if self.on_ready is not None:
+            self.on_ready()
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self.signals += 1
+        self.loop.call_soon_threadsafe(self.worker.stop, self.signals > 1)
+        if self.signals != 2:
+            super().handle_exit(sig, frame)
 
 
 @dataclass(frozen=True)
