@@ -46,7 +46,7 @@ from musiclm_pytorch.audiolm.stages import STAGES
 from musiclm_pytorch.audiolm.streaming import MusicStream, StageStream
 from musiclm_pytorch.checks import check_positive, fitted, keywords_of, typechecked
 from musiclm_pytorch.data.audio import resample
-from musiclm_pytorch.mulan.checkpoint import CONFIG_FILE, checksums_within, placing, read_config, store_as
+from musiclm_pytorch.mulan.checkpoint import CONFIG_FILE, WITHIN, checksums_within, placing, read_config, store_as
 from musiclm_pytorch.mulan.display import count_of, indented, size_of
 from musiclm_pytorch.mulan.layers import l2norm
 from musiclm_pytorch.mulan.lora import adapters_of
@@ -75,10 +75,13 @@ class MusicLM(HubModel, AudioStages):
 
     Args:
         audio_lm: an `AudioLM` of audiolm-pytorch, whose stages were built with `audio_text_condition = True`; its
-            weights are used where they are. Or, in its place, `semantic`, `coarse`, `fine`, `codec` and `tokenizer`.
+            weights are used where they are. Or, in its place, `semantic`, `coarse`, `fine`, `codec` and `tokenizer`;
+            without `fine`, the codec has the levels of the coarse stage alone, as `NeuralCodec.with_first_levels` and
+            `PretrainedCodec(…, num_quantizers)` give it.
         mulan_embed_quantizer: fitted, with a namespace for each stage that is conditioned.
         windows: seconds that each stage sees at once, those of its training crops. Longer music continues the first two
-            with half a window of overlap; the fine stage's windows are independent.
+            with half a window of overlap; the fine stage's windows are independent, and a step of a
+            stream each.
         sampling: what suits the model best, where a call does not say: some of `temperature`, `top_k`, `top_p` and
             `cond_scale`, as `forward` takes them. It is saved with the model.
         knows: what the model knows, in a line, for those whose prompt it does not understand; saved with the model.
@@ -118,7 +121,7 @@ class MusicLM(HubModel, AudioStages):
             parts, unique_consecutive = parts_of(audio_lm)
         if mulan_embed_quantizer is None:
             raise ValueError('mulan_embed_quantizer is missing: a fitted MuLaNEmbedQuantizer gives the conditioning')
-        if missing := [name for name, part in parts.items() if part is None]:
+        if missing := [name for name, part in parts.items() if part is None and name != 'fine']:
             raise ValueError(
                 'this AudioLM was built without wav2vec, whose rate tells how many tokens a second has'
                 if audio_lm is not None
@@ -137,7 +140,7 @@ class MusicLM(HubModel, AudioStages):
 
     def _check_parts(self) -> None:
         quantizer = self.mulan_embed_quantizer
-        conditioned = [name for name in STAGES if self.stages[name].has_condition]
+        conditioned = [name for name, stage in self.stages.items() if stage.has_condition]
         if not conditioned:
             raise ValueError(
                 'no stage takes conditioning, so the text would change nothing; build the transformers with '
@@ -181,8 +184,11 @@ class MusicLM(HubModel, AudioStages):
     def audio_lm(self) -> nn.Module:
         """The `AudioLM` that was given, or else a new one of audiolm-pytorch, with a copy of the stages' weights.
 
-        Raises ValueError for the one that was given while its stages have adapters, which it does not know.
+        Raises ValueError for the one that was given while its stages have adapters, which it does not know, and where
+        there is no fine stage.
         """
+        if self.fine is None:
+            raise ValueError('an AudioLM of audiolm-pytorch has a fine stage, which this MusicLM goes without')
         if self._given[0] is not None:
             if adapted := [name for name, stage in self.stages.items() if adapters_of(stage)]:
                 raise ValueError(
@@ -560,7 +566,7 @@ class MusicLM(HubModel, AudioStages):
         """How each stage samples: as given, or else as suits the model."""
         return read_sampling(
             **{name: self.sampling.get(name) if value is None else value for name, value in given.items()},
-            conditioned=[self.stages[name].has_condition for name in STAGES],
+            conditioned=[name in self.stages and self.stages[name].has_condition for name in STAGES],
         )
 
     # warnings
@@ -682,7 +688,7 @@ class MusicLM(HubModel, AudioStages):
             self.mulan_embed_quantizer.save_pretrained(aside / 'quantizer')
             if dtype is not None:
                 store_as(aside, dtype)
-            within = checksums_within(aside, ('codec', *STAGES, 'tokenizer', 'quantizer'))
+            within = checksums_within(aside, ('codec', *self.stages, 'tokenizer', 'quantizer'))
             config = dict(model='MusicLM', version=__version__, **settings, within=within)
             write_checked_json(aside / CONFIG_FILE, config)
 
@@ -714,7 +720,9 @@ class MusicLM(HubModel, AudioStages):
         with settings.refused("'sampling' must hold keywords", settings.content.get('sampling')):
             sampling = dict(settings.content.get('sampling') or {})
         settings.check_known(sampling, SAMPLING, 'sampling')
-        parts = {name: load_module(folder / name, verify=verify) for name in (*STAGES, 'codec')}
+        has_fine = 'fine' in settings.content.get(WITHIN, STAGES)
+        names = [name for name in (*STAGES, 'codec') if name != 'fine' or has_fine]
+        parts = {name: load_module(folder / name, verify=verify) for name in names}
         parts['tokenizer'] = SemanticTokenizer.from_pretrained(folder / 'tokenizer', verify=verify)
         quantizer = MuLaNEmbedQuantizer.from_pretrained(folder / 'quantizer', mulan, verify=verify, **at)
         values = {name: settings.content.get(name) for name in SETTINGS if name != 'sampling'}

@@ -1,5 +1,7 @@
 """Text to music: lengths, seeds, choice by MuLaN, continuation, stories, and what goes wrong."""
 
+import math
+
 import numpy as np
 import pytest
 import soundfile
@@ -7,7 +9,7 @@ import torch
 from helpers.models import tiny_audio
 from helpers.music import RATE, TOKEN_RATE, build_audio_lm, build_quantizer, stop_at_once
 
-from musiclm_pytorch import MusicLM, StopGeneration
+from musiclm_pytorch import MusicLM, NeuralCodec, Sampling, StopGeneration, generate_coarse, generate_semantic
 from musiclm_pytorch.audiolm.semantic_mulan import MuLaNSemanticTokenizer
 from musiclm_pytorch.data.audio import resample
 from musiclm_pytorch.mulan.layers import l2norm
@@ -292,6 +294,50 @@ def test_saved_and_rebuilt(musiclm, tmp_path):
         MusicLM.from_pretrained('tinny')
     with pytest.raises(ValueError, match='not the config of a MusicLM'):
         MusicLM.from_pretrained(tmp_path / 'music' / 'codec')
+
+
+def test_without_a_fine_stage_the_coarse_codes_are_the_music(tmp_path):
+    parts = {name: getattr(build_audio_lm(), name).transformer for name in ('semantic', 'coarse')}
+    codec = NeuralCodec(RATE, codebook_size=8, num_quantizers=3, dim=16, bands=8, resolved_hz=400.0)
+    codec.fit([torch.randn(4, 2 * RATE, generator=torch.Generator().manual_seed(0))])
+    tokenizer = MuLaNSemanticTokenizer(tiny_audio(depth=1, audio_sample_rate=800, spec_n_fft=64), codebook_size=6)
+    tokenizer.fit(torch.randn(4, 1600, generator=torch.Generator().manual_seed(0)))
+    parts |= dict(mulan_embed_quantizer=build_quantizer(), tokenizer=tokenizer)
+    musiclm = MusicLM(**parts, codec=codec.with_first_levels(2), windows=(2.0, 1.0, 0.4)).eval()
+    assert list(musiclm.stages) == ['semantic', 'coarse']
+
+    codes = musiclm.mulan_embed_quantizer.indices(raw_texts=['slow flute'])
+    generator, semantic_rate = torch.Generator().manual_seed(4), musiclm.semantic_rate
+    told = {name: musiclm.mulan_embed_quantizer.embed(codes, name) for name in ('semantic', 'coarse')}
+    length = math.ceil(0.8 * semantic_rate)
+    keywords = dict(sampling=Sampling(cond_scale=3.0), generator=[generator])
+    semantic = generate_semantic(
+        musiclm.semantic, max_length=length, min_length=length, text_embeds=told['semantic'], **keywords
+    ).tokens
+    coarse = generate_coarse(
+        musiclm.coarse, semantic, max_length=20, min_length=20, text_embeds=told['coarse'], unique_consecutive=False,
+        semantic_per_frame=semantic_rate / musiclm.frame_rate, **keywords,
+    ).tokens  # fmt: skip
+    music = musiclm('slow flute', seconds=0.8, seed=4, temperature=1.0)
+    assert music.std() > 0.001
+    torch.testing.assert_close(music, codec.with_first_levels(2).decode(coarse), atol=1e-5, rtol=0)
+
+    musiclm.save_pretrained(tmp_path / 'music')
+    rebuilt = MusicLM.from_pretrained(tmp_path / 'music')
+    sound = dict(prime_wave=music[0, :800], prime_wave_input_sample_hz=RATE)
+    story = [(0.7, 'slow flute'), (0.7, 'bright drums')]
+    assert torch.equal(rebuilt(story, seed=1, **sound), musiclm(story, seed=1, **sound))
+    stream = rebuilt.stream('slow flute', seconds=2.4, seed=1, prime=(music[0], RATE))
+    played = torch.cat([next(stream), next(stream)])
+    stream.set_prompt('bright drums')
+    played = torch.cat([played, *stream])
+    assert len(played) == round(2.4 * RATE)
+    assert played[-RATE:].std() > 0.001
+    assert rebuilt.infill((played[:RATE], RATE), 0.3, 0.6, 'slow flute', seed=0).shape[-1] == RATE
+    with pytest.raises(ValueError, match='has a fine stage, which this MusicLM goes without'):
+        _ = musiclm.audio_lm
+    with pytest.raises(ValueError, match='the stages make 2 levels of codes, but the codec has 3; pass a fine stage'):
+        MusicLM(**parts, codec=codec)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 from helpers.pipeline import STEPS, TINY
-from helpers.recipes import CODEC
+from helpers.recipes import CODEC, written
 from helpers.sounds import ramp, write
 from helpers.training import assert_same
 from safetensors.torch import load_file
@@ -168,9 +168,23 @@ def test_with_a_soundstream_and_melodies(tmp_path, music, config):
     assert MusicLMRecipe.load(tmp_path / 'out' / 'recipe.json').to_dict() == recipe.to_dict()
 
 
+def test_without_a_fine_stage(tmp_path, music):
+    content = {**TINY, 'spectral_codec': TINY['spectral_codec'] | dict(num_quantizers=1)}
+    del content['fine']
+    path = written(tmp_path, yaml.safe_dump(content) + 'fine: no\n')
+    recipe, told = MusicLMRecipe.load(path), []
+    musiclm = train_musiclm(music, tmp_path / 'out', recipe, on_part=lambda name, _: told.append(name))
+    assert told == [name for name in PARTS if name != 'fine']
+    assert list(musiclm.stages) == ['semantic', 'coarse']
+    assert MusicLMRecipe.load(tmp_path / 'out' / 'recipe.json').to_dict() == recipe.to_dict()
+    assert main(['assemble', str(tmp_path / 'out'), '-o', str(tmp_path / 'again'), '--config', str(path)]) == 0
+    assert_same_music(*(MusicLM.from_pretrained(tmp_path / it) for it in ('again', 'out/musiclm')))
+
+
 @pytest.mark.parametrize(
     ('changes', 'message'),
     [
+        (dict(fine=False), 'the coarse one makes all 3 levels of the codec, but num_coarse_quantizers is 1'),
         (dict(tokeniser={}), "unknown part 'tokeniser'; did you mean 'tokenizer'"),
         (dict(codec={}), 'keep one'),
         (dict(mulan=dict(audio=dict(dimm=3))), "part mulan: unknown key 'dimm'.*did you mean 'dim'"),

@@ -76,7 +76,8 @@ class AudioStages(nn.Module):
     """AudioLM (arXiv 2209.03143): three stages between a semantic tokenizer and a codec, under conditions from outside.
 
     Args:
-        semantic, coarse, fine, codec, tokenizer: ours, or those of audiolm-pytorch.
+        semantic, coarse, fine, codec, tokenizer: ours, or those of audiolm-pytorch. Without a fine stage the codec has
+            the levels of the coarse one alone.
         windows: seconds that each stage sees at once.
         unique_consecutive: whether semantic tokens come without repetitions.
 
@@ -91,7 +92,7 @@ class AudioStages(nn.Module):
         self,
         semantic: nn.Module,
         coarse: nn.Module,
-        fine: nn.Module,
+        fine: nn.Module | None,
         codec: nn.Module,
         tokenizer: nn.Module,
         windows: tuple[float, float, float],
@@ -100,21 +101,28 @@ class AudioStages(nn.Module):
         super().__init__()
         check_positive(**{f'the window of the {name} stage': it for name, it in zip(STAGES, windows)})
         for (name, kind), stage in zip(STAGES.items(), (semantic, coarse, fine)):
-            setattr(self, name, own_stage(stage, kind))
+            setattr(self, name, None if stage is None else own_stage(stage, kind))
         self.codec, self.tokenizer = own_codec(codec), own_tokenizer(tokenizer)
         self.windows, self.unique_consecutive = windows, unique_consecutive
         self.sample_rate, self.frame_rate = self.codec.sample_rate, self.codec.frame_rate
         self.semantic_rate = self.tokenizer.frame_rate
-        semantic, coarse, fine, levels = self.semantic, self.coarse, self.fine, self.codec.num_quantizers
-        for what, ours, theirs in (
+        semantic, coarse, fine = self.semantic, self.coarse, self.fine
+        made = coarse.num_levels + (0 if fine is None else fine.num_levels)
+        checks = [
             ('coarse stage reads {} semantic tokens, but the semantic stage makes {}', coarse.num_semantic_tokens,
              semantic.num_semantic_tokens),
-            ('fine stage has {} codes a codebook, but the coarse stage {}', fine.codebook_size, coarse.codebook_size),
-            ('fine stage goes on after {} levels of codes, but the coarse stage makes {}', fine.num_coarse_quantizers,
-             coarse.num_coarse_quantizers),
-            ('stages make {} levels of codes, but the codec has {}', coarse.num_levels + fine.num_levels, levels),
+            ('stages make {} levels of codes, but the codec has {}' + ('; pass a fine stage' if fine is None else ''),
+             made, self.codec.num_quantizers),
             ('stages have {} codes a codebook, but the codec {}', coarse.codebook_size, self.codec.codebook_size),
-        ):  # fmt: skip
+        ]  # fmt: skip
+        if fine is not None:
+            checks[1:1] = [
+                ('fine stage has {} codes a codebook, but the coarse stage {}', fine.codebook_size,
+                 coarse.codebook_size),
+                ('fine stage goes on after {} levels of codes, but the coarse stage makes {}',
+                 fine.num_coarse_quantizers, coarse.num_levels),
+            ]  # fmt: skip
+        for what, ours, theirs in checks:
             if ours != theirs:
                 raise ValueError(f'the {what.format(ours, theirs)}')
 
@@ -124,7 +132,7 @@ class AudioStages(nn.Module):
 
     @property
     def stages(self) -> dict[str, SemanticTransformer | CoarseTransformer | FineTransformer]:
-        return {name: getattr(self, name) for name in STAGES}
+        return {name: stage for name in STAGES if (stage := getattr(self, name)) is not None}
 
     def encode_prime(self, prime: tuple[Tensor, int] | None, batch: int) -> tuple[Tensor, Tensor, Tensor]:
         """Semantic tokens `(b, n)`, coarse and fine codes `(b, t, q)` of a wave `(1, samples)` and its rate, up to
@@ -251,6 +259,8 @@ class AudioStages(nn.Module):
         **shared: Any,
     ) -> list[Tensor]:
         """Codes of all levels `(b, t, q)` of each part, from the beginning of the music to its end."""
+        if self.fine is None:
+            return [coarse for _, coarse in coarses]
         made, whole = [], fine[:, :0]
         for part, (first, coarse) in zip(parts, coarses):
             condition, negative = part.conditions['fine']

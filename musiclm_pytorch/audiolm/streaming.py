@@ -73,7 +73,7 @@ class StageStream:
         self.made = 0  # frames so far
         empty = torch.zeros(1, 0, dtype=torch.long, device=generator.device)
         self.semantic, self.first_semantic = empty, 0  # what is still needed, and the number of its first token
-        levels = audio.coarse.num_levels, audio.fine.num_levels
+        levels = audio.coarse.num_levels, audio.codec.num_quantizers - audio.coarse.num_levels
         self.coarse, self.fine = (empty[..., None].expand(-1, -1, q) for q in levels)
         self.seen_from = 0, 0  # the first token and frame that what follows may depend on
         self.guided_until = 0
@@ -96,7 +96,10 @@ class StageStream:
         stop = self.made + frames
         self._extend_semantic(math.ceil(stop * self.per_frame), *conditions['semantic'])
         self._extend_coarse(stop, *conditions['coarse'])
-        self._extend_fine(stop, *conditions['fine'])
+        if self.audio.fine is None:
+            self.fine = self.coarse[..., :0]
+        else:
+            self._extend_fine(stop, *conditions['fine'])
         self.made = stop
         new = torch.cat((self.coarse[:, -frames:], self.fine[:, -frames:]), dim=-1)
         self._forget()

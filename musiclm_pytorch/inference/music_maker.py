@@ -142,7 +142,8 @@ class MusicMaker:
         num_samples, sampling = int(num_samples), self._sampling(seed, cond_scale, temperature, negative)
         seed = sampling.pop('seed')
         firsts = range(0, num_samples, AT_ONCE)
-        progress = stage_progress(report, parts=len(prompts), rounds=len(firsts)) if report else False
+        counts = dict(parts=len(prompts), rounds=len(firsts), stages=tuple(self.musiclm.stages))
+        progress = stage_progress(report, **counts) if report else False
         made = []
         with contextlib.suppress(StopGeneration):
             for first in firsts:
@@ -253,12 +254,14 @@ def in_proportion(own: float | Sequence[float], value: float, *, neutral: float)
     return tuple(neutral + (it - neutral) * (value - neutral) / (top - neutral) for it in own)
 
 
-def stage_progress(report: Callable[[float, str], None], parts: int, rounds: int = 1) -> Progress:
+def stage_progress(
+    report: Callable[[float, str], None], parts: int, rounds: int = 1, stages: Sequence[str] = tuple(STAGES)
+) -> Progress:
     """MusicLM's progress as a share of all of it.
 
-    It begins anew for each part in each of three stages, for the waves and for the scores, in each round.
+    It begins anew for each part in each of the stages, for the waves and for the scores, in each round.
     """
-    works = [f'{stage} tokens' for stage in STAGES for _ in range(parts)] + ['waves', 'scores']
+    works = [f'{stage} tokens' for stage in stages for _ in range(parts)] + ['waves', 'scores']
     calls, last = 0, 0
 
     def advance(done: int, total: int) -> None:

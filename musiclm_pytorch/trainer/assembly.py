@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
+from musiclm_pytorch.audiolm.convert import own_codec
 from musiclm_pytorch.audiolm.saving import load_module
 from musiclm_pytorch.audiolm.semantic import SemanticTokenizer
 from musiclm_pytorch.audiolm.semantic_mulan import MuLaNSemanticTokenizer
@@ -175,7 +176,8 @@ def assemble_musiclm(
 ) -> MusicLM:
     """A MusicLM of the parts in the folders `quantizer`, `tokenizer`, `codec`, `semantic`, `coarse` and `fine`.
 
-    Of what a trainer wrote, the best model is taken, or the last one if nothing was held out.
+    Of what a trainer wrote, the best model is taken, or the last one if nothing was held out. Where the coarse stage
+    makes all levels of the codec, there is no fine one.
 
     Args:
         parts: the folder that they are in.
@@ -191,8 +193,11 @@ def assemble_musiclm(
     """
     parts = Path(parts)
     quantizer = MuLaNEmbedQuantizer.from_pretrained(parts / 'quantizer')
+    codec = own_codec(load_codec(parts / 'codec') if codec is None else codec)
     stages, told = {}, {}
     for name in STAGES:
+        if name == 'fine' and stages['coarse'].num_levels == codec.num_quantizers:
+            continue
         folder = model_in(parts / name)
         config = read_config(folder, f'{name.capitalize()}Trainer', ('model', 'keywords', 'stage'), optional=('step',))
         with config.refused("'stage' must hold seconds and unique_consecutive", config['stage']):
@@ -205,12 +210,12 @@ def assemble_musiclm(
         raise ValueError(f'the semantic and the coarse stage in {parts} were trained with unique_consecutive {unique}')
     return MusicLM(
         mulan_embed_quantizer=quantizer,
-        windows=windows or tuple(float(told[name]['seconds']) for name in STAGES),
+        windows=windows or tuple(float(told[name if name in told else 'coarse']['seconds']) for name in STAGES),
         sampling=sampling,
         knows=knows,
         usual_score=usual_score,
         tokenizer=SemanticTokenizer.from_pretrained(parts / 'tokenizer'),
-        codec=load_codec(parts / 'codec') if codec is None else codec,
+        codec=codec,
         unique_consecutive=unique['semantic'],
         **stages,
     ).eval()

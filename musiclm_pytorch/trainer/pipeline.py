@@ -130,7 +130,7 @@ def _train(
     else:
         check_outside(output, source)
     parts = _Parts(output, recipe, **source)
-    left_out = {'melody': recipe.melody is None, 'mulan': not recipe.needs_mulan}
+    left_out = {'melody': recipe.melody is None, 'mulan': not recipe.needs_mulan, 'fine': recipe.fine is None}
     left_out |= dict.fromkeys(('quantizer', 'musiclm'), recipe.text_encoder is not None)
     names = ('mulan', 'melody', 'quantizer', 'tokenizer', 'codec', 'tokens', *STAGES, 'musiclm')
     names = [it for it in names if not left_out.get(it)]
@@ -247,8 +247,8 @@ class _Parts:
                 'condition these; leave one of them out'
             )
         for name in STAGES:
-            if resume and is_whole(self.output / name / 'last'):  # needs it no more
-                continue
+            if getattr(self.recipe, name) is None or (resume and is_whole(self.output / name / 'last')):
+                continue  # needs it no more
             config = read_config(self.begin_with / name, 'save_module', ('model', 'keywords'), ('step', 'stage'))
             kept, wanted = config['keywords'], getattr(self.recipe, name).model
             wanted = dict.fromkeys(NONE_BY_DEFAULT) | wanted

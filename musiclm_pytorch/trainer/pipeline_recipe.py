@@ -106,6 +106,8 @@ class MusicLMRecipe:
     """Parts `mulan`, `melody`, `codec`, `semantic`, `coarse` and `fine`, which are trained by recipes of their own, and
     the sections of `FittedRecipe`.
 
+    Without the part `fine` (`fine: no`), the coarse stage makes all levels of the codec's codes.
+
     With the part `melody`, the semantic stage learns to follow melodies; without it, there are none.
 
     With the section `text_encoder`, the stages are all that is made: a `MusicLM` takes none that read words.
@@ -119,12 +121,12 @@ class MusicLMRecipe:
     codec: CodecRecipe | None = None
     semantic: SemanticRecipe = field(default_factory=SemanticRecipe.default)
     coarse: CoarseRecipe = field(default_factory=CoarseRecipe.default)
-    fine: FineRecipe = field(default_factory=FineRecipe.default)
+    fine: FineRecipe | None = field(default_factory=FineRecipe.default)
     fitted: FittedRecipe = field(default_factory=FittedRecipe.default)
 
     def __post_init__(self):
-        coarse, fine = (recipe.model.get('num_coarse_quantizers', 3) for recipe in (self.coarse, self.fine))
-        if coarse != fine:
+        coarse, fine = (recipe and recipe.model.get('num_coarse_quantizers', 3) for recipe in (self.coarse, self.fine))
+        if fine not in (None, coarse):
             raise ValueError(
                 f'the coarse stage makes {coarse} levels of codes, but the fine stage begins after {fine}; give both '
                 'the same num_coarse_quantizers'
@@ -165,14 +167,15 @@ class MusicLMRecipe:
         for name in content:
             if name not in known:
                 raise ValueError(f'{source}: unknown part {name!r}; {nearest(name, known)}')
-        content = {name: it for name, it in content.items() if it is not None}
+        has_fine = content.get('fine') is not False
+        content = {name: it for name, it in content.items() if it is not None and (name != 'fine' or has_fine)}
         codecs = [name for name in CODEC_PARTS if name in content]
         if len(codecs) > 1:
             raise ValueError(
                 f'{source}: codec trains a SoundStream or a NeuralCodec, spectral_codec fits a SpectralCodec, '
                 'pretrained_codec takes one that is trained; keep one'
             )
-        parts: dict[str, Any] = {}
+        parts: dict[str, Any] = {} if has_fine else dict(fine=None)
         for name, kind in RECIPES.items():
             if name in content:
                 where = f'{source}, part {name}'
@@ -199,7 +202,7 @@ class MusicLMRecipe:
         for name in ('pretrained_codec', 'text_encoder'):
             if not fitted[name]:
                 del fitted[name]
-        return parts | fitted
+        return parts | fitted | ({} if self.fine is not None else dict(fine=False))
 
     def save(self, folder: str | Path) -> Path:
         """Write `recipe.json` into a folder; `load` reads it."""
@@ -218,9 +221,16 @@ class MusicLMRecipe:
         return replace(self, codec=None, fitted=FittedRecipe(**self.fitted.to_dict() | dict(pretrained_codec=section)))
 
     def check_levels(self, levels: int) -> None:
-        """Raise ValueError unless a codec of so many levels has some for the coarse stage and some for the fine one."""
+        """Raise ValueError unless a codec of so many levels has some for the coarse stage and some for the fine one, if
+        there is one."""
         coarse = self.coarse.model.get('num_coarse_quantizers', 3)
-        if not 0 < coarse < levels:
+        if self.fine is None:
+            if coarse != levels:
+                raise ValueError(
+                    f'without a fine stage the coarse one makes all {levels} levels of the codec, but '
+                    f'num_coarse_quantizers is {coarse}'
+                )
+        elif not 0 < coarse < levels:
             raise ValueError(
                 f'num_coarse_quantizers must lie between 1 and {levels - 1}, one less than the quantizers of the '
                 f'codec, got {coarse}'
@@ -251,8 +261,8 @@ class MusicLMRecipe:
 
     @property
     def conditioning_dims(self) -> list[int]:
-        """The widths that the quantizer gives to the three stages."""
-        return [getattr(self, name).model['dim'] for name in STAGES]
+        """The widths that the quantizer gives to three stages: without a fine one, the third is as the second."""
+        return [(getattr(self, name) or self.coarse).model['dim'] for name in STAGES]
 
     @property
     def synthetic(self) -> dict[str, Any]:
@@ -263,7 +273,8 @@ class MusicLMRecipe:
     @property
     def windows(self) -> tuple[float, float, float]:
         """Seconds that each stage sees when music is made: those of its crops, unless the part musiclm says others."""
-        crops = (getattr(self, name).training.get('seconds') or STAGE_SECONDS[name] for name in STAGES)
+        stages = {name: getattr(self, name) or self.coarse for name in STAGES}
+        crops = (it.training.get('seconds') or STAGE_SECONDS[name] for name, it in stages.items())
         return self.fitted.musiclm.get('windows') or tuple(float(seconds) for seconds in crops)
 
 
