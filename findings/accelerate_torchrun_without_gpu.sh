@@ -26,7 +26,13 @@ sys.stdout.write(f'{rank}: {kind}, process {number} of {count}, gathered {gather
 accelerator.end_training()
 PYTHON
 export CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1
-show() { "$folder/venv/bin/torchrun" --nproc-per-node 2 "$folder/show.py" "$@" 2>/dev/null | sort; }
+show() {
+    local said try
+    for try in 1 2 3; do # the launcher itself fails now and then on a busy machine
+        said=$("$folder/venv/bin/torchrun" --nproc-per-node 2 "$folder/show.py" "$@" 2>/dev/null) && break
+    done
+    sort <<<"$said"
+}
 echo 'Accelerator():' && show | tee "$folder/plain"
 echo 'Accelerator(cpu=True):' && show cpu=True | tee "$folder/cpu"
 echo 'Accelerator() with ACCELERATE_USE_CPU=1:' && ACCELERATE_USE_CPU=1 show | tee "$folder/variable"
