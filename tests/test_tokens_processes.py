@@ -1,5 +1,6 @@
 """Several processes compute the tokens of one data set; one of them is killed on the way, and nothing is lost."""
 
+import json
 import os
 import signal
 import subprocess
@@ -11,6 +12,9 @@ from pathlib import Path
 
 import pytest
 from helpers.stage_parts import Clips, compute
+
+from musiclm_pytorch.cli import main
+from musiclm_pytorch.pretrained import find_pretrained
 
 SECONDS = [0.5] * 24
 
@@ -122,3 +126,31 @@ def test_what_no_process_of_ray_can_do_is_told(tmp_path):
     assert len(list(tmp_path.glob('tried by *'))) == 4
     assert 'ValueError Ray has ' in too_many
     assert too_many.endswith('too few for 10000 processes that need one each')
+
+
+@pytest.mark.slow
+@needs_ray
+def test_the_command_starts_ray_by_itself(tmp_path):
+    """With paths from here; what came out as of the command without."""
+    folder = find_pretrained('tiny') / 'codec'
+    arguments = ['--data', 'synthetic', '--synthetic', '3', '0.5', '--codec', str(folder), '-o']
+    assert main(['tokens', *arguments, str(tmp_path / 'whole')]) == 0
+    command = [sys.executable, '-m', 'musiclm_pytorch.cli', 'tokens', *arguments, 'tokens', '--ray', '1', '--json']
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == dict(clips=3, output='tokens')
+    assert [it.read_bytes() for it in shards(tmp_path / 'tokens')] == [
+        it.read_bytes() for it in shards(tmp_path / 'whole')
+    ]
+
+
+def test_ray_is_asked_for_where_it_can_be_had(tmp_path, monkeypatch, capsys):
+    command = ['tokens', '--data', 'synthetic', '--output', str(tmp_path), '--ray', '2']
+    monkeypatch.setitem(sys.modules, 'ray', None)
+    assert main(command) == 2
+    assert 'tasks of Ray need ray' in (told := capsys.readouterr().err)
+    assert "pip install '.[ray]'" in told
+    for name in ('RANK', 'LOCAL_RANK', 'WORLD_SIZE'):
+        monkeypatch.setenv(name, '1')
+    assert main(command) == 2
+    assert '--ray starts processes itself: give it without torchrun' in capsys.readouterr().err
