@@ -28,7 +28,7 @@ def run_on_ray(job: Callable[[tuple[int, int]], Any], processes: int, *, on_gpus
     os.environ.setdefault('RAY_USAGE_STATS_ENABLED', '0')  # it would tell its makers of each use
     with needing('tasks of Ray need ray', 'ray'):
         import ray
-        from ray.exceptions import RayTaskError, WorkerCrashedError
+        from ray.exceptions import NodeDiedError, OutOfMemoryError, RayTaskError, WorkerCrashedError
     is_own = not ray.is_initialized()
     if is_own:
         ray.init(include_dashboard=False, logging_level=logging.WARNING)
@@ -45,7 +45,7 @@ def run_on_ray(job: Callable[[tuple[int, int]], Any], processes: int, *, on_gpus
         return ray.get(shares)
     except RayTaskError as error:
         raise error.cause from error
-    except WorkerCrashedError as error:
+    except (WorkerCrashedError, OutOfMemoryError, NodeDiedError) as error:
         raise RuntimeError(
             f'the process of a share died {1 + RETRIES} times, such as for want of memory; what is done is kept'
         ) from error
