@@ -61,7 +61,9 @@ def test_a_killed_process_loses_nothing(tmp_path, launcher):
     tokens = tmp_path / 'tokens'
     with program(tmp_path, SHARE + ENDS[launcher], *LAUNCHERS[launcher]) as running:
         while len(shards(tokens)) < 4:
-            assert running.poll() is None
+            if running.poll() is not None:
+                skip_if_late((tmp_path / 'log').read_text())
+                raise AssertionError((tmp_path / 'log').read_text())
             time.sleep(0.01)
         killed = (tmp_path / 'pid 1').read_text()
         os.kill(int(killed), signal.SIGKILL)
@@ -83,12 +85,19 @@ def program(folder, code, *launcher):
     path.write_text(code)
     places = os.pathsep.join([str(Path(__file__).parent), *sys.path])
     command = [sys.executable, *launcher, str(path), str(folder)]
-    running = subprocess.Popen(command, env={**os.environ, 'PYTHONPATH': places})
+    with (folder / 'log').open('w') as log:
+        running = subprocess.Popen(command, env={**os.environ, 'PYTHONPATH': places}, stderr=log)
     try:
         yield running
     finally:
         running.terminate()
         running.wait()
+
+
+def skip_if_late(told):
+    """Ray gives up where its own processes are not up within some seconds, as on a machine that is busy otherwise."""
+    if 'timed out during startup' in told:
+        pytest.skip('Ray did not start in time')
 
 
 FAULTS = """
@@ -119,7 +128,8 @@ for job, processes in ((fail, 2), (die, 1), (fail, 10_000)):
 def test_what_no_process_of_ray_can_do_is_told(tmp_path):
     """An error comes up at once though others go on; a share that kills its process is not tried for ever."""
     with program(tmp_path, FAULTS) as running:
-        assert running.wait(120) == 0
+        assert running.wait(300) == 0
+    skip_if_late((tmp_path / 'told').read_text())
     error, death, too_many = (tmp_path / 'told').read_text().splitlines()
     assert error == 'FileNotFoundError no such clip'
     assert death.startswith('RuntimeError the process of a share died 4 times')
@@ -137,6 +147,7 @@ def test_the_command_starts_ray_by_itself(tmp_path):
     assert main(['tokens', *arguments, str(tmp_path / 'whole')]) == 0
     command = [sys.executable, '-m', 'musiclm_pytorch.cli', 'tokens', *arguments, 'tokens', '--ray', '1', '--json']
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    skip_if_late(done.stderr)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == dict(clips=3, output='tokens')
     assert [it.read_bytes() for it in shards(tmp_path / 'tokens')] == [
