@@ -143,7 +143,7 @@ def test_what_no_process_of_ray_can_do_is_told(tmp_path):
 def test_the_command_starts_ray_by_itself(tmp_path):
     """With paths from here; what came out as of the command without."""
     folder = find_pretrained('tiny') / 'codec'
-    arguments = ['--data', 'synthetic', '--synthetic', '3', '0.5', '--codec', str(folder), '-o']
+    arguments = ['--data', 'synthetic', '--synthetic', '3', '1', '--codec', str(folder), '-o']
     assert main(['tokens', *arguments, str(tmp_path / 'whole')]) == 0
     command = [sys.executable, '-m', 'musiclm_pytorch.cli', 'tokens', *arguments, 'tokens', '--ray', '1', '--json']
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
