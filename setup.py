@@ -53,6 +53,7 @@ EXTRAS = {
     'eval': ['encodec>=0.1.1', 'hear21passt>=0.0.26', 'mir-eval>=0.8', 'transformers>=5'],
     'inference': ['onnx>=1.18', 'onnxruntime>=1.20', 'onnxscript>=0.5', 'torchao>=0.15'],
     'openclip': ['open-clip-torch>=3.3,<4'],
+    'ray': ['ray>=2.40'],
     'scores': ['mido>=1.3', 'pyfluidsynth>=1.4'],  # and FluidSynth itself, which pip cannot install
     'search': ['faiss-cpu>=1.8'],
     'serve': ['fastapi>=0.115.12', 'pydantic>=2.6', 'python-multipart>=0.0.18', 'starlette>=0.46', 'uvicorn>=0.30'],

@@ -669,7 +669,8 @@ class MusicLM(HubModel, AudioStages):
         A model that is there before is replaced when all of this one is on the disk, which takes the place of both.
 
         With `dtype`, such as `torch.float16`, the weights are stored in it, for smaller files; they are float32 again
-        when they are loaded.
+        when they are loaded. With `torch.int8` these are the matrices of the stages and of MuLaN, with a scale a row,
+        and all else is float16: what was made of codes and semantic tokens does not hear it.
 
         Raises ValueError for a tokenizer or codec that cannot be saved, and for a weight too large for `dtype`.
         """
@@ -687,7 +688,7 @@ class MusicLM(HubModel, AudioStages):
             self.tokenizer.save_pretrained(aside / 'tokenizer')
             self.mulan_embed_quantizer.save_pretrained(aside / 'quantizer')
             if dtype is not None:
-                store_as(aside, dtype)
+                store_as(aside, dtype, in_int8=('MuLaN', *(it.__name__ for it in STAGES.values())))
             within = checksums_within(aside, ('codec', *self.stages, 'tokenizer', 'quantizer'))
             config = dict(model='MusicLM', version=__version__, **settings, within=within)
             write_checked_json(aside / CONFIG_FILE, config)

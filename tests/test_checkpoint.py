@@ -7,10 +7,19 @@ import pytest
 import torch
 from helpers.models import tiny_mulan
 
-from musiclm_pytorch import MuLaN, MuLaNEmbedQuantizer, MuLaNSemanticTokenizer, MusicLM
+from musiclm_pytorch import (
+    MuLaN,
+    MuLaNEmbedQuantizer,
+    MuLaNSemanticTokenizer,
+    MusicLM,
+    generate_coarse,
+    generate_fine,
+    generate_semantic,
+)
 from musiclm_pytorch.atomic import read_checked_json
 from musiclm_pytorch.audiolm.saving import load_module
 from musiclm_pytorch.evaluation.evaluator import load_mulan
+from musiclm_pytorch.mulan.int8 import dequantized, quantized
 from musiclm_pytorch.pretrained import find_pretrained
 from musiclm_pytorch.version import __version__
 
@@ -197,3 +206,68 @@ def test_auto_halves_the_stages_that_gain(saved, tmp_path, monkeypatch):
     assert torch.equal(*(it('a slow low organ', seconds=0.5, seed=1) for it in (musiclm, again)))
     with pytest.raises(TypeError, match="'int4'"):
         MusicLM.from_pretrained(saved, dtype='int4')
+
+
+def test_int8_is_small_and_near(saved, tmp_path):
+    """Stages and MuLaN with a scale a row: half of float16, what is sampled from hardly changes."""
+    whole = MusicLM.from_pretrained(saved)
+    for name, dtype in dict(half=torch.float16, small=torch.int8).items():
+        whole.save_pretrained(tmp_path / name, dtype=dtype)
+    for part in ('semantic', 'coarse', 'fine', 'quantizer/mulan'):
+        half, small = ((tmp_path / it / part / 'model.safetensors').stat().st_size for it in ('half', 'small'))
+        assert small < 0.53 * half
+    small = MusicLM.from_pretrained(tmp_path / 'small')
+    rounded = ('semantic.', 'coarse.', 'fine.', 'mulan_embed_quantizer.mulan.')
+    found, changed = small.state_dict(), set()
+    for name, own in whole.state_dict().items():
+        assert found[name].dtype == own.dtype
+        if torch.equal(found[name], own):  # the model that ships is of float16
+            continue
+        changed.add(name)
+        assert name.startswith(rounded)
+        assert 'pos_bias' not in name
+        bound = own.abs().amax(dim=-1, keepdim=True) / 127 / 2
+        assert ((found[name] - own).abs() <= bound * 1.001 + 1e-9).all()
+    for part in rounded:  # it is the matrices that are rounded
+        assert any(it.startswith(part) for it in changed)
+    # the same conditioning, and losses of the same tokens within 1 %
+    prompts = ['a slow low organ', 'a fast happy flute melody', 'drums']
+    codes = [it.mulan_embed_quantizer.indices(raw_texts=prompts) for it in (whole, small)]
+    assert (codes[0] == codes[1]).float().mean() > 0.95
+    embeds = {stage: whole.mulan_embed_quantizer(raw_texts=prompts, namespace=stage) for stage in whole.stages}
+    torch.manual_seed(0)
+    draw = dict(max_length=16, min_length=16)
+    semantic = generate_semantic(whole.semantic, text_embeds=embeds['semantic'], **draw).tokens
+    coarse = generate_coarse(whole.coarse, semantic[:, :8], text_embeds=embeds['coarse'], **draw).tokens
+    fine = generate_fine(whole.fine, coarse, text_embeds=embeds['fine']).tokens
+    for stage, ids in dict(semantic=(semantic,), coarse=(semantic[:, :8], coarse), fine=(coarse, fine)).items():
+        with torch.no_grad():
+            losses = [it.stages[stage].loss(*ids, conditioning=embeds[stage]) for it in (whole, small)]
+        torch.testing.assert_close(*losses, rtol=1e-2, atol=0)
+        assert not torch.equal(*losses)
+    # what was rounded stays as it is
+    small.save_pretrained(tmp_path / 'again', dtype=torch.int8)
+    again = MusicLM.from_pretrained(tmp_path / 'again')
+    assert torch.equal(*(it('a slow low organ', seconds=0.5, seed=1) for it in (small, again)))
+
+
+def test_int8_of_what_has_no_scale(saved, tmp_path):
+    rows = torch.randn(3, 2, 40)
+    rows[0, 1] = 0
+    weights = dict(w=rows, b=torch.randn(40), n=torch.arange(40).view(1, 40), narrow=torch.randn(40, 5))
+    found = dequantized(quantized(weights))
+    assert found.keys() == weights.keys()
+    assert (found['w'][0, 1] == 0).all()
+    assert (found['w'] - rows).abs().max() < rows.abs().max() / 250
+    assert torch.equal(found['n'], weights['n'])
+    assert found['b'].dtype == found['narrow'].dtype == torch.float16
+    own = {'w.scale': torch.ones(3), 'w': torch.ones(3, 40)}  # a name that a model may have itself
+    assert dequantized(own).keys() == own.keys()
+    musiclm = MusicLM.from_pretrained(saved)
+    with pytest.raises(TypeError, match='such as torch.float16, or in int8, got torch.int16'):
+        musiclm.save_pretrained(tmp_path / 'other', dtype=torch.int16)
+    with torch.no_grad():
+        musiclm.semantic.semantic_embedding.weight[3, 4] = torch.inf
+    with pytest.raises(ValueError, match='semantic_embedding.weight in .* holds inf'):
+        musiclm.save_pretrained(tmp_path / 'other', dtype=torch.int8)
+    assert not (tmp_path / 'other').exists()

@@ -33,6 +33,7 @@ from musiclm_pytorch.audiolm.decode_step import FusedStep
 from musiclm_pytorch.audiolm.generate import generate_coarse
 from musiclm_pytorch.audiolm.generation_args import Sampling
 from musiclm_pytorch.audiolm.stages import CoarseTransformer, logits_of
+from musiclm_pytorch.audiolm.transformer import Linear
 
 CONDITIONS = {
     'plain': {},
@@ -280,6 +281,21 @@ def test_a_token_on_a_processor_of_short_vectors(tmp_path):
     command = [sys.executable, '-m', 'pytest', '-q', '-p', 'no:cacheprovider', *chosen]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_weights_that_torchao_rounded_are_computed_by_its_operators(monkeypatch):
+    """They say that they are float32, and the kernel would read something else where they lie."""
+    quantization = pytest.importorskip('torchao.quantization')
+    monkeypatch.setattr('musiclm_pytorch.audiolm.decode_step.WORTH_LOADING', 0)
+    stage = own_stage(coarse_stage(audio_text_condition=True, dim=64))
+    given = dict(tokens=codes(2, 4, COARSE), known=COARSE, conditioning=embeds(2, 4, 64))
+    semantic_ids = codes(2, 7, num=SEMANTIC)
+    wanted = decoded(stage, semantic_ids, **given)
+    chosen = dict(filter_fn=lambda module, _: isinstance(module, Linear))
+    quantization.quantize_(stage.transformer, quantization.Int8WeightOnlyConfig(), **chosen)
+    found = decoded(stage, semantic_ids, **given)
+    assert not torch.equal(found, wanted)
+    assert (found - wanted).square().mean().sqrt() < 0.05 * wanted.std()
 
 
 @pytest.mark.parametrize('batch', [1, 2, 7, 16])

@@ -53,6 +53,8 @@ def step_for(transformer: Transformer, cache: Cache, rows: int, tokens: int, com
         return None
     if any(map(parametrize.is_parametrized, transformer.modules())):  # adapters: the weights lie nowhere
         return None
+    if any(type(it) is not nn.Parameter for it in weights):  # quantized from outside, as by torchao
+        return None
     if any(it.device.type != 'cpu' or not it.is_contiguous() for it in weights):
         return None
     if {it.dtype for it in weights} not in ({torch.float32}, {torch.bfloat16}):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -102,19 +103,45 @@ def tokens(subcommands) -> None:
     )
     aside = 'tokens of something else under --output are moved aside, not an error'
     option(parser, '--aside', action='store_true', help=aside)
+    option(
+        parser,
+        '--ray',
+        metavar='N',
+        help='by N processes of Ray, which start again where one dies; on this machine, or where RAY_ADDRESS says',
+    )
 
 
 def run_tokens(options: argparse.Namespace) -> dict[str, Any] | None:
+    from musiclm_pytorch.distributed.config import is_launched
+
+    if options.ray is None:
+        share = tuple(int(os.environ[name]) for name in ('RANK', 'WORLD_SIZE')) if is_launched() else (0, 1)
+        clips = compute_share(options, share)
+    else:
+        from musiclm_pytorch.distributed.on_ray import run_on_ray
+
+        if is_launched():
+            raise ValueError('--ray starts processes itself: give it without torchrun and its like')
+        share, on_gpus = (0, 1), options.device == 'cuda'
+        clips, *_ = run_on_ray(partial(compute_share, options), options.ray, on_gpus=on_gpus)
+    if share[0] > 0:
+        return None
+    print(f'tokens of {clips} clips are in {options.output}')
+    return dict(clips=clips, output=options.output)
+
+
+def compute_share(options: argparse.Namespace, share: tuple[int, int]) -> int:
+    """The tokens of one process of so many; gives the number of all clips."""
     from musiclm_pytorch.audiolm.semantic import SemanticTokenizer
     from musiclm_pytorch.audiolm.tokens import compute_tokens
     from musiclm_pytorch.checks import check_device
     from musiclm_pytorch.data.opening import open_whole_clips
-    from musiclm_pytorch.distributed.config import is_launched
     from musiclm_pytorch.quantizer import MuLaNEmbedQuantizer
     from musiclm_pytorch.trainer.assembly import model_in
 
-    rank, processes = (int(os.environ[name]) for name in ('RANK', 'WORLD_SIZE')) if is_launched() else (0, 1)
-    device = f'cuda:{os.environ["LOCAL_RANK"]}' if options.device == 'cuda' and processes > 1 else options.device
+    # Ray shows each process its own GPU alone
+    of_several = options.device == 'cuda' and share[1] > 1 and options.ray is None
+    device = f'cuda:{os.environ["LOCAL_RANK"]}' if of_several else options.device
     check_device(device)
     readers = dict(tokenizer=SemanticTokenizer.from_pretrained, quantizer=MuLaNEmbedQuantizer.from_pretrained)
     modules = {
@@ -140,13 +167,10 @@ def run_tokens(options: argparse.Namespace) -> dict[str, Any] | None:
         sample_rate=max(rates),
         batch_size=options.batch_size,
         on_change='aside' if options.aside else 'error',
-        share=(rank, processes),
+        share=share,
         **{name: it.to(device) for name, it in modules.items()},
     )
-    if rank > 0:
-        return None
-    print(f'tokens of {len(dataset)} clips are in {options.output}')
-    return dict(clips=len(dataset), output=options.output)
+    return len(dataset)
 
 
 def open_codec(options: argparse.Namespace):

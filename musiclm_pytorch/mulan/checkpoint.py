@@ -31,6 +31,7 @@ from musiclm_pytorch.atomic import (
 )
 from musiclm_pytorch.checks import check_device, fitted, keywords_of
 from musiclm_pytorch.mulan.audio_transformer import AudioSpectrogramTransformer
+from musiclm_pytorch.mulan.int8 import dequantized, quantized
 from musiclm_pytorch.mulan.pretrained_towers import PretrainedAudioTransformer, PretrainedTextTransformer
 from musiclm_pytorch.mulan.text_transformer import TextTransformer, packed, unpacked
 from musiclm_pytorch.pretrained.hub import find_encoder, load_processor, save_encoder
@@ -136,25 +137,31 @@ def read_json_object(path: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def store_as(folder: str | Path, dtype: torch.dtype) -> None:
+def store_as(folder: str | Path, dtype: torch.dtype, in_int8: Sequence[str] = ()) -> None:
     """Write the floating-point weights in a folder, and in the folders within, anew in another dtype.
 
-    Raises ValueError for a weight that is too large for `dtype`.
+    torch.int8 is for the matrices of the models `in_int8`, by the names in their configs; all else is float16 then.
+
+    Raises ValueError for a weight that is too large for `dtype`, TypeError for one of other integers.
     """
+    if not (dtype == torch.int8 or (isinstance(dtype, torch.dtype) and dtype.is_floating_point)):
+        raise TypeError(f'weights are stored in a floating-point dtype such as torch.float16, or in int8, got {dtype}')
     # what lies deeper first: configs above have its checksum
     for path in sorted(Path(folder).rglob(WEIGHTS_FILE), key=lambda it: (-len(it.parts), it)):
         config = read_checked_json(path.with_name(CONFIG_FILE))
         if WEIGHTS not in config:  # an encoder that another library wrote, and reads
             continue
-        weights = read_tensors(path)
-        for name, tensor in weights.items():
-            if tensor.is_floating_point():
-                weights[name] = tensor.to(dtype)
-                if not torch.equal(weights[name].isfinite(), tensor.isfinite()):
-                    raise ValueError(f'{name} in {path} holds {tensor.abs().max():g}, too large for {dtype}')
+        weights, plain = read_tensors(path), torch.float16 if dtype == torch.int8 else dtype
+        if dtype == torch.int8 and config['model'] in in_int8:
+            stored = quantized(weights)
+        else:
+            stored = {name: it.to(plain) if it.is_floating_point() else it for name, it in weights.items()}
+        for name, tensor in dequantized(stored).items():
+            if not torch.equal(tensor.isfinite(), weights[name].isfinite()):
+                raise ValueError(f'{name} in {path} holds {weights[name].abs().max():g}, too large for {plain}')
         if WITHIN in config:
             config[WITHIN] = checksums_within(path.parent, config[WITHIN])
-        write_checked_json(path.with_name(CONFIG_FILE), {**config, WEIGHTS: [write_tensors(path, weights)]})
+        write_checked_json(path.with_name(CONFIG_FILE), {**config, WEIGHTS: [write_tensors(path, stored)]})
 
 
 def config_of(mulan: nn.Module) -> dict[str, Any]:
@@ -351,7 +358,7 @@ def read_folder(
     checksums = config.content.get(WEIGHTS)
     if checksums is not None and not isinstance(checksums, list):
         raise ValueError(f'{config.path} must hold a list of checksums under {WEIGHTS!r}, got {checksums!r:.80}')
-    return config, read_tensors(path, verify, checksums=checksums)
+    return config, dequantized(read_tensors(path, verify, checksums=checksums))
 
 
 class LoadUpstream:

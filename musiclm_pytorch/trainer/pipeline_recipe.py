@@ -89,7 +89,7 @@ class FittedRecipe(Recipe):
         'musiclm': Section(
             (MusicLM,),
             refused=dict.fromkeys(MUSICLM_PARTS, IS_OWN),
-            more=dict(dtype=Literal['float32', 'float16', 'bfloat16'], usual_score_prompts=int),
+            more=dict(dtype=Literal['float32', 'float16', 'bfloat16', 'int8'], usual_score_prompts=int),
         ),
     }
 
