@@ -105,21 +105,22 @@ import os, signal, sys
 from pathlib import Path
 from musiclm_pytorch.distributed.on_ray import run_on_ray
 
+FOLDER = Path(sys.argv[1])  # which goes to the processes with the functions: their arguments are Ray's
+
 def fail(share):
     if share[0] == 1:
         raise FileNotFoundError('no such clip')
-    Path(sys.argv[1], 'waits').touch()
     signal.pause()
 
 def die(share):
-    Path(sys.argv[1], f'tried by {os.getpid()}').touch()
+    (FOLDER / f'tried by {os.getpid()}').touch()
     os.kill(os.getpid(), signal.SIGKILL)
 
 for job, processes in ((fail, 2), (die, 1), (fail, 10_000)):
     try:
         run_on_ray(job, processes)
     except Exception as error:
-        print(type(error).__name__, error, file=open(Path(sys.argv[1], 'told'), 'a'))
+        print(type(error).__name__, error, file=open(FOLDER / 'told', 'a'))
 """
 
 
