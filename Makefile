@@ -18,7 +18,7 @@ $(shell test ! -e $(STAMP) || $(RUN) -c '$(HEALTHY)' >/dev/null 2>&1 || rm -f $(
 .PHONY: help test quick demo docs figures bench lint format constraints clean
 
 DEMO = 'a fast happy flute melody' 'a slow low organ in minor, with drums'
-MODEL ?= tiny
+MODEL ?= small
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
