@@ -80,8 +80,7 @@ class MusicLM(HubModel, AudioStages):
             `PretrainedCodec(…, num_quantizers)` give it.
         mulan_embed_quantizer: fitted, with a namespace for each stage that is conditioned.
         windows: seconds that each stage sees at once, those of its training crops. Longer music continues the first two
-            with half a window of overlap; the fine stage's windows are independent, and a step of a
-            stream each.
+            with half a window of overlap; the fine stage's windows are independent, and each is a step of a stream.
         sampling: what suits the model best, where a call does not say: some of `temperature`, `top_k`, `top_p` and
             `cond_scale`, as `forward` takes them. It is saved with the model.
         knows: what the model knows, in a line, for those whose prompt it does not understand; saved with the model.
@@ -239,8 +238,8 @@ class MusicLM(HubModel, AudioStages):
             seconds: length of the music, the prime included; 10 by default, for a story the sum of its parts.
             max_length: the same in semantic tokens, as `AudioLM` takes it.
             temperature, top_k, top_p, cond_scale: of all stages, or three for semantic, coarse and fine; see
-                `Sampling`. By default as in `sampling`, or else MusicLM's temperatures (1.0, 0.95,
-                0.4) and a guidance of 3.
+                `Sampling`. By default as in `sampling`, or else MusicLM's temperatures (1.0, 0.95, 0.4) and a guidance
+                of 3.
             negative: a prompt that the music is to keep away from, in all conditioned stages.
             negative_scale: how much, as `temperature` for all stages or three.
             logits_processor: a function of the tokens drawn so far in a window, `(b, n)` int64, levels taking turns,
@@ -670,7 +669,7 @@ class MusicLM(HubModel, AudioStages):
 
         With `dtype`, such as `torch.float16`, the weights are stored in it, for smaller files; they are float32 again
         when they are loaded. With `torch.int8` these are the matrices of the stages and of MuLaN, with a scale a row,
-        and all else is float16: what was made of codes and semantic tokens does not hear it.
+        and all else is float16, so that the codes and semantic tokens of sounds are what they were.
 
         Raises ValueError for a tokenizer or codec that cannot be saved, and for a weight too large for `dtype`.
         """
