@@ -126,7 +126,7 @@ def generate_semantic(
     Returns tokens (b, n) and lengths (b,), without the end token.
     Raises ValueError for lengths, windows, tokens or shapes that do not fit, TypeError for another stage.
     """
-    stage = transformer if isinstance(transformer, SemanticTransformer) else own_stage(transformer, SemanticTransformer)
+    stage = own_stage(transformer, SemanticTransformer)
     _check_lengths(max_length, min_length)
     check_positive(num_samples=num_samples)
     if prime is None:
@@ -204,7 +204,7 @@ def generate_coarse(
     Returns codes (b, t, q) and lengths (b,) in frames.
     Raises ValueError for lengths, windows, tokens or shapes that do not fit, TypeError for another stage.
     """
-    stage = transformer if isinstance(transformer, CoarseTransformer) else own_stage(transformer, CoarseTransformer)
+    stage = own_stage(transformer, CoarseTransformer)
     batch, q = len(semantic_ids), stage.num_levels
     _check_ids('semantic_ids', semantic_ids, (None, None), stage.num_semantic_tokens + 1, may_pad=True)
     limits = [max_length] * batch if isinstance(max_length, int) else list(max_length)
@@ -294,7 +294,7 @@ def generate_fine(
     Returns codes (b, t, q') and lengths (b,) in frames.
     Raises ValueError for windows, tokens or shapes that do not fit, TypeError for another stage.
     """
-    stage = transformer if isinstance(transformer, FineTransformer) else own_stage(transformer, FineTransformer)
+    stage = own_stage(transformer, FineTransformer)
     q = stage.num_levels
     _check_ids('coarse_codes', coarse_codes, (None, None, stage.num_coarse_quantizers), stage.eos_id + 1, may_pad=True)
     check_positive(max_batch=max_batch)

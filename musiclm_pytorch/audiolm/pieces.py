@@ -111,17 +111,19 @@ class AudioStages(nn.Module):
         checks = [
             ('coarse stage reads {} semantic tokens, but the semantic stage makes {}', coarse.num_semantic_tokens,
              semantic.num_semantic_tokens),
-            ('stages make {} levels of codes, but the codec has {}' + ('; pass a fine stage' if fine is None else ''),
-             made, self.codec.num_quantizers),
-            ('stages have {} codes a codebook, but the codec {}', coarse.codebook_size, self.codec.codebook_size),
         ]  # fmt: skip
         if fine is not None:
-            checks[1:1] = [
+            checks += [
                 ('fine stage has {} codes a codebook, but the coarse stage {}', fine.codebook_size,
                  coarse.codebook_size),
                 ('fine stage goes on after {} levels of codes, but the coarse stage makes {}',
                  fine.num_coarse_quantizers, coarse.num_levels),
             ]  # fmt: skip
+        checks += [
+            ('stages make {} levels of codes, but the codec has {}' + ('; pass a fine stage' if fine is None else ''),
+             made, self.codec.num_quantizers),
+            ('stages have {} codes a codebook, but the codec {}', coarse.codebook_size, self.codec.codebook_size),
+        ]  # fmt: skip
         for what, ours, theirs in checks:
             if ours != theirs:
                 raise ValueError(f'the {what.format(ours, theirs)}')
