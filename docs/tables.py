@@ -78,7 +78,7 @@ def speed() -> str:
     dates = ' and '.join(dict.fromkeys(figures(it)['date'] for it in ('mulan', 'stages', 'generation')))
     return (
         f'{table(["", "upstream", "here", "ratio"], rows)}\n\n'
-        f'Two cores of an AMD EPYC with AVX-512, {dates}. The shipped model makes {stream["seconds"]:g} s of music in '
+        f'Two cores of an AMD EPYC with AVX-512, {dates}. `tiny` makes {stream["seconds"]:g} s of music in '
         f'{stream["call_seconds"]:.1f} s,\nand streams at {stream["real_time_factor"]:.1f} times the pace at which '
         f'it is heard (one thread, {stream["date"]}). No figure of a GPU was measured.'
     )
