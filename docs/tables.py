@@ -250,7 +250,7 @@ def prompt_scores() -> str:
 
 
 def separation() -> str:
-    titles = dict(codec='real, through the codec', model='the shipped model')
+    titles = dict(codec='real, through the codec', model='`tiny`')
     titles |= {'real, noise 0 dB below': 'real, noise as loud', 'real, noise -10 dB below': 'real, noise 10 dB above'}
     distances = ['frechet_audio_distance', 'frechet_infinity', 'kernel_audio_distance']
     rows = [
@@ -279,7 +279,7 @@ def codecs() -> str:
         'ViSQOL': 2,
         'decoding, × real time': 0,
     }
-    titles = dict(shipped='`SpectralCodec` of the model that ships, 16 kHz', NeuralCodec='`NeuralCodec`, 24 kHz')
+    titles = dict(shipped='`SpectralCodec` of `tiny`, 16 kHz', NeuralCodec='`NeuralCodec`, 24 kHz')
     rows = [
         [
             titles.get(it['codec'], it['codec']),

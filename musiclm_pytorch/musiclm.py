@@ -706,8 +706,8 @@ class MusicLM(HubModel, AudioStages):
     ) -> MusicLM:
         """Rebuild everything from a folder that `save_pretrained` wrote, in eval mode.
 
-        `MusicLM.from_pretrained('tiny')` is the model that ships with the package. `mulan` is used instead of the saved
-        one, if given, and moved to `device`, but not cast. The other arguments and errors are as in
+        'tiny' and 'small' in place of a folder are the models that ship with the package. `mulan` is used instead of
+        the saved one, if given, and moved to `device`, but not cast. The other arguments and errors are as in
         `MuLaN.from_pretrained`; waves are float32 whatever the `dtype`.
 
         With `dtype='auto'`, stages whose weights decoding waits for are cast to bfloat16, half of the memory, where the
