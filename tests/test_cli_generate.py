@@ -18,7 +18,6 @@ from musiclm_pytorch.cli import main
 from musiclm_pytorch.cli.evaluate import read_texts
 from musiclm_pytorch.evaluation.inputs import texts_by_file
 from musiclm_pytorch.pretrained import HOME, find_pretrained, pretrained_names
-from musiclm_pytorch.trainer.pipeline_recipe import MusicLMRecipe
 from musiclm_pytorch.waves import Music
 
 
@@ -46,13 +45,6 @@ def test_small_makes_music_of_sampled_instruments_and_knows_their_names():
     quiet, told = small.prompt_warnings(['a slow cello and no drums', 'a didgeridoo solo'])
     assert not quiet
     assert 'didgeridoo' in told
-    recipe = MusicLMRecipe.load('musiclm_sampled')
-    assert recipe.fitted.musiclm['knows'] == small.knows
-    assert recipe.windows == small.windows
-    assert recipe.fine is None
-    for name, stage in small.stages.items():
-        model = getattr(recipe, name).model
-        assert {key: stage.config[key] for key in model} == model
 
 
 def test_a_folder_of_the_same_name_comes_first(tmp_path, monkeypatch):
@@ -112,7 +104,6 @@ def test_generate_writes_waves_and_a_page(tmp_path, capsys):
         (['--num-samples', '0'], 'num_samples must be greater than 0'),
         (['--temperature', '1', '2'], 'temperature must be one number or three'),
         (['--prime', 'nowhere.wav'], 'nowhere.wav'),
-        (['--device', 'cuda:99'], 'pass another, or leave it out'),
         (['--model', str(HOME)], f'the model in it is {HOME / "small"}, so pass that'),
         (['--model', str(HOME / 'best')], f'the model beside it is {HOME / "small"}'),
     ],

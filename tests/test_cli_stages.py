@@ -118,8 +118,6 @@ def test_errors_in_a_line(arguments, message, tmp_path, monkeypatch, capsys):
     [
         (dict(model=dict(num_semantic_tokens=5)), 'it follows from the tokens'),
         (dict(model=dict(cond_dim=5)), 'it follows from --quantizer'),
-        (dict(model=dict(depht=5)), "did you mean 'depth'"),
-        (dict(training=dict(maskprob=0.1)), "did you mean 'mask_prob'"),
         (dict(training=dict(tokens='x')), 'say --tokens'),
     ],
 )

@@ -14,7 +14,15 @@ import pytest
 import torch
 from helpers.models import tiny_mulan
 from helpers.processes import start_processes
-from helpers.training import Tones, assert_same, build, scrambled, trainer, weights
+from helpers.training import (
+    Tones,
+    assert_resuming_changes_nothing,
+    assert_same,
+    build,
+    scrambled,
+    trainer,
+    weights,
+)
 
 from musiclm_pytorch import MuLaN
 from musiclm_pytorch.trainer import (
@@ -173,7 +181,7 @@ def gradients(mulan, compute):
     return loss, {name: p.grad.clone() for name, p in mulan.named_parameters()}, torch.get_rng_state()
 
 
-@pytest.mark.parametrize('sizes', [2, 3, 5, 7])
+@pytest.mark.parametrize('sizes', [2, 5, 7])
 @pytest.mark.parametrize(
     'keywords',
     [
@@ -247,32 +255,11 @@ RUNS = {
 
 @pytest.mark.parametrize('name', RUNS)
 def test_resuming_equals_never_having_stopped(tmp_path, name):
-    keywords = dict(RUNS[name], checkpoint_every=3)
-    straight = trainer(tmp_path / 'straight', **keywords)
-    straight.train(num_train_steps=10)
+    def make(folder, resume):
+        mulan = scrambled(build()) if resume else build()
+        return trainer(folder, mulan, resume=resume, checkpoint_every=3, **RUNS[name])
 
-    class Stop(Exception):
-        pass
-
-    def stop(metrics):
-        if stopped.step == 8:
-            raise Stop
-
-    stopped = trainer(tmp_path / 'stopped', **keywords)
-    with pytest.raises(Stop):
-        stopped.train(num_train_steps=10, log_fn=stop)
-    torch.manual_seed(999)
-    torch.rand(5)
-    resumed = trainer(tmp_path / 'stopped', scrambled(build()), resume=True, **keywords)
-    assert resumed.step == 6
-    resumed.train(num_train_steps=10)
-    assert_same(weights(resumed.mulan), weights(straight.mulan))
-    if straight.ema is not None:
-        assert_same(weights(resumed.ema.ema_model), weights(straight.ema.ema_model))
-    first, second = (
-        json.loads((tmp_path / run / 'metrics.jsonl').read_text().splitlines()[-1]) for run in ('straight', 'stopped')
-    )
-    assert first == second
+    assert_resuming_changes_nothing(tmp_path, make, steps=10, stop_at=8, saved_at=6)
 
 
 def test_validation_does_not_change_training(tmp_path):
@@ -282,12 +269,6 @@ def test_validation_does_not_change_training(tmp_path):
         run.train(num_train_steps=5, with_validation=with_validation)
         results.append(weights(run.mulan))
     assert_same(*results)
-
-
-def test_checkpoints_are_pruned(tmp_path):
-    run = trainer(tmp_path, checkpoint_every=1, max_checkpoints=2)
-    run.train(num_train_steps=4, with_validation=False)
-    assert [path.name for path in checkpoints.steps(run.checkpoint_folder)] == ['step-000000003', 'step-000000004']
 
 
 @pytest.mark.parametrize(
@@ -319,6 +300,7 @@ def test_damaged_checkpoints_are_passed_over_and_moved_aside(tmp_path, caplog):
     assert 'step-000000006 is damaged' in caplog.text
     assert 'step-000000004 is damaged' in caplog.text
     run.train(num_train_steps=3, with_validation=False)
+    # of its own, one is kept
     kept, aside = (
         sorted(path.name[-1] for path in (tmp_path / it).iterdir()) for it in ('checkpoints', 'checkpoints.1')
     )

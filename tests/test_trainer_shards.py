@@ -3,17 +3,16 @@
 import json
 import logging
 import math
-import os
 from collections import Counter
 from functools import partial
 
 import pytest
 import torch
 from helpers.models import tiny_mulan
-from helpers.processes import free_port, start_processes
+from helpers.processes import free_port, join_world, start_processes
 from helpers.recipes import SHORT, run
 from helpers.sounds import noise, ramp, write
-from helpers.training import assert_same, weights
+from helpers.training import assert_resuming_changes_nothing
 from torch.utils.data import DataLoader, IterableDataset
 
 from musiclm_pytorch import MuLaNTrainer, ShardedAudioText, write_shards
@@ -79,27 +78,12 @@ def test_batches_are_entered_anywhere(folder, workers, drop_last):
 
 @pytest.mark.parametrize('keywords', [dict(num_workers=2), dict(grad_cache_chunk_size=3, grad_accum_every=2)])
 def test_resumed_run_equals_one_that_was_never_stopped(folder, tmp_path, keywords):
-    keywords = dict(checkpoint_every=3, use_ema=True, lr_scheduler_type='cosine', **keywords)
-    whole = trainer(tmp_path / 'whole', shards(folder), **keywords)
-    whole.train(num_train_steps=7)  # past the end of the first epoch
+    def make(results, resume):
+        settings = dict(checkpoint_every=3, use_ema=True, lr_scheduler_type='cosine', resume=resume)
+        return trainer(results, shards(folder), **settings, **keywords)
 
-    first = trainer(tmp_path / 'parts', shards(folder), **keywords)
-    steps = []
-
-    def stop(_):
-        steps.append(1)
-        if len(steps) == 5:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        first.train(num_train_steps=7, log_fn=stop)
-    torch.manual_seed(99)
-    second = trainer(tmp_path / 'parts', shards(folder), resume=True, **keywords)
-    assert second.step == 3
-    second.train(num_train_steps=7)
-    assert second.position == whole.position
-    assert_same(weights(second.model), weights(whole.model))
-    assert_same(weights(second.ema), weights(whole.ema))
+    # past the end of the first epoch
+    assert_resuming_changes_nothing(tmp_path, make, steps=7, stop_at=5, saved_at=3)
 
 
 def test_epochs_validation_and_what_is_said_without(folder, tmp_path, caplog):
@@ -165,8 +149,7 @@ def noting(note, compute_gradients, batches):
 
 
 def worker(rank, folder, results, port):
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT=port)
-    torch.set_num_threads(1)
+    join_world(rank, port=port)
     for name, (epochs, options) in RUNS.items():
         run = trainer(f'{results}/run-{name}', shards(folder), **options)
         run.compute_gradients = partial(noting, f'{results}/{name}.{rank}', run.compute_gradients)
@@ -183,7 +166,7 @@ RUNS = {'plain': (2, dict(drop_last=False)), 'workers': (1, dict(num_workers=2))
 
 @pytest.mark.slow
 def test_two_processes_see_every_item_once_an_epoch(folder, tmp_path):
-    start_processes(worker, str(folder), str(tmp_path), str(free_port()), count=2)
+    start_processes(worker, str(folder), str(tmp_path), free_port(), count=2)
     # parts of 11 and 12 items: two batches of four each, and one of what is left
     for name, (epochs, _) in RUNS.items():
         seen = [Counter() for _ in range(epochs)]

@@ -167,7 +167,7 @@ def run_train_quantizer(options: argparse.Namespace) -> dict[str, Any]:
 
 def run_train_tokenizer(options: argparse.Namespace) -> dict[str, Any]:
     from musiclm_pytorch.mulan.model import MuLaN
-    from musiclm_pytorch.trainer.assembly import build_tokenizer, fit_tokenizer
+    from musiclm_pytorch.trainer.assembly import build_tokenizer, fit_by_recipe
 
     names = {name: name for name in ('model', 'codebook_size', 'layer', 'max_items', 'seed')}
     recipe, mulan = read_whole(options, tokenizer=given(options, names)), None
@@ -184,7 +184,8 @@ def run_train_tokenizer(options: argparse.Namespace) -> dict[str, Any]:
                 'the name of the CLAP as --model'
             )
     tokenizer = build_tokenizer(recipe.fitted, mulan)
-    missing = fit_tokenizer(recipe.fitted, tokenizer, open_clips(recipe, options, tokenizer.target_sample_hz))
+    clips = open_clips(recipe, options, tokenizer.target_sample_hz)
+    missing = fit_by_recipe(recipe.fitted, 'tokenizer', tokenizer, clips)
     write_results(options.output, tokenizer.save_pretrained)
     rate = tokenizer.target_sample_hz / tokenizer.downsample_factor
     print(f'{tokenizer.codebook_size} semantic tokens, {rate:.3g} a second, in {options.output}')

@@ -349,7 +349,7 @@ def fits_spectral_codec(options: argparse.Namespace) -> bool:
 
 def run_fit_spectral_codec(options: argparse.Namespace) -> dict[str, Any]:
     from musiclm_pytorch.audiolm.saving import save_module
-    from musiclm_pytorch.trainer.assembly import build_spectral_codec, fit_spectral_codec
+    from musiclm_pytorch.trainer.assembly import build_spectral_codec, fit_by_recipe
 
     if unused := sorted(overrides_of(options).keys() - {'seed'}):
         raise ValueError(
@@ -358,7 +358,8 @@ def run_fit_spectral_codec(options: argparse.Namespace) -> dict[str, Any]:
     recipe = read_whole(options, spectral_codec={} if options.seed is None else dict(seed=options.seed))
     codec = build_spectral_codec(recipe.fitted)
     options.audio_folder = None
-    missing = fit_spectral_codec(recipe.fitted, codec, open_clips(recipe, options, codec.target_sample_hz))
+    clips = open_clips(recipe, options, codec.target_sample_hz)
+    missing = fit_by_recipe(recipe.fitted, 'spectral_codec', codec, clips)
     write_results(options.output, lambda folder: save_module(codec, folder))
     print(f'{len(missing)} levels of {codec.codebook_size} codes, in {options.output}')
     print(f'{missing[-1]:.1%} of the variance of the spectra is missing after the last level')

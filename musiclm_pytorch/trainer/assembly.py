@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -54,8 +53,7 @@ def fit_quantizer(
         built, fitted = split_keywords(keywords, MuLaNEmbedQuantizer)
         seed_everything(fitted.get('seed', 0))
         quantizer = MuLaNEmbedQuantizer(mulan, conditioning_dims=conditioning_dims, **built)
-        with counted(clips, 'quantizer', fitted.get('max_items')) as clips:
-            return quantizer, quantizer.fit(clips, **fitted)
+        return quantizer, fit_counted(quantizer, clips, 'quantizer', fitted)
 
 
 def fit_melody(
@@ -107,26 +105,17 @@ def build_tokenizer(recipe: FittedRecipe, mulan: MuLaN | None) -> SemanticTokeni
         return MuLaNSemanticTokenizer(mulan, **split_keywords(keywords, MuLaNSemanticTokenizer)[0])
 
 
-def fit_tokenizer(recipe: FittedRecipe, tokenizer: SemanticTokenizer, clips: Dataset) -> float:
-    """Fit a tokenizer by that section; gives what `SemanticTokenizer.fit` tells of it."""
-    with recipe.section('tokenizer') as keywords:
-        fitted = split_keywords(keywords, type(tokenizer))[1]
-        with counted(clips, 'tokenizer', fitted.get('max_items')) as clips:
-            return tokenizer.fit(clips, **fitted)
-
-
 def build_spectral_codec(recipe: FittedRecipe) -> SpectralCodec:
     """A codec by the section `spectral_codec`, not fitted yet."""
     with recipe.section('spectral_codec') as keywords:
         return SpectralCodec(**split_keywords(keywords, SpectralCodec)[0])
 
 
-def fit_spectral_codec(recipe: FittedRecipe, codec: SpectralCodec, clips: Dataset) -> list[float]:
-    """Fit a codec by that section; gives what `SpectralCodec.fit` tells."""
-    with recipe.section('spectral_codec') as keywords:
-        fitted = split_keywords(keywords, SpectralCodec)[1]
-        with counted(clips, 'codec', fitted.get('max_items')) as clips:
-            return codec.fit(clips, **fitted)
+def fit_by_recipe(recipe: FittedRecipe, section: str, module: SemanticTokenizer | SpectralCodec, clips: Dataset) -> Any:
+    """Fit a tokenizer or a codec by its section; gives what its method `fit` tells."""
+    with recipe.section(section) as keywords:
+        fitted = split_keywords(keywords, type(module))[1]
+        return fit_counted(module, clips, section.removeprefix('spectral_'), fitted)
 
 
 class CountedClips(Dataset):
@@ -149,12 +138,11 @@ class CountedClips(Dataset):
         return getattr(self.clips, name)
 
 
-@contextmanager
-def counted(clips: Dataset, name: str, max_items: int | None) -> Iterator[CountedClips]:
-    """Clips with a bar of those that were read, in a terminal."""
-    total = min(len(clips), max_items or len(clips))
+def fit_counted(module: nn.Module, clips: Dataset, name: str, keywords: dict[str, Any]) -> Any:
+    """What `fit` of a module gives, with a bar of the clips that it has read, in a terminal."""
+    total = min(len(clips), keywords.get('max_items') or len(clips))
     with tqdm(total=total, desc=name, unit='clip', disable=None) as bar:
-        yield CountedClips(clips, bar)
+        return module.fit(CountedClips(clips, bar), **keywords)
 
 
 def split_keywords(keywords: dict[str, Any], kind: type) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 import torch
@@ -32,6 +33,7 @@ FITTED_AT_ONCE = 16  # crops whose spectra are computed together, where codebook
 PARTS = ('reconstruction', 'spectral', 'adversarial', 'feature', 'commitment')
 
 
+@dataclass(eq=False)
 class WaveCrops(Dataset):
     """Crops of the waves of a data set, of one length, at another rate; shorter waves end in silence.
 
@@ -44,22 +46,13 @@ class WaveCrops(Dataset):
         max_gain_db: dB by which a crop is made louder or softer at random, at most.
     """
 
-    def __init__(
-        self,
-        dataset: Dataset,
-        *,
-        sample_rate: int,
-        to_rate: int,
-        samples: int,
-        training: bool,
-        max_gain_db: float = 0.0,
-    ):
-        self.dataset = dataset
-        self.sample_rate = sample_rate
-        self.to_rate = to_rate
-        self.samples = samples
-        self.training = training
-        self.max_gain_db = max_gain_db
+    dataset: Dataset
+    _: KW_ONLY
+    sample_rate: int
+    to_rate: int
+    samples: int
+    training: bool
+    max_gain_db: float = 0.0
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -87,26 +80,17 @@ def collate_waves(items: list[Tensor | None]) -> Tensor | None:
     return torch.stack(waves) if waves else None
 
 
-class _NeuralStep(nn.Module):
-    """What runs under data-parallel training of a codec without discriminators: its losses on one batch."""
-
-    def __init__(self, codec: NeuralCodec):
-        super().__init__()
-        self.codec = codec
-
-    def forward(self, waves: Tensor, _: bool) -> tuple[Tensor, dict[str, Tensor]]:
-        loss, parts = self.codec.losses(waves)
-        return loss, {name: value.detach().float() for name, value in dict(loss=loss, **parts).items()}
-
-
 class _CodecStep(nn.Module):
-    """The same for a SoundStream: the losses of the codec and of its discriminators, on one batch."""
+    """What runs under data-parallel training: the losses of a codec and of its discriminators, if any, on one batch."""
 
-    def __init__(self, codec: SoundStream):
+    def __init__(self, codec: SoundStream | NeuralCodec):
         super().__init__()
         self.codec = codec
 
     def forward(self, waves: Tensor, grad_penalty: bool) -> tuple[Tensor, dict[str, Tensor]]:
+        if isinstance(self.codec, NeuralCodec):
+            loss, parts = self.codec.losses(waves)
+            return loss, {name: value.detach().float() for name, value in dict(loss=loss, **parts).items()}
         discriminators = discriminators_of(self.codec)
         # each side's loss trains its own side only
         discriminators.requires_grad_(False)
@@ -190,8 +174,9 @@ class CodecTrainer(Trainer):
             self.valid_dataset = WaveCrops(valid_dataset, sample_rate=valid_rate, training=False, **crops)
         self.crops = WaveCrops(dataset, sample_rate=rate, training=True, max_gain_db=max_gain_db, **crops)
         self.grad_penalty_every = grad_penalty_every
-        step = (_NeuralStep if isinstance(codec, NeuralCodec) else _CodecStep)(codec)
-        super().__init__(codec, step, self.crops, collate_fn=collate_waves, callbacks=callbacks, config=config)
+        super().__init__(
+            codec, _CodecStep(codec), self.crops, collate_fn=collate_waves, callbacks=callbacks, config=config
+        )
         # both sides are clipped here, each for itself
         self.clipping, self.max_grad_norm = (config.max_grad_norm, discriminator_max_grad_norm), None
 

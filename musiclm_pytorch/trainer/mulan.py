@@ -265,8 +265,7 @@ class MuLaNTrainer(UpstreamNames, Trainer):
 
     def embed_held_out(self) -> PairLatents:
         """Latents of the held-out pairs, embedded by all processes, each its share."""
-        total = min(len(self.valid_dataset), self.max_valid_items)
-        start, stop = (total * r // world_size() for r in (rank(), rank() + 1))
+        start, stop = (self.held_out * r // world_size() for r in (rank(), rank() + 1))
         model = self.evaluated_model
         with evaluating(model):
             batches = self.held_out_batches(range(start, stop))

@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from torch import nn
@@ -34,10 +35,9 @@ from musiclm_pytorch.trainer.assembly import (
     assemble_by_recipe,
     build_spectral_codec,
     build_tokenizer,
+    fit_by_recipe,
     fit_melody,
     fit_quantizer,
-    fit_spectral_codec,
-    fit_tokenizer,
     is_whole,
     load_codec,
     model_in,
@@ -129,16 +129,16 @@ def _train(
             logger.warning('nothing to resume in %s: every part is trained from its beginning%s', output, hint)
     else:
         check_outside(output, source)
-    parts = _Parts(output, recipe, **source)
+    parts = _Parts(output, recipe, resume, **source)
     left_out = {'melody': recipe.melody is None, 'mulan': not recipe.needs_mulan, 'fine': recipe.fine is None}
     left_out |= dict.fromkeys(('quantizer', 'musiclm'), recipe.text_encoder is not None)
     names = ('mulan', 'melody', 'quantizer', 'tokenizer', 'codec', 'tokens', *STAGES, 'musiclm')
     names = [it for it in names if not left_out.get(it)]
     with said_once('musiclm_pytorch.data.datasets', 'musiclm_pytorch.data.reading'):  # of files that are left out
         # what is wrong with the data or the recipe shows here, while everything is where it was
-        parts.check(resume)
-        parts.open_pretrained(resume)
-        parts.open_mulan(resume)
+        parts.check()
+        parts.open_pretrained()
+        parts.open_mulan()
         with new_results(output, resume=resume, clear=False):
             recipe.save(output)
             write_json(output / SOURCE_FILE, source)
@@ -146,7 +146,7 @@ def _train(
             if on_begin is not None:
                 on_begin(name, number, len(names))
             start = time.perf_counter()
-            made = parts.stage(name) if name in STAGES else getattr(parts, name)()
+            made = None if parts.is_made(name) else parts.make(name)
             if on_part is not None:
                 on_part(name, time.perf_counter() - start)
     return made
@@ -213,26 +213,31 @@ def check_outside(output: Path, source: dict[str, str | None]) -> None:
             raise ValueError(f'{name} {place} lies in {output}, which a new run moves aside; give another output')
 
 
+@dataclass
 class _Parts:
-    """The parts in order, each in its folder; what is there already is not made again."""
+    """The parts in order, each in its folder."""
 
-    def __init__(
-        self,
-        output: Path,
-        recipe: MusicLMRecipe,
-        *,
-        data: str,
-        audio_folder: str | None,
-        valid_data: str | None,
-        valid_audio_folder: str | None,
-        begin_with: str | None,
-    ):
-        self.output, self.recipe = output, recipe
-        self.data, self.audio_folder = data, audio_folder
-        self.valid_data, self.valid_audio_folder = valid_data, valid_audio_folder
-        self.begin_with = None if begin_with is None else Path(begin_with)
+    output: Path
+    recipe: MusicLMRecipe
+    resume: bool
+    data: str
+    audio_folder: str | None
+    valid_data: str | None
+    valid_audio_folder: str | None
+    begin_with: str | Path | None
 
-    def check(self, resume: bool) -> None:
+    def __post_init__(self):
+        self.begin_with = None if self.begin_with is None else Path(self.begin_with)
+
+    def is_made(self, name: str) -> bool:
+        """Whether a part of the run to resume is finished. The whole is put together anew, to be given back."""
+        folder = self.output / name
+        return self.resume and name != 'musiclm' and (is_whole(folder) or is_whole(folder / 'last'))
+
+    def make(self, name: str) -> MusicLM | None:
+        return self.stage(name) if name in STAGES else getattr(self, name)()
+
+    def check(self) -> None:
         """Raise ValueError or ImportError for what would else show after hours."""
         lacks_held_out = self.valid_data is None and self.data not in GENERATED
         if 'usual_score_prompts' in self.recipe.fitted.musiclm and lacks_held_out:
@@ -247,7 +252,7 @@ class _Parts:
                 'condition these; leave one of them out'
             )
         for name in STAGES:
-            if getattr(self.recipe, name) is None or (resume and is_whole(self.output / name / 'last')):
+            if getattr(self.recipe, name) is None or self.is_made(name):
                 continue  # needs it no more
             config = read_config(self.begin_with / name, 'save_module', ('model', 'keywords'), ('step', 'stage'))
             kept, wanted = config['keywords'], getattr(self.recipe, name).model
@@ -260,15 +265,13 @@ class _Parts:
                     f'the {name} stage in {self.begin_with} has {key} {old}, the recipe says {new}: '
                     'begin_with is for stages of the same sizes'
                 )
-        if not (self.recipe.fitted.pretrained_codec or (resume and is_whole(self.output / 'codec'))):
+        if not (self.recipe.fitted.pretrained_codec or self.is_made('codec')):
             self.recipe.check_levels(own_codec(load_module(self.begin_with / 'codec')).num_quantizers)
 
-    def open_mulan(self, resume: bool) -> None:
+    def open_mulan(self) -> None:
         """Build the trainer of the first part, unless that is finished."""
         recipe, folder = self.recipe.mulan, self.output / 'mulan'
-        resume = resume and holds_something(folder)
-        self.mulan_trainer = None
-        if not self.recipe.needs_mulan or (resume and is_whole(folder / 'last')):
+        if not self.recipe.needs_mulan or self.is_made('mulan'):
             return
         seed_everything(recipe.seed)
         mulan = recipe.build_model()
@@ -276,74 +279,63 @@ class _Parts:
             mulan.load_matching(self.begin_with / 'quantizer' / 'mulan')
         held_out = self.held_out(mulan)
         dataset = recipe.open_data(self.data, mulan, audio_folder=self.audio_folder)
+        resume = self.resume and holds_something(folder)
         self.mulan_trainer = recipe.build_trainer(
             mulan, dataset, valid_dataset=held_out, results_folder=folder, resume=resume
         )
 
-    def open_pretrained(self, resume: bool) -> None:
+    def open_pretrained(self) -> None:
         """Find the models that are trained already, unless they are among the parts of the run to resume."""
-        self.pretrained_codec = self.text_encoder = None
+        self.text_encoder = None
         if (source := self.recipe.text_encoder) is not None:
             with self.recipe.fitted.section('text_encoder'):
                 self.text_encoder = PretrainedTextTransformer(source)
-        if 'model' in self.recipe.fitted.tokenizer and not (resume and is_whole(self.output / 'tokenizer')):
+        if 'model' in self.recipe.fitted.tokenizer and not self.is_made('tokenizer'):
             build_tokenizer(self.recipe.fitted, None)
         with self.recipe.fitted.section('pretrained_codec') as keywords:
-            if keywords and not (resume and is_whole(self.output / 'codec')):
+            if keywords and not self.is_made('codec'):
                 if 'source' not in keywords:
                     raise ValueError('source is missing: the folder of the codec, or its name on the Hugging Face Hub')
                 self.pretrained_codec = load_codec(**keywords)
                 self.recipe.check_levels(own_codec(self.pretrained_codec).num_quantizers)
 
     def mulan(self) -> None:
-        if self.mulan_trainer is not None:
-            self.mulan_trainer.train()
+        self.mulan_trainer.train()
 
     def melody(self) -> None:
-        folder, training = self.output / 'melody', self.output / 'melody_training'
-        if is_whole(folder):
-            return
+        training = self.output / 'melody_training'
         melody, *_ = fit_melody(self.recipe.melody, training, resume=holds_something(training))
-        melody.save_pretrained(folder)
+        melody.save_pretrained(self.output / 'melody')
 
     def quantizer(self) -> None:
-        folder = self.output / 'quantizer'
-        if is_whole(folder):
-            return
         mulan = MuLaN.from_pretrained(model_in(self.output / 'mulan'))
         clips = self.clips(mulan.sample_rate)
         quantizer, _ = fit_quantizer(self.recipe.fitted, mulan, clips, self.recipe.conditioning_dims)
         if self.recipe.melody is not None:
             quantizer.add_melody(MelodyQuantizer.from_pretrained(self.output / 'melody'))
-        quantizer.save_pretrained(folder)
+        quantizer.save_pretrained(self.output / 'quantizer')
 
     def tokenizer(self) -> None:
         folder = self.output / 'tokenizer'
-        if is_whole(folder):
-            return
         if self.begin_with is not None:
             SemanticTokenizer.from_pretrained(self.begin_with / 'tokenizer').save_pretrained(folder)
             return
         mulan = MuLaN.from_pretrained(model_in(self.output / 'mulan')) if self.recipe.needs_mulan else None
         tokenizer = build_tokenizer(self.recipe.fitted, mulan)
-        fit_tokenizer(self.recipe.fitted, tokenizer, self.clips(tokenizer.target_sample_hz))
+        fit_by_recipe(self.recipe.fitted, 'tokenizer', tokenizer, self.clips(tokenizer.target_sample_hz))
         tokenizer.save_pretrained(folder)
 
     def codec(self) -> None:
         folder, recipe = self.output / 'codec', self.recipe.codec
         if self.recipe.fitted.pretrained_codec:
-            if self.pretrained_codec is not None:
-                save_module(self.pretrained_codec, folder)
+            save_module(self.pretrained_codec, folder)
         elif self.begin_with is not None:
-            if not is_whole(folder):
-                save_module(load_module(self.begin_with / 'codec'), folder)
+            save_module(load_module(self.begin_with / 'codec'), folder)
         elif recipe is None:
-            if is_whole(folder):
-                return
             codec = build_spectral_codec(self.recipe.fitted)
-            fit_spectral_codec(self.recipe.fitted, codec, self.clips(codec.target_sample_hz))
+            fit_by_recipe(self.recipe.fitted, 'spectral_codec', codec, self.clips(codec.target_sample_hz))
             save_module(codec, folder)
-        elif not is_whole(folder / 'last'):
+        else:
             seed_everything(recipe.seed)
             codec = recipe.build_model()
             dataset = recipe.open_data(self.data, codec, audio_folder=self.audio_folder)
@@ -353,7 +345,8 @@ class _Parts:
             trainer.train()
 
     def tokens(self) -> None:
-        modules = dict(tokenizer=self.load_tokenizer(), codec=load_codec(self.output / 'codec'))
+        tokenizer = SemanticTokenizer.from_pretrained(self.output / 'tokenizer')
+        modules = dict(tokenizer=tokenizer, codec=load_codec(self.output / 'codec'))
         rate = max(it.target_sample_hz for it in modules.values())
         modules |= self.conditioned_by()
         if (quantizer := modules.get('quantizer')) is not None:
@@ -364,8 +357,6 @@ class _Parts:
 
     def stage(self, name: str) -> None:
         recipe, folder = getattr(self.recipe, name), self.output / name
-        if is_whole(folder / 'last'):
-            return
         condition, tokens = self.conditioned_by(), self.output / 'tokens'
         seed_everything(recipe.seed)
         transformer = recipe.build_model(tokens, **condition)
@@ -400,6 +391,3 @@ class _Parts:
         if self.text_encoder is not None:
             return dict(text_encoder=self.text_encoder)
         return dict(quantizer=MuLaNEmbedQuantizer.from_pretrained(self.output / 'quantizer'))
-
-    def load_tokenizer(self) -> SemanticTokenizer:
-        return SemanticTokenizer.from_pretrained(self.output / 'tokenizer')

@@ -35,6 +35,7 @@ SYNTHETIC = dict(
     synthetic_rendered=int,
 )
 CODEC_PARTS = ('codec', 'spectral_codec', 'pretrained_codec')
+TOKENS_PARTS = ('folder', 'tokenizer', 'codec', 'quantizer', 'sample_rate', 'on_change', 'share', 'texts')
 MUSICLM_PARTS = ('audio_lm', 'mulan_embed_quantizer', *STAGES, 'codec', 'tokenizer', 'unique_consecutive')
 
 
@@ -53,13 +54,9 @@ class FittedRecipe(Recipe):
     SECTIONS: ClassVar[Mapping[str, Section]] = {
         'quantizer': Section(
             (MuLaNEmbedQuantizer, MuLaNEmbedQuantizer.fit),
-            refused=dict(
-                mulan=FROM_MULAN,
-                conditioning_dims=FROM_STAGES,
-                namespaces=FROM_STAGES,
-                data=IS_DATA,
-                sample_rate=FROM_MULAN,
-            ),
+            refused=dict(data=IS_DATA)
+            | dict.fromkeys(('mulan', 'sample_rate'), FROM_MULAN)
+            | dict.fromkeys(('conditioning_dims', 'namespaces'), FROM_STAGES),
             more=dict(trained_words_only=bool),
         ),
         'text_encoder': Section((), more=dict(model=str)),
@@ -72,18 +69,8 @@ class FittedRecipe(Recipe):
         'pretrained_codec': Section((), more=dict(source=str, num_quantizers=int)),
         'tokens': Section(
             (compute_tokens,),
-            refused=dict(
-                dataset=IS_DATA,
-                folder=IS_OWN,
-                tokenizer=IS_OWN,
-                codec=IS_OWN,
-                quantizer=IS_OWN,
-                text_encoder='it is a section of its own',
-                sample_rate=IS_OWN,
-                on_change=IS_OWN,
-                share=IS_OWN,
-                texts=IS_OWN,
-            ),
+            refused=dict(dataset=IS_DATA, text_encoder='it is a section of its own')
+            | dict.fromkeys(TOKENS_PARTS, IS_OWN),
             more=SYNTHETIC,
         ),
         'musiclm': Section(

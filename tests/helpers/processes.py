@@ -1,6 +1,7 @@
 """Processes that a test starts beside its own, and a port where they may meet."""
 
 import multiprocessing
+import os
 import socket
 
 import torch.multiprocessing
@@ -16,6 +17,14 @@ multiprocessing.set_forkserver_preload(
 def start_processes(function, *arguments, count):
     """Run `function(rank, *arguments)` in `count` processes, and raise what goes wrong in one."""
     torch.multiprocessing.start_processes(function, args=arguments, nprocs=count, start_method=METHOD)
+
+
+def join_world(rank, world=2, *, port=None):
+    """Be one of several processes as a launcher starts them, with the cores of one."""
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world))
+    if port is not None:
+        os.environ.update(MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
+    torch.set_num_threads(1)
 
 
 def found_elsewhere(function, *arguments):

@@ -1,8 +1,9 @@
-"""A tiny MuLaN with dropout, tones to train it on, and the trainer."""
+"""A tiny MuLaN with dropout, tones to train it on, and the trainer; and what holds of resumed runs of every trainer."""
 
 import random
 
 import numpy
+import pytest
 import torch
 from torch.utils.data import Dataset
 
@@ -52,3 +53,33 @@ def scrambled(mulan):
     for parameter in mulan.parameters():
         torch.nn.init.normal_(parameter)
     return mulan
+
+
+class Stop(Exception):
+    pass
+
+
+def assert_resuming_changes_nothing(folder, make, *, steps, stop_at, saved_at):
+    """A run that an error stops, and that goes on from its newest checkpoint, equals one that was never stopped, to
+    the bit; gives the trainers of both. `make(folder, resume=…)` builds one, to be resumed with other weights."""
+    straight = make(folder / 'straight', resume=False)
+    straight.train(num_train_steps=steps)
+    stopped = make(folder / 'stopped', resume=False)
+
+    def stop(_):
+        if stopped.step == stop_at:
+            raise Stop
+
+    with pytest.raises(Stop):
+        stopped.train(num_train_steps=steps, log_fn=stop)
+    for seed in (torch.manual_seed, numpy.random.seed, random.seed):
+        seed(999)
+    resumed = make(folder / 'stopped', resume=True)
+    assert resumed.step == saved_at
+    resumed.train(num_train_steps=steps)
+    assert resumed.position == straight.position
+    assert_same(weights(resumed.model), weights(straight.model))
+    if straight.ema is not None:
+        assert_same(weights(resumed.ema.ema_model), weights(straight.ema.ema_model))
+    assert resumed.journal.read('valid')[-1:] == straight.journal.read('valid')[-1:]
+    return resumed, straight
