@@ -1,4 +1,4 @@
-"""Training SoundStream: which loss trains which side, that it learns, its states, and what goes wrong."""
+"""Training codecs: which loss trains which side, that it learns, its states, and what goes wrong."""
 
 import json
 import random
@@ -11,6 +11,8 @@ from torch.utils.data import Dataset
 
 from musiclm_pytorch.audiolm.convert import SoundStream
 from musiclm_pytorch.audiolm.saving import load_module
+from musiclm_pytorch.codecs.discriminator import SpectrogramDiscriminator
+from musiclm_pytorch.codecs.neural import NeuralCodec
 from musiclm_pytorch.trainer import CodecTrainer
 from musiclm_pytorch.trainer.codec import WaveCrops, _CodecStep, discriminators_of
 from musiclm_pytorch.trainer.resumable_loader import DummyBatch
@@ -184,3 +186,73 @@ def test_micro_batches_have_the_gradient_of_one_batch(tmp_path):
     for metrics, own in found[1:]:
         assert metrics == pytest.approx(found[0][0], rel=1e-4)
         torch.testing.assert_close(own, found[0][1], atol=1e-5, rtol=1e-4)
+
+
+def neural(seed=0):
+    torch.manual_seed(seed)
+    sizes = dict(codebook_size=8, num_quantizers=2, dim=16, encoder_depth=1, decoder_depth=1)
+    return NeuralCodec(sample_rate=RATE, resolved_hz=500.0, bands=16, **sizes)
+
+
+def test_a_neural_codec_and_its_discriminator_train_their_own_side():
+    """The gradients of one joined step are those of each side's losses alone."""
+    waves = torch.randn(2, RATE)
+    weights = dict(adversarial=0.5, feature=2.0, discriminator_loss=1.0)
+    codec = neural()
+    codec.fit([torch.randn(8, RATE)])
+    codec.eval()  # quantizer dropout draws otherwise, and codebooks move
+    step = _CodecStep(codec, weights)
+    torch.nn.init.normal_(codec.decoder[-1].weight, std=0.1)
+    step(waves, False)[0].backward()
+    found = [gradients(side.parameters()) for side in (codec, step.discriminator)]
+    step.zero_grad()
+    loss, parts = codec.losses(waves, step.discriminator)
+    (loss + 0.5 * parts['adversarial'] + 2.0 * parts['feature']).backward(retain_graph=True)
+    assert all(it.grad is None for it in step.discriminator.parameters())
+    expected = [gradients(codec.parameters())]
+    step.zero_grad()
+    parts['discriminator_loss'].backward()
+    assert all(it.grad is None for it in codec.parameters())
+    expected.append(gradients(step.discriminator.parameters()))
+    torch.testing.assert_close(found, expected)
+    for side in expected:
+        assert any(it is not None and it.abs().sum() > 0 for it in side)
+
+
+def test_a_discriminator_learns_to_tell_noise_from_tones():
+    torch.manual_seed(0)
+    discriminator = SpectrogramDiscriminator(channels=8)
+    optimizer = torch.optim.Adam(discriminator.parameters(), lr=2e-3)
+    tones = -6.0 + 4.0 * (torch.arange(64) % 8 == 0).float()[:, None].expand(64, 24)
+    noise = -5.5 + torch.randn(4, 64, 24)
+    losses = []
+    for _ in range(40):
+        optimizer.zero_grad()
+        loss = discriminator.losses(tones.expand(4, -1, -1), noise).discriminator_loss
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[0] == pytest.approx(2, abs=0.5)
+    assert losses[-1] < 0.2
+
+
+def test_a_discriminator_is_part_of_the_run_but_not_of_the_model(tmp_path):
+    """A run that was resumed equals one that was never stopped, and what is kept is the codec, the newest one."""
+    keywords = dict(adversarial_loss_weight=0.1, checkpoint_every=2, validate_every=2, seconds=0.5, use_ema=True)
+    straight = make_trainer(tmp_path / 'straight', neural(), **keywords)
+    metrics = straight.train(num_train_steps=4)
+    assert {'adversarial', 'feature', 'discriminator_loss'} <= metrics.keys()
+    make_trainer(tmp_path / 'stopped', neural(), **keywords).train(num_train_steps=2)
+    resumed = make_trainer(tmp_path / 'stopped', neural(4), resume=True, **keywords)
+    resumed.train(num_train_steps=4)
+    assert_same(weights(resumed.codec), weights(straight.codec))
+    assert_same(weights(resumed.discriminator), weights(straight.discriminator))
+    assert json.loads((tmp_path / 'straight' / 'best' / 'config.json').read_text())['step'] == 4
+    kept = load_module(tmp_path / 'straight' / 'best')
+    assert isinstance(kept, NeuralCodec)
+    assert_same(weights(kept), weights(straight.evaluated_model))
+
+
+def test_a_soundstream_has_discriminators_of_its_own(tmp_path):
+    with pytest.raises(ValueError, match='a SoundStream is built with one of its own'):
+        make_trainer(tmp_path, adversarial_loss_weight=0.1)

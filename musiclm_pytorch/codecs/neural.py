@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from musiclm_pytorch.audiolm.spectral_codec import SpectrogramCodec, griffin_lim, integrate_phases
 from musiclm_pytorch.checks import check_not_negative, records_config, typechecked
+from musiclm_pytorch.codecs.discriminator import SpectrogramDiscriminator
 from musiclm_pytorch.codecs.residual import ResidualQuantizer, commitment_loss
 from musiclm_pytorch.mulan.spectrogram import mel_filters
 
@@ -273,8 +274,11 @@ class NeuralCodec(SpectrogramCodec):
         self.decoder[0].weight /= (variances / variances.mean()).sqrt().to(self.device)
         return left
 
-    def losses(self, waves: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss of waves `(b, samples)`, and its parts: levels by bin, levels by mel band, and commitment.
+    def losses(
+        self, waves: Tensor, discriminator: SpectrogramDiscriminator | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of waves `(b, samples)`, and its parts: levels by bin, levels by mel band, and commitment. With a
+        discriminator also the parts `adversarial`, `feature` and `discriminator_loss`, which are not in the sum.
 
         All compare spectra before phases are made, so that no gradient goes through these.
         """
@@ -290,17 +294,19 @@ class NeuralCodec(SpectrogramCodec):
             commitment = commitment_loss(vectors.float(), quantized)
         found = self.amplitudes(quantized)
         with torch.autocast(waves.device.type, enabled=False):
-            return self._compare(magnitudes, found, commitment)
+            bins = (compress(magnitudes) - compress(found)).abs()
+            bins = einsum(bins, self.bin_weights, 'b f t, f -> b f t').mean()
+            pairs = [(self._mel_levels(magnitudes, mels), self._mel_levels(found, mels)) for mels in MELS]
+            mel = sum((real - made).abs().mean() for real, made in pairs) / len(pairs)
+        parts = dict(bins=bins, mel=mel, commitment=commitment)
+        if discriminator is not None:
+            parts |= discriminator.losses(*pairs[-1])._asdict()
+        return bins + mel + 0.1 * commitment, parts
 
-    def _compare(self, magnitudes: Tensor, found: Tensor, commitment: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        bins = einsum((compress(magnitudes) - compress(found)).abs(), self.bin_weights, 'b f t, f -> b f t').mean()
-        powers = [it.square() for it in (magnitudes, found)]
-        mel = 0.0
-        for mels in MELS:
-            bank = getattr(self, f'mel_{mels}')
-            ours, theirs = (0.5 * (einsum(bank, it, 'm f, b f t -> b m t') + FLOOR**2).log() for it in powers)
-            mel = mel + (ours - theirs).abs().mean() / len(MELS)
-        return bins + mel + 0.1 * commitment, dict(bins=bins, mel=mel, commitment=commitment)
+    def _mel_levels(self, magnitudes: Tensor, mels: int) -> Tensor:
+        """Natural logarithms of the amplitudes in mel bands, `(b, m, t)`."""
+        powers = einsum(getattr(self, f'mel_{mels}'), magnitudes.square(), 'm f, b f t -> b m t')
+        return 0.5 * (powers + FLOOR**2).log()
 
     def _magnitudes(self, waves: Tensor) -> Tensor:
         """`(b, samples)` to amplitudes `(b, bins, t * frames)`, of whole code frames."""

@@ -1,4 +1,4 @@
-"""Training a codec: audiolm-pytorch's SoundStream against its discriminators, or our own by its spectra alone."""
+"""Training a codec: audiolm-pytorch's SoundStream against its discriminators, or our own by its spectra."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from musiclm_pytorch.audiolm.convert import SoundStream
 from musiclm_pytorch.audiolm.saving import describe
 from musiclm_pytorch.audiolm.spectral_codec import SpectralCodec
 from musiclm_pytorch.checks import check_not_negative, check_positive, typechecked
+from musiclm_pytorch.codecs.discriminator import SpectrogramDiscriminator
 from musiclm_pytorch.codecs.distance import mel_distance
 from musiclm_pytorch.codecs.neural import NeuralCodec
 from musiclm_pytorch.data.audio import resample
@@ -83,14 +84,17 @@ def collate_waves(items: list[Tensor | None]) -> Tensor | None:
 class _CodecStep(nn.Module):
     """What runs under data-parallel training: the losses of a codec and of its discriminators, if any, on one batch."""
 
-    def __init__(self, codec: SoundStream | NeuralCodec):
+    def __init__(self, codec: SoundStream | NeuralCodec, weights: dict[str, float] | None = None):
         super().__init__()
         self.codec = codec
+        self.weights = weights  # of a NeuralCodec's losses by a discriminator
+        self.discriminator = None if weights is None else SpectrogramDiscriminator()
 
     def forward(self, waves: Tensor, grad_penalty: bool) -> tuple[Tensor, dict[str, Tensor]]:
         if isinstance(self.codec, NeuralCodec):
-            loss, parts = self.codec.losses(waves)
-            return loss, {name: value.detach().float() for name, value in dict(loss=loss, **parts).items()}
+            loss, parts = self.codec.losses(waves, self.discriminator)
+            total = loss + sum(weight * parts[name] for name, weight in (self.weights or {}).items())
+            return total, {name: value.detach().float() for name, value in dict(loss=loss, **parts).items()}
         discriminators = discriminators_of(self.codec)
         # each side's loss trains its own side only
         discriminators.requires_grad_(False)
@@ -111,8 +115,10 @@ class CodecTrainer(Trainer):
 
     The losses of a SoundStream are those of its own forward pass (arXiv 2107.03312): reconstruction, adversarial and
     feature losses, and those of the discriminators. Codec and discriminators make their step at the same time, on the
-    same batch, each with its own clipping. A NeuralCodec has no discriminators; its losses are those that it tells.
-    Validation tells `mel_distance` in dB between held-out waves and what the codec makes of them.
+    same batch, each with its own clipping. The losses of a NeuralCodec are those that it tells, and with
+    `adversarial_loss_weight` those by a `SpectrogramDiscriminator`, which is trained along and not kept with the model.
+    Validation tells `mel_distance` in dB between held-out waves and what the codec makes of them. That calls a blur
+    better than what a discriminator makes of it, so with one the newest NeuralCodec counts as the best.
 
     Results, beside those of `Trainer`: the folders `best` and `last`, which `audiolm.saving.load_module` reads.
 
@@ -123,6 +129,8 @@ class CodecTrainer(Trainer):
         seconds: length of the crops.
         valid_dataset: held-out waves, of a rate of their own if they tell one; by default `valid_frac` of the data set.
         max_gain_db: each crop is made louder or softer by up to this much, at random.
+        adversarial_loss_weight: of a NeuralCodec, such as 0.1; by default it learns without a discriminator.
+        feature_loss_weight: beside it, of the distance between what the discriminator's layers find.
         discriminator_max_grad_norm: as `max_grad_norm`, of the other side.
         grad_penalty_every: steps between gradient penalties of the discriminators; None for none.
         callbacks, config, further keywords: as of `Trainer`.
@@ -141,6 +149,8 @@ class CodecTrainer(Trainer):
         seconds: float = 1.0,
         valid_dataset: Any = None,
         max_gain_db: float = 0.0,
+        adversarial_loss_weight: float | None = None,
+        feature_loss_weight: float = 1.0,
         discriminator_max_grad_norm: float | None = None,
         grad_penalty_every: int | None = 4,
         callbacks: Sequence[Callback] = (),
@@ -151,10 +161,18 @@ class CodecTrainer(Trainer):
             raise TypeError('a SpectralCodec is not trained step by step; call its method fit')
         check_positive(
             seconds=seconds,
+            adversarial_loss_weight=adversarial_loss_weight,
             discriminator_max_grad_norm=discriminator_max_grad_norm,
             grad_penalty_every=grad_penalty_every,
         )
-        check_not_negative(max_gain_db=max_gain_db)
+        check_not_negative(max_gain_db=max_gain_db, feature_loss_weight=feature_loss_weight)
+        weights = None
+        if adversarial_loss_weight is not None:
+            if not isinstance(codec, NeuralCodec):
+                raise ValueError(
+                    'adversarial_loss_weight is for a NeuralCodec; a SoundStream is built with one of its own'
+                )
+            weights = dict(adversarial=adversarial_loss_weight, feature=feature_loss_weight, discriminator_loss=1.0)
         config = self.complete(config, keywords)
         rate = agreed_rate(dataset, sample_rate)
         multiple = codec.seq_len_multiple_of
@@ -174,8 +192,15 @@ class CodecTrainer(Trainer):
             self.valid_dataset = WaveCrops(valid_dataset, sample_rate=valid_rate, training=False, **crops)
         self.crops = WaveCrops(dataset, sample_rate=rate, training=True, max_gain_db=max_gain_db, **crops)
         self.grad_penalty_every = grad_penalty_every
+        step = _CodecStep(codec, weights)
+        self.discriminator = step.discriminator
         super().__init__(
-            codec, _CodecStep(codec), self.crops, collate_fn=collate_waves, callbacks=callbacks, config=config
+            codec if weights is None else step,
+            step,
+            self.crops,
+            collate_fn=collate_waves,
+            callbacks=callbacks,
+            config=config,
         )
         # both sides are clipped here, each for itself
         self.clipping, self.max_grad_norm = (config.max_grad_norm, discriminator_max_grad_norm), None
@@ -190,7 +215,7 @@ class CodecTrainer(Trainer):
         penalty = self.grad_penalty_every is not None and self.step % self.grad_penalty_every == 0
         metrics = self.accumulate(batches, lambda waves: self.step_module(waves, penalty), len)
         if isinstance(self.codec, NeuralCodec):
-            sides = [list(self.codec.parameters())]
+            sides = [it.parameters() for it in (self.codec, self.discriminator) if it is not None]
         else:
             sides = [self.codec.non_discr_parameters(), list(discriminators_of(self.codec).parameters())]
         if self.scaler is not None:
@@ -206,7 +231,14 @@ class CodecTrainer(Trainer):
             return mel_distance(waves, made, model.target_sample_hz).sum(), len(waves)
 
         distance = self.mean_over_held_out(measure)
-        return None if distance is None else dict(loss=distance, score=-distance)
+        if distance is None:
+            return None
+        return dict(loss=distance, score=-distance if self.discriminator is None else float(self.step))
+
+    @property
+    def evaluated_model(self) -> nn.Module:
+        model = super().evaluated_model
+        return model.codec if isinstance(model, _CodecStep) else model
 
     def model_config(self) -> dict[str, Any]:
         return dict(keywords=describe(self.codec)['keywords'])
