@@ -75,7 +75,7 @@ def test_generate_writes_waves_and_a_page(tmp_path, capsys):
     ]
     for name in names:
         wave, rate = soundfile.read(out / f'{name}.wav')
-        assert (rate, len(wave)) == (16000, 8000)
+        assert (rate, len(wave)) == (24000, 12000)
         assert 0.01 < wave.std() < 0.5
 
     # what stands in prompts.json makes a piece again, alone
@@ -119,7 +119,18 @@ def test_bad_options_are_told_in_a_line(tmp_path, capsys, arguments, message):
 def test_sounds_and_mixtures_are_prompts_and_files_have_a_format(tiny, tmp_path, capsys):
     soundfile.write(tmp_path / 'in.wav', 0.2 * torch.randn(32000).numpy(), 16000)
     options = ['--mix', '0.7', 'a slow organ', '--mix', '0.3', f'@{tmp_path}/in.wav', '--negative', 'drums']
-    options += ['--negative-scale', '0.5', '--format', 'flac', '--seconds', '0.5', '-o', str(tmp_path / 'out')]
+    options += [
+        '--model',
+        'tiny',
+        '--negative-scale',
+        '0.5',
+        '--format',
+        'flac',
+        '--seconds',
+        '0.5',
+        '-o',
+        str(tmp_path / 'out'),
+    ]
     assert main(['generate', f'@{tmp_path}/in.wav', *options]) == 0
     pieces = json.loads((tmp_path / 'out' / 'prompts.json').read_text())
     mix, sound = Mix([(0.7, 'a slow organ'), (0.3, tmp_path / 'in.wav')]), dict(sound=f'{tmp_path}/in.wav')
@@ -308,7 +319,8 @@ def test_the_card_tells_what_the_folder_holds():
 def test_infill_keeps_both_sides_of_a_file(tiny, tmp_path, capsys):
     wave = 0.1 * torch.randn(32000, generator=torch.Generator().manual_seed(0))
     soundfile.write(tmp_path / 'in.wav', wave.numpy(), 16000)
-    command = ['infill', str(tmp_path / 'in.wav'), 'a slow flute', '--num-samples', '2', '--start', '0.5']
+    command = ['infill', str(tmp_path / 'in.wav'), 'a slow flute', '--model', 'tiny', '--num-samples', '2']
+    command += ['--start', '0.5']
     assert main([*command, '--end', '1', '-o', str(tmp_path / 'out.flac')]) == 0
     assert capsys.readouterr().out == f'{tmp_path / "out.flac"}\n'
     made, rate = soundfile.read(tmp_path / 'out.flac', dtype='int16')
@@ -326,5 +338,6 @@ def test_infill_keeps_both_sides_of_a_file(tiny, tmp_path, capsys):
     assert {path.name for path in tmp_path.iterdir()} == {'in.wav', 'out.flac'}
     at = ['--seconds', '1', '-o', str(tmp_path / 'out')]
     assert main(['generate', 'a flute', '--melody', str(tmp_path / 'in.wav'), *at]) == 0
-    pieces = json.loads((tmp_path / 'out' / 'prompts.json').read_text())
-    assert pieces['01-a-flute-1.wav']['melody'] == str(tmp_path / 'in.wav')
+    piece = json.loads((tmp_path / 'out' / 'prompts.json').read_text())['01-a-flute-1.wav']
+    assert piece['melody'] == str(tmp_path / 'in.wav')
+    assert piece['model'] == 'tiny'  # of the models that ship the one that follows melodies

@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from musiclm_pytorch.cli.options import add_model, add_output, add_place, command, load_musiclm, option
+from musiclm_pytorch.cli.options import SHIPPED, add_model, add_output, add_place, command, load_musiclm, option
 from musiclm_pytorch.version import __version__
 
 if TYPE_CHECKING:
@@ -38,7 +38,8 @@ def generate(subcommands) -> None:
     add_mix(parser)
     option(parser, '--negative', metavar='PROMPT', help=NEGATIVE)
     add_output(parser, 'where files and page go', '-o')
-    add_model(parser)
+    which = '(default: small, or tiny, which follows melodies, where there is one)'
+    add_model(parser, f'a folder written by MusicLM.save_pretrained, or {SHIPPED} {which}', default=None)
     option(parser, '--num-samples', metavar='N', default=1, help='pieces a prompt')
     option(parser, '--seconds', metavar='S', default=10.0, help='length, the prime included')
     option(parser, '--seed', metavar='N', default=0, help='another seed, other music')
@@ -114,7 +115,7 @@ def infill(subcommands) -> None:
     option(parser, '--start', metavar='S', required=True, help='where the gap begins, in seconds')
     option(parser, '--end', metavar='S', required=True, help='where it ends')
     add_output(parser, '.wav, .flac, .ogg or .mp3', '-o', metavar='FILE')
-    add_model(parser)
+    add_model(parser, default='small')
     option(parser, '--num-samples', metavar='N', default=8, help='candidates to choose from')
     option(parser, '--seed', metavar='N', default=0, help='another seed, other music')
     add_place(parser)
@@ -181,6 +182,7 @@ def run_generate(options: argparse.Namespace) -> dict[str, Any]:
     from musiclm_pytorch.gallery import file_name, ranked_clips, write_clip
     from musiclm_pytorch.mulan.text_transformer import PromptWarning
 
+    options.model = options.model or ('small' if options.melody is None else 'tiny')
     musiclm = load_musiclm(options)
     sampling = {
         name: it for name in (*musiclm.sampling, 'negative_scale') if (it := getattr(options, name)) is not None

@@ -71,8 +71,10 @@ def option(
         action.completer = completer
 
 
-def add_model(parser: Any, what: str = f'a folder written by MusicLM.save_pretrained, or {SHIPPED}') -> None:
-    option(parser, '--model', metavar='FOLDER', default='tiny', help=what, completer=or_a_path(models_that_ship))
+def add_model(
+    parser: Any, what: str = f'a folder written by MusicLM.save_pretrained, or {SHIPPED}', default: str | None = 'tiny'
+) -> None:
+    option(parser, '--model', metavar='FOLDER', default=default, help=what, completer=or_a_path(models_that_ship))
 
 
 def add_device(parser: Any) -> None:
