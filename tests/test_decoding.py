@@ -19,7 +19,7 @@ from helpers.audiolm_stages import (
 from musiclm_pytorch.audiolm.convert import own_stage
 from musiclm_pytorch.audiolm.generate import generate_coarse, generate_fine, generate_semantic
 from musiclm_pytorch.audiolm.generation_args import Sampling
-from musiclm_pytorch.audiolm.stages import logits_of
+from musiclm_pytorch.audiolm.stages import CoarseTransformer, logits_of
 
 CROSS = dict(audio_text_condition=True)
 SAMPLING = Sampling(temperature=0.9, top_k=9, top_p=0.95)
@@ -174,8 +174,21 @@ def test_semantic_windows_continue_the_end_of_the_one_before(known, prime_overla
     assert_same(found, [tokens])
 
 
-# frames [0, 4), [2, 6), [4, 8), [6, 9), in semantic tokens [0, 2.7), [1.3, 4), [2.7, 5.3), [4, 6)
-WINDOWS = [(0, 3, 0), (1, 4, 2), (2, 6, 2), (4, 6, 2)]
+def told_the_time(stage):
+    """The same coarse stage with an embedding of the semantic token of the time."""
+    plain = own_stage(stage)
+    stage = CoarseTransformer(**plain.config | dict(semantic_per_frame=2 / 3)).eval()
+    stage.load_state_dict(plain.state_dict(), strict=False)
+    torch.nn.init.normal_(stage.aligned_embedding.weight)
+    return stage
+
+
+# the semantic tokens of windows, how many frames each goes on from, and how many it makes: frames [0, 4), [2, 6),
+# [4, 8), [6, 9), in semantic tokens [0, 2.7), [1.3, 4), [2.7, 5.3), [4, 6)
+WINDOWS = [(0, 3, 0, 4), (1, 4, 2, 2), (2, 6, 2, 2), (4, 6, 2, 1)]
+# the same, begun where a frame and a semantic token begin together: at frames 0, 0, 3 and 6
+WHOLE = [(0, 3, 0, 4), (0, 4, 4, 2), (2, 6, 3, 2), (4, 6, 2, 1)]
+LAST = [(3, 6, 1, 3)]  # from the end of a prime: frames [5, 9), in semantic tokens [3.3, 6)
 
 
 @pytest.mark.parametrize(
@@ -183,21 +196,21 @@ WINDOWS = [(0, 3, 0), (1, 4, 2), (2, 6, 2), (4, 6, 2)]
     [
         (0, dict(window=4, overlap=2), WINDOWS),
         (0, dict(window=4, overlap=2, unique_consecutive=True), WINDOWS),
-        # from the end of a prime: frames [5, 9), in semantic tokens [3.3, 6)
-        (6, dict(window=4, prime_overlap=1), [(3, 6, 1)]),
-        (6, dict(prime_overlap=1), [(3, 6, 1)]),
+        (0, dict(window=4, overlap=2), WHOLE),
+        (6, dict(window=4, prime_overlap=1), LAST),
+        (6, dict(prime_overlap=1), LAST),
     ],
 )
 def test_coarse_windows_see_the_semantic_tokens_of_their_time(known, keywords, windows):
     stage, semantic_ids, prime = coarse_stage(), codes(1, 6, num=3), codes(1, known, COARSE)
+    stage = told_the_time(stage) if windows is WHOLE else stage
     keywords = dict(semantic_per_frame=Fraction(2, 3), prime=prime, sampling=SAMPLING) | keywords
     found = generate_coarse(stage, semantic_ids, max_length=9, min_length=9, generator=generators(3), **keywords)
     generator, tokens = torch.Generator().manual_seed(3), prime.flatten().tolist()
-    for first, last, overlap in windows:
+    for first, last, overlap, made in windows:
         seen = semantic_ids[:, first:last]
         seen = torch.unique_consecutive(seen, dim=1) if 'unique_consecutive' in keywords else seen
-        begin = len(tokens) - overlap * COARSE
-        noise = torch.rand(min(4 - overlap, 9 - len(tokens) // COARSE) * COARSE, generator=generator)
+        begin, noise = len(tokens) - overlap * COARSE, torch.rand(made * COARSE, generator=generator)
         tokens[begin:] = plain(stage, seen, known=tokens[begin:], noise=noise)
     assert_same(found, [tokens])
 
