@@ -73,7 +73,6 @@ def test_a_stream_goes_on_from_a_given_sound(musiclm, tmp_path):
     assert torch.equal(cut[:kept], given[:kept])
     endless = taken(musiclm.stream('a slow flute', **how), 8000)
     assert torch.equal(cut[:8000], endless)
-    assert not torch.equal(taken(musiclm.stream('a slow flute', **how | dict(seed=4)), 8000), endless)
     loudness = [it.square().mean().sqrt() for it in (given[-1600:], endless[len(given) :][:1600])]
     assert 0.5 < loudness[1] / loudness[0] < 2
     soundfile.write(tmp_path / 'prime.wav', given.numpy(), RATE, subtype='FLOAT')
