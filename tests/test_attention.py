@@ -56,12 +56,14 @@ def kernels():
     }
 
 
-@pytest.mark.parametrize('kernel', kernels())
+BLOCKS = [2**20, 40, 1]
+
+
+@pytest.mark.parametrize(
+    ('kernel', 'block'), [('dense', 2**20), ('flex', 2**20), *(('blockwise', it) for it in BLOCKS)]
+)
 @pytest.mark.parametrize('case', CASES)
-@pytest.mark.parametrize('block', [2**20, 40, 1])
 def test_kernel_equals_formula(kernel, case, block, monkeypatch):
-    if kernel != 'blockwise' and block != 2**20:
-        pytest.skip('only the blockwise kernel has blocks')
     monkeypatch.setattr(attention, 'BLOCK_ELEMENTS', block)
     monkeypatch.setattr(attention, 'MIN_BLOCK_ROWS', 1)
     q, k, v, bias = make(**CASES[case])
@@ -103,7 +105,7 @@ def test_half_precision_stays_close(dtype):
 
 
 @pytest.mark.parametrize('case', CASES)
-@pytest.mark.parametrize('block', [2**20, 40, 1])
+@pytest.mark.parametrize('block', BLOCKS)
 def test_blocks_in_half_precision(case, block, monkeypatch):
     monkeypatch.setattr(attention, 'BLOCK_ELEMENTS', block)
     monkeypatch.setattr(attention, 'MIN_BLOCK_ROWS', 1)

@@ -166,17 +166,15 @@ def test_chosen_patches_are_real_distinct_and_as_many_as_asked(dropout):
         assert (real.diff() > 0).all()
 
 
-@pytest.mark.parametrize('dropout', [0.1, 0.25, 0.3, 0.35, 0.8, 0.9, 0.95])
+@pytest.mark.parametrize('dropout', [0.1, 0.3, 0.8, 0.95])
 def test_as_many_patches_stay_with_a_length_as_without(dropout):
-    for width in range(1, 200):
+    for width in range(1, 80):
         kept, lengths = choose_patches(2, width, None, 1, dropout, device='cpu')
         with_length, _ = choose_patches(2, width + 3, torch.tensor([width]), 1, dropout, device='cpu')
         assert lengths is None
         assert kept.shape[1] == with_length.shape[1] == max(1, int(2 * width * (1 - dropout)))
         assert len(kept.unique()) == kept.shape[1]
-
-
-def test_every_patch_can_stay():
+    # and every one has its turn
     seen = torch.cat([choose_patches(2, 3, None, 4, 0.5, device='cpu')[0].flatten() for _ in range(30)])
     assert seen.bincount(minlength=6).min() > 0.3 * len(seen) / 6
 
@@ -188,13 +186,6 @@ def test_choosing_without_dropout_draws_no_random_numbers():
 
 
 # ---- layers, depth, printing ----
-
-
-@pytest.mark.parametrize('depth', [1, 2, 3])
-def test_all_layers_but_the_last_are_returned(depth):
-    embeds, layers = tiny_audio(depth=depth).eval()(torch.randn(2, 2000), return_all_layers=True)
-    assert embeds.shape == (2, 32)
-    assert layers.shape == (depth - 1, 2, 40, 32)
 
 
 def test_nothing_is_printed_or_warned_of(capfd):
@@ -221,12 +212,6 @@ def test_autocast_stays_close(dtype):
     torch.testing.assert_close(tower(wave.double()), expected)
     with torch.autocast('cpu', dtype=dtype):
         torch.testing.assert_close(tower(wave).float(), expected, atol=0.1, rtol=0.1)
-
-
-def test_a_model_cast_to_bfloat16_works():
-    tower, wave = tiny_audio().eval(), torch.randn(2, 2000)
-    expected = tower(wave)
-    torch.testing.assert_close(tower.bfloat16()(wave).float(), expected, atol=0.15, rtol=0.15)
 
 
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])

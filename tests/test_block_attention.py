@@ -18,8 +18,9 @@ def in_blocks(bias):
 
 
 @pytest.mark.parametrize('n', [1, 5, BLOCK - 1, BLOCK, BLOCK + 1, 3 * BLOCK + 7])
-@pytest.mark.parametrize('prefix', [0, 3])
-@pytest.mark.parametrize(('masked', 'biased'), [(False, False), (True, False), (False, True), (True, True)])
+@pytest.mark.parametrize(
+    ('prefix', 'masked', 'biased'), [(0, False, False), (3, True, False), (3, False, True), (0, True, True)]
+)
 def test_values_and_gradients(n, prefix, masked, biased):
     q = torch.randn(2, 3, n, 8, requires_grad=True)
     k, v = (torch.randn(2, n + prefix, 8, requires_grad=True) for _ in range(2))

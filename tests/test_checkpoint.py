@@ -101,6 +101,18 @@ def test_every_loader_takes_device_and_dtype(saved, folder):
     assert weights or folder == 'codec'
 
 
+@pytest.mark.parametrize('folder', LOADERS)
+def test_folders_of_something_else(saved, tmp_path, folder):
+    load = LOADERS[folder][0]
+    with pytest.raises(FileNotFoundError, match=r'no config\.json .*written by \w+'):
+        load(tmp_path)
+    other = saved / ('quantizer' if folder == 'quantizer/mulan' else 'quantizer/mulan')
+    for content in ('[]', (other / 'config.json').read_text()):
+        (tmp_path / 'config.json').write_text(content)
+        with pytest.raises(ValueError, match=r'config\.json is not the config of a \w+'):
+            load(tmp_path)
+
+
 def test_another_vocabulary_takes_over_its_own_tokens(tmp_path):
     def build(known, **text):
         mulan = tiny_mulan(dict(depth=1), dict(depth=1, known_tokens=known, **text), hierarchical_contrastive_loss=True)

@@ -9,22 +9,22 @@ from helpers.audiolm_stages import (
     CODES,
     FINE,
     SEMANTIC,
-    coarse_logits,
     coarse_stage,
     codes,
     embeds,
-    fine_logits,
     fine_stage,
-    semantic_logits,
     semantic_stage,
 )
 
 from musiclm_pytorch.audiolm.convert import own_stage
 from musiclm_pytorch.audiolm.generate import generate_coarse, generate_fine, generate_semantic
 from musiclm_pytorch.audiolm.generation_args import Sampling
+from musiclm_pytorch.audiolm.stages import CoarseTransformer, logits_of
 
 CROSS = dict(audio_text_condition=True)
 SAMPLING = Sampling(temperature=0.9, top_k=9, top_p=0.95)
+BUILD = dict(semantic=semantic_stage, coarse=coarse_stage, fine=fine_stage)
+GENERATE = dict(semantic=generate_semantic, coarse=generate_coarse, fine=generate_fine)
 
 
 def generators(*seeds: int) -> list[torch.Generator]:
@@ -35,52 +35,24 @@ def uniform(num_steps: int, seed: int) -> torch.Tensor:
     return torch.rand(num_steps, generator=torch.Generator().manual_seed(seed))
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# The plain loop: one sample, everything computed anew for each token
-
-
-def plain(logits_of, given, noise, *, sampling=SAMPLING, end_id=None, may_end=lambda index: True) -> list[int]:
-    """The tokens after those `given`, one for each of `noise`, up to the end token.
-
-    logits_of: tokens (1, n) → the conditioned and the null logits (c,) of the next one
-    """
-    tokens = list(given)
+@torch.inference_mode()
+def plain(stage, *given, known=(), noise, sampling=SAMPLING, text_embeds=None, min_length=99) -> list[int]:
+    """The tokens of one sample, those `known` and one for each of `noise`, up to the end token: a plain loop, which
+    computes everything anew for each. That `features` are audiolm-pytorch's shows `test_teacher_forcing.py`."""
+    stage, given, tokens = own_stage(stage), [it.flatten(1) for it in given], list(known)
     for u in noise:
-        conditioned, null = logits_of(torch.tensor([tokens], dtype=torch.long))
+        ids, (frame, level) = torch.tensor([tokens], dtype=torch.long), divmod(len(tokens), stage.num_levels)
+        conditions = [None] if text_embeds is None else [text_embeds, torch.zeros_like(text_embeds)]
+        features = [stage.features(*given, ids, conditioning=it)[-1][:, -1] for it in conditions]
+        conditioned, null = [logits_of(it, *stage.own_heads()[level]) for it in (features[0], features[-1])]
         logits = null + (conditioned - null) * sampling.cond_scale
-        if end_id is not None and not may_end(len(tokens)):
-            logits[end_id] = float('-inf')
-        token = int(sampling.draw(logits[None], u[None]))
-        if token == end_id:
+        if stage.end_id is not None and (level or frame < min_length):
+            logits[:, stage.end_id] = float('-inf')
+        token = int(sampling.draw(logits, u[None]))
+        if token == stage.end_id:
             break
         tokens.append(token)
-    return tokens[len(given) :]
-
-
-def plain_semantic(stage, noise, *, text_embeds=None, given=(), min_length=1, sampling=SAMPLING):
-    def logits_of(tokens):
-        null = None if text_embeds is None else torch.zeros_like(text_embeds)
-        return [semantic_logits(stage, tokens, e)[0, -1].clone() for e in (text_embeds, null)]
-
-    return plain(logits_of, given, noise, sampling=sampling, end_id=SEMANTIC, may_end=lambda index: index >= min_length)
-
-
-def plain_coarse(stage, semantic_ids, noise, *, text_embeds=None, given=(), min_frames=1, sampling=SAMPLING):
-    def logits_of(tokens):
-        return [coarse_logits(stage, semantic_ids, tokens, text_embeds, drop)[0, -1].clone() for drop in (0.0, 1.0)]
-
-    def may_end(index):
-        return index % COARSE == 0 and index // COARSE >= min_frames
-
-    return plain(logits_of, given, noise, sampling=sampling, end_id=CODES, may_end=may_end)
-
-
-def plain_fine(stage, coarse, noise, *, text_embeds=None, given=(), sampling=SAMPLING):
-    def logits_of(tokens):
-        null = None if text_embeds is None else torch.zeros_like(text_embeds)
-        return [fine_logits(stage, coarse, tokens, e)[0, -1].clone() for e in (text_embeds, null)]
-
-    return plain(logits_of, given, noise, sampling=sampling)
+    return tokens
 
 
 def likes_to_end(stage, end_id: int):
@@ -108,30 +80,38 @@ def assert_same(found, wanted: list[list[int]]) -> None:
 
 
 @pytest.mark.parametrize('cond_scale', [1.0, 2.0])
-@pytest.mark.parametrize('known', [0, 3])
-def test_semantic(cond_scale, known):
-    stage, seeds = likes_to_end(semantic_stage(**CROSS), SEMANTIC), range(5)
-    sampling = Sampling(temperature=0.9, top_k=9, cond_scale=cond_scale)
-    text_embeds, prime = embeds(5, 3, 32), codes(5, known, num=SEMANTIC)
-    found = generate_semantic(
-        stage,
-        max_length=14,
-        min_length=5,
-        text_embeds=text_embeds,
-        prime=prime,
-        sampling=sampling,
-        generator=generators(*seeds),
-    )
-    wanted = [
-        given
-        + plain_semantic(
-            stage, uniform(14 - known, seed), text_embeds=e[None], given=given, min_length=5, sampling=sampling
+@pytest.mark.parametrize(
+    ('name', 'known'), [('semantic', 0), ('semantic', 3), ('coarse', 0), ('coarse', 2), ('fine', 0), ('fine', 2)]
+)
+def test_tokens_of_each_stage(name, known, cond_scale):
+    """With a prime, guidance and samples that end early, the shortest after `least` tokens or frames."""
+    stage, sampling, text_embeds = BUILD[name](**CROSS), Sampling(top_k=9, cond_scale=cond_scale), embeds(5, 3, 32)
+    given, own, lengths, least = [], (), [7] * 5, 3
+    if name == 'semantic':
+        prime, keywords = codes(5, known, num=SEMANTIC), dict(max_length=7, min_length=least)
+    elif name == 'coarse':
+        given, prime = [codes(5, 6, num=SEMANTIC)], codes(5, known, COARSE)
+        given[0][1, 4:], given[0][2, 5:] = -1, SEMANTIC
+        keywords = dict(max_length=7, min_length=least)
+    else:
+        given, prime, keywords, lengths = [codes(5, 5, COARSE)], codes(5, known, FINE), {}, [5, 4, 3, 5, 5]
+        given[0][1, 4:], given[0][2, 3, 1:] = -1, CODES  # codes that end with a sample
+    if name != 'fine':
+        likes_to_end(stage, own_stage(stage).end_id)
+    keywords |= dict(text_embeds=text_embeds, prime=prime, sampling=sampling, generator=generators(*range(5)))
+    found = GENERATE[name](stage, *given, **keywords)
+    wanted, levels = [], own_stage(stage).num_levels
+    for row, length in enumerate(lengths):
+        own = [it[row : row + 1].clone() for it in given]
+        if name == 'fine':
+            own[0][:, length:] = -1
+        how = dict(known=prime[row].flatten().tolist(), noise=uniform((length - known) * levels, row))
+        wanted.append(
+            plain(stage, *own, **how, sampling=sampling, text_embeds=text_embeds[row : row + 1], min_length=least)
         )
-        for seed, e, given in zip(seeds, text_embeds, prime.tolist())
-    ]
     assert_same(found, wanted)
     assert len(set(map(len, wanted))) > 1
-    assert min(map(len, wanted)) >= 5
+    assert min(map(len, wanted)) >= least * levels
 
 
 def test_semantic_continues_primes_of_different_lengths():
@@ -139,87 +119,28 @@ def test_semantic_continues_primes_of_different_lengths():
     prime[1, 2:], prime[2, 4:] = -1, -1
     found = generate_semantic(stage, max_length=12, prime=prime, sampling=SAMPLING, generator=generators(5, 6, 9))
     wanted = []
-    for seed, given in zip((5, 6, 9), ([*prime[0].tolist()], prime[1, :2].tolist(), prime[2, :4].tolist())):
-        wanted.append(given + plain_semantic(stage, uniform(12, seed)[: 12 - len(given)], given=given))
-    assert_same(found, wanted)
-
-
-@pytest.mark.parametrize('cond_scale', [1.0, 2.0])
-@pytest.mark.parametrize('known', [0, 2])
-def test_coarse(cond_scale, known):
-    stage, seeds = likes_to_end(coarse_stage(**CROSS), CODES), range(6)
-    sampling = Sampling(top_k=9, cond_scale=cond_scale)
-    semantic_ids, text_embeds, prime = codes(6, 6, num=SEMANTIC), embeds(6, 3, 32), codes(6, known, COARSE)
-    semantic_ids[1, 4:], semantic_ids[2, 5:] = -1, SEMANTIC
-    found = generate_coarse(
-        stage,
-        semantic_ids,
-        max_length=7,
-        min_length=3,
-        text_embeds=text_embeds,
-        prime=prime,
-        sampling=sampling,
-        generator=generators(*seeds),
-    )
-    wanted = [
-        given
-        + plain_coarse(
-            stage,
-            ids[None],
-            uniform((7 - known) * COARSE, seed),
-            text_embeds=e[None],
-            given=given,
-            min_frames=3,
-            sampling=sampling,
-        )
-        for seed, ids, e, given in zip(seeds, semantic_ids, text_embeds, prime.flatten(1).tolist())
-    ]
-    assert_same(found, wanted)
-    assert len(set(map(len, wanted))) > 1
-
-
-@pytest.mark.parametrize('cond_scale', [1.0, 2.0])
-@pytest.mark.parametrize('known', [0, 2])
-def test_fine(cond_scale, known):
-    stage, seeds = fine_stage(**CROSS), range(3)
-    sampling = Sampling(cond_scale=cond_scale)
-    coarse, text_embeds, prime = codes(3, 5, COARSE), embeds(3, 3, 32), codes(3, known, FINE)
-    coarse[1, 4:], coarse[2, 3, 1:] = -1, CODES
-    found = generate_fine(
-        stage, coarse, text_embeds=text_embeds, prime=prime, sampling=sampling, generator=generators(*seeds)
-    )
-    wanted, lengths = [], (5, 4, 3)
-    for row, (seed, given, length) in enumerate(zip(seeds, prime.flatten(1).tolist(), lengths)):
-        own = coarse[row : row + 1].clone()
-        own[:, length:] = -1
-        noise = uniform((length - known) * FINE, seed)
-        tokens = plain_fine(stage, own, noise, text_embeds=text_embeds[row : row + 1], given=given, sampling=sampling)
-        wanted.append(given + tokens)
+    for seed, row in zip((5, 6, 9), prime):
+        known = row[row != -1].tolist()
+        wanted.append(plain(stage, known=known, noise=uniform(12, seed)[: 12 - len(known)], min_length=1))
     assert_same(found, wanted)
 
 
 @pytest.mark.parametrize('options', [{}, dict(flash_attn=True, num_residual_streams=1)], ids=['default', 'flash'])
 def test_a_sample_does_not_depend_on_its_batch(options):
-    semantic, coarse, fine = (stage(**CROSS, **options) for stage in (semantic_stage, coarse_stage, fine_stage))
+    semantic, coarse, fine = (stage(**CROSS, **options) for stage in BUILD.values())
     likes_to_end(coarse, CODES)
     text_embeds, sampling = embeds(4, 3, 32), Sampling(cond_scale=2.0)
     semantic_ids, codes_given = codes(4, 8, num=SEMANTIC), codes(4, 6, COARSE)
+    windows = dict(window=3, overlap=1, semantic_per_frame=1.5)
 
     def run(rows):
-        own = dict(text_embeds=text_embeds[rows], sampling=sampling)
+        def own():
+            return dict(text_embeds=text_embeds[rows], sampling=sampling, generator=generators(*rows))
+
         return (
-            generate_semantic(semantic, max_length=9, generator=generators(*rows), **own),
-            generate_coarse(
-                coarse,
-                semantic_ids[rows],
-                max_length=6,
-                window=3,
-                overlap=1,
-                semantic_per_frame=1.5,
-                generator=generators(*rows),
-                **own,
-            ),
-            generate_fine(fine, codes_given[rows], window=4, generator=generators(*rows), **own),
+            generate_semantic(semantic, max_length=9, **own()),
+            generate_coarse(coarse, semantic_ids[rows], max_length=6, **windows, **own()),
+            generate_fine(fine, codes_given[rows], window=4, **own()),
         )
 
     together = run([0, 1, 2, 3])
@@ -237,74 +158,60 @@ def test_a_sample_does_not_depend_on_its_batch(options):
 def test_semantic_windows_continue_the_end_of_the_one_before(known, prime_overlap):
     stage, prime = semantic_stage(**CROSS), codes(1, known, num=SEMANTIC)
     stories = [embeds(1, 3, 32, seed=1), embeds(1, 3, 32, seed=2)]
+    keywords = dict(window=5, overlap=2, prime_overlap=prime_overlap, prime=prime, text_embeds=stories)
     found = generate_semantic(
-        stage,
-        max_length=12,
-        min_length=12,
-        window=5,
-        overlap=2,
-        prime_overlap=prime_overlap,
-        prime=prime,
-        text_embeds=stories,
-        sampling=SAMPLING,
-        generator=generators(3),
+        stage, max_length=12, min_length=12, sampling=SAMPLING, generator=generators(3), **keywords
     )
     generator, tokens, number = torch.Generator().manual_seed(3), prime[0].tolist(), 0
     while len(tokens) < 12:
-        given = tokens if len(tokens) < 5 and number == 0 else tokens[-2:]
+        seen = len(tokens) if len(tokens) < 5 and number == 0 else 2
         if number == 0 and prime_overlap is not None:
-            given = tokens[len(tokens) - prime_overlap :]
-        noise = torch.rand(min(5 - len(given), 12 - len(tokens)), generator=generator)
-        tokens = tokens + plain_semantic(stage, noise, text_embeds=stories[min(number, 1)], given=given, min_length=99)
+            seen = prime_overlap
+        begin = len(tokens) - seen
+        noise = torch.rand(min(5 - seen, 12 - len(tokens)), generator=generator)
+        tokens[begin:] = plain(stage, known=tokens[begin:], noise=noise, text_embeds=stories[min(number, 1)])
         number += 1
     assert_same(found, [tokens])
 
 
-@pytest.mark.parametrize('window', [4, None])
-def test_coarse_codes_go_on_from_the_end_of_a_prime(window):
-    stage, semantic_ids, prime = coarse_stage(), codes(1, 6, num=3), codes(1, 5, COARSE)
-    found = generate_coarse(
-        stage,
-        semantic_ids,
-        max_length=8,
-        min_length=8,
-        window=window,
-        prime=prime,
-        prime_overlap=1,
-        semantic_per_frame=Fraction(2, 3),
-        sampling=SAMPLING,
-        generator=generators(3),
-    )
-    noise = torch.rand(3 * COARSE, generator=torch.Generator().manual_seed(3))
-    # frames [4, 8), in semantic tokens [2.7, 5.3)
-    given = prime.flatten().tolist()
-    new = plain_coarse(stage, semantic_ids[:, 2:6], noise, given=given[-COARSE:], min_frames=99)
-    assert_same(found, [given + new])
+def told_the_time(stage):
+    """The same coarse stage with an embedding of the semantic token of the time."""
+    plain = own_stage(stage)
+    stage = CoarseTransformer(**plain.config | dict(semantic_per_frame=2 / 3)).eval()
+    stage.load_state_dict(plain.state_dict(), strict=False)
+    torch.nn.init.normal_(stage.aligned_embedding.weight)
+    return stage
 
 
-@pytest.mark.parametrize('unique_consecutive', [False, True])
-def test_coarse_windows_see_the_semantic_tokens_of_their_time(unique_consecutive):
-    stage, semantic_ids = coarse_stage(), codes(1, 6, num=3)
-    found = generate_coarse(
-        stage,
-        semantic_ids,
-        max_length=9,
-        min_length=9,
-        window=4,
-        overlap=2,
-        semantic_per_frame=Fraction(2, 3),
-        unique_consecutive=unique_consecutive,
-        sampling=SAMPLING,
-        generator=generators(3),
-    )
-    generator, tokens = torch.Generator().manual_seed(3), []
-    # frames [0, 4), [2, 6), [4, 8), [6, 9), in semantic tokens [0, 2.7), [1.3, 4), [2.7, 5.3), [4, 6)
-    for first, last, known in [(0, 3, 0), (1, 4, 2), (2, 6, 2), (4, 6, 2)]:
+# the semantic tokens of windows, how many frames each goes on from, and how many it makes: frames [0, 4), [2, 6),
+# [4, 8), [6, 9), in semantic tokens [0, 2.7), [1.3, 4), [2.7, 5.3), [4, 6)
+WINDOWS = [(0, 3, 0, 4), (1, 4, 2, 2), (2, 6, 2, 2), (4, 6, 2, 1)]
+# the same, begun where a frame and a semantic token begin together: at frames 0, 0, 3 and 6
+WHOLE = [(0, 3, 0, 4), (0, 4, 4, 2), (2, 6, 3, 2), (4, 6, 2, 1)]
+LAST = [(3, 6, 1, 3)]  # from the end of a prime: frames [5, 9), in semantic tokens [3.3, 6)
+
+
+@pytest.mark.parametrize(
+    ('known', 'keywords', 'windows'),
+    [
+        (0, dict(window=4, overlap=2), WINDOWS),
+        (0, dict(window=4, overlap=2, unique_consecutive=True), WINDOWS),
+        (0, dict(window=4, overlap=2), WHOLE),
+        (6, dict(window=4, prime_overlap=1), LAST),
+        (6, dict(prime_overlap=1), LAST),
+    ],
+)
+def test_coarse_windows_see_the_semantic_tokens_of_their_time(known, keywords, windows):
+    stage, semantic_ids, prime = coarse_stage(), codes(1, 6, num=3), codes(1, known, COARSE)
+    stage = told_the_time(stage) if windows is WHOLE else stage
+    keywords = dict(semantic_per_frame=Fraction(2, 3), prime=prime, sampling=SAMPLING) | keywords
+    found = generate_coarse(stage, semantic_ids, max_length=9, min_length=9, generator=generators(3), **keywords)
+    generator, tokens = torch.Generator().manual_seed(3), prime.flatten().tolist()
+    for first, last, overlap, made in windows:
         seen = semantic_ids[:, first:last]
-        seen = torch.unique_consecutive(seen, dim=1) if unique_consecutive else seen
-        given = tokens[len(tokens) - known * COARSE :]
-        noise = torch.rand(min(4 - known, 9 - len(tokens) // COARSE) * COARSE, generator=generator)
-        tokens = tokens + plain_coarse(stage, seen, noise, given=given, min_frames=99)
+        seen = torch.unique_consecutive(seen, dim=1) if 'unique_consecutive' in keywords else seen
+        begin, noise = len(tokens) - overlap * COARSE, torch.rand(made * COARSE, generator=generator)
+        tokens[begin:] = plain(stage, seen, known=tokens[begin:], noise=noise)
     assert_same(found, [tokens])
 
 
@@ -313,24 +220,17 @@ def test_coarse_windows_see_the_semantic_tokens_of_their_time(unique_consecutive
 def test_fine_windows_are_apart_from_each_other(max_batch, known):
     stage, coarse, prime = fine_stage(), codes(2, 8, COARSE), codes(2, known, FINE)
     coarse[1, 2:] = -1  # shorter than a window
-    found = generate_fine(
-        stage,
-        coarse,
-        window=3,
-        max_batch=max_batch,
-        prime=prime,
-        sampling=SAMPLING,
-        generator=generators(3, 4),
-    )
+    keywords = dict(window=3, max_batch=max_batch, prime=prime, sampling=SAMPLING)
+    found = generate_fine(stage, coarse, generator=generators(3, 4), **keywords)
     generator, wanted = torch.Generator().manual_seed(3), prime[0].flatten().tolist()
     for start, kept in [(0, known), (3, 0), (5, 1)]:
         given = wanted if start == 0 else []
         noise = torch.rand(3 * FINE - len(given), generator=generator)
-        tokens = given + plain_fine(stage, coarse[:1, start : start + 3], noise, given=given, sampling=SAMPLING)
-        wanted = wanted + tokens[kept * FINE :]
+        made = plain(stage, coarse[:1, start : start + 3], known=given, noise=noise)
+        wanted = wanted + made[kept * FINE :]
     given = prime[1].flatten().tolist()
-    short = plain_fine(stage, coarse[1:, :3], uniform(2 * FINE - len(given), 4), given=given, sampling=SAMPLING)
-    assert_same(found, [wanted, given + short])
+    short = plain(stage, coarse[1:, :3], known=given, noise=uniform(2 * FINE - len(given), 4))
+    assert_same(found, [wanted, short])
 
 
 def test_cost_of_windows_grows_with_the_length_only():

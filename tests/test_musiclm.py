@@ -146,15 +146,6 @@ def test_each_stage_gets_its_own_namespace(musiclm):
         assert any(torch.equal(row, expected[0]) for row in asked[name]), name
 
 
-def test_the_text_matters(musiclm):
-    keywords = dict(seconds=0.5, seed=3, temperature=0.0)
-    prompts = ['slow flute', 'a fast drums', 'one deep and cathedral organ', 'bright guitar, please']
-    codes = musiclm.mulan_embed_quantizer.indices(raw_texts=prompts)
-    waves = musiclm(prompts, **keywords)
-    assert len(codes.unique(dim=0)) > 1
-    assert len(waves.unique(dim=0)) > 1
-
-
 @pytest.mark.parametrize('unique_consecutive', [False, True])
 def test_longer_than_every_window(unique_consecutive):
     torch.manual_seed(0)
@@ -238,15 +229,11 @@ def test_a_stage_without_conditioning():
 
 def test_length_in_tokens_and_progress(musiclm):
     steps = []
+    musiclm.train()
     music = musiclm('a', max_length=4, progress=lambda done, total: steps.append((done, total)))
     assert music.shape == (1, 4 * RATE // TOKEN_RATE)
     assert steps[-1][0] == steps[-1][1]
-
-
-def test_modes_are_left_as_they_were(musiclm):
-    musiclm.train()
-    musiclm('a', seconds=0.2)
-    assert musiclm.semantic.training
+    assert musiclm.semantic.training  # its mode is left as it was
     musiclm.eval()
 
 
@@ -287,13 +274,8 @@ def test_saved_and_rebuilt(musiclm, tmp_path):
         half.save_pretrained(tmp_path / 'huge', dtype=torch.float16)
     with pytest.raises(ValueError, match='the semantic tokenizer, a Tokenizer, cannot be saved'):
         musiclm.save_pretrained(tmp_path / 'other')
-    (tmp_path / 'empty').mkdir()
-    with pytest.raises(FileNotFoundError, match='expected a folder written by MusicLM.save_pretrained'):
-        MusicLM.from_pretrained(tmp_path / 'empty')
     with pytest.raises(FileNotFoundError, match="there is no folder tinny, nor a model of that name .* has .*'tiny'"):
         MusicLM.from_pretrained('tinny')
-    with pytest.raises(ValueError, match='not the config of a MusicLM'):
-        MusicLM.from_pretrained(tmp_path / 'music' / 'codec')
 
 
 def test_without_a_fine_stage_the_coarse_codes_are_the_music(tmp_path):
@@ -351,11 +333,7 @@ def test_without_a_fine_stage_the_coarse_codes_are_the_music(tmp_path):
         (dict(text='a', seconds=1.0, max_length=4), ValueError, 'pass seconds or max_length, got both'),
         (dict(text='a', num_samples=0), ValueError, 'num_samples must be greater than 0, got 0'),
         (dict(text='a', temperature=(1.0, 0.5)), ValueError, 'temperature must be one number or three'),
-        (dict(text='a', temperature=1e-30), ValueError, 'temperature must be 0, or at least 0.001, got 1e-30'),
         (dict(text='a', temperature=-1.0), ValueError, 'temperature must be 0 or above'),
-        (dict(text='a', cond_scale=1e38), ValueError, r'cond_scale must lie between -100 and 100, got 1e\+38; 1 to 5'),
-        (dict(text='a', cond_scale=float('nan')), ValueError, 'cond_scale must lie between'),
-        (dict(text='a', top_p=1.5), ValueError, r'top_p must lie in \(0, 1\]'),
         (dict(text=[(1.0, 'a')], seconds=2.0), ValueError, 'a story tells its length itself'),
         (dict(text=[(-1.0, 'a')]), ValueError, "the length of 'a' in seconds must be greater than 0"),
         (dict(text=3), TypeError, '3'),
@@ -364,13 +342,10 @@ def test_without_a_fine_stage_the_coarse_codes_are_the_music(tmp_path):
          'the prime lasts 0.50 s and the music 0.5 s'),
         (dict(text='a', prime_wave=torch.full((800,), torch.nan), prime_wave_input_sample_hz=RATE), ValueError,
          'prime_wave holds NaN or infinity'),
-        (dict(text='a', prime_wave=torch.ones(8, dtype=torch.int16), prime_wave_input_sample_hz=RATE), TypeError,
-         'prime_wave must be a floating-point tensor, got torch.int16, integer PCM'),
         (dict(text='a', prime_wave=np.ones(8, dtype='int16'), prime_wave_input_sample_hz=RATE), TypeError,
          'prime_wave must be a floating-point tensor, got torch.int16, integer PCM; .* prime_wave / 32768'),
         (dict(text='a', prime_wave=np.ones((800, 2)), prime_wave_input_sample_hz=RATE), ValueError,
          r'got \(800, 2\), which has more channels than samples; soundfile gives .* pass prime_wave.T'),
-        (dict(text='a', prime_wave=torch.ones(800, 2), prime_wave_input_sample_hz=RATE), ValueError, 'prime_wave.T'),
         (dict(text='a', prime_wave_path='nowhere.wav'), FileNotFoundError, 'no audio file at nowhere.wav'),
     ],
 )  # fmt: skip
@@ -393,12 +368,11 @@ def test_parts_that_do_not_fit(audio_lm, quantizer, message):
         MusicLM(build_audio_lm(**audio_lm), build_quantizer(**quantizer))
 
 
-def test_unfitted_quantizer():
-    with pytest.raises(ValueError, match='the quantizer has no codebooks yet'):
-        MusicLM(build_audio_lm(), build_quantizer(fitted=False))('a')
-
-
-def test_audio_lm_with_a_conditioner_of_its_own():
+def test_quantizers_that_do_not_fit():
     quantizer = build_quantizer()
     with pytest.raises(ValueError, match='build AudioLM without audio_conditioner'):
         MusicLM(build_audio_lm(audio_conditioner=quantizer), quantizer)
+    unfitted = MusicLM(build_audio_lm(), build_quantizer(fitted=False))
+    for call in unfitted, unfitted.stream:
+        with pytest.raises(ValueError, match='the quantizer has no codebooks yet'):
+            call('a')

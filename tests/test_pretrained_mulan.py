@@ -194,6 +194,7 @@ def test_from_waves_to_saved_music(name, tmp_path):
         MusicLM.from_pretrained(tmp_path / 'music', mulan=other)
 
 
+@pytest.mark.parametrize('mulan', ['clap', 'another'], indirect=True)
 def test_evaluation_index_and_tags(mulan):
     waves = [0.3 * torch.randn(4000) * (pitch * torch.arange(4000)).sin() for pitch in (0.1, 0.5, 1.0, 2.0)]
     texts = ['a cello', 'a flute', 'drums', 'a choir']

@@ -98,6 +98,8 @@ def test_noise_of_one_generator():
     [
         (dict(temperature=-1), 'temperature must be 0 or above, got -1'),
         (dict(temperature=float('inf')), 'temperature'),
+        (dict(temperature=1e-30), 'temperature must be 0, or at least 0.001, got 1e-30'),
+        (dict(cond_scale=1e38), r'cond_scale must lie between -100 and 100, got 1e\+38; 1 to 5'),
         (dict(top_k=0), 'top_k must be at least 1'),
         (dict(top_p=0.0), 'top_p must lie in'),
         (dict(top_p=1.5), 'top_p must lie in'),
@@ -133,9 +135,9 @@ def test_separate_windows():
     assert separate_windows(0, 4) == []
 
 
-@pytest.mark.parametrize('length', [1, 7, 40])
-@pytest.mark.parametrize('window', [1, 3, 8])
-@pytest.mark.parametrize('prime', [0, 1, 6])
+@pytest.mark.parametrize(
+    ('length', 'window', 'prime'), [(1, 1, 0), (1, 3, 6), (7, 8, 1), (7, 3, 0), (40, 3, 6), (40, 8, 1)]
+)
 def test_windows_make_each_position_once(length, window, prime):
     for windows in [
         separate_windows(length, window, prime),

@@ -127,7 +127,7 @@ def sounds(rate, seconds=0.5):
 
 
 KINDS = (
-    *('mulan', 'mulan spectrum', 'mulan patches', 'mulan grid'),
+    *('mulan', 'mulan spectrum', 'mulan grid'),
     *('hubert', 'audiolm', 'wavlm', 'w2v-bert', 'whisper', 'clap'),
 )
 
@@ -167,30 +167,26 @@ def test_as_many_tokens_as_stated_for_every_length(tokenizer):
         assert tokenizer.num_tokens(tokenizer.min_samples(tokens) - 1) == tokens - 1
 
 
-def test_ids_lie_in_the_codebook_and_differ(tokenizer):
+def test_ids_lie_in_the_codebook_and_are_those_of_each_item_alone(tokenizer):
     rate = tokenizer.target_sample_hz
-    ids = torch.cat([tokenizer(torch.stack(sounds(rate))), tokenizer(0.3 * torch.randn(4, rate // 2))])
-    assert tokenizer.codebook_size == tokenizer.kmeans.centers.shape[0]
-    assert (ids >= 0).all()
-    assert (ids < tokenizer.codebook_size).all()
-    assert len(ids.unique()) > 2
-    assert torch.equal(tokenizer(torch.stack(sounds(rate)), flatten=False)[:3], ids[:3])
-
-
-def test_items_of_a_batch_do_not_see_each_other(tokenizer):
-    waves = torch.stack(sounds(tokenizer.target_sample_hz))
+    waves = torch.stack(sounds(rate))
     together = tokenizer(waves)
     assert torch.equal(together, torch.cat([tokenizer(wave[None]) for wave in waves]))
+    assert torch.equal(tokenizer(waves, flatten=False), together)
+    ids = torch.cat([together, tokenizer(0.3 * torch.randn(4, rate // 2))])
+    assert tokenizer.codebook_size == tokenizer.kmeans.centers.shape[0]
+    assert 0 <= ids.min() <= ids.max() < tokenizer.codebook_size
+    assert len(ids.unique()) > 2
 
 
-@pytest.mark.parametrize('rate', [16000, 4000])
-def test_waves_of_another_rate_are_resampled(mulan_tokenizer, rate):
-    waves = torch.stack(sounds(rate))
-    expected = mulan_tokenizer(resample(waves, rate, 8000))
-    found = mulan_tokenizer(waves, input_sample_hz=rate)
-    assert found.shape == expected.shape
-    assert (found == expected).float().mean() > 0.97  # resampling differs in rounding at the end
-    assert torch.equal(mulan_tokenizer(waves, input_sample_hz=8000), mulan_tokenizer(waves))
+def test_waves_of_another_rate_are_resampled(mulan_tokenizer):
+    for rate in (16000, 4000, 8000):
+        waves = torch.stack(sounds(rate))
+        expected = mulan_tokenizer(resample(waves, rate, 8000))
+        found = mulan_tokenizer(waves, input_sample_hz=rate)
+        assert found.shape == expected.shape
+        assert (found == expected).float().mean() > 0.97  # resampling differs in rounding at the end
+    assert torch.equal(found, expected)
 
 
 def test_the_same_while_something_around_it_trains(tokenizer):
@@ -228,11 +224,12 @@ def test_saved_and_rebuilt(tokenizer, tmp_path):
     tokenizer.save_pretrained(tmp_path / 'saved')
     files = [path for path in (tmp_path / 'saved').rglob('*') if path.is_file()]
     assert {path.suffix for path in files} == {'.json', '.safetensors'}
-    for cls in (SemanticTokenizer, type(tokenizer)):
-        rebuilt = cls.from_pretrained(tmp_path / 'saved')
-        assert type(rebuilt) is type(tokenizer)
-        assert torch.equal(rebuilt(waves), tokenizer(waves))
-        assert rebuilt.num_tokens(3000) == tokenizer.num_tokens(3000)
+    rebuilt = SemanticTokenizer.from_pretrained(tmp_path / 'saved')
+    assert type(rebuilt) is type(tokenizer)
+    assert torch.equal(rebuilt(waves), tokenizer(waves))
+    assert rebuilt.num_tokens(3000) == tokenizer.num_tokens(3000)
+    assert fingerprint(rebuilt) == fingerprint(tokenizer)
+    rebuilt = type(tokenizer).from_pretrained(tmp_path / 'saved')
     rebuilt.save_pretrained(tmp_path / 'again')
     for path in files:
         twin = tmp_path / 'again' / path.relative_to(tmp_path / 'saved')
@@ -334,8 +331,7 @@ def test_any_data_of_waves_will_do(mulan_tokenizer, caplog):
 # MuLaN's tower
 
 
-@pytest.mark.parametrize('columns', ['mean', 'concat'])
-@pytest.mark.parametrize('layer', [0, 1, 3])
+@pytest.mark.parametrize(('layer', 'columns'), [(0, 'concat'), (0, 'mean'), (1, 'concat'), (3, 'mean')])
 def test_features_are_the_states_of_the_layer_column_by_column(columns, layer):
     tower = tiny_audio(**FRONT_END | dict(patch_size=(8, 5), depth=3))
     tokenizer = MuLaNSemanticTokenizer(tower, CODES, layer=layer, columns=columns)
@@ -395,9 +391,9 @@ def test_training_mulan_on_does_not_change_the_tokens():
     assert mulan.training
 
 
-@pytest.mark.parametrize('center', [True, False])
-@pytest.mark.parametrize('frames', [1, 4])
-@pytest.mark.parametrize('layer', [None, 0, 1])
+@pytest.mark.parametrize(
+    ('center', 'frames', 'layer'), [(True, 1, None), (False, 1, 1), (True, 4, 0), (False, 4, None), (True, 4, 1)]
+)
 def test_a_token_every_patch_whatever_the_spectrogram(center, frames, layer):
     tower = tiny_audio(**FRONT_END | dict(patch_size=(32, frames), spec_center=center))
     tokenizer = MuLaNSemanticTokenizer(tower, CODES, layer=layer)
@@ -597,14 +593,9 @@ def test_data_that_nothing_can_be_learned_from(data, keywords, error, says):
 
 
 def test_folders_that_hold_something_else(mulan_tokenizer, tmp_path):
-    with pytest.raises(FileNotFoundError, match='no config.json'):
-        SemanticTokenizer.from_pretrained(tmp_path)
     mulan_tokenizer.save_pretrained(tmp_path / 'tokenizer')
     with pytest.raises(ValueError, match=r'holds a MuLaNSemanticTokenizer, not a TransformersSemanticTokenizer'):
         TransformersSemanticTokenizer.from_pretrained(tmp_path / 'tokenizer')
-    tiny_mulan().save_pretrained(tmp_path / 'mulan')
-    with pytest.raises(ValueError, match='is not the config of a SemanticTokenizer'):
-        SemanticTokenizer.from_pretrained(tmp_path / 'mulan')
     # changed by hand, hence without its checksum
     config = json.dumps(read_checked_json(tmp_path / 'tokenizer' / 'config.json'))
     (tmp_path / 'tokenizer' / 'config.json').write_text(config.replace('"codebook_size": 6', '"codebook_size": 7'))
@@ -643,16 +634,6 @@ def test_features_are_those_of_the_part_that_hears(kind, tmp_path):
     if kind == 'clap':
         with pytest.raises(ValueError, match='layer must be 2, got 1'):
             TransformersSemanticTokenizer(model, CODES, layer=1, feature_extractor=extractor)
-
-
-def test_from_waves_to_saved_music(tmp_path):
-    from helpers.pretrained_parts import from_waves_to_saved_music
-
-    tokenizer = build('whisper', tmp_path)
-    loaded = from_waves_to_saved_music(tmp_path, tokenizer=tokenizer)
-    waves = 0.3 * torch.randn(2, 3000)
-    assert torch.equal(loaded.tokenizer.encode(waves), tokenizer.encode(waves))
-    assert fingerprint(loaded.tokenizer) == fingerprint(tokenizer)
 
 
 def test_by_command_line(tmp_path, music, capsys):

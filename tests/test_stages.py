@@ -33,7 +33,6 @@ from musiclm_pytorch.audiolm.convert import (
 )
 from musiclm_pytorch.audiolm.crops import PAD, TokenCrops, collate_tokens
 from musiclm_pytorch.audiolm.generate import generate_coarse
-from musiclm_pytorch.audiolm.generation_args import Sampling
 from musiclm_pytorch.audiolm.stages import CoarseTransformer, FineTransformer, forgetful_mask
 from musiclm_pytorch.audiolm.tokens import compute_tokens
 from musiclm_pytorch.trainer.resumable_loader import DummyBatch
@@ -75,9 +74,10 @@ def draw_tokens(b=3, n=9, t=5):
     return torch.randint(4, (b, n)), torch.randint(12, (b, t, 3))
 
 
-@pytest.mark.parametrize('mask_prob', [0.0, 0.3])
-@pytest.mark.parametrize('unique', [False, True])
-@pytest.mark.parametrize('conditioned', [False, True])
+@pytest.mark.parametrize(
+    ('conditioned', 'unique', 'mask_prob'),
+    [(False, False, 0.0), (True, True, 0.3), (True, False, 0.3), (False, True, 0.0)],
+)
 @pytest.mark.parametrize('stage', STAGES)
 def test_losses_and_gradients_of_the_wrappers(stage, conditioned, unique, mask_prob, codec):
     """The same noise too: forgetful masks are drawn as theirs are."""
@@ -112,27 +112,6 @@ def test_every_parameter_gets_a_gradient(stage):
     assert [name for name, it in model.named_parameters() if it.grad is None] == []
 
 
-@pytest.mark.parametrize('stage', STAGES)
-def test_padding_does_not_count(stage):
-    """The loss of a padded batch is that of its items, by their numbers of tokens."""
-    transformer = make_transformer(stage)
-    semantic, codes = draw_tokens()
-    sizes = [(9, 5), (4, 3), (1, 1)]
-    for row, (n, t) in enumerate(sizes):
-        semantic[row, n:] = PAD
-        codes[row, t:] = PAD
-    parts, counts = [], []
-    for row, (n, t) in enumerate(sizes):
-        ids, frames = semantic[row : row + 1, :n], codes[row : row + 1, :t]
-        parts.append(own(stage, transformer, ids, frames, None, 0.0))
-        counts.append(dict(semantic=(n + 1,), coarse=(n + 1, 2 * t + 1), fine=(2 * t, t))[stage])
-    weights = torch.tensor([float(sum(count)) for count in counts])
-    for rows in ([0, 1, 2], [0, 1], [1, 2]):
-        found = own(stage, transformer, semantic[rows], codes[rows], None, 0.0)
-        expected = (torch.stack(parts)[rows] * weights[rows]).sum() / weights[rows].sum()
-        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
-
-
 def test_a_coarse_stage_that_is_told_the_time_follows_it():
     """Codes that are those of the semantic token of their time, in windows of many tokens."""
 
@@ -153,33 +132,6 @@ def test_a_coarse_stage_that_is_told_the_time_follows_it():
 
     # every second code repeats the one before
     assert learn(0.5) < 0.25 < 0.75 < learn(None)
-
-
-def test_windows_of_a_stage_that_is_told_the_time_begin_with_a_semantic_token(monkeypatch):
-    torch.manual_seed(0)
-    stage = CoarseTransformer(
-        codebook_size=8, num_coarse_quantizers=1, num_semantic_tokens=40, dim=16, depth=1, heads=2,
-        semantic_per_frame=0.5,
-    ).eval()  # fmt: skip
-    told = []
-
-    def prefill(*ids, **keywords):
-        told.append(ids)
-        return prefilled(*ids, **keywords)
-
-    prefilled = stage.prefill
-    monkeypatch.setattr(stage, 'prefill', prefill)
-    semantic = torch.arange(20)[None]
-    codes = generate_coarse(
-        stage, semantic, max_length=30, min_length=30, window=10, overlap=5, semantic_per_frame=0.5,
-        sampling=Sampling(temperature=0.0),
-    ).tokens  # fmt: skip
-    assert codes.shape == (1, 30, 1)
-    # each window is given its frames from a semantic token's beginning on: never half of one
-    begins = [int(ids[0, 0]) * 2 for ids, _ in told]
-    made = [begin + own.shape[1] for begin, (_, own) in zip(begins, told)]
-    assert begins == [0, 4, 10, 14, 20]
-    assert made == [0, 10, 15, 20, 25]
 
 
 def test_the_time_of_a_coarse_stage_is_that_of_its_tokens(tmp_path, tokens):
@@ -233,7 +185,7 @@ def test_a_tiny_batch_is_learned_by_heart(tmp_path, tokens, stage):
         cond_drop_prob=0.0, lr=2e-2, max_grad_norm=None,
     )  # fmt: skip
     found = []
-    run.train(num_train_steps=150, log_fn=lambda metrics: found.append(metrics['loss']))
+    run.train(num_train_steps=60, log_fn=lambda metrics: found.append(metrics['loss']))
     assert found[0] > math.log(256)
     assert found[-1] < 0.05
     changed = {name for name, tensor in quantizer.state_dict().items() if not torch.equal(tensor, before[name])}
@@ -291,7 +243,7 @@ def test_the_loss_of_validation_is_that_of_all_tokens_at_once(tmp_path, tokens):
 RUNS = {
     'plain': dict(),
     'average': dict(use_ema=True, lr_scheduler_type='cosine', warmup_steps=3, optimizer='adamw', weight_decay=0.1),
-    'accumulated': dict(grad_accum_every=2, batch_size=1, num_workers=1),
+    'accumulated': dict(grad_accum_every=2, batch_size=1),
 }
 
 
@@ -345,20 +297,6 @@ def test_masks_and_dropping_in_training_only_and_still_after_validation(tmp_path
     assert all(((labels == 512).sum(dim=-1) == 1).all() for labels in ends)
 
 
-def test_dropped_items_are_what_sampling_takes_for_the_null_condition():
-    """The zeros of training, and the null branch of audiolm-pytorch where it has one, are one thing."""
-    semantic, codes = draw_tokens()
-    transformer = audiolm_stage(make_transformer('coarse', conditioned=True)).eval()
-    given = dict(semantic_token_ids=semantic, coarse_token_ids=codes[..., :2])
-    embeds = torch.randn(3, 2, 16)
-    null = transformer(**given, text_embeds=embeds, cond_drop_prob=1.0)
-    zeros = transformer(**given, text_embeds=torch.zeros_like(embeds), cond_drop_prob=0.0)
-    conditioned = transformer(**given, text_embeds=embeds, cond_drop_prob=0.0)
-    for one, other, third in zip(null, zeros, conditioned):
-        torch.testing.assert_close(one, other)
-        assert not torch.allclose(one, third)
-
-
 def test_training_makes_guidance_real(tmp_path, tokens):
     """After training with dropped conditions, the two branches differ, and the null one is no worse than chance."""
     quantizer = make_quantizer()
@@ -393,12 +331,6 @@ def test_without_conditioning(tmp_path, tokens):
     load_stage(tmp_path / 'last', transformer_for('fine', conditioned=False))
     with pytest.raises(FileNotFoundError, match='trained without conditioning'):
         load_stage(tmp_path / 'last', transformer_for('fine', conditioned=False), make_quantizer())
-
-
-def test_texts_in_the_place_of_audio(tmp_path, tokens):
-    run = make_trainer(tmp_path, tokens, text_share=1.0)
-    assert {*run.batches.items.dataset.streams} == {'semantic', 'text'}
-    run.train(num_train_steps=1)
 
 
 # ---- bad input ----

@@ -15,7 +15,7 @@ from musiclm_pytorch import MusicLM, PromptWarning
 from musiclm_pytorch.audiolm.generate import generate_coarse
 from musiclm_pytorch.audiolm.generation_args import Sampling
 from musiclm_pytorch.audiolm.pieces import join
-from musiclm_pytorch.audiolm.streaming import StageStream, decode_stream, go_on_from
+from musiclm_pytorch.audiolm.streaming import StageStream, decode_stream
 from musiclm_pytorch.waves import Waves
 
 WINDOWS = (2.0, 1.0, 0.4)  # seconds; a step of the stream is the last of them
@@ -67,13 +67,12 @@ def test_a_stream_goes_on_from_a_given_sound(musiclm, tmp_path):
     """Which comes back sample by sample, whatever its length, and is counted."""
     given = Waves.of(0.3 * torch.sin(torch.arange(2720) ** 1.1 * 0.2), RATE)
     how = dict(prime=given, seed=3)
-    cut = torch.cat(list(musiclm.stream('a slow flute', **how, seconds=7.0)))
-    assert len(cut) == 7 * RATE
+    cut = torch.cat(list(musiclm.stream('a slow flute', **how, seconds=6.0)))
+    assert len(cut) == 6 * RATE
     kept = len(given) - round(0.04 * RATE)
     assert torch.equal(cut[:kept], given[:kept])
     endless = taken(musiclm.stream('a slow flute', **how), 8000)
     assert torch.equal(cut[:8000], endless)
-    assert not torch.equal(taken(musiclm.stream('a slow flute', **how | dict(seed=4)), 8000), endless)
     loudness = [it.square().mean().sqrt() for it in (given[-1600:], endless[len(given) :][:1600])]
     assert 0.5 < loudness[1] / loudness[0] < 2
     soundfile.write(tmp_path / 'prime.wav', given.numpy(), RATE, subtype='FLOAT')
@@ -108,15 +107,6 @@ def test_after_a_prime_the_waves_are_those_of_all_codes_at_once(tiny, monkeypatc
     before = (round(2.2 * 25) - codes.shape[1]) * 640
     own = torch.cat((given[:before], whole(codes)[0]))
     assert torch.equal(made, join(given, own, 16000, settle=3.0)[: len(made)])
-
-
-@pytest.mark.parametrize('sizes', [(1, 20, 500, 79), (600,), (50,) * 12])
-def test_what_goes_on_is_joined_alike_whatever_the_pieces(sizes):
-    given, made = torch.randn(200), torch.randn(600)
-    pieces = list(go_on_from(given, iter(made.split(sizes)), 150, 100))
-    assert torch.equal(pieces[0], given[:196])
-    whole = torch.cat((given[:150], made))
-    assert torch.equal(torch.cat(pieces), torch.cat((join(given, whole[:500], 100, settle=3.0), whole[500:])))
 
 
 def stage_stream(musiclm, windows, **sampling):
@@ -158,7 +148,7 @@ def test_coarse_codes_go_with_the_tokens_of_their_time(musiclm, window, step):
 def test_memory_is_bounded(musiclm):
     stages, conditions = stage_stream(musiclm, WINDOWS)
     sizes = []
-    for _ in range(30):
+    for _ in range(16):
         stages.step(20, conditions)
         sizes.append(sum(it.untyped_storage().nbytes() for it in (stages.semantic, stages.coarse, stages.fine)))
     assert max(sizes[8:]) <= max(sizes[:8])
@@ -183,7 +173,7 @@ class LookingCodec(nn.Module):
         return rearrange(mean[..., None].expand(-1, -1, 16), 'b t n -> b (t n)').clone()
 
 
-@pytest.mark.parametrize('sizes', [(1,) * 90, (3, 70, 20, 0, 67), (160,), (5,), ()])
+@pytest.mark.parametrize('sizes', [(1,) * 80, (3, 70, 20, 0, 67), (5,), ()])
 def test_plain_codecs_stream_what_they_make_of_all_codes(musiclm, sizes):
     """Those that look no further than is decoded around each piece; others go over smoothly."""
     codes = torch.randint(0, 8, (2, sum(sizes), 3))
@@ -200,14 +190,14 @@ def test_plain_codecs_stream_what_they_make_of_all_codes(musiclm, sizes):
 
 
 def test_a_new_prompt_is_heard_within_two_steps(musiclm):
-    plain = taken(musiclm.stream('a slow flute', seed=1), 6 * STEP)
+    plain = taken(musiclm.stream('a slow flute', seed=1), 4 * STEP)
     stream = musiclm.stream('a slow flute', seed=1)
     waves = [next(stream), next(stream)]
     told = sum(map(len, waves))
     setting = threading.Thread(target=stream.set_prompt, args=('fast drums',))
     setting.start()
     setting.join()
-    waves = torch.cat([*waves, taken(stream, 6 * STEP - told)])
+    waves = torch.cat([*waves, taken(stream, 4 * STEP - told)])
     differs = (waves != plain).nonzero()[0]
     assert told <= differs < told + 2 * STEP
     with pytest.raises(ValueError, match='a prompt must say something'):
@@ -217,9 +207,9 @@ def test_a_new_prompt_is_heard_within_two_steps(musiclm):
 def test_the_shipped_model_follows_a_new_prompt(tiny):
     prompts = ['a slow piano in a low register', 'a fast happy flute melody with drums']
     stream = tiny.stream(prompts[0], seed=2)
-    before = taken(stream, 5 * 16000)
+    before = taken(stream, 4 * 16000)
     stream.set_prompt(prompts[1])
-    after = taken(stream, 7 * 16000)[2 * 16000 :]
+    after = taken(stream, 6 * 16000)[2 * 16000 :]
     mulan = tiny.mulan_embed_quantizer.mulan
     heard = mulan.get_audio_latents(torch.stack((before, after)), sample_rate=16000)
     similarities = heard @ mulan.get_text_latents(raw_texts=prompts).T
@@ -244,23 +234,13 @@ def test_it_ends_when_it_is_closed(musiclm):
     assert [len(wave) for wave in musiclm.stream('a slow flute', seconds=0.01)] == [16]
 
 
-def test_the_model_keeps_its_mode(musiclm):
-    musiclm.train()
-    try:
-        next(musiclm.stream('a slow flute', seed=1))
-        assert musiclm.coarse.training
-        assert musiclm.codec.training
-    finally:
-        musiclm.eval()
-
-
 def test_streams_side_by_side_leave_mode_and_threads_as_they_were(musiclm):
     begun, born, other = threading.Event(), [], torch.get_num_threads() + 1
     before = torch.get_num_threads()
 
     def second():
         begun.wait()
-        taken(musiclm.stream('an organ', seed=2), 4 * STEP)
+        taken(musiclm.stream('an organ', seed=2), 2 * STEP)
         born.append(torch.get_num_threads())
 
     thread = threading.Thread(target=second)
@@ -271,7 +251,7 @@ def test_streams_side_by_side_leave_mode_and_threads_as_they_were(musiclm):
         thread.start()
         stream = musiclm.stream('a slow flute', seed=1)
         begun.set()
-        taken(stream, 6 * STEP)
+        taken(stream, 3 * STEP)
         thread.join()
         assert [it.training for it in musiclm.modules()] == modes
         later = threading.Thread(target=lambda: born.append(torch.get_num_threads()))
@@ -302,5 +282,3 @@ def test_what_goes_wrong(musiclm):
     without = MusicLM(build_audio_lm(unique_consecutive=True), build_quantizer())
     with pytest.raises(ValueError, match='train them with unique_consecutive=False'):
         without.stream('a slow flute')
-    with pytest.raises(ValueError, match='no codebooks yet'):
-        MusicLM(build_audio_lm(), build_quantizer(fitted=False)).stream('a slow flute')

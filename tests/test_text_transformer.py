@@ -59,13 +59,6 @@ def test_ids_of_any_integer_type(words, dtype):
     torch.testing.assert_close(words(ids.to(dtype)), words(ids))
 
 
-@pytest.mark.parametrize('depth', [1, 3])
-def test_all_layers_but_the_last_are_returned(depth):
-    embeds, layers = tiny_text(depth=depth)(torch.randint(1, 100, (2, 7)), return_all_layers=True)
-    assert embeds.shape == (2, 24)
-    assert layers.shape == (depth - 1, 2, 8, 24)
-
-
 @pytest.mark.parametrize(
     ('arguments', 'error', 'message'),
     [

@@ -62,30 +62,10 @@ T5_CONFIG = {
     'tie_word_embeddings': False,
     'vocab_size': 32128,
 }
-NAMES = (
-    'AudioConditionerBase',
-    'AudioLM',
-    'AudioLMSoundStream',
-    'CoarseTransformer',
-    'CoarseTransformerTrainer',
-    'CoarseTransformerWrapper',
-    'EncodecWrapper',
-    'FairseqVQWav2Vec',
-    'FineTransformer',
-    'FineTransformerTrainer',
-    'FineTransformerWrapper',
-    'HubertWithKmeans',
-    'MusicLMSoundStream',
-    'SemanticTransformer',
-    'SemanticTransformerTrainer',
-    'SemanticTransformerWrapper',
-    'SoundStream',
-    'SoundStreamTrainer',
-)
 
 
 def __getattr__(name: str) -> Any:
-    if name not in NAMES:
+    if not name[0].isupper():  # what audiolm-pytorch has to offer are classes
         raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
     return getattr(audiolm_pytorch(), name)
 

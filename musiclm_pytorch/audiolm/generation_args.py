@@ -301,7 +301,7 @@ class Noise:
     def __init__(self, generator: Generators, batch: int):
         if isinstance(generator, Sequence) and len(generator) != batch:
             raise ValueError(f'got {len(generator)} generators for {batch} samples; pass one, or one a sample')
-        self.generator, self.batch = generator, batch
+        self.generator = generator
 
     def draw(self, num_steps: int, rows: Sequence[int]) -> Tensor:
         """(rows, num_steps) float32; a row may be there more than once."""

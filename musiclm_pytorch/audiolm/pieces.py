@@ -50,6 +50,8 @@ SEEN = 1.0
 SHORTEST_CODED = 32
 DECODED_BEFORE = 1.0  # seconds of codes, more than a codec looks back
 
+GENERATE = dict(semantic=generate_semantic, coarse=generate_coarse, fine=generate_fine)
+
 # of each stage `(b, q, d)` of the prompt and of the negative one, if there is one
 Conditions = Mapping[str, tuple[Tensor | None, Tensor | None]]
 
@@ -195,23 +197,12 @@ class AudioStages(nn.Module):
                 seen = min(steps_in(CHANGE, self.semantic_rate), window // 2)
                 first = min(semantic.shape[1] - seen + window, length)
                 steps.insert(0, (first, sampling.guided(CHANGE_GUIDANCE), seen))
-            condition, negative = conditions['semantic']
             for stop, how, seen in steps:
                 if stop > semantic.shape[1]:
-                    semantic = generate_semantic(
-                        self.semantic,
-                        max_length=stop,
-                        min_length=stop,
-                        text_embeds=condition,
-                        negative_embeds=negative,
-                        melody=melody,
-                        prime=semantic,
-                        sampling=how,
-                        window=window if stop > window else None,
-                        overlap=window // 2,
-                        prime_overlap=seen,
-                        **shared,
-                    ).tokens
+                    keywords = dict(sampling=how, window=window, prime_overlap=seen, melody=melody, **shared)
+                    semantic = extended(
+                        self, 'semantic', prime=semantic, length=stop, conditions=conditions, **keywords
+                    )
             made.append(semantic)
         return made
 
@@ -223,32 +214,21 @@ class AudioStages(nn.Module):
         for (begin, end, conditions), semantic in zip(parts, semantics):
             length, first, seen = math.ceil(end * self.frame_rate), 0, None
             if coarse.shape[1] > known:  # an earlier part has made what this one goes on from
-                first, seen = max(known, math.floor(begin * self.frame_rate)), steps_in(CHANGE, self.frame_rate)
+                first = max(known, math.floor(begin * self.frame_rate))
+                seen = min(steps_in(CHANGE, self.frame_rate), window // 2)
                 coarse = coarse[:, :first]
-            sight = {}
-            if not self.unique_consecutive:  # without repetitions, no one knows which tokens belong to a window
+            if self.unique_consecutive:  # no one knows which tokens belong to a window
+                sight = dict(unique_consecutive=True)
+            else:
                 semantic = semantic[:, : math.ceil(end * self.semantic_rate)]
-                sight = dict(
-                    window=window if length > window else None,
-                    prime_overlap=None if seen is None else min(seen, window // 2),
-                )
-            condition, negative = conditions['coarse']
+                per_frame = self.semantic_rate / self.frame_rate
+                own = window if length > window else None
+                sight = dict(window=own, prime_overlap=seen, semantic_per_frame=per_frame)
             if length > coarse.shape[1]:
-                coarse = generate_coarse(
-                    self.coarse,
-                    semantic,
-                    max_length=length,
-                    min_length=length,
-                    text_embeds=condition,
-                    negative_embeds=negative,
-                    prime=coarse,
-                    sampling=sampling,
-                    unique_consecutive=self.unique_consecutive,
-                    overlap=window // 2,
-                    semantic_per_frame=self.semantic_rate / self.frame_rate,
-                    **sight,
-                    **shared,
-                ).tokens
+                keywords = dict(sampling=sampling, **sight, **shared)
+                coarse = extended(
+                    self, 'coarse', semantic, prime=coarse, length=length, conditions=conditions, **keywords
+                )
             made.append((first, coarse))
         return made
 
@@ -263,19 +243,10 @@ class AudioStages(nn.Module):
         """Codes of all levels `(b, t, q)` of each part, from the beginning of the music to its end."""
         if self.fine is None:
             return [coarse for _, coarse in coarses]
-        made, whole = [], fine[:, :0]
-        for part, (first, coarse) in zip(parts, coarses):
-            condition, negative = part.conditions['fine']
-            own = generate_fine(
-                self.fine,
-                coarse[:, first:],
-                text_embeds=condition,
-                negative_embeds=negative,
-                prime=fine[:, first:],
-                sampling=sampling,
-                window=round(self.windows[2] * self.frame_rate),
-                **shared,
-            ).tokens
+        made, whole, window = [], fine[:, :0], round(self.windows[2] * self.frame_rate)
+        for (_, _, conditions), (first, coarse) in zip(parts, coarses):
+            keywords = dict(sampling=sampling, window=window, **shared)
+            own = extended(self, 'fine', coarse[:, first:], prime=fine[:, first:], conditions=conditions, **keywords)
             whole = torch.cat((whole[:, :first], own), dim=1)
             made.append(torch.cat((coarse, whole), dim=-1))
         return made
@@ -321,6 +292,31 @@ class AudioStages(nn.Module):
             fade = len(wave) / self.sample_rate - float(first / self.frame_rate)
             wave = join(wave, made, self.sample_rate, fade=fade, settle=SETTLE)
         return wave
+
+
+def extended(
+    audio: AudioStages,
+    name: str,
+    *given: Tensor,
+    prime: Tensor,
+    conditions: Conditions,
+    length: int | None = None,
+    window: int | None = None,
+    **how: Any,
+) -> Tensor:
+    """Tokens `(b, n)` or codes `(b, t, q)` of a stage, which begin with a prime.
+
+    Args:
+        given: what the stage is given, unless it is semantic.
+        length: of all, the prime included; fine codes are as many as the coarse ones.
+        window: seen at once; each window of the others continues half of the one before.
+        how: keywords of `generate_semantic`, `generate_coarse` or `generate_fine`.
+    """
+    condition, negative = conditions[name]
+    if length is not None:
+        how |= dict(max_length=length, min_length=length, overlap=(window or 0) // 2)
+    how |= dict(prime=prime, text_embeds=condition, negative_embeds=negative, window=window)
+    return GENERATE[name](getattr(audio, name), *given, **how).tokens
 
 
 @torch.no_grad()

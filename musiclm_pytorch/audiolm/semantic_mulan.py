@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from musiclm_pytorch.audiolm.semantic import SemanticTokenizer
-from musiclm_pytorch.checks import check_positive, records_config, typechecked
+from musiclm_pytorch.checks import records_config, typechecked
 from musiclm_pytorch.mulan.audio_transformer import AudioSpectrogramTransformer
 from musiclm_pytorch.mulan.checkpoint import SavedConfig
 from musiclm_pytorch.mulan.model import MuLaN
@@ -78,7 +78,6 @@ class MuLaNSemanticTokenizer(SemanticTokenizer):
             raise ValueError(f"columns must be 'concat' or 'mean', got {columns!r}")
         if layer is None and columns == 'mean':
             raise ValueError("columns='mean' would blur the spectrogram; choose a layer with it")
-        check_positive(window_seconds=window_seconds)
 
         patch_bins, patch_frames = tower.patch_size
         rows = tower.bands // patch_bins
@@ -102,7 +101,8 @@ class MuLaNSemanticTokenizer(SemanticTokenizer):
         self.columns = columns
         self.rows = rows
         self.encoder = copy.deepcopy(tower)
-        self.encoder.transformer.layers = self.encoder.transformer.layers[: layer or 1]  # no tower has none
+        self.encoder.depth = layer or 1  # no tower has none
+        self.encoder.transformer.layers = self.encoder.transformer.layers[: self.encoder.depth]
         self.encoder.max_audio_length = None  # the window keeps to it
         self.encoder.summary = None  # of the whole clip; nothing here reads it
         self.encoder.requires_grad_(False)
@@ -137,7 +137,7 @@ class MuLaNSemanticTokenizer(SemanticTokenizer):
         return self.config
 
     def _save_encoder(self, folder: Path) -> dict[str, Any]:
-        return {**self.encoder.config, 'depth': self.layer or 1}
+        return {**self.encoder.config, 'depth': self.encoder.depth}
 
     @classmethod
     def _rebuild(cls, config: SavedConfig, verify: bool) -> MuLaNSemanticTokenizer:

@@ -116,11 +116,7 @@ class StageTransformer(nn.Module):
     def _add_transformer(self, rel_pos_bias: bool) -> None:
         dim, width = self._sizes['dim'], self.conditioning_dim
         self.proj_text_embed = nn.Linear(width, dim, bias=False) if width != dim else nn.Identity()
-        self._before_transformer()
         self.transformer = Transformer(**self._sizes, rel_pos_bias=rel_pos_bias)
-
-    def _before_transformer(self) -> None:
-        """Parameters that audiolm-pytorch draws at this place."""
 
     @property
     def device(self) -> torch.device:
@@ -476,16 +472,14 @@ class CoarseTransformer(StageTransformer):
         self.coarse_embedding = nn.Embedding(num_coarse_quantizers * (codebook_size + 1), dim)
         self.coarse_quantize_embedding = nn.Embedding(num_coarse_quantizers, dim)
         self._add_transformer(self.has_position_bias)
+        heads = self._sizes['heads']
+        self.cross_attn_bias = nn.Parameter(torch.zeros(heads, 1, 1)) if self.has_position_bias else None
         self.to_semantic_logits = nn.Linear(dim, num_semantic_tokens + 1) if project_semantic_logits else None
         self.coarse_logit_weights = nn.Parameter(torch.randn(num_coarse_quantizers, codebook_size + 1, dim))
         self.semantic_per_frame, self.aligned_embedding = semantic_per_frame, None
         if semantic_per_frame is not None:
             self.aligned_embedding = nn.Embedding(num_semantic_tokens, dim)
             nn.init.zeros_(self.aligned_embedding.weight)
-
-    def _before_transformer(self) -> None:
-        heads = self._sizes['heads']
-        self.cross_attn_bias = nn.Parameter(torch.zeros(heads, 1, 1)) if self.has_position_bias else None
 
     def embed(self, semantic: Tensor, coarse: Tensor) -> Tensor:
         b, seen = len(semantic), self.mask_given(semantic)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from musiclm_pytorch.audiolm.generate import generate_coarse, generate_fine, generate_semantic, on_grid
+from musiclm_pytorch.audiolm.generate import on_grid
 from musiclm_pytorch.audiolm.generation_args import Prompt, Sampling
 from musiclm_pytorch.audiolm.pieces import (
     CHANGE,
@@ -23,6 +23,7 @@ from musiclm_pytorch.audiolm.pieces import (
     AudioStages,
     Conditions,
     decode,
+    extended,
     join,
     steps_in,
 )
@@ -94,80 +95,74 @@ class StageStream:
             self.seen_from = max(0, tokens - seen[0]), max(0, self.made - seen[1])
             self.guided_until = self.seen_from[0] + self.windows[0]
         stop = self.made + frames
-        self._extend_semantic(math.ceil(stop * self.per_frame), *conditions['semantic'])
-        self._extend_coarse(stop, *conditions['coarse'])
+        self._extend_semantic(math.ceil(stop * self.per_frame), conditions)
+        self._extend_coarse(stop, conditions)
         if self.audio.fine is None:
             self.fine = self.coarse[..., :0]
         else:
-            self._extend_fine(stop, *conditions['fine'])
+            self._extend_fine(stop, conditions)
         self.made = stop
         new = torch.cat((self.coarse[:, -frames:], self.fine[:, -frames:]), dim=-1)
         self._forget()
         return new
 
-    def _extend_semantic(self, stop: int, condition: Tensor | None, negative: Tensor | None) -> None:
+    def _extend_semantic(self, stop: int, conditions: Conditions) -> None:
         have, window, sampling = self.first_semantic + self.semantic.shape[1], self.windows[0], self.samplings[0]
         if have >= stop:
             return
         seen = min(have - self.seen_from[0], max(window // 2, window - (stop - have)))
-        prime = self.semantic[:, self.semantic.shape[1] - seen :]
         length, first = seen + stop - have, have - seen
-        made = generate_semantic(
-            self.audio.semantic,
-            max_length=length,
-            min_length=length,
-            text_embeds=condition,
-            negative_embeds=negative,
-            melody=None if self.melody is None else self.melody[:, first : first + length],
-            prime=prime,
-            sampling=sampling.guided(CHANGE_GUIDANCE) if have < self.guided_until else sampling,
+        made = extended(
+            self.audio,
+            'semantic',
+            prime=self.semantic[:, self.semantic.shape[1] - seen :],
+            length=length,
+            conditions=conditions,
             window=window,
-            overlap=window // 2,
+            melody=None if self.melody is None else self.melody[:, first : first + length],
+            sampling=sampling.guided(CHANGE_GUIDANCE) if have < self.guided_until else sampling,
             total_length=self.totals[0],
             generator=self.generator,
-        ).tokens
+        )
         self.semantic = torch.cat((self.semantic, made[:, seen:]), dim=1)
 
-    def _extend_coarse(self, stop: int, condition: Tensor | None, negative: Tensor | None) -> None:
+    def _extend_coarse(self, stop: int, conditions: Conditions) -> None:
         window = self.windows[1]
         seen = min(self.made - self.seen_from[1], window // 2)
         # from a frame on that begins with a token
         first = on_grid(self.made - seen, self.per_frame.denominator, far=math.inf)
-        prime = self.coarse[:, self.coarse.shape[1] - (self.made - first) :]
-        begin = int(first * self.per_frame) - self.first_semantic
-        made = generate_coarse(
-            self.audio.coarse,
+        known, begin = self.made - first, int(first * self.per_frame) - self.first_semantic
+        made = extended(
+            self.audio,
+            'coarse',
             self.semantic[:, begin : math.ceil(stop * self.per_frame) - self.first_semantic],
-            max_length=stop - first,
-            min_length=stop - first,
-            text_embeds=condition,
-            negative_embeds=negative,
-            prime=prime,
-            sampling=self.samplings[1],
+            prime=self.coarse[:, self.coarse.shape[1] - known :],
+            length=stop - first,
+            conditions=conditions,
             window=window,
-            overlap=window // 2,
             prime_overlap=seen,
             semantic_per_frame=self.per_frame,
+            sampling=self.samplings[1],
             total_length=self.totals[1],
             generator=self.generator,
-        ).tokens
-        self.coarse = torch.cat((self.coarse, made[:, prime.shape[1] :]), dim=1)
+        )
+        self.coarse = torch.cat((self.coarse, made[:, known:]), dim=1)
 
-    def _extend_fine(self, stop: int, condition: Tensor | None, negative: Tensor | None) -> None:
+    def _extend_fine(self, stop: int, conditions: Conditions) -> None:
         """A window that is not whole begins earlier, with what is there."""
         window, new = self.windows[2], stop - self.made
         known = min(self.fine.shape[1], -new % window)
-        made = generate_fine(
-            self.audio.fine,
+        made = extended(
+            self.audio,
+            'fine',
             self.coarse[:, self.coarse.shape[1] - new - known :],
-            text_embeds=condition,
-            negative_embeds=negative,
             prime=self.fine[:, self.fine.shape[1] - known :],
-            sampling=self.samplings[2],
+            conditions=conditions,
             window=window,
+            sampling=self.samplings[2],
             total_length=self.totals[2],
             generator=self.generator,
-        ).tokens
+        )
         self.fine = torch.cat((self.fine, made[:, known:]), dim=1)
 
     def _forget(self) -> None:

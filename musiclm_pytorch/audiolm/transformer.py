@@ -35,7 +35,6 @@ class Transformer(nn.Module):
 
     Args:
         dim, depth, heads, dim_head: sizes.
-        dim_context: width of the conditioning.
         cross_attend, cond_as_self_attn_prefix: how it is seen; neither is without.
         attn_dropout, ff_dropout: shares.
         grad_shrink_alpha: share of the gradient that reaches the embeddings (CogView, arXiv 2105.13290).
@@ -52,7 +51,6 @@ class Transformer(nn.Module):
         depth: int,
         heads: int,
         dim_head: int = 64,
-        dim_context: int | None = None,
         cross_attend: bool = False,
         cond_as_self_attn_prefix: bool = False,
         attn_dropout: float = 0.0,
@@ -82,7 +80,7 @@ class Transformer(nn.Module):
             attention = around(Attention(dim, num_null_kv=num_null_kv, **sizes))
             cross = None
             if cross_attend:
-                cross = around(Attention(dim, dim_context=dim_context or dim, num_null_kv=1, **sizes))
+                cross = around(Attention(dim, dim_context=dim, num_null_kv=1, **sizes))
             self.layers.append(nn.ModuleList([attention, cross, around(feed_forward(dim, ff_dropout))]))
         self.norm = LayerNorm(dim)
 

@@ -1,10 +1,8 @@
-"""Tiny stages of audiolm-pytorch with weights that make every part matter, and their uncached logits."""
+"""Tiny stages of audiolm-pytorch with weights that make every part matter."""
 
 import random
-import warnings
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from musiclm_pytorch.audiolm.convert import CoarseTransformer, FineTransformer, SemanticTransformer
@@ -47,37 +45,3 @@ def codes(*shape: int, num: int = CODES, seed: int = 0) -> torch.Tensor:
 
 def embeds(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-@torch.inference_mode()
-def semantic_logits(stage, ids, text_embeds=None):
-    """(b, n + 1, c): for the token after each of 0 … n tokens."""
-    return _quiet(stage, ids=ids, text_embeds=text_embeds, cond_drop_prob=0.0)
-
-
-@torch.inference_mode()
-def coarse_logits(stage, semantic_ids, tokens, text_embeds=None, drop=0.0):
-    """The same for flat coarse tokens (b, n), the semantic padding masked as the training wrapper masks it."""
-    is_real = (semantic_ids != -1) & (semantic_ids != SEMANTIC)
-    return _quiet(
-        stage,
-        semantic_token_ids=semantic_ids.masked_fill(~is_real, 0),
-        coarse_token_ids=tokens,
-        self_attn_mask=F.pad(is_real, (1, tokens.shape[1] + 1), value=True),
-        text_embeds=text_embeds,
-        cond_drop_prob=drop,
-    )[1]
-
-
-@torch.inference_mode()
-def fine_logits(stage, coarse_codes, tokens, text_embeds=None):
-    """The same for flat fine tokens (b, n)."""
-    return _quiet(
-        stage, coarse_token_ids=coarse_codes, fine_token_ids=tokens, text_embeds=text_embeds, cond_drop_prob=0.0
-    )[1]
-
-
-def _quiet(stage, **inputs):
-    with warnings.catch_warnings():
-        warnings.simplefilter('ignore', FutureWarning)  # of flash attention's way to choose a kernel
-        return stage(**inputs)
