@@ -322,16 +322,15 @@ mulan.save_pretrained('trained' + ''.join(node) + os.environ.get('RANK', ''))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('launcher', ['torchrun', 'accelerate', 'itself on two nodes'])
+@pytest.mark.parametrize('launcher', ['accelerate', 'itself on two nodes'])
 def test_one_program_under_every_launcher(tmp_path, launcher):
     """The data set is a class of the program itself, which nothing guards against being run again; all get the weights
     of one process. `test_contract.py` does the same as one does interactively."""
     (tmp_path / 'program.py').write_text(PROGRAM.format(tests=str(TESTS)), encoding='utf-8')
     port = str(free_port())
-    torchrun = ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2']
+    # which runs torchrun's own function
     accelerate = ['-m', 'accelerate.commands.launch', '--multi_gpu', '--num_processes=2', '--main_process_port=0']
     commands = {
-        'torchrun': [[*torchrun, 'program.py', port]],
         'accelerate': [[*accelerate, 'program.py', port]],
         'itself on two nodes': [['program.py', port, node] for node in '01'],
     }[launcher]
