@@ -3,10 +3,9 @@
 import json
 import random
 
-import numpy
 import pytest
 import torch
-from helpers.training import assert_same, weights
+from helpers.training import assert_resuming_changes_nothing
 from torch.utils.data import Dataset
 
 from musiclm_pytorch.audiolm.convert import SoundStream
@@ -40,7 +39,7 @@ def make_codec(seed=0, **keywords):
         use_local_attn=False, target_sample_hz=RATE, multi_spectral_window_powers_of_two=(6, 7),
         multi_spectral_n_ffts=128, multi_spectral_n_mels=8,
         complex_stft_discr_kwargs=dict(channels=2, n_fft=256, hop_length=64, win_length=256),
-        discr_multi_scales=(1, 0.5),
+        discr_multi_scales=(1,),
         **keywords,
     )  # fmt: skip
 
@@ -100,9 +99,8 @@ def test_the_codebooks_move_once_a_step():
 def test_it_learns_and_what_it_wrote_comes_back(tmp_path):
     # the reconstruction alone, for the discriminators take their time
     codec = make_codec(feature_loss_weight=0.0, adversarial_loss_weight=0.0)
-    run = make_trainer(
-        tmp_path, codec, lr=1e-2, validate_every=25, use_ema=True, ema_beta=0.9, discriminator_max_grad_norm=1.0
-    )
+    keywords = dict(lr=1e-2, validate_every=25, use_ema=True, ema_beta=0.9, grad_penalty_every=None)
+    run = make_trainer(tmp_path, codec, discriminator_max_grad_norm=1.0, **keywords)
     found = []
     run.train(num_train_steps=50, log_fn=lambda metrics: found.append(dict(metrics)))
     assert {'reconstruction', 'spectral', 'feature', 'discriminator_grad_norm'} <= found[0].keys()
@@ -119,17 +117,11 @@ def test_it_learns_and_what_it_wrote_comes_back(tmp_path):
 
 
 def test_resuming_equals_never_having_stopped(tmp_path):
-    keywords = dict(checkpoint_every=2, grad_accum_every=2, batch_size=2, grad_penalty_every=3)
-    straight = make_trainer(tmp_path / 'straight', **keywords)
-    straight.train(num_train_steps=5)
-    stopped = make_trainer(tmp_path / 'stopped', **keywords)
-    stopped.train(num_train_steps=4)
-    torch.manual_seed(9)
-    numpy.random.seed(9)  # noqa: NPY002
-    resumed = make_trainer(tmp_path / 'stopped', make_codec(4), resume=True, **keywords)
-    assert resumed.step == 4
-    resumed.train(num_train_steps=5)
-    assert_same(weights(resumed.codec), weights(straight.codec))
+    def make(folder, resume):
+        keywords = dict(checkpoint_every=2, grad_accum_every=2, batch_size=2, grad_penalty_every=3, resume=resume)
+        return make_trainer(folder, make_codec(4 if resume else 0), **keywords)
+
+    assert_resuming_changes_nothing(tmp_path, make, steps=4, stop_at=3, saved_at=2)
 
 
 def test_crops():

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.models import tiny_mulan
-from helpers.processes import free_port, start_processes
-from helpers.training import weights
+from helpers.processes import free_port, join_world, start_processes
+from helpers.training import assert_same, weights
 from torch.utils.data import Dataset
 
 from musiclm_pytorch import MuLaN
@@ -90,8 +90,7 @@ NAMES = {2: list(RUNS), 4: ['plain', 'chunks', 'accumulated']}
 
 def in_world(rank, world, folder, function, *arguments):
     """Run a function in a process of a world, as a launcher would start it."""
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world))
-    torch.set_num_threads(1)
+    join_world(rank, world)
     Journal.draw = lambda self: None  # takes long, and has no part in it
     torch.distributed.init_process_group('gloo', init_method=f'file://{folder}/meet', rank=rank, world_size=world)
     result = function(folder, world, *arguments)
@@ -247,19 +246,31 @@ def lively_mulan():
     return tiny_mulan(dict(depth=1, attn_dropout=0.1), dict(depth=1, ff_dropout=0.1))
 
 
-LIVELY = dict(batch_size=4, valid_frac=0.25, lr=1e-3, progress=False, checkpoint_every=4, use_ema=True)
+LIVELY = dict(batch_size=4, valid_frac=0.25, lr=1e-3, progress=False, checkpoint_every=2, use_ema=True)
+
+
+def train_undisturbed(folder, world):
+    config = DistributedConfig(world_size=world, backend='gloo')
+    trainer = DistributedMuLaNTrainer(lively_mulan(), Tones(), config, results_folder=f'{folder}/calm', **LIVELY)
+    results = trainer.train(num_train_steps=10)
+    return weights(trainer.mulan), trainer.mulan.text.trained_tokens, results['loss'], results['valid_score']
 
 
 @pytest.mark.slow
 def test_a_killed_process_costs_nothing_but_time(tmp_path):
-    """Called plainly, three times: undisturbed in two parts, with a process killed, and with a faulty data set."""
+    """Called plainly, in two parts with a process killed in the first, as undisturbed; and with a faulty data set."""
+    expected, trained_tokens, *found = run_world(tmp_path, 2, train_undisturbed)[0]
     config = DistributedConfig(world_size=2, backend='gloo', max_restarts=1)
-    mulan, steps = lively_mulan(), []
+    mulan, steps, flag, folder = lively_mulan(), [], tmp_path / 'flag', tmp_path / 'results'
     before, handler, threads = weights(mulan), signal.getsignal(signal.SIGINT), set(threading.enumerate())
-    trainer = DistributedMuLaNTrainer(mulan, Tones(), config, results_folder=tmp_path / 'calm', **LIVELY)
-    assert not (tmp_path / 'calm').exists()  # nothing is started, nothing written
-    assert not torch.distributed.is_initialized()
+    folder.mkdir()
+    (folder / 'earlier').touch()
+    # two batches of four an epoch, and four held-out items after each: the 15th item is in step 3
+    trainer = DistributedMuLaNTrainer(mulan, Tones(flag, 15), config, results_folder=folder, **LIVELY)
+    assert [path.name for path in folder.iterdir()] == ['earlier']  # nothing is started, nothing written
     trainer.train(num_train_steps=5)
+    assert flag.exists()
+    assert [path.name for path in (tmp_path / 'results.1').iterdir()] == ['earlier']
     results = trainer.train(num_train_steps=10, log_fn=lambda metrics: steps.append(metrics['loss']))
     assert trainer.step == 10
     assert steps[-1] == results['loss']
@@ -268,25 +279,14 @@ def test_a_killed_process_costs_nothing_but_time(tmp_path):
     assert signal.getsignal(signal.SIGINT) is handler
     assert not torch.distributed.is_initialized()
     assert largest_difference(weights(mulan), before) > 1e-3
-
-    (tmp_path / 'killed').mkdir()
-    (tmp_path / 'killed' / 'earlier').touch()
-    flag = tmp_path / 'flag'
-    killed = lively_mulan()
-    # two batches of four an epoch: the 27th item is in step 6 of 10
-    trainer = DistributedMuLaNTrainer(killed, Tones(flag, 27), config, results_folder=tmp_path / 'killed', **LIVELY)
-    again = trainer.train(num_train_steps=10)
-    assert flag.exists()
-    assert [path.name for path in (tmp_path / 'killed.1').iterdir()] == ['earlier']
-    assert again['loss'] == results['loss']
-    assert again['valid_score'] == results['valid_score']
-    for name, tensor in weights(killed).items():
-        assert torch.equal(tensor, mulan.state_dict()[name]), name
+    assert [results['loss'], results['valid_score']] == found
+    assert_same(weights(mulan), expected)
     assert mulan.text.trained_tokens.any()
-    assert torch.equal(killed.text.trained_tokens, mulan.text.trained_tokens)
+    assert torch.equal(mulan.text.trained_tokens, trained_tokens)
 
+    alone = dataclasses.replace(config, world_size=1)
     with pytest.raises(IndexError, match='item 3 is not there'):
-        DistributedMuLaNTrainer(killed, Faulty(), config, results_folder=tmp_path / 'faulty', **LIVELY).train(1)
+        DistributedMuLaNTrainer(mulan, Faulty(), alone, results_folder=tmp_path / 'faulty', **LIVELY).train(1)
 
 
 class Faulty(StillTones):
@@ -311,65 +311,35 @@ class Own(torch.utils.data.Dataset):
     def __getitem__(self, index):
         return torch.sin((index + 1) * torch.arange(1200) * 0.1), torch.tensor([index + 1, 50, index + 1])
 
+port, *node = sys.argv[1:]
+nodes = dict(num_nodes=2, node_rank=int(node[0]), master_addr='127.0.0.1', master_port=int(port)) if node else dict()
 mulan = still_mulan(hierarchical_contrastive_loss=True)
-config = create_distributed_config(world_size=2, backend='gloo')
-trainer = DistributedMuLaNTrainer(mulan, Own(), config, batch_size=4, results_folder=sys.argv[1], **COMMON)
-trainer.train(num_train_steps=4)
-mulan.save_pretrained(sys.argv[2] + os.environ.get('RANK', ''))
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize('launcher', ['script', 'torchrun', 'accelerate'])
-def test_one_program_under_every_launcher(tmp_path, launcher):
-    """The data set is a class of the program itself, which nothing guards against being run again. `test_contract.py`
-    does the same as one does interactively."""
-    program = tmp_path / 'program.py'
-    program.write_text(PROGRAM.format(tests=str(TESTS)), encoding='utf-8')
-    begin = {
-        'script': ['program.py'],
-        'torchrun': ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', 'program.py'],
-        'accelerate': [
-            *('-m', 'accelerate.commands.launch', '--multi_gpu', '--num_processes=2', '--main_process_port=0'),
-            'program.py',
-        ],
-    }[launcher]
-    arguments = [str(tmp_path / 'results'), str(tmp_path / 'trained')]
-    subprocess.run([sys.executable, *begin, *arguments], cwd=tmp_path, check=True)
-    _, _, expected = train_alone(tmp_path / 'alone', steps=4, batch_size=8)
-    trained = sorted(tmp_path.glob('trained*'))
-    assert len(trained) == (1 if launcher == 'script' else 2)
-    for folder in trained:
-        assert largest_difference(weights(MuLaN.from_pretrained(folder)), expected) <= 1e-5
-
-
-NODE = """
-import sys
-sys.path.insert(0, {tests!r})
-from test_distributed_training import *
-config = DistributedConfig(
-    world_size=2, backend='gloo', num_nodes=2, node_rank=int(sys.argv[2]), master_addr='127.0.0.1',
-    master_port=int(sys.argv[3]),
-)
-mulan = still_mulan(hierarchical_contrastive_loss=True)
-trainer = DistributedMuLaNTrainer(mulan, StillTones(), config, batch_size=4, results_folder=sys.argv[1], **COMMON)
+config = create_distributed_config(world_size=2, backend='gloo', **nodes)
+trainer = DistributedMuLaNTrainer(mulan, Own(), config, batch_size=4, results_folder='results', **COMMON)
 trainer.train(num_train_steps=3)
-torch.save(weights(mulan), f'{{sys.argv[1]}}/{{sys.argv[2]}}.pt')
+mulan.save_pretrained('trained' + ''.join(node) + os.environ.get('RANK', ''))
 """
 
 
 @pytest.mark.slow
-def test_two_nodes(tmp_path):
-    """Each node runs the program; both get the weights of one process."""
-    script = NODE.format(tests=str(TESTS))
-    command = [sys.executable, '-c', script, str(tmp_path / 'results')]
+@pytest.mark.parametrize('launcher', ['accelerate', 'itself on two nodes'])
+def test_one_program_under_every_launcher(tmp_path, launcher):
+    """The data set is a class of the program itself, which nothing guards against being run again; all get the weights
+    of one process. `test_contract.py` does the same as one does interactively."""
+    (tmp_path / 'program.py').write_text(PROGRAM.format(tests=str(TESTS)), encoding='utf-8')
     port = str(free_port())
-    nodes = [subprocess.Popen([*command, str(node), port]) for node in range(2)]
-    assert [node.wait() for node in nodes] == [0, 0]
+    # which runs torchrun's own function
+    accelerate = ['-m', 'accelerate.commands.launch', '--multi_gpu', '--num_processes=2', '--main_process_port=0']
+    commands = {
+        'accelerate': [[*accelerate, 'program.py', port]],
+        'itself on two nodes': [['program.py', port, node] for node in '01'],
+    }[launcher]
+    running = [subprocess.Popen([sys.executable, *command], cwd=tmp_path) for command in commands]
+    assert {it.wait() for it in running} == {0}
     _, _, expected = train_alone(tmp_path / 'alone', steps=3, batch_size=8)
-    for node in range(2):
-        found = torch.load(tmp_path / 'results' / f'{node}.pt', weights_only=True)
-        assert largest_difference(found, expected) <= 1e-5
+    for number in '01':
+        trained = MuLaN.from_pretrained(tmp_path / f'trained{number}')
+        assert largest_difference(weights(trained), expected) <= 1e-5
 
 
 # ---- settings ----
@@ -441,22 +411,21 @@ def test_config_refuses_what_it_cannot_honour(monkeypatch, fields, message):
 
 def test_wrong_settings_of_the_trainer(tmp_path):
     config = DistributedConfig(world_size=2, backend='gloo', sync_batchnorm=True)
-    with pytest.raises(TypeError, match="unknown keyword 'batchsize'"):
-        DistributedMuLaNTrainer(still_mulan(), StillTones(), config, batchsize=4)
-    with pytest.raises(ValueError, match='grad_accum_every is decided by gradient_accumulation_steps'):
-        DistributedMuLaNTrainer(still_mulan(), StillTones(), config=TrainingConfig(grad_accum_every=2))
-    with pytest.raises(ValueError, match='a TrainingConfig goes into DistributedMuLaNTrainer'):
-        run_distributed_training(still_mulan(), StillTones(), config=TrainingConfig())
-    with pytest.raises(ValueError, match='grad_accum_every is decided by gradient_accumulation_steps'):
-        DistributedMuLaNTrainer(still_mulan(), StillTones(), config, grad_accum_every=4)
-    with pytest.raises(TypeError):
-        DistributedConfig(wrong=1)
-    with pytest.raises(TypeError):
-        DistributedConfig(world_size='two')
-    with pytest.raises(ValueError, match='distributed_config or its fields, not both; got world_size'):
-        run_distributed_training(still_mulan(), StillTones(), world_size=2, distributed_config=config)
-    with pytest.raises(ValueError, match='no launcher has started this process'):
-        WorldTrainer(still_mulan(), StillTones(), config)
+
+    def refused(error, match, build=DistributedMuLaNTrainer, **keywords):
+        with pytest.raises(error, match=match):
+            build(still_mulan(), StillTones(), **keywords)
+
+    refused(TypeError, "unknown keyword 'batchsize'", batchsize=4)
+    refused(ValueError, 'is decided by gradient_accumulation_steps', config=TrainingConfig(grad_accum_every=2))
+    refused(ValueError, 'is decided by gradient_accumulation_steps', grad_accum_every=4)
+    refused(ValueError, 'a TrainingConfig goes into Dist', run_distributed_training, config=TrainingConfig())
+    given = dict(world_size=2, distributed_config=config)
+    refused(ValueError, 'distributed_config or its fields, not both; got world_size', run_distributed_training, **given)
+    refused(ValueError, 'no launcher has started this process', WorldTrainer, distributed_config=config)
+    for wrong in (dict(wrong=1), dict(world_size='two')):
+        with pytest.raises(TypeError):
+            DistributedConfig(**wrong)
     DistributedMuLaNTrainer(still_mulan(), StillTones(), config)  # no BatchNorm, nothing to synchronise
     normed = still_mulan()
     normed.text_to_latents = torch.nn.Sequential(normed.text_to_latents, torch.nn.BatchNorm1d(16))

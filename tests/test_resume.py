@@ -20,6 +20,7 @@ from musiclm_pytorch import MuLaN
 from musiclm_pytorch.atomic import write_checked_json
 from musiclm_pytorch.trainer import MuLaNTrainer, best, checkpoints
 from musiclm_pytorch.trainer.folders import clear_leftovers
+from musiclm_pytorch.trainer.interrupts import loaded
 from musiclm_pytorch.trainer.metrics_logger import Journal
 
 QUIET = dict(with_validation=False)
@@ -334,26 +335,25 @@ def test_ignored_signals_stay_ignored(tmp_path):
         signal.signal(signal.SIGHUP, before)
 
 
-BORN = """
-import os, signal, sys, torch
-from musiclm_pytorch.trainer.interrupts import loaded
-
 class Ignored(torch.utils.data.Dataset):
-    __len__ = lambda self: 4
-    __getitem__ = lambda self, index: (index, signal.getsignal(signal.SIGHUP) is signal.SIG_IGN)
+    def __len__(self):
+        return 4
 
-signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
-os.register_at_fork(after_in_child=lambda: [os.kill(os.getpid(), it) for it in map(int, sys.argv[1:])])
-for index, ignored in loaded(Ignored(), num_workers=2):
-    print(index.item(), ignored.item())
-"""
+    def __getitem__(self, index):
+        return index, signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+
+
+def read_among_signals(_):
+    """Each process that reads gets three signals as soon as it is there."""
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    os.register_at_fork(after_in_child=lambda: [os.kill(os.getpid(), it) for it in numbers])
+    found = [(index.item(), ignored.item()) for index, ignored in loaded(Ignored(), num_workers=2)]
+    assert found == [(index, True) for index in range(4)]
 
 
 def test_processes_that_read_data_outlive_signals_from_birth():
-    numbers = [str(int(it)) for it in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
-    done = subprocess.run([sys.executable, '-c', BORN, *numbers], capture_output=True, text=True)
-    expected = ''.join(f'{index} True\n' for index in range(4))
-    assert (done.returncode, done.stdout, done.stderr) == (0, expected, '')
+    start_processes(read_among_signals, count=1)
 
 
 def test_checkpoints_by_the_clock(tmp_path):

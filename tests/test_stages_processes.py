@@ -2,18 +2,13 @@
 
 import json
 import os
-import subprocess
-import sys
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
-from helpers.processes import free_port, start_processes
+from helpers.processes import free_port, join_world, start_processes
 from helpers.stage_parts import (
     Clips,
-    ClockCodec,
-    ClockTokenizer,
     compute,
     draw_items,
     gradients_of_step,
@@ -25,12 +20,11 @@ from helpers.stage_parts import (
 from musiclm_pytorch import add_adapters
 from musiclm_pytorch.audiolm.crops import TokenCrops, collate_tokens
 from musiclm_pytorch.audiolm.saving import load_module
-from musiclm_pytorch.audiolm.tokens import compute_tokens
+from musiclm_pytorch.cli import main
 
 # alone: without conditioning, and the loss of what the stage makes alone, so that some weights have no gradient
 STAGES = ('semantic', 'coarse', 'fine', 'coarse adapted', 'fine alone')
 SHARDED = ('coarse sharded',)
-ROOT = Path(__file__).parents[1]
 
 
 def gradients(trainer, rank, processes):
@@ -70,32 +64,30 @@ def train(folder, tokens, stage, rank, processes):
 
 
 @pytest.mark.slow
-def test_the_command_line_trains_under_torchrun(tmp_path):
+def test_the_command_line_trains_on_several_processes(tmp_path):
+    """In the environment of a launcher, such as torchrun."""
     quantizer = make_quantizer()
-    compute_tokens(
-        Clips([1.0, 0.5] * 6), tmp_path / 'tokens', tokenizer=ClockTokenizer(), codec=ClockCodec(), quantizer=quantizer,
-        progress=False,
-    )  # fmt: skip
+    compute(tmp_path / 'tokens', Clips([1.0, 0.5] * 6), quantizer=quantizer)
     quantizer.save_pretrained(tmp_path / 'quantizer')
     keys = dict(seconds=0.8, batch_size=2, num_train_steps=2, prefix_loss_weight=0.0, use_ema='no')
-    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node=2']
-    command += ['-m', 'musiclm_pytorch.cli', 'train', 'coarse', '--tokens', 'tokens', '--quantizer', 'quantizer']
-    command += ['--output', 'out', '--model.dim', '16', '--model.depth', '1', '--model.num_coarse_quantizers', '2']
+    command = ['train', 'coarse', '--tokens', 'tokens', '--quantizer', 'quantizer', '--output', 'out']
+    command += ['--model.dim', '16', '--model.depth', '1', '--model.num_coarse_quantizers', '2']
     command += [word for name, value in keys.items() for word in (f'--training.{name}', str(value))]
-    environment = {name: it for name, it in os.environ.items() if name != 'ACCELERATE_USE_CPU'} | dict(
-        OMP_NUM_THREADS='1', PYTHONPATH=str(ROOT)
-    )
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
+    start_processes(run_command, str(tmp_path), command, free_port(), count=2)
     # one process writes, and each has half of a step's items
     losses = [json.loads(line) for line in (tmp_path / 'out' / 'metrics.jsonl').read_text().splitlines()]
     assert [it['step'] for it in losses if it['part'] == 'valid'] == [2]
     assert load_module(tmp_path / 'out' / 'last').num_coarse_quantizers == 2
 
 
+def run_command(rank, folder, command, port):
+    join_world(rank, port=port)
+    os.chdir(folder)
+    assert main(command) == 0
+
+
 def worker(rank, folder, stages, port):
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT=port)
-    torch.set_num_threads(1)
+    join_world(rank, port=port)
     for stage in stages:
         torch.save(train(f'{folder}/two', f'{folder}/tokens', stage, rank, 2), f'{folder}/{stage}.{rank}.pt')
 
@@ -103,11 +95,8 @@ def worker(rank, folder, stages, port):
 @pytest.mark.slow
 @pytest.mark.parametrize('stages', [STAGES, SHARDED])
 def test_two_processes_equal_one_and_each_other(tmp_path, stages):
-    compute_tokens(
-        Clips([1.0, 0.5] * 6), tmp_path / 'tokens', tokenizer=ClockTokenizer(), codec=ClockCodec(),
-        quantizer=make_quantizer(), progress=False,
-    )  # fmt: skip
-    start_processes(worker, str(tmp_path), stages, str(free_port()), count=2)
+    compute(tmp_path / 'tokens', Clips([1.0, 0.5] * 6), quantizer=make_quantizer())
+    start_processes(worker, str(tmp_path), stages, free_port(), count=2)
     for stage in stages:
         weights, results, expected = train(tmp_path / 'one', tmp_path / 'tokens', stage, 0, 1)
         found = [torch.load(tmp_path / f'{stage}.{rank}.pt', weights_only=True) for rank in range(2)]

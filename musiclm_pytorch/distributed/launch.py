@@ -19,6 +19,7 @@ import tempfile
 import threading
 import uuid
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from typing import Any
 # pickles through a pipe. It is no format of files that people keep or exchange: those are never unpickled.
 import cloudpickle
 import torch
+from accelerate.utils import patch_environment
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -141,29 +143,22 @@ def _on_cpu(mulan: MuLaN) -> MuLaN:
 @contextlib.contextmanager
 def _undisturbed() -> Iterator[None]:
     """Undo what the elastic launcher leaves in its process: signal handlers and an environment variable."""
-    # processes that are started again must not meet in the store that holds the addresses of those that died
-    wanted = {'TORCH_DISABLE_SHARE_RDZV_TCP_STORE': '1', 'TORCHELASTIC_SIGNALS_TO_HANDLE': None}
-    environment = {name: os.environ.get(name) for name in wanted}
+    names = ('SIGTERM', 'SIGINT', 'SIGHUP', 'SIGQUIT')
     handlers = {}
     if threading.current_thread() is threading.main_thread():
-        numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
-        handlers = {number: signal.getsignal(number) for number in numbers}
-    _set_environment(wanted)
+        handlers = {name: signal.getsignal(signal.Signals[name]) for name in names}
+    environment = dict(
+        TORCHELASTIC_SIGNALS_TO_HANDLE=','.join(names),
+        # processes that are started again must not meet in the store that holds the addresses of those that died
+        TORCH_DISABLE_SHARE_RDZV_TCP_STORE='1',
+    )
     try:
-        yield
+        with patch_environment(**environment):
+            yield
     finally:
-        for number, handler in handlers.items():
+        for name, handler in handlers.items():
             if handler is not None:
-                signal.signal(number, handler)
-        _set_environment(environment)
-
-
-def _set_environment(values: dict[str, str | None]) -> None:
-    for name, value in values.items():
-        if value is None:
-            os.environ.pop(name, None)
-        else:
-            os.environ[name] = value
+                signal.signal(signal.Signals[name], handler)
 
 
 @contextlib.contextmanager
@@ -173,7 +168,7 @@ def _forwarded(path: Path, log_fn: Callable[[dict[str, Any]], None] | None) -> I
         yield
         return
     path.touch()
-    done, errors = threading.Event(), []
+    done = threading.Event()
 
     def forward() -> None:
         with path.open(encoding='utf-8') as file:
@@ -187,18 +182,10 @@ def _forwarded(path: Path, log_fn: Callable[[dict[str, Any]], None] | None) -> I
                     return
                 done.wait(0.1)
 
-    def guarded() -> None:
+    with ThreadPoolExecutor(1) as pool:
+        forwarding = pool.submit(forward)
         try:
-            forward()
-        except Exception as error:
-            errors.append(error)
-
-    thread = threading.Thread(target=guarded, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        done.set()
-        thread.join()
-    if errors:
-        raise errors[0]
+            yield
+        finally:
+            done.set()
+    forwarding.result()
