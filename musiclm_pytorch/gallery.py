@@ -44,7 +44,7 @@ class Clip:
     """One clip of a page.
 
     name: of its files, without the ending
-    wave: `(samples,)` in [-1, 1]; what is beyond is clipped
+    wave: `(samples,)`, full scale at ±1; one that goes beyond is made softer
     caption, note: text beside it
     section: clips of one section stand together under it, as a heading
     remark: what there is to say of the section, below its heading

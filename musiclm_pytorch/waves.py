@@ -18,7 +18,7 @@ from musiclm_pytorch.atomic import atomic_write
 
 
 class Waves(Tensor):
-    """A tensor `(…, samples)` float32 of music in [-1, 1], with its sample rate.
+    """A tensor `(…, samples)` float32 of music, full scale at ±1, with its sample rate.
 
         music = musiclm('a calm piano', seconds=5)  # Waves of shape (1, 80000)
         music.save('piano.wav')
@@ -63,8 +63,8 @@ class Waves(Tensor):
     def save(self, path: str | Path) -> list[Path]:
         """Write a file a piece, in the format of the ending: .wav (16 bit), .flac, .ogg or .mp3.
 
-        One piece is written to `path`, several to `name-1.wav`, `name-2.wav`, … beside it; what lies beyond [-1, 1] is
-        clipped. Returns the paths. Raises ValueError for an ending that is none of these.
+        One piece is written to `path`, several to `name-1.wav`, `name-2.wav`, … beside it; one that goes beyond [-1, 1]
+        is made softer until it does not. Returns the paths. Raises ValueError for an ending that is none of these.
         """
         path = Path(path)
         pieces = self.pieces
@@ -79,9 +79,12 @@ class Waves(Tensor):
 
 
 def sound_bytes(wave: Tensor, sample_rate: int, suffix: str = '.wav') -> bytes:
-    """The bytes of a sound file with `(samples,)`; what lies beyond [-1, 1] is clipped."""
+    """The bytes of a sound file with `(samples,)`, made softer as a whole where it goes beyond [-1, 1]."""
     file, name = io.BytesIO(), format_of(suffix)
-    soundfile.write(file, wave.detach().cpu().float().clamp(-1, 1).numpy(), sample_rate, format=name)
+    wave = wave.detach().cpu().float()
+    if wave.numel():
+        wave = wave / wave.abs().max().clamp(min=1.0)
+    soundfile.write(file, wave.numpy(), sample_rate, format=name)
     return file.getvalue()
 
 

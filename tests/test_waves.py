@@ -57,6 +57,14 @@ def test_several_pieces_go_into_a_file_each(tmp_path):
     assert abs(torch.from_numpy(soundfile.read(paths[2])[0]).float() - music[1, 0]).max() < 1e-4
 
 
+def test_a_piece_that_is_too_loud_is_saved_softer_as_a_whole(tmp_path):
+    loud = Waves.of(4 * waves(1, 800), RATE)
+    loud.save(tmp_path / 'loud.wav')
+    samples = torch.from_numpy(soundfile.read(tmp_path / 'loud.wav')[0]).float()
+    torch.testing.assert_close(samples, loud[0] / loud.abs().max(), atol=1e-4, rtol=0)
+    assert loud.abs().max() > 1  # what was given stays
+
+
 def test_another_ending_is_refused_by_name(tmp_path):
     with pytest.raises(ValueError, match=r"not as '\.m4a'"):
         waves(1, 80).save(tmp_path / 'piece.m4a')

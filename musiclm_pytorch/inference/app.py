@@ -144,7 +144,8 @@ def create_app(
                     samples += len(wave)
                     note = f'Playing “{html.escape(title_of(own))}”: {samples / rate:.0f} s are made.'
                     told = with_remark(note, maker.remarks([own], negative))
-                    yield [told, sound_bytes(wave, rate), *[gr.skip()] * 4]
+                    # a part by itself is not made softer than its neighbours
+                    yield [told, sound_bytes(wave.clamp(-1, 1), rate), *[gr.skip()] * 4]
                     if request.session_hash in stopping:
                         break
             title = ' – '.join(map(title_of, prompts))
