@@ -73,8 +73,6 @@ class SyntheticMusic(GeneratedMusic):
         mentions: Mapping[str, float] | None = None,
         sound_font: str | os.PathLike | Sequence[str | os.PathLike] | None = None,
     ):
-        if sample_rate < 8000:
-            raise ValueError(f'sample_rate must be at least 8000 Hz, got {sample_rate}; resample the waves instead')
         super().__init__(length, seed=seed, seconds=seconds, sample_rate=sample_rate, split=split)
         self.mentions = check_shares(mentions or {})
         self.sound_fonts = []
@@ -136,11 +134,7 @@ class SyntheticMusic(GeneratedMusic):
         random = generator(*key)
         notes, drums = compose(labels, self.seconds * labels.bpm / 60, random)
         how = dict(
-            instrument=labels.instrument,
-            bpm=labels.bpm,
-            samples=self.samples,
-            rate=self.sample_rate,
-            random=random,
+            instrument=labels.instrument, bpm=labels.bpm, samples=self.samples, rate=self.sample_rate, random=random
         )
         if self.sound_fonts:
             from musiclm_pytorch.data.sampled import render_sampled
