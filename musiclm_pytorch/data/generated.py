@@ -41,10 +41,6 @@ class GeneratedMusic(Dataset):
     def __len__(self) -> int:
         return self.length
 
-    def captions(self, index: int) -> list[str]:
-        """What may be said of item `index`: the caption that it has."""
-        return [self.text(index)]
-
     def _key(self, use: int, index: int) -> tuple[int, ...]:
         return (self._ITEM, use, self.seed, self._split, index)
 

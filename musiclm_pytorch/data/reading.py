@@ -111,6 +111,11 @@ def span_at(file: AudioFile, start: float, end: float | None, rate: int, min_sec
     return first, last
 
 
+def first_of(skipped: dict[str, str]) -> str:
+    """What an error says where nothing is left: how much is skipped, and why the first is."""
+    return f'{len(skipped)} skipped' + next((f', the first, {name}: {reason}' for name, reason in skipped.items()), '')
+
+
 def finite(wave: Tensor, name: str) -> Tensor:
     """Raise ValueError for NaN and infinity, which floating-point files may hold."""
     if not is_finite(wave):

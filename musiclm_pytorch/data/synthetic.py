@@ -100,6 +100,10 @@ class SyntheticMusic(GeneratedMusic):
         random = generator(*self._key(_CAPTION, index))
         return write_caption(self.labels(index), draw_mentions(random, self.mentions), self.split, random)
 
+    def captions(self, index: int) -> list[str]:
+        """What may be said of item `index`: the caption that it has."""
+        return [self.text(index)]
+
     def draw_labels(self, seed: int = 0, **given: Any) -> MusicLabels:
         """Labels with the values given, such as `instrument='flute', drums=False`, and the others at random.
 
