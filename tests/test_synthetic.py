@@ -314,7 +314,7 @@ def test_a_violin_needs_a_sound_font_that_has_one(font, tmp_path):
 def test_it_sounds_like_its_labels(monkeypatch):
     """Tempo and key by librosa; the rest by logistic regressions fitted to 'train' and tested on 'valid'."""
     monkeypatch.syspath_prepend(FIGURES.parent)  # for what is beside it
-    figures, _ = runpy.run_path(str(FIGURES))['measure'](clips=110, trained=600, seconds=5.0, sample_rate=16000)
+    figures, _ = runpy.run_path(str(FIGURES))['measure'](clips=60, trained=400, seconds=5.0, sample_rate=16000)
     assert figures['tempo within 5 %'] >= 0.9
     assert figures['key, tonic and mode'] >= 0.8
     assert figures['instrument'] >= 0.95
