@@ -4,6 +4,7 @@ import os
 
 import pytest
 import torch
+from helpers.sound_font import write_sound_font
 from helpers.sounds import ramp, write
 
 from musiclm_pytorch.trainer.metrics_logger import Journal
@@ -37,3 +38,9 @@ def music(tmp_path):
         write(tmp_path / 'music' / f'{index}.wav', ramp(1), caption=f'clip {index}')
     write(tmp_path / 'music' / 'mute.wav', ramp(1), caption=None)
     return tmp_path / 'music'
+
+
+@pytest.fixture(scope='session')
+def font(tmp_path_factory):
+    """A sound font with every instrument of General MIDI."""
+    return write_sound_font(tmp_path_factory.mktemp('fonts') / 'sine.sf2')

@@ -1,5 +1,6 @@
-"""Files appear whole or not at all, and may be read by whom the umask admits."""
+"""Files appear whole or not at all, may be read by whom the umask admits, and are what was written."""
 
+import json
 import os
 import re
 from pathlib import Path
@@ -7,19 +8,29 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.models import tiny_mulan
+from helpers.training import assert_same
+from safetensors.torch import save_file
 
 import musiclm_pytorch
-from musiclm_pytorch import MuLaNIndex
-from musiclm_pytorch.atomic import atomic_write, write_tensors, write_text
+from musiclm_pytorch import MuLaN, MuLaNIndex
+from musiclm_pytorch.atomic import (
+    CHECKSUM,
+    atomic_write,
+    read_checked_json,
+    read_tensors,
+    write_checked_json,
+    write_tensors,
+    write_text,
+)
 from musiclm_pytorch.pretrained.hub import save_encoder
 from musiclm_pytorch.trainer import checkpoints
 
 
-@pytest.fixture(params=[0o022, 0o007], ids=oct)
-def mode(request):
-    """What a new file gets under a umask."""
-    before = os.umask(request.param)
-    yield 0o666 & ~request.param
+@pytest.fixture
+def mode():
+    """What a new file gets under a umask that is not the usual one."""
+    before = os.umask(0o007)
+    yield 0o660
     os.umask(before)
 
 
@@ -41,23 +52,6 @@ def test_files_have_the_mode_of_new_ones(tmp_path, mode):
     files = [path for path in tmp_path.rglob('*') if path.is_file()]
     assert len(files) == 8
     assert {path: path.stat().st_mode & 0o777 for path in files} == dict.fromkeys(files, mode)
-
-
-def test_encoders_of_another_library_too(tmp_path, mode):
-    from transformers import HubertConfig, HubertModel
-
-    from musiclm_pytorch import TransformersSemanticTokenizer
-
-    config = HubertConfig(
-        hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8,
-        conv_dim=(8,), conv_kernel=(40,), conv_stride=(20,), num_conv_pos_embeddings=2, num_conv_pos_embedding_groups=1,
-    )  # fmt: skip
-    tokenizer = TransformersSemanticTokenizer(HubertModel(config), codebook_size=2, layer=1, target_sample_hz=800)
-    tokenizer.fit(torch.randn(2, 800))
-    tokenizer.save_pretrained(tmp_path)
-    files = [path for path in tmp_path.rglob('*') if path.is_file()]
-    assert {path.name for path in files} >= {'config.json', 'model.safetensors'}
-    assert {path.stat().st_mode & 0o777 for path in files} == {mode}
 
 
 def test_an_error_leaves_what_was_there(tmp_path):
@@ -92,3 +86,83 @@ def test_nothing_else_writes_tensors():
         if re.search(r'\bsave_file\b', path.read_text(encoding='utf-8'))
     }
     assert writers == {'atomic.py'}
+
+
+# ---- what was written and has changed since is refused, unless that is passed over ----
+
+
+TENSORS = dict(
+    a=torch.arange(60.0).reshape(5, 12),
+    b=torch.ones(3, dtype=torch.bfloat16),
+    c=torch.tensor(7),
+    d=torch.zeros(0, 4),
+    e=torch.tensor([True, False]),
+)
+
+
+def test_tensors_come_back_as_they_were_or_not_at_all(tmp_path):
+    path = tmp_path / 'x.safetensors'
+    write_tensors(path, TENSORS)
+    found = read_tensors(path)
+    assert_same(found, TENSORS)
+    assert [it.dtype for it in found.values()] == [TENSORS[name].dtype for name in found]
+    whole = path.read_bytes()
+    for byte in range(len(whole)):
+        content = bytearray(whole)
+        content[byte] ^= 1 << byte % 8
+        path.write_bytes(content)
+        try:
+            found = read_tensors(path)
+        except ValueError as error:
+            assert str(path) in str(error)  # noqa: PT017 - not every byte matters
+        else:
+            # blanks and the name of the checksum may change, what it is of may not
+            assert_same(found, TENSORS)
+
+
+def test_tensors_know_what_they_are_part_of(tmp_path):
+    path = tmp_path / 'x.safetensors'
+    write_tensors(path, dict(a=torch.ones(3)), part_of='tokens 3')
+    assert torch.equal(read_tensors(path, part_of='tokens 3')['a'], torch.ones(3))
+    with pytest.raises(ValueError, match='belongs to something else'):
+        read_tensors(path, part_of='tokens 4')
+    written = path.read_bytes()
+    write_tensors(path, dict(a=torch.ones(3)), part_of='tokens 3')
+    assert path.read_bytes() == written  # with several keys, safetensors orders them anew each time
+    save_file(TENSORS, path)
+    assert torch.equal(read_tensors(path)['a'], TENSORS['a'])  # of others, without a checksum
+
+
+def test_json_comes_back_as_it_was_or_not_at_all(tmp_path):
+    path, content = tmp_path / 'x.json', dict(b=(1, 2.5), a={'é': None, 3: 'x\udcff'}, c=float('inf'))
+    write_checked_json(path, content)
+    assert read_checked_json(path) == dict(b=[1, 2.5], a={'é': None, '3': 'x\udcff'}, c=float('inf'))
+    path.write_text(path.read_text(errors='surrogateescape').replace('2.5', '2.6'), errors='surrogateescape')
+    with pytest.raises(ValueError, match=r"x\.json is not what was written.*take its key 'checksum' out"):
+        read_checked_json(path)
+    assert read_checked_json(path, verify=False)['b'] == [1, 2.6]
+    changed = json.loads(path.read_text(errors='surrogateescape'))
+    del changed[CHECKSUM]
+    path.write_text(json.dumps(changed))
+    assert read_checked_json(path)['b'] == [1, 2.6]
+
+
+def test_a_change_can_be_passed_over(tmp_path):
+    """What `verify=True` says of it is in test_damage.py, for each kind of file."""
+    tiny_mulan().save_pretrained(tmp_path / 'mulan')
+    path = tmp_path / 'mulan' / 'model.safetensors'
+    content = bytearray(path.read_bytes())
+    content[-9] ^= 0x10
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r'model\.safetensors is damaged'):
+        MuLaN.from_pretrained(tmp_path / 'mulan')
+    assert isinstance(MuLaN.from_pretrained(tmp_path / 'mulan', verify=False), MuLaN)
+
+    index = MuLaNIndex(dim=4)
+    index.add(['a', 'b'], torch.eye(4)[:2])
+    index.save(tmp_path / 'index')
+    path = tmp_path / 'index' / 'index.json'
+    path.write_text(path.read_text().replace('"b"', '"c"'))
+    with pytest.raises(ValueError, match=r'index\.json is not what was written'):
+        MuLaNIndex.load(tmp_path / 'index')
+    assert MuLaNIndex.load(tmp_path / 'index', verify=False).names == ['a', 'c']

@@ -1,5 +1,6 @@
 """What a player plays is what `AudioFile` reads: any piece, of any coding, from wherever."""
 
+import functools
 import io
 import pickle
 import random
@@ -25,6 +26,7 @@ from musiclm_pytorch.data.shards import ShardedAudioText
 RATE = 44100
 
 
+@functools.cache
 def signals(seconds: float = 1.5, rate: int = RATE) -> dict[str, np.ndarray]:
     """`(samples, 2)`"""
     draw = np.random.default_rng(0)
@@ -129,8 +131,8 @@ CODINGS = dict(
 @pytest.mark.parametrize('coding', CODINGS)
 def test_a_piece_is_that_of_what_plays(tmp_path, coding):
     draw = random.Random(coding)
-    for name, samples in signals().items():
-        content = CODINGS[coding](samples)
+    for name in ('noise', 'clicks', 'chord', 'quiet'):
+        content = CODINGS[coding](signals()[name])
         whole = torch.from_numpy(played(content))
         total = whole.shape[1]
         (tmp_path / name).write_bytes(content)

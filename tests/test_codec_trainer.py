@@ -5,7 +5,7 @@ import random
 
 import pytest
 import torch
-from helpers.training import assert_resuming_changes_nothing
+from helpers.training import assert_resuming_changes_nothing, assert_same, weights
 from torch.utils.data import Dataset
 
 from musiclm_pytorch.audiolm.convert import SoundStream
@@ -229,20 +229,20 @@ def test_a_discriminator_learns_to_tell_noise_from_tones():
 
 
 def test_a_discriminator_is_part_of_the_run_but_not_of_the_model(tmp_path):
-    """A run that was resumed equals one that was never stopped, and what is kept is the codec, the newest one."""
-    keywords = dict(adversarial_loss_weight=0.1, checkpoint_every=2, validate_every=2, seconds=0.5, use_ema=True)
-    straight = make_trainer(tmp_path / 'straight', neural(), **keywords)
-    metrics = straight.train(num_train_steps=4)
-    assert {'adversarial', 'feature', 'discriminator_loss'} <= metrics.keys()
-    make_trainer(tmp_path / 'stopped', neural(), **keywords).train(num_train_steps=2)
-    resumed = make_trainer(tmp_path / 'stopped', neural(4), resume=True, **keywords)
-    resumed.train(num_train_steps=4)
-    assert_same(weights(resumed.codec), weights(straight.codec))
-    assert_same(weights(resumed.discriminator), weights(straight.discriminator))
+    """What is kept is the codec, the newest one."""
+
+    def make(folder, resume):
+        keywords = dict(checkpoint_every=2, validate_every=2, log_every=1, seconds=0.5, use_ema=True, resume=resume)
+        return make_trainer(folder, neural(int(resume)), adversarial_loss_weight=0.1, **keywords)
+
+    _, run = assert_resuming_changes_nothing(tmp_path, make, steps=4, stop_at=3, saved_at=2)
+    assert any(name.startswith('discriminator') for name in weights(run.model))
+    line = json.loads((tmp_path / 'straight' / 'metrics.jsonl').read_text().splitlines()[0])
+    assert {'adversarial', 'feature', 'discriminator_loss'} <= line.keys()
     assert json.loads((tmp_path / 'straight' / 'best' / 'config.json').read_text())['step'] == 4
     kept = load_module(tmp_path / 'straight' / 'best')
     assert isinstance(kept, NeuralCodec)
-    assert_same(weights(kept), weights(straight.evaluated_model))
+    assert_same(weights(kept), weights(run.evaluated_model))
 
 
 def test_a_soundstream_has_discriminators_of_its_own(tmp_path):

@@ -40,10 +40,10 @@ def test_pairs_with_strings(item):
     assert batch['audio_lengths'].dtype == torch.int64
 
 
-@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
-def test_halves_become_floats(dtype):
-    batch = collate_pairs([(torch.stack([WAVE, WAVE]).to(dtype), 'x')])
-    assert torch.equal(batch['wavs'][0], WAVE.to(dtype).float())
+def test_halves_become_floats():
+    for half in (torch.float16, torch.bfloat16):
+        batch = collate_pairs([(torch.stack([WAVE, WAVE]).to(half), 'x')])
+        assert torch.equal(batch['wavs'][0], WAVE.to(half).float())
 
 
 @pytest.mark.parametrize(
@@ -53,7 +53,7 @@ def test_halves_become_floats(dtype):
         (IDS, WAVE),
         (WAVE, IDS.int()),
         (WAVE, IDS[None]),
-        (WAVE, [5, 6, 7]),
+        (WAVE, [5, 6, np.int64(7)]),
         (WAVE, IDS.numpy()),
         (WAVE, IDS.to(torch.uint8)),
         dict(wave=WAVE, ids=IDS),
@@ -157,7 +157,3 @@ def test_batch_goes_into_the_model():
     alone = mulan.get_audio_latents(items[1][0][None]), mulan.get_text_latents(items[0][1][None])
     torch.testing.assert_close(latents[0][1], alone[0][0], atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(latents[1][0], alone[1][0], atol=1e-5, rtol=1e-4)
-
-
-def test_numpy_integers_count_as_ids():
-    assert collate_pairs([(WAVE, [np.int64(3)])])['texts'].tolist() == [[3]]

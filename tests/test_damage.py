@@ -21,7 +21,7 @@ from helpers.training import assert_same
 
 from musiclm_pytorch import MuLaN, MuLaNEmbedQuantizer
 from musiclm_pytorch.allocation import AllocationLimit
-from musiclm_pytorch.atomic import read_checked_json, read_tensors, write_tensors
+from musiclm_pytorch.atomic import read_checked_json
 from musiclm_pytorch.audiolm.saving import load_module, save_module
 from musiclm_pytorch.audiolm.spectral_codec import SpectralCodec
 from musiclm_pytorch.mulan import checkpoint
@@ -210,17 +210,6 @@ def test_a_folder_of_several_models_is_never_a_mixture(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match='mulan belongs to something else'):
         MuLaNEmbedQuantizer.from_pretrained(tmp_path)
     MuLaNEmbedQuantizer.from_pretrained(tmp_path, verify=False)
-
-
-def test_tensors_know_what_they_are_part_of(tmp_path):
-    path = tmp_path / 'x.safetensors'
-    write_tensors(path, dict(a=torch.ones(3)), part_of='tokens 3')
-    assert torch.equal(read_tensors(path, part_of='tokens 3')['a'], torch.ones(3))
-    with pytest.raises(ValueError, match='belongs to something else'):
-        read_tensors(path, part_of='tokens 4')
-    written = path.read_bytes()
-    write_tensors(path, dict(a=torch.ones(3)), part_of='tokens 3')
-    assert path.read_bytes() == written  # with several keys, safetensors orders them anew each time
 
 
 def test_values_of_another_kind_are_told_by_key(tmp_path):

@@ -134,42 +134,25 @@ def test_features_and_tokens_through_audiolm(layout, save, tmp_path):
         nearest = (expected[:, :, None] - centres).square().sum(dim=-1).argmin(dim=-1)
         assert torch.equal(tokenizer(wave), nearest)
 
+    # it stays deterministic in a model that trains
+    torch.nn.ModuleList([tokenizer]).train()
+    assert tokenizer.model.hubert.config.hidden_dropout > 0
     torch.testing.assert_close(features(tokenizer.model, wave), final, atol=1e-5, rtol=0)
     if layout == 'large':  # otherwise this test would not see whether the final norm is left out
         assert (layers[-1] - final).abs().max() > 0.1
 
 
-def test_the_tokenizer_stays_deterministic_in_a_model_that_trains(tmp_path):
-    hubert, checkpoint = make_checkpoint('base')
-    save_with_dictionary(checkpoint, tmp_path / 'hubert.pt')
-    wave = torch.randn(1, 1600)
-    save_kmeans(reference_layers(hubert, wave)[0][1][0], tmp_path / 'kmeans.bin')
-    tokenizer = HubertWithKmeans(str(tmp_path / 'hubert.pt'), str(tmp_path / 'kmeans.bin'), output_layer=2)
-
-    expected = features(tokenizer.model, wave, 2)
-    torch.nn.ModuleList([tokenizer]).train()
-    assert tokenizer.model.hubert.config.hidden_dropout > 0
-    assert torch.equal(features(tokenizer.model, wave, 2), expected)
-
-
-def test_every_shape_of_a_wave_gives_the_same_features():
-    _, checkpoint = make_checkpoint('base')
-    model = built(checkpoint)
+def test_every_shape_of_a_wave_gives_the_same_features_of_the_layers_needed():
+    model = built(make_checkpoint('base')[1])
     wave = torch.randn(1, 1000)
     expected = features(model, wave, 1)
     for same in (wave[0], wave[:, None], wave.double()):
         assert torch.equal(features(model, same, 1), expected)
     assert features(model, torch.randn(2, SHORTEST), 1).shape == (2, 1, 24)
-
-
-@pytest.mark.parametrize('layout', LAYOUTS)
-def test_only_the_layers_needed_are_computed(layout):
-    _, checkpoint = make_checkpoint(layout)
-    model = built(checkpoint)
     ran = []
     for number, layer in enumerate(model.hubert.encoder.layers, start=1):
         layer.register_forward_hook(lambda *_, number=number: ran.append(number))
-    features(model, torch.randn(1, 500), 2)
+    features(model, wave, 2)
     assert ran == [1, 2]
 
 
@@ -242,21 +225,25 @@ def test_settings_are_read_off_the_tensors_where_the_checkpoint_has_none():
         )
 
 
-def test_settings_that_neither_side_tells_are_asked_for():
-    for missing, message in (
+@pytest.mark.parametrize(
+    ('missing', 'message'),
+    [
         ('conv_feature_layers', r'no conv_feature_layers .* kernels \(10, 3, 3, 2\)'),
         ('encoder_attention_heads', 'no encoder_attention_heads .* width 24'),
-    ):
-        _, checkpoint = make_checkpoint('base')
-        del checkpoint['cfg']['model'][missing]
-        with pytest.raises(ValueError, match=message):
-            built(checkpoint)
+    ],
+)
+def test_settings_that_neither_side_tells_are_asked_for(missing, message):
+    _, checkpoint = make_checkpoint('base')
+    del checkpoint['cfg']['model'][missing]
+    with pytest.raises(ValueError, match=message):
+        built(checkpoint)
 
 
 @pytest.mark.parametrize(
     ('name', 'value'),
     [
         ('conv_feature_layers', '[(12,10,5)] * 1000000000000'),
+        ('conv_feature_layers', '[(12,10,5)] + [open("ran", "w")]'),
         ('conv_feature_layers', '[(12,10)]'),
         ('conv_feature_layers', '[]'),
         ('conv_feature_layers', '((((' * 500),
@@ -268,19 +255,12 @@ def test_settings_that_neither_side_tells_are_asked_for():
         ('activation_fn', ['gelu']),
     ],
 )
-def test_settings_that_make_no_sense_are_named(name, value):
+def test_settings_that_make_no_sense_are_named(name, value, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     _, checkpoint = make_checkpoint('base', make_settings('base', **{name: value}))
     with pytest.raises(ValueError, match=f'{name} is {re.escape(repr(value))}'):
         built(checkpoint)
-
-
-def test_an_expression_in_the_settings_is_not_evaluated(tmp_path):
-    marker = tmp_path / 'ran'
-    _, checkpoint = make_checkpoint('base')
-    checkpoint['cfg']['model']['conv_feature_layers'] = f'[(12,10,5)] + [open({str(marker)!r}, "w")]'
-    with pytest.raises(ValueError, match='conv_feature_layers is'):
-        built(checkpoint)
-    assert not marker.exists()
+    assert not list(tmp_path.iterdir())  # an expression is not evaluated
 
 
 def test_settings_within_themselves_are_refused():
@@ -443,9 +423,6 @@ class Attack:
 ATTACKS = {
     'os.system': lambda marker: Attack(os.system, f'touch {marker}'),
     'builtins.eval': lambda marker: Attack(eval, f'open({str(marker)!r}, "w").close()'),
-    'builtins.exec': lambda marker: Attack(exec, f'open({str(marker)!r}, "w").close()'),
-    'builtins.open': lambda marker: Attack(open, str(marker), 'w'),
-    'subprocess.check_call': lambda marker: Attack(subprocess.check_call, ['touch', str(marker)]),
 }
 
 HIDING_PLACES = {
@@ -460,7 +437,7 @@ HIDING_PLACES = {
 
 @pytest.mark.parametrize(
     ('name', 'place'),
-    [*((name, 'in the open') for name in ATTACKS), *(('builtins.open', place) for place in [*HIDING_PLACES][1:])],
+    [*((name, 'in the open') for name in ATTACKS), *(('os.system', place) for place in [*HIDING_PLACES][1:])],
 )
 def test_a_checkpoint_cannot_run_anything(name, place, tmp_path):
     marker = tmp_path / 'ran'
@@ -482,23 +459,20 @@ def test_a_checkpoint_cannot_run_anything(name, place, tmp_path):
     assert not marker.exists()
 
 
-def test_an_inert_object_keeps_its_state_out_of_its_attributes(tmp_path):
-    with classes_named('fairseq.data.dictionary.Dictionary') as named:
-        state = {'__class__': argparse.Namespace, '__setstate__': 1, 'args': 2, 'stands_for': 'me'}
-        torch.save(with_state(named.Dictionary, **state), tmp_path / 'object.pt')
-    inert = torch.load(tmp_path / 'object.pt', weights_only=True)
-    assert type(inert).__mro__[1] is fairseq.inert.Inert
-    assert repr(inert) == '<inert fairseq.data.dictionary.Dictionary>'
-    assert inert.args == ()
-    assert inert.state == state
-
-
-def test_other_classes_stay_refused(tmp_path):
-    with classes_named('fairseq.data.dictionary.Other', 'omegaconf.omegaconf.OmegaConf') as named:
+def test_inert_objects_keep_their_state_apart_and_other_classes_stay_refused(tmp_path):
+    names = ('fairseq.data.dictionary.Dictionary', 'fairseq.data.dictionary.Other', 'omegaconf.omegaconf.OmegaConf')
+    state = {'__class__': argparse.Namespace, '__setstate__': 1, 'args': 2, 'stands_for': 'me'}
+    with classes_named(*names) as named:
+        torch.save(with_state(named.Dictionary, **state), tmp_path / 'inert.pt')
         for kind in (named.Other, named.OmegaConf):
             torch.save(with_state(kind, a=1), tmp_path / 'object.pt')
             with pytest.raises(pickle.UnpicklingError, match=kind.__name__):
                 torch.load(tmp_path / 'object.pt', weights_only=True)
+    inert = torch.load(tmp_path / 'inert.pt', weights_only=True)
+    assert type(inert).__mro__[1] is fairseq.inert.Inert
+    assert repr(inert) == '<inert fairseq.data.dictionary.Dictionary>'
+    assert inert.args == ()
+    assert inert.state == state
 
 
 def test_a_program_with_classes_of_its_own_keeps_them(tmp_path):

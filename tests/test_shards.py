@@ -123,8 +123,6 @@ def test_interrupted_writing_goes_on_without_repeats_or_gaps(tmp_path, clips):
         assert (tmp_path / 'a' / path.name).read_bytes() == path.read_bytes()
     assert sorted(it.name for it in (tmp_path / 'a').iterdir()) == sorted(it.name for it in (tmp_path / 'b').iterdir())
 
-
-def test_failed_shard_leaves_nothing_half_written(tmp_path):
     class Breaks(list):
         def __getitem__(self, index):
             if index == 3:
@@ -132,8 +130,8 @@ def test_failed_shard_leaves_nothing_half_written(tmp_path):
             return torch.zeros(RATE), 'x'
 
     with pytest.raises(OSError, match='no space left'):
-        write_shards(Breaks([0] * 5), tmp_path / 'a', shard_size=2, sample_rate=RATE)
-    assert sorted(it.name for it in (tmp_path / 'a').iterdir()) == ['index.json', 'shard-000000.tar']
+        write_shards(Breaks([0] * 5), tmp_path / 'c', shard_size=2, sample_rate=RATE)
+    assert sorted(it.name for it in (tmp_path / 'c').iterdir()) == ['index.json', 'shard-000000.tar']
 
 
 def test_folder_of_something_else_is_refused(tmp_path, clips):
@@ -194,8 +192,10 @@ class Endless(IterableDataset):
 
 
 @pytest.mark.filterwarnings('ignore:This DataLoader will create')
-@pytest.mark.parametrize('size', ['1', '3', '100'])
-@pytest.mark.parametrize(('world', 'workers'), [(1, 0), (2, 0), (20, 0), (1, 3), (3, 2)])
+@pytest.mark.parametrize(
+    ('size', 'world', 'workers'),
+    [*((size, world, 0) for size in ('1', '3', '100') for world in (1, 2, 20)), ('3', 1, 3), ('3', 3, 2)],
+)
 def test_no_repeats_or_gaps_over_ranks_and_workers(folders, size, world, workers):
     parts = []
     for rank in range(world):
@@ -230,26 +230,23 @@ def test_order_depends_on_seed_and_epoch(folders):
     assert any(a != b for a, b in zip(mixed, sorted(mixed)))
 
 
-@pytest.mark.parametrize('workers', [0, 2])
-def test_resuming_gives_exactly_the_rest(folders, workers):
+@pytest.mark.parametrize(('workers', 'stops'), [(0, (0, 1, 2, 3)), (2, (1,))])
+def test_resuming_gives_exactly_the_rest(folders, workers, stops):
     def epoch(dataset):
-        return [
-            (item['caption'], item['wave'].tolist())
-            for batch in DataLoader(dataset, 2, num_workers=workers, collate_fn=list)
-            for item in batch
-        ]
+        batches = DataLoader(dataset, 2, num_workers=workers, collate_fn=list)
+        return [(item['caption'], item['wave'].tolist()) for batch in batches for item in batch]
 
     dataset = opened(folders / '3', batch_size=2, rank=1, world_size=2)
     dataset.set_epoch(4)
     whole = epoch(dataset)
-    for batches in (0, 1, 2, 3):
+    for batches in stops:
         state = json.loads(json.dumps(dataset.state_dict(batches * 2)))
         resumed = opened(folders / '3', batch_size=2, rank=1, world_size=2)
         resumed.load_state_dict(state)
         assert len(resumed) == len(whole[batches * 2 :])
         assert epoch(resumed) == whole[batches * 2 :]
-        resumed.set_epoch(5)
-        assert len(epoch(resumed)) == 6
+    resumed.set_epoch(5)
+    assert len(epoch(resumed)) == 6
 
 
 def test_state_of_something_else_is_refused(folders):

@@ -117,6 +117,27 @@ def test_what_comes_later_leaves_what_was_alone(codec):
     torch.testing.assert_close(codec.decode(other)[:, :settled], codec.decode(codes)[:, :settled], atol=1e-5, rtol=0)
 
 
+def test_no_frame_is_louder_than_it_may_be(neural):
+    waves = notes(2, seed=1)
+    waves[1] *= 0.2
+    codes = neural.encode(waves)
+    whole = neural.decode(codes)
+    frames = whole.unfold(1, 2 * FRAME, FRAME).std(dim=2)
+    limited = copy.deepcopy(neural)
+    limited.loudest = float(frames[0].median())
+    made = limited.decode(codes).unfold(1, 2 * FRAME, FRAME).std(dim=2)
+    assert frames.max() > 1.2 * limited.loudest
+    assert made.max() < 1.1 * limited.loudest  # phases of neighbours agree not quite
+    soft = frames < 0.5 * limited.loudest
+    assert soft.any()
+    torch.testing.assert_close(made[soft], frames[soft], rtol=0.2, atol=1e-3)
+    limited.loudest = 1.0
+    assert torch.equal(limited.decode(codes), whole)
+    codes[:] = torch.randint(64, codes.shape, generator=torch.Generator().manual_seed(0))
+    wild = torch.cat([neural.amplitudes(100 * neural.vectors_of(codes))])
+    assert (wild.square().sum(dim=1) / 3).max() < 1.01  # a wave within ±1
+
+
 def test_silence_short_waves_and_other_rates(codec):
     assert codec.decode(codec.encode(torch.zeros(1, 2000))).isfinite().all()
     assert codec(notes(1)[:, :130], return_recons_only=True).shape == (1, 1, FRAME)

@@ -71,7 +71,7 @@ def test_batches_are_entered_anywhere(folder, workers, drop_last):
         seen = [it.split()[1] for batch in epoch for it in batch]
         assert len(seen) == len(set(seen)) == (20 if drop_last else 23)
     assert every[: len(every) // 2] != every[len(every) // 2 :]
-    for position in (0, 3, 4, 5, 6, 9):
+    for position in (3, 6) if workers else (0, 3, 4, 5, 6, 9):
         found = opened(workers).iterate(position)
         assert [next(found) for _ in every[position:]] == every[position:]
 
@@ -155,10 +155,10 @@ def worker(rank, folder, results, port):
         run.compute_gradients = partial(noting, f'{results}/{name}.{rank}', run.compute_gradients)
         run.train(num_epochs=epochs)
     # workers that were spawned know of no other process by themselves
-    loader = DataLoader(
-        shards(folder, batch_size=4), 4, num_workers=1, collate_fn=captions, multiprocessing_context='spawn'
-    )
-    assert [it for batch in loader for it in batch] == captions(shards(folder, batch_size=4))
+    if rank:
+        how = dict(num_workers=1, collate_fn=captions, multiprocessing_context='spawn')
+        loader = DataLoader(shards(folder, batch_size=4), 4, **how)
+        assert [it for batch in loader for it in batch] == captions(shards(folder, batch_size=4))
 
 
 RUNS = {'plain': (2, dict(drop_last=False)), 'workers': (1, dict(num_workers=2))}
@@ -209,6 +209,13 @@ def test_a_stream_trains_for_steps(tmp_path, caplog):
     for arguments in (dict(num_epochs=1), dict()):
         with pytest.raises(ValueError, match='does not tell how long an epoch is; pass num_train_steps'):
             run.train(**arguments)
+    # resumed, it begins anew, and says so
+    assert 'not restored' not in caplog.text
+    again = trainer(tmp_path / 'a', Stream(), resume=True)
+    again.train(num_train_steps=6)
+    assert again.step == 6
+    (line,) = [it for it in caplog.records if 'the position in the data is not restored' in it.message]
+    assert line.levelno == logging.WARNING
 
 
 def test_a_stream_that_ends_begins_again(tmp_path):
@@ -217,16 +224,6 @@ def test_a_stream_that_ends_begins_again(tmp_path):
     assert stream.begun == 3
     with pytest.raises(ValueError, match='Stream ended before one batch of 4 items was full'):
         trainer(tmp_path / 'b', Stream(size=3)).train(num_train_steps=1)
-
-
-def test_a_resumed_stream_begins_anew_and_says_so(tmp_path, caplog):
-    trainer(tmp_path / 'run', Stream()).train(num_train_steps=2)
-    assert 'not restored' not in caplog.text
-    run = trainer(tmp_path / 'run', Stream(), resume=True)
-    run.train(num_train_steps=4)
-    assert run.step == 4
-    (line,) = [it for it in caplog.records if 'the position in the data is not restored' in it.message]
-    assert line.levelno == logging.WARNING
 
 
 def test_a_stream_is_validated_on_pairs(tmp_path):

@@ -72,6 +72,8 @@ class NeuralCodec(SpectrogramCodec):
         bands: number of bands above.
         iterations: of Griffin and Lim's method.
         quantizer_dropout: share of the training steps that use the first levels only, a random number of them.
+        loudest: root mean square of a decoded frame, at most; one beyond it is made softer. A stage may draw codes that
+            no wave has, whose levels add up to far too much; what the training's clips reach keeps music from bursts.
 
     Raises:
         ValueError: numbers out of range.
@@ -80,7 +82,16 @@ class NeuralCodec(SpectrogramCodec):
     unlike = 'losses(waves) does'
     how_to_fit = 'train it with CodecTrainer, or load a trained one'
     # what the codes of a wave do not depend on
-    BESIDE_CODES = ('decoder', 'decoder_line', 'iterations', 'quantizer_dropout', 'codes_frozen', 'past', 'future')
+    BESIDE_CODES = (
+        'decoder',
+        'decoder_line',
+        'iterations',
+        'quantizer_dropout',
+        'loudest',
+        'codes_frozen',
+        'past',
+        'future',
+    )
 
     @records_config
     @typechecked
@@ -102,6 +113,7 @@ class NeuralCodec(SpectrogramCodec):
         bands: int = 64,
         iterations: int = 4,
         quantizer_dropout: float = 0.1,
+        loudest: float = 1.0,
     ):
         nn.Module.__init__(self)  # the parent's own would build networks
         self.set_sizes(
@@ -124,7 +136,9 @@ class NeuralCodec(SpectrogramCodec):
         check_not_negative(iterations=iterations)
         if not 0 <= quantizer_dropout <= 1:
             raise ValueError(f'quantizer_dropout must lie in [0, 1], got {quantizer_dropout}')
-        self.iterations, self.quantizer_dropout = iterations, quantizer_dropout
+        if not 0 < loudest <= 1:
+            raise ValueError(f'loudest must lie in (0, 1], the root mean square of a wave within ±1, got {loudest}')
+        self.iterations, self.quantizer_dropout, self.loudest = iterations, quantizer_dropout, loudest
         self.codes_frozen = False
         bins = self.n_fft // 2 + 1
         filters = band_means(self.n_fft, sample_rate, resolved_hz, bands)
@@ -325,9 +339,14 @@ class NeuralCodec(SpectrogramCodec):
         levels = self.decoder_line(vectors) + self.decoder(vectors)
         levels = rearrange(levels.float(), 'b t (f d) -> b d (t f)', f=self.frames)
         levels = F.softplus(SCALE * levels, beta=4.0)
-        if not self.training:  # a stage may draw codes that no wave has; no bin of a wave within ±1 is that loud
-            levels = levels.clamp(max=math.log1p(LOUDEST / FLOOR))
-        return FLOOR * torch.expm1(levels)
+        if self.training:
+            return FLOOR * torch.expm1(levels)
+        # a stage may draw codes that no wave has; no bin of a wave within ±1 is louder, nor are all together
+        amplitudes = FLOOR * torch.expm1(levels.clamp(max=math.log1p(LOUDEST / FLOOR)))
+        power = (
+            amplitudes.square().sum(dim=1, keepdim=True) / 3
+        )  # of a sine, Hann's window makes 1.5 squared amplitudes
+        return amplitudes * (self.loudest / power.sqrt().clamp(min=self.loudest))
 
 
 def zeroed(layer: nn.Linear) -> nn.Linear:

@@ -9,8 +9,9 @@ Nothing untrue is said. Mood words stand for a mode and a tempo together: 'sad' 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -19,60 +20,42 @@ from musiclm_pytorch.data.attributes import TONICS, MusicLabels, choose
 # ---- vocabulary: four ways to say each value, in each place of a sentence ----
 
 
-@dataclass(frozen=True)
-class Name:
+class Name(NamedTuple):
     """An instrument's name: by itself, and in front of what it plays."""
 
     text: str
-    before: str = ''
-    plural: bool = False
+    before: str
+    plural: bool
 
-    @property
-    def compound(self) -> str:
-        return self.before or self.text
+    @classmethod
+    def read(cls, told: str) -> Name:
+        """'*horns/horn' is a plural, and 'horn' stands in front."""
+        text, _, before = told.lstrip('*').partition('/')
+        return cls(text, before or text, told.startswith('*'))
 
 
 NAMES = {
-    'piano': (Name('piano'), Name('grand piano'), Name('upright piano'), Name('concert piano')),
-    'guitar': (Name('guitar'), Name('acoustic guitar'), Name('plucked guitar'), Name('classical guitar')),
-    'strings': (
-        Name('strings', 'string', plural=True),
-        Name('bowed strings', 'bowed-string', plural=True),
-        Name('string ensemble'),
-        Name('string orchestra'),
-    ),
-    'flute': (Name('flute'), Name('wooden flute'), Name('breathy flute'), Name('silver flute')),
-    'brass': (
-        Name('brass section', 'brass'),
-        Name('horns', 'horn', plural=True),
-        Name('trumpets', 'trumpet', plural=True),
-        Name('brass ensemble', 'brass-ensemble'),
-    ),
-    'organ': (Name('organ'), Name('pipe organ'), Name('church organ'), Name('cathedral organ')),
-    'bell': (
-        Name('bells', 'bell', plural=True),
-        Name('chimes', 'chime', plural=True),
-        Name('tubular bells', 'tubular-bell', plural=True),
-        Name('ringing bells', 'ringing-bell', plural=True),
-    ),
-    'synth': (Name('synthesizer'), Name('synth'), Name('analog synth'), Name('electronic synthesizer')),
+    'piano': ('piano', 'grand piano', 'upright piano', 'concert piano'),
+    'guitar': ('guitar', 'acoustic guitar', 'plucked guitar', 'classical guitar'),
+    'strings': ('*strings/string', '*bowed strings/bowed-string', 'string ensemble', 'string orchestra'),
+    'flute': ('flute', 'wooden flute', 'breathy flute', 'silver flute'),
+    'brass': ('brass section/brass', '*horns/horn', '*trumpets/trumpet', 'brass ensemble/brass-ensemble'),
+    'organ': ('organ', 'pipe organ', 'church organ', 'cathedral organ'),
+    'bell': ('*bells/bell', '*chimes/chime', '*tubular bells/tubular-bell', '*ringing bells/ringing-bell'),
+    'synth': ('synthesizer', 'synth', 'analog synth', 'electronic synthesizer'),
     # what a sound font plays besides
-    'electric piano': (Name('electric piano'), Name('rhodes'), Name('rhodes piano'), Name('electric keyboard')),
-    'electric guitar': (
-        Name('electric guitar'),
-        Name('distorted guitar'),
-        Name('overdriven guitar'),
-        Name('rock guitar'),
-    ),
-    'violin': (Name('violin'), Name('fiddle'), Name('solo violin'), Name('bowed violin')),
-    'cello': (Name('cello'), Name('solo cello'), Name('violoncello'), Name('bowed cello')),
-    'harp': (Name('harp'), Name('concert harp'), Name('orchestral harp'), Name('plucked harp')),
-    'clarinet': (Name('clarinet'), Name('solo clarinet'), Name('woody clarinet'), Name('mellow clarinet')),
-    'saxophone': (Name('saxophone'), Name('sax'), Name('tenor sax'), Name('jazz saxophone')),
-    'trumpet': (Name('trumpet'), Name('solo trumpet'), Name('bright trumpet'), Name('jazz trumpet')),
-    'accordion': (Name('accordion'), Name('squeezebox'), Name('button accordion'), Name('piano accordion')),
-    'choir': (Name('choir'), Name('voices', 'voice', plural=True), Name('chorus'), Name('vocal choir')),
+    'electric piano': ('electric piano', 'rhodes', 'rhodes piano', 'electric keyboard'),
+    'electric guitar': ('electric guitar', 'distorted guitar', 'overdriven guitar', 'rock guitar'),
+    'violin': ('violin', 'fiddle', 'solo violin', 'bowed violin'),
+    'cello': ('cello', 'solo cello', 'violoncello', 'bowed cello'),
+    'harp': ('harp', 'concert harp', 'orchestral harp', 'plucked harp'),
+    'clarinet': ('clarinet', 'solo clarinet', 'woody clarinet', 'mellow clarinet'),
+    'saxophone': ('saxophone', 'sax', 'tenor sax', 'jazz saxophone'),
+    'trumpet': ('trumpet', 'solo trumpet', 'bright trumpet', 'jazz trumpet'),
+    'accordion': ('accordion', 'squeezebox', 'button accordion', 'piano accordion'),
+    'choir': ('choir', '*voices/voice', 'chorus', 'vocal choir'),
 }
+NAMES = {instrument: tuple(map(Name.read, names)) for instrument, names in NAMES.items()}
 
 ADJECTIVES = {
     'tempo': {
@@ -162,7 +145,10 @@ MORE = {'bpm': 0.15, 'key': 0.15}  # how often a tempo and a mode that are told 
 
 
 def article(text: str) -> str:
-    return f'an {text}' if text[0] in 'aeiou' else f'a {text}'
+    """'a tune', 'an organ', '*strings' → 'strings'; "an 8-bit", "a one", "a European" by their sound."""
+    if text.startswith('*'):
+        return text[1:]
+    return f'an {text}' if re.match(r'(?!one|uni|eu)[aeiou8]|e-|hono', text.lower()) else f'a {text}'
 
 
 class Draft:
@@ -211,7 +197,7 @@ class Draft:
             parts |= dict(tail=choose(random, (' ', ', ')) + tail, lead=f'{tail}, ')
         if name:
             parts |= dict(
-                full=article(' '.join([*before, name.compound, noun])),
+                full=article(' '.join([*before, name.before, noun])),
                 inst=name.text if name.plural else article(name.text),
                 bare=name.text,
                 s='' if name.plural else 's',

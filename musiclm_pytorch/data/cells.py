@@ -134,16 +134,9 @@ def list_in(text: str) -> list[str]:
         return found
 
 
-def captions_of(content: Any) -> list[str]:
-    """Captions in a JSON file: a string, a list of strings, or an object that has them under one of the usual keys."""
-    if not isinstance(content, dict):
-        return captions_at(['captions'], [content], [0])
-    names = tuple(content)
-    return captions_at(names, list(content.values()), caption_places(names))
-
-
 def captions_in_file(content: bytes, suffix: str, name: str) -> list[str]:
-    """Captions of a .txt (a line each) or .json file. Raises ValueError that names the file."""
+    """Captions of a file: of a .txt a line each, of a .json its string, list of strings, or object that has them under
+    one of the usual keys. Raises ValueError that names the file."""
     try:
         text = content.decode('utf-8-sig')
     except UnicodeDecodeError as error:
@@ -151,7 +144,9 @@ def captions_in_file(content: bytes, suffix: str, name: str) -> list[str]:
     if suffix == '.txt':
         return [line.strip() for line in text.splitlines() if line.strip()]
     try:
-        return captions_of(json.loads(text, object_pairs_hook=once) if text.strip() else [])
+        found = json.loads(text, object_pairs_hook=once) if text.strip() else []
+        cells = found if isinstance(found, dict) else dict(captions=found)
+        return captions_at([*cells], [*cells.values()], caption_places([*cells]))
     except json.JSONDecodeError as error:
         raise ValueError(f'{name} is not JSON: {error}') from error
     except ValueError as error:

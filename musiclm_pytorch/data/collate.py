@@ -57,7 +57,8 @@ def collate_pairs(items: Sequence[Any], *, max_length: int | None = None, pad_id
 
     first_of = {}
     for index, wave, text in pairs:
-        parts = [*(['a wave'] if wave is not None else []), *([text_kind(text)] if text is not None else [])]
+        of_text = [] if text is None else ['a string' if isinstance(text, str) else 'token ids']
+        parts = [*(['a wave'] if wave is not None else []), *of_text]
         first_of.setdefault(' and '.join(parts), index)
     if len(first_of) > 1:
         found = [f'item {index} has {parts}' for parts, index in first_of.items()]
@@ -121,10 +122,6 @@ def split_mapping(item: Mapping, name: str) -> tuple[Tensor, str | Tensor]:
             raise TypeError(f'{name}[{key!r}] must be {NAMES[wanted]}, got {describe(item[key])}{hint}')
         found.append(value)
     return found[0], found[1]
-
-
-def text_kind(text: str | Tensor) -> str:
-    return 'a string' if isinstance(text, str) else 'token ids'
 
 
 NAMES = {'wave': 'a floating-point wave', 'ids': 'integer token ids', 'string': 'a string'}

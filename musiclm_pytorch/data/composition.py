@@ -63,6 +63,12 @@ def progression(beats: int, each: int, random: np.random.Generator) -> list[str]
     return [*functions, *cadence][: max(beats, 1)]
 
 
+def chords_of(labels: MusicLabels, beats: int, random: np.random.Generator) -> list[tuple[int, ...]]:
+    """The pitch classes of the chord at each beat."""
+    functions = progression(beats, BEATS_A_CHORD[labels.tempo], random)
+    return [tuple((labels.tonic + step) % 12 for step in CHORDS[labels.mode][name]) for name in functions]
+
+
 def within(pitch_classes: tuple[int, ...], low: int, high: int) -> list[int]:
     """All MIDI numbers from `low` to `high` of these pitch classes, in rising order."""
     return [pitch for pitch in range(low, high + 1) if pitch % 12 in pitch_classes]
@@ -72,8 +78,7 @@ def compose(labels: MusicLabels, beats: float, random: np.random.Generator) -> t
     """Pitched notes and drum notes of a piece of `beats` beats, both in order of their onset."""
     low, high = REGISTERS[labels.register]
     total = max(1, math.ceil(beats))
-    functions = progression(total, BEATS_A_CHORD[labels.tempo], random)
-    chord_at = [tuple((labels.tonic + step) % 12 for step in CHORDS[labels.mode][name]) for name in functions]
+    chord_at = chords_of(labels, total, random)
 
     if labels.texture == 'melody':
         notes = melody(labels, chord_at, low + 2, high, random)

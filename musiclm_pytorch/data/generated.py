@@ -13,7 +13,7 @@ from musiclm_pytorch.data.attributes import check_seed, check_split
 class GeneratedMusic(Dataset):
     """Items by index, made when they are asked for.
 
-    Raises ValueError for a length, duration, seed or split that is out of its range.
+    Raises ValueError for a length, duration, rate, seed or split that is out of its range.
     """
 
     #: begins the keys of an item's generators, so that no two uses share their numbers
@@ -24,6 +24,8 @@ class GeneratedMusic(Dataset):
             raise ValueError(f'length must be 1 at least, got {length}')
         if not 1 <= seconds <= 600:
             raise ValueError(f'seconds must lie in 1 to 600, got {seconds}')
+        if sample_rate < 8000:
+            raise ValueError(f'sample_rate must be at least 8000 Hz, got {sample_rate}; resample the waves instead')
         self.length = length
         self.seed = check_seed(seed)
         self.seconds = float(seconds)
@@ -38,10 +40,6 @@ class GeneratedMusic(Dataset):
 
     def __len__(self) -> int:
         return self.length
-
-    def captions(self, index: int) -> list[str]:
-        """What may be said of item `index`: the caption that it has."""
-        return [self.text(index)]
 
     def _key(self, use: int, index: int) -> tuple[int, ...]:
         return (self._ITEM, use, self.seed, self._split, index)

@@ -25,7 +25,7 @@ from musiclm_pytorch.data.cells import (
     words,
 )
 from musiclm_pytorch.data.clips import Clip, ClipTable, Listing, Recordings
-from musiclm_pytorch.data.tables import rows
+from musiclm_pytorch.data.tables import take_rows
 
 TIME_KEY = re.compile(
     r'(?P<kind>start|begin|onset|offset|end|stop|duration)(?:time)?(?:in)?(?:(?P<ms>ms|msecs?|milliseconds?|millis)'
@@ -68,26 +68,22 @@ def add_rows(listing: Listing, path: Path, folder: str, recordings: Recordings) 
     """Add the clips of a manifest to a listing with a `ClipTable`, whose root holds the files in `folder`."""
     # objects of a JSONL need not all have the same keys
     layout = functools.lru_cache(maxsize=256)(functools.partial(Columns, is_table=path.suffix.lower() != '.jsonl'))
-    base = listing.clips.root / folder
-    line = 1
-    try:
-        for line, names, cells in rows(path):
-            columns = layout(names)
-            audio = columns.audio_in(cells, base)
-            if folder:
-                audio = os.path.join(folder, audio)
-            if columns.is_jamendo:
-                audio = in_jamendo(listing.clips.root, audio)
-            captions, (start, end) = columns.captions_in(cells), columns.span_in(cells)
-            if captions:
-                listing.clips.append(audio, captions, start, end, recordings.name(audio))
-            else:
-                name = Clip(listing.clips.root / audio, (), start, end).name
-                listing.skipped[name] = f'no caption in line {line} of {path}; it has {", ".join(names)}'
-    except ValueError as error:
-        if str(error).startswith(str(path)):
-            raise
-        raise ValueError(f'{path}, line {line}: {error}') from error
+    root = listing.clips.root
+    base = root / folder
+
+    def add(line: int, names: tuple[str, ...], cells: Sequence[Any]) -> None:
+        columns = layout(names)
+        audio = os.path.join(folder, columns.audio_in(cells, base))
+        if columns.is_jamendo:
+            audio = in_jamendo(root, audio)
+        captions, (start, end) = columns.captions_in(cells), columns.span_in(cells)
+        if captions:
+            listing.clips.append(audio, captions, start, end, recordings.name(audio))
+        else:
+            name = Clip(root / audio, (), start, end).name
+            listing.skipped[name] = f'no caption in line {line} of {path}; it has {", ".join(names)}'
+
+    take_rows(path, add)
 
 
 class Columns:
@@ -118,10 +114,12 @@ class Columns:
 
     def _only(self, plain: Sequence[str], keys: set[str]) -> list[int]:
         """Where one of the keys is, if it is there."""
-        found = [place for place, name in enumerate(plain) if name in keys]
-        if len(found) > 1:
-            raise ValueError(f'{" and ".join(repr(self.names[it]) for it in found)} may mean the same; {RENAME}')
-        return found
+        return self._single([place for place, name in enumerate(plain) if name in keys])
+
+    def _single(self, places: list[int]) -> list[int]:
+        if len(places) > 1:
+            raise ValueError(f'{" and ".join(repr(self.names[it]) for it in places)} may mean the same; {RENAME}')
+        return places
 
     def _find_times(self, plain: Sequence[str]) -> None:
         found: dict[str, list[int]] = {}
@@ -136,16 +134,12 @@ class Columns:
             found['end'] = found.get('end', []) + found.pop('offset', [])
         elif 'offset' in found and {'duration', 'end'} & found.keys():
             found['start'] = found.get('start', []) + found.pop('offset')
-        counted = {}
+        self.times = counted = {}
         for kind in ('start', 'end', 'duration'):
-            places = found.get(kind) or []
             if kind == 'duration' and ('start' not in counted or 'end' in counted):
                 break  # the length of the file, or that of the clip once more
-            if len(places) > 1:
-                raise ValueError(f'{" and ".join(repr(self.names[it]) for it in places)} may mean the same; {RENAME}')
-            if places:
-                counted[kind] = (places[0], factors[places[0]])
-        self.times = counted
+            for place in self._single(found.get(kind, [])):
+                counted[kind] = (place, factors[place])
         # of the others, what reads as a time might be one, unless both ends are known
         self.doubtful = []
         if not ('start' in counted and len(counted) > 1):

@@ -13,15 +13,7 @@ from torch import Tensor
 
 from musiclm_pytorch.checks import check_probability, typechecked
 from musiclm_pytorch.data.attributes import MusicLabels, choose, generator
-from musiclm_pytorch.data.composition import (
-    BEATS_A_CHORD,
-    CHORDS,
-    Note,
-    block_chords,
-    drum_pattern,
-    melody,
-    progression,
-)
+from musiclm_pytorch.data.composition import Note, block_chords, chords_of, drum_pattern, melody
 from musiclm_pytorch.data.generated import GeneratedMusic
 from musiclm_pytorch.data.scores import composer
 from musiclm_pytorch.data.scores.labels import ScoreLabels
@@ -90,8 +82,6 @@ class MelodyPairs(GeneratedMusic):
         transpose: int = 0,
         hummed: float = 0.25,
     ):
-        if sample_rate < 8000:
-            raise ValueError(f'sample_rate must be at least 8000 Hz, got {sample_rate}; resample the waves instead')
         if not 1 <= tempo <= 4:
             raise ValueError(f'tempo must lie in 1 to 4, got {tempo}')
         if not 0 <= transpose <= 11:
@@ -134,9 +124,7 @@ class MelodyPairs(GeneratedMusic):
             bpm = 60.0
         else:
             labels = MusicLabels.draw(random)
-            beats = math.ceil(longest * labels.bpm / 60) + 1
-            functions = progression(beats, BEATS_A_CHORD[labels.tempo], random)
-            at_beat = [tuple((labels.tonic + it) % 12 for it in CHORDS[labels.mode][name]) for name in functions]
+            at_beat = chords_of(labels, math.ceil(longest * labels.bpm / 60) + 1, random)
             tune, chords = melody(labels, at_beat, 60, 79, random), block_chords(at_beat, 45, 62, random)
             bpm = labels.bpm
         drums = drum_pattern(labels, math.ceil(longest * labels.bpm / 60), random) if random.random() < DRUMMED else []

@@ -20,14 +20,7 @@ class ClipReader:
 
     So a run that is resumed draws what it would have drawn, with any number of workers. A clip that turns out to be
     unreadable is logged once, by name, and gives None; it is tried again at each visit, since leaving it out from then
-    on would make what follows depend on what was read before.
-
-    Args:
-        sample_rate: of the waves given, in Hz.
-        max_seconds: length of a crop; shorter clips are given whole. None gives every clip whole.
-        min_seconds: a clip shorter than this counts as unreadable.
-        seed: of all that is drawn.
-        training: draw crop and caption at random; otherwise the middle of the clip and its first caption.
+    on would make what follows depend on what was read before. Arguments are those of `AudioTextDataset`.
     """
 
     def __init__(self, *, sample_rate: int, max_seconds: float | None, min_seconds: float, seed: int, training: bool):
@@ -109,6 +102,11 @@ def span_at(file: AudioFile, start: float, end: float | None, rate: int, min_sec
         holds = f'the file holds {total / rate:.3g} s'
         raise ValueError(f'too short: {max(0, last - first) / rate:.3g} s, but min_seconds is {min_seconds:g}; {holds}')
     return first, last
+
+
+def first_of(skipped: dict[str, str]) -> str:
+    """What an error says where nothing is left: how much is skipped, and why the first is."""
+    return f'{len(skipped)} skipped' + next((f', the first, {name}: {reason}' for name, reason in skipped.items()), '')
 
 
 def finite(wave: Tensor, name: str) -> Tensor:

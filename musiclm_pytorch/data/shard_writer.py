@@ -6,7 +6,7 @@ import hashlib
 import io
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from musiclm_pytorch.data.collate import mono, split_item
 from musiclm_pytorch.data.datasets import AudioTextDataset
 from musiclm_pytorch.data.generated import GeneratedMusic
 from musiclm_pytorch.data.rates import agreed_rate
-from musiclm_pytorch.data.reading import finite, logger
+from musiclm_pytorch.data.reading import finite, first_of, logger
 from musiclm_pytorch.data.shard_reader import AUDIO_CHECKSUM, NOTE_CHECKSUM, checksum_of_note
 from musiclm_pytorch.data.shards import INDEX, key_of, read_index, webdataset
 from musiclm_pytorch.locking import only_writer
@@ -115,9 +115,8 @@ def _write(
             on_shard(number + 1, count)
 
     if not any(shard['samples'] for shard in index['shards']):
-        first = next((f', the first, {name}: {reason}' for name, reason in index['skipped'].items()), '')
         (folder / INDEX).unlink()
-        raise ValueError(f'no clip can be read; {len(index["skipped"])} skipped{first}')
+        raise ValueError(f'no clip can be read; {first_of(index["skipped"])}')
     index['complete'] = True
     write_index(folder, index)
     return index
@@ -223,15 +222,11 @@ def stored(clip: Clip) -> tuple[str, bytes]:
         if stop <= start:
             raise ValueError(f'{clip.name} holds no samples; the file has {len(file) / file.sample_rate:.3g} s')
         if start == 0 and clip.end is None:
-            for piece in blocks(start, stop):
-                finite(file.read_channels(*piece), file.name)
+            for at in range(start, stop, BLOCK):
+                finite(file.read_channels(at, min(at + BLOCK, stop)), file.name)
             return clip.path.suffix.lower().removeprefix('.'), clip.path.read_bytes()
         samples = finite(file.read_channels(start, stop, dtype), file.name)
         return encoded(samples, file.sample_rate, 'PCM_24' if file.subtype in INT32 | FLOATS else 'PCM_16')
-
-
-def blocks(start: int, stop: int) -> Iterator[tuple[int, int]]:
-    return ((at, min(at + BLOCK, stop)) for at in range(start, stop, BLOCK))
 
 
 def encoded(samples: Tensor, rate: int, subtype: str) -> tuple[str, bytes]:

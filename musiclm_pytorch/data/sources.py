@@ -5,15 +5,16 @@ from __future__ import annotations
 import ast
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from musiclm_pytorch.checks import typechecked
 from musiclm_pytorch.data.audio import AudioFile
 from musiclm_pytorch.data.cells import captions_at, captions_in_file, missing, seconds, simple
 from musiclm_pytorch.data.clips import ClipTable, Listing, Recordings
 from musiclm_pytorch.data.manifests import Columns, add_rows, list_manifest
-from musiclm_pytorch.data.tables import names_in, rows
+from musiclm_pytorch.data.tables import names_in, take_rows
 
 # what `AudioFile` reads; files that end otherwise are left out without a word
 AUDIO_SUFFIXES = {
@@ -130,31 +131,28 @@ def list_musiccaps(path: str | Path, audio_folder: str | Path, aspects: bool = T
         raise FileNotFoundError(f'no folder of audio at {audio_folder}')
     listing = Listing(str(path), ClipTable(audio_folder), {})
     files = musiccaps_files(audio_folder, listing.skipped)
-    line = 1
-    try:
-        for line, names, cells in rows(path):
-            row = dict(zip(map(str.casefold, names), cells))
-            absent = [key for key in ('ytid', 'start_s', 'end_s', 'caption') if missing(row.get(key))]
-            if absent:
-                raise ValueError(f'no {" and no ".join(absent)}, which MusicCaps has')
-            ytid, start, end = row['ytid'], seconds(row['start_s'], 'start_s'), seconds(row['end_s'], 'end_s')
-            texts = [row['caption']]
-            if aspects and not missing(row.get('aspect_list')):
-                texts.append(aspects_of(row['aspect_list']))
-            captions = captions_at(['caption'], [texts], [0])
-            name = f'{ytid} [{start:g}-{end:g}]'
-            found = files.get((ytid, start)) or files.get((ytid, None))
-            if not captions:
-                listing.skipped[name] = f'no caption in line {line} of {path}'
-            elif found is None:
-                listing.skipped[name] = f'no file named by it under {audio_folder}'
-            else:
-                span = (0.0, None) if (ytid, start) in files or is_cut(found, start, end) else (start, end)
-                listing.clips.append(str(found.relative_to(audio_folder)), captions, *span, recording=ytid)
-    except ValueError as error:
-        if str(error).startswith(str(path)):
-            raise
-        raise ValueError(f'{path}, line {line}: {error}') from error
+
+    def add(line: int, names: tuple[str, ...], cells: Sequence[Any]) -> None:
+        row = dict(zip(map(str.casefold, names), cells))
+        absent = [key for key in ('ytid', 'start_s', 'end_s', 'caption') if missing(row.get(key))]
+        if absent:
+            raise ValueError(f'no {" and no ".join(absent)}, which MusicCaps has')
+        ytid, start, end = row['ytid'], seconds(row['start_s'], 'start_s'), seconds(row['end_s'], 'end_s')
+        texts = [row['caption']]
+        if aspects and not missing(row.get('aspect_list')):
+            texts.append(aspects_of(row['aspect_list']))
+        captions = captions_at(['caption'], [texts], [0])
+        name = f'{ytid} [{start:g}-{end:g}]'
+        found = files.get((ytid, start)) or files.get((ytid, None))
+        if not captions:
+            listing.skipped[name] = f'no caption in line {line} of {path}'
+        elif found is None:
+            listing.skipped[name] = f'no file named by it under {audio_folder}'
+        else:
+            span = (0.0, None) if (ytid, start) in files or is_cut(found, start, end) else (start, end)
+            listing.clips.append(str(found.relative_to(audio_folder)), captions, *span, recording=ytid)
+
+    take_rows(path, add)
     return listing
 
 

@@ -259,17 +259,8 @@ def synth(hertz: float, seconds: float, player: Player) -> np.ndarray:
 
 
 PLAYED_BY: dict[str, Callable[[float, float, Player], np.ndarray]] = {
-    'piano': piano,
-    'guitar': guitar,
-    'strings': strings,
-    'flute': flute,
-    'brass': brass,
-    'organ': organ,
-    'bell': bell,
-    'synth': synth,
+    it.__name__: it for it in (piano, guitar, strings, flute, brass, organ, bell, synth)
 }
-
-
 # Hz: between which frequencies an instrument's noise lies, where it is not white
 BREATH = {'flute': (700, 5000), 'strings': (500, 6000)}
 

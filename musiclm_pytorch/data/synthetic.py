@@ -73,8 +73,6 @@ class SyntheticMusic(GeneratedMusic):
         mentions: Mapping[str, float] | None = None,
         sound_font: str | os.PathLike | Sequence[str | os.PathLike] | None = None,
     ):
-        if sample_rate < 8000:
-            raise ValueError(f'sample_rate must be at least 8000 Hz, got {sample_rate}; resample the waves instead')
         super().__init__(length, seed=seed, seconds=seconds, sample_rate=sample_rate, split=split)
         self.mentions = check_shares(mentions or {})
         self.sound_fonts = []
@@ -101,6 +99,10 @@ class SyntheticMusic(GeneratedMusic):
         index = self._index(index)
         random = generator(*self._key(_CAPTION, index))
         return write_caption(self.labels(index), draw_mentions(random, self.mentions), self.split, random)
+
+    def captions(self, index: int) -> list[str]:
+        """What may be said of item `index`: the caption that it has."""
+        return [self.text(index)]
 
     def draw_labels(self, seed: int = 0, **given: Any) -> MusicLabels:
         """Labels with the values given, such as `instrument='flute', drums=False`, and the others at random.
@@ -136,11 +138,7 @@ class SyntheticMusic(GeneratedMusic):
         random = generator(*key)
         notes, drums = compose(labels, self.seconds * labels.bpm / 60, random)
         how = dict(
-            instrument=labels.instrument,
-            bpm=labels.bpm,
-            samples=self.samples,
-            rate=self.sample_rate,
-            random=random,
+            instrument=labels.instrument, bpm=labels.bpm, samples=self.samples, rate=self.sample_rate, random=random
         )
         if self.sound_fonts:
             from musiclm_pytorch.data.sampled import render_sampled

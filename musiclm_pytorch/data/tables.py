@@ -6,7 +6,7 @@ import csv
 import itertools
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,15 @@ def rows(path: Path) -> Iterator[tuple[int, tuple[str, ...], Sequence[Any]]]:
         yield from readers[path.suffix.lower()](path)
     except UnicodeDecodeError as error:
         raise ValueError(not_utf8(path, error)) from error
+
+
+def take_rows(path: Path, take: Callable[[int, tuple[str, ...], Sequence[Any]], None]) -> None:
+    """Call `take` with each of the `rows`. What it finds wrong is told with the file and the line."""
+    for line, names, cells in rows(path):
+        try:
+            take(line, names, cells)
+        except ValueError as error:
+            raise ValueError(f'{path}, line {line}: {error}') from error
 
 
 def names_in(path: Path) -> tuple[str, ...]:

@@ -39,43 +39,27 @@ class Inert:
 
 # fairseq's HuBERT checkpoints hold their label dictionaries (`task_state`). Those saved from a structured
 # configuration also name the dataclasses it was made of; enumerations are saved as plain strings.
+CONFIGS = (
+    *('Checkpoint', 'Common', 'CommonEval', 'Dataset', 'DistributedTraining', 'EMA', 'EvalLM', 'FairseqBMUF'),
+    *('Fairseq', 'Generation', 'Interactive', 'Optimization'),
+)
 FAIRSEQ_NAMES = (
     'fairseq.data.dictionary.Dictionary',
     'fairseq.criterions.hubert_criterion.HubertCriterionConfig',
-    'fairseq.dataclass.configs.CheckpointConfig',
-    'fairseq.dataclass.configs.CommonConfig',
-    'fairseq.dataclass.configs.CommonEvalConfig',
-    'fairseq.dataclass.configs.DatasetConfig',
-    'fairseq.dataclass.configs.DistributedTrainingConfig',
-    'fairseq.dataclass.configs.EMAConfig',
-    'fairseq.dataclass.configs.EvalLMConfig',
-    'fairseq.dataclass.configs.FairseqBMUFConfig',
-    'fairseq.dataclass.configs.FairseqConfig',
-    'fairseq.dataclass.configs.GenerationConfig',
-    'fairseq.dataclass.configs.InteractiveConfig',
-    'fairseq.dataclass.configs.OptimizationConfig',
+    *(f'fairseq.dataclass.configs.{name}Config' for name in CONFIGS),
     'fairseq.models.hubert.hubert.HubertConfig',
     'fairseq.optim.adam.FairseqAdamConfig',
     'fairseq.optim.lr_scheduler.polynomial_decay_schedule.PolynomialDecayLRScheduleConfig',
     'fairseq.tasks.hubert_pretraining.HubertPretrainingConfig',
 )
 
+NODES = ('Any', 'Boolean', 'Bytes', 'Enum', 'Float', 'Integer', 'Path', 'String', 'Value')
 OMEGACONF_NAMES = (
     '_operator.getitem',  # how its metadata writes a type such as List[int]
-    'omegaconf.base.ContainerMetadata',
-    'omegaconf.base.Metadata',
-    'omegaconf.base.UnionNode',
+    *(f'omegaconf.base.{name}' for name in ('ContainerMetadata', 'Metadata', 'UnionNode')),
     'omegaconf.dictconfig.DictConfig',
     'omegaconf.listconfig.ListConfig',
-    'omegaconf.nodes.AnyNode',
-    'omegaconf.nodes.BooleanNode',
-    'omegaconf.nodes.BytesNode',
-    'omegaconf.nodes.EnumNode',
-    'omegaconf.nodes.FloatNode',
-    'omegaconf.nodes.IntegerNode',
-    'omegaconf.nodes.PathNode',
-    'omegaconf.nodes.StringNode',
-    'omegaconf.nodes.ValueNode',
+    *(f'omegaconf.nodes.{name}Node' for name in NODES),
 )
 
 # What a Namespace of arguments and omegaconf's metadata (types of keys and elements, a cache) refer to. The

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
+import soundfile
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -91,7 +92,7 @@ class AudioFile:
         what a file of up to 16 or 32 bits holds."""
         try:
             samples = self._file.read(start, stop, dtype)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, soundfile.LibsndfileError) as error:
             raise ValueError(
                 f'{self.name} is damaged between samples {start} and {stop}: {reason_of(error)}'
             ) from error
@@ -126,19 +127,12 @@ class SoundfileReader:
         self.close = file.close
 
     def read(self, start: int, stop: int, dtype: str) -> np.ndarray:
-        import soundfile
-
-        try:
-            self._file.seek(start)
-            return self._file.read(stop - start, dtype=dtype, always_2d=True).T
-        except soundfile.LibsndfileError as error:
-            raise ValueError(reason_of(error)) from error
+        self._file.seek(start)
+        return self._file.read(stop - start, dtype=dtype, always_2d=True).T
 
 
 def open_sound(source: str | BinaryIO, key: Hashable = None) -> SoundfileReader | PacketFile:
     """Raises ValueError or OSError, with the reason alone."""
-    import soundfile
-
     if isinstance(source, str):
         with open(source, 'rb') as file:
             head = file.read(4)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import os
 from collections import deque
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterable, Iterator
 from fractions import Fraction
 from typing import Any, BinaryIO
 
@@ -161,30 +161,23 @@ class PacketStream:
                 heads.append(bytes(content[:HEAD]))
         except self._av.FFmpegError as error:
             raise ValueError(f'it is damaged after packet {len(sizes)}: {error.strerror}') from error
-        common = dict(begin=self._part.begin, stop=self._part.stop, subtype=self._subtype())
-        if sizes and self._run_up() is not None:
-            located = self._located(sizes, offsets, heads, pages)
-            if located is not None:
-                self._use(Index(**common, rate=0, channels=0, length=0, sizes=packed(sizes), **located))
-                if self._payloads_are(first, [bytes(it) for it in last]):
-                    samples, rate, channels = self._counted(ticks, times, heads)
-                    if self._context.codec.name == 'vorbis':
-                        trims.setdefault(0, (int(samples[0]), 0))  # half a window, which no player plays
-                    cuts = resolved(trims, samples)
-                    length = int(samples.sum()) - sum(lead + tail for _, lead, tail in cuts)
-                    index = Index(
-                        **{**common, **located},
-                        **dict(rate=rate, channels=channels, length=length, trims=cuts),
-                        **dict(sizes=packed(sizes), samples=packed(samples)),
-                    )
-                    self._use(index)
-                    return index
+        place = dict(begin=self._part.begin, stop=self._part.stop, subtype=self._subtype())
+        located = self._located(sizes, offsets, heads, pages) if sizes and self._run_up() is not None else None
+        if located is not None:
+            about = dict(**place, **located, sizes=packed(sizes))
+            self._use(Index(**about, rate=0, channels=0, length=0))
+            if self._payloads_are(first, [bytes(it) for it in last]):
+                samples, rate, channels = self._counted(ticks, times, heads)
+                if self._context.codec.name == 'vorbis':
+                    trims.setdefault(0, (int(samples[0]), 0))  # half a window, which no player plays
+                cuts = resolved(trims, samples)
+                length = int(samples.sum()) - sum(lead + tail for _, lead, tail in cuts)
+                about |= dict(samples=packed(samples), trims=cuts)
+                return self._use(Index(**about, rate=rate, channels=channels, length=length))
         length, rate, channels = 0, self._context.sample_rate, self._context.channels
         for frame in self._frames():
             length, channels = length + frame.shape[1], frame.shape[0]
-        index = Index(**common, rate=rate, channels=channels, length=length)
-        self._use(index)
-        return index
+        return self._use(Index(**place, rate=rate, channels=channels, length=length))
 
     def _run_up(self) -> tuple[int, float] | None:
         name = self._context.codec.name
@@ -230,7 +223,7 @@ class PacketStream:
         if sounding is None:
             raise ValueError('none of its first packets decodes')
         rate, channels = self._context.sample_rate, sounding[0].shape[0]
-        given = [sum(it.shape[1] for it in frames) for frames in head]
+        given = _counts(head)
         if count <= 2 * PROBED:
             return np.array(given), rate, channels
         per_tick = rate * self._stream.time_base
@@ -241,20 +234,18 @@ class PacketStream:
             exact = None not in times and self._mended(told, np.array(times), np.array(ticks), per_tick)
         # the last few may be told by where the sound ends; they are as decoded
         begin, sure = count - PROBED, PROBED // 2
-        tail = [sum(it.shape[1] for it in frames) for frames in decoded(self._before(begin), count)][-PROBED:]
+        tail = _counts(decoded(self._before(begin), count))[-PROBED:]
         if (
             not exact
             or given[1:] != told[1 : len(given)].tolist()
             or tail[:sure] != told[begin : begin + sure].tolist()
         ):
-            given = [sum(it.shape[1] for it in frames) for frames in decoded(0, count)]
-            return np.array(given), rate, channels
+            return np.array(_counts(decoded(0, count))), rate, channels
         told[: len(given)], told[begin:] = given, tail
         if self._context.codec.name in MPEG_CODECS:
             # a tag or other bytes between frames come as a packet that does not decode
             for odd in np.flatnonzero(np.array([family(it) != family(heads[PROBED]) for it in heads])):
-                *_, frames = decoded(self._before(int(odd)), int(odd) + 1)
-                told[odd] = sum(it.shape[1] for it in frames)
+                told[odd] = _counts(decoded(self._before(int(odd)), int(odd) + 1))[-1]
         return told, rate, channels
 
     def _mended(self, told: np.ndarray, times: np.ndarray, ticks: np.ndarray, per_tick: Fraction) -> bool:
@@ -265,27 +256,27 @@ class PacketStream:
             return False
         for place in odd.tolist():
             first, last = max(0, place - NEAR), min(len(told), place + NEAR)
-            counts = [sum(it.shape[1] for it in frames) for frames in self._decoded(self._before(first), last)]
-            told[first:last] = counts[first - last :]
+            told[first:last] = _counts(self._decoded(self._before(first), last))[first - last :]
         return int(told[:-1].sum()) == (times[-1] - times[0]) * per_tick
 
     # ---- reading ----
 
-    def _use(self, index: Index) -> None:
+    def _use(self, index: Index) -> Index:
         self._index = index
         if index.sizes is None:
-            return
+            return index
         self._sizes = unpacked(index.sizes)
         if index.pages is None:
             self._offsets = np.cumsum(unpacked(index.gaps) + self._sizes) - self._sizes
         if not index.samples:
-            return
+            return index
         self._samples, self._leads = unpacked(index.samples), np.zeros(len(self._sizes), np.int64)
         kept = self._samples.copy()
         for packet, lead, tail in index.trims:
             self._leads[packet] = lead
             kept[packet] -= lead + tail
         self._ends = np.cumsum(kept)
+        return index
 
     def read(self, start: int, stop: int) -> np.ndarray:
         if self._index.sizes is None:
@@ -318,7 +309,7 @@ class PacketStream:
         for packet, frames in enumerate(self._decoded(begin, last), begin):
             if packet < first:
                 continue
-            found = sum(it.shape[1] for it in frames)
+            (found,) = _counts([frames])
             if found != self._samples[packet] or any(it.shape[0] != self._index.channels for it in frames):
                 at = self._begin_of(packet) / self._index.rate
                 raise ValueError(f'packet {packet}, at {at:.2f} s, does not decode to what it should')
@@ -429,6 +420,11 @@ def converted(samples: np.ndarray, dtype: str) -> np.ndarray:
         return (samples * np.float32(2.0 ** (1 - bits))).astype(np.float32)
     wanted = np.iinfo(dtype).bits
     return (samples.astype(np.int64) << max(0, wanted - bits) >> max(0, bits - wanted)).astype(dtype)
+
+
+def _counts(decoded: Iterable[list[np.ndarray]]) -> list[int]:
+    """Samples of the frames of each packet."""
+    return [sum(it.shape[1] for it in frames) for frames in decoded]
 
 
 def family(head: bytes) -> int | None:

@@ -65,21 +65,18 @@ def unpacked(pair: tuple[np.ndarray, np.ndarray | None]) -> np.ndarray:
 
 def resolved(trims: dict[int, tuple[int, int]], samples: np.ndarray) -> tuple[tuple[int, int, int], ...]:
     """Packets and the samples cut off at their start and end, where what a packet has too few of falls to the next."""
-    found, carried = [], 0
+    cuts: dict[int, list[int]] = {}
+    carried = 0
     for packet in sorted(trims):
         lead, tail = trims[packet]
         carried, at = carried + lead, packet
         while carried and at < len(samples):
             cut = min(carried, int(samples[at]))
-            found.append([at, cut, 0])
+            cuts.setdefault(at, [0, 0])[0] += cut
             carried, at = carried - cut, at + 1
         if 0 < tail <= samples[packet]:  # FFmpeg does not believe more
-            found.append([packet, 0, tail])
-    merged: dict[int, list[int]] = {}
-    for packet, lead, tail in found:
-        own = merged.setdefault(packet, [0, 0])
-        own[0], own[1] = own[0] + lead, own[1] + tail
-    return tuple((packet, lead, tail) for packet, (lead, tail) in sorted(merged.items()))
+            cuts.setdefault(packet, [0, 0])[1] += tail
+    return tuple((packet, lead, tail) for packet, (lead, tail) in sorted(cuts.items()))
 
 
 class IndexCache:

@@ -146,7 +146,7 @@ class _Composer:
         tune = compose_melody(style, chords, labels.mode, labels.tonic, span, alone, random)
         lines = {'lead': [(*it, 1.0) for it in tune]}
         if 'chords' in labels.duties:
-            player = INSTRUMENTS[labels.instruments[labels.duties.index('chords')]]
+            player = self.player('chords')
             window = self.window('chords', player)
             lines['chords'] = self.comp(self.chord_pattern, chords, window, player, roots='bass' not in labels.duties)
         elif labels.texture == 'solo' and 'c' in lead.duties and labels.register != 'low':
@@ -155,21 +155,23 @@ class _Composer:
             if window[1] - window[0] >= 14:
                 lines['left hand'] = self.comp(self.chord_pattern, chords, window, lead, roots=True)
         if 'bass' in labels.duties:
-            player = INSTRUMENTS[labels.instruments[labels.duties.index('bass')]]
+            player = self.player('bass')
             low, high = max(player.low, 28), min(player.high, max(player.low, 28) + 22)
             line = bass_line(self.bass_pattern, chords, labels.mode, labels.tonic, low, high, random)
             lines['bass'] = [(*it, 1.0) for it in line]
         if 'pad' in labels.duties:
-            player = INSTRUMENTS[labels.instruments[labels.duties.index('pad')]]
-            window = self.window('pad', player)
+            window = self.window('pad', self.player('pad'))
             voices = lead_voices([replace(it, tones=it.tones[:3]) for it in chords], *window, random)
             lines['pad'] = [(it.start, it.steps, pitch, 1.0) for it, held in zip(chords, voices) for pitch in held]
         if 'second' in labels.duties:
-            player = INSTRUMENTS[labels.instruments[labels.duties.index('second')]]
-            line = second_voice(tune, chords, self.window('second', player), self.second_kind, self.beat)
+            window = self.window('second', self.player('second'))
+            line = second_voice(tune, chords, window, self.second_kind, self.beat)
             lines['second'] = [(*it, 1.0) for it in line]
         drums = choose(random, style.drums) if style.drums else {}
         return _Theme(chords, steps, lines, drums)
+
+    def player(self, duty: str) -> Instrument:
+        return INSTRUMENTS[self.labels.instruments[self.labels.duties.index(duty)]]
 
     def window(self, duty: str, player: Instrument) -> tuple[int, int]:
         """Where the notes of a duty lie: under the melody, or above one that is low, as far as the player can."""
@@ -247,8 +249,7 @@ class _Composer:
     def perform(self, channel: int, duty: str, line: list[tuple[float, float, int, float]]) -> Part:
         labels, random = self.labels, self.random
         solo = duty == 'left hand'
-        name = labels.lead if solo else labels.instruments[labels.duties.index(duty)]
-        instrument = INSTRUMENTS[name]
+        instrument = INSTRUMENTS[labels.lead] if solo else self.player(duty)
         share, level = BALANCE['chords' if solo else duty]
         held = LENGTHS[labels.articulation] if duty in ('lead', 'second', 'chords') else 0.97
         loose = self.style.loose / 1000

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from musiclm_pytorch.data.attributes import choose
-from musiclm_pytorch.data.captions import with_implied, with_usual
+from musiclm_pytorch.data.captions import article, with_implied, with_usual
 from musiclm_pytorch.data.scores.labels import ScoreLabels
 from musiclm_pytorch.data.scores.styles import read_table
 
@@ -96,13 +96,6 @@ BACKING = (' over {}', ' backed by {}', ' accompanied by {}', ' supported by {}'
 def vocabulary() -> dict[str, Any]:
     """The tables of `words.yaml`."""
     return read_table('words.yaml')
-
-
-def article(text: str) -> str:
-    """'a tune', 'an organ', '*strings' → 'strings'; "an 8-bit", "a one", "a European" by their sound."""
-    if text.startswith('*'):
-        return text[1:]
-    return f'an {text}' if re.match(r'(?!one|uni|eu)[aeiou8]|e-|hono', text.lower()) else f'a {text}'
 
 
 def plain(text: str) -> str:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from ctypes import c_int, c_void_p
 from functools import cache
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy.signal import resample_poly
@@ -82,39 +83,29 @@ def _library() -> tuple[ModuleType, SimpleNamespace]:
             'pyfluidsynth finds no FluidSynth on this machine; install it (Debian: apt-get install libfluidsynth3, '
             'Fedora: dnf install fluidsynth-libs, macOS: brew install fluid-synth)'
         ) from error
+
+    def declared(name: str, gives: Any, *takes: Any) -> Callable[..., Any]:
+        return fluidsynth.cfunc(name, gives, *((f'argument {place}', it, 1) for place, it in enumerate(takes)))
+
     # it would warn each time that a synthesiser gives back its font; errors are still told
-    level, function = ('level', c_int, 1), ('function', c_void_p, 1)
-    set_log = fluidsynth.cfunc('fluid_set_log_function', c_void_p, level, function, ('data', c_void_p, 1))
-    set_log(WARNING, None, None)
-    synth = ('synth', c_void_p, 1)
+    declared('fluid_set_log_function', c_void_p, c_int, c_void_p, c_void_p)(WARNING, None, None)
+    channel = (c_void_p, c_int, c_int)  # samples, the first of them, from one to the next
     more = SimpleNamespace(
-        add_font=fluidsynth.cfunc('fluid_synth_add_sfont', c_int, synth, ('font', c_void_p, 1)),
-        remove_font=fluidsynth.cfunc('fluid_synth_remove_sfont', c_int, synth, ('font', c_void_p, 1)),
-        font_at=fluidsynth.cfunc('fluid_synth_get_sfont_by_id', c_void_p, synth, ('id', c_int, 1)),
-        preset_at=fluidsynth.cfunc(
-            'fluid_sfont_get_preset', c_void_p, ('font', c_void_p, 1), ('bank', c_int, 1), ('program', c_int, 1)
-        ),
-        write=fluidsynth.cfunc(
-            'fluid_synth_write_float',
-            c_int,
-            synth,
-            ('samples', c_int, 1),
-            ('left', c_void_p, 1),
-            ('left_at', c_int, 1),
-            ('left_step', c_int, 1),
-            ('right', c_void_p, 1),
-            ('right_at', c_int, 1),
-            ('right_step', c_int, 1),
-        ),
+        add_font=declared('fluid_synth_add_sfont', c_int, c_void_p, c_void_p),
+        remove_font=declared('fluid_synth_remove_sfont', c_int, c_void_p, c_void_p),
+        font_at=declared('fluid_synth_get_sfont_by_id', c_void_p, c_void_p, c_int),
+        preset_at=declared('fluid_sfont_get_preset', c_void_p, c_void_p, c_int, c_int),
+        write=declared('fluid_synth_write_float', c_int, c_void_p, c_int, *channel, *channel),
     )
     return fluidsynth, more
 
 
-class Room:
+class Room(NamedTuple):
     """How much a clip sounds of a room: size, damping and level of FluidSynth's reverb, each from 0 to 1."""
 
-    def __init__(self, size: float = 0.4, damping: float = 0.3, level: float = 0.4):
-        self.size, self.damping, self.level = size, damping, level
+    size: float = 0.4
+    damping: float = 0.3
+    level: float = 0.4
 
     @classmethod
     def draw(cls, random: np.random.Generator) -> Room:
@@ -170,13 +161,16 @@ class SoundFont:
         sound = np.zeros((2, blocks * BLOCK), np.float32)
         left, right = sound.ctypes.data, sound.ctypes.data + sound.strides[0]
         settings = fluidsynth.new_fluid_settings()
-        fluidsynth.fluid_settings_setnum(settings, b'synth.sample-rate', rate)
-        fluidsynth.fluid_settings_setnum(settings, b'synth.gain', 0.2)
-        fluidsynth.fluid_settings_setint(settings, b'synth.polyphony', POLYPHONY)
         channels = 1 + max((part.channel for part in parts), default=0)
-        fluidsynth.fluid_settings_setint(settings, b'synth.midi-channels', -(-channels // 16) * 16)
-        fluidsynth.fluid_settings_setint(settings, b'synth.chorus.active', 0)
-        fluidsynth.fluid_settings_setint(settings, b'synth.reverb.active', int(room is not None))
+        for name, value in {b'sample-rate': rate, b'gain': 0.2}.items():
+            fluidsynth.fluid_settings_setnum(settings, b'synth.' + name, value)
+        for name, value in {
+            b'polyphony': POLYPHONY,
+            b'midi-channels': -(-channels // 16) * 16,
+            b'chorus.active': 0,
+            b'reverb.active': int(room is not None),
+        }.items():
+            fluidsynth.fluid_settings_setint(settings, b'synth.' + name, value)
         with self._lock:  # the font counts who uses its samples, and does so without a lock
             synth = fluidsynth.new_fluid_synth(settings)
             number = more.add_font(synth, self._font)
@@ -186,16 +180,15 @@ class SoundFont:
                 for part in parts:
                     self._seat(fluidsynth, synth, number, part)
                 done = 0
-                for block, on, channel, pitch, velocity in self._events(parts, rate, blocks):
+                # beyond the last event, silence or what still sounds
+                for block, on, channel, pitch, velocity in [*self._events(parts, rate, blocks), (blocks, *[None] * 4)]:
                     if block > done:
                         more.write(synth, (block - done) * BLOCK, left, done * BLOCK, 1, right, done * BLOCK, 1)
                         done = block
                     if on:
                         fluidsynth.fluid_synth_noteon(synth, channel, pitch, velocity)
-                    else:
+                    elif on is not None:
                         fluidsynth.fluid_synth_noteoff(synth, channel, pitch)
-                if blocks > done:
-                    more.write(synth, (blocks - done) * BLOCK, left, done * BLOCK, 1, right, done * BLOCK, 1)
             finally:
                 fluidsynth.fluid_synth_all_sounds_off(synth, -1)
                 fluidsynth.fluid_synth_system_reset(synth)

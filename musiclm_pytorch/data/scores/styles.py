@@ -1,22 +1,21 @@
-"""Styles of music: the tables of `styles.yaml`, read and checked."""
+"""Styles of music: the tables of `styles.yaml`."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from musiclm_pytorch.checks import as_tuples
-from musiclm_pytorch.data.scores.instruments import INSTRUMENTS
+from musiclm_pytorch.data import composition
 
 # sixteenths in a bar, sixteenths in a beat
 METRES = {'4/4': (16, 4), '3/4': (12, 4), '2/4': (8, 4), '6/8': (12, 6)}
 # semitones of each mode's scale
 SCALES = {
-    'major': (0, 2, 4, 5, 7, 9, 11),
-    'minor': (0, 2, 3, 5, 7, 8, 10),
+    **composition.SCALES,
     'dorian': (0, 2, 3, 5, 7, 9, 10),
     'mixolydian': (0, 2, 4, 5, 7, 9, 10),
 }
@@ -38,7 +37,6 @@ DRUMS = {
     'tumba': 64,
     'shaker': 70,
 }
-PATTERN_LETTERS = {'chords': 'xX012345bf-.', 'bass': 'rtfowa-.', 'melody': 'x-.', 'drums': 'xXo-.'}
 
 
 @dataclass(frozen=True)
@@ -72,27 +70,13 @@ class Style:
     moods: tuple[str, ...]
     pads: tuple[str, ...] = ('string ensemble',)
     seconds: tuple[str, ...] = ('violin', 'flute', 'clarinet')
-    drums: tuple[dict[str, str], ...] = field(default=())
+    drums: tuple[dict[str, str], ...] = ()
     drums_share: float = 0.8
     swing: float = 0.5
     swung: int = 4
     loose: float = 6.0
     kit: int = 0
     leap: float = 0.15
-
-    def __post_init__(self):
-        bar, _ = METRES[self.metre]
-        patterns = [(kind, it) for kind in ('chords', 'bass', 'melody') for it in getattr(self, kind)]
-        patterns += [('drums', it) for kit in self.drums for it in kit.values()]
-        for kind, pattern in patterns:
-            if len(pattern) % bar or set(pattern) - set(PATTERN_LETTERS[kind]):
-                raise ValueError(f'{pattern!r} is no pattern of {kind} in {self.metre}')
-        unknown = [it for kit in self.drums for it in kit if it not in DRUMS]
-        for who in ('leads', 'comping', 'basses', 'pads', 'seconds'):
-            unknown += [name for name in getattr(self, who) if name not in INSTRUMENTS]
-        unknown += [mode for mode in self.progressions if mode not in SCALES]
-        if unknown:
-            raise ValueError(f'no instrument, drum or mode is named {unknown[0]!r}')
 
 
 def read_table(name: str) -> dict[str, Any]:
@@ -102,18 +86,4 @@ def read_table(name: str) -> dict[str, Any]:
     return yaml.load((Path(__file__).parent / name).read_text(encoding='utf-8'), Loader=loader)
 
 
-def _read() -> dict[str, Style]:
-    tables = read_table('styles.yaml')
-    known = {it.name for it in fields(Style)}
-    found = {}
-    for name, table in tables.items():
-        if unknown := table.keys() - known:
-            raise ValueError(f'styles.yaml: {name} has an unknown field {sorted(unknown)[0]!r}')
-        try:
-            found[name] = Style(**as_tuples(table))
-        except ValueError as error:
-            raise ValueError(f'styles.yaml: {name}: {error}') from error
-    return found
-
-
-STYLES = _read()
+STYLES = {name: Style(**as_tuples(table)) for name, table in read_table('styles.yaml').items()}
