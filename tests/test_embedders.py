@@ -466,8 +466,10 @@ def test_reader_stays_near_the_models_and_ends_with_them():
 
 def test_embedders_of_one_name_are_refused():
     embedder = MuLaNEmbedder(mulan())
-    for embedders in ([], [embedder, embedder]):
-        with pytest.raises(ValueError, match='one or more of different names'):
-            embed_clips([], embedders)
-    with pytest.raises(ValueError, match='batch_size must be greater than 0'):
-        embed_clips([], [embedder], batch_size=0)
+    for embedders, keywords, says in (
+        ([], {}, 'one or more of different names, got none'),
+        ([embedder] * 2, {}, 'names of their own, got mulan, mulan'),
+        ([embedder], dict(batch_size=0), 'batch_size must be greater than 0'),
+    ):
+        with pytest.raises(ValueError, match=says):
+            embed_clips([], embedders, **keywords)

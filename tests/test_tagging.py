@@ -414,7 +414,7 @@ def test_bad_requests(tmp_path):
     path = write_annotations(tmp_path / 'annotations_final.csv', CLIPS)
     with pytest.raises(FileNotFoundError, match='it should be MagnaTagATune'):
         read_magnatagatune(tmp_path / 'nothing.csv')
-    with pytest.raises(ValueError, match="split must be one of 'train', 'valid', 'test', got 'dev'"):
+    with pytest.raises(ValueError, match="unknown split 'dev'; choose one of 'train', 'valid', 'test'"):
         read_magnatagatune(path, split='dev')
     with pytest.raises(ValueError, match='tags must be a list of names'):
         read_magnatagatune(path, tags='guitar')
