@@ -27,9 +27,12 @@ PAGE = """<!doctype html>
 <style>
   body {{ font: 16px/1.5 sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222 }}
   figure {{ margin: 0 0 2rem }} img, audio {{ display: block; width: 100% }} small {{ color: #666 }}
+  table {{ border-collapse: collapse; margin: 0 0 2rem }} td, th {{ text-align: left; padding: .2rem .8rem .2rem 0 }}
+  tr {{ border-bottom: 1px solid #ddd }} td.run {{ max-width: 12rem }}
+  td.number {{ text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums }}
 </style>
 <h1>{title}</h1>
-{intro}{body}
+{body}
 </html>
 """
 FIGURE = """<figure>
@@ -126,7 +129,7 @@ def check_no_page(folder: Path, overwrite: bool) -> None:
 
 def write_page(folder: Path, clips: Sequence[Clip], *, title: str, intro: str = '') -> Path:
     """Write `index.html` of clips whose files are there, with a line of text in front; returns its path."""
-    body, section = [], ''
+    body, section = [f'<p>{html.escape(intro)}</p>'] if intro else [], ''
     for clip in clips:
         texts = {
             name: html.escape(getattr(clip, name)) for name in ('name', 'file', 'caption', 'note', 'section', 'remark')
@@ -136,10 +139,14 @@ def write_page(folder: Path, clips: Sequence[Clip], *, title: str, intro: str = 
             body.append(f'<h2>{texts["section"]}</h2>')
             body += [f'<p><strong>{texts["remark"]}</strong></p>'] if clip.remark else []
         body.append(FIGURE.format(**texts))
-    intro = f'<p>{html.escape(intro)}</p>\n' if intro else ''
     page = folder / 'index.html'
-    write_text(page, PAGE.format(title=html.escape(title), intro=intro, body='\n'.join(body)))
+    write_text(page, page_of(title, body))
     return page
+
+
+def page_of(title: str, body: Sequence[str]) -> str:
+    """HTML of these parts under a heading."""
+    return PAGE.format(title=html.escape(title), body='\n'.join(body))
 
 
 def picture(wave: Tensor, sample_rate: int) -> Figure:

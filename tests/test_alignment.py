@@ -177,7 +177,7 @@ def test_margin_tells_belonging_from_chance():
 
 def test_p_values_of_unrelated_latents_are_uniform():
     found = []
-    for seed in range(200):
+    for seed in range(100):
         audio, _ = latents(6, seed=seed)
         _, text = latents(6, seed=seed + 1000)
         found.append(alignment_figures(audio, text, permutations=39)['margin'].details['p_value'])

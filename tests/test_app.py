@@ -32,7 +32,6 @@ from musiclm_pytorch.inference.music_maker import (
     highest,
     in_proportion,
     read_mix,
-    read_story,
     stage_progress,
 )
 
@@ -170,10 +169,6 @@ def test_what_cannot_be_made_is_told(maker, given, message):
 def test_stories_that_cannot_be_told_are_told_why(maker, rows, message):
     with pytest.raises(ValueError, match=message):
         maker.from_story(rows, num_samples=1, seed=0)
-
-
-def test_rows_are_read_as_they_stand():
-    assert read_story([['2', 'a'], [1.5, ' b ']]) == [(2.0, 'a'), (1.5, 'b')]
 
 
 def test_settings_keep_their_proportion():

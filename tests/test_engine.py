@@ -91,13 +91,11 @@ def test_windows_follow_each_other_by_default(files):
 
 
 def test_an_optimized_model_and_that_of_a_musiclm_embed(files, musiclm, tiny):
-    model = mulan()
-    wanted = BatchInferenceEngine(model).embed_audio_files(files)
-    found = BatchInferenceEngine(OptimizedMuLaN(model, config()), config()).embed_audio_files(files)
-    assert torch.allclose(found.latents, wanted.latents, atol=1e-5)
-    texts = ['a flute', 'two very slow organs']
-    wanted = model.get_text_latents(raw_texts=texts)
-    assert torch.allclose(BatchInferenceEngine(OptimizedMuLaN(model, config())).embed_texts(texts), wanted, atol=1e-5)
+    model, texts = mulan(), ['a flute', 'two very slow organs']
+    optimized = BatchInferenceEngine(OptimizedMuLaN(model, config()), config())
+    wanted = BatchInferenceEngine(model).embed_audio_files(files[:4])
+    assert torch.allclose(optimized.embed_audio_files(files[:4]).latents, wanted.latents, atol=1e-5)
+    assert torch.allclose(optimized.embed_texts(texts), model.get_text_latents(raw_texts=texts), atol=1e-5)
     found = BatchInferenceEngine(musiclm).embed_audio_files(files[:1])
     assert torch.allclose(found.latents[0], tiny.embed_audio(files[0]), atol=1e-5)
 
@@ -258,41 +256,21 @@ def test_texts_come_in_order_and_with_their_like(monkeypatch):
 # ---- text to music ----
 
 
-def test_music_is_made_together_and_is_that_of_musiclm(musiclm):
-    texts, calls = ['a slow organ', 'a fast flute', 'a calm piano'], []
-    hook = musiclm.register_forward_pre_hook(lambda _, args: calls.append(args[0]))
-    engine = BatchInferenceEngine(musiclm, config())
-    found = engine.process_text_to_audio_batch(texts, [(3200,), (1, 3200), (2, 1, 3200)], seed=3)
-    hook.remove()
-    wanted = musiclm(texts, seconds=0.2, seed=3)
-    assert [wave.shape for wave in found] == [(3200,), (1, 3200), (2, 1, 3200)]
-    assert calls == [texts]
-    for wave, own in zip(found, wanted):
-        assert torch.allclose(wave, own.expand(wave.shape), atol=1e-4)
-    assert wanted.std() > 1e-3
-
-
-def test_a_piece_depends_on_its_own_seed_alone(musiclm):
-    texts, shapes = ['a slow organ', 'a bell', 'a fast flute'], [(6400,), (16000,), (6400,)]
-    # the long one is made apart from the others, whose music stays the same
-    found = BatchInferenceEngine(musiclm, config()).process_text_to_audio_batch(texts, shapes, seed=5)
-    for row in (0, 2):
-        assert torch.allclose(found[row], musiclm(texts[row], seconds=0.4, seed=5 + row)[0], atol=1e-4)
-
-
-def test_each_text_has_its_own_length(musiclm):
+def test_music_is_made_with_its_like_and_is_that_of_musiclm(musiclm):
     calls = []
     hook = musiclm.register_forward_pre_hook(
         lambda _, args, given: calls.append((args[0], round(given['seconds'] * 16000))), with_kwargs=True
     )
     engine = BatchInferenceEngine(musiclm, config())
-    sizes = [4001, 900, 3200, 1]
-    found = engine.process_text_to_audio_batch(list('abcd'), [(size,) for size in sizes])
+    shapes = [(4001,), (1, 900), (2, 1, 3200), (1,)]
+    found = engine.process_text_to_audio_batch(list('abcd'), shapes, seed=5)
     hook.remove()
-    assert [len(wave) for wave in found] == sizes
+    assert [wave.shape for wave in found] == shapes
     assert calls == [(['d'], 1), (['b'], 900), (['c', 'a'], 4001)]
-    again = engine.process_text_to_audio_batch(list('abcd'), [(size,) for size in sizes])
-    assert all(map(torch.equal, found, again))
+    for row, (text, shape) in enumerate(zip('abc', shapes)):  # by its own seed alone
+        own = musiclm(text, seconds=4001 / 16000 if text in 'ac' else 900 / 16000, seed=5 + row)[0, : shape[-1]]
+        assert torch.allclose(found[row], own.expand(shape), atol=1e-4)
+        assert own.std() > 1e-3
 
 
 # ---- text to sound, by MuLaN alone ----
@@ -303,7 +281,7 @@ def test_ascent_brings_sound_to_its_text(tiny, caplog):
     engine = BatchInferenceEngine(tiny, config())
     shapes = [(8000,), (1, 8000)]
     with caplog.at_level(logging.WARNING):
-        found = engine.process_text_to_audio_batch(texts, shapes, steps=50)
+        found = engine.process_text_to_audio_batch(texts, shapes, steps=40)
         engine.process_text_to_audio_batch(texts[:1], shapes[:1], steps=1)
     assert [record.getMessage()[:22] for record in caplog.records] == ['a MuLaN has no decoder']  # once
     assert [wave.shape for wave in found] == [(8000,), (1, 8000)]

@@ -111,28 +111,7 @@ def test_lengths_and_rates_arrive():
 
 
 @pytest.mark.parametrize('sigmoid', [False, True])
-def test_similarities_are_scaled_cosines(sigmoid):
-    model = view(sigmoid_contrastive_loss=sigmoid).eval()
-    with torch.no_grad():
-        model.logit_scale.fill_(math.log(7))
-        if sigmoid:
-            model.logit_bias.fill_(-3)
-    wavs = waves(3)
-    cosines = model.mulan(wavs, raw_texts=TEXTS, return_pairwise_similarities=True)
-    per_audio, per_text = model.get_similarity(wavs, TEXTS)
-    assert per_audio.shape == (3, 4)
-    torch.testing.assert_close(per_audio, 7 * cosines - 3 * sigmoid)
-    assert torch.equal(per_text, per_audio.T)
-    assert torch.equal(model.get_logits(wavs, TEXTS)[0], per_audio)
-    with torch.autocast('cpu', torch.bfloat16):
-        assert model.get_similarity(wavs, TEXTS)[0].dtype == torch.float32
-    with torch.no_grad():
-        model.logit_scale.fill_(10)  # far beyond the bound
-    torch.testing.assert_close(model.get_similarity(wavs, TEXTS)[0], 100 * cosines - 3 * sigmoid)
-
-
-@pytest.mark.parametrize('sigmoid', [False, True])
-def test_forward_gives_what_losses_take(sigmoid):
+def test_similarities_are_scaled_cosines_and_forward_gives_what_losses_take(sigmoid):
     model = view(sigmoid_contrastive_loss=sigmoid).eval()
     wavs = waves()
     found = model(wavs, TEXTS)
@@ -148,16 +127,27 @@ def test_forward_gives_what_losses_take(sigmoid):
     assert torch.equal(model(audio=wavs)['audio_features'], found['image_features'])
     assert model(image=wavs)['text_features'] is None
     assert model(text=TEXTS)['image_features'] is None
-
     model.output_dict = False
     as_tuple = model(wavs, TEXTS)
     assert isinstance(as_tuple, tuple)
-    assert len(as_tuple) == len(found)
-    assert all(torch.equal(a, b) for a, b in zip(as_tuple, found.values()))
+    assert all(torch.equal(a, b) for a, b in zip(as_tuple, found.values(), strict=True))
     with pytest.raises(ValueError, match='two names of the same input'):
         model(wavs, audio=wavs)
     with pytest.raises(ValueError, match='pass waves, texts or both'):
         model()
+
+    cosines = model.mulan(wavs[:3], raw_texts=TEXTS, return_pairwise_similarities=True)
+    for logarithm, scale in ((math.log(7), 7), (10, 100)):  # the latter is far beyond the bound
+        with torch.no_grad():
+            model.logit_scale.fill_(logarithm)
+            if sigmoid:
+                model.logit_bias.fill_(-3)
+        per_audio, per_text = model.get_similarity(wavs[:3], TEXTS)
+        torch.testing.assert_close(per_audio, scale * cosines - 3 * sigmoid)
+        assert torch.equal(per_text, per_audio.T)
+        assert torch.equal(model.get_logits(wavs[:3], TEXTS)[0], per_audio)
+    with torch.autocast('cpu', torch.bfloat16):
+        assert model.get_similarity(wavs, TEXTS)[0].dtype == torch.float32
 
 
 def test_what_is_wrong_with_an_input_is_said():
@@ -278,10 +268,7 @@ def test_temperature_and_bias_are_mulans_own():
 
 @pytest.mark.parametrize('sigmoid', [False, True])
 def test_state_moves_in_and_out(sigmoid, tmp_path):
-    model, other = view(sigmoid_contrastive_loss=sigmoid), view(sigmoid_contrastive_loss=sigmoid)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter))
+    model, other = shaken(sigmoid), view(sigmoid_contrastive_loss=sigmoid)
     state = model.state_dict()
     own = {'logit_scale', *(['logit_bias'] if sigmoid else [])}
     inner = {f'mulan.{name}' for name in model.mulan.state_dict() if not name.startswith('contrast.')}
@@ -300,6 +287,15 @@ def test_state_moves_in_and_out(sigmoid, tmp_path):
     # within a larger model, the names have another prefix
     pair = nn.ModuleList([model, other])
     pair.load_state_dict(pair.state_dict(), strict=True)
+
+
+def shaken(sigmoid):
+    """With other weights than a new one."""
+    model = view(sigmoid_contrastive_loss=sigmoid)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter))
+    return model
 
 
 def trainable(module):
@@ -329,7 +325,7 @@ def test_locked_towers_are_not_trained(tower):
     out = model(waves(), TEXTS)
     (out['image_features'] @ out['text_features'].T * out['logit_scale']).sum().backward()
     assert not any(name.removeprefix('mulan.') in own for name in gradients(model))
-    with pytest.raises(ValueError, match='must be 0 or more, got -1'):
+    with pytest.raises(ValueError, match='must be at least 0, got -1'):
         lock(-1)
     if tower == 'text':
         lock(freeze_layer_norm=False)
@@ -401,12 +397,13 @@ def test_missing_package_is_named_with_its_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, 'open_clip', None)
     extra = r"needs the package open_clip_torch .*: pip install '\.\[openclip\]'"
     model = view()
-    with pytest.raises(ImportError, match=extra):
-        create_open_clip_loss(model)
-    with pytest.raises(ImportError, match=extra):
-        create_open_clip_arguments()
-    with pytest.raises(ImportError, match=extra):
-        create_open_clip_data([(torch.zeros(2000), 'x')] * 2, model, 2)
+    for call in (
+        lambda: create_open_clip_loss(model),
+        create_open_clip_arguments,
+        lambda: create_open_clip_data([(torch.zeros(2000), 'x')] * 2, model, 2),
+    ):
+        with pytest.raises(ImportError, match=extra):
+            call()
     data = create_open_clip_data([(torch.zeros(2000), 'x')] * 2, model, 2, tokenizer=model.tokenize)
     (batch,) = data.dataloader
     assert torch.equal(model.encode_text(batch[1]), model.encode_text(['x', 'x']))
@@ -538,7 +535,7 @@ def test_loss_and_gradients_are_mulans_own(open_clip, sigmoid):
     assert not sigmoid or own['logit_bias'].abs() > 1e-4
 
 
-LOSSES = ['local', 'whole', 'create', 'bidir', 'gather']
+LOSSES = ['whole', 'create', 'bidir', 'gather']  # the second with open_clip's local loss
 
 
 def loss_of(kind, model, rank=0, world_size=1):
@@ -549,7 +546,7 @@ def loss_of(kind, model, rank=0, world_size=1):
     place = dict(rank=rank, world_size=world_size)
     if kind in ('bidir', 'gather'):
         return SigLipLoss(dist_impl=kind, **place)
-    return ClipLoss(local_loss=kind == 'local', gather_with_grad=True, **place)
+    return ClipLoss(local_loss=False, gather_with_grad=True, **place)
 
 
 def pairs(count):
@@ -688,10 +685,7 @@ def test_half_precision_in_the_loop(loop):
 
 @pytest.mark.parametrize('sigmoid', [False, True])
 def test_checkpoints_of_open_clip_load(open_clip, sigmoid, tmp_path):
-    model, other = view(sigmoid_contrastive_loss=sigmoid), view(sigmoid_contrastive_loss=sigmoid)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter))
+    model, other = shaken(sigmoid), view(sigmoid_contrastive_loss=sigmoid)
     wrapped = {f'module.{name}': it for name, it in model.state_dict().items()}
     torch.save({'epoch': 1, 'name': 'x', 'state_dict': wrapped}, tmp_path / 'epoch_1.pt')
     open_clip.load_checkpoint(other, str(tmp_path / 'epoch_1.pt'))
@@ -723,7 +717,7 @@ def test_zero_shot_tagger_on_synthetic_music(open_clip):
     from musiclm_pytorch.evaluation.evaluator import load_mulan
 
     model = MuLaNOpenCLIP(load_mulan('tiny'))
-    music = SyntheticMusic(24, seconds=3.0, sample_rate=RATE, split='valid', seed=11)
+    music = SyntheticMusic(16, seconds=3.0, sample_rate=RATE, split='valid', seed=11)
     names = list(music.ATTRIBUTES['instrument'])
     templates = ['a {} melody', '{} music', 'music played on the {}']
     classifier = open_clip.build_zero_shot_classifier(model, open_clip.get_tokenizer('ViT-B-32'), names, templates)
@@ -733,8 +727,8 @@ def test_zero_shot_tagger_on_synthetic_music(open_clip):
     torch.testing.assert_close(own, classifier)
     torch.testing.assert_close(legacy, classifier)
 
-    targets = [names.index(music.labels(i).instrument) for i in range(24)]
-    wavs = torch.stack([music[i][0] for i in range(24)])
+    targets = [names.index(music.labels(i).instrument) for i in range(16)]
+    wavs = torch.stack([music[i][0] for i in range(16)])
     with torch.no_grad():
         # as open_clip_train.zero_shot does, whose count of what is right does not run with numpy 2.4
         logits = 100 * model(image=wavs)['image_features'] @ classifier

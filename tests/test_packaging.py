@@ -58,10 +58,9 @@ def packed_musiclm(tmp_path_factory, tiny):
     return DeploymentPackager(CONFIG).create_deployment_package(models, str(path), include_examples=True)
 
 
-@pytest.fixture
-def script(monkeypatch):
+def script(package, *arguments):
     """The command line of a package, run in this process."""
-    return lambda package, *arguments: runpy.run_path(str(package / 'inference.py'))['main'](list(map(str, arguments)))
+    return runpy.run_path(str(package / 'inference.py'))['main'](list(map(str, arguments)))
 
 
 def everything(folder: Path) -> dict[str, bytes]:
@@ -150,7 +149,7 @@ def test_requirements_of_another_installation(monkeypatch, tmp_path, mulan):
 # A package runs
 
 
-def test_rank_orders_files_by_their_cosines(packed, tmp_path, mulan, script, capsys):
+def test_rank_orders_files_by_their_cosines(packed, tmp_path, mulan, capsys):
     music = packed / 'examples' / 'music'
     clips = sorted(music.glob('*.wav'))
     (tmp_path / 'text.wav').write_text('no sound')
@@ -163,7 +162,7 @@ def test_rank_orders_files_by_their_cosines(packed, tmp_path, mulan, script, cap
         assert float(score) == pytest.approx(cosines[name], abs=1e-3)
 
 
-def test_embed_writes_latents_and_what_they_are_of(packed, tmp_path, mulan, script, capsys):
+def test_embed_writes_latents_and_what_they_are_of(packed, tmp_path, mulan, capsys):
     clips = [str(packed / 'examples' / 'music' / f'clip_{number}.wav') for number in (2, 1)]
     out = tmp_path / 'latents.safetensors'
     command = ('embed', *clips, '--texts', 'slow piano', 'drums', '-o', out)
@@ -194,7 +193,7 @@ def test_embed_writes_latents_and_what_they_are_of(packed, tmp_path, mulan, scri
         (['embed', '--texts', 'x', '-o', 'nowhere/x.safetensors'], 'there is no folder nowhere'),
     ],
 )
-def test_what_the_user_gets_wrong_is_told_in_a_line(packed, script, capsys, tmp_path, monkeypatch, arguments, message):
+def test_what_the_user_gets_wrong_is_told_in_a_line(packed, capsys, tmp_path, monkeypatch, arguments, message):
     monkeypatch.chdir(tmp_path)
     assert script(packed, *arguments) == 2
     last = capsys.readouterr().err.splitlines()[-1]
@@ -239,7 +238,7 @@ def shortened(forward):
     return lambda self, text, **keywords: forward(self, text, **keywords | dict(seconds=0.5))
 
 
-def test_several_models_are_chosen_by_name(packed_musiclm, script, capsys, tmp_path):
+def test_several_models_are_chosen_by_name(packed_musiclm, capsys, tmp_path):
     clip = packed_musiclm / 'examples' / 'music' / 'clip_1.wav'
     assert script(packed_musiclm, 'rank', 'piano', clip) == 2
     assert 'the package has music and mulan; choose one with --model' in capsys.readouterr().err
@@ -289,30 +288,27 @@ def broken() -> MuLaN:
 
 
 def test_nothing_half_written_stays(tmp_path, mulan, monkeypatch):
-    packager = DeploymentPackager(CONFIG)
+    def pack(name, **keywords):
+        return DeploymentPackager(CONFIG).create_deployment_package({name: mulan}, tmp_path / 'package', **keywords)
 
     def fail(*_):
         raise OSError('disk full')
 
-    with monkeypatch.context() as patched:
-        patched.setattr(packaging, 'write_examples', fail)
-        with pytest.raises(OSError, match='disk full'):
-            packager.create_deployment_package({'mulan': mulan}, tmp_path / 'new' / 'package')
-        assert list(tmp_path.iterdir()) == []
-        # without examples, they are not written
-        packager.create_deployment_package({'mulan': mulan}, tmp_path / 'package', include_examples=False)
+    monkeypatch.setattr(packaging, 'write_examples', fail)
+    with pytest.raises(OSError, match='disk full'):
+        DeploymentPackager(CONFIG).create_deployment_package({'mulan': mulan}, tmp_path / 'new' / 'package')
+    assert list(tmp_path.iterdir()) == []
+    pack('mulan', include_examples=False)  # they are not written
     before = everything(tmp_path / 'package')
     assert not [name for name in before if 'example' in name]
     assert 'example' not in (tmp_path / 'package' / 'README.md').read_text().lower()
 
     with pytest.raises(FileExistsError, match='is there already; give another path, or overwrite=True'):
-        packager.create_deployment_package({'mulan': mulan}, tmp_path / 'package')
-    with monkeypatch.context() as patched:
-        patched.setattr(packaging, 'write_examples', fail)
-        with pytest.raises(OSError, match='disk full'):
-            packager.create_deployment_package({'mulan': mulan}, tmp_path / 'package', overwrite=True)
+        pack('mulan')
+    with pytest.raises(OSError, match='disk full'):
+        pack('mulan', overwrite=True)
     assert everything(tmp_path / 'package') == before
-    packager.create_deployment_package({'other': mulan}, tmp_path / 'package', overwrite=True)
+    pack('other', overwrite=True, include_examples=False)
     assert [path.name for path in (tmp_path / 'package' / 'models').iterdir()] == ['other']
     assert [path.name for path in tmp_path.iterdir()] == ['package']
 

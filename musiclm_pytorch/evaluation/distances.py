@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from musiclm_pytorch.checks import check_positive, is_finite, typechecked
+from musiclm_pytorch.checks import check_not_negative, check_positive, is_finite, typechecked
 from musiclm_pytorch.evaluation.embedders import Embedder
-from musiclm_pytorch.evaluation.metric import EvaluationClip, Metric, MetricValue, checked_seed, undefined
+from musiclm_pytorch.evaluation.metric import EvaluationClip, Metric, MetricValue, undefined
 
 # FAD∞: groups that clips are dealt into, and how few of them may hold clips
 NUM_GROUPS, FEWEST_GROUPS = 32, 16
@@ -106,7 +106,8 @@ class ThinnedStatistics:
 
     @typechecked
     def __init__(self, dim: int, seed: int = 0):
-        self.dim, self.seed = dim, checked_seed(seed)
+        check_not_negative(seed=seed)
+        self.dim, self.seed = dim, seed
         self._groups = [GaussianStatistics(dim) for _ in range(NUM_GROUPS)]
 
     def __len__(self) -> int:
@@ -207,6 +208,8 @@ def frechet_infinity(
     Undefined with fewer than 2 frames of reference, fewer than 2 · dim generated frames, or fewer than some 20
     generated clips. Raises ValueError for different widths.
     """
+    from scipy.stats import linregress
+
     check_widths(reference, generated)
     details = dict(embedding=embedding, frames=(len(reference), len(generated)), seed=generated.seed)
     if reason := too_few_frames(*details['frames']):
@@ -221,12 +224,10 @@ def frechet_infinity(
             **details,
         )
     inverse, distances = np.stack(points, axis=1)
-    slope, intercept = np.polyfit(inverse, distances, 1)
-    missed = np.square(distances - intercept - slope * inverse).sum()
-    spread = np.square(distances - distances.mean()).sum()
-    details['r_squared'] = float(1 - missed / spread) if spread > 0 else 1.0
-    details |= dict(slope=float(slope), smallest_subset=round(1 / inverse[0]))
-    return MetricValue(float(intercept), details=details)
+    line = linregress(inverse, distances)
+    details['r_squared'] = float(line.rvalue**2) if np.ptp(distances) > 0 else 1.0
+    details |= dict(slope=float(line.slope), smallest_subset=round(1 / inverse[0]))
+    return MetricValue(float(line.intercept), details=details)
 
 
 def _gaussian(statistics: GaussianStatistics) -> tuple[Tensor, Tensor, Tensor]:
@@ -259,7 +260,8 @@ class FrameReservoir:
     @typechecked
     def __init__(self, dim: int, max_frames: int = 5000, seed: int = 0):
         check_positive(dim=dim, max_frames=max_frames)
-        self.dim, self.max_frames, self.seed = dim, max_frames, checked_seed(seed)
+        check_not_negative(seed=seed)
+        self.dim, self.max_frames, self.seed = dim, max_frames, seed
         self._seen = self._held = 0
         # of each piece that was kept: the numbers drawn, the index of the clip, and the frames
         self._pieces = [(torch.zeros(0, dtype=torch.float64), torch.zeros(0, dtype=torch.int64), torch.zeros(0, dim))]
@@ -322,17 +324,12 @@ class FrameReservoir:
         return self._pieces[0]
 
 
-@typechecked
-def median_distance(frames: Tensor, clips: Tensor | None = None) -> float:
+def median_distance(frames: Tensor, clips: Tensor) -> float:
     """The median of the Euclidean distances between frames `(n, d)` of different clips; of an even number the lower.
 
-    `clips` `(n,)` int64 tells which clip each is of; without it, each is one of its own. Beyond `MEDIAN_FRAMES` frames,
-    as many of them, evenly spread over the clips, stand for all, which bounds the memory. Raises ValueError with fewer
-    than 2 clips.
+    `clips` `(n,)` int64 tells which clip each is of; there are 2 at least. Beyond `MEDIAN_FRAMES` frames, as many of
+    them, evenly spread over the clips, stand for all, which bounds the memory.
     """
-    clips = check_clips(frames, clips, 'clips')
-    if (number := len(clips.unique())) < 2:
-        raise ValueError(f'a distance needs frames of at least 2 clips, got {number}')
     if len(frames) > MEDIAN_FRAMES:
         # by clips, so that the first and the last are of different ones
         places = torch.linspace(0, len(frames) - 1, MEDIAN_FRAMES, dtype=torch.float64).round().long()
@@ -342,35 +339,18 @@ def median_distance(frames: Tensor, clips: Tensor | None = None) -> float:
     return torch.pdist(frames.double())[clips[first] != clips[second]].median().item()
 
 
-@typechecked
 def kernel_distance(
-    reference: Tensor,
-    generated: Tensor,
-    bandwidth: float | None = None,
-    *,
-    reference_clips: Tensor | None = None,
-    generated_clips: Tensor | None = None,
+    reference: Tensor, generated: Tensor, bandwidth: float, *, reference_clips: Tensor, generated_clips: Tensor
 ) -> float:
     """The squared maximum mean discrepancy of two sets of frames, `(m, d)` and `(n, d)`, times 100; no unit.
 
-    The kernel is exp(-|x - y|² / (2 bandwidth²)), with the median distance between reference frames of different clips
-    as the default bandwidth, and the factor of 100 is that of kadtk, the toolkit of the paper's authors. The estimate
-    is unbiased (Gretton et al., 2012), so between sets of one kind it often lies below zero. It takes draws that know
-    nothing of each other, and frames of one clip resemble each other: within a set, only frames of different clips are
-    compared. Memory of O(ROWS · (m + n)).
+    The kernel is exp(-|x - y|² / (2 bandwidth²)), and the factor of 100 is that of kadtk, the toolkit of the paper's
+    authors. The estimate is unbiased (Gretton et al., 2012), so between sets of one kind it often lies below zero. It
+    takes draws that know nothing of each other, and frames of one clip resemble each other: within a set, only frames
+    of different clips are compared. Memory of O(ROWS · (m + n)).
 
-    `reference_clips` `(m,)` and `generated_clips` `(n,)` int64 tell which clip of its set each frame is of; without
-    them, each is one of its own. Raises ValueError for fewer than 2 clips on a side, different widths, NaN or infinity,
-    and a bandwidth of 0.
+    `reference_clips` `(m,)` and `generated_clips` `(n,)` int64 tell which clip of its set each frame is of, 2 at least.
     """
-    for frames in (reference, generated):
-        check_frames(frames, reference.shape[-1])
-    reference_clips = check_clips(reference, reference_clips, 'reference_clips')
-    generated_clips = check_clips(generated, generated_clips, 'generated_clips')
-    if reason := too_few_clips(reference_clips, generated_clips):
-        raise ValueError(reason)
-    bandwidth = median_distance(reference, reference_clips) if bandwidth is None else bandwidth
-    check_positive(bandwidth=bandwidth)
     # distances stay, but digits are saved where the frames lie far from zero
     centre = reference.double().mean(dim=0)
     x, y = reference.double() - centre, generated.double() - centre
@@ -412,8 +392,12 @@ def kernel_audio_distance(reference: FrameReservoir, generated: FrameReservoir, 
         clips=(len(reference.clips.unique()), len(generated.clips.unique())),
         seed=generated.seed,
     )
-    if reason := too_few_clips(reference.clips, generated.clips):
-        return undefined(reason, **details)
+    if min(details['clips']) < 2:
+        return undefined(
+            'a kernel distance compares frames of different clips, so it needs at least 2 clips on each side, got '
+            f'{details["clips"][0]} of reference and {details["clips"][1]} generated',
+            **details,
+        )
     bandwidth = median_distance(reference.frames, reference.clips)
     if bandwidth == 0:
         return undefined('most reference frames are alike, so their median distance gives no bandwidth', **details)
@@ -483,17 +467,6 @@ def too_few_frames(reference: int, generated: int) -> str:
     return reason if min(reference, generated) < 2 else ''
 
 
-def too_few_clips(reference: Tensor, generated: Tensor) -> str:
-    """Why a distance between frames of these clips is not defined, or ''."""
-    counts = len(reference.unique()), len(generated.unique())
-    if min(counts) >= 2:
-        return ''
-    return (
-        'a kernel distance compares frames of different clips, so it needs at least 2 clips on each side, got '
-        f'{counts[0]} of reference and {counts[1]} generated'
-    )
-
-
 def check_frames(frames: Tensor, dim: int) -> None:
     """Raise ValueError unless frames have shape `(n, dim)` and are finite, TypeError unless they are floats."""
     if not frames.is_floating_point():
@@ -504,17 +477,7 @@ def check_frames(frames: Tensor, dim: int) -> None:
         raise ValueError('frames hold NaN or infinity')
 
 
-def check_clips(frames: Tensor, clips: Tensor | None, name: str) -> Tensor:
-    """Which clip each frame is of, `(n,)`; raises ValueError for another shape."""
-    if clips is None:
-        return torch.arange(len(frames))
-    if clips.shape != (len(frames),):
-        raise ValueError(f'{name} must have shape ({len(frames)},), a clip a frame, got {tuple(clips.shape)}')
-    return clips
-
-
 def clip_seed(seed: int, clip: int) -> np.random.SeedSequence:
     """What the random numbers of a clip come from. Raises ValueError for a negative index."""
-    if clip < 0:
-        raise ValueError(f'clip must be an index of 0 or more, got {clip}')
+    check_not_negative(clip=clip)
     return np.random.SeedSequence((seed, clip))

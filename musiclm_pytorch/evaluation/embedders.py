@@ -125,12 +125,7 @@ class MuLaNEmbedder:
         latents = torch.empty(len(pieces), self.dim)
         with evaluating(self.mulan):
             for rows in batches_by_length(pieces, self.batch_size, mixed=self.mulan.audio.support_variable_length):
-                batch = [pieces[row] for row in rows]
-                lengths = [len(piece) for piece in batch]
-                wavs = pad_sequence(batch, batch_first=True).to(self.mulan.device)
-                # without lengths, nothing needs masking
-                given = dict(audio_lengths=lengths) if min(lengths) < max(lengths) else {}
-                latents[rows] = self.mulan.get_audio_latents(wavs, **given).cpu()
+                latents[rows] = embed_together(self.mulan, [pieces[row] for row in rows])
         return list(latents.split(counts))
 
     def embed_texts(self, texts: Sequence[str]) -> Tensor:
@@ -328,6 +323,15 @@ def vggish_mel_filters() -> Tensor:
     edges = torch.linspace(low, high, VGGISH_BANDS + 2, dtype=torch.float64)
     left, centre, right = edges[:-2], edges[1:-1], edges[2:]
     return torch.minimum((bins - left) / (centre - left), (right - bins) / (right - centre)).clamp(min=0)
+
+
+def embed_together(mulan: nn.Module, waves: Sequence[Tensor]) -> Tensor:
+    """The latents `(n, dim_latent)` float32 on the CPU of waves `(samples,)` in one batch."""
+    lengths = [len(wave) for wave in waves]
+    # without lengths, nothing needs masking
+    given = dict(audio_lengths=lengths) if min(lengths) < max(lengths) else {}
+    batch = pad_sequence(waves, batch_first=True).to(mulan.device)
+    return mulan.get_audio_latents(batch, **given).float().cpu()
 
 
 @torch.no_grad()

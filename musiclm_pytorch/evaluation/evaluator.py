@@ -17,14 +17,14 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset
 from tqdm.auto import tqdm
 
-from musiclm_pytorch.checks import check_device, check_positive, check_sample_rate, typechecked
+from musiclm_pytorch.checks import check_device, check_not_negative, check_positive, check_sample_rate, typechecked
 from musiclm_pytorch.collectives import rank, world_size
 from musiclm_pytorch.evaluation.alignment import TextAudioAlignment
 from musiclm_pytorch.evaluation.clip_metrics import MusicStructure, SignalQuality
 from musiclm_pytorch.evaluation.distances import FrechetAudioDistance, KernelAudioDistance
 from musiclm_pytorch.evaluation.embedders import CLAPEmbedder, Embedder, MuLaNEmbedder
 from musiclm_pytorch.evaluation.inputs import check_names, check_texts, evaluation_clips, list_clips
-from musiclm_pytorch.evaluation.metric import GROUPS, Metric, as_value, checked_seed, to_json, undefined
+from musiclm_pytorch.evaluation.metric import GROUPS, Metric, as_value, to_json, undefined
 from musiclm_pytorch.evaluation.tagging import TagDivergence, Tagger
 from musiclm_pytorch.mulan.checkpoint import CONFIG_FILE, read_json_object, saved_kind
 from musiclm_pytorch.mulan.display import indented
@@ -73,7 +73,7 @@ class Evaluator:
         if not metrics:
             raise ValueError('there is nothing to measure; pass at least one metric')
         self.metrics, self.reference, self.batch_size, self.progress = list(metrics), reference, batch_size, progress
-        check_names(self.embedders(self.metrics))
+        check_names([it.name for it in self.embedders(self.metrics)])
         self.reset()
 
     @staticmethod
@@ -131,8 +131,7 @@ class Evaluator:
             raise ValueError('reference clips come to an evaluator without reference; build it with reference=True')
         seen = self.seen[is_reference]
         first = max(seen, default=-1) + 1 if first_index is None else first_index
-        if first < 0:
-            raise ValueError(f'first_index must be 0 or more, got {first}')
+        check_not_negative(first_index=first)
         check_apart(seen, added := set(range(first, first + len(clips))))
 
         def source(place: int) -> tuple[int, Path | tuple[Tensor, int], str | None]:
@@ -145,10 +144,9 @@ class Evaluator:
             return first + place, clip if isinstance(clip, Path) else (clip, sample_rate), text
 
         # what is found goes to twins of the metrics, so that nothing of it stays where something goes wrong
-        own, merged = ([copy.copy(metric) for metric in self.metrics] for _ in range(2))
-        for metric, total in zip(own, merged):
+        own = [copy.copy(metric) for metric in self.metrics]
+        for metric in own:
             metric.reset()
-            total.state = copy.deepcopy(total.state)
         asked = [it for it in own if it.uses_reference or not is_reference]
         asked = [it for it in asked if self.reference or not it.needs_reference]
         found: list[dict[str, Any]] | Exception
@@ -164,10 +162,8 @@ class Evaluator:
         except Exception as error:  # the other ranks, too, must know, or they would wait for what was found
             found = error
         for states in over_ranks(found):
-            for metric, state in zip(merged, states):
+            for metric, state in zip(self.metrics, states):
                 metric.merge_state(state)
-        for metric, total in zip(self.metrics, merged):
-            metric.state = total.state
         seen |= added
 
     def merge(self, other: Evaluator) -> None:
@@ -304,12 +300,10 @@ class MusicLMEvaluator:
     ):
         mulan = own_mulan(mulan)
         check_positive(batch_size=batch_size)
-        checked_seed(seed)
+        check_not_negative(seed=seed)
         if device is not None:
             mulan.to(check_device(device))
-        names = ['mulan', 'tags', *(it.name for it in embedders)]
-        if len(set(names)) < len(names):
-            raise ValueError(f'embedders need names of their own, got {", ".join(names)}')
+        check_names(['mulan', 'tags', *(it.name for it in embedders)])
         if wrong := [metric.group for metric in metrics if metric.group not in GROUPS]:
             raise ValueError(f'the group of a metric must be one of {", ".join(GROUPS)}, got {wrong[0]!r}')
         self.mulan, self.embedders, self.tagger, self.metrics = mulan, list(embedders), tagger, list(metrics)
@@ -342,9 +336,8 @@ class MusicLMEvaluator:
 
     def music_structure(self, generated_audio: Any, reference_audio: Any = None, **keywords: Any) -> dict[str, Any]:
         """The group of this name alone; see `evaluate`."""
-        return self.evaluate(generated_audio, reference_audio, groups=['music_structure'], **keywords)[
-            'music_structure'
-        ]
+        found = self.evaluate(generated_audio, reference_audio, groups=['music_structure'], **keywords)
+        return found['music_structure']
 
     @typechecked
     def evaluate(
@@ -399,16 +392,13 @@ class MusicLMEvaluator:
                 f'got {len(generated)} generated and {len(reference or ())} reference clips, which are no pairs; leave '
                 'out paired'
             )
-        if texts is not None:
-            texts = check_texts(texts, len(generated))
-        elif 'text_audio_alignment' in groups:
+        if texts is None and 'text_audio_alignment' in groups:
             raise ValueError('text–audio alignment needs texts, one a clip; pass them, or other groups')
         rate = self.rate_of(sample_rate)
 
         metrics = [it for it in self.metrics_of(rate, paired) if it.group in groups]
         compared = reference is not None and any(it.uses_reference for it in metrics)
-        settings = dict(reference=compared, batch_size=self.batch_size, progress=self.progress)
-        evaluator = Evaluator(metrics, **settings)
+        evaluator = Evaluator(metrics, reference=compared, batch_size=self.batch_size, progress=self.progress)
         evaluator.update(generated, texts, sample_rate=rate)
         if compared:
             evaluator.update(reference, sample_rate=rate, is_reference=True)

@@ -20,6 +20,7 @@ from musiclm_pytorch.checks import (
     as_tensor,
     check_audio,
     check_channels,
+    check_choice,
     check_lengths,
     check_positive,
     check_sample_rate,
@@ -212,7 +213,7 @@ def embed_clips(
         (its file or index) and the embedder. FileNotFoundError. Whatever goes wrong in the thread reaches the caller.
     """
     check_positive(batch_size=batch_size, prefetch=prefetch)
-    check_names(embedders)
+    check_names([it.name for it in embedders])
     if not embedders:
         raise ValueError('embedders must be one or more of different names, got none')
     numbered = enumerate(sources) if indices is None else zip(indices, sources, strict=True)
@@ -220,10 +221,9 @@ def embed_clips(
     return (EmbeddedClip(clip.index, dict(clip.frames), dict(clip.missing)) for clip in clips)
 
 
-def check_names(embedders: Sequence[Embedder]) -> None:
-    names = [embedder.name for embedder in embedders]
+def check_names(names: Sequence[str]) -> None:
     if len(set(names)) < len(names):
-        raise ValueError(f'embedders must be one or more of different names, got {names}')
+        raise ValueError(f'embedders need names of their own, got {", ".join(names)}')
 
 
 def evaluation_clips(
@@ -337,8 +337,7 @@ def read_magnatagatune(
         FileNotFoundError: no such annotations, or a clip that is not in `folder`. ValueError: an unknown split, a file
         that is not like that, or a split without clips.
     """
-    if split not in SPLITS:
-        raise ValueError(f'split must be one of {", ".join(map(repr, SPLITS))}, got {split!r}')
+    check_choice(SPLITS, split=split)
     if isinstance(tags, str) or not tags:
         raise ValueError(f'tags must be a list of names, got {tags!r}')
     if not Path(annotations).is_file():

@@ -21,13 +21,18 @@ from torch import Tensor, nn
 from musiclm_pytorch.audiolm.convert import unwrapped
 from musiclm_pytorch.audiolm.generate import generate_semantic
 from musiclm_pytorch.audiolm.generation_args import Sampling
-from musiclm_pytorch.checks import check_audio, check_positive, check_probability, check_sample_rate, typechecked
+from musiclm_pytorch.checks import (
+    check_audio,
+    check_not_negative,
+    check_positive,
+    check_probability,
+    check_sample_rate,
+    typechecked,
+)
 from musiclm_pytorch.data.audio import resample
-from musiclm_pytorch.evaluation.metric import Metric, MetricValue, checked_seed, mean_value, undefined
+from musiclm_pytorch.evaluation.metric import Metric, MetricValue, mean_value, undefined
 from musiclm_pytorch.mulan.model import evaluating
 from musiclm_pytorch.musiclm import MusicLM
-
-METRICS = ('euclidean', 'cosine')
 
 
 class TrainingClips(NamedTuple):
@@ -177,8 +182,9 @@ class Memorization(Metric):
     ):
         check_positive(negatives=negatives)
         check_probability(false_positive_rate=false_positive_rate)
+        check_not_negative(seed=seed)
         self.distances, self.false_positive_rate, self.negatives = distances, false_positive_rate, negatives
-        self.seed, self.details = checked_seed(seed), dict(details or {})
+        self.seed, self.details = seed, dict(details or {})
         super().__init__()
 
     def initial_state(self) -> dict[str, list[Tensor]]:
@@ -260,24 +266,19 @@ def approximate_match_costs(first: Tensor, second: Tensor, distances: np.ndarray
 
 
 @typechecked
-def codebook_distances(tokenizer: nn.Module, metric: str = 'euclidean') -> np.ndarray:
-    """Distances between the k-means centres of a semantic tokenizer, `(c, c)` float64.
+def codebook_distances(tokenizer: nn.Module) -> np.ndarray:
+    """Euclidean distances between the k-means centres of a semantic tokenizer, `(c, c)` float64, as in MusicLM.
 
-    `metric` is 'euclidean', as in MusicLM and as frames choose their centre, or 'cosine', 1 less the cosine. Raises
-    TypeError for a tokenizer without centres.
+    Raises TypeError for a tokenizer without centres.
     """
     from scipy.spatial.distance import cdist
 
-    if metric not in METRICS:
-        raise ValueError(f'metric must be one of {", ".join(map(repr, METRICS))}, got {metric!r}')
     centers = getattr(tokenizer, 'cluster_centers', None)
     centers = getattr(getattr(tokenizer, 'kmeans', None), 'centers', None) if centers is None else centers
     if not isinstance(centers, Tensor):
         raise TypeError(f'a {type(tokenizer).__name__} has no k-means centres; pass distances between its tokens')
     centers = centers.detach().cpu().double().numpy()
-    distances = cdist(centers, centers, metric)
-    np.fill_diagonal(distances, 0.0)  # 1 - cosine is only nearly 0 there
-    return distances.clip(min=0)
+    return cdist(centers, centers)
 
 
 def share_value(hits: np.ndarray, **details: Any) -> MetricValue:

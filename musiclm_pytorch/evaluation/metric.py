@@ -300,9 +300,3 @@ def embedding_rows(embeddings: Mapping[int, Tensor], clips: Sequence[int] | None
     """Embeddings `(n, dim)` of all clips, or of some, in the order of the set, and the indices of these."""
     kept = sorted(embeddings if clips is None else clips)
     return kept, torch.stack([embeddings[index] for index in kept]) if kept else torch.zeros(0, 1)
-
-
-def checked_seed(seed: int) -> int:
-    if seed < 0:
-        raise ValueError(f'seed must be 0 or more, got {seed}')
-    return seed

@@ -207,12 +207,6 @@ def find_key(chroma: np.ndarray) -> tuple[int, str, float]:
     return tonic, mode, found[tonic, mode]
 
 
-def entropy_bits(weights: np.ndarray) -> float:
-    """Shannon entropy in bits of weights of 0 or more, not all 0, taken as shares of their sum."""
-    shares = weights[weights > 0] / weights.sum()
-    return float(-(shares * np.log2(shares)).sum())
-
-
 def tonality(spectrum: np.ndarray, to_classes: np.ndarray) -> dict[str, Any]:
     """The fields of `StructureResult` about pitch: tonic, mode, key_strength, pitch_class_entropy.
 
@@ -220,6 +214,8 @@ def tonality(spectrum: np.ndarray, to_classes: np.ndarray) -> dict[str, Any]:
         spectrum: by `pitch_spectrum`.
         to_classes: by `folding`.
     """
+    from scipy.stats import entropy
+
     chroma = (to_classes @ spectrum).mean(axis=1)
     energy = (to_classes @ np.square(spectrum)).mean(axis=1)
     if not np.ptp(chroma) > 0:
@@ -230,7 +226,7 @@ def tonality(spectrum: np.ndarray, to_classes: np.ndarray) -> dict[str, Any]:
         tonic=tonic,
         mode=mode,
         key_strength=MetricValue(strength),
-        pitch_class_entropy=MetricValue(entropy_bits(energy), unit='bits'),
+        pitch_class_entropy=MetricValue(entropy(energy, base=2), unit='bits'),
     )
 
 
@@ -294,10 +290,11 @@ def similarity(chroma: np.ndarray, timbre: np.ndarray, step: float) -> np.ndarra
     import librosa
     from scipy.ndimage import uniform_filter1d
     from scipy.spatial.distance import cdist
+    from sklearn.preprocessing import normalize
 
     size = max(1, round(SMOOTHING / step))
     chroma, timbre = (uniform_filter1d(it, size, axis=1, mode='nearest') for it in (chroma, timbre))
-    chroma = unit_columns(chroma)
+    chroma = normalize(chroma, axis=0)
     decibels = librosa.power_to_db(timbre / timbre.max(), top_db=60)
     # the transform keeps lengths, so that a distance of coefficients is one of envelopes
     cepstrum = librosa.feature.mfcc(S=decibels, n_mfcc=COEFFICIENTS + 1, norm='ortho')[1:] / np.sqrt(len(timbre))
@@ -337,8 +334,10 @@ def repetition(chroma: np.ndarray, passage: int) -> float:
     chroma is 0.9 or more in the mean. Of each frame of chroma, scaled to length 1, the mean over the clip is subtracted
     first, or else noise, which holds every pitch class all the time, would seem to repeat itself.
     """
-    units = unit_columns(chroma)
-    centred = unit_columns(units - units.mean(axis=1, keepdims=True))
+    from sklearn.preprocessing import normalize
+
+    units = normalize(chroma, axis=0)
+    centred = normalize(units - units.mean(axis=1, keepdims=True), axis=0)
     count = chroma.shape[1] - passage + 1
     best = np.full(count, -1.0)
     # one diagonal of the self-similarity matrix at a time
@@ -348,9 +347,3 @@ def repetition(chroma: np.ndarray, passage: int) -> float:
         best[: count - lag] = np.maximum(best[: count - lag], alike)
         best[lag:] = np.maximum(best[lag:], alike)
     return float((best >= RECURS).mean())
-
-
-def unit_columns(values: np.ndarray) -> np.ndarray:
-    """Each column of `(d, t)` scaled to length 1; columns of 0 stay."""
-    lengths = np.linalg.norm(values, axis=0)
-    return values / np.where(lengths > 0, lengths, 1.0)

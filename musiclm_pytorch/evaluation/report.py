@@ -14,10 +14,10 @@ from typing import Any
 from matplotlib.figure import Figure as Plot
 
 from musiclm_pytorch.atomic import read_checked_json, write_together
-from musiclm_pytorch.checks import typechecked
+from musiclm_pytorch.checks import check_not_negative, typechecked
 from musiclm_pytorch.evaluation.inputs import list_clips, read_clip
 from musiclm_pytorch.evaluation.metric import GROUPS
-from musiclm_pytorch.gallery import draw
+from musiclm_pytorch.gallery import page_of, picture
 from musiclm_pytorch.waves import sound_bytes
 
 RESULTS, FIGURES, CLIPS, PAGE_FILE = 'report.json', 'figures.csv', 'clips.csv', 'report.html'
@@ -44,15 +44,6 @@ NAMES = dict(
 )
 COLOURS = ('#1f6f8b', '#c0562f')  # generated, reference
 BOUNDS = ('low', 'high', 'count', 'unit', 'reason')
-
-STYLE = """
-  body { font: 16px/1.5 sans-serif; max-width: 64rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
-  table { border-collapse: collapse; margin: 0 0 2rem } td, th { text-align: left; padding: .2rem .8rem .2rem 0 }
-  tr { border-bottom: 1px solid #ddd } td.run { max-width: 12rem }
-  td.number { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums }
-  figure { margin: 0 0 2rem } img, audio { display: block; max-width: 100% } audio { width: 100% }
-  small { color: #666 }
-"""
 
 
 @typechecked
@@ -89,26 +80,25 @@ def write_report(
         raise ValueError(
             'results must be those of MusicLMEvaluator.evaluate, with about and clips, not of one group alone'
         )
-    if players < 0:
-        raise ValueError(f'players must be 0 or more, got {players}')
+    check_not_negative(players=players)
     clips = [] if generated_audio is None else list_clips(generated_audio, audio_lengths)
     if clips and len(clips) != len(results['clips']):
         raise ValueError(
             f'got {len(clips)} clips for results of {len(results["clips"])}; pass those that were evaluated'
         )
     facts = results['about']
-    body = [about(facts), image(plot_clips(results), 'distributions over clips')]
-    heads = ('value', '95 % interval', 'clips', '')
-    body += [table_html(group, heads, metric_cells(metrics)) for group, metrics in groups_of(results).items()]
+    body, rows = [about(facts), image(plot_clips(results), 'distributions over clips')], []
+    for group in GROUPS:
+        cells = {}
+        for path, metric in figures_in(results.get(group, {})).items():
+            known = {key: metric.get(key) for key in ('value', *BOUNDS)}
+            rows.append(dict(group=group, figure='.'.join(path), **known, details=json.dumps(details_of(metric))))
+            cells[path] = metric_cells(metric)
+        body += [table_html(group, ('value', '95 % interval', 'clips', ''), cells)] if cells else []
     if clips[:players]:
         body.append('<h2>Clips</h2>')
         rate = sample_rate or facts['sample_rate']
         body += [player(clip, rate, row) for clip, row in zip(clips[:players], results['clips'])]
-    rows = []
-    for group, metrics in groups_of(results).items():
-        for path, metric in metrics.items():
-            known = {key: metric.get(key) for key in ('value', *BOUNDS)}
-            rows.append(dict(group=group, figure='.'.join(path), **known, details=json.dumps(details_of(metric))))
     texts = {
         RESULTS: json.dumps(results, indent=2, allow_nan=False) + '\n',  # a folder with it is whole
         FIGURES: table_csv(rows),
@@ -141,29 +131,20 @@ def compare_reports(
     check_free(Path(folder), COMPARISON, overwrite)
     runs = {name: read_report(path) for name, path in reports.items()}
     check_comparable(runs)
-    rows: list[dict[str, Any]] = []  # one for each metric that any run has
-    found = {name: groups_of(run) for name, run in runs.items()}
+    rows, flat, tables = [], [], []  # one of the first two for each metric that any run has
     for group in GROUPS:
-        own = {name: groups.get(group, {}) for name, groups in found.items()}
+        own = {name: figures_in(run.get(group, {})) for name, run in runs.items()}
+        cells = {}
         for path in dict.fromkeys(path for metrics in own.values() for path in metrics):
             of_runs = {name: metrics.get(path) for name, metrics in own.items()}
-            rows.append(dict(group=group, figure='.'.join(path), runs=of_runs))
-    body = [image(plot_intervals(rows, list(runs)), 'metrics with their intervals')]
-    for group in dict.fromkeys(row['group'] for row in rows):
-        cells = {
-            tuple(row['figure'].split('.')): [f'<td class="run">{run_cell(it)}</td>' for it in row['runs'].values()]
-            for row in rows
-            if row['group'] == group
-        }
-        body.append(table_html(group, runs, cells))
-    flat = []
-    for row in rows:
-        columns = {
-            f'{name} {key}': None if metric is None else metric.get(key)
-            for name, metric in row['runs'].items()
-            for key in ('value', 'low', 'high')
-        }
-        flat.append(dict(group=row['group'], figure=row['figure']) | columns)
+            row = dict(group=group, figure='.'.join(path))
+            rows.append(row | dict(runs=of_runs))
+            for name, metric in of_runs.items():
+                row |= {f'{name} {key}': (metric or {}).get(key) for key in ('value', 'low', 'high')}
+            flat.append(row)
+            cells[path] = [f'<td class="run">{run_cell(it)}</td>' for it in of_runs.values()]
+        tables += [table_html(group, runs, cells)] if cells else []
+    body = [image(plot_intervals(rows, list(runs)), 'metrics with their intervals'), *tables]
     texts = {COMPARISON: json.dumps(rows, indent=2) + '\n', TABLE: table_csv(flat)}
     return write_page(folder, COMPARISON_PAGE, title, body, texts)
 
@@ -211,11 +192,6 @@ def figures_in(results: Mapping[str, Any], path: tuple[str, ...] = ()) -> dict[t
     return found
 
 
-def groups_of(results: Mapping[str, Any]) -> dict[str, dict[tuple[str, ...], Mapping[str, Any]]]:
-    """The metrics of each group that was computed."""
-    return {group: found for group in GROUPS if (found := figures_in(results.get(group, {})))}
-
-
 def about(facts: Mapping[str, Any]) -> str:
     """A line on what the metrics depend on: what judged, and beside what."""
     parts = [f'{facts["clips"]} clips', f'judged by {facts["name"]} ({facts["mulan"]})', f'tags by {facts["tagger"]}']
@@ -241,16 +217,13 @@ def table_html(group: str, heads: Iterable[str], cells: Mapping[tuple[str, ...],
     return f'<h2>{GROUPS[group]}</h2>\n<table><tr>{head}</tr>\n' + '\n'.join(lines) + '\n</table>'
 
 
-def metric_cells(metrics: Mapping[tuple[str, ...], Mapping[str, Any]]) -> dict[tuple[str, ...], list[str]]:
+def metric_cells(metric: Mapping[str, Any]) -> list[str]:
     """Value, interval, count of clips, and what else is known, as cells of a table."""
-    found = {}
-    for path, metric in metrics.items():
-        facts = {key: it for key, it in details_of(metric).items() if isinstance(it, int | float | str) and it != ''}
-        told = (f'{key.replace("_", " ")} {in_digits(it)}' for key, it in facts.items())
-        numbers = (shown(metric), range_of(metric), str(metric.get('count', '')))
-        found[path] = [f'<td class="number">{html.escape(it)}</td>' for it in numbers]
-        found[path].append(f'<td><small>{html.escape(metric.get("reason") or ", ".join(told))}</small></td>')
-    return found
+    facts = {key: it for key, it in details_of(metric).items() if isinstance(it, int | float | str) and it != ''}
+    told = (f'{key.replace("_", " ")} {in_digits(it)}' for key, it in facts.items())
+    numbers = (shown(metric), range_of(metric), str(metric.get('count', '')))
+    cells = [f'<td class="number">{html.escape(it)}</td>' for it in numbers]
+    return [*cells, f'<td><small>{html.escape(metric.get("reason") or ", ".join(told))}</small></td>']
 
 
 def run_cell(metric: Mapping[str, Any] | None) -> str:
@@ -344,25 +317,18 @@ def inline(content: bytes, kind: str) -> str:
 def player(clip: Any, sample_rate: int, row: Mapping[str, Any]) -> str:
     """Text, numbers, spectrogram and player of a clip; its sound is within the page, as 16-bit FLAC."""
     wave, rate = read_clip(clip, sample_rate)
-    plot = Plot(figsize=(9, 1.8), layout='constrained')
-    draw(plot.subplots(), wave, rate)
     note = ', '.join(f'{key.replace("_", " ")} {it:.4g}' for key, it in row.items() if isinstance(it, float))
     text, sound = str(row.get('text') or row['name']), inline(sound_bytes(wave, rate, '.flac'), 'audio/flac')
     return (
         f'<figure><figcaption>{html.escape(text)} <small>{html.escape(note)}</small></figcaption>\n'
-        f'{image(plot, f"mel spectrogram of {text}")}\n'
+        f'{image(picture(wave, rate), f"mel spectrogram of {text}")}\n'
         f'<audio controls preload="none" src="{sound}"></audio></figure>'
     )
 
 
 def write_page(folder: str | Path, name: str, title: str, body: Sequence[str], texts: Mapping[str, str]) -> Path:
     """Write a page of these parts, and other files of a folder beside it; all of them or none. Returns its path."""
-    folder, heading = Path(folder), html.escape(title)
-    page = (
-        '<!doctype html>\n<html lang="en">\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width">\n'
-        f'<title>{heading}</title>\n<style>{STYLE}</style>\n<h1>{heading}</h1>\n' + '\n'.join(body) + '\n</html>\n'
-    )
+    folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    write_together({folder / file: text for file, text in {**texts, name: page}.items()})
+    write_together({folder / file: text for file, text in {**texts, name: page_of(title, body)}.items()})
     return folder / name

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from musiclm_pytorch.audiolm.generation_args import StopGeneration
-from musiclm_pytorch.extras import how_to_install
+from musiclm_pytorch.extras import needing
 from musiclm_pytorch.gallery import Clip, file_name, write_clip
 from musiclm_pytorch.inference.layout import CSS, lay_out
 from musiclm_pytorch.inference.live import LiveMusic
@@ -344,8 +344,6 @@ def without_folders(text: str) -> str:
 def import_gradio() -> ModuleType:
     """Gradio, told before to look nothing up. Raises ImportError that names the extra."""
     os.environ.setdefault('GRADIO_ANALYTICS_ENABLED', 'False')
-    try:
+    with needing('the web page needs gradio', 'app'):
         import gradio
-    except ImportError as error:
-        raise ImportError(f'the web page needs gradio: {how_to_install("app")}') from error
     return gradio

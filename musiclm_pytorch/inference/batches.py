@@ -11,10 +11,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 
 from musiclm_pytorch.checks import check_finite, check_positive
 from musiclm_pytorch.data.audio import AudioFile, resample, windows
+from musiclm_pytorch.evaluation.embedders import embed_together
 from musiclm_pytorch.inference.optimize import OptimizedMuLaN
 from musiclm_pytorch.mulan.audio_transformer import AudioSpectrogramTransformer
 from musiclm_pytorch.mulan.model import JointEmbedding
@@ -116,11 +116,8 @@ def embed_waves(embeds: JointEmbedding | OptimizedMuLaN, waves: list[Tensor | st
     mixed = plain(embeds).audio.support_variable_length
     for _, group in groupby(rows, key=lambda row: None if mixed else len(waves[row])):
         some = list(group)
-        lengths = [len(waves[row]) for row in some]
-        given = dict(audio_lengths=lengths) if min(lengths) < max(lengths) else {}
-        batch = pad_sequence([waves[row] for row in some], batch_first=True).to(embeds.device)
         try:
-            latents = embeds.get_audio_latents(batch, **given).float().cpu()
+            latents = embed_together(embeds, [waves[row] for row in some])
         except ValueError as error:
             # each alone tells which one it was
             reason = str(error).replace('wavs[0]', 'the audio')

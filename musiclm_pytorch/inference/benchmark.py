@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from musiclm_pytorch.checks import check_positive, typechecked
+from musiclm_pytorch.checks import check_not_negative, check_positive, typechecked
 from musiclm_pytorch.inference.config import InferenceConfig
 from musiclm_pytorch.inference.optimize import OptimizedMuLaN
 from musiclm_pytorch.mulan.model import MuLaN
@@ -54,8 +54,7 @@ def benchmark_inference_speed(
         ValueError: no runs, a config beside a model that is ready, a wave shorter than a patch.
     """
     check_positive(num_runs=num_runs, seconds=seconds, tokens=tokens)
-    if warmup_runs < 0:
-        raise ValueError(f'warmup_runs must be at least 0, got {warmup_runs}')
+    check_not_negative(warmup_runs=warmup_runs)
     if isinstance(model, MuLaN):
         model = OptimizedMuLaN(model, config)
     elif config is not None and config != model.config:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from einops import einsum, rearrange
 from torch import Tensor, nn
 
-from musiclm_pytorch.checks import typechecked, values_can_be_checked
+from musiclm_pytorch.checks import check_not_negative, typechecked, values_can_be_checked
 from musiclm_pytorch.mulan.audio_transformer import AudioSpectrogramTransformer
 from musiclm_pytorch.mulan.layers import LayerNorm
 from musiclm_pytorch.mulan.model import MuLaN
@@ -384,8 +384,7 @@ def _add_second_names(module: nn.Module, state: dict[str, Any], prefix: str, *ar
 
 def _lock(modules: list[nn.Module], groups: list[list[nn.Module | nn.Parameter]], unlocked: int) -> None:
     """Take the gradients from all of `modules` but the last groups."""
-    if unlocked < 0:
-        raise ValueError(f'the number of groups that stay unlocked must be 0 or more, got {unlocked}')
+    check_not_negative(unlocked=unlocked)
     for module in modules:
         module.requires_grad_(False)
     for group in groups[max(0, len(groups) - unlocked) :]:

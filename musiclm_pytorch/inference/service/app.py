@@ -25,7 +25,6 @@ from musiclm_pytorch.inference.service.config import ServiceConfig
 from musiclm_pytorch.inference.service.requests import (
     FORM,
     JSON,
-    RETRY_AFTER,
     Prompts,
     ServiceError,
     Texts,
@@ -43,6 +42,8 @@ from musiclm_pytorch.inference.service.requests import (
     read_json,
     schema,
     stopping,
+    unavailable,
+    unreadable,
 )
 from musiclm_pytorch.inference.service.streams import router as streams
 from musiclm_pytorch.inference.service.worker import Abandoned, Job, ModelWorker, Unreadable
@@ -93,24 +94,26 @@ def build(model: JointEmbedding | OptimizedMuLaN | MusicLM, config: ServiceConfi
 
 
 async def answer_with_error(request: Request, error: HTTPException) -> JSONResponse:
-    code = error.code if isinstance(error, ServiceError) else code_of(error.status_code)
+    if isinstance(error, ServiceError):
+        return error_response(error)
     message = str(error.detail)
-    if not isinstance(error, ServiceError) and error.status_code in (404, 405):
+    if error.status_code in (404, 405):
         # the service's own paths, and how they are called
         path = request.url.path.rstrip('/') or '/'
         wanted = [call for call in CALLS if call.split()[1] == path]
         message = f'there is no {request.method} {request.url.path:.80}; call {" or ".join(wanted or CALLS)}'
-    return error_response(error.status_code, code, message, error.headers)
+    return error_response(ServiceError(error.status_code, code_of(error.status_code), message, error.headers))
 
 
 async def answer_no_one(_: Request, error: ClientDisconnect) -> JSONResponse:
-    return error_response(400, 'incomplete_body', 'the client went before its body was there')
+    return error_response(ServiceError(400, 'incomplete_body', 'the client went before its body was there'))
 
 
 async def answer_with_fault(_: Request, error: Exception) -> JSONResponse:
     """What was not foreseen. Starlette raises it again after the answer, so uvicorn logs it and closes the connection,
     which the client has to know."""
-    return error_response(500, 'internal_error', 'the service failed; its log tells why', {'Connection': 'close'})
+    told = 'the service failed; its log tells why'
+    return error_response(ServiceError(500, 'internal_error', told, {'Connection': 'close'}))
 
 
 async def finished(job: Job, request: Request) -> Any:
@@ -131,7 +134,7 @@ async def finished(job: Job, request: Request) -> Any:
     except NoDirectionError as error:
         raise invalid(str(error)) from error
     except Unreadable as error:
-        raise ServiceError(400, 'unreadable_audio', str(error)) from error
+        raise unreadable(str(error)) from error
     finally:
         gone.cancel()
         if not result.done():
@@ -274,16 +277,14 @@ class Limits:
             return
         if self.load.requests >= self.config.max_requests:
             message = f'{self.load.requests} requests are being served already; try again in a while'
-            refusal = error_response(503, 'overloaded', message, {'Retry-After': str(RETRY_AFTER)})
-            await refusal(scope, receive, send)
+            await error_response(unavailable('overloaded', message))(scope, receive, send)
             return
         self.load.requests += 1
         try:
             # a length that is told is believed only where it is too much
             told = dict(scope['headers']).get(b'content-length', b'')
             if told.isdigit() and int(told) > self.config.max_body_bytes:
-                error = self._too_large()
-                await error_response(error.status_code, error.code, error.detail)(scope, receive, send)
+                await error_response(self._too_large())(scope, receive, send)
                 return
             await self.app(scope, self._limited(receive), send)
         finally:

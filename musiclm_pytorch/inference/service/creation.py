@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from musiclm_pytorch.extras import how_to_install
+from musiclm_pytorch.extras import needing
 from musiclm_pytorch.inference.optimize import OptimizedMuLaN
 from musiclm_pytorch.inference.service.config import ServiceConfig
 from musiclm_pytorch.mulan.model import JointEmbedding
@@ -35,9 +35,5 @@ def create_service(model: JointEmbedding | OptimizedMuLaN | MusicLM, config: Ser
 def require(*packages: str) -> None:
     """Raises ImportError, naming the extra, unless these are installed."""
     for package in packages:
-        try:
+        with needing(f'the HTTP service needs {package}', 'serve'):
             import_module(package)
-        except ImportError as error:
-            raise ImportError(
-                f'the HTTP service needs {package}, which is not installed: {how_to_install("serve")}'
-            ) from error

@@ -47,8 +47,8 @@ class ServiceError(HTTPException):
         self.code = code
 
 
-def error_response(status: int, code: str, message: str, headers: Any = None) -> JSONResponse:
-    return JSONResponse({'error': {'code': code, 'message': message}}, status, headers)
+def error_response(error: ServiceError) -> JSONResponse:
+    return JSONResponse({'error': {'code': error.code, 'message': error.detail}}, error.status_code, error.headers)
 
 
 def code_of(status: int) -> str:
@@ -60,9 +60,16 @@ def invalid(message: str) -> ServiceError:
     return ServiceError(422, 'invalid_request', message)
 
 
+def unreadable(message: str) -> ServiceError:
+    return ServiceError(400, 'unreadable_audio', message)
+
+
+def unavailable(code: str, message: str) -> ServiceError:
+    return ServiceError(503, code, message, {'Retry-After': str(RETRY_AFTER)})
+
+
 def stopping() -> ServiceError:
-    message = 'the service is ending; ask again when it is back'
-    return ServiceError(503, 'stopping', message, {'Retry-After': str(RETRY_AFTER)})
+    return unavailable('stopping', 'the service is ending; ask again when it is back')
 
 
 def music_model(request: Request) -> MusicLM:
@@ -205,12 +212,14 @@ async def read_form(request: Request, config: ServiceConfig) -> tuple[list[str],
     parser.spool_max_size = config.max_body_bytes + 1  # larger ones would go to a temporary file
     try:
         form = await parser.parse()
-    except MultiPartException as error:
-        if error.message.startswith('Too many'):
-            raise invalid(error.message) from error
-        raise ServiceError(400, 'malformed_form', f'the body is not a form: {error.message}') from error
-    except FormParserError as error:  # which newer versions of Starlette turn into the one above
-        raise ServiceError(400, 'malformed_form', f'the body is not a form: {error}') from error
+    except (
+        MultiPartException,
+        FormParserError,
+    ) as error:  # newer versions of Starlette turn the latter into the former
+        told = getattr(error, 'message', str(error))
+        if told.startswith('Too many'):
+            raise invalid(told) from error
+        raise ServiceError(400, 'malformed_form', f'the body is not a form: {told}') from error
     texts, files = [], []
     for name, value in form.multi_items():
         if name not in ('texts', 'audio'):
@@ -240,7 +249,6 @@ def asked_music(
     """What music is to be like, and what it is to keep away from, go on from and follow, as `MusicLM` takes them, once
     all is checked."""
     asked = body.prompt if isinstance(body.prompt, list) else [body.prompt]
-    check_texts([it for it in asked if isinstance(it, str)], config, 'prompt')
     pieces = len(asked) * body.num_samples
     if body.num_samples < 1 or pieces > config.max_pieces:
         raise invalid(f'prompts times num_samples must lie between 1 and {config.max_pieces}, got {pieces}')
@@ -256,13 +264,13 @@ def asked_music(
         given: dict[str, Any] = {}
         if body.negative is not None:
             given['negative'] = read_prompt(read(body.negative))
-        if body.prime is not None:
-            wave, rate = read.sound(body.prime, 'prime')
+        given |= read.sounds_of(body)
+        if 'prime' in given:
+            wave, rate = given.pop('prime')
             check_shorter(len(wave) / rate, body.seconds)
             given |= dict(prime_wave=wave, prime_wave_input_sample_hz=rate)
-        if body.melody is not None:
+        if 'melody' in given:
             musiclm.check_follows_melodies()
-            given['melody'] = read.sound(body.melody, 'melody')
         read_sampling(**body.sampling, conditioned=[True] * len(STAGES))
     except (TypeError, ValueError) as error:
         raise invalid(str(error)) from error
@@ -290,34 +298,31 @@ class PromptReader:
             return latent
         return self.sound(prompt.sound, 'the sound of a prompt', shortest=self.shortest)
 
+    def sounds_of(self, body: Body) -> dict[str, tuple[Tensor, int]]:
+        """What the music is to go on from and to follow, as far as a body says it."""
+        given = {name: getattr(body, name, None) for name in ('prime', 'melody')}
+        return {name: self.sound(it, name) for name, it in given.items() if it is not None}
+
     def sound(self, text: str, name: str, *, shortest: float = 0.0) -> tuple[Tensor, int]:
         """The wave `(samples,)` of a sound file as base64, and its rate."""
         self.sounds, most = self.sounds + 1, self.config.max_files
         if self.sounds > most:
             raise invalid(f'prompts hold {self.sounds} sounds or more, but at most {most} may come at once')
-        wave, rate = read_base64(text, name, self.config, used=self.seconds, shortest=shortest)
-        self.seconds += len(wave) / rate
-        return wave, rate
-
-
-def read_base64(
-    text: str, name: str, config: ServiceConfig, *, used: float = 0.0, shortest: float = 0.0
-) -> tuple[Tensor, int]:
-    """The wave `(samples,)` of a sound file as base64 and its rate, after others that last `used` seconds."""
-    try:
-        content = base64.b64decode(text, validate=True)
-    except ValueError as error:
-        raise invalid(f'{name} is no base64: {error}') from error
-    file = open_sound(content, name)
-    seconds = len(file) / file.sample_rate
-    if seconds < shortest:
-        raise invalid(f'{name} must last {shortest:.3g} s at least, got {seconds:.3g} s')
-    if used + seconds > config.max_audio_seconds:
-        raise invalid(f'with {name}, sounds last more than the {config.max_audio_seconds:g} s that are allowed')
-    try:
-        return file.read(0, len(file)), file.sample_rate
-    except ValueError as error:
-        raise ServiceError(400, 'unreadable_audio', str(error)) from error
+        try:
+            content = base64.b64decode(text, validate=True)
+        except ValueError as error:
+            raise invalid(f'{name} is no base64: {error}') from error
+        file = open_sound(content, name)
+        seconds, longest = len(file) / file.sample_rate, self.config.max_audio_seconds
+        self.seconds += seconds
+        if seconds < shortest:
+            raise invalid(f'{name} must last {shortest:.3g} s at least, got {seconds:.3g} s')
+        if self.seconds > longest:
+            raise invalid(f'with {name}, sounds last more than the {longest:g} s that are allowed')
+        try:
+            return file.read(0, len(file)), file.sample_rate
+        except ValueError as error:
+            raise unreadable(str(error)) from error
 
 
 def open_audio(uploads: list[UploadFile], config: ServiceConfig) -> list[AudioFile]:
@@ -337,14 +342,12 @@ def open_sound(content: bytes, name: str) -> AudioFile:
     try:
         file = AudioFile(io.BytesIO(content), name)
     except ValueError as error:
-        raise ServiceError(400, 'unreadable_audio', str(error)) from error
+        raise unreadable(str(error)) from error
     if file.channels > MOST_CHANNELS:
-        fault = f'{name} has {file.channels} channels, but at most {MOST_CHANNELS} are read; mix it down'
-    elif len(file) == 0:
-        fault = f'{name} has no samples'
-    else:
-        return file
-    raise ServiceError(400, 'unreadable_audio', fault)
+        raise unreadable(f'{name} has {file.channels} channels, but at most {MOST_CHANNELS} are read; mix it down')
+    if len(file) == 0:
+        raise unreadable(f'{name} has no samples')
+    return file
 
 
 def schema(kind: type[Body]) -> dict[str, Any]:

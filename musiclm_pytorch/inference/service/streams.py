@@ -20,7 +20,6 @@ from musiclm_pytorch.audiolm.streaming import MusicStream
 from musiclm_pytorch.checks import described
 from musiclm_pytorch.inference.live import AHEAD
 from musiclm_pytorch.inference.service.requests import (
-    RETRY_AFTER,
     Body,
     OnePrompt,
     PromptReader,
@@ -32,6 +31,7 @@ from musiclm_pytorch.inference.service.requests import (
     read_json,
     schema,
     stopping,
+    unavailable,
     validated,
     wanted_type,
 )
@@ -114,8 +114,7 @@ async def play(request: Request, wanted: Stream) -> StreamingResponse:
     if worker.is_stopping:
         raise stopping()
     if len(streams) >= config.max_streams:
-        message = f'{len(streams)} streams are playing already; try again in a while'
-        raise ServiceError(503, 'overloaded', message, {'Retry-After': str(RETRY_AFTER)})
+        raise unavailable('overloaded', f'{len(streams)} streams are playing already; try again in a while')
     name, read = secrets.token_urlsafe(8), reader(request)
     if (siblings := request.app.state.siblings) is not None:
         name = f'{siblings.number}.{name}'
@@ -125,9 +124,7 @@ async def play(request: Request, wanted: Stream) -> StreamingResponse:
         query.pop('prompt')
         if wanted.negative is not None:
             query['negative'] = await run_in_threadpool(read, wanted.negative)
-        for given in ('prime', 'melody'):
-            if given in query:
-                query[given] = await run_in_threadpool(read.sound, query[given], given)
+        query |= await run_in_threadpool(read.sounds_of, wanted)
         streams[name] = made = await run_in_threadpool(musiclm.stream, prompt, **query)
         if worker.is_stopping:
             raise stopping()
