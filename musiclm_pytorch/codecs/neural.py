@@ -343,9 +343,8 @@ class NeuralCodec(SpectrogramCodec):
             return FLOOR * torch.expm1(levels)
         # a stage may draw codes that no wave has; no bin of a wave within ±1 is louder, nor are all together
         amplitudes = FLOOR * torch.expm1(levels.clamp(max=math.log1p(LOUDEST / FLOOR)))
-        power = (
-            amplitudes.square().sum(dim=1, keepdim=True) / 3
-        )  # of a sine, Hann's window makes 1.5 squared amplitudes
+        # by Hann's window the squares of a sine's bins add up to 1.5 times its own, and its power is half of that
+        power = amplitudes.square().sum(dim=1, keepdim=True) / 3
         return amplitudes * (self.loudest / power.sqrt().clamp(min=self.loudest))
 
 
