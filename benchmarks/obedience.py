@@ -15,7 +15,8 @@ without MuLaN's ranking and without guidance, and what each stage loses: real au
 completed by the fine stage, real semantic tokens through the coarse and fine stages.
 
 At last the test of MusicLM (arXiv 2301.11325, section 4 and appendix) for memorised music: the semantic stage goes on
-from the first tokens of training clips, and what it says is compared with what the clip goes on with.
+from the first tokens of training clips, and what it says is compared with what the clip goes on with. What it says of
+held-out clips tells how much of that follows from what is given, and is no memory.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from functools import partial
 from itertools import pairwise
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import librosa
 import numpy as np
@@ -313,10 +315,12 @@ def from_real(musiclm: MusicLM, prompts: list[str], real: torch.Tensor, sampling
 # ---- memorised music ----
 
 
-def memorised(musiclm: MusicLM, clips: int, fonts: list[str] | None, prompts: tuple[int, ...]) -> dict[int, dict]:
-    """Shares of training clips whose continuation is said again, exactly or nearly, by the length of the prompt."""
+def memorised(
+    musiclm: MusicLM, clips: int, fonts: list[str] | None, prompts: tuple[int, ...], **which: Any
+) -> dict[int, dict]:
+    """Shares of clips whose continuation is said again, exactly or nearly, by the length of the prompt."""
     rate = musiclm.sample_rate
-    music = SyntheticMusic(24_000, seed=1, seconds=SECONDS, sample_rate=rate, sound_font=fonts)
+    music = SyntheticMusic(24_000, seconds=SECONDS, sample_rate=rate, sound_font=fonts, **which)
     known = training_clips(musiclm, [music[i][0] for i in range(clips)], sample_rate=rate)
     return to_json(memorisation(musiclm, known.tokens, known.indices, prompts, new_tokens=None))
 
@@ -345,9 +349,12 @@ def main(args: argparse.Namespace) -> None:
         report['primes'] = seams.primes(musiclm, args.primes)
         seams.show(report['primes'])
     if 'memory' in args.parts:
-        report['memorised'] = memorised(musiclm, args.memorised, args.trained_on, (0, 12, 31))
-        for prompt, found in report['memorised'].items():
-            print(f'{prompt} tokens of a training clip given:', json.dumps(found))
+        told = musiclm, args.memorised, args.trained_on, (0, 12, 31)
+        report['memorised'] = memorised(*told, seed=args.memorised_seed, split='train')
+        report['held_out'] = memorised(*told, seed=args.memorised_seed, split='valid')
+        for kind, of in (('memorised', 'training'), ('held_out', 'held-out')):
+            for prompt, found in report[kind].items():
+                print(f'{prompt} tokens of a {of} clip given:', json.dumps(found))
     report['seconds'] = time.perf_counter() - start
     write_results(args.out, report)
 
@@ -420,6 +427,7 @@ if __name__ == '__main__':
     parser.add_argument('--clips', type=int, default=5000, help='real clips that the judge learns from')
     parser.add_argument('--tested', type=int, default=500, help='real held-out clips that the judge is tested on')
     parser.add_argument('--memorised', type=int, default=200, help='training clips of the test of memory')
+    parser.add_argument('--memorised-seed', type=int, default=1, help="of the training's clips (default 1)")
     parser.add_argument('--stories', type=int, default=6, help='stories of two contrasting parts')
     parser.add_argument('--stories-from', type=int, default=20_000, help='seed that they are drawn from')
     parser.add_argument('--seeds', type=int, default=8, help='pieces for each story')
