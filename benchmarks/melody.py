@@ -37,7 +37,7 @@ from musiclm_pytorch import MelodyEncoder, MelodyPairs, MelodyQuantizer, MelodyT
 from musiclm_pytorch.data.attributes import INSTRUMENTS, MusicLabels, choose, generator
 from musiclm_pytorch.data.composition import compose
 from musiclm_pytorch.data.melodies import hum
-from musiclm_pytorch.mulan.melody import Chroma
+from musiclm_pytorch.mulan.melody import Chromagram
 from musiclm_pytorch.trainer.retrieval import retrieval_metrics
 
 HELD_OUT = {
@@ -142,7 +142,7 @@ def agreement(given: torch.Tensor, made: torch.Tensor) -> dict[str, float]:
 @torch.no_grad()
 def music(options: argparse.Namespace) -> dict[str, Any]:
     rows = []
-    musiclm, chroma = MusicLM.from_pretrained(options.model), Chroma(12, obedience.RATE)
+    musiclm, chroma = MusicLM.from_pretrained(options.model), Chromagram(12, obedience.RATE)
     prompts, labels, given = asked(options.prompts)
     tunes = {name: chroma(torch.stack([wave for wave, _ in waves])) for name, waves in given.items()}
     with ProcessPoolExecutor(options.processes, mp_context=get_context('spawn')) as pool:

@@ -5,6 +5,7 @@ Each rule runs on the package, where it must find nothing, and on planted violat
 longer sees anything would pass for ever.
 """
 
+import ast
 import importlib.metadata
 import os
 import re
@@ -166,6 +167,30 @@ def test_no_test_file_imports_another():
     found = [(it.name, *re.findall(r'^ *(?:from|import) (test_\w+|conftest)', it.read_text(), re.M)) for it in files]
     # which their own worker processes may do
     assert [it for it in found if {*it[1:]} - {it[0].removesuffix('.py')}] == []
+
+
+def taken_names(tree: ast.AST) -> Iterator[str]:
+    """The lines by which a script takes names from this package, but where it asks first which version it meets."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or '').split('.')[0] == PACKAGE:
+            yield ast.unparse(node)
+        elif not isinstance(node, ast.If):
+            yield from taken_names(node)
+
+
+def test_scripts_import_what_there_is():
+    scripts = [it for folder in ('benchmarks', 'examples', 'docs') for it in sorted((ROOT / folder).glob('*.py'))]
+    lines = {line for path in scripts for line in taken_names(ast.parse(path.read_text()))}
+    assert len(lines) > 100
+    for line in sorted(lines):
+        exec(line, {})  # an ImportError tells which
+
+
+def test_taken_names_are_found():
+    found = taken_names(
+        ast.parse('def f():\n  from musiclm_pytorch.x import y\nif old:\n  from musiclm_pytorch import z')
+    )
+    assert list(found) == ['from musiclm_pytorch.x import y']
 
 
 # ---------------------------------------------------------------------------------------------------------------
