@@ -45,7 +45,7 @@ def test_a_page_shows_and_plays_its_clips(tmp_path):
     for name, wave in zip('ab', waves):
         heard, rate = soundfile.read(path.parent / f'{name}.wav')
         assert rate == RATE
-        np.testing.assert_allclose(heard, wave.numpy() / max(1, wave.abs().max()), atol=1e-4)
+        np.testing.assert_allclose(heard, wave.numpy() / max(1, float(wave.abs().max())), atol=1e-4)
 
     with pytest.raises(FileExistsError, match='is there already; give another folder'):
         write_gallery(path.parent, clips, RATE, title='Other')
