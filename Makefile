@@ -17,7 +17,7 @@ $(shell test ! -e $(STAMP) || $(RUN) -c '$(HEALTHY)' >/dev/null 2>&1 || rm -f $(
 .DEFAULT_GOAL := help
 .PHONY: help test quick demo docs figures bench lint format constraints clean
 
-DEMO = 'a fast happy flute melody' 'a slow low organ in minor, with drums'
+DEMO = 'a fast happy piano melody' 'a slow low organ in minor, with drums'
 MODEL ?= small
 
 help: ## list the targets

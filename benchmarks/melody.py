@@ -147,7 +147,8 @@ def music(options: argparse.Namespace) -> dict[str, Any]:
     tunes = {name: chroma(torch.stack([wave for wave, _ in waves])) for name, waves in given.items()}
     with ProcessPoolExecutor(options.processes, mp_context=get_context('spawn')) as pool:
         perceive = partial(obedience.perceived, pool, musiclm.sample_rate)
-        judge, _ = obedience.train_judge(options.clips, 100, None, pool, options.data)
+        with torch.enable_grad():  # the judge learns here
+            judge, _ = obedience.train_judge(options.clips, 100, None, pool, options.data)
         print(
             '| melody | accuracy | of others | ratio | correlation | of others | ' + ' | '.join(obedience.ASKED) + ' |'
         )
