@@ -26,11 +26,11 @@ from musiclm_pytorch.pretrained.hub import save_encoder
 from musiclm_pytorch.trainer import checkpoints
 
 
-@pytest.fixture
-def mode():
-    """What a new file gets under a umask that is not the usual one."""
-    before = os.umask(0o007)
-    yield 0o660
+@pytest.fixture(params=[0o022, 0o007], ids=oct)
+def mode(request):
+    """What a new file gets under a umask."""
+    before = os.umask(request.param)
+    yield 0o666 & ~request.param
     os.umask(before)
 
 
@@ -52,6 +52,23 @@ def test_files_have_the_mode_of_new_ones(tmp_path, mode):
     files = [path for path in tmp_path.rglob('*') if path.is_file()]
     assert len(files) == 8
     assert {path: path.stat().st_mode & 0o777 for path in files} == dict.fromkeys(files, mode)
+
+
+def test_encoders_of_another_library_too(tmp_path, mode):
+    from transformers import HubertConfig, HubertModel
+
+    from musiclm_pytorch import TransformersSemanticTokenizer
+
+    config = HubertConfig(
+        hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8,
+        conv_dim=(8,), conv_kernel=(40,), conv_stride=(20,), num_conv_pos_embeddings=2, num_conv_pos_embedding_groups=1,
+    )  # fmt: skip
+    tokenizer = TransformersSemanticTokenizer(HubertModel(config), codebook_size=2, layer=1, target_sample_hz=800)
+    tokenizer.fit(torch.randn(2, 800))
+    tokenizer.save_pretrained(tmp_path)
+    files = [path for path in tmp_path.rglob('*') if path.is_file()]
+    assert {path.name for path in files} >= {'config.json', 'model.safetensors'}
+    assert {path.stat().st_mode & 0o777 for path in files} == {mode}
 
 
 def test_an_error_leaves_what_was_there(tmp_path):

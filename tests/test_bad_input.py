@@ -54,7 +54,7 @@ def calls(draw):
     return {name: draw(SPOILED[name]) for name in names}
 
 
-@settings(max_examples=250, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=500, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(call=calls(), model=st.sampled_from(sorted(MODELS)), training=st.booleans(), at=st.integers(0, 10**6))
 def test_finite_or_a_clear_error(call, model, training, at):
     mulan = MODELS[model].train(training)

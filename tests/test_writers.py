@@ -243,8 +243,7 @@ def test_what_was_there_stays_whole(name, music, tmp_path, capsys, monkeypatch):
     with no_permission(output.parent if name in MOVES_ASIDE else output / 'codec' if name == 'tokens' else output):
         assert main(given) == 1
     assert re.match(rf'musiclm [a-z ]+: error: .*Permission denied.*{tmp_path}/results', told_in_a_line())
-    # which signal it is matters to no command but by its number
-    for number, code in CODES.items() if name == 'shard' else [(signal.SIGTERM, 143)]:
+    for number, code in CODES.items():
         # the content is there, under a name aside
         monkeypatch.setattr(atomic, 'sync', lambda path, number=number: os.kill(os.getpid(), number))
         assert main(given) == code
