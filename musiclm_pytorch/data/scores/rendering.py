@@ -180,15 +180,16 @@ class SoundFont:
                 for part in parts:
                     self._seat(fluidsynth, synth, number, part)
                 done = 0
-                # beyond the last event, silence or what still sounds
-                for block, on, channel, pitch, velocity in [*self._events(parts, rate, blocks), (blocks, *[None] * 4)]:
+                for block, on, channel, pitch, velocity in self._events(parts, rate, blocks):
                     if block > done:
                         more.write(synth, (block - done) * BLOCK, left, done * BLOCK, 1, right, done * BLOCK, 1)
                         done = block
                     if on:
                         fluidsynth.fluid_synth_noteon(synth, channel, pitch, velocity)
-                    elif on is not None:
+                    else:
                         fluidsynth.fluid_synth_noteoff(synth, channel, pitch)
+                if blocks > done:
+                    more.write(synth, (blocks - done) * BLOCK, left, done * BLOCK, 1, right, done * BLOCK, 1)
             finally:
                 fluidsynth.fluid_synth_all_sounds_off(synth, -1)
                 fluidsynth.fluid_synth_system_reset(synth)

@@ -212,10 +212,7 @@ async def read_form(request: Request, config: ServiceConfig) -> tuple[list[str],
     parser.spool_max_size = config.max_body_bytes + 1  # larger ones would go to a temporary file
     try:
         form = await parser.parse()
-    except (
-        MultiPartException,
-        FormParserError,
-    ) as error:  # newer versions of Starlette turn the latter into the former
+    except (MultiPartException, FormParserError) as error:  # newer versions of Starlette raise the former alone
         told = getattr(error, 'message', str(error))
         if told.startswith('Too many'):
             raise invalid(told) from error
@@ -264,13 +261,13 @@ def asked_music(
         given: dict[str, Any] = {}
         if body.negative is not None:
             given['negative'] = read_prompt(read(body.negative))
+        if body.melody is not None:  # before any sound is decoded
+            musiclm.check_follows_melodies()
         given |= read.sounds_of(body)
         if 'prime' in given:
             wave, rate = given.pop('prime')
             check_shorter(len(wave) / rate, body.seconds)
             given |= dict(prime_wave=wave, prime_wave_input_sample_hz=rate)
-        if 'melody' in given:
-            musiclm.check_follows_melodies()
         read_sampling(**body.sampling, conditioned=[True] * len(STAGES))
     except (TypeError, ValueError) as error:
         raise invalid(str(error)) from error
