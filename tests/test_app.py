@@ -119,6 +119,22 @@ def test_a_story_and_a_prime_go_to_the_model(tiny, maker, tmp_path):
     assert mixed[0].section == f'0.7 {PROMPT} + 0.5 drums + 0.3 prime.wav'
 
 
+def test_a_story_names_sounds_latents_and_mixtures(tiny, maker, tmp_path):
+    hum, latent = tmp_path / 'hum.wav', tmp_path / 'latent.npy'
+    soundfile.write(hum, 0.2 * np.random.default_rng(1).standard_normal(32000), RATE)
+    np.save(latent, np.random.default_rng(2).standard_normal(tiny.mulan_embed_quantizer.mulan.dim_latent))
+    rows = [[0.4, '@hum.wav'], [0.5, f'60% {PROMPT} + 40% @latent.npy']]
+    clips = maker.from_story(rows, [str(hum), str(latent)], num_samples=1, seed=2)
+    own = tiny([(0.4, hum), (0.5, Mix([(0.6, PROMPT), (0.4, np.load(latent))]))], seed=2)
+    assert torch.equal(clips[0].wave, own[0])
+    assert clips[0].section == f'@hum.wav – 60% {PROMPT} + 40% @latent.npy'
+    with pytest.raises(ValueError, match='the story names @drums.wav, but the files with it are hum.wav'):
+        maker.from_story([[1, '@drums.wav']], [str(hum)], num_samples=1, seed=2)
+    for name in (str(hum), '../hum.wav'):  # nothing else of the machine is read
+        with pytest.raises(ValueError, match='but the files with it are hum.wav'):
+            maker.from_story([[1, f'@{name}']], [str(hum)], num_samples=1, seed=2)
+
+
 def test_a_mixture_is_what_is_filled_in():
     nothing = [[1, ''], [None, None]], (None, 1), ('', 1)
     assert read_mix(PROMPT) == read_mix(PROMPT, 1, *nothing) == read_mix(PROMPT, 0.5, *nothing) == PROMPT
@@ -605,16 +621,21 @@ def test_from_the_click_to_the_sound(tiny, served, page):
 
 
 @pytest.mark.slow
-def test_a_story_is_typed_and_told(tiny, page):
+def test_a_story_is_typed_and_told(tiny, page, tmp_path):
     page.click('button[role=tab]:has-text("Story")')
     fill(page, 'samples', 2)
     fill(page, 'seed', 3)
-    for row, (seconds, prompt) in enumerate([('0.5', PROMPT), ('1', 'a fast flute'), ('0.8', 'drums')]):
+    soundfile.write(tmp_path / 'hum.wav', 0.2 * np.random.default_rng(1).standard_normal(32000), RATE)
+    page.set_input_files('#story-files input[type=file]', tmp_path / 'hum.wav')
+    page.wait_for_selector('#story-files :text("hum")')
+    mixed = '50% drums + 50% @hum.wav'
+    for row, (seconds, prompt) in enumerate([('0.5', PROMPT), ('1', 'a fast flute'), ('0.8', mixed)]):
         for column, text in enumerate((seconds, prompt)):
-            type_into(page, row, column, text, enter=text != 'drums')
+            type_into(page, row, column, text, enter=text != mixed)
     page.click('#tell')
     scores, waves, widths = shown(page, 2)
-    music = tiny([(0.5, PROMPT), (1, 'a fast flute'), (0.8, 'drums')], 2, seed=3, return_all=True, return_scores=True)
+    mix = Mix([(0.5, 'drums'), (0.5, tmp_path / 'hum.wav')])
+    music = tiny([(0.5, PROMPT), (1, 'a fast flute'), (0.8, mix)], 2, seed=3, return_all=True, return_scores=True)
     order = music.scores[0].argsort(descending=True)
     assert scores == pytest.approx(music.scores[0, order].tolist(), abs=6e-4)
     for wave, index in zip(waves, order):

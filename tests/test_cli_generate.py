@@ -9,6 +9,7 @@ import sys
 import warnings
 from pathlib import Path
 
+import numpy as np
 import pytest
 import soundfile
 import torch
@@ -17,6 +18,7 @@ from musiclm_pytorch import Mix, MusicLM, PromptWarning, SyntheticMusic
 from musiclm_pytorch.cli import main
 from musiclm_pytorch.cli.evaluate import read_texts
 from musiclm_pytorch.evaluation.inputs import texts_by_file
+from musiclm_pytorch.inference.written import prompt_of, read_line
 from musiclm_pytorch.pretrained import HOME, find_pretrained, pretrained_names
 from musiclm_pytorch.waves import Music
 
@@ -147,6 +149,34 @@ def test_sounds_and_mixtures_are_prompts_and_files_have_a_format(tiny, tmp_path,
         heard = torch.from_numpy(soundfile.read(tmp_path / 'out' / name, dtype='float32')[0])
         own = tiny(prompt, seconds=0.5, seed=seed, negative='drums', negative_scale=0.5)
         torch.testing.assert_close(heard, own[0], atol=1e-3, rtol=0)
+
+
+def test_a_story_has_parts_of_words_sounds_latents_and_mixtures(tiny, tmp_path, capsys):
+    soundfile.write(tmp_path / 'in.wav', 0.2 * torch.randn(32000).numpy(), 16000)
+    latent = tiny.mulan_embed_quantizer.mulan.get_text_latents(raw_texts=['drums'])[0].detach().numpy()
+    np.save(tmp_path / 'drums.npy', latent)
+    story = ['--story', '0.4', 'a slow organ', '--story', '0.3', f'@{tmp_path}/in.wav']
+    story += ['--story', '0.5', f'70% a fast flute + 30% @{tmp_path}/drums.npy']
+    assert main(['generate', *story, '--model', 'tiny', '--seed', '3', '-o', str(tmp_path / 'out')]) == 0
+    ((name, piece),) = json.loads((tmp_path / 'out' / 'prompts.json').read_text()).items()
+    sound, mix = dict(sound=f'{tmp_path}/in.wav'), [[0.7, 'a fast flute'], [0.3, dict(latent=f'{tmp_path}/drums.npy')]]
+    assert piece['prompt'] == dict(story=[[0.4, 'a slow organ'], [0.3, sound], [0.5, dict(mix=mix)]])
+    assert (piece['seconds'], piece['seed']) == (pytest.approx(1.2), 3)
+    own = [(0.4, 'a slow organ'), (0.3, tmp_path / 'in.wav'), (0.5, Mix([(0.7, 'a fast flute'), (0.3, latent)]))]
+    heard = torch.from_numpy(soundfile.read(tmp_path / 'out' / name, dtype='float32')[0])
+    torch.testing.assert_close(heard, tiny(own, seed=3)[0], atol=1e-4, rtol=0)
+
+
+def test_a_line_says_words_a_file_or_a_mixture(tmp_path):
+    assert read_line('3 + 4 drums') == '3 + 4 drums'
+    assert read_line('100% techno') == '100% techno'
+    assert read_line('@a + b.wav') == dict(sound='a + b.wav')
+    assert read_line('70 % a + 12.5% @b.NPY') == dict(mix=[(0.7, 'a'), (0.125, dict(latent='b.NPY'))])
+    with pytest.raises(ValueError, match="each part of a mixture has its share, .* got 'drums'"):
+        read_line('70% a calm piano + drums')
+    (tmp_path / 'bad.npy').write_text('no array')
+    with pytest.raises(ValueError, match='bad.npy holds no array of NumPy'):
+        prompt_of(read_line(f'@{tmp_path}/bad.npy'))
 
 
 def test_stream_writes_a_file_for_a_player(tiny, tmp_path, capfdbinary):

@@ -248,6 +248,28 @@ def test_music_like_a_sound_or_a_mixture_away_from_something(service, musiclm):
         check_error(service.client.post('/generate', json=dict(prompt=dict(sound=coded(content)))), *wanted)
 
 
+def test_a_story_is_one_piece_of_what_prompts_are(service, musiclm):
+    latent = [1.0] * 16
+    parts = [(0.3, 'a slow flute'), (0.4, dict(sound=coded(sound()))), (0.5, dict(mix=[(1, dict(latent=latent))]))]
+    body = dict(prompt=dict(story=parts), num_samples=2, seed=1, format='json')
+    pieces = service.client.post('/generate', json=body).json()['pieces']
+    asked = [(0.3, 'a slow flute'), (0.4, (wave_of(sound()), RATE)), (0.5, torch.tensor(latent))]
+    own = musiclm(asked, 2, seed=1, return_all=True, return_scores=True)
+    assert [piece['score'] for piece in pieces] == pytest.approx(sorted(own.scores[0].tolist())[::-1], abs=1e-5)
+    for piece in pieces:
+        same_music(piece_of(piece), own.waves[0, piece['seed'] - 1])
+        assert piece['prompt'].startswith('a slow flute – ')
+    best = service.client.post('/generate', json=body | dict(format='wav'))
+    assert float(best.headers['x-score']) == pytest.approx(own.scores.max().item(), abs=1e-5)
+    for more, wanted in (
+        (dict(seconds=3.0), 'a story tells its length itself; leave out seconds'),
+        (dict(prompt=dict(story=[(-1, 'a flute'), (3, 'a flute')])), 'the length of .* must be .*-1'),
+        (dict(prompt=dict(story=[(1e9, 'a flute')])), 'seconds must lie between'),
+        (dict(prompt=dict(story=[])), 'at least one prompt|empty'),
+    ):
+        check_error(service.client.post('/generate', json=body | more), 422, 'invalid_request', wanted)
+
+
 def test_music_goes_on_from_a_sound_and_follows_a_melody(tiny, service):
     begin, hum = coded(sound(0.5, 16000)), coded(file_of(0.5 * torch.sin(torch.arange(16000) * 0.2), 16000))
     prime, melody = (wave_of(base64.b64decode(it), 16000) for it in (begin, hum))

@@ -17,8 +17,10 @@ from musiclm_pytorch.version import __version__
 
 if TYPE_CHECKING:
     from musiclm_pytorch.gallery import Clip
+    from musiclm_pytorch.inference.written import Form
 
-NEGATIVE = 'what the music is to keep away from, words or @FILE'
+PROMPT = 'words in quotes; @FILE for a sound to be like, or a latent of MuLaN in .npy; or "70%% a piano + 30%% @FILE"'
+NEGATIVE = 'what the music is to keep away from, as PROMPT'
 MELODY = 'a sound file, such as of a hum, whose melody to follow'
 
 
@@ -33,15 +35,17 @@ def generate(subcommands) -> None:
         'sample of a prompt is that of the highest score. What is made is written prompt by prompt: Ctrl-C leaves what '
         'is done.',
     )
-    prompts = 'what the music is like, in quotes; @FILE for a sound to be like'
-    option(parser, 'prompts', metavar='PROMPT', nargs='*', help=prompts)
+    option(parser, 'prompts', metavar='PROMPT', nargs='*', help=f'what the music is like: {PROMPT}')
     add_mix(parser)
+    told = 'a part of one piece whose prompt changes on the way; all of these are its parts in order'
+    parser.add_argument('--story', metavar=('SECONDS', 'PROMPT'), nargs=2, action='append', help=told)
     option(parser, '--negative', metavar='PROMPT', help=NEGATIVE)
     add_output(parser, 'where files and page go', '-o')
     which = '(default: small, or tiny, which follows melodies, where there is one)'
     add_model(parser, f'a folder written by MusicLM.save_pretrained, or {SHIPPED} {which}', default=None)
     option(parser, '--num-samples', metavar='N', default=1, help='pieces a prompt')
-    option(parser, '--seconds', metavar='S', default=10.0, help='length, the prime included')
+    length = 'length, the prime included (default: 10, or that of the story)'
+    option(parser, '--seconds', metavar='S', type=float, help=length)
     option(parser, '--seed', metavar='N', default=0, help='another seed, other music')
     for name, kind, what in (
         ('temperature', float, 'temperature'),
@@ -125,17 +129,19 @@ def run_stream(options: argparse.Namespace) -> None:
     if sys.stdout.isatty():
         raise ValueError('this is a terminal, which plays no sound: add "| ffplay -nodisp -i -", or "> music.wav"')
 
+    from musiclm_pytorch.inference.written import prompt_of
     from musiclm_pytorch.waves import STREAMS
 
     given = read_given([] if options.prompt is None else [options.prompt], options.mix)
     if len(given) > 1:
         raise ValueError('a stream is for one prompt: give a PROMPT, or --mix, not both')
+    prompt = prompt_of(given[0][1])
     musiclm = load_musiclm(options)
     sounds = dict(prime=options.prime, melody=options.melody)
     how = {name: Path(it) for name, it in sounds.items() if it is not None}
     if options.negative is not None:
-        how['negative'] = prompt_of(options.negative)
-    with musiclm.stream(given[0][1], seconds=options.seconds, seed=options.seed, **how) as music:
+        how['negative'] = read_prompt(options.negative)
+    with musiclm.stream(prompt, seconds=options.seconds, seed=options.seed, **how) as music:
         samples = None if options.seconds is None else round(options.seconds * music.sample_rate)
         encoder = STREAMS[options.format](music.sample_rate, samples)
         try:
@@ -155,7 +161,7 @@ def run_infill(options: argparse.Namespace) -> dict[str, Any]:
         Path(options.sound),
         options.start,
         options.end,
-        prompt_of(options.prompt),
+        read_prompt(options.prompt),
         num_samples=options.num_samples,
         seed=options.seed,
     )
@@ -171,9 +177,20 @@ def discard_output() -> None:
 
 def run_generate(options: argparse.Namespace) -> dict[str, Any]:
     from musiclm_pytorch.gallery import check_no_page
+    from musiclm_pytorch.inference.written import parts_of, prompt_of
 
-    folder, given = Path(options.output), read_given(options.prompts, options.mix)
+    folder, given = Path(options.output), read_given(options.prompts, options.mix, options.story)
     prompts = [told for told, _ in given]
+    asked_for = [prompt_of(form) for _, form in given]
+    if options.story and options.seconds is not None:
+        raise ValueError('a story tells its length itself; leave out --seconds')
+    seconds = (
+        sum(length for length, _ in asked_for[0])
+        if options.story
+        else 10.0
+        if options.seconds is None
+        else options.seconds
+    )
     check_no_page(folder, options.overwrite)
     alone = options.prompts
     if len(alone) > 1 and all(len(prompt.split()) == 1 for prompt in alone):
@@ -188,11 +205,11 @@ def run_generate(options: argparse.Namespace) -> dict[str, Any]:
         name: it for name in (*musiclm.sampling, 'negative_scale') if (it := getattr(options, name)) is not None
     }
     sampling = musiclm.sampling | {name: it[0] if len(it) == 1 else tuple(it) for name, it in sampling.items()}
-    negative = None if options.negative is None else prompt_of(options.negative)
+    negative = None if options.negative is None else read_prompt(options.negative)
     how = dict(model=options.model, dtype=options.dtype, version=__version__)
-    how |= dict(seconds=options.seconds, prime=options.prime)
+    how |= dict(seconds=seconds, prime=options.prime)
     how |= dict(melody=options.melody, negative=options.negative, **sampling)
-    remarks = musiclm.prompt_warnings([prompt for _, prompt in given])
+    remarks = ['; '.join(filter(None, musiclm.prompt_warnings(parts_of(prompt)))) for prompt in asked_for]
     for prompt, remark in zip(prompts, remarks):
         if remark:
             tell(f'"{prompt}": {remark}')
@@ -207,12 +224,12 @@ def run_generate(options: argparse.Namespace) -> dict[str, Any]:
                 tell(f'prompt {done + 1} of {len(prompts)}: {some[0]}')
             with warnings.catch_warnings():
                 warnings.simplefilter('ignore', PromptWarning)  # they are told in lines
-                asked = [prompt for _, prompt in given[done : done + at_once]]
+                asked = asked_for[done : done + at_once]
                 music = musiclm(
-                    asked,
+                    asked[0] if options.story else asked,
                     negative=negative,
                     num_samples=options.num_samples,
-                    seconds=options.seconds,
+                    seconds=None if options.story else seconds,
                     seed=options.seed + done * options.num_samples,
                     melody=None if options.melody is None else Path(options.melody),
                     prime_wave_path=options.prime,
@@ -223,11 +240,11 @@ def run_generate(options: argparse.Namespace) -> dict[str, Any]:
                     **sampling,
                 )
             folder.mkdir(parents=True, exist_ok=True)
-            for prompt, remark, *ranked in zip(
-                some, musiclm.prompt_warnings(asked, music), music.waves, music.scores, music.seeds
-            ):
-                if told := remark.removeprefix(remarks[done]).removeprefix('; '):
-                    tell(f'"{prompt}": {told}')
+            # a story is scored by the mean of its parts, which tells nothing of how well it fits
+            told = remarks if options.story else musiclm.prompt_warnings(asked, music)
+            for prompt, remark, *ranked in zip(some, told, music.waves, music.scores, music.seeds):
+                if more := remark.removeprefix(remarks[done]).removeprefix('; '):
+                    tell(f'"{prompt}": {more}')
                 done += 1
                 clips = ranked_clips(prompt, *ranked, name=f'{done:02d}-{file_name(prompt)}', remark=remark)
                 for clip in clips:
@@ -245,36 +262,50 @@ def run_generate(options: argparse.Namespace) -> dict[str, Any]:
             f'interrupted; {len(made)} of {whole} pieces are done, on the page in {folder}'
         ) from None
     took = time.perf_counter() - start
-    print(f'{len(made) * options.seconds:g} s of music in {took:.1f} s; the page is {folder / "index.html"}')
+    print(f'{len(made) * seconds:g} s of music in {took:.1f} s; the page is {folder / "index.html"}')
     pieces = [dict(file=folder / it.file, **pieces[it.file], warning=it.remark) for it in made]
     return dict(pieces=pieces, page=folder / 'index.html')
 
 
-def read_given(prompts: list[str], mix: list[list[str]] | None) -> list[tuple[str, Any]]:
-    """Each prompt: what tells of it, and the words, the file of a sound or the mixture that it is."""
-    from musiclm_pytorch.audiolm.generation_args import Mix
+def read_given(
+    prompts: list[str], mix: list[list[str]] | None, story: list[list[str]] | None = None
+) -> list[tuple[str, Form]]:
+    """What is asked for: of each piece what tells of it, and what that says."""
+    from musiclm_pytorch.inference.written import read_line
 
-    given = [(prompt, prompt_of(prompt)) for prompt in prompts]
+    given = [(prompt, read_line(prompt)) for prompt in prompts]
     if mix:
-        try:
-            parts = [(float(weight), prompt_of(prompt)) for weight, prompt in mix]
-        except ValueError as error:
-            raise ValueError(f'--mix takes a weight, a number, and a prompt: {error}') from error
-        given.append((' + '.join(f'{weight} {prompt}' for weight, prompt in mix), Mix(parts)))
+        parts = numbered(mix, '--mix', 'a weight')
+        given.append((' + '.join(f'{weight} {prompt}' for weight, prompt in mix), dict(mix=parts)))
+    if story:
+        if given:
+            raise ValueError('a story is one piece: give --story, or other prompts, not both')
+        parts = numbered(story, '--story', 'seconds')
+        given.append((' – '.join(prompt for _, prompt in story), dict(story=parts)))
     if not given:
-        raise ValueError('say what the music is like: give a PROMPT, or --mix')
+        raise ValueError('say what the music is like: give a PROMPT, --mix or --story')
     return given
 
 
-def prompt_of(text: str) -> str | Path:
-    return Path(text[1:]) if text.startswith('@') else text
+def numbered(pairs: list[list[str]], option: str, what: str) -> list[tuple[float, Form]]:
+    """Numbers and what the lines beside them say. Raises ValueError for what is no number above 0."""
+    from musiclm_pytorch.checks import check_positive
+    from musiclm_pytorch.inference.written import read_line
+
+    parts = []
+    for number, line in pairs:
+        try:
+            parts.append((float(number), read_line(line)))
+        except ValueError as error:
+            raise ValueError(f'{option} takes {what}, a number, and a prompt: {error}') from error
+        check_positive(**{f'the {what.split()[-1]} of {line!r}': parts[-1][0]})
+    return parts
 
 
-def as_json(prompt: Any) -> Any:
-    """Words as they are; of a sound its file, of a mixture its parts."""
-    if isinstance(prompt, Path):
-        return dict(sound=str(prompt))
-    return prompt if isinstance(prompt, str) else dict(mix=[[weight, as_json(it)] for weight, it in prompt.parts])
+def read_prompt(line: str) -> Any:
+    from musiclm_pytorch.inference.written import prompt_of, read_line
+
+    return prompt_of(read_line(line))
 
 
 def write_lists(folder: Path, clips: list[Clip], how: dict[str, Any], given: dict[str, Any]) -> dict[str, dict]:
@@ -284,8 +315,7 @@ def write_lists(folder: Path, clips: list[Clip], how: dict[str, Any], given: dic
     from musiclm_pytorch.gallery import write_page
 
     pieces = {
-        clip.file: dict(prompt=as_json(given[clip.section]), seed=clip.seed, **how, score=round(clip.score, 4))
-        for clip in clips
+        clip.file: dict(prompt=given[clip.section], seed=clip.seed, **how, score=round(clip.score, 4)) for clip in clips
     }
     write_text(folder / 'prompts.json', json.dumps(pieces, indent=2, ensure_ascii=False) + '\n')
     settings = [f'{name.replace("_", " ")} {it}' for name, it in how.items() if it is not None]

@@ -107,8 +107,9 @@ def create_app(
 
         return show(make, (num_samples, cond_scale, temperature, seed, negative), request, progress)
 
-    def tell(request, rows, *settings, progress=followed):
-        return show(partial(maker.from_story, rows), settings, request, progress)
+    def tell(request, rows, num_samples, cond_scale, temperature, seed, negative, named=None, progress=followed):
+        settings = num_samples, cond_scale, temperature, seed, negative
+        return show(partial(maker.from_story, rows, named or ()), settings, request, progress)
 
     def play(
         request,
@@ -271,7 +272,7 @@ def create_app(
         alone = dict(concurrency_id='music', concurrency_limit=1)
         inputs = [it.prompt, it.seconds, it.prime, it.melody, *it.settings, *it.mixed]
         connect([it.go.click, it.prompt.submit], begin, generate, inputs, pieces, api_name='generate', **alone)
-        connect([it.go_on.click], begin, tell, [it.rows, *it.settings], pieces, api_name='story', **alone)
+        connect([it.go_on.click], begin, tell, [it.rows, *it.settings, it.named], pieces, api_name='story', **alone)
         few = dict(concurrency_id='streams', concurrency_limit=STREAMS, show_progress='hidden')
         inputs = [it.live_prompt, it.live_seconds, it.live_prime, *it.settings[1:], it.live_melody, *it.live_mixed]
         connect([it.go_live.click], begin_to_play, play, inputs, outputs[:6], api_name='stream', **few)

@@ -18,6 +18,10 @@ EXAMPLES = (
     'a high piano at a medium tempo',
 )
 STORY = [[3, 'a slow low organ'], [3, 'a fast high flute with drums'], [None, ''], [None, '']]
+TOLD = (
+    'One piece, whose prompt changes on the way. A row may also say “70% a calm piano + 30% drums”, or name a file '
+    'that is given below, a sound to be like or a latent of MuLaN: “@hum.wav”.'
+)
 MIX = [[1, ''], [1, '']]
 SHOWN_AT_FIRST = 4  # samples
 NO_MELODY = (
@@ -108,8 +112,16 @@ def lay_out(
                 it.melody = followed('')
                 it.go = gr.Button('Make music', variant='primary', elem_id='generate')
             with gr.Tab('Story'):
-                gr.Markdown('One piece, whose prompt changes on the way.')
+                gr.Markdown(TOLD)
                 it.rows = table(STORY, 'seconds', show_label=False, elem_id='story')
+                it.named = gr.File(
+                    label='Sounds and latents that it names',
+                    file_count='multiple',
+                    file_types=['audio', '.npy'],
+                    type='filepath',
+                    height=120,
+                    elem_id='story-files',
+                )
                 it.go_on = gr.Button('Tell the story', variant='primary', elem_id='tell')
             with gr.Tab('Stream'):
                 gr.Markdown('It plays while it is made, and its prompt may change on the way.')

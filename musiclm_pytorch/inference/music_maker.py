@@ -14,6 +14,7 @@ from musiclm_pytorch.audiolm.stages import STAGES
 from musiclm_pytorch.audiolm.streaming import MusicStream
 from musiclm_pytorch.checks import check_positive, typechecked
 from musiclm_pytorch.gallery import Clip, file_name, ranked_clips
+from musiclm_pytorch.inference.written import parts_of, prompt_of, read_line
 from musiclm_pytorch.musiclm import MusicLM
 from musiclm_pytorch.waves import Music
 
@@ -63,14 +64,23 @@ class MusicMaker:
         melody = None if melody is None else Path(melody)
         return self._make(prompt, [prompt], seconds=seconds, prime_wave_path=prime, melody=melody, **how)
 
-    def from_story(self, rows: Sequence[Sequence[Any]], **how: Any) -> list[Clip]:
-        """The same for a story, rows of (seconds, prompt); rows with neither are passed over.
+    def from_story(self, rows: Sequence[Sequence[Any]], files: Sequence[str | Path] = (), **how: Any) -> list[Clip]:
+        """The same for a story, rows of (seconds, prompt as `read_line` reads it); rows with neither are passed over.
 
-        Raises ValueError also for a row with one of the two only.
+        files: sounds and latents that the rows name, by their names without folders.
+
+        Raises ValueError also for a row with one of the two only, and for a name that is none of the files.
         """
-        story = read_story(rows)
-        check_length('music', sum(length for length, _ in story), self.max_seconds)
-        return self._make(story, [prompt for _, prompt in story], **how)
+        rows, given = read_story(rows), {Path(file).name: Path(file) for file in files}
+        check_length('music', sum(length for length, _ in rows), self.max_seconds)
+
+        def find(name: str) -> Path:
+            if name not in given:
+                raise ValueError(f'the story names @{name}, but the files with it are {", ".join(given) or "none"}')
+            return given[name]
+
+        story = prompt_of(dict(story=[(length, read_line(told)) for length, told in rows]), find)
+        return self._make(story, parts_of(story), title=' – '.join(told for _, told in rows), **how)
 
     def stream(
         self,
@@ -121,6 +131,7 @@ class MusicMaker:
         text: Prompt | Story,
         prompts: list[Prompt],
         *,
+        title: str | None = None,
         num_samples: int,
         seed: int | None,
         cond_scale: float | None = None,
@@ -162,9 +173,9 @@ class MusicMaker:
             return []
         waves, scores, seeds = map(torch.cat, zip(*made))
         # a story is scored by the mean of its parts
-        music = Music(waves[None], scores[None]) if len(prompts) == 1 else None
+        music = Music(waves[None], scores[None]) if title is None else None
         remark = self.remarks(prompts, negative, music)
-        title = ' – '.join(map(title_of, prompts))
+        title = title or title_of(text)
         return ranked_clips(title, waves, scores, seeds, name=file_name(title), remark=remark)
 
 

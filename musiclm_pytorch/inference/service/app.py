@@ -18,7 +18,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from torch import Tensor
 
-from musiclm_pytorch.audiolm.generation_args import NoDirectionError
+from musiclm_pytorch.audiolm.generation_args import NoDirectionError, Prompt
 from musiclm_pytorch.checks import described, typechecked
 from musiclm_pytorch.inference.optimize import OptimizedMuLaN
 from musiclm_pytorch.inference.service.config import ServiceConfig
@@ -27,6 +27,7 @@ from musiclm_pytorch.inference.service.requests import (
     JSON,
     Prompts,
     ServiceError,
+    StoryPrompt,
     Texts,
     asked_music,
     check_texts,
@@ -213,10 +214,15 @@ async def generate(request: Request) -> Response:
     limits = dict(shortest=worker.shortest, dim_latent=worker.mulan.dim_latent)
     prompts, given = await run_in_threadpool(asked_music, body, config, musiclm, **limits)
     seed = secrets.randbelow(2**31) if body.seed is None else body.seed
-    how = dict(num_samples=body.num_samples, seconds=body.seconds, seed=seed, **body.sampling)
+    how = dict(num_samples=body.num_samples, seed=seed, **body.sampling)
     job = worker.generate(prompts, **given, **how)
     music, rate = await finished(job, request), musiclm.sample_rate
-    warnings = musiclm.prompt_warnings(prompts, music)
+    if isinstance(body.prompt, StoryPrompt):  # scored by the mean of its parts, which tells nothing of how well it fits
+        prompts = [it for _, it in prompts]
+        names = [' – '.join(map(name_of, prompts))]
+        warnings = ['; '.join(filter(None, musiclm.prompt_warnings(prompts)))]
+    else:
+        names, warnings = list(map(name_of, prompts)), musiclm.prompt_warnings(prompts, music)
     if body.format != 'json':
         best = music.scores[0].argmax()
         headers = {'X-Seed': str(seed), 'X-Score': f'{music.scores[0, best]:.6f}'}
@@ -224,7 +230,6 @@ async def generate(request: Request) -> Response:
             headers['X-Warning'] = header_of(warnings[0])
         sound = sound_bytes(music.waves[0, best], rate, body.format)
         return Response(sound, media_type=MEDIA_TYPES[body.format], headers=headers)
-    names = [it if isinstance(it, str) else described(it) for it in prompts]
     pieces = [
         {
             'prompt': prompt,
@@ -237,6 +242,10 @@ async def generate(request: Request) -> Response:
     ]
     told = {prompt: line for prompt, line in zip(names, warnings) if line}
     return JSONResponse({'sample_rate': rate, 'seed': seed, 'pieces': pieces, 'warnings': told})
+
+
+def name_of(prompt: Prompt) -> str:
+    return prompt if isinstance(prompt, str) else described(prompt)
 
 
 async def embed_form(request: Request, needs_both: bool = False) -> tuple[Tensor, Tensor, list[str]]:

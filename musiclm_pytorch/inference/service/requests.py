@@ -22,6 +22,7 @@ from torch import Tensor
 from musiclm_pytorch.audiolm.generation_args import (
     Mix,
     Prompt,
+    Story,
     check_shorter,
     read_prompt,
     read_prompts,
@@ -126,28 +127,34 @@ class MixPrompt(Body):
     mix: list[tuple[float, str | SoundPrompt | LatentPrompt]]
 
 
+class StoryPrompt(Body):
+    """story: pairs of seconds and a prompt, the parts of one piece whose prompt changes on the way."""
+
+    story: list[tuple[float, str | SoundPrompt | LatentPrompt | MixPrompt]]
+
+
 OnePrompt = str | SoundPrompt | LatentPrompt | MixPrompt
 
 
 class Prompts(Body):
     """What music to make; numbers as `musiclm_pytorch.MusicLM` takes them.
 
-    prompt: what the music is like; several with format 'json'
+    prompt: what the music is like; several with format 'json'; or a story
     negative: what it is to keep away from, and `negative_scale` how much
     prime: a sound file as base64, which the music goes on from and begins with
     melody: another, whose melody it follows, for models that follow melodies
-    seconds: length of a piece, the prime included
+    seconds: length of a piece, the prime included; 10 by default, and for a story the sum of its parts
     num_samples: pieces made for each prompt, of which MuLaN chooses
     seed: the same pieces again, of which piece number i is the one that `seed + i` makes alone; by default drawn, and
         told in the answer
     format: 'wav', 'flac', 'ogg' or 'mp3', the best piece alone, or 'json', all pieces with their scores
     """
 
-    prompt: OnePrompt | list[OnePrompt]
+    prompt: OnePrompt | StoryPrompt | list[OnePrompt]
     negative: OnePrompt | None = None
     prime: str | None = None
     melody: str | None = None
-    seconds: float = 10.0
+    seconds: float | None = None
     num_samples: int = 1
     seed: int | None = None
     temperature: float | list[float] | None = None
@@ -242,23 +249,31 @@ def check_texts(texts: list[str], config: ServiceConfig, name: str = 'texts') ->
 
 def asked_music(
     body: Prompts, config: ServiceConfig, musiclm: MusicLM, *, shortest: float, dim_latent: int
-) -> tuple[list[Prompt], dict[str, Any]]:
-    """What music is to be like, and what it is to keep away from, go on from and follow, as `MusicLM` takes them, once
-    all is checked."""
+) -> tuple[list[Prompt] | Story, dict[str, Any]]:
+    """What music is to be like, and how long it is, what it is to keep away from, go on from and follow, as `MusicLM`
+    takes them, once all is checked."""
+    story = body.prompt.story if isinstance(body.prompt, StoryPrompt) else None
     asked = body.prompt if isinstance(body.prompt, list) else [body.prompt]
     pieces = len(asked) * body.num_samples
     if body.num_samples < 1 or pieces > config.max_pieces:
         raise invalid(f'prompts times num_samples must lie between 1 and {config.max_pieces}, got {pieces}')
-    if not shortest <= body.seconds <= config.max_seconds:
-        raise invalid(f'seconds must lie between {shortest:.3g} and {config.max_seconds:g}, got {body.seconds:g}')
+    if story and body.seconds is not None:
+        raise invalid('a story tells its length itself; leave out seconds')
+    seconds = sum(length for length, _ in story) if story else 10.0 if body.seconds is None else body.seconds
+    if not shortest <= seconds <= config.max_seconds:
+        raise invalid(f'seconds must lie between {shortest:.3g} and {config.max_seconds:g}, got {seconds:g}')
     if body.seed is not None and not 0 <= body.seed < 2**63:
         raise invalid(f'seed must lie between 0 and 2⁶³ - 1, got {body.seed}')
     if body.format != 'json' and isinstance(body.prompt, list):
         raise invalid(f"a {body.format.upper()} holds one piece: give one prompt, not a list, or format 'json'")
     read = PromptReader(config, shortest=shortest, dim_latent=dim_latent)
     try:
-        prompts, _ = read_prompts([read(it) for it in asked])
-        given: dict[str, Any] = {}
+        if story is None:
+            prompts, _ = read_prompts([read(it) for it in asked])
+        else:
+            prompts, parts = read_prompts([(length, read(it)) for length, it in story])
+            prompts = [(length, prompt) for (length, _), prompt in zip(parts, prompts)]
+        given: dict[str, Any] = dict(seconds=None if story else seconds)
         if body.negative is not None:
             given['negative'] = read_prompt(read(body.negative))
         if body.melody is not None:  # before any sound is decoded
@@ -266,7 +281,7 @@ def asked_music(
         given |= read.sounds_of(body)
         if 'prime' in given:
             wave, rate = given.pop('prime')
-            check_shorter(len(wave) / rate, body.seconds)
+            check_shorter(len(wave) / rate, seconds)
             given |= dict(prime_wave=wave, prime_wave_input_sample_hz=rate)
         read_sampling(**body.sampling, conditioned=[True] * len(STAGES))
     except (TypeError, ValueError) as error:
