@@ -201,18 +201,21 @@ class Judge:
             self.models[name] = make_pipeline(StandardScaler(), network)
             self.models[name].fit(heard, [str(getattr(it, name)) for it in labels] * COPIES)
 
-    def right(self, heard: np.ndarray, seen: np.ndarray, labels: list[MusicLabels]) -> dict[str, float]:
-        """Share of the waves in which each attribute is that of their labels."""
+    def named(self, heard: np.ndarray, seen: np.ndarray) -> dict[str, list[str]]:
+        """The value of each attribute in each wave."""
         with torch.no_grad():
             parts = torch.cat([self.ear(part.float()) for part in torch.from_numpy(seen).split(100)]).argmax(dim=1)
-        named = [self.instruments[i] for i in parts.tolist()]
-        found = dict(instrument=np.mean([name == it.instrument for name, it in zip(named, labels)]))
+        named = dict(instrument=[self.instruments[i] for i in parts.tolist()])
+        return named | {name: list(map(str, model.predict(heard))) for name, model in self.models.items()}
+
+    def right(self, heard: np.ndarray, seen: np.ndarray, labels: list[MusicLabels]) -> dict[str, float]:
+        """Share of the waves in which each attribute is that of their labels."""
+        named = self.named(heard, seen)
+        pairs = {name: [(it, str(getattr(of, name))) for it, of in zip(named[name], labels)] for name in named}
         if len(self.instruments) > len(INSTRUMENTS):
-            found['family'] = np.mean([FAMILIES[name] == FAMILIES[it.instrument] for name, it in zip(named, labels)])
-        for name, model in self.models.items():
-            wanted = np.array([str(getattr(it, name)) for it in labels])
-            found[name] = (model.predict(heard) == wanted).mean()
-        return {name: float(share) for name, share in found.items()}
+            families = [(FAMILIES[it], FAMILIES[wanted]) for it, wanted in pairs['instrument']]
+            pairs = dict(instrument=pairs.pop('instrument'), family=families) | pairs
+        return {name: sum(it == wanted for it, wanted in each) / len(each) for name, each in pairs.items()}
 
     def nearer(
         self, heard: np.ndarray, seen: np.ndarray, own: list[MusicLabels], other: list[MusicLabels]

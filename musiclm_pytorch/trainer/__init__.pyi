@@ -13,3 +13,5 @@ from .trainer import TrainingError as TrainingError
 from .upstream import curtail_to_shortest_collate as curtail_to_shortest_collate
 from .upstream import get_dataloader as get_dataloader
 from .upstream import pad_to_longest_fn as pad_to_longest_fn
+from .words import teach_everyday_words as teach_everyday_words
+from .words import teach_words as teach_words

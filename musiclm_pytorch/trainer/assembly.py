@@ -39,6 +39,7 @@ from musiclm_pytorch.trainer.pipeline_recipe import FittedRecipe
 from musiclm_pytorch.trainer.resumable_loader import seed_everything
 from musiclm_pytorch.trainer.stage_recipes import MelodyRecipe
 from musiclm_pytorch.trainer.stages import load_stage
+from musiclm_pytorch.trainer.words import teach_everyday_words
 
 PROMPTS_AT_ONCE = 25  # where scores are measured
 
@@ -46,10 +47,14 @@ PROMPTS_AT_ONCE = 25  # where scores are measured
 def fit_quantizer(
     recipe: FittedRecipe, mulan: MuLaN, clips: Dataset, conditioning_dims: list[int]
 ) -> tuple[MuLaNEmbedQuantizer, list[float]]:
-    """A quantizer by the section `quantizer`, and what `MuLaNEmbedQuantizer.fit` tells of it."""
+    """A quantizer by the section `quantizer`, of a MuLaN that is taught words by the section `words` before, and what
+    `MuLaNEmbedQuantizer.fit` tells of it."""
     with recipe.section('quantizer') as keywords:
         if keywords.pop('trained_words_only', False):
             mulan = with_trained_words(mulan)
+        with recipe.section('words') as words:
+            if words:
+                mulan = teach_everyday_words(mulan, sampled='synthetic_sound_font' in recipe.tokens, **words)
         built, fitted = split_keywords(keywords, MuLaNEmbedQuantizer)
         seed_everything(fitted.get('seed', 0))
         quantizer = MuLaNEmbedQuantizer(mulan, conditioning_dims=conditioning_dims, **built)

@@ -20,6 +20,7 @@ from musiclm_pytorch.trainer.config import nearest
 from musiclm_pytorch.trainer.config_schema import Section, check_sections, read_content, shown
 from musiclm_pytorch.trainer.recipes import FITTED_PARTS, IS_CODE, TRAINED_PARTS, MuLaNRecipe, Recipe, write_recipe
 from musiclm_pytorch.trainer.stage_recipes import CoarseRecipe, CodecRecipe, FineRecipe, MelodyRecipe, SemanticRecipe
+from musiclm_pytorch.trainer.words import teach_words
 
 IS_DATA = 'say --data on the command line'
 FROM_MULAN = 'it follows from the part mulan'
@@ -45,6 +46,9 @@ class FittedRecipe(Recipe):
     Of generated music, `tokens.synthetic_rendered` is a rate in Hz: its clips are rendered once, into shards, for all
     parts but MuLaN. `musiclm.usual_score_prompts` is how many held-out captions `usual_score` is measured on.
 
+    With the section `words`, a MuLaN of `SyntheticMusic` learns ordinary words for what that tells before it goes into
+    the quantizer: `teach_everyday_words`.
+
     The section `tokenizer` is of a `TransformersSemanticTokenizer` if it has the key `model`, else of MuLaN's.
 
     The section `text_encoder` has the key `model`, a text encoder of `transformers` such as a T5, whose vectors of the
@@ -59,6 +63,7 @@ class FittedRecipe(Recipe):
             | dict.fromkeys(('conditioning_dims', 'namespaces'), FROM_STAGES),
             more=dict(trained_words_only=bool),
         ),
+        'words': Section((teach_words,), refused=dict(mulan=FROM_MULAN, draw=IS_CODE, report=IS_CODE)),
         'text_encoder': Section((), more=dict(model=str)),
         'tokenizer': Section(
             (MuLaNSemanticTokenizer, MuLaNSemanticTokenizer.fit, TransformersSemanticTokenizer),
@@ -186,7 +191,7 @@ class MusicLMRecipe:
         fitted = self.fitted.to_dict()
         if self.codec is not None or self.fitted.pretrained_codec:
             del fitted['spectral_codec']
-        for name in ('pretrained_codec', 'text_encoder'):
+        for name in ('pretrained_codec', 'text_encoder', 'words'):
             if not fitted[name]:
                 del fitted[name]
         return parts | fitted | ({} if self.fine is not None else dict(fine=False))
@@ -199,6 +204,7 @@ class MusicLMRecipe:
         """The same, every part of it by this seed."""
         trained = {name: dict(training=dict(seed=seed)) for name in RECIPES if getattr(self, name) is not None}
         seeded = {name: dict(seed=seed) for name in ('quantizer', 'tokenizer', 'spectral_codec')}
+        seeded |= dict(words=dict(seed=seed)) if self.fitted.words else {}
         parts = {name: getattr(self, name).updated(**it) for name, it in trained.items()}
         return replace(self, **parts, fitted=self.fitted.updated(**seeded))
 

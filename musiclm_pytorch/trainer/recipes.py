@@ -28,7 +28,16 @@ from musiclm_pytorch.trainer.trainer import Trainer
 FILE = 'recipe.json'
 # what the recipe of a whole MusicLM may hold: parts with recipes of their own, and sections of what is fitted
 TRAINED_PARTS = ('mulan', 'melody', 'codec', 'semantic', 'coarse', 'fine')
-FITTED_PARTS = ('quantizer', 'text_encoder', 'tokenizer', 'spectral_codec', 'pretrained_codec', 'tokens', 'musiclm')
+FITTED_PARTS = (
+    'quantizer',
+    'words',
+    'text_encoder',
+    'tokenizer',
+    'spectral_codec',
+    'pretrained_codec',
+    'tokens',
+    'musiclm',
+)
 IS_CODE = 'it is an object of Python; build the trainer in Python to pass one'
 
 
