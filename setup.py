@@ -100,6 +100,7 @@ setup(
         'musiclm_pytorch': [
             'py.typed',
             '**/*.pyi',
+            'data/*.yaml',
             'data/scores/*.yaml',
             'inference/package_files/*',
             'trainer/shipped_recipes/*.yaml',

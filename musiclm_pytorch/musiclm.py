@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,6 +32,7 @@ from musiclm_pytorch.audiolm.generation_args import (
     Story,
     check_shorter,
     counted_steps,
+    is_prompt,
     read_prime,
     read_prompt,
     read_prompts,
@@ -570,15 +572,20 @@ class MusicLM(HubModel, AudioStages):
 
     # warnings
 
-    def prompt_warnings(self, prompts: Sequence[Prompt], music: Music | None = None) -> list[str]:
-        """What someone should know who asks for these prompts: for each a line, empty where there is nothing to say.
+    def prompt_warnings(self, prompts: Sequence[Prompt] | Story, music: Music | None = None) -> list[str]:
+        """What someone should know who asks for these prompts: for each a line, empty where there is nothing to say; of
+        a story, one line for all of it.
 
         A line names the words that the text tower does not know and what the model knows; and, given the `music` made
         for the prompts, it tells where the best score lies below `usual_score`. Music shorter than the semantic stage's
         window, in which MuLaN hears less, is not judged.
         """
-        text = self.mulan_embed_quantizer.mulan.text
+        text, story = self.mulan_embed_quantizer.mulan.text, None
+        if prompts and not is_prompt(prompts[0]):
+            prompts, story = [prompt for _, prompt in prompts], prompts
         unknown = [[word for words in words_in(prompt) for word in text.unknown_words(words)] for prompt in prompts]
+        if story is not None:  # its score is the mean of its parts', which tells nothing of how well it fits
+            return [unknown_words_line(list(dict.fromkeys(chain.from_iterable(unknown))), self.knows)]
         lines = [unknown_words_line(words, self.knows) for words in unknown]
         if music is not None:
             lines = ['; '.join(filter(None, pair)) for pair in zip(lines, self._score_warnings(music))]

@@ -15,6 +15,7 @@ import soundfile
 import torch
 
 from musiclm_pytorch import Mix, MusicLM, PromptWarning, SyntheticMusic
+from musiclm_pytorch.audiolm.generation_args import read_seconds
 from musiclm_pytorch.cli import main
 from musiclm_pytorch.cli.evaluate import read_texts
 from musiclm_pytorch.evaluation.inputs import texts_by_file
@@ -103,6 +104,7 @@ def test_generate_writes_waves_and_a_page(tmp_path, capsys):
         (['--mix', 'much', 'an organ'], '--mix takes a weight, a number, and a prompt'),
         (['--mix', '0', 'an organ'], "the weight of 'an organ' must be greater than 0, got 0"),
         (['--negative', '@nowhere.wav'], 'nowhere.wav'),
+        (['--story', '1', 'an organ'], 'a story is one piece: give --story, or other prompts, not both'),
         (['--num-samples', '0'], 'num_samples must be greater than 0'),
         (['--temperature', '1', '2'], 'temperature must be one number or three'),
         (['--prime', 'nowhere.wav'], 'nowhere.wav'),
@@ -136,7 +138,7 @@ def test_sounds_and_mixtures_are_prompts_and_files_have_a_format(tiny, tmp_path,
     assert main(['generate', f'@{tmp_path}/in.wav', *options]) == 0
     pieces = json.loads((tmp_path / 'out' / 'prompts.json').read_text())
     mix, sound = Mix([(0.7, 'a slow organ'), (0.3, tmp_path / 'in.wav')]), dict(sound=f'{tmp_path}/in.wav')
-    with pytest.raises(ValueError, match='how well music fits sounds and mixtures is not measured'):
+    with pytest.raises(ValueError, match='how well music fits sounds, latents, mixtures and stories is not measured'):
         texts_by_file(pieces, 'prompts.json')
     for seed, (prompt, told) in enumerate(
         ((tmp_path / 'in.wav', sound), (mix, dict(mix=[[0.7, 'a slow organ'], [0.3, sound]])))
@@ -174,9 +176,30 @@ def test_a_line_says_words_a_file_or_a_mixture(tmp_path):
     assert read_line('70 % a + 12.5% @b.NPY') == dict(mix=[(0.7, 'a'), (0.125, dict(latent='b.NPY'))])
     with pytest.raises(ValueError, match="each part of a mixture has its share, .* got 'drums'"):
         read_line('70% a calm piano + drums')
-    (tmp_path / 'bad.npy').write_text('no array')
-    with pytest.raises(ValueError, match='bad.npy holds no array of NumPy'):
-        prompt_of(read_line(f'@{tmp_path}/bad.npy'))
+    (tmp_path / 'text.npy').write_text('no array')
+    (tmp_path / 'empty.npy').write_bytes(b'')
+    np.savez(tmp_path / 'several', np.zeros(3))
+    (tmp_path / 'several.npz').rename(tmp_path / 'several.npy')
+    np.save(tmp_path / 'words.npy', np.array(['a', 'b']))
+    np.save(tmp_path / 'matrix.npy', np.zeros((2, 3)))
+    for name, wanted in (
+        ('text', 'holds no array of NumPy'),
+        ('empty', 'holds no array of NumPy'),
+        ('several', 'holds NpzFile, but a latent of MuLaN is'),
+        ('words', r'holds \(2,\) of <U1, but a latent of MuLaN is \(d,\) of floats'),
+        ('matrix', r'holds \(2, 3\) of float64'),
+    ):
+        with pytest.raises(ValueError, match=f'{name}.npy {wanted}'):
+            prompt_of(read_line(f'@{tmp_path}/{name}.npy'))
+    with pytest.raises(FileNotFoundError):
+        prompt_of(read_line(f'@{tmp_path}/none.npy'))
+
+
+def test_a_story_tells_its_own_length(tmp_path, capsys):
+    story = ['--story', '0.3', 'a slow organ', '--story', '0.6', 'a flute']
+    assert main(['generate', *story, '--seconds', '2', '-o', str(tmp_path)]) == 2
+    assert 'a story tells its length itself; leave out seconds' in capsys.readouterr().err
+    assert read_seconds(None, None, [(0.3, 'a'), (0.6, 'b')], semantic_rate=None) == 0.9
 
 
 def test_stream_writes_a_file_for_a_player(tiny, tmp_path, capfdbinary):

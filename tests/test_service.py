@@ -265,7 +265,14 @@ def test_a_story_is_one_piece_of_what_prompts_are(service, musiclm):
         (dict(seconds=3.0), 'a story tells its length itself; leave out seconds'),
         (dict(prompt=dict(story=[(-1, 'a flute'), (3, 'a flute')])), 'the length of .* must be .*-1'),
         (dict(prompt=dict(story=[(1e9, 'a flute')])), 'seconds must lie between'),
-        (dict(prompt=dict(story=[])), 'at least one prompt|empty'),
+        (dict(prompt=dict(story=[])), 'a story may have 1 to 32 parts, got 0'),
+        (dict(prompt=dict(story=[(0.1, 'a flute')] * 33)), 'a story may have 1 to 32 parts, got 33'),
+        (dict(prompt=dict(story=[(3, 'a flute'), (4,)])), 'prompt.story.story.1.1: Field required'),
+        (
+            dict(prompt=dict(story=[(3, dict(sond=''))])),
+            'prompt.story.story.0.1: Input should be a string, or an object',
+        ),
+        (dict(prompt=dict(sound='', x=1)), "unknown field 'x' in prompt.sound"),
     ):
         check_error(service.client.post('/generate', json=body | more), 422, 'invalid_request', wanted)
 

@@ -126,7 +126,7 @@ def read_prompt(prompt: Prompt) -> Prompt:
     if isinstance(prompt, Path | tuple) or getattr(prompt, 'sample_rate', None):
         return read_sound(prompt, name='the wave of a prompt')
     latent = as_tensor(prompt)
-    if latent.ndim != 1 or not latent.is_floating_point():
+    if not isinstance(latent, Tensor) or latent.ndim != 1 or not latent.is_floating_point():
         raise ValueError(
             f'an array as a prompt is a latent of MuLaN, (d,) of floats, got {tuple(latent.shape)} {latent.dtype}; '
             'for a sound, pass the pair of its wave and its rate in Hz'
@@ -164,7 +164,7 @@ def read_seconds(seconds: float | None, max_length: int | None, story: Story | N
     if story:
         if given:
             raise ValueError(f'a story tells its length itself; leave out {given[0]}')
-        return float(sum(length for length, _ in story))
+        return round(float(sum(length for length, _ in story)), 6)  # 0.3 + 0.6 is no more than 0.9
     if len(given) == 2:
         raise ValueError(f'pass seconds or max_length, got both: {seconds} and {max_length}')
     if max_length is not None:

@@ -136,11 +136,11 @@ def run_stream(options: argparse.Namespace) -> None:
     if len(given) > 1:
         raise ValueError('a stream is for one prompt: give a PROMPT, or --mix, not both')
     prompt = prompt_of(given[0][1])
-    musiclm = load_musiclm(options)
     sounds = dict(prime=options.prime, melody=options.melody)
     how = {name: Path(it) for name, it in sounds.items() if it is not None}
     if options.negative is not None:
-        how['negative'] = read_prompt(options.negative)
+        how['negative'] = prompt_in(options.negative)
+    musiclm = load_musiclm(options)
     with musiclm.stream(prompt, seconds=options.seconds, seed=options.seed, **how) as music:
         samples = None if options.seconds is None else round(options.seconds * music.sample_rate)
         encoder = STREAMS[options.format](music.sample_rate, samples)
@@ -157,11 +157,12 @@ def run_infill(options: argparse.Namespace) -> dict[str, Any]:
     from musiclm_pytorch.waves import format_of
 
     format_of(Path(options.output).suffix)  # before music is made
+    prompt = prompt_in(options.prompt)
     music = load_musiclm(options).infill(
         Path(options.sound),
         options.start,
         options.end,
-        read_prompt(options.prompt),
+        prompt,
         num_samples=options.num_samples,
         seed=options.seed,
     )
@@ -176,21 +177,16 @@ def discard_output() -> None:
 
 
 def run_generate(options: argparse.Namespace) -> dict[str, Any]:
+    from musiclm_pytorch.audiolm.generation_args import read_seconds
     from musiclm_pytorch.gallery import check_no_page
-    from musiclm_pytorch.inference.written import parts_of, prompt_of
+    from musiclm_pytorch.inference.written import prompt_of
 
     folder, given = Path(options.output), read_given(options.prompts, options.mix, options.story)
     prompts = [told for told, _ in given]
     asked_for = [prompt_of(form) for _, form in given]
-    if options.story and options.seconds is not None:
-        raise ValueError('a story tells its length itself; leave out --seconds')
-    seconds = (
-        sum(length for length, _ in asked_for[0])
-        if options.story
-        else 10.0
-        if options.seconds is None
-        else options.seconds
-    )
+    story = asked_for[0] if options.story else None
+    seconds = read_seconds(options.seconds, None, story, semantic_rate=None)
+    negative = None if options.negative is None else prompt_in(options.negative)
     check_no_page(folder, options.overwrite)
     alone = options.prompts
     if len(alone) > 1 and all(len(prompt.split()) == 1 for prompt in alone):
@@ -205,11 +201,10 @@ def run_generate(options: argparse.Namespace) -> dict[str, Any]:
         name: it for name in (*musiclm.sampling, 'negative_scale') if (it := getattr(options, name)) is not None
     }
     sampling = musiclm.sampling | {name: it[0] if len(it) == 1 else tuple(it) for name, it in sampling.items()}
-    negative = None if options.negative is None else read_prompt(options.negative)
     how = dict(model=options.model, dtype=options.dtype, version=__version__)
     how |= dict(seconds=seconds, prime=options.prime)
     how |= dict(melody=options.melody, negative=options.negative, **sampling)
-    remarks = ['; '.join(filter(None, musiclm.prompt_warnings(parts_of(prompt)))) for prompt in asked_for]
+    remarks = musiclm.prompt_warnings(story or asked_for)
     for prompt, remark in zip(prompts, remarks):
         if remark:
             tell(f'"{prompt}": {remark}')
@@ -224,12 +219,12 @@ def run_generate(options: argparse.Namespace) -> dict[str, Any]:
                 tell(f'prompt {done + 1} of {len(prompts)}: {some[0]}')
             with warnings.catch_warnings():
                 warnings.simplefilter('ignore', PromptWarning)  # they are told in lines
-                asked = asked_for[done : done + at_once]
+                asked = story or asked_for[done : done + at_once]
                 music = musiclm(
-                    asked[0] if options.story else asked,
+                    asked,
                     negative=negative,
                     num_samples=options.num_samples,
-                    seconds=None if options.story else seconds,
+                    seconds=None if story else seconds,
                     seed=options.seed + done * options.num_samples,
                     melody=None if options.melody is None else Path(options.melody),
                     prime_wave_path=options.prime,
@@ -240,8 +235,7 @@ def run_generate(options: argparse.Namespace) -> dict[str, Any]:
                     **sampling,
                 )
             folder.mkdir(parents=True, exist_ok=True)
-            # a story is scored by the mean of its parts, which tells nothing of how well it fits
-            told = remarks if options.story else musiclm.prompt_warnings(asked, music)
+            told = musiclm.prompt_warnings(asked, music)
             for prompt, remark, *ranked in zip(some, told, music.waves, music.scores, music.seeds):
                 if more := remark.removeprefix(remarks[done]).removeprefix('; '):
                     tell(f'"{prompt}": {more}')
@@ -295,14 +289,15 @@ def numbered(pairs: list[list[str]], option: str, what: str) -> list[tuple[float
     parts = []
     for number, line in pairs:
         try:
-            parts.append((float(number), read_line(line)))
+            value = float(number)
         except ValueError as error:
             raise ValueError(f'{option} takes {what}, a number, and a prompt: {error}') from error
-        check_positive(**{f'the {what.split()[-1]} of {line!r}': parts[-1][0]})
+        check_positive(**{f'the {what.split()[-1]} of {line!r}': value})
+        parts.append((value, read_line(line)))
     return parts
 
 
-def read_prompt(line: str) -> Any:
+def prompt_in(line: str) -> Any:
     from musiclm_pytorch.inference.written import prompt_of, read_line
 
     return prompt_of(read_line(line))

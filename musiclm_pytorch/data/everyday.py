@@ -1,107 +1,118 @@
 """Prompts in ordinary words, beside what they mean in the words of `SyntheticMusic`: synonyms, moods, styles, scenes.
 
 What a style or a scene stands for is an association (`everyday.yaml`): a lo-fi beat is a slow electric piano with
-drums. What is said outright goes before it: a lo-fi guitar is a guitar.
+drums. What is said outright goes before it: a lo-fi guitar is a guitar. Last comes what is usual with a word: a calm
+piano is one without drums, a calm piano with a beat is not.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
-from musiclm_pytorch.data.attributes import SAMPLED_ATTRIBUTES, MusicLabels, choose
+from musiclm_pytorch.data.attributes import INSTRUMENTS, REGISTERS, SAMPLED, MusicLabels, choose
 from musiclm_pytorch.data.captions import article, write_caption
-from musiclm_pytorch.data.scores.phrases import misspell
+from musiclm_pytorch.data.scores.styles import read_table
 
-# {adj} "slow, calm", {style} "lo-fi", {inst} "piano", {with} "with a piano", {noun} "beat", {more} " with drums",
-# {scene} " for a party"; what is empty leaves its spaces
+# {how} "slow, calm lo-fi", {inst} "piano", {an_inst} "a piano", {noun} "beat", {more} " with drums", {scene} " for a
+# party"; behind each, what it cannot do without
 PATTERNS = (
-    '{adj} {style} {inst} {noun}{more}{scene}',
-    'a {adj} {style} {inst} {noun}{more}{scene}',
-    '{adj} {inst} {style} {noun}{more}{scene}',
-    '{inst} {noun}, {adj} {style}{more}{scene}',
-    '{style} {noun} {with}, {adj}{more}{scene}',
-    '{adj} {style} {noun} {with}{more}{scene}',
-    '{with}: {adj} {style} {noun}{more}{scene}',
-    'some {adj} {style} {noun} {with}{more}{scene}',
-    'something {adj} and {style}, {noun} {with}{more}{scene}',
-    '{noun} that is {adj} {style} {with}{more}{scene}',
-    '{noun} that sounds {adj} {style}, {inst}{more}{scene}',
-    '{adj} {style} {noun} played on {inst}{more}{scene}',
-    '{inst} playing a {adj} {style} {noun}{more}{scene}',
-    '{inst}{more}, {adj} {style} {noun}{scene}',
-    '{adj} {style} {noun} featuring {inst}{more}{scene}',
-    '{more} {adj} {style} {noun} {inst}{scene}',
-    'TAGS, ',
-    'TAGS ',
+    ('{how} {inst} {noun}{more}{scene}', ''),
+    ('a {how} {inst} {noun}{more}{scene}', ''),
+    ('some {how} {inst} {noun}{more}{scene}', ''),
+    ('{inst} {noun}, {how}{more}{scene}', 'how'),
+    ('something {how}, {inst} {noun}{more}{scene}', 'how'),
+    ('{noun} that is {how}{more}{scene}, {inst}', 'how noun'),
+    ('{noun} that sounds {how}, {inst}{more}{scene}', 'how noun'),
+    ('{how} {noun} with {an_inst}{more}{scene}', 'inst'),
+    ('{how} {noun} for {inst}{more}{scene}', 'inst'),
+    ('{how} {noun} on {an_inst}{more}{scene}', 'inst'),
+    ('{how} {noun} played on {an_inst}{more}{scene}', 'inst'),
+    ('{how} {noun} featuring {an_inst}{more}{scene}', 'inst'),
+    ('{an_inst} playing a {how} {noun}{more}{scene}', 'inst'),
+    ('{an_inst}{more}, {how} {noun}{scene}', 'inst'),
+    ('{an_inst}: {how} {noun}{more}{scene}', 'inst'),
+    ('TAGS, ', ''),
+    ('TAGS ', ''),
 )
 BEGINNINGS = (
     'make', 'create', 'generate', 'play', 'i want', 'give me', 'can you make', 'please compose', 'i need', 'write',
     'music like', 'this is', "i'd like", 'compose',
 )  # fmt: skip
-WITH = ('with {}', 'for {}', 'on {}', '{}')
-FOR = (' for {}', ' to play at {}', ', music for {}')
-MISSPELT = 0.04
+SCENE = (' for {}', ' to play at {}', ', music for {}')
+
+# instruments that there are, and the registers of each
+EIGHT = dict.fromkeys(INSTRUMENTS, tuple(REGISTERS))
 
 
 @cache
-def vocabulary() -> dict[str, Any]:
+def everyday_words() -> dict[str, Any]:
     """The tables of `everyday.yaml`."""
-    return yaml.safe_load((Path(__file__).parent / 'everyday.yaml').read_text(encoding='utf-8'))
+    return read_table(Path(__file__).with_name('everyday.yaml'))
 
 
 def draw_prompt(
-    random: np.random.Generator,
-    instruments: Collection[str] = SAMPLED_ATTRIBUTES['instrument'],
-    *,
-    misspelt: float = MISSPELT,
+    random: np.random.Generator, instruments: Mapping[str, Sequence[str]] = SAMPLED
 ) -> tuple[str, dict[str, Any]]:
     """A prompt in ordinary words, and the attributes that it tells: some of `MusicLabels`, one at least.
 
     Args:
         random: what draws it.
-        instruments: those that there are; nothing is said that means another.
-        misspelt: share of the prompts with a word misspelt.
+        instruments: those that there are with the registers of each; nothing is said that means another.
     """
-    tables = {name: suiting(table, instruments) for name, table in vocabulary().items() if name != 'instruments'}
-    meaning: dict[str, Any] = {}
-    while not meaning:
+    tables = {
+        name: [row for row in table if row.get('instrument') in (None, *instruments)]
+        for name, table in everyday_words().items()
+        if name != 'instruments'
+    }
+    while True:
         instrument = choose(random, sorted(instruments)) if random.random() < 0.6 else ''
-        told = {'instrument': instrument} if instrument else {}
-        adjectives = say(random, tables['adjectives'], told, 0.62, 3)
-        more = say(random, tables['phrases'], told, 0.4, 2)
-        noun = ''.join(say(random, tables['nouns'], told, 0.9, 1))
-        # by these, only what is not said outright
-        styles = say(random, tables['styles'], of_style := {}, 0.4, 1)
-        scenes = say(random, tables['scenes'], of_scene := {}, 0.25, 1)
-        meaning = {**of_scene, **of_style, **told}
-    name = choose(random, vocabulary()['instruments'][instrument]) if instrument else ''
-    text = sentence(random, name, adjectives, ''.join(styles), noun, more, ''.join(scenes))
-    return (misspell(text, random) if random.random() < misspelt else text), meaning
-
-
-def suiting(table: Sequence[Mapping[str, Any]], instruments: Collection[str]) -> list[Mapping[str, Any]]:
-    """Of what is said, that which needs no other instrument."""
-    return [row for row in table if row.get('instrument') in (None, *instruments)]
+        outright = {'instrument': instrument} if instrument else {}
+        usual: dict[str, Any] = {}
+        adjectives = say(random, tables['adjectives'], 0.62, 3, outright, usual)
+        more = say(random, tables['phrases'], 0.4, 2, outright, usual)
+        noun = ''.join(say(random, tables['nouns'], 0.9, 1, outright, usual))
+        style = ''.join(say(random, tables['styles'], 0.4, 1, of_style := {}, usual))
+        scene = ''.join(say(random, tables['scenes'], 0.25, 1, of_scene := {}, usual))
+        never = usual.pop('never', '')
+        meaning = {**usual, **of_scene, **of_style, **outright}
+        if meaning.get('instrument') == never:
+            continue
+        register = meaning.get('register')
+        if register not in (None, *instruments.get(meaning.get('instrument'), REGISTERS)):
+            if 'register' in outright:
+                continue  # nobody has heard it
+            del meaning['register']
+        if meaning:
+            break
+    name = choose(random, everyday_words()['instruments'][instrument]) if instrument else ''
+    return sentence(random, name, adjectives, style, noun, more, scene), meaning
 
 
 def say(
-    random: np.random.Generator, table: Sequence[Mapping[str, Any]], told: dict[str, Any], share: float, most: int
+    random: np.random.Generator,
+    table: Sequence[Mapping[str, Any]],
+    share: float,
+    most: int,
+    told: dict[str, Any],
+    usual: dict[str, Any],
 ) -> list[str]:
     """Some words of a table, each as likely, whatever it means, that do not contradict what was told; their meaning is
-    added to that."""
+    added to that, and to `usual` what is usual with them."""
     texts: list[str] = []
     while len(texts) < most and random.random() < share:
         row = choose(random, table, [len(it['words']) for it in table])
-        meaning = {name: it for name, it in row.items() if name != 'words'}
+        meaning = {name: it for name, it in row.items() if name not in ('words', 'usually', 'never')}
         if all(told.get(name, it) == it for name, it in meaning.items()):
             told.update(meaning)
+            usual.update(row.get('usually', {}))
+            if 'never' in row:
+                usual['never'] = row['never']
             texts.append(choose(random, row['words']))
     return texts
 
@@ -116,17 +127,17 @@ def sentence(
     scene: str,
 ) -> str:
     """A sentence, more or less, or a list of tags; parts may be empty."""
-    bare = name.lstrip('*')
-    pattern = choose(random, PATTERNS)
+    inst = name.lstrip('*')
+    how = choose(random, (', ', ' ', ' and ')).join(adjectives)
+    parts = dict(how=' '.join(filter(None, (how, style))), inst=inst, noun=noun)
+    pattern = choose(random, [it for it, needs in PATTERNS if all(parts[part] for part in needs.split())])
     if pattern.startswith('TAGS'):
-        tags = [it for it in (bare, style, noun, *adjectives, *more, scene) if it]
+        tags = [it for it in (inst, style, noun, *adjectives, *more, scene) if it]
         random.shuffle(tags)
         return pattern.removeprefix('TAGS').join(tags)
-    parts = dict(style=style, noun=noun, adj=choose(random, (', ', ' ', ' and ')).join(adjectives))
-    parts['inst'] = article(name) if name and random.random() < 0.3 else bare
-    parts['with'] = choose(random, WITH).format(article(name)) if name else ''
+    parts['an_inst'] = article(name) if name else ''
     parts['more'] = ''.join(f'{choose(random, (" ", ", "))}{it}' for it in more)
-    parts['scene'] = choose(random, FOR).format(scene) if scene else ''
+    parts['scene'] = choose(random, SCENE).format(scene) if scene else ''
     text = pattern.format(**parts)
     if random.random() < 0.2:
         text = f'{choose(random, BEGINNINGS)} {text}'

@@ -161,7 +161,7 @@ def texts_by_file(content: Any, source: str) -> dict[str, str]:
         if not isinstance(text, str):
             raise ValueError(
                 f'{source} must hold a text for {name}, or an object with the text under "prompt", for how well music '
-                f'fits sounds and mixtures is not measured; got {content[name]!r:.80}'
+                f'fits sounds, latents, mixtures and stories is not measured; got {content[name]!r:.80}'
             )
     return texts
 

@@ -119,7 +119,7 @@ def lay_out(
                     file_count='multiple',
                     file_types=['audio', '.npy'],
                     type='filepath',
-                    height=120,
+                    height=160,
                     elem_id='story-files',
                 )
                 it.go_on = gr.Button('Tell the story', variant='primary', elem_id='tell')

@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 
-from musiclm_pytorch.audiolm.generation_args import Mix, Progress, Prompt, StopGeneration, Story
+from musiclm_pytorch.audiolm.generation_args import Mix, Progress, Prompt, StopGeneration, Story, read_seconds
 from musiclm_pytorch.audiolm.stages import STAGES
 from musiclm_pytorch.audiolm.streaming import MusicStream
 from musiclm_pytorch.checks import check_positive, typechecked
 from musiclm_pytorch.gallery import Clip, file_name, ranked_clips
-from musiclm_pytorch.inference.written import parts_of, prompt_of, read_line
+from musiclm_pytorch.inference.written import MOST_PARTS, prompt_of, read_line
 from musiclm_pytorch.musiclm import MusicLM
 from musiclm_pytorch.waves import Music
 
@@ -62,7 +62,7 @@ class MusicMaker:
         check_says_something(prompt)
         check_length('music', seconds, self.max_seconds)
         melody = None if melody is None else Path(melody)
-        return self._make(prompt, [prompt], seconds=seconds, prime_wave_path=prime, melody=melody, **how)
+        return self._make(prompt, seconds=seconds, prime_wave_path=prime, melody=melody, **how)
 
     def from_story(self, rows: Sequence[Sequence[Any]], files: Sequence[str | Path] = (), **how: Any) -> list[Clip]:
         """The same for a story, rows of (seconds, prompt as `read_line` reads it); rows with neither are passed over.
@@ -71,16 +71,17 @@ class MusicMaker:
 
         Raises ValueError also for a row with one of the two only, and for a name that is none of the files.
         """
-        rows, given = read_story(rows), {Path(file).name: Path(file) for file in files}
-        check_length('music', sum(length for length, _ in rows), self.max_seconds)
+        given = {Path(file).name: Path(file) for file in files}
 
         def find(name: str) -> Path:
             if name not in given:
                 raise ValueError(f'the story names @{name}, but the files with it are {", ".join(given) or "none"}')
             return given[name]
 
-        story = prompt_of(dict(story=[(length, read_line(told)) for length, told in rows]), find)
-        return self._make(story, parts_of(story), title=' – '.join(told for _, told in rows), **how)
+        story, told = read_story(rows, find)
+        seconds = read_seconds(None, None, story, semantic_rate=None)
+        check_length('music', seconds, self.max_seconds)
+        return self._make(story, title=' – '.join(told), **how)
 
     def stream(
         self,
@@ -105,7 +106,9 @@ class MusicMaker:
             **self._sampling(seed, cond_scale, temperature, negative),
         )
 
-    def remarks(self, prompts: Sequence[Prompt], negative: str | None = None, music: Music | None = None) -> str:
+    def remarks(
+        self, prompts: Sequence[Prompt] | Story, negative: str | None = None, music: Music | None = None
+    ) -> str:
         """What there is to say of prompts, and of the music made for one, in a line."""
         told = self.musiclm.prompt_warnings(prompts, music)
         if negative and negative.strip():
@@ -129,7 +132,6 @@ class MusicMaker:
     def _make(
         self,
         text: Prompt | Story,
-        prompts: list[Prompt],
         *,
         title: str | None = None,
         num_samples: int,
@@ -153,7 +155,7 @@ class MusicMaker:
         num_samples, sampling = int(num_samples), self._sampling(seed, cond_scale, temperature, negative)
         seed = sampling.pop('seed')
         firsts = range(0, num_samples, AT_ONCE)
-        counts = dict(parts=len(prompts), rounds=len(firsts), stages=tuple(self.musiclm.stages))
+        counts = dict(parts=1 if title is None else len(text), rounds=len(firsts), stages=tuple(self.musiclm.stages))
         progress = stage_progress(report, **counts) if report else False
         made = []
         with contextlib.suppress(StopGeneration):
@@ -172,9 +174,8 @@ class MusicMaker:
         if not made:
             return []
         waves, scores, seeds = map(torch.cat, zip(*made))
-        # a story is scored by the mean of its parts
-        music = Music(waves[None], scores[None]) if title is None else None
-        remark = self.remarks(prompts, negative, music)
+        asked = [text] if title is None else text
+        remark = self.remarks(asked, negative, Music(waves[None], scores[None]))
         title = title or title_of(text)
         return ranked_clips(title, waves, scores, seeds, name=file_name(title), remark=remark)
 
@@ -217,19 +218,31 @@ def read_mix(
     return mix if len(parts) > 1 else parts[0][1]
 
 
-def read_story(rows: Sequence[Sequence[Any]]) -> list[tuple[float, str]]:
-    """(seconds, prompt) of the rows of a table that are filled in. Raises ValueError, naming the row."""
-    story = []
+def read_story(
+    rows: Sequence[Sequence[Any]], find: Callable[[str], Path]
+) -> tuple[list[tuple[float, Prompt]], list[str]]:
+    """The story in the rows (seconds, line) of a table that are filled in, and their lines; `find` as of `prompt_of`.
+
+    Raises ValueError, naming the row.
+    """
+    story, lines = [], []
     for number, (length, prompt) in enumerate(rows, 1):
         length, prompt = as_text(length), as_text(prompt)
         if not length and not prompt:
             continue
         if not prompt:
             raise ValueError(f'row {number} of the story has no prompt')
-        story.append((as_number(length, f'row {number} of the story needs its seconds'), prompt))
+        seconds = as_number(length, f'row {number} of the story needs its seconds')
+        try:
+            story.append((seconds, prompt_of(read_line(prompt), find)))
+        except (OSError, ValueError) as error:
+            raise ValueError(f'row {number} of the story: {error}') from error
+        lines.append(prompt)
     if not story:
         raise ValueError('the story is empty; give seconds and a prompt in a row or more')
-    return story
+    if len(story) > MOST_PARTS:
+        raise ValueError(f'a story may have {MOST_PARTS} parts at most, got {len(story)}')
+    return story, lines
 
 
 def as_text(cell: Any) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +11,9 @@ import numpy as np
 
 from musiclm_pytorch.audiolm.generation_args import Mix, Prompt
 
-SHARE = re.compile(r'\s*(\d+(?:\.\d+)?)\s*%\s*(\S.*?)\s*')
+SHARE = re.compile(r'(\d+(?:\.\d+)?)\s*%\s*(.+)', re.DOTALL)
 LATENT = '.npy'
+MOST_PARTS = 32  # of a story where anyone may ask: each costs a fifth of a second beside its music
 
 # words; dict(sound=file), dict(latent=file), dict(mix=[(weight, form), …]); a story is dict(story=[(seconds, form), …])
 Form = str | dict[str, Any]
@@ -25,12 +26,15 @@ def read_line(line: str) -> Form:
     Raises ValueError for a mixture of which a part has no share.
     """
     parts = line.split(' + ')
-    found = [SHARE.fullmatch(part) for part in parts]
-    if len(parts) > 1 and found[0]:
-        if None in found:
-            told = parts[found.index(None)].strip()
-            raise ValueError(f'each part of a mixture has its share, as in "70% a piano + 30% drums", got {told!r}')
-        return dict(mix=[(float(it[1]) / 100, read_line(it[2])) for it in found])
+    if len(parts) > 1 and SHARE.match(parts[0].strip()):
+        mix = []
+        for part in parts:
+            if (found := SHARE.fullmatch(part.strip())) is None:
+                raise ValueError(
+                    f'each part of a mixture has its share, as in "70% a piano + 30% drums", got {part.strip()!r}'
+                )
+            mix.append((float(found[1]) / 100, read_line(found[2])))
+        return dict(mix=mix)
     if line.startswith('@'):
         return dict(latent=line[1:]) if line.lower().endswith(LATENT) else dict(sound=line[1:])
     return line
@@ -54,11 +58,10 @@ def prompt_of(form: Form, find: Callable[[str], Path] = Path) -> Prompt | list[t
     if kind == 'sound':
         return path
     try:
-        return np.load(path, allow_pickle=False)
+        latent = np.load(path, mmap_mode='r', allow_pickle=False)  # of what a file claims, nothing is allocated
     except (ValueError, EOFError) as error:
         raise ValueError(f'{told} holds no array of NumPy, as a latent is: {error}') from error
-
-
-def parts_of(prompt: Prompt | Sequence[tuple[float, Prompt]]) -> list[Prompt]:
-    """The prompts of a story, or the one that there is."""
-    return [it for _, it in prompt] if isinstance(prompt, list) else [prompt]
+    if not isinstance(latent, np.ndarray) or latent.ndim != 1 or latent.dtype.kind != 'f':
+        what = f'{latent.shape} of {latent.dtype}' if isinstance(latent, np.ndarray) else type(latent).__name__
+        raise ValueError(f'{told} holds {what}, but a latent of MuLaN is (d,) of floats')
+    return np.array(latent)

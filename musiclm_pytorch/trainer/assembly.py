@@ -52,10 +52,11 @@ def fit_quantizer(
     with recipe.section('quantizer') as keywords:
         if keywords.pop('trained_words_only', False):
             mulan = with_trained_words(mulan)
-        with recipe.section('words') as words:
-            if words:
-                mulan = teach_everyday_words(mulan, sampled='synthetic_sound_font' in recipe.tokens, **words)
         built, fitted = split_keywords(keywords, MuLaNEmbedQuantizer)
+    with recipe.section('words') as words:
+        if words:
+            mulan = teach_everyday_words(mulan, sampled=bool(recipe.tokens.get('synthetic_sound_font')), **words)
+    with recipe.section('quantizer'):
         seed_everything(fitted.get('seed', 0))
         quantizer = MuLaNEmbedQuantizer(mulan, conditioning_dims=conditioning_dims, **built)
         return quantizer, fit_counted(quantizer, clips, 'quantizer', fitted)

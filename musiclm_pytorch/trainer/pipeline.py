@@ -18,7 +18,7 @@ from musiclm_pytorch.audiolm.saving import load_module, save_module
 from musiclm_pytorch.audiolm.semantic import SemanticTokenizer
 from musiclm_pytorch.audiolm.stages import STAGES
 from musiclm_pytorch.audiolm.tokens import compute_tokens
-from musiclm_pytorch.checks import typechecked
+from musiclm_pytorch.checks import check_positive, typechecked
 from musiclm_pytorch.codecs.melody import MelodyQuantizer
 from musiclm_pytorch.collectives import num_launched
 from musiclm_pytorch.data.opening import GENERATED, open_whole_clips
@@ -242,6 +242,13 @@ class _Parts:
         lacks_held_out = self.valid_data is None and self.data not in GENERATED
         if 'usual_score_prompts' in self.recipe.fitted.musiclm and lacks_held_out:
             raise ValueError('usual_score_prompts needs held-out captions: give valid_data (--valid-data)')
+        with self.recipe.fitted.section('words') as words:
+            if words and (self.data != 'synthetic' or self.recipe.text_encoder is not None):
+                raise ValueError(
+                    'ordinary words are taught in the words of SyntheticMusic to a MuLaN that goes into a quantizer; '
+                    'leave the section out for other data than "synthetic", and beside a text_encoder'
+                )
+            check_positive(**{name: it for name, it in words.items() if name != 'seed'})
         if self.recipe.fitted.tokens.get('synthetic_rendered') is not None and self.data in GENERATED:
             webdataset()
         if self.begin_with is None:

@@ -20,7 +20,7 @@ from musiclm_pytorch.trainer.config import nearest
 from musiclm_pytorch.trainer.config_schema import Section, check_sections, read_content, shown
 from musiclm_pytorch.trainer.recipes import FITTED_PARTS, IS_CODE, TRAINED_PARTS, MuLaNRecipe, Recipe, write_recipe
 from musiclm_pytorch.trainer.stage_recipes import CoarseRecipe, CodecRecipe, FineRecipe, MelodyRecipe, SemanticRecipe
-from musiclm_pytorch.trainer.words import teach_words
+from musiclm_pytorch.trainer.words import teach_everyday_words, teach_words
 
 IS_DATA = 'say --data on the command line'
 FROM_MULAN = 'it follows from the part mulan'
@@ -63,7 +63,10 @@ class FittedRecipe(Recipe):
             | dict.fromkeys(('conditioning_dims', 'namespaces'), FROM_STAGES),
             more=dict(trained_words_only=bool),
         ),
-        'words': Section((teach_words,), refused=dict(mulan=FROM_MULAN, draw=IS_CODE, report=IS_CODE)),
+        'words': Section(
+            (teach_words, teach_everyday_words),
+            refused=dict(mulan=FROM_MULAN, sampled=IS_DATA, pairs=IS_OWN, keep=IS_OWN, report=IS_CODE),
+        ),
         'text_encoder': Section((), more=dict(model=str)),
         'tokenizer': Section(
             (MuLaNSemanticTokenizer, MuLaNSemanticTokenizer.fit, TransformersSemanticTokenizer),

@@ -79,8 +79,8 @@ class Style:
     leap: float = 0.15
 
 
-def read_table(name: str) -> dict[str, Any]:
-    """A YAML file that lies beside this one."""
+def read_table(name: str | Path) -> dict[str, Any]:
+    """A YAML file, or one that lies beside this one."""
     # the loader in C takes a tenth of the time, where PyYAML was built with it
     loader = getattr(yaml, 'CSafeLoader', yaml.SafeLoader)
     return yaml.load((Path(__file__).parent / name).read_text(encoding='utf-8'), Loader=loader)

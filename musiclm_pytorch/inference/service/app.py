@@ -217,12 +217,10 @@ async def generate(request: Request) -> Response:
     how = dict(num_samples=body.num_samples, seed=seed, **body.sampling)
     job = worker.generate(prompts, **given, **how)
     music, rate = await finished(job, request), musiclm.sample_rate
-    if isinstance(body.prompt, StoryPrompt):  # scored by the mean of its parts, which tells nothing of how well it fits
-        prompts = [it for _, it in prompts]
-        names = [' – '.join(map(name_of, prompts))]
-        warnings = ['; '.join(filter(None, musiclm.prompt_warnings(prompts)))]
-    else:
-        names, warnings = list(map(name_of, prompts)), musiclm.prompt_warnings(prompts, music)
+    warnings = musiclm.prompt_warnings(prompts, music)
+    names = list(map(name_of, prompts))
+    if isinstance(body.prompt, StoryPrompt):
+        names = [' – '.join(name_of(it) for _, it in prompts)]
     if body.format != 'json':
         best = music.scores[0].argmax()
         headers = {'X-Seed': str(seed), 'X-Score': f'{music.scores[0, best]:.6f}'}

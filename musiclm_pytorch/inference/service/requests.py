@@ -7,13 +7,13 @@ import contextlib
 import io
 from collections.abc import Sequence
 from http import HTTPStatus
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, Union
 from urllib.parse import quote
 
 import torch
 from fastapi import HTTPException, Request
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Discriminator, Tag, ValidationError
 from python_multipart.exceptions import FormParserError
 from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
@@ -27,10 +27,12 @@ from musiclm_pytorch.audiolm.generation_args import (
     read_prompt,
     read_prompts,
     read_sampling,
+    read_seconds,
 )
 from musiclm_pytorch.audiolm.stages import STAGES
 from musiclm_pytorch.data.audio import AudioFile
 from musiclm_pytorch.inference.service.config import ServiceConfig
+from musiclm_pytorch.inference.written import MOST_PARTS
 from musiclm_pytorch.musiclm import SAMPLING, MusicLM
 from musiclm_pytorch.trainer.config_schema import nearest
 
@@ -109,6 +111,23 @@ class Texts(Body):
     texts: list[str]
 
 
+def kind_of(prompt: Any) -> str:
+    """What a prompt in JSON is, which tells what is wrong with it."""
+    if isinstance(prompt, dict):
+        return next((name for name in ('sound', 'latent', 'mix', 'story') if name in prompt), 'none of these')
+    return 'list' if isinstance(prompt, list) else 'text'
+
+
+def any_of(**kinds: Any) -> Any:
+    """One of these types, by its `kind_of`."""
+    types = tuple(Annotated[it, Tag(name)] for name, it in kinds.items())
+    wanted = 'a string, or an object with one of the keys sound, latent, mix and story, where those may stand'
+    return Annotated[
+        Union[types],  # noqa: UP007
+        Discriminator(kind_of, custom_error_type='prompt', custom_error_message=f'Input should be {wanted}'),
+    ]
+
+
 class SoundPrompt(Body):
     """sound: a file as base64; the music is to be like it."""
 
@@ -124,16 +143,17 @@ class LatentPrompt(Body):
 class MixPrompt(Body):
     """mix: pairs of a weight and a prompt, which are one prompt together."""
 
-    mix: list[tuple[float, str | SoundPrompt | LatentPrompt]]
+    mix: list[tuple[float, any_of(text=str, sound=SoundPrompt, latent=LatentPrompt)]]
+
+
+ONE = dict(text=str, sound=SoundPrompt, latent=LatentPrompt, mix=MixPrompt)
+OnePrompt = any_of(**ONE)
 
 
 class StoryPrompt(Body):
     """story: pairs of seconds and a prompt, the parts of one piece whose prompt changes on the way."""
 
-    story: list[tuple[float, str | SoundPrompt | LatentPrompt | MixPrompt]]
-
-
-OnePrompt = str | SoundPrompt | LatentPrompt | MixPrompt
+    story: list[tuple[float, OnePrompt]]
 
 
 class Prompts(Body):
@@ -150,7 +170,7 @@ class Prompts(Body):
     format: 'wav', 'flac', 'ogg' or 'mp3', the best piece alone, or 'json', all pieces with their scores
     """
 
-    prompt: OnePrompt | StoryPrompt | list[OnePrompt]
+    prompt: any_of(**ONE, story=StoryPrompt, list=list[OnePrompt])
     negative: OnePrompt | None = None
     prime: str | None = None
     melody: str | None = None
@@ -199,7 +219,9 @@ def validated(kind: type[SomeBody], given: bytes | dict[str, str]) -> SomeBody:
     told = []
     for fault in faults[:SHOWN]:
         if fault['type'] == 'extra_forbidden':
-            told.append(f'unknown field {fault["loc"][-1]!r:.80}; {nearest(fault["loc"][-1], kind.model_fields)}')
+            *within, name = fault['loc']
+            where = f' in {".".join(map(str, within))}' if within else f'; {nearest(name, kind.model_fields)}'
+            told.append(f'unknown field {name!r:.80}{where}')
         else:
             told.append(f'{".".join(map(str, fault["loc"])) or "the body"}: {fault["msg"]}')
     more = f'; and {len(faults) - SHOWN} more' if len(faults) > SHOWN else ''
@@ -257,9 +279,12 @@ def asked_music(
     pieces = len(asked) * body.num_samples
     if body.num_samples < 1 or pieces > config.max_pieces:
         raise invalid(f'prompts times num_samples must lie between 1 and {config.max_pieces}, got {pieces}')
-    if story and body.seconds is not None:
-        raise invalid('a story tells its length itself; leave out seconds')
-    seconds = sum(length for length, _ in story) if story else 10.0 if body.seconds is None else body.seconds
+    if story is not None and not 0 < len(story) <= MOST_PARTS:
+        raise invalid(f'a story may have 1 to {MOST_PARTS} parts, got {len(story)}')
+    try:
+        seconds = read_seconds(body.seconds, None, story, semantic_rate=None)
+    except ValueError as error:
+        raise invalid(str(error)) from error
     if not shortest <= seconds <= config.max_seconds:
         raise invalid(f'seconds must lie between {shortest:.3g} and {config.max_seconds:g}, got {seconds:g}')
     if body.seed is not None and not 0 <= body.seed < 2**63:
