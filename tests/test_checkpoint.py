@@ -113,6 +113,15 @@ def test_folders_of_something_else(saved, tmp_path, folder):
             load(tmp_path)
 
 
+def test_the_model_near_a_folder_is_named_and_so_is_what_a_config_is_of(tmp_path):
+    tiny_mulan().save_pretrained(tmp_path / 'mulan' / 'last')
+    for place in ('mulan', 'mulan/best'):
+        with pytest.raises(FileNotFoundError, match='there is a model in .*mulan/last'):
+            MuLaN.from_pretrained(tmp_path / place)
+    with pytest.raises(ValueError, match='is not the config of a MusicLM: it is that of a MuLaN'):
+        MusicLM.from_pretrained(tmp_path / 'mulan' / 'last')
+
+
 def test_another_vocabulary_takes_over_its_own_tokens(tmp_path):
     def build(known, **text):
         mulan = tiny_mulan(dict(depth=1), dict(depth=1, known_tokens=known, **text), hierarchical_contrastive_loss=True)

@@ -105,6 +105,8 @@ def test_generate_writes_waves_and_a_page(tmp_path, capsys):
         (['--mix', '0', 'an organ'], "the weight of 'an organ' must be greater than 0, got 0"),
         (['--negative', '@nowhere.wav'], 'nowhere.wav'),
         (['--story', '1', 'an organ'], 'a story is one piece: give --story, or other prompts, not both'),
+        (['--mix', '1', '@nowhere.wav'], 'no audio file at nowhere.wav'),
+        (['--negative', __file__], f'{__file__} is a file here: for music that is like it, write @{__file__}'),
         (['--num-samples', '0'], 'num_samples must be greater than 0'),
         (['--temperature', '1', '2'], 'temperature must be one number or three'),
         (['--prime', 'nowhere.wav'], 'nowhere.wav'),

@@ -264,6 +264,9 @@ def test_nothing_usable_is_an_error_that_says_why(tmp_path):
     write(tmp_path / 'a.wav', ramp(1), caption=None)
     with pytest.raises(ValueError, match=r'gives no usable clip; 1 skipped, the first, .*a\.wav: no caption: neither'):
         opened(tmp_path)
+    (tmp_path / 'captions.csv').write_text('audio,caption\na.wav,a flute\n')
+    with pytest.raises(ValueError, match=r'there is .*captions\.csv: if it tells the captions, pass it as the data'):
+        opened(tmp_path)
 
 
 @pytest.mark.parametrize(

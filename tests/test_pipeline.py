@@ -98,9 +98,25 @@ def test_what_is_there_is_not_made_again(tmp_path, music, config, whole, capsys)
     assert (out / 'fine' / 'last' / 'config.json').is_file()
     assert all(path.stat().st_mtime_ns == time for path, time in weights.items())
 
+    # how a stage is trained may change before it is begun, by an option too
+    shutil.rmtree(out / 'fine')
+    assert main([*command, '--fine.training.batch_size', '2']) == 0
+    assert json.loads((out / 'recipe.json').read_text())['fine']['training']['batch_size'] == 2
+    assert main([*command, '--fine.training.batch_size', '3']) == 2
+    assert 'has another recipe: fine' in capsys.readouterr().err
+
     # another recipe is not mixed with what is there
     assert main([*command, '--config', str(config), '--seed', '3']) == 2
     assert 'has another recipe: mulan' in capsys.readouterr().err
+
+
+def test_a_batch_larger_than_the_data_is_refused_before_anything_is_trained(tmp_path, music, config, capsys):
+    command = ['train', 'all', '--data', str(music), '--config', str(config), '--output', str(tmp_path / 'out')]
+    assert main([*command, '--coarse.training.batch_size', '4']) == 2
+    told = capsys.readouterr().err
+    assert 'the part coarse has batches of 4, but of 3 clips 2 are left beside those held out' in told
+    assert '--coarse.training.batch_size 2' in told
+    assert not (tmp_path / 'out').exists()
 
 
 def test_part_by_part_and_without_an_interruption_it_is_the_same(tmp_path, music, config, whole):

@@ -88,9 +88,8 @@ def stream(subcommands) -> None:
     option(parser, '--negative', metavar='PROMPT', help=NEGATIVE)
     option(parser, '--prime', metavar='FILE', help='a sound file to begin with and go on from')
     option(parser, '--melody', metavar='FILE', help=f'{MELODY} from the beginning on, once')
-    option(
-        parser, '--format', choices=('wav', 'opus'), default='wav', help='opus is in Ogg, a tenth of the bytes or less'
-    )
+    sizes = 'opus is in Ogg, a fifth to a third of the bytes'
+    option(parser, '--format', choices=('wav', 'opus'), default='wav', help=sizes)
     add_place(parser)
 
 
@@ -140,7 +139,12 @@ def run_stream(options: argparse.Namespace) -> None:
     how = {name: Path(it) for name, it in sounds.items() if it is not None}
     if options.negative is not None:
         how['negative'] = prompt_in(options.negative)
+    from musiclm_pytorch.mulan.text_transformer import PromptWarning
+
     musiclm = load_musiclm(options)
+    warnings.simplefilter('ignore', PromptWarning)  # it is told in a line
+    for remark in filter(None, musiclm.prompt_warnings([prompt, *([how['negative']] if 'negative' in how else [])])):
+        tell(remark)
     with musiclm.stream(prompt, seconds=options.seconds, seed=options.seed, **how) as music:
         samples = None if options.seconds is None else round(options.seconds * music.sample_rate)
         encoder = STREAMS[options.format](music.sample_rate, samples)
@@ -265,8 +269,6 @@ def read_given(
     prompts: list[str], mix: list[list[str]] | None, story: list[list[str]] | None = None
 ) -> list[tuple[str, Form]]:
     """What is asked for: of each piece what tells of it, and what that says."""
-    from musiclm_pytorch.inference.written import read_line
-
     given = [(prompt, read_line(prompt)) for prompt in prompts]
     if mix:
         parts = numbered(mix, '--mix', 'a weight')
@@ -284,7 +286,6 @@ def read_given(
 def numbered(pairs: list[list[str]], option: str, what: str) -> list[tuple[float, Form]]:
     """Numbers and what the lines beside them say. Raises ValueError for what is no number above 0."""
     from musiclm_pytorch.checks import check_positive
-    from musiclm_pytorch.inference.written import read_line
 
     parts = []
     for number, line in pairs:
@@ -297,8 +298,17 @@ def numbered(pairs: list[list[str]], option: str, what: str) -> list[tuple[float
     return parts
 
 
+def read_line(line: str) -> Form:
+    """What a line says, see `written.read_line`. Raises ValueError for the name of a file as words."""
+    from musiclm_pytorch.inference.written import read_line
+
+    if os.path.splitext(line)[1] and os.path.isfile(line):
+        raise ValueError(f'{line} is a file here: for music that is like it, write @{line}')
+    return read_line(line)
+
+
 def prompt_in(line: str) -> Any:
-    from musiclm_pytorch.inference.written import prompt_of, read_line
+    from musiclm_pytorch.inference.written import prompt_of
 
     return prompt_of(read_line(line))
 

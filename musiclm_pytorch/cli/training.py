@@ -369,8 +369,12 @@ def run_fit_spectral_codec(options: argparse.Namespace) -> dict[str, Any]:
 def run_train_all(options: argparse.Namespace) -> dict[str, Any]:
     from musiclm_pytorch.trainer.pipeline import train_musiclm
     from musiclm_pytorch.trainer.pipeline_recipe import MusicLMRecipe
+    from musiclm_pytorch.trainer.recipes import FILE
 
-    recipe = None if options.config is None else MusicLMRecipe.load(options.config)
+    config = options.config
+    if config is None and options.resume and (kept := Path(options.output) / FILE).is_file():
+        config = kept  # options of the command line change what the run was begun with
+    recipe = None if config is None else MusicLMRecipe.load(config)
     if options.seed is not None:
         recipe = (recipe or MusicLMRecipe()).with_seed(options.seed)
     if options.fields:

@@ -18,7 +18,7 @@ from musiclm_pytorch.checks import typechecked
 from musiclm_pytorch.data import sources
 from musiclm_pytorch.data.audio import AudioFile
 from musiclm_pytorch.data.clips import Clip, ClipTable, Listing
-from musiclm_pytorch.data.reading import ClipReader, first_of, span_at
+from musiclm_pytorch.data.reading import ClipReader, first_of, span_at, tables_in
 
 logger = logging.getLogger(__name__)
 CHECKED_TOGETHER = 4096  # files whose headers are looked at before more are listed
@@ -74,7 +74,7 @@ class AudioTextDataset(ClipReader, Dataset):
         for name, reason in self._skipped.items():
             logger.warning('skipped %s: %s', name, reason)
         if not self.clips:
-            raise ValueError(f'{self.source} gives no usable clip; {first_of(self._skipped)}')
+            raise ValueError(f'{self.source} gives no usable clip; {first_of(self._skipped)}{tables_in(self.source)}')
         if self._skipped:
             logger.warning('%s: %d clips, %d skipped', self.source, len(self.clips), len(self._skipped))
         self._share(len(self.clips))

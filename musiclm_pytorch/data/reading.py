@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -107,6 +108,18 @@ def span_at(file: AudioFile, start: float, end: float | None, rate: int, min_sec
 def first_of(skipped: dict[str, str]) -> str:
     """What an error says where nothing is left: how much is skipped, and why the first is."""
     return f'{len(skipped)} skipped' + next((f', the first, {name}: {reason}' for name, reason in skipped.items()), '')
+
+
+def tables_in(source: str) -> str:
+    """What an error adds for a folder that gave nothing but holds a table, which may be the captions."""
+    kinds = ('.csv', '.tsv', '.jsonl', '.parquet')
+    tables = sorted(it for it in Path(source).glob('*') if it.suffix.lower() in kinds)
+    if not tables:
+        return ''
+    return (
+        f'; there is {tables[0]}: if it tells the captions, pass it as the data. In a folder only metadata.csv or '
+        '.jsonl with a column file_name is read'
+    )
 
 
 def finite(wave: Tensor, name: str) -> Tensor:

@@ -56,6 +56,8 @@ def prompt_of(form: Form, find: Callable[[str], Path] = Path) -> Prompt | list[t
         return [(seconds, prompt_of(part, find)) for seconds, part in told]
     path = find(told)
     if kind == 'sound':
+        if not path.is_file():  # before other music is made
+            raise FileNotFoundError(f'no audio file at {told}')
         return path
     try:
         latent = np.load(path, mmap_mode='r', allow_pickle=False)  # of what a file claims, nothing is allocated

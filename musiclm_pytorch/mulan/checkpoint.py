@@ -34,6 +34,7 @@ from musiclm_pytorch.mulan.audio_transformer import AudioSpectrogramTransformer
 from musiclm_pytorch.mulan.int8 import dequantized, quantized
 from musiclm_pytorch.mulan.pretrained_towers import PretrainedAudioTransformer, PretrainedTextTransformer
 from musiclm_pytorch.mulan.text_transformer import TextTransformer, packed, unpacked
+from musiclm_pytorch.pretrained import models_inside
 from musiclm_pytorch.pretrained.hub import find_encoder, load_processor, save_encoder
 from musiclm_pytorch.version import __version__
 
@@ -327,13 +328,20 @@ def read_config(
     """
     path = Path(folder) / CONFIG_FILE
     if not path.is_file():
-        raise FileNotFoundError(f'no {CONFIG_FILE} in {folder}; expected a folder written by {model}.save_pretrained')
+        beside = Path(folder).parent if Path(folder).name != str(folder) else None  # of results/best, results
+        near = models_inside(Path(folder)) or (models_inside(beside) if beside else [])
+        hint = f'; there is a model in {near[0]}' if near else ''
+        raise FileNotFoundError(
+            f'no {CONFIG_FILE} in {folder}; expected a folder written by {model}.save_pretrained{hint}'
+        )
     content = read_checked_json(path, verify)
     try:
         for part in parts:
             content[part]
     except (KeyError, TypeError) as error:
-        raise ValueError(f'{path} is not the config of a {model}: it has no {error}, or is no object') from error
+        kind = content.get('model') if isinstance(content, dict) else None
+        what = f'is that of a {kind}' if kind not in (None, model) else f'has no {error}, or is no object'
+        raise ValueError(f'{path} is not the config of a {model}: it {what}') from error
     config = SavedConfig(path, content)
     config.check_known(content, ('model', 'version', WEIGHTS, WITHIN, *parts, *optional))
     if verify:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 from torch.utils.data import Dataset
@@ -42,6 +43,7 @@ from musiclm_pytorch.trainer.assembly import (
     load_codec,
     model_in,
 )
+from musiclm_pytorch.trainer.config import TrainingConfig
 from musiclm_pytorch.trainer.folders import holds_something, moved_aside, new_results
 from musiclm_pytorch.trainer.pipeline_recipe import MusicLMRecipe
 from musiclm_pytorch.trainer.recipes import FILE
@@ -179,10 +181,21 @@ def agreed_recipe(recipe: MusicLMRecipe | None, output: Path, resume: bool) -> M
         return earlier
     given, kept = recipe.to_dict(), earlier.to_dict()
     differ = [name for name in {**given, **kept} if given.get(name) != kept.get(name)]
+    # how a stage is trained may change until it is begun: nothing before depends on it
+    left = [name for name in STAGES if not holds_something(output / name)]
+    fixed = [it for it in differ if it not in left or _but_training(given, it) != _but_training(kept, it)]
+    if not fixed:
+        return recipe
     raise ValueError(
-        f'the run in {output} has another recipe: {", ".join(differ)} differ; leave the recipe out to go on with it, '
-        'or give another folder'
+        f'the run in {output} has another recipe: {", ".join(fixed)} differ; leave the recipe out to go on with it, or '
+        'give another folder. Only how stages are trained may change, before they are begun'
     )
+
+
+def _but_training(recipe: dict[str, Any], name: str) -> dict[str, Any] | None:
+    """A part of a recipe but for its section `training`; None of one that is not there."""
+    part = recipe.get(name)
+    return {key: it for key, it in part.items() if key != 'training'} if part else None
 
 
 def agreed_source(path: Path, source: dict[str, str | None]) -> dict[str, str | None]:
@@ -251,6 +264,7 @@ class _Parts:
             check_positive(**{name: it for name, it in words.items() if name != 'seed'})
         if self.recipe.fitted.tokens.get('synthetic_rendered') is not None and self.data in GENERATED:
             webdataset()
+        self.check_batches()
         if self.begin_with is None:
             return
         if self.recipe.text_encoder is not None:
@@ -274,6 +288,22 @@ class _Parts:
                 )
         if not (self.recipe.fitted.pretrained_codec or self.is_made('codec')):
             self.recipe.check_levels(own_codec(load_module(self.begin_with / 'codec')).num_quantizers)
+
+    def check_batches(self) -> None:
+        """Raise ValueError for a part whose batch is larger than the data."""
+        how = dict(sample_rate=16000, audio_folder=self.audio_folder, **self.recipe.synthetic)
+        clips = len(open_whole_clips(self.data, **how))
+        for name in ('codec', *STAGES):
+            recipe = getattr(self.recipe, name)
+            if recipe is None or self.is_made(name) or not recipe.training.get('drop_last', TrainingConfig.drop_last):
+                continue
+            held_out = max(1, round(recipe.training.get('valid_frac', TrainingConfig.valid_frac) * clips))
+            batch = recipe.training.get('batch_size') or 1
+            if (left := clips - held_out) < batch:
+                raise ValueError(
+                    f'the part {name} has batches of {batch}, but of {clips} clips {left} are left beside those held '
+                    f'out; lower it: --{name}.training.batch_size {max(1, left)}, or batch_size in the recipe'
+                )
 
     def open_mulan(self) -> None:
         """Build the trainer of the first part, unless that is finished."""
