@@ -173,7 +173,12 @@ def add_training(parser: Any, *more: str) -> None:
         '--config; without --resume, what is under --output is moved aside',
     )
     length = parser.add_mutually_exclusive_group()
-    docs = field_docs() | dict(grad_cache_chunk_size='pairs embedded at a time: less memory, the same step')
+    by_recipe = '(default: as in the recipe)'
+    docs = field_docs() | dict(
+        grad_cache_chunk_size='pairs embedded at a time: less memory, the same step',
+        num_epochs=f'passes over the data, in the whole run {by_recipe}',
+        lr=f'learning rate {by_recipe}',
+    )
     hints = typing.get_type_hints(TrainingConfig)
     for name, field in OVERRIDES.items():
         if field not in hints and name not in more:
