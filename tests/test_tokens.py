@@ -177,6 +177,17 @@ def test_crops_of_both_streams_are_of_the_same_time(tmp_path):
     assert torch.equal(crops[2]['codec'][:, 0], torch.arange(37))
 
 
+def test_a_share_of_the_crops_begins_where_clips_do(tmp_path):
+    compute(tmp_path, Clips([9.0] * 40))
+    for share, least, most in ((0.0, 0, 12), (0.5, 70, 130), (1.0, 200, 200)):
+        crops = TokenCrops(tmp_path, 'coarse', seconds=1.0, conditioning=False, begin_share=share)
+        train, valid = crops.split(0.25)  # which keep it
+        random.seed(0)
+        starts = [int(train[index % 30]['semantic'][0]) for index in range(200)]
+        assert least <= starts.count(0) <= most
+        assert valid[0]['semantic'][0] > 0  # in the middle, as ever
+
+
 def test_validation_crops_stay_and_splits_share_nothing(tmp_path):
     compute(tmp_path, Clips([4.0] * 8))
     train, valid = TokenCrops(tmp_path, 'coarse', seconds=1.0, conditioning=False).split(0.25)
@@ -251,6 +262,7 @@ def test_what_cannot_be_computed_is_said(tmp_path, dataset, keywords, error, mes
         (dict(stage='coarse', seconds=0.015), ValueError, 'not even one frame of the semantic tokens, 50 a second'),
         (dict(stage='coarse', conditioning=True), FileNotFoundError, 'no audio tokens in'),
         (dict(stage='coarse', text_share=0.5), ValueError, 'text_share needs conditioning'),
+        (dict(stage='coarse', begin_share=1.5), ValueError, r'begin_share must lie in \[0, 1\], got 1.5'),
         (dict(stage='coarse', items=[2]), ValueError, "no item with tokens for the stage 'coarse'"),
     ],
 )

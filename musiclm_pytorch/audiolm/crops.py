@@ -43,6 +43,8 @@ class TokenCrops(Dataset):
         text_share: share of the items that have the codes of their text instead.
         melody: give the codes of melodies too, of the windows that begin within the crop; it begins with one.
         words: give the ids of the text's tokens too.
+        begin_share: share of the crops in training that begin where their clip does. Music is made from its beginning,
+            which random crops hardly see: a stage may then take the quiet before the first note for silence, and go on.
         training: draw crops at random; otherwise the middle of each clip.
         items: indices of the data set that are used, all by default.
 
@@ -61,6 +63,7 @@ class TokenCrops(Dataset):
         text_share: float = 0.0,
         melody: bool = False,
         words: bool = False,
+        begin_share: float = 0.0,
         training: bool = True,
         items: Sequence[int] | None = None,
     ):
@@ -68,6 +71,8 @@ class TokenCrops(Dataset):
         check_positive(seconds=seconds)
         if not 0 <= text_share <= 1:
             raise ValueError(f'text_share must lie in [0, 1], got {text_share}')
+        if not 0 <= begin_share <= 1:
+            raise ValueError(f'begin_share must lie in [0, 1], got {begin_share}')
         if text_share > 0 and not conditioning:
             raise ValueError('text_share needs conditioning=True')
         self.folder = Path(folder)
@@ -77,6 +82,7 @@ class TokenCrops(Dataset):
         self.text_share = text_share
         self.melody = melody
         self.words = words
+        self.begin_share = begin_share
         self.training = training
         self.timed = STAGE_STREAMS[stage]
         names = [*self.timed]
@@ -138,7 +144,13 @@ class TokenCrops(Dataset):
         lengths = [self.frames(name) for name in self.timed]
         free = min(Fraction(int(s.lengths[item]) - n) / s.rate for s, n in zip(streams, lengths))
         places = max(0, math.floor(free / self.grid)) + 1
-        start = (random.randrange(places) if self.training else places // 2) * self.grid
+        if not self.training:
+            place = places // 2
+        elif self.begin_share and random.random() < self.begin_share:
+            place = 0
+        else:
+            place = random.randrange(places)
+        start = place * self.grid
         crop = {}
         for name, stream, length in zip(self.timed, streams, lengths):
             first = int(start * stream.rate)
@@ -177,7 +189,7 @@ class TokenCrops(Dataset):
         return tuple(self._of(np.sort(self.items[chosen]), training) for chosen, training in parts)
 
     def _of(self, items: np.ndarray, training: bool) -> TokenCrops:
-        names = 'seconds', 'conditioning', 'text_share', 'melody', 'words'
+        names = 'seconds', 'conditioning', 'text_share', 'melody', 'words', 'begin_share'
         keywords = {name: getattr(self, name) for name in names}
         return TokenCrops(self.folder, self.stage, training=training, items=items.tolist(), **keywords)
 

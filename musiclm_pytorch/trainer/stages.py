@@ -160,6 +160,7 @@ class StageTrainer(Sharing, Trainer):
             it, semantic tokens keep their place in time, which windows of long music rely on.
         seconds: length of the crops, by default 30, 10 and 3 s for the three stages.
         text_share: share of the items that are conditioned by their text instead of their audio.
+        begin_share: share of the crops that begin where their clip does, see `TokenCrops`.
         valid_tokens: held-out tokens; by default `valid_frac` of the items are held out.
         fsdp: share the transformer, its gradients and the optimizer out over the processes of `torchrun`, of which each
             else has all (FSDP2); one process has all of it.
@@ -192,6 +193,7 @@ class StageTrainer(Sharing, Trainer):
         unique_consecutive: bool = False,
         seconds: float | None = None,
         text_share: float = 0.0,
+        begin_share: float = 0.0,
         valid_tokens: str | Path | TokenCrops | None = None,
         fsdp: bool = False,
         callbacks: Sequence[Callback] = (),
@@ -248,13 +250,14 @@ class StageTrainer(Sharing, Trainer):
             stage=self.stage,
             conditioning=quantizer is not None,
             text_share=text_share,
+            begin_share=begin_share,
             melody=melody is not None,
             words=text_encoder is not None,
         )
         if not isinstance(tokens, TokenCrops):
             tokens = crops(tokens, seconds=seconds)
-        elif seconds is not None or text_share:
-            raise ValueError('seconds and text_share belong to TokenCrops, which were given already')
+        elif seconds is not None or text_share or begin_share:
+            raise ValueError('seconds, text_share and begin_share belong to TokenCrops, which were given already')
         if isinstance(valid_tokens, (str, Path)):
             valid_tokens = crops(valid_tokens, seconds=tokens.seconds, training=False)
         self.unique_consecutive = unique_consecutive
