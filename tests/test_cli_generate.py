@@ -344,12 +344,12 @@ def test_music_that_does_not_come_near_its_prompt_is_told(tiny):
 
 
 def test_the_command_tells_what_was_not_understood(tmp_path, capsys):
-    assert main(['generate', 'lofi flute', 'a flute', '--seconds', '0.3', '-o', str(tmp_path)]) == 0
+    assert main(['generate', 'bagpipe flute', 'a flute', '--seconds', '0.3', '-o', str(tmp_path)]) == 0
     error = capsys.readouterr().err
-    assert error.startswith('"lofi flute": the model does not know lofi; it knows piano')
+    assert error.startswith('"bagpipe flute": the model does not know bagpipe; it knows piano')
     assert error.count('does not know') == 1
     page = (tmp_path / 'index.html').read_text()
-    assert page.index('lofi flute') < page.index('the model does not know lofi') < page.index('02-a-flute')
+    assert page.index('bagpipe flute') < page.index('the model does not know bagpipe') < page.index('02-a-flute')
 
 
 @pytest.mark.slow
