@@ -129,6 +129,7 @@ def run_stream(options: argparse.Namespace) -> None:
         raise ValueError('this is a terminal, which plays no sound: add "| ffplay -nodisp -i -", or "> music.wav"')
 
     from musiclm_pytorch.inference.written import prompt_of
+    from musiclm_pytorch.mulan.text_transformer import PromptWarning
     from musiclm_pytorch.waves import STREAMS
 
     given = read_given([] if options.prompt is None else [options.prompt], options.mix)
@@ -139,8 +140,6 @@ def run_stream(options: argparse.Namespace) -> None:
     how = {name: Path(it) for name, it in sounds.items() if it is not None}
     if options.negative is not None:
         how['negative'] = prompt_in(options.negative)
-    from musiclm_pytorch.mulan.text_transformer import PromptWarning
-
     musiclm = load_musiclm(options)
     warnings.simplefilter('ignore', PromptWarning)  # it is told in a line
     for remark in filter(None, musiclm.prompt_warnings([prompt, *([how['negative']] if 'negative' in how else [])])):
