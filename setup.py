@@ -95,7 +95,7 @@ setup(
     license='MIT',
     python_requires='>=3.10',
     packages=find_packages(include=['musiclm_pytorch', 'musiclm_pytorch.*']),
-    entry_points={'console_scripts': ['musiclm = musiclm_pytorch.cli:main']},
+    entry_points={'console_scripts': ['musiclm = musiclm_pytorch.cli:run']},
     package_data={
         'musiclm_pytorch': [
             'py.typed',

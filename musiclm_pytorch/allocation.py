@@ -87,6 +87,10 @@ def _sizes(func: Any, args: tuple, kwargs: dict[str, Any], is_new: bool) -> list
         kwargs = {**kwargs, 'device': 'meta', 'pin_memory': None}
     elif torch.Tag.dynamic_output_shape in func.tags or 'keepdim' in names:
         return []  # what depends on values, and what reduces them, is no larger than they are
+    elif func.overloadpacket in (torch.ops.aten.cat, torch.ops.aten.stack):
+        return [sum(it.numel() for it in args[0])]
+    elif func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.mv):
+        return [len(args[0]) * math.prod(args[1].shape[1:])]
     elif torch.Tag.pointwise in func.tags:
         shapes = [it.shape[::-1] for it in tree_leaves((args, kwargs)) if isinstance(it, Tensor)]
         return [math.prod(map(max, zip_longest(*shapes, fillvalue=1)))]  # broadcast

@@ -225,8 +225,24 @@ def test_entry_point(monkeypatch):
     given = {}
     monkeypatch.setattr('setuptools.setup', lambda **keywords: given.update(keywords))
     runpy.run_path(str(ROOT / 'setup.py'))
-    assert given['entry_points'] == {'console_scripts': ['musiclm = musiclm_pytorch.cli:main']}
+    assert given['entry_points'] == {'console_scripts': ['musiclm = musiclm_pytorch.cli:run']}
     done = subprocess.run(
         [sys.executable, '-m', 'musiclm_pytorch.cli', '--version'], cwd=ROOT, capture_output=True, text=True
     )
     assert (done.returncode, done.stdout) == (0, f'musiclm-pytorch {given["version"]}\n')
+
+
+@pytest.mark.parametrize(('arguments', 'code'), [(['recipes'], 0), (['search', 'a piano', '--index', 'nothere'], 2)])
+def test_the_process_ends_after_all_that_is_to_be_done_at_its_end(arguments, code, tmp_path):
+    """Its own end skips what takes torch down, and neither what threads do nor what waits to be printed."""
+    script = """
+import atexit, sys, threading, time
+from musiclm_pytorch.cli import run
+atexit.register(print, 'ended')
+threading.Thread(target=lambda: (time.sleep(0.2), print('slept'))).start()
+run()
+"""
+    done = subprocess.run([sys.executable, '-c', script, *arguments], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == code, done.stderr
+    assert done.stdout.splitlines()[-2:] == ['slept', 'ended']
+    assert bool(done.stderr) == (code == 2)

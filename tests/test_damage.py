@@ -95,9 +95,22 @@ def test_a_codebook_and_a_codec_of_millions_are_refused(tmp_path):
             load_module(tmp_path / 'codec')
 
 
-def test_the_limit_holds_what_the_weights_need(tmp_path):
+@pytest.mark.parametrize(
+    'make',
+    [
+        lambda: torch.ones(2, 1).expand(2, 2**30).clone(),
+        lambda: torch.cat([torch.ones(1).expand(2**24), torch.ones(1)]),
+        lambda: torch.stack([torch.ones(1).expand(2**23), torch.ones(1).expand(2**23)]),
+        lambda: torch.ones(2**12, 1) @ torch.ones(1, 2**12),
+        lambda: torch.ones(1, 1).expand(2**24, 1) @ torch.ones(1),
+    ],
+)
+def test_no_tensor_may_be_far_larger_than_the_weights(make):
     with AllocationLimit([100]), pytest.raises(ValueError, match='far more than the weights'):
-        torch.ones(2, 1).expand(2, 2**30).clone()
+        make()
+
+
+def test_the_limit_holds_what_the_weights_need(tmp_path):
     with AllocationLimit([100]), pytest.raises(ValueError, match=r'cannot be, of sizes \[-3, 2\]'):
         torch.empty(-3, 2)
     with AllocationLimit([100]), pytest.raises(ValueError, match='far larger'):

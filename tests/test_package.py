@@ -271,7 +271,8 @@ IMPORTS = """
 import sys
 import musiclm_pytorch
 print(*sys.modules)
-musiclm_pytorch.MusicLM.from_pretrained('tiny')('a piano', seconds=0.2)
+for name in ('tiny', 'small'):
+    musiclm_pytorch.MusicLM.from_pretrained(name)('a piano', seconds=0.2)
 print(*sys.modules)
 import audiolm_pytorch, x_clip, torch, torchaudio, torchvision, soundfile, safetensors, tqdm, beartype
 import einops, ema_pytorch, lion_pytorch, accelerate, vector_quantize_pytorch, fairseq

@@ -1,3 +1,4 @@
 """The command `musiclm`."""
 
 from musiclm_pytorch.cli.entry import main as main
+from musiclm_pytorch.cli.entry import run as run

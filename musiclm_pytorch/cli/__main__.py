@@ -1,5 +1,3 @@
-import sys
+from musiclm_pytorch.cli.entry import run
 
-from musiclm_pytorch.cli.entry import main
-
-sys.exit(main())
+run()

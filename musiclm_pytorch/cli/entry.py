@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import atexit
 import contextlib
 import errno
 import json
@@ -12,6 +13,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator, Sequence
+from typing import NoReturn
 
 from musiclm_pytorch.cli.app import app
 from musiclm_pytorch.cli.data import shard, tokens
@@ -24,6 +26,20 @@ from musiclm_pytorch.cli.search import index, search
 from musiclm_pytorch.cli.serve import serve
 from musiclm_pytorch.cli.training import train
 from musiclm_pytorch.version import __version__
+
+
+def run() -> NoReturn:
+    """Be the process of the command, and end it with its exit code.
+
+    It is left at once when threads have ended and what was registered for its end is done, as processes of
+    multiprocessing are: torch's libraries would be read from disk to be taken down, which takes some 0.4 s and 130 MB.
+    """
+    code = main()
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
