@@ -18,7 +18,8 @@ to other real clips of the same font. Beside it real clips of the same labels, a
 those: the codec, the fine stage from real coarse codes, both later stages from real semantic tokens. FAD is taken on
 musicnn's features to real clips of the font that are no part of the rest.
 prompts: 24 prompts as ordinary users write them; is what is named among musicnn's first 5 tags, or does a warning tell
-words that the model does not know? 'Of other prompts' is the same with the music of the others: chance.
+words that the model does not know, or that even the best piece fits less than usual? 'Of other prompts' is the same
+with the music of the others: chance.
 time: 5 s of one sample, the models in turn; the median.
 
 Needs the extras `test` and `scores`, FluidSynth, the font, and the package musicnn (see `musicnn_judge.py`). What was
@@ -276,13 +277,24 @@ def ask(clips: Clips, prompts: int) -> tuple[list[int], list[str]]:
 
 def make(musiclm: MusicLM, prompts: Sequence[str], samples: int, batch: int, seed: int) -> list[Tensor]:
     """The best of so many pieces for each prompt, `(samples,)` each."""
+    return make_and_warn(musiclm, prompts, samples, batch, seed)[0]
+
+
+def make_and_warn(
+    musiclm: MusicLM, prompts: Sequence[str], samples: int, batch: int, seed: int
+) -> tuple[list[Tensor], list[str]]:
+    """The best of so many pieces for each prompt, and what a user is told of prompt and piece."""
     waves: list[Tensor] = []
+    lines: list[str] = []
     with warnings.catch_warnings():
-        warnings.simplefilter('ignore', PromptWarning)
+        warnings.simplefilter('ignore', PromptWarning)  # they are returned
         for i in range(0, len(prompts), batch):
+            some = list(prompts[i : i + batch])
             given = dict(num_samples=samples, seconds=SECONDS, seed=seed + i * samples)
-            waves += torch.Tensor(musiclm(list(prompts[i : i + batch]), **given)).unbind()
-    return waves
+            music = musiclm(some, return_all=True, return_scores=True, **given)
+            waves += [own[place] for own, place in zip(torch.Tensor(music.waves), music.scores.argmax(dim=1))]
+            lines += musiclm.prompt_warnings(some, music)
+    return waves, lines
 
 
 @torch.no_grad()
@@ -341,17 +353,18 @@ def judge_generated(bench: Bench, models: list[Model]) -> None:
 def judge_prompts(bench: Bench, models: list[Model]) -> None:
     prompts, named = list(ORDINARY), list(ORDINARY.values())
     for model in models:
-        warned = model.musiclm.prompt_warnings(prompts)
-        made = make(model.musiclm, prompts, bench.args.samples, bench.args.batch, seed=2000)
+        made, warned = make_and_warn(model.musiclm, prompts, bench.args.samples, bench.args.batch, seed=2000)
         likely = bench.judge.probabilities([resample(it, model.musiclm.sample_rate, HEARD_RATE) for it in made])
         first = [bench.judge.first_tags(it) for it in likely]
         # hits[i, j]: what prompt i names is heard in the music of prompt j
         hits = np.array([[bool({*own} & {*tags}) for tags in first] for own in named])
+        unknown = model.musiclm.prompt_warnings(prompts)
         told, right = np.array([bool(it) for it in warned]), hits.diagonal()
         others = (hits.sum() - right.sum()) / (hits.size - len(hits))
         bench.add('prompts', 'named and heard', model.name, share(right))
         bench.add('prompts', 'of other prompts', model.name, MetricValue(others, count=hits.size - len(hits)))
         bench.add('prompts', 'heard, or warned of', model.name, share(right | told))
+        bench.add('prompts', 'with unknown words', model.name, share([bool(it) for it in unknown]))
         bench.add('prompts', 'heard, where not warned of', model.name, share(right[~told]))
         bench.more.setdefault('prompts', {})[model.name] = [
             dict(prompt=prompt, named=own, tags=tags, heard=bool(hit), warning=line)

@@ -32,7 +32,8 @@ def run() -> NoReturn:
     """Be the process of the command, and end it with its exit code.
 
     It is left at once when threads have ended and what was registered for its end is done, as processes of
-    multiprocessing are: torch's libraries would be read from disk to be taken down, which takes some 0.4 s and 130 MB.
+    multiprocessing are: to take down what torch has loaded takes another 0.4 s, and with its build for CUDA, whose
+    libraries are read for it, 130 MB.
     """
     code = main()
     threading._shutdown()
