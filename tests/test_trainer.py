@@ -413,6 +413,22 @@ def test_a_loss_that_is_not_a_number_stops_training_with_the_step(tmp_path, monk
         run.train(num_train_steps=4, with_validation=False)
 
 
+def test_a_step_that_failed_leaves_nothing_for_the_next(tmp_path):
+    """A checkpoint that is loaded in the same session after an error goes on as in a session of its own."""
+    steps = dict(num_train_steps=3, with_validation=False)
+    straight = trainer(tmp_path / 'straight')
+    straight.train(**steps)
+    run = trainer(tmp_path / 'run', checkpoint_every=2)
+    forward = run.step_module.forward
+    run.step_module.forward = lambda batch: forward(batch) * (math.nan if run.step == 2 else 1.0)
+    with pytest.raises(TrainingError, match='the loss is nan at step 2'):
+        run.train(**steps)
+    run.step_module.forward = forward
+    run.load(run.checkpoint_folder)
+    run.train(**steps)
+    assert_same(weights(run.mulan), weights(straight.mulan))
+
+
 def test_collapse_stops_training_with_the_step(tmp_path):
     run = trainer(tmp_path, collapse_after=3, validate_every=1)
     with torch.no_grad():

@@ -475,6 +475,7 @@ class Trainer(Resumable):
             group['lr'] = rate
 
         self.model.train()
+        self.optimizer.zero_grad()  # a step that an error or a signal broke off has left some
         metrics = self.compute_gradients([self.next_batch(data) for _ in range(self.grad_accum_every)])
         if not math.isfinite(metrics['loss']):
             raise TrainingError(
