@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from contextlib import contextmanager
 
 import pytest
@@ -261,6 +262,15 @@ def test_the_journal_forgets_what_a_run_went_back_behind(tmp_path):
     journal.write('valid', 15, dict(score=0))
     assert [line['step'] for line in journal.read('valid')] == [10, 15]
     assert [line['step'] for line in journal.read('train')] == [30]
+
+
+def test_the_journal_of_a_long_run_is_read_at_once(tmp_path):
+    journal = Journal(tmp_path)
+    steps = [*range(20_000), *range(15_000, 25_000)]  # as many as a run of 250,000 steps has by default, and resumed
+    journal.path.write_text(''.join(f'{{"part": "train", "step": {step}}}\n' for step in steps))
+    start = time.process_time()
+    assert [line['step'] for line in journal.read('train')] == [*range(25_000)]
+    assert time.process_time() - start < 5  # each compared with all before, more than ten
 
 
 def test_a_checkpoint_that_does_not_fit_leaves_what_was_there(tmp_path):

@@ -33,16 +33,17 @@ class Journal:
         """The lines of a part, by step; where a run went on from an earlier step, without what came after that."""
         if not self.path.is_file():
             return []
-        lines = {}
+        lines: list[dict[str, Any]] = []
         for line in self.path.read_text(encoding='utf-8', errors='replace').splitlines():
             try:
                 entry = json.loads(line)
             except json.JSONDecodeError:  # cut short when the process was killed
                 continue
             if isinstance(entry, dict) and entry.get('part') == part and isinstance(entry.get('step'), int):
-                lines = {step: line for step, line in lines.items() if step < entry['step']}
-                lines[entry['step']] = entry
-        return list(lines.values())
+                while lines and lines[-1]['step'] >= entry['step']:
+                    lines.pop()
+                lines.append(entry)
+        return lines
 
     def draw(self) -> None:
         """Draw the loss and the recalls over steps."""
