@@ -273,6 +273,24 @@ def test_the_journal_of_a_long_run_is_read_at_once(tmp_path):
     assert time.process_time() - start < 5  # each compared with all before, more than ten
 
 
+def test_results_that_are_removed_do_not_end_training(tmp_path):
+    run = trainer(tmp_path / 'run', log_every=1)
+    run.train(num_train_steps=3, log_fn=lambda _: run.step == 1 and shutil.rmtree(run.results_folder))
+    assert [line['step'] for line in run.journal.read('train')] == [2, 3]
+    assert resumed(tmp_path / 'run').step == 3
+
+
+def test_results_stay_where_they_were_when_the_program_goes_elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = trainer('run')
+    run.train(num_train_steps=1, **QUIET)
+    (tmp_path / 'elsewhere').mkdir()
+    monkeypatch.chdir(tmp_path / 'elsewhere')
+    run.train(num_train_steps=2, **QUIET)
+    assert not [*(tmp_path / 'elsewhere').iterdir()]
+    assert resumed(tmp_path / 'run').step == 2
+
+
 def test_a_checkpoint_that_does_not_fit_leaves_what_was_there(tmp_path):
     run = trained(tmp_path)
     with (

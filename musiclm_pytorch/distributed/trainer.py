@@ -146,6 +146,7 @@ class WorldTrainer(Sharing, MuLaNTrainer):
         with super().opening_results():
             yield
         if self.is_main:
+            self.marker.parent.mkdir(parents=True, exist_ok=True)  # as for metrics
             self.marker.write_text(_launcher(), encoding='utf-8')
 
 

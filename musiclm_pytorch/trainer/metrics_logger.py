@@ -22,6 +22,7 @@ class Journal:
 
     def write(self, part: str, step: int, metrics: dict[str, Any]) -> None:
         line = valid_json(dict(part=part, step=step, **metrics)) + '\n'
+        self.path.parent.mkdir(parents=True, exist_ok=True)  # where somebody has removed it, training goes on
         with self.path.open('ab+') as file:
             if file.tell() > 0:
                 file.seek(-1, os.SEEK_END)

@@ -123,7 +123,8 @@ class Trainer(Resumable):
         # As attributes, too. These may be changed while it trains: lr, max_grad_norm, grad_accum_every, and how often
         # it validates, saves and logs; what the optimizer, the schedule and the data were built with may not.
         vars(self).update(vars(config))
-        self.results_folder = Path(config.results_folder)
+        # the same one wherever the program is by then
+        self.results_folder = Path(config.results_folder).absolute()
         self.schedule = dict(
             schedule=config.lr_scheduler_type, warmup_steps=config.warmup_steps, min_lr_ratio=config.min_lr_ratio
         )
@@ -141,7 +142,7 @@ class Trainer(Resumable):
         self.accelerator = Accelerator(
             mixed_precision='no',
             log_with=config.log_with,
-            project_dir=str(config.results_folder),
+            project_dir=str(self.results_folder),
             **self.accelerate_keywords(config.accelerate_kwargs or {}),
         )
         self.mixed_precision = precision_for(config.mixed_precision, self.device, tell=self.is_main)
