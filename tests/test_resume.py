@@ -273,6 +273,15 @@ def test_the_journal_of_a_long_run_is_read_at_once(tmp_path):
     assert time.process_time() - start < 5  # each compared with all before, more than ten
 
 
+def test_a_checkpoint_of_the_folder_itself_that_is_loaded_gives_a_best_model_anew(tmp_path):
+    trainer(tmp_path / 'run').train(num_train_steps=2)
+    reached = best.read(tmp_path / 'run' / 'best')
+    run = trainer(tmp_path / 'run')
+    run.load(tmp_path / 'run')
+    run.train(num_train_steps=2)  # no step is left
+    assert best.read(tmp_path / 'run' / 'best') == best.read(tmp_path / 'run.1' / 'best') == reached
+
+
 def test_results_that_are_removed_do_not_end_training(tmp_path):
     run = trainer(tmp_path / 'run', log_every=1)
     run.train(num_train_steps=3, log_fn=lambda _: run.step == 1 and shutil.rmtree(run.results_folder))

@@ -36,6 +36,9 @@ class Resumable:
     @contextlib.contextmanager
     def opening_results(self) -> Iterator[None]:
         """Take the results folder over, once; what was there is there again if the block fails."""
+        if not (self.results_opened or self.resume):
+            # of a checkpoint that was loaded: the model that reached it stays behind with what is moved aside
+            self.best = self.validated = None
         if not self.is_main or self.results_opened:
             yield
         else:
