@@ -164,6 +164,29 @@ def test_the_data_go_on_where_they_were(tmp_path, caplog, told, next_item, says)
     again.train(num_train_steps=4, **QUIET)
 
 
+@pytest.mark.parametrize('told', [dict(batch_size=6), dict(batch_size=2), dict(grad_accum_every=2), dict(seed=5)])
+def test_epochs_are_passes_over_the_data_whatever_a_step_is(tmp_path, told):
+    told = dict(batch_size=3) | told
+    first = trainer(tmp_path, batch_size=3, num_epochs=2)
+    first.train(num_epochs=1, **QUIET)
+    again = resumed(tmp_path, num_epochs=2, **told)
+    total = again.total_steps()
+    again.train(num_train_steps=total - 1, **QUIET)
+    again = resumed(tmp_path, num_epochs=2, **told)  # stopped once more
+    assert again.total_steps() == total
+    again.train(**QUIET)
+    assert again.position == 2 * again.batches.batches_per_epoch
+    assert again.step == total == 6 + 18 // (again.batches.batch_size * again.grad_accum_every)
+
+
+def test_epochs_that_are_no_whole_number_of_steps(tmp_path):
+    run = trainer(tmp_path, batch_size=3, grad_accum_every=4)  # 6 batches
+    assert [run.total_steps(num_epochs=epochs) for epochs in (1, 2, 3, 4)] == [2, 3, 5, 6]
+    run.train(num_epochs=2, **QUIET)
+    run.grad_accum_every = 6  # as may be changed while it trains
+    assert run.total_steps(num_epochs=4) == 5
+
+
 def test_a_model_that_was_built_otherwise_is_told(tmp_path, caplog):
     trained(tmp_path)
     trainer(tmp_path, build(decoupled_contrastive_learning=False), resume=True)

@@ -72,6 +72,7 @@ class Resumable:
             validated=self.validated,
             data=self.batches.identity,
             epoch=self._epoch(),
+            counted_from=self.counted_from,
             split=self.held_out_by,
             trained=trained_names(self.optimizer, self.model),
             model=self.model.state_dict(),
@@ -113,6 +114,10 @@ class Resumable:
         else:
             logger.warning('the number of processes changed: random states start afresh')
         self.step = state['step']
+        if (state['data'], state.get('epoch')) == (self.batches.identity, self._epoch()):
+            self.counted_from = state.get('counted_from', self.counted_from)
+        else:
+            self.counted_from = self.step, self.position, self.grad_accum_every
         self.validated = state.get('validated')
         self.best = best.known_score(self.best_folder, state['best'], self.held_out)
 

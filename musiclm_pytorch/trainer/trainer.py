@@ -81,9 +81,9 @@ class Trainer(Resumable):
     A trainer may be told anything else when it resumes. Learning rate, schedule, betas, decay, clipping, length,
     precision, averaging, accumulation and all that is about files and logs hold from there on; 'adam' and 'adamw' go on
     from each other, an average that is new starts from the loaded weights. With another batch size or number of
-    processes the data go on at the same item of the epoch; with other data, seed, or groups a new pass over them
-    begins, which is logged. Refused by name are another model, 'lion' after 'adam' and the other way round, other
-    frozen weights, and another split, which would hold out what was trained on.
+    processes the data go on at the same item of the epoch, and epochs are counted on from there; with other data,
+    seed, or groups a new pass over them begins, which is logged. Refused by name are another model, 'lion' after 'adam'
+    and the other way round, other frozen weights, and another split, which would hold out what was trained on.
 
     Args:
         model: what is trained.
@@ -132,6 +132,8 @@ class Trainer(Resumable):
         self.callbacks = [*callbacks]
         self.step = 0
         self.position = 0  # in the data, in batches of this process
+        # step, position and batches a step, of where a step last came to be another share of an epoch
+        self.counted_from = 0, 0, config.grad_accum_every
         self.running: Sequence[Callback] = self.callbacks
         self.own_data: tuple[int, Iterator[Any]] | None = None  # of `train_step`, and where it stands
         self.best: float | None = None  # score of the best model so far
@@ -431,9 +433,14 @@ class Trainer(Resumable):
         elif num_epochs is not None and num_train_steps is not None:
             raise ValueError(f'pass num_epochs or num_train_steps, got both: {num_epochs} and {num_train_steps}')
         check_positive(num_epochs=num_epochs, num_train_steps=num_train_steps)
-        if num_train_steps is None and self.steps_per_epoch is None:
+        if num_train_steps is not None:
+            return num_train_steps
+        if self.batches.batches_per_epoch is None:
             raise ValueError('the data set does not tell how long an epoch is; pass num_train_steps')
-        return num_train_steps or math.ceil((num_epochs or 1) * self.steps_per_epoch)
+        if self.counted_from[2] != self.grad_accum_every:
+            self.counted_from = self.step, self.position, self.grad_accum_every
+        step, position, together = self.counted_from
+        return step + math.ceil(((num_epochs or 1) * self.batches.batches_per_epoch - position) / together)
 
     def tell(self, hook: str, *arguments: Any) -> None:
         """Call a hook of all callbacks."""
