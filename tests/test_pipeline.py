@@ -105,6 +105,13 @@ def test_what_is_there_is_not_made_again(tmp_path, music, config, whole, capsys)
     assert main([*command, '--fine.training.batch_size', '3']) == 2
     assert 'has another recipe: fine' in capsys.readouterr().err
 
+    # and so may whatever nothing was made of yet; what is put together at the end always may
+    assert main([*command, '--fine.model.depth', '2']) == 2
+    shutil.rmtree(out / 'fine')
+    assert main([*command, '--fine.model.dim', '32']) == 2  # the quantizer has embeddings for another
+    assert main([*command, '--fine.model.depth', '2', '--musiclm.dtype', 'float16']) == 0
+    assert len(MusicLM.from_pretrained(out / 'musiclm').fine.transformer.layers) == 2
+
     # another recipe is not mixed with what is there
     assert main([*command, '--config', str(config), '--seed', '3']) == 2
     assert 'has another recipe: mulan' in capsys.readouterr().err
@@ -117,6 +124,21 @@ def test_a_batch_larger_than_the_data_is_refused_before_anything_is_trained(tmp_
     assert 'the part coarse has batches of 4, but of 3 clips 2 are left beside those held out' in told
     assert '--coarse.training.batch_size 2' in told
     assert not (tmp_path / 'out').exists()
+
+
+def test_what_fails_late_may_be_told_anew_without_what_is_made(tmp_path, music, config, capsys):
+    out = tmp_path / 'out'
+    command = ['train', 'all', '--data', str(music), '--output', str(out)]
+    # what no data are needed for is seen before anything is trained
+    assert main([*command, '--config', str(config), '--spectral_codec.resolved_hz', '4000']) == 2
+    assert 'resolved_hz must lie below half of the sample rate' in capsys.readouterr().err
+    assert not out.exists()
+    few = '--quantizer.codebook_size', '100'
+    assert main([*command, '--config', str(config), *few]) == 2
+    assert 'give more data or a smaller codebook_size' in capsys.readouterr().err
+    trained = (out / 'mulan' / 'last' / 'model.safetensors').stat().st_mtime_ns
+    assert main([*command, '--resume', '--quantizer.codebook_size', '2']) == 0
+    assert (out / 'mulan' / 'last' / 'model.safetensors').stat().st_mtime_ns == trained
 
 
 def test_part_by_part_and_without_an_interruption_it_is_the_same(tmp_path, music, config, whole):

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 from torch.utils.data import Dataset
@@ -45,13 +44,23 @@ from musiclm_pytorch.trainer.assembly import (
 )
 from musiclm_pytorch.trainer.config import TrainingConfig
 from musiclm_pytorch.trainer.folders import holds_something, moved_aside, new_results
-from musiclm_pytorch.trainer.pipeline_recipe import MusicLMRecipe
+from musiclm_pytorch.trainer.pipeline_recipe import CODEC_PARTS, MusicLMRecipe
 from musiclm_pytorch.trainer.recipes import FILE
 from musiclm_pytorch.trainer.resumable_loader import seed_everything
 
 logger = logging.getLogger(__name__)
 
 SOURCE_FILE = 'data.json'
+# the folders of what is made of each part of a recipe that may change until there is one
+MADE_OF = dict(
+    quantizer=('quantizer',),
+    words=('quantizer',),
+    tokenizer=('tokenizer',),
+    **dict.fromkeys(CODEC_PARTS, ('codec',)),
+    tokens=('clips', 'quantizer', 'tokenizer', 'codec', 'tokens'),
+    **{name: (name,) for name in STAGES},
+    musiclm=(),  # which is put together anew
+)
 NONE_BY_DEFAULT = ('semantic_per_frame',)  # sizes of a stage that are something else where they are not said
 
 
@@ -173,7 +182,8 @@ def said_once(*loggers: str) -> Iterator[None]:
 
 
 def agreed_recipe(recipe: MusicLMRecipe | None, output: Path, resume: bool) -> MusicLMRecipe:
-    """The recipe given, the one of the run to resume, or the default one. Raises ValueError if the first two differ."""
+    """The recipe given, the one of the run to resume, or the default one. Raises ValueError if the first two differ in
+    what is made already."""
     if not (resume and (output / FILE).is_file()):
         return recipe or MusicLMRecipe()
     earlier = MusicLMRecipe.load(output / FILE)
@@ -181,21 +191,16 @@ def agreed_recipe(recipe: MusicLMRecipe | None, output: Path, resume: bool) -> M
         return earlier
     given, kept = recipe.to_dict(), earlier.to_dict()
     differ = [name for name in {**given, **kept} if given.get(name) != kept.get(name)]
-    # how a stage is trained may change until it is begun: nothing before depends on it
-    left = [name for name in STAGES if not holds_something(output / name)]
-    fixed = [it for it in differ if it not in left or _but_training(given, it) != _but_training(kept, it)]
+    made_of = dict(MADE_OF)
+    if recipe.conditioning_dims != earlier.conditioning_dims:  # the quantizer's embeddings are as wide as the stages
+        made_of |= {name: (name, 'quantizer') for name in STAGES}
+    fixed = [it for it in differ if it not in made_of or any(holds_something(output / made) for made in made_of[it])]
     if not fixed:
         return recipe
     raise ValueError(
         f'the run in {output} has another recipe: {", ".join(fixed)} differ; leave the recipe out to go on with it, or '
-        'give another folder. Only how stages are trained may change, before they are begun'
+        'give another folder. Only what nothing was made of yet may change'
     )
-
-
-def _but_training(recipe: dict[str, Any], name: str) -> dict[str, Any] | None:
-    """A part of a recipe but for its section `training`; None of one that is not there."""
-    part = recipe.get(name)
-    return {key: it for key, it in part.items() if key != 'training'} if part else None
 
 
 def agreed_source(path: Path, source: dict[str, str | None]) -> dict[str, str | None]:
@@ -265,6 +270,9 @@ class _Parts:
         if self.recipe.fitted.tokens.get('synthetic_rendered') is not None and self.data in GENERATED:
             webdataset()
         self.check_batches()
+        fits_codec = self.recipe.codec is None and not self.recipe.fitted.pretrained_codec
+        if fits_codec and self.begin_with is None and not self.is_made('codec'):
+            build_spectral_codec(self.recipe.fitted)
         if self.begin_with is None:
             return
         if self.recipe.text_encoder is not None:
