@@ -122,7 +122,12 @@ class TrainingConfig:
             object.__setattr__(self, name, fitted(value, hint, name))
         check_positive(**{name: getattr(self, name) for name in POSITIVE})
         check_not_negative(**{name: getattr(self, name) for name in NOT_NEGATIVE})
-        check_probability(valid_frac=self.valid_frac)
+        decays = {f'betas[{i}]': beta for i, beta in enumerate(self.betas)}
+        check_probability(valid_frac=self.valid_frac, ema_beta=self.ema_beta, **decays)
+        if not 0 <= self.min_lr_ratio <= 1:
+            raise ValueError(f'min_lr_ratio must lie in [0, 1], got {self.min_lr_ratio}')
+        if self.prefetch_factor is not None and self.num_workers == 0:
+            raise ValueError(f'prefetch_factor={self.prefetch_factor} needs num_workers of at least 1')
         if self.num_epochs is not None and self.num_train_steps is not None:
             raise ValueError(
                 f'pass num_epochs or num_train_steps, got both: {self.num_epochs} and {self.num_train_steps}'
