@@ -239,6 +239,30 @@ def test_damage_is_named():
             AudioFile(io.BytesIO(content), 'song')
 
 
+def test_channels_in_planes_are_in_their_order():
+    samples = 0.1 * np.sin(2 * np.pi * 100 * np.arange(1, 7) * np.arange(RATE // 2)[:, None] / RATE)
+    target, layout = io.BytesIO(), '5.1'
+    with av.open(target, 'w', format='ipod') as output:
+        stream = output.add_stream('alac', rate=RATE, layout=layout)
+        frame = av.AudioFrame.from_ndarray(samples.astype('float32').reshape(1, -1), format='flt', layout=layout)
+        frame.sample_rate = RATE
+        into = av.AudioResampler(stream.format, layout, RATE, stream.frame_size)
+        for piece in [*into.resample(frame), *into.resample(None), None]:
+            output.mux(stream.encode(piece))
+    with AudioFile(target) as file:
+        assert (len(file), file.channels) == samples.shape
+        found = file.read_channels(9000, 9100)
+    torch.testing.assert_close(found.T, torch.from_numpy(samples[9000:9100]).float(), atol=1e-4, rtol=0)
+
+
+def test_packets_that_no_decoder_takes_are_passed_over():
+    content = bytearray(CODINGS['alac'](signals()['noise']))
+    content[content.rindex(b'alac') + 10] = 1  # samples a packet: FFmpeg tells of some that this is not implemented
+    with AudioFile(io.BytesIO(bytes(content))) as file:
+        assert 0 < len(file) < len(signals()['noise'])
+        assert file.read(0, len(file)).isfinite().all()
+
+
 class Counting(io.BytesIO):
     """Counts the bytes that are read."""
 

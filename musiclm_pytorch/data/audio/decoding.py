@@ -36,6 +36,7 @@ FORMATS = (
 PROBED = 8  # packets at either end that are decoded to see whether they give what the file says
 NEAR = 64  # packets to either side of one about which FFmpeg is wrong
 HEAD = 16  # bytes of a packet that are looked for in the file
+PLANAR = dict(u='u', s='i', f='f', d='f')  # numpy's kinds, by what FFmpeg's names of formats begin with
 
 
 class PacketFile:
@@ -177,6 +178,8 @@ class PacketStream:
         length, rate, channels = 0, self._context.sample_rate, self._context.channels
         for frame in self._frames():
             length, channels = length + frame.shape[1], frame.shape[0]
+        if sizes and not length:
+            raise ValueError('none of its packets decodes')
         return self._use(Index(**place, rate=rate, channels=channels, length=length))
 
     def _run_up(self) -> tuple[int, float] | None:
@@ -186,7 +189,8 @@ class PacketStream:
     def _subtype(self) -> str:
         name = self._context.codec.name
         if name.startswith(LOSSLESS):
-            return 'PCM_16' if self._context.format.name.startswith(('s16', 'u8')) else 'PCM_32'
+            form = self._context.format  # None where no packet told it yet, as in WavPack of many channels
+            return 'PCM_16' if form is not None and form.name.startswith(('s16', 'u8')) else 'PCM_32'
         return SUBTYPES.get(name.removesuffix('float'), name.upper())
 
     def _located(self, sizes, offsets, heads, pages: OggPages | None) -> dict[str, Any] | None:
@@ -331,7 +335,7 @@ class PacketStream:
     def _decode(self, context: Any, packet: Any) -> list[np.ndarray]:
         try:
             return [as_channels(frame) for frame in context.decode(packet)]
-        except self._av.error.InvalidDataError:
+        except self._av.FFmpegError:  # of any kind: what is damaged may ask for what no decoder has
             return []
 
     def _payloads(self, first: int, last: int) -> list[bytes]:
@@ -436,5 +440,9 @@ def family(head: bytes) -> int | None:
 
 def as_channels(frame: Any) -> np.ndarray:
     """`(channels, samples)` of a frame."""
-    values = frame.to_ndarray()
-    return values if frame.format.is_planar else values.reshape(-1, len(frame.layout.channels)).T
+    channels = len(frame.layout.channels)
+    if not frame.format.is_planar:
+        return frame.to_ndarray().reshape(-1, channels).T
+    # one by one: to_ndarray of PyAV 18.1 took the process down on some frames of many
+    dtype = f'{PLANAR[frame.format.name[0]]}{frame.format.bytes}'
+    return np.stack([np.frombuffer(plane, dtype, frame.samples) for plane in frame.planes[:channels]])
