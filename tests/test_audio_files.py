@@ -223,6 +223,23 @@ def test_a_chain_of_ogg_is_all_its_links(coding):
         AudioFile(io.BytesIO(CODINGS['vorbis'](signals()['tone']) + other), 'b.ogg')
 
 
+@pytest.mark.parametrize('kept', [slice(4, 9), slice(0, 5)])
+def test_flac_that_was_cut_without_decoding(kept):
+    """`ffmpeg -c copy` takes frames as they are, and leaves the length that the header tells."""
+    samples = signals()['noise']
+    content = CODINGS['flac'](samples)
+    with av.open(io.BytesIO(content)) as file:
+        frames = [bytes(packet) for packet in file.demux() if packet.size]
+    size = 4096  # libsndfile's samples a frame
+    cut = content[: content.index(frames[0])] + b''.join(frames[kept])
+    with AudioFile(io.BytesIO(cut)) as file:
+        wanted = torch.from_numpy(samples[kept.start * size : kept.stop * size].T)
+        assert len(file) == wanted.shape[1]
+        torch.testing.assert_close(file.read_channels(0, len(file)), wanted, atol=1e-4, rtol=0)
+    with AudioFile(io.BytesIO(cut[:-900]), 'song') as file, pytest.raises(ValueError, match='song is damaged'):
+        file.read(0, len(file))  # broken off within a frame
+
+
 def test_damage_is_named():
     samples = np.tile(signals()['noise'], (4, 1))
     for coding in ('flac', 'alac'):

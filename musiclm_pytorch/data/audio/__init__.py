@@ -147,9 +147,25 @@ def open_sound(source: str | BinaryIO, key: Hashable = None) -> SoundfileReader 
             pass  # FFmpeg tells why, if it cannot read it either
         else:
             if file.subtype.startswith(SNDFILE_SUBTYPES) and 0 < file.frames < UNKNOWN_LENGTH:
-                return SoundfileReader(file)
+                cut = cut_flac(file, source, key) if head == b'fLaC' else None
+                return cut or SoundfileReader(file)
             file.close()
     return PacketFile(source, key)
+
+
+def cut_flac(file: soundfile.SoundFile, source: str | BinaryIO, key: Hashable) -> PacketFile | None:
+    """A FLAC that was cut without decoding, as by `ffmpeg -c copy`, and still tells the length that it had; else None.
+
+    One that is broken off or damaged is none: that is told when it is read.
+    """
+    try:
+        file.seek(file.frames - 1)
+    except soundfile.LibsndfileError:
+        packets = PacketFile(source, key)
+        if packets.is_whole:
+            return packets
+        packets.close()
+    return None
 
 
 def reason_of(error: Exception) -> str:

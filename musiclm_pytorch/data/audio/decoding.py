@@ -67,6 +67,12 @@ class PacketFile:
         self.ends = np.cumsum([index.length for index in self._indices])
         self.length = int(self.ends[-1])
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether its last packet decodes."""
+        samples = self._indices[-1].samples
+        return bool(samples) and bool(unpacked(samples)[-1] > 0)
+
     def _scan(self) -> Iterator[Index]:
         size = self._file.seek(0, os.SEEK_END)
         self._file.seek(0)
