@@ -78,6 +78,18 @@ def test_whole_files_are_stored_byte_by_byte_and_parts_lossless(tmp_path):
         assert np.array_equal(found, original[round(0.5 * rate) : round(1.75 * rate)])
 
 
+@pytest.mark.parametrize(
+    ('name', 'rate'), [('track01', RATE), ('01. A song', RATE), ('a.wave', RATE), ('a.bin', 70004)]
+)
+def test_names_without_a_suffix_of_sound_and_rates_that_flac_has_not(tmp_path, name, rate):
+    path = write(tmp_path / name, noise(1, rate), rate, caption=None, format='WAV', subtype='PCM_16')
+    write_shards([Clip(path, ('whole',)), Clip(path, ('part',), 0.25, 0.75)], tmp_path / 'shards')
+    shards = opened(tmp_path / 'shards', max_seconds=None, training=False)
+    files = AudioTextDataset([Clip(path, ('x',)), Clip(path, ('x',), 0.25, 0.75)], sample_rate=RATE, max_seconds=None)
+    for found, wanted in zip(list(shards), files, strict=True):
+        torch.testing.assert_close(found['wave'][100:-100], wanted['wave'][100:-100], atol=1e-4, rtol=0)
+
+
 def test_reading_shards_is_reading_the_files(tmp_path):
     for index in range(5):
         write(tmp_path / f'audio/{index}.flac', noise(2, 16000, 2, seed=index), 16000, caption=f'{index}\nor {index}')

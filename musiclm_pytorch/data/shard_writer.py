@@ -25,6 +25,7 @@ from musiclm_pytorch.data.rates import agreed_rate
 from musiclm_pytorch.data.reading import finite, first_of, logger
 from musiclm_pytorch.data.shard_reader import AUDIO_CHECKSUM, NOTE_CHECKSUM, checksum_of_note
 from musiclm_pytorch.data.shards import INDEX, key_of, read_index, webdataset
+from musiclm_pytorch.data.sources import AUDIO_SUFFIXES
 from musiclm_pytorch.locking import only_writer
 
 BLOCK = 2**20  # samples decoded at a time to see whether a file is sound
@@ -44,9 +45,10 @@ def write_shards(
 ) -> dict[str, Any]:
     """Write a data set as tar files of WebDataset, for `ShardedAudioText` and other readers of that format.
 
-    A clip that is a whole file is stored as it is, byte by byte. A part of a file is cut out at its own rate and
-    channels and stored as FLAC (of 16 or 24 bits, as the file has; as WAV of floats where samples exceed 1). Nothing
-    is cropped or drawn at random: that is the reader's. Of `SyntheticMusic` and `ScoreMusic`, waves are kept in 16
+    A clip that is a whole file is stored as it is, byte by byte. A part of a file, or one whose name does not end as
+    sound does, is decoded at its own rate and channels and stored as FLAC (of 16 or 24 bits, as the file has; as WAV
+    of floats where samples exceed 1, or FLAC has no such rate). Nothing is cropped or drawn at random: that is the
+    reader's. Of `SyntheticMusic` and `ScoreMusic`, waves are kept in 16
     bits, with all the captions that they give a clip. Every clip is decoded once; one that does not decode is skipped,
     named in the log and noted in the index.
 
@@ -221,17 +223,19 @@ def stored(clip: Clip) -> tuple[str, bytes]:
         stop = len(file) if clip.end is None else min(len(file), round(clip.end * file.sample_rate))
         if stop <= start:
             raise ValueError(f'{clip.name} holds no samples; the file has {len(file) / file.sample_rate:.3g} s')
-        if start == 0 and clip.end is None:
+        suffix = clip.path.suffix.lower()
+        if start == 0 and clip.end is None and suffix in AUDIO_SUFFIXES:  # by which readers know it
             for at in range(start, stop, BLOCK):
                 finite(file.read_channels(at, min(at + BLOCK, stop)), file.name)
-            return clip.path.suffix.lower().removeprefix('.'), clip.path.read_bytes()
+            return suffix.removeprefix('.'), clip.path.read_bytes()
         samples = finite(file.read_channels(start, stop, dtype), file.name)
         return encoded(samples, file.sample_rate, 'PCM_24' if file.subtype in INT32 | FLOATS else 'PCM_16')
 
 
 def encoded(samples: Tensor, rate: int, subtype: str) -> tuple[str, bytes]:
     """`(channels, samples)` as FLAC, or as WAV of floats where FLAC cannot hold it."""
-    fits = len(samples) <= 8 and not (samples.is_floating_point() and samples.abs().max() > 1)
+    has_rate = rate < 2**16 or (rate <= 655350 and rate % 10 == 0)
+    fits = has_rate and len(samples) <= 8 and not (samples.is_floating_point() and samples.abs().max() > 1)
     if not fits and not samples.is_floating_point():
         samples = samples.float() / -torch.iinfo(samples.dtype).min
     suffix, subtype = ('flac', subtype) if fits else ('wav', 'FLOAT')
