@@ -3,7 +3,9 @@
 import csv
 import json
 import logging
+import os
 import pickle
+import shutil
 
 import numpy as np
 import pytest
@@ -13,7 +15,8 @@ from helpers.processes import METHOD
 from helpers.sounds import RATE, damage, noise, ramp, write
 from torch.utils.data import DataLoader
 
-from musiclm_pytorch import AudioTextDataset
+from musiclm_pytorch import AudioTextDataset, ShardedAudioText, write_shards
+from musiclm_pytorch.audiolm.fingerprints import fingerprint_data
 from musiclm_pytorch.data.clips import Clip
 from musiclm_pytorch.data.collate import collate_pairs
 from musiclm_pytorch.data.sources import list_musiccaps
@@ -313,6 +316,23 @@ def test_split_shares_no_recording(tmp_path):
     assert {frozenset(dataset.split(0.2, seed=seed)[1].clips) for seed in range(5)} != {frozenset(valid.clips)}
     assert [len(it) for it in dataset.split(0.01)] == [27, 3]
     assert [len(it) for it in dataset.split(0.99)] == [3, 27]
+
+
+@pytest.mark.parametrize('suffix', ['wav', 'ogg'])
+def test_names_that_are_not_utf8(tmp_path, suffix):
+    """As archives packed on another system leave them; a folder of them is split, packed and told apart as any."""
+    name = os.fsdecode('Café'.encode('latin-1'))
+    write(tmp_path / 'music' / f'a.{suffix}', ramp(1))
+    shutil.copy(tmp_path / 'music' / f'a.{suffix}', tmp_path / 'music' / f'{name}.{suffix}')
+    (tmp_path / 'music' / f'{name}.txt').write_text('a café')
+    dataset = opened(tmp_path / 'music', max_seconds=None)
+    assert sorted(item['caption'] for item in dataset) == ['a café', 'a sound']
+    assert [len(side) for side in dataset.split(0.5)] == [1, 1]
+    assert fingerprint_data(dataset.validation()) != fingerprint_data(dataset.split(0.5)[1])
+    index = write_shards(dataset, tmp_path / 'shards')
+    assert (index['shards'][0]['samples'], index['skipped']) == (2, {})
+    shards = ShardedAudioText(tmp_path / 'shards', sample_rate=RATE)
+    assert sorted(item['caption'] for item in shards) == ['a café', 'a sound']
 
 
 def test_one_recording_under_several_names(tmp_path):

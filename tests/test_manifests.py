@@ -223,6 +223,11 @@ def test_table_of_clips_holds_what_was_put_in(tmp_path):
             '{"path": "a.wav", "caption": 3}\n',
             r'line 1: caption must be a string or a list of strings, got 3',
         ),
+        (
+            'm.jsonl',
+            '{"path": "a.wav", "caption": "x \\ud83d"}',
+            r'line 1: caption holds half of a character, got .x .ud83d',
+        ),
         ('m.csv', 'sound,caption\na.wav,x\n', r"no column or key audio, path or file_name: there are 'sound',"),
         ('m.csv', 'a.wav,a caption\nb.wav,x\n', r"line 2: no column or key audio.*there are 'a.wav', 'a caption'"),
         ('m.csv', 'audio,tags\na.wav,rock\n', r"no column caption or text: there are 'audio', 'tags'"),

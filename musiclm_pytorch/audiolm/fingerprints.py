@@ -89,4 +89,5 @@ def _bytes(tensor: Tensor) -> bytes:
 
 
 def _hash(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    # the names of files need not be UTF-8
+    return hashlib.sha256(text.encode('utf-8', 'surrogatepass')).hexdigest()[:16]

@@ -22,6 +22,7 @@ CAPTION_KEY = re.compile(r'captions?|texts?|(caption|text)\d+')
 OTHER_CAPTION_KEYS = {'description', 'transcription', 'transcript', 'sentence', 'prompt'}
 CLOCK = re.compile(r'(?:(\d+):)?(\d+):(\d+(?:[.,]\d+)?)')
 MISSING = {'', 'nan', 'NaN', 'NA', 'N/A', '<NA>', 'None', 'null', 'NULL'}  # as pandas and others write an empty cell
+HALF = re.compile('[\ud800-\udfff]')  # of a pair of JSON's escapes, as a text has that was cut between them
 RENAME = 'rename the one that is meant, or the others'
 
 
@@ -115,6 +116,10 @@ def captions_at(names: Sequence[str], cells: Sequence[Any], places: list[int]) -
                 continue
             if not isinstance(text, str):
                 raise ValueError(f'{names[place]} must be a string or a list of strings, got {text!r:.60}')
+            if HALF.search(text):
+                raise ValueError(
+                    f'{names[place]} holds half of a character, got {text!r:.60}; write it whole or leave it out'
+                )
             captions.append(text.strip())
     return captions
 

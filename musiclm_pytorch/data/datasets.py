@@ -175,7 +175,11 @@ class AudioTextDataset(ClipReader, Dataset):
         recordings = set(_recordings(self.clips))
         if len(recordings) < 2:
             raise ValueError(f'{self.source} has one recording only, {recordings.pop()}; splitting needs at least two')
-        ranked = sorted(recordings, key=lambda name: hashlib.sha256(f'{seed} {name}'.encode()).digest())
+
+        def rank(recording: str) -> bytes:  # the names of files need not be UTF-8
+            return hashlib.sha256(f'{seed} {recording}'.encode('utf-8', 'surrogatepass')).digest()
+
+        ranked = sorted(recordings, key=rank)
         held_out = set(ranked[: min(max(1, round(valid_fraction * len(ranked))), len(ranked) - 1)])
         sides = {True: [], False: []}
         for index, recording in enumerate(_recordings(self.clips)):

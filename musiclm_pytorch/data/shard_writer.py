@@ -247,4 +247,6 @@ def encoded(samples: Tensor, rate: int, subtype: str) -> tuple[str, bytes]:
 def as_json(note: dict[str, Any], audio: bytes) -> bytes:
     """A note with the checksums of the audio beside it and of itself."""
     note = {**note, AUDIO_CHECKSUM: checksum_of_bytes(audio)}
-    return json.dumps({**note, NOTE_CHECKSUM: checksum_of_note(note)}, ensure_ascii=False).encode()
+    # what is no UTF-8 of a file's name stands there as JSON writes it in ASCII
+    note = json.dumps({**note, NOTE_CHECKSUM: checksum_of_note(note)}, ensure_ascii=False)
+    return note.encode(errors='backslashreplace')

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import logging
+import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
@@ -474,7 +475,7 @@ def fingerprint_of(clips: Sequence[Tensor | Path]) -> str:
     """Tells sets of clips apart: by the names and sizes of files, the samples of waves."""
     digest = hashlib.sha256()
     for clip in clips:
-        known = f'{clip.name} {clip.stat().st_size}'.encode() if isinstance(clip, Path) else clip.numpy().tobytes()
+        known = os.fsencode(f'{clip.name} {clip.stat().st_size}') if isinstance(clip, Path) else clip.numpy().tobytes()
         digest.update(hashlib.sha256(known).digest())
     return digest.hexdigest()[:16]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Hashable, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
@@ -142,7 +143,8 @@ def open_sound(source: str | BinaryIO, key: Hashable = None) -> SoundfileReader 
         source.seek(0)
     if head in SNDFILE_HEADS:
         try:
-            file = soundfile.SoundFile(source)
+            # as bytes, for a name may be none of UTF-8, which soundfile would refuse
+            file = soundfile.SoundFile(os.fsencode(source) if isinstance(source, str) else source)
         except soundfile.LibsndfileError:
             pass  # FFmpeg tells why, if it cannot read it either
         else:
