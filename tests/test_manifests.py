@@ -257,6 +257,12 @@ def test_table_of_clips_holds_what_was_put_in(tmp_path):
         ('m.csv', 'audio,text,caption\na.wav,"one\ntwo","x\ny\n', r'line 3: the quote that opens here is never'),
         ('m.csv', 'audio,caption\na.wav,"' + 'x\n' * 70000, r'line 2: the quote that opens here is never closed'),
         ('m.csv', "audio,captions\na.wav,['a' 'b']\n", r'line 2: captions is not a JSON list'),
+        (
+            'm.tsv',
+            'audio\tcaption\na.wav\t"x\ny"\n',
+            r'line 2: the quote that opens here is closed in line 3, .* commas',
+        ),
+        ('m.csv', 'audio\ttext\tn\na.wav\t"x\n\ny\nz"\t3\n', r'line 2: the quote that opens here is closed in line 5'),
         ('m.tsv', 'audio\tcaption\na.wav\tx\ty\n', r'line 2: more cells than columns; a cell must not hold a tab'),
         ('m.csv', 'audio,caption\na.wav,x\n'.encode('utf-16'), r'is not UTF-8 but UTF-16; save it as UTF-8'),
         ('m.jsonl', '{"audio": "a.wav", "text": "x"}'.encode('utf-16'), r'is not UTF-8 but UTF-16; save it as UTF-8'),

@@ -113,12 +113,30 @@ def opening_quote(path: Path, first: int, last: int) -> int:
 
 
 def tab_separated(path: Path, lines: Iterator[str], before: int, delimiter: str) -> Iterator[tuple[int, list[str]]]:
+    opened = None  # the line whose last cell begins with a quote that does not end there, and maybe in a line below
     for number, line in enumerate(lines, before + 1):
         cells = line.rstrip('\r\n').split(delimiter)
+        if opened is not None and closes(cells[0]):
+            raise ValueError(
+                f'{path}, line {opened}: the quote that opens here is closed in line {number}, but a row is one line '
+                'where tabs part the cells; take the line breaks out of the texts, or save the table with commas'
+            )
+        if '"' in cells[-1] and opens(cells[-1]):
+            opened = number
+        elif len(cells) > 1:
+            opened = None
         if '"' in line:
             cells = [unquoted(cell) for cell in cells]
         if line.strip():
             yield number, cells
+
+
+def opens(cell: str) -> bool:
+    return cell.startswith('"') and cell.count('"') % 2 == 1
+
+
+def closes(cell: str) -> bool:
+    return cell.endswith('"') and not cell.startswith('"') and cell.count('"') % 2 == 1
 
 
 def unquoted(cell: str) -> str:
