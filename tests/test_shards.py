@@ -135,6 +135,11 @@ def test_interrupted_writing_goes_on_without_repeats_or_gaps(tmp_path, clips):
         assert (tmp_path / 'a' / path.name).read_bytes() == path.read_bytes()
     assert sorted(it.name for it in (tmp_path / 'a').iterdir()) == sorted(it.name for it in (tmp_path / 'b').iterdir())
 
+    (tmp_path / 'a' / 'shard-000001.tar').unlink()
+    assert write_shards(clips, tmp_path / 'a', shard_size=3) == index
+    for path in sorted((tmp_path / 'b').iterdir()):
+        assert (tmp_path / 'a' / path.name).read_bytes() == path.read_bytes()
+
     class Breaks(list):
         def __getitem__(self, index):
             if index == 3:

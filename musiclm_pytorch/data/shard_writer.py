@@ -89,7 +89,9 @@ def _write(
     index = begin(folder, samples, shard_size)
     count = -(-len(samples) // shard_size)
 
-    for number in range(len(index['shards']), count):
+    shards = index['shards']
+    removed = [i for i, it in enumerate(shards) if it['samples'] and not (folder / it['name']).is_file()]
+    for number in [*removed, *range(len(shards), count)]:
         path = folder / f'shard-{number:06d}.tar'
         aside, written, skipped, first = folder / f'.{path.name}.partial', 0, {}, None
         try:
@@ -110,13 +112,13 @@ def _write(
                     os.replace(aside, path)
         finally:
             aside.unlink(missing_ok=True)
-        index['shards'].append(dict(name=path.name, samples=written, first=first))
+        shards[number : number + 1] = [dict(name=path.name, samples=written, first=first)]
         index['skipped'] |= skipped
         write_index(folder, index)
         if on_shard is not None:
             on_shard(number + 1, count)
 
-    if not any(shard['samples'] for shard in index['shards']):
+    if not any(shard['samples'] for shard in shards):
         (folder / INDEX).unlink()
         raise ValueError(f'no clip can be read; {first_of(index["skipped"])}')
     index['complete'] = True

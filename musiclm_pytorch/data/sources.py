@@ -70,7 +70,7 @@ def list_folder(folder: str | Path) -> Listing:
     for root, names in folders(folder, listing.skipped):
         beside = os.path.relpath(root, folder)
         beside = '' if beside == '.' else beside
-        for name in METADATA.intersection(names):
+        for name in sorted(METADATA.intersection(names)):  # in one order in all processes
             path = Path(root, name)
             keys = names_in(path)
             if 'file_name' in keys:
