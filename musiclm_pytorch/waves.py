@@ -16,6 +16,9 @@ from torch import Tensor
 
 from musiclm_pytorch.atomic import atomic_write
 
+# samples: libsndfile 1.2 does not bear all that it may be given for Vorbis
+AT_ONCE = 2**16
+
 
 class Waves(Tensor):
     """A tensor `(…, samples)` float32 of music, full scale at ±1, with its sample rate.
@@ -84,7 +87,9 @@ def sound_bytes(wave: Tensor, sample_rate: int, suffix: str = '.wav') -> bytes:
     wave = wave.detach().cpu().float()
     if wave.numel():
         wave = wave / wave.abs().max().clamp(min=1.0)
-    soundfile.write(file, wave.numpy(), sample_rate, format=name)
+    with soundfile.SoundFile(file, 'w', sample_rate, channels=1, format=name) as sound:
+        for part in wave.split(AT_ONCE):
+            sound.write(part.numpy())
     return file.getvalue()
 
 

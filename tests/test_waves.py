@@ -47,6 +47,18 @@ def test_one_piece_goes_into_one_file(tmp_path, suffix):
         assert abs(torch.from_numpy(samples).float() - music[0]).max() < 1e-4
 
 
+@pytest.mark.parametrize('suffix', ['.wav', '.flac', '.ogg', '.mp3'])
+def test_files_are_written_block_by_block(tmp_path, monkeypatch, suffix):
+    lengths, write = [], soundfile.SoundFile.write
+    monkeypatch.setattr(soundfile.SoundFile, 'write', lambda self, it: (lengths.append(len(it)), write(self, it)))
+    music = Waves.of(0.5 * torch.sin(torch.arange(200_000) * 0.1)[None], 24_000)
+    (path,) = music.save(tmp_path / f'piece{suffix}')
+    assert max(lengths) <= 2**16
+    samples, _ = soundfile.read(path, dtype='float32')
+    assert len(samples) == music.shape[1]
+    assert abs(torch.from_numpy(samples[-150_000:-2000]) - music[0, -150_000:-2000]).max() < 0.1
+
+
 def test_several_pieces_go_into_a_file_each(tmp_path):
     music = waves(2, 2, 80)
     paths = music.save(tmp_path / 'piece.wav')
