@@ -33,6 +33,7 @@ from musiclm_pytorch import Mix, MusicLM
 from musiclm_pytorch.cli import main
 from musiclm_pytorch.data.audio import resample
 from musiclm_pytorch.inference import InferenceConfig, OptimizedMuLaN, ServiceConfig, create_service
+from musiclm_pytorch.inference.service.app import MEDIA_TYPES
 from musiclm_pytorch.inference.service.worker import Abandoned, ModelWorker
 from musiclm_pytorch.waves import OpusStream
 
@@ -151,6 +152,23 @@ def test_health(service):
     assert 'MusicLM' in service.client.get('/').json()['service']
     assert 'POST /generate' in service.client.get('/').json()['calls']
     assert set(paths['/embed']['post']['requestBody']['content']) == {'application/json', 'multipart/form-data'}
+
+
+def test_programs_can_be_made_of_the_description(service):
+    told = service.client.get('/openapi.json').json()
+    references = re.findall(r'"\$ref": "#/([^"]*)"', json.dumps(told))
+    assert references
+    for reference in references:
+        found = told
+        for key in reference.split('/'):
+            found = found[key]  # else the reference leads nowhere
+        assert found['type'] == 'object'
+    answers = {path: call['responses'] for path, calls in told['paths'].items() for call in calls.values()}
+    assert answers['/generate']['200']['content'].keys() == {*MEDIA_TYPES.values(), 'application/json'}
+    assert answers['/stream']['200']['content'].keys() == {'audio/wav', 'audio/ogg'}
+    for path, answer in answers.items():
+        assert answer.keys() == {'200', 'default'}, path
+        assert answer['default']['content']['application/json']['schema'] == {'$ref': '#/components/schemas/Wrong'}
 
 
 def test_files_get_the_models_own_latents(service, mulan, tmp_path):

@@ -8,6 +8,7 @@ import contextlib
 import secrets
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request, Response
@@ -22,6 +23,7 @@ from musiclm_pytorch.audiolm.generation_args import NoDirectionError, Prompt
 from musiclm_pytorch.checks import described, typechecked
 from musiclm_pytorch.inference.optimize import OptimizedMuLaN
 from musiclm_pytorch.inference.service.config import ServiceConfig
+from musiclm_pytorch.inference.service.description import WRONG, form_schema, openapi, schema, sounds
 from musiclm_pytorch.inference.service.requests import (
     FORM,
     JSON,
@@ -34,14 +36,12 @@ from musiclm_pytorch.inference.service.requests import (
     code_of,
     content_type,
     error_response,
-    form_schema,
     header_of,
     invalid,
     music_model,
     open_audio,
     read_form,
     read_json,
-    schema,
     stopping,
     unavailable,
     unreadable,
@@ -55,7 +55,7 @@ from musiclm_pytorch.waves import sound_bytes
 
 MEDIA_TYPES = {'wav': 'audio/wav', 'flac': 'audio/flac', 'ogg': 'audio/ogg', 'mp3': 'audio/mpeg'}
 
-router = APIRouter()
+router = APIRouter(responses=WRONG)
 
 CALLS = {
     'GET /': 'what the service is',
@@ -91,6 +91,7 @@ def build(model: JointEmbedding | OptimizedMuLaN | MusicLM, config: ServiceConfi
     app.add_exception_handler(Exception, answer_with_fault)
     app.include_router(router)
     app.include_router(streams)
+    app.openapi = partial(openapi, app)
     return app
 
 
@@ -205,7 +206,12 @@ async def rank(request: Request) -> JSONResponse:
     )
 
 
-@router.post('/generate', openapi_extra={'requestBody': {'content': schema(Prompts)}})
+@router.post(
+    '/generate',
+    response_class=Response,
+    responses={200: {'content': sounds(*MEDIA_TYPES.values()) | {JSON: {}}}},
+    openapi_extra={'requestBody': {'content': schema(Prompts)}},
+)
 async def generate(request: Request) -> Response:
     """Music: a sound file, or JSON with all pieces in base64 and their scores, each prompt's best first."""
     worker, config = request.app.state.worker, request.app.state.config

@@ -387,17 +387,6 @@ def open_sound(content: bytes, name: str) -> AudioFile:
     return file
 
 
-def schema(kind: type[Body]) -> dict[str, Any]:
-    """How the API's description tells of a JSON body."""
-    return {JSON: {'schema': kind.model_json_schema()}}
-
-
-def form_schema(required: list[str]) -> dict[str, Any]:
-    texts = {'type': 'array', 'items': {'type': 'string'}}
-    audio = {'type': 'array', 'items': {'type': 'string', 'format': 'binary'}}
-    return {FORM: {'schema': {'type': 'object', 'properties': dict(texts=texts, audio=audio), 'required': required}}}
-
-
 def header_of(text: str) -> str:
     """A text as the value of a header, which holds ASCII alone: the rest is percent-encoded, as in addresses."""
     return quote(text, safe=''.join(map(chr, range(32, 127))).replace('%', ''))

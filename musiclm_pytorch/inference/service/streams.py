@@ -19,6 +19,7 @@ from starlette.types import Receive, Scope, Send
 from musiclm_pytorch.audiolm.streaming import MusicStream
 from musiclm_pytorch.checks import described
 from musiclm_pytorch.inference.live import AHEAD
+from musiclm_pytorch.inference.service.description import WRONG, schema, sounds
 from musiclm_pytorch.inference.service.requests import (
     Body,
     OnePrompt,
@@ -29,7 +30,6 @@ from musiclm_pytorch.inference.service.requests import (
     invalid,
     music_model,
     read_json,
-    schema,
     stopping,
     unavailable,
     validated,
@@ -37,7 +37,9 @@ from musiclm_pytorch.inference.service.requests import (
 )
 from musiclm_pytorch.waves import STREAMS, OpusStream, WavStream
 
-router = APIRouter()
+router = APIRouter(responses=WRONG)
+CONTENT = sounds(*(it.media_type for it in STREAMS.values()))
+PLAYED = dict(response_class=StreamingResponse, responses={200: {'content': CONTENT}})
 
 
 class Stream(Body):
@@ -87,7 +89,7 @@ def query_schema(kind: type[Body]) -> list[dict[str, Any]]:
     ]
 
 
-@router.get('/stream', openapi_extra={'parameters': query_schema(Stream)})
+@router.get('/stream', **PLAYED, openapi_extra={'parameters': query_schema(Stream)})
 async def stream(request: Request) -> StreamingResponse:
     """Music without end, or `seconds` of it, as a WAV or Ogg that grows while it is made, a few seconds ahead of its
     hearers. The header X-Stream tells its name."""
@@ -95,7 +97,7 @@ async def stream(request: Request) -> StreamingResponse:
     return await play(request, validated(Stream, dict(request.query_params)))
 
 
-@router.post('/stream', openapi_extra={'requestBody': {'content': schema(PrimedStream)}})
+@router.post('/stream', **PLAYED, openapi_extra={'requestBody': {'content': schema(PrimedStream)}})
 async def stream_on(request: Request) -> StreamingResponse:
     """The same, asked for by JSON, which has room for sounds: to be like, to go on from, and whose melody to follow."""
     music_model(request)
