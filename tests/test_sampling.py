@@ -98,6 +98,7 @@ def test_noise_of_one_generator():
     [
         (dict(temperature=-1), 'temperature must be 0 or above, got -1'),
         (dict(temperature=float('inf')), 'temperature'),
+        (dict(temperature=1e39), r'temperature must be 1000 at most, got 1e\+39'),
         (dict(temperature=1e-30), 'temperature must be 0, or at least 0.001, got 1e-30'),
         (dict(cond_scale=1e38), r'cond_scale must lie between -100 and 100, got 1e\+38; 1 to 5'),
         (dict(top_k=0), 'top_k must be at least 1'),

@@ -3,7 +3,6 @@ how to be told of the progress."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -31,6 +30,7 @@ from musiclm_pytorch.data.audio import AudioFile
 
 # beyond these, logits overflow
 LOWEST_TEMPERATURE, MOST_GUIDANCE = 0.001, 100
+MOST_TEMPERATURE = 1000  # from there on, all tokens are as likely; float32 ends at 3e38
 
 Progress = bool | Callable[[int, int], None]
 
@@ -246,8 +246,10 @@ class Sampling:
     logits_processor: LogitsProcessor | None = None
 
     def __post_init__(self):
-        if not (self.temperature >= 0 and math.isfinite(self.temperature)):
+        if not self.temperature >= 0:
             raise ValueError(f'temperature must be 0 or above, got {self.temperature}')
+        if self.temperature > MOST_TEMPERATURE:
+            raise ValueError(f'temperature must be {MOST_TEMPERATURE} at most, got {self.temperature:g}')
         if 0 < self.temperature < LOWEST_TEMPERATURE:
             raise ValueError(f'temperature must be 0, or at least {LOWEST_TEMPERATURE}, got {self.temperature}')
         if self.top_k is not None and self.top_k < 1:
