@@ -101,6 +101,7 @@ def test_a_negative_prompt_leads_away(musiclm):
         ((sound()[:0], SOUND_RATE), ValueError, r'the wave of a prompt of shape \(0,\) has no samples'),
         ((sound().reshape(-1, 2), SOUND_RATE), ValueError, 'the wave of a prompt must have shape'),
         ((sound()[:8], SOUND_RATE), ValueError, 'too short|at least'),
+        (Waves.of(sound().view(2, -1), SOUND_RATE), ValueError, r'is 2 pieces of music; pass one, \(music.pieces'),
     ],
 )
 def test_what_is_no_prompt(musiclm, tmp_path, prompt, error, says):

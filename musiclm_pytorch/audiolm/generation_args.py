@@ -27,6 +27,7 @@ from musiclm_pytorch.checks import (
     typechecked,
 )
 from musiclm_pytorch.data.audio import AudioFile
+from musiclm_pytorch.waves import Waves
 
 # beyond these, logits overflow
 LOWEST_TEMPERATURE, MOST_GUIDANCE = 0.001, 100
@@ -198,6 +199,8 @@ def read_prime(
 def read_wave(wave: Tensor | np.ndarray, rate: int, *, name: str) -> tuple[Tensor, int]:
     """`(samples,)` or `(channels, samples)` as `(1, samples)` float32, and its rate in Hz."""
     check_sample_rate(rate)
+    if isinstance(wave, Waves) and len(wave.pieces) > 1:  # as channels they would be mixed into one
+        raise ValueError(f'{name} is {len(wave.pieces)} pieces of music; pass one, (music.pieces[0], rate)')
     wave = as_tensor(wave)
     check_channels(wave, name)
     wave = check_audio(wave, ndim=wave.ndim, shape='(samples,) or (channels, samples)', name=name)
