@@ -6,8 +6,9 @@ import math
 import warnings
 from collections.abc import Iterator, Sequence
 from itertools import chain
+from operator import index
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, SupportsIndex
 
 import numpy as np
 import torch
@@ -67,6 +68,7 @@ SETTINGS = ('windows', 'unique_consecutive', 'sampling', 'knows', 'usual_score')
 RANKING_WINDOW = 10.0  # seconds that MuLaN hears at once (MusicLM, section 3.2)
 # seconds of a prime at least by whose sound what follows is conditioned, too: less tells no timbre
 HEARD = 1.0
+Seed = SupportsIndex | np.ndarray | Tensor  # whole numbers, such as those of `Music`
 
 
 class MusicLM(HubModel, AudioStages):
@@ -224,7 +226,7 @@ class MusicLM(HubModel, AudioStages):
         prime_wave: Tensor | np.ndarray | None = None,
         prime_wave_input_sample_hz: int | None = None,
         prime_wave_path: str | Path | None = None,
-        seed: int | Sequence[int] | None = None,
+        seed: Seed | Sequence[SupportsIndex] | None = None,
         max_batch: int | None = None,
         return_all: bool = False,
         return_scores: bool = False,
@@ -258,8 +260,8 @@ class MusicLM(HubModel, AudioStages):
                 stage are then conditioned on the mean of what MuLaN hears in the prime, of 1 s or more, and reads in
                 the prompt, so that the timbre stays.
             seed: the same pieces again, also independent of `max_batch` and of grouping: the piece of number i, counted
-                through all prompts, is the one that `seed + i` makes alone. Or one seed a piece. By default a draw from
-                torch's global generator, so that `torch.manual_seed` repeats it.
+                through all prompts, is the one that `seed + i` makes alone. Or one seed a piece, such as `seeds` of
+                earlier music. By default a draw from torch's global generator, so that `torch.manual_seed` repeats it.
             max_batch: pieces made at a time, for less memory; all by default.
             return_all: all pieces of each prompt instead of the best.
             return_scores: the scores by which MuLaN chose, too.
@@ -371,7 +373,7 @@ class MusicLM(HubModel, AudioStages):
         logits_processor: ProcessorPerStage = None,
         melody: Path | Sound | Tensor | None = None,
         prime: Path | Sound | Tensor | None = None,
-        seed: int | None = None,
+        seed: Seed | None = None,
     ) -> MusicStream:
         """Music for a prompt as it is made, without end unless `seconds` says so: an iterator of waves.
 
@@ -444,7 +446,7 @@ class MusicLM(HubModel, AudioStages):
         top_k: CountPerStage = None,
         top_p: PerStage | None = None,
         cond_scale: PerStage | None = None,
-        seed: int | None = None,
+        seed: Seed | None = None,
         progress: Progress = False,
     ) -> Waves:
         """A sound with other music from second `start` to `end`; both sides are kept as they are.
@@ -769,12 +771,14 @@ def _rename_weights(musiclm: MusicLM, state: dict[str, Tensor], prefix: str, *_:
         state[f'{prefix}{own}.{name}'] = state.pop(key)
 
 
-def seeds_of(seed: int | Sequence[int] | None, pieces: int) -> list[int]:
+def seeds_of(seed: Seed | Sequence[SupportsIndex] | None, pieces: int) -> list[int]:
     """The seed of each piece in [0, 2⁶³); without any, consecutive ones from a draw of torch's global generator on."""
     if seed is None:
         seed = int(torch.randint(2**32, ()))
-    if isinstance(seed, int):
-        seed = range(seed, seed + pieces)
+    if isinstance(seed, (Tensor, np.ndarray)) and seed.ndim:
+        seed = seed.reshape(-1).tolist()
+    if not isinstance(seed, Sequence):
+        seed = range(index(seed), index(seed) + pieces)
     if len(seed) != pieces:
         raise ValueError(f'got {len(seed)} seeds for {pieces} pieces; pass one, or one a piece')
-    return [it % 2**63 for it in seed]
+    return [index(it) % 2**63 for it in seed]

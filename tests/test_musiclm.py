@@ -107,6 +107,12 @@ def test_a_seed_makes_a_piece_again_alone_and_in_batches(musiclm):
             torch.testing.assert_close(alone.scores[0, 0], scores[row, column], atol=1e-5, rtol=0)
     torch.testing.assert_close(musiclm(['a', 'b'], 2, seed=2**63 - 2, max_batch=3, **shared), waves, atol=1e-5, rtol=0)
     torch.testing.assert_close(musiclm(['a', 'b'], seed=[2**63 - 1, 1], **shared), waves[:, 1:], atol=1e-5, rtol=0)
+    for seeds in (whole.seeds, whole.seeds.numpy(), whole.seeds.view(-1).tolist()):
+        torch.testing.assert_close(musiclm(['a', 'b'], 2, seed=seeds, **shared), waves, atol=1e-5, rtol=0)
+    for seed in (whole.seeds[1, 1], whole.seeds.numpy()[1, 1], [np.int64(1)]):
+        torch.testing.assert_close(musiclm('b', seed=seed, **shared)[0], waves[1, 1:], atol=1e-5, rtol=0)
+    with pytest.raises(TypeError, match='integer'):
+        musiclm('b', seed=torch.tensor(0.5))
     with pytest.raises(ValueError, match='got 2 seeds for 4 pieces; pass one, or one a piece'):
         musiclm(['a', 'b'], 2, seed=[1, 2])
 
