@@ -52,6 +52,9 @@ class Waves(Tensor):
         # as a plain tensor, which `torch.load` reads without knowing this class
         return self.as_subclass(Tensor).__reduce_ex__(protocol)
 
+    def __copy__(self) -> Waves:
+        return Waves.of(self.as_subclass(Tensor), self.sample_rate)
+
     def __deepcopy__(self, memo: dict) -> Waves:
         return Waves.of(self.as_subclass(Tensor).clone(), self.sample_rate)
 
@@ -211,6 +214,9 @@ class Music(WavesAndScores):
         music.seeds = seeds
         return music
 
+    def __reduce__(self) -> tuple:
+        return _music, (*self, self.seeds, getattr(self.waves, 'sample_rate', None))
+
     def __repr__(self) -> str:
         waves, scores = (f'{tuple(it.shape)} {it.dtype}' for it in self)
         return f'Music(waves: {waves}, scores: {scores}, seeds: {None if self.seeds is None else self.seeds.tolist()})'
@@ -223,3 +229,8 @@ class Music(WavesAndScores):
         order = scores.argsort(dim=1, descending=True)
         ranked = [(waves[p, s], f'{scores[p, s]:.3f}') for p, row in enumerate(order.tolist()) for s in row]
         return players([wave for wave, _ in ranked], waves.sample_rate, [note for _, note in ranked])
+
+
+def _music(waves: Tensor, scores: Tensor, seeds: Tensor | None, sample_rate: int | None) -> Music:
+    """What was pickled, in which `Waves` are a plain tensor."""
+    return Music(waves if sample_rate is None else Waves.of(waves, sample_rate), scores, seeds)

@@ -295,6 +295,7 @@ def test_a_story_is_one_piece_of_what_prompts_are(service, musiclm):
         check_error(service.client.post('/generate', json=body | more), 422, 'invalid_request', wanted)
 
 
+@pytest.mark.filterwarnings('error:Pydantic serializer warnings')
 def test_music_goes_on_from_a_sound_and_follows_a_melody(tiny, service):
     begin, hum = coded(sound(0.5, 16000)), coded(file_of(0.5 * torch.sin(torch.arange(16000) * 0.2), 16000))
     prime, melody = (wave_of(base64.b64decode(it), 16000) for it in (begin, hum))

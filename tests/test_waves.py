@@ -3,6 +3,7 @@
 import base64
 import copy
 import io
+import pickle
 import re
 
 import pytest
@@ -28,7 +29,8 @@ def test_it_is_a_tensor_and_what_is_computed_of_it_is_a_plain_one(tmp_path):
         assert type(made) in (torch.Tensor, type(plain.numpy()))
     assert torch.equal(music + 1, plain + 1)
     assert music.data_ptr() == plain.data_ptr()
-    assert copy.deepcopy(music).sample_rate == RATE
+    assert copy.deepcopy(music).sample_rate == copy.copy(music).sample_rate == RATE
+    assert copy.copy(music).data_ptr() == music.data_ptr()
     assert repr(music) == 'Waves of shape (2, 80): 0.01 s at 8000 Hz'
     torch.save(music, tmp_path / 'music.pt')
     loaded = torch.load(tmp_path / 'music.pt', weights_only=True)
@@ -96,3 +98,13 @@ def test_music_shows_its_best_samples_first():
     assert chosen.count('<audio') == 2
     assert '0.500' in chosen
     assert '0.750' in chosen
+
+
+@pytest.mark.parametrize('again', [copy.copy, copy.deepcopy, lambda it: pickle.loads(pickle.dumps(it))])
+def test_music_is_kept_with_its_rate_and_seeds(again):
+    music = Music(waves(2, 80), torch.rand(2, 1), torch.tensor([[3], [4]]))
+    kept = again(music)
+    assert (type(kept), kept.waves.sample_rate) == (Music, RATE)
+    assert all(map(torch.equal, (*kept, kept.seeds), (*music, music.seeds)))
+    assert kept._repr_html_() == music._repr_html_()
+    assert again(Music(torch.rand(2, 80), torch.rand(2, 1))).seeds is None

@@ -112,7 +112,9 @@ class Texts(Body):
 
 
 def kind_of(prompt: Any) -> str:
-    """What a prompt in JSON is, which tells what is wrong with it."""
+    """What a prompt in JSON is, which tells what is wrong with it; also of one that is read already."""
+    if isinstance(prompt, BaseModel):
+        prompt = prompt.__dict__
     if isinstance(prompt, dict):
         return next((name for name in ('sound', 'latent', 'mix', 'story') if name in prompt), 'none of these')
     return 'list' if isinstance(prompt, list) else 'text'
