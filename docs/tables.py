@@ -15,7 +15,8 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 FIGURES = ROOT / 'docs' / 'figures'
-PAGES = [ROOT / 'README.md', *sorted((ROOT / 'docs').glob('*.md')), ROOT / 'musiclm_pytorch/pretrained/tiny/README.md']
+CARDS = [ROOT / f'musiclm_pytorch/pretrained/{name}/README.md' for name in ('tiny', 'small')]
+PAGES = [ROOT / 'README.md', *sorted((ROOT / 'docs').glob('*.md')), *CARDS]
 MARKED = re.compile(r'<!-- table: (\w+) -->\n.*?<!-- end of table -->', re.DOTALL)
 
 
@@ -229,6 +230,69 @@ def obedience() -> str:
     return f'{measured("obedience")}\n\n{table(head, rows)}'
 
 
+SMALL = {
+    'real held-out audio: the judge itself': 'real held-out audio of all three fonts: the judge itself',
+    'real audio of the same labels': 'real audio of the same labels, a font that the model never heard',
+    'the same by the fonts that the model was trained on': 'the same by the fonts that it was trained on',
+    'real audio through the codec: the ceiling': 'real audio of the unheard font through the codec',
+    'real semantic tokens, the coarse stage': 'real semantic tokens of the unheard font, the coarse stage',
+    'without ranking and guidance': 'without ranking and guidance',
+    'without ranking': 'without ranking',
+    'the best of 4 by MuLaN': 'the best of 4 by MuLaN',
+}
+
+
+def obedience_small(shown: Sequence[str] = tuple(SMALL)) -> str:
+    found, asked = figures('obedience_small'), ['instrument', 'family', 'tempo', 'register', 'drums']
+    rows = [[SMALL[name], *(percent(found['rows'][name][it]) for it in asked)] for name in shown]
+    rows.append(['chance', '5.6 %', '12.5 %', '33.3 %', '33.3 %', '50.0 %'])
+    head = [f'{found["prompts"]} prompts', 'instrument of 18', 'family of 8', 'tempo', 'register', 'drums']
+    return f'{measured("obedience_small")}\n\n{table(head, rows)}'
+
+
+def obedience_small_music() -> str:
+    return obedience_small([it for it in SMALL if 'judge' not in it and 'codec' not in it and 'guidance' not in it])
+
+
+def own_words() -> str:
+    found, asked = figures('own_words'), ['instrument', 'tempo', 'drums', 'unknown']
+    told = {**found['earlier'], 'as it ships': found['models']['small']['right'], 'chance': found['chance']}
+    rows = [[title, *(percent(it[name]) if name in it else '' for name in asked)] for title, it in told.items()]
+    head = [f'{found["prompts"]} prompts, best of {found["samples"]}', *asked[:3], 'a word that it does not know']
+    return f'{measured("own_words")}\n\n{table(head, rows)}'
+
+
+def sampled_music() -> str:
+    titles = {
+        'real clips, as asked of small': 'real clips of the unheard font',
+        'small: through its codec': 'those through the codec',
+        'small: real semantic tokens, its other stages': 'their semantic tokens, the coarse stage',
+        'small, the best of 4': 'the best of 4 by MuLaN',
+        'tiny, the best of 4': 'the best of 4 of `tiny`',
+    }
+    found, asked = figures('sampled_music'), ['instrument', 'tempo', 'register', 'drums']
+    rows = [
+        [title, *(percent(it[name]['value']) for name in asked), f'{it["fad"]:.1f}']
+        for title, it in ((title, found['rows'][name]) for name, title in titles.items())
+    ]
+    head = [f'{found["prompts"]} prompts', *asked, 'FAD']
+    return f'{measured("sampled_music")}\n\n{table(head, rows)}'
+
+
+def sampled_mulan() -> str:
+    rows = figures('sampled_mulan')['rows']
+    sides = [rows['a font that it never met'], rows['its own fonts']]
+    body = [[name, *(percent(side[name]['small']['value']) for side in sides)] for name in sides[0]]
+    other = [
+        [name, percent(it['small']['value']), f'{it["small"]["count"]} crops']
+        for name, it in rows['recordings'].items()
+    ]
+    return (
+        f'{measured("sampled_mulan")}\n\n{table(["", "a font that it never met", "its own fonts"], body)}\n\n'
+        f'{table(["real recordings, 5 s", "right", "of"], other)}'
+    )
+
+
 def memorised() -> str:
     rows = []
     for tokens, it in figures('obedience')['memorised'].items():
@@ -308,7 +372,7 @@ def benchmarks() -> str:
     for path in sorted(FIGURES.glob('*.json')):
         found = figures(path.stem)
         machine, page = found['machine'], marks[SHOWN.get(path.stem, path.stem)]
-        where = 'README' if page == ROOT / 'README.md' else "the model's card"
+        where = 'README' if page == ROOT / 'README.md' else f'the card of {page.parent.name}'
         where = f'[{page.stem}]({page.name})' if page.parent.name == 'docs' else where
         what = told({key: machine[key] for key in ('processor', 'cores') if key in machine}).rstrip(', ')
         script = re.search(r'\w+\.py', found['command'])[0]
@@ -316,8 +380,9 @@ def benchmarks() -> str:
     return table(['script', 'shown in', 'date', 'machine', 'JSON'], rows)
 
 
-SHOWN = dict(scaling='scaling_steps', streaming='speed')
+SHOWN = dict(scaling='scaling_steps', streaming='speed', obedience_small='obedience_small_music')
 TABLES = [speed, mulan, generation, stages, scaling_steps, scaling_loss, inference, memory, service]
+TABLES += [obedience_small, obedience_small_music, own_words, sampled_music, sampled_mulan]
 TABLES += [obedience, memorised, prompt_scores, separation, structure, codecs, damage, benchmarks]
 
 
