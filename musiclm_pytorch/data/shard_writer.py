@@ -48,9 +48,8 @@ def write_shards(
     A clip that is a whole file is stored as it is, byte by byte. A part of a file, or one whose name does not end as
     sound does, is decoded at its own rate and channels and stored as FLAC (of 16 or 24 bits, as the file has; as WAV
     of floats where samples exceed 1, or FLAC has no such rate). Nothing is cropped or drawn at random: that is the
-    reader's. Of `SyntheticMusic` and `ScoreMusic`, waves are kept in 16
-    bits, with all the captions that they give a clip. Every clip is decoded once; one that does not decode is skipped,
-    named in the log and noted in the index.
+    reader's. Of `SyntheticMusic` and `ScoreMusic`, waves are kept in 16 bits, with all the captions that they give a
+    clip. Every clip is decoded once; one that does not decode is skipped, named in the log and noted in the index.
 
     A shard is written aside and renamed, then noted in `index.json`. If writing is interrupted, the same call goes on
     with the first shard that is not noted.

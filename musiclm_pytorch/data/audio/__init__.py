@@ -143,8 +143,8 @@ def open_sound(source: str | BinaryIO, key: Hashable = None) -> SoundfileReader 
         source.seek(0)
     if head in SNDFILE_HEADS:
         try:
-            # as bytes, for a name may be none of UTF-8, which soundfile would refuse
-            file = soundfile.SoundFile(os.fsencode(source) if isinstance(source, str) else source)
+            # as bytes, for a name may be none of UTF-8, which soundfile would refuse; Windows has no such names
+            file = soundfile.SoundFile(os.fsencode(source) if isinstance(source, str) and os.name != 'nt' else source)
         except soundfile.LibsndfileError:
             pass  # FFmpeg tells why, if it cannot read it either
         else:
@@ -165,6 +165,7 @@ def cut_flac(file: soundfile.SoundFile, source: str | BinaryIO, key: Hashable) -
     except soundfile.LibsndfileError:
         packets = PacketFile(source, key)
         if packets.is_whole:
+            file.close()
             return packets
         packets.close()
     return None
