@@ -18,6 +18,7 @@ from musiclm_pytorch.atomic import atomic_write
 
 # samples: libsndfile 1.2 does not bear all that it may be given for Vorbis
 AT_ONCE = 2**16
+MP3_RATES = (8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000)  # Hz
 
 
 class Waves(Tensor):
@@ -87,6 +88,8 @@ class Waves(Tensor):
 def sound_bytes(wave: Tensor, sample_rate: int, suffix: str = '.wav') -> bytes:
     """The bytes of a sound file with `(samples,)`, made softer as a whole where it goes beyond [-1, 1]."""
     file, name = io.BytesIO(), format_of(suffix)
+    if name == 'MP3' and sample_rate not in MP3_RATES:
+        raise ValueError(f'MP3 has no rate of {sample_rate} Hz; write music of it as .wav, .flac or .ogg')
     wave = wave.detach().cpu().float()
     if wave.numel():
         wave = wave / wave.abs().max().clamp(min=1.0)

@@ -125,6 +125,9 @@ CODINGS = dict(
     wav_piped=lambda it: by_ffmpeg(it, 'wav', 'pcm_s16le', piped=True),
     flac_piped=lambda it: by_ffmpeg(it, 'flac', 'flac', piped=True),
     wma=lambda it: by_ffmpeg(it, 'asf', 'wmav2', bit_rate=128000),
+    opus_in_mkv=lambda it: by_ffmpeg(it, 'matroska', 'libopus', rate=48000),
+    aac_in_mov=lambda it: by_ffmpeg(it, 'mov', 'aac'),
+    ac3=lambda it: by_ffmpeg(it, 'ac3', 'ac3', rate=48000, bit_rate=192000),
 )
 
 

@@ -318,6 +318,13 @@ def test_split_shares_no_recording(tmp_path):
     assert [len(it) for it in dataset.split(0.99)] == [3, 27]
 
 
+@pytest.mark.parametrize('name', ['a.wave', 'B.MKV', 'c.mov', 'd.ac3'])
+def test_sound_is_known_by_the_suffixes_that_people_give_it(tmp_path, name):
+    write(tmp_path / name, ramp(1), format='WAV')
+    (tmp_path / 'notes.md').write_text('no sound')
+    assert [clip.path.name for clip in opened(tmp_path).clips] == [name]
+
+
 @pytest.mark.parametrize('suffix', ['wav', 'ogg'])
 def test_names_that_are_not_utf8(tmp_path, suffix):
     """As archives packed on another system leave them; a folder of them is split, packed and told apart as any."""

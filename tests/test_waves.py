@@ -61,6 +61,16 @@ def test_files_are_written_block_by_block(tmp_path, monkeypatch, suffix):
     assert abs(torch.from_numpy(samples[-150_000:-2000]) - music[0, -150_000:-2000]).max() < 0.1
 
 
+def test_mp3_has_few_rates(tmp_path):
+    for rate in (8000, 11025, 48000, 12345):
+        music = Waves.of(waves(1, 4000).as_subclass(torch.Tensor), rate)
+        assert soundfile.info(*music.save(tmp_path / 'piece.ogg')).samplerate == rate
+        if rate != 12345:
+            assert soundfile.info(*music.save(tmp_path / 'piece.mp3')).samplerate == rate
+    with pytest.raises(ValueError, match='MP3 has no rate of 12345 Hz; write music of it as'):
+        music.save(tmp_path / 'piece.mp3')
+
+
 def test_several_pieces_go_into_a_file_each(tmp_path):
     music = waves(2, 2, 80)
     paths = music.save(tmp_path / 'piece.wav')

@@ -18,8 +18,23 @@ from musiclm_pytorch.data.tables import names_in, take_rows
 
 # what `AudioFile` reads; files that end otherwise are left out without a word
 AUDIO_SUFFIXES = {
-    *('.wav', '.flac', '.ogg', '.oga', '.opus', '.mp3', '.mp2', '.aif', '.aiff', '.aifc', '.au', '.caf', '.w64'),
-    *('.m4a', '.m4b', '.aac', '.mp4', '.wma', '.webm', '.mka', '.ape', '.wv', '.tta'),
+    *(
+        '.wav',
+        '.wave',
+        '.flac',
+        '.ogg',
+        '.oga',
+        '.opus',
+        '.mp3',
+        '.mp2',
+        '.aif',
+        '.aiff',
+        '.aifc',
+        '.au',
+        '.caf',
+        '.w64',
+    ),
+    *('.m4a', '.m4b', '.aac', '.mp4', '.mov', '.wma', '.webm', '.mka', '.mkv', '.ape', '.wv', '.tta', '.ac3'),
 }
 
 METADATA = {'metadata.csv', 'metadata.jsonl'}  # of Hugging Face's audio folders
