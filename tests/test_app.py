@@ -734,15 +734,16 @@ def test_it_plays_while_it_is_made(served, page):
 def record(page, name):
     """Beeps, for some seconds, by the recorder of this name; the file that the page has of them."""
     known = set(Path(os.environ['GRADIO_TEMP_DIR']).glob('*/audio*.wav'))
-    page.click(f'#{name} .record-button')
-    page.wait_for_timeout(1500)
-    page.click(f'#{name} .stop-button')
-    for _ in range(300):
-        if uploaded := set(Path(os.environ['GRADIO_TEMP_DIR']).glob('*/audio*.wav')) - known:
-            break
-        page.wait_for_timeout(100)
-    page.wait_for_timeout(1000)  # for the page to know it
-    return uploaded.pop()
+    for _ in range(3):  # a busy browser may have heard nothing when it is told to stop, and has no file then
+        page.click(f'#{name} .record-button')
+        page.wait_for_timeout(1500)
+        page.click(f'#{name} .stop-button')
+        for _ in range(150):
+            if uploaded := set(Path(os.environ['GRADIO_TEMP_DIR']).glob('*/audio*.wav')) - known:
+                page.wait_for_timeout(1000)  # for the page to know it
+                return uploaded.pop()
+            page.wait_for_timeout(100)
+    pytest.fail(f'nothing was recorded by {name}')
 
 
 @pytest.mark.slow
