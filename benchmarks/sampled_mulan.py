@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from musicnn_judge import MusicnnJudge
-from obedience import FAMILIES
+from obedience import FAMILIES, TOLD
 from real_music import FONT, PAIRS, RECORDINGS, ROOT, TEXTS, Bench, Model, certain, crops_of
 from real_music_judges import RATE, SECONDS, Clips, render, share, share_by_file
 from results import add_out, write_results
@@ -33,7 +33,6 @@ from musiclm_pytorch.data.attributes import SAMPLED_ATTRIBUTES, MusicLabels
 from musiclm_pytorch.evaluation.alignment import alignment_figures
 from musiclm_pytorch.evaluation.metric import MetricValue
 
-TOLD = ('instrument', 'tempo', 'mode', 'register', 'texture', 'drums')
 PARTS = ('pairs', 'recordings')
 
 
@@ -71,27 +70,27 @@ def judge_pairs(models: Sequence[Model], clips: Clips) -> dict[str, dict[str, Me
     different = [*first.values()][:PAIRS]
     pairs = {
         'captions that tell all': (different, [music.caption(labels[i], i, mention=TOLD) for i in different]),
-        'captions as they are': (range(PAIRS), [music.text(clips.indices[i]) for i in range(PAIRS)]),
+        'captions as they are': ([*range(PAIRS)], [music.text(clips.indices[i]) for i in range(PAIRS)]),
     }
-    rows = {f'R@1, {name}, text to audio: nobody more': {} for name in pairs if name != 'captions that tell all'}
+    most = highest(labels[:PAIRS])
+    rows = {'R@1, captions as they are, text to audio: nobody more': {model.name: most for model in models}}
     waves = [clips.wave(i) for i in range(len(clips))]
     for model in models:
+        found: dict[str, MetricValue] = {}
         audio = model.hear(waves, RATE)
         for name, (places, texts) in pairs.items():
-            figures = alignment_figures(audio[list(places)], model.read(texts), texts)
+            figures = alignment_figures(audio[places], model.read(texts), texts)
             for way in ('text_to_audio', 'audio_to_text'):
-                row = rows.setdefault(f'R@1, {name}, {way.replace("_", " ")}', {})
-                row[model.name] = figures[f'{way}_recall_at_1']
-        rows['R@1, captions as they are, text to audio: nobody more'][model.name] = highest(labels[:PAIRS])
+                found[f'R@1, {name}, {way.replace("_", " ")}'] = figures[f'{way}_recall_at_1']
         for name in TOLD:
-            found = model.nearest(audio, texts_of(music, name))
-            pairs_of = [(a, getattr(b, name)) for a, b in zip(found, labels)]
-            rows.setdefault(f'{name} among {len(SAMPLED_ATTRIBUTES[name])}', {})[model.name] = share(
-                [a == b for a, b in pairs_of]
-            )
+            nearest = model.nearest(audio, texts_of(music, name))
+            both = [(value, getattr(own, name)) for value, own in zip(nearest, labels)]
+            found[f'{name} among {len(SAMPLED_ATTRIBUTES[name])}'] = share([a == b for a, b in both])
             if name == 'instrument':
-                row = rows.setdefault(f'family among {len(set(FAMILIES.values()))}', {})
-                row[model.name] = share([FAMILIES[a] == FAMILIES[b] for a, b in pairs_of])
+                groups = len(set(FAMILIES.values()))
+                found[f'family among {groups}'] = share([FAMILIES[a] == FAMILIES[b] for a, b in both])
+        for name, figure in found.items():
+            rows.setdefault(name, {})[model.name] = figure
     return rows
 
 
