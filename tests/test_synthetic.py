@@ -307,6 +307,23 @@ def test_a_violin_needs_a_sound_font_that_has_one(font, tmp_path):
         sampled(write_sound_font(tmp_path / 'few.sf2', range(2), drums=False)).render(violin)
 
 
+def test_fonts_of_few_instruments_play_what_they_have_beside_others(font, tmp_path):
+    few = write_sound_font(tmp_path / 'few.sf2', range(2), drums=False, gain=0.3)
+    whole, both, alone = sampled(font), sampled([few, font]), sampled(few)
+    violin = whole.draw_labels(0, instrument='violin', drums=True)
+    assert torch.equal(both.render(violin, 1), whole.render(violin, 1))
+    piano = whole.draw_labels(0, instrument='piano', drums=False)
+    drawn = [both.render(piano, seed) for seed in range(8)]
+    for name in (alone, whole):  # now this font, now that
+        same = [torch.equal(wave, name.render(piano, seed)) for seed, wave in enumerate(drawn)]
+        assert any(same)
+        assert not all(same)
+    drummed = replace(piano, drums=True)
+    with pytest.raises(ValueError, match='few.sf2 lacks a drum kit'):
+        alone.render(drummed)
+    assert not any(torch.equal(both.render(drummed, seed), drawn[seed]) for seed in range(8))
+
+
 # ---- listening by figures; benchmarks/synthetic_figures.py measures more clips ----
 
 

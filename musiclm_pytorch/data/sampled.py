@@ -12,7 +12,7 @@ from musiclm_pytorch.data.composition import Note
 from musiclm_pytorch.data.scores.composer import DRUM_CHANNEL, SHORTEST, Part
 from musiclm_pytorch.data.scores.composer import Note as Stroke
 from musiclm_pytorch.data.scores.instruments import INSTRUMENTS
-from musiclm_pytorch.data.scores.rendering import Room, SoundFont
+from musiclm_pytorch.data.scores.rendering import Room, draw_font
 from musiclm_pytorch.data.scores.styles import DRUMS
 from musiclm_pytorch.data.synthesis import LOUDNESS, finished
 
@@ -63,16 +63,17 @@ def render_sampled(
 
     Args:
         notes, drums: what to play, with onsets and lengths in beats.
-        fonts: paths of sound fonts.
+        fonts: paths of sound fonts, each with some of the instruments at least.
         instrument: one of `PROGRAMS`.
         register: that its notes lie in.
         bpm: beats per minute.
         samples, rate: length and sample rate in Hz of the wave.
         random: draws font, program, room, drum kit, touch and where the first beat lies (10 to 60 ms after the start).
     """
-    font = SoundFont.open(choose(random, fonts))
     programs = PROGRAMS[instrument]
-    player = INSTRUMENTS[choose(random, programs.get(register, programs[None]))]
+    players = [INSTRUMENTS[it] for it in programs.get(register, programs[None])]
+    font = draw_font(random, fonts, lambda it: any(it.preset(0, player.program) for player in players))
+    player = choose(random, [it for it in players if font.preset(0, it.program)] or players)
     beat, first, room = 60 / bpm, random.uniform(0.01, 0.06), Room.draw(random)
     kit, drum_level = choose(random, KITS), DRUM_LEVEL + random.uniform(-2, 2)
 
@@ -88,9 +89,13 @@ def render_sampled(
         )
 
     parts = [Part('lead', 0, player.program, player.level, strokes(notes, int))]
+    wave = 0
     if drums:
         parts.append(Part('drums', DRUM_CHANNEL, kit, drum_level, strokes(drums, DRUMS.__getitem__)))
-    wave = font.render(parts, samples, rate, room)
+        if not font.preset(DRUM_CHANNEL, kit):  # a font of few instruments: another one has drums
+            drummer = draw_font(random, fonts, lambda it: bool(it.preset(DRUM_CHANNEL, kit)))
+            wave = drummer.render([parts.pop()], samples, rate, room)
+    wave = wave + font.render(parts, samples, rate, room)
     if not np.any(wave):
         raise ValueError(f'{font.path} plays nothing of the {player.name}: its samples are silent there')
     return finished(wave, rate, LOUDNESS)

@@ -46,8 +46,8 @@ class SyntheticMusic(GeneratedMusic):
         split: 'train' or 'valid'.
         mentions: share of the captions that tell an attribute, such as `{'key': 0.5}`; 'bpm' and 'key' are shares of
             those that tell the tempo and the mode.
-        sound_font: path of a .sf2 or .sf3, or several, of which each item takes one; by default, eight instruments
-            are synthesised.
+        sound_font: path of a .sf2 or .sf3, or several, of which each item takes one that has what it plays; by
+            default, eight instruments are synthesised.
 
     Raises:
         TypeError: an argument of another type.

@@ -26,7 +26,7 @@ from musiclm_pytorch.data.scores.phrases import (
     known_of,
     write_caption,
 )
-from musiclm_pytorch.data.scores.rendering import Room, SoundFont, find_sound_fonts
+from musiclm_pytorch.data.scores.rendering import Room, draw_font, find_sound_fonts
 from musiclm_pytorch.data.synthesis import CEILING, envelope
 
 # what a generator of random numbers is for; part of its key, so that no two uses share their numbers
@@ -58,8 +58,8 @@ class ScoreMusic(GeneratedMusic):
         seconds: length of each wave, 1 to 600.
         sample_rate: Hz, 8,000 to 96,000, as FluidSynth allows.
         split: 'train' or 'valid'.
-        sound_font: path of a .sf2 or .sf3, or several, of which each item takes one; by default that of the
-            environment's MUSICLM_SOUND_FONT, or the first one found where systems put them.
+        sound_font: path of a .sf2 or .sf3, or several, of which each item takes one that has all of its instruments; by
+            default that of the environment's MUSICLM_SOUND_FONT, or the first one found where systems put them.
         sources: MIDI files and folders of them, for excerpts beside the compositions; every eighth file is held out.
         source_share: share of the items that are such excerpts.
         captions_per_clip: how many captions `captions(index)` gives.
@@ -209,7 +209,9 @@ class ScoreMusic(GeneratedMusic):
 
     def _wave(self, labels: ScoreLabels, parts: list[Part], key: tuple[int, ...]) -> Tensor:
         random = generator(*key)
-        font = SoundFont.open(choose(random, self.sound_fonts))
+        font = draw_font(
+            random, self.sound_fonts, lambda it: all(it.preset(part.channel, part.program) for part in parts)
+        )
         wave = font.render(parts, self.samples, self.sample_rate, Room.draw(random))
         wave = (wave - wave.mean()) * envelope(self.samples, self.sample_rate, 0.002, 0.02)
         power = float(np.sqrt(np.mean(wave * wave)))

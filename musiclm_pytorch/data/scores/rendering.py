@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy.signal import resample_poly
 
+from musiclm_pytorch.data.attributes import choose
 from musiclm_pytorch.data.scores.composer import DRUM_CHANNEL, Part
 from musiclm_pytorch.extras import how_to_install
 
@@ -112,6 +113,12 @@ class Room(NamedTuple):
         return cls(random.uniform(0.1, 0.8), random.uniform(0.1, 0.7), random.uniform(0.0, 0.7) ** 1.5)
 
 
+def draw_font(random: np.random.Generator, fonts: Sequence[Path], plays: Callable[[SoundFont], bool]) -> SoundFont:
+    """One of the fonts at random, of those that play it where there are any: the others say what they lack."""
+    opened = [SoundFont.open(it) for it in fonts]
+    return choose(random, [it for it in opened if plays(it)] or opened)
+
+
 class SoundFont:
     """A sound font in memory, shared by all that render with it in a process.
 
@@ -198,15 +205,22 @@ class SoundFont:
                 fluidsynth.delete_fluid_settings(settings)
         return sound.mean(axis=0)[:samples]
 
+    def preset(self, channel: int, program: int) -> tuple[int, int] | None:
+        """Bank and program that play this program on this channel of MIDI, None where the font lacks it."""
+        bank = DRUM_BANK if channel == DRUM_CHANNEL else 0
+        for number in (program, 0) if bank else (program,):  # many fonts have one drum kit only
+            if _library()[1].preset_at(self._font, bank, number):
+                return bank, number
+        return None
+
     def _seat(self, fluidsynth: ModuleType, synth: int, number: int, part: Part) -> None:
         """Give a channel its instrument and its level."""
-        _, more = _library()
-        bank, program = DRUM_BANK if part.channel == DRUM_CHANNEL else 0, part.program
-        if bank and not more.preset_at(self._font, bank, program):
-            program = 0  # many fonts have one drum kit only
-        if not more.preset_at(self._font, bank, program):
-            what = 'a drum kit (bank 128)' if bank else f'program {part.program} of General MIDI'
-            raise ValueError(f'{self.path} lacks {what}; give a sound font with all of General MIDI')
+        found = self.preset(part.channel, part.program)
+        if found is None:
+            drums = part.channel == DRUM_CHANNEL
+            what = 'a drum kit (bank 128)' if drums else f'program {part.program} of General MIDI'
+            raise ValueError(f'{self.path} lacks {what}; give a sound font that has it, by itself or beside this one')
+        bank, program = found
         fluidsynth.fluid_synth_program_select(synth, part.channel, number, bank, program)
         volume = round(min(127, 100 * 10 ** (part.level / 40)))  # of MIDI's volume, 40 dB are a tenth
         fluidsynth.fluid_synth_cc(synth, part.channel, 7, volume)
