@@ -1,6 +1,7 @@
 """`musiclm tokens` and `musiclm train quantizer|codec|semantic|coarse|fine`, from nothing to trained stages."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -85,10 +86,20 @@ def test_from_nothing_to_trained_stages(tmp_path, music, capsys):
     run(*command, *(it for name in folders for it in (name, tmp_path / name[2:])))
     assert len(TokenCrops(tokens, 'coarse', seconds=0.2)) == 3
 
+    more = shutil.copytree(tokens, tmp_path / 'more')
     for stage in STAGE_RECIPES:
         model = dict(dim=16, depth=1, heads=2, **({} if stage == 'semantic' else dict(num_coarse_quantizers=2)))
         config = write_config(tmp_path / f'{stage}.json', model=model, training=dict(seconds=0.2, valid_frac=0.4))
-        arguments = ['--tokens', tokens, '--quantizer', tmp_path / 'quantizer', '--output', tmp_path / stage, *SHORT]
+        arguments = [
+            '--tokens',
+            tokens,
+            more,
+            '--quantizer',
+            tmp_path / 'quantizer',
+            '--output',
+            tmp_path / stage,
+            *SHORT,
+        ]
         run('train', stage, '--config', config, *arguments)
         assert load_module(tmp_path / stage / 'last').has_condition
         out = capsys.readouterr().out

@@ -198,6 +198,30 @@ def test_validation_crops_stay_and_splits_share_nothing(tmp_path):
     assert len({int(train[0]['semantic'][0]) for _ in range(20)}) > 3
 
 
+def test_several_folders_of_tokens_follow_one_another(tmp_path):
+    folders = [tmp_path / name for name in ('first', 'second')]
+    lengths = [2.0, None, 4.0], [6.0, 3.0]
+    for folder, own in zip(folders, lengths):
+        compute(folder, Clips(own))
+    both, *alone = (
+        TokenCrops(it, 'coarse', seconds=1.0, conditioning=False, training=False) for it in (folders, *folders)
+    )
+    assert both.items.tolist() == [0, 2, 3, 4]
+    for item, own in zip(both, [*alone[0], *alone[1]], strict=True):
+        assert all(torch.equal(item[name], own[name]) for name in own)
+    parts = both.split(0.25)
+    assert sorted(it for part in parts for it in part.items) == both.items.tolist()
+
+    compute_tokens(
+        Clips([2.0]), tmp_path / 'other', tokenizer=ClockTokenizer(lost=1), codec=ClockCodec(), progress=False
+    )
+    with pytest.raises(ValueError, match=r'other/semantic was not computed as .*first/semantic was: module\.'):
+        TokenCrops([folders[0], tmp_path / 'other'], 'coarse', conditioning=False)
+    for wrong in ([], [folders[0], folders[1] / '..' / 'first']):
+        with pytest.raises(ValueError, match='one folder of tokens or several that differ'):
+            TokenCrops(wrong, 'coarse')
+
+
 def test_workers_read_what_the_main_process_reads(tmp_path):
     compute(tmp_path, Clips([4.0] * 6))
     crops = TokenCrops(tmp_path, 'coarse', seconds=1.0, conditioning=False, training=False)

@@ -18,6 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
 from musiclm_pytorch.atomic import read_tensors
+from musiclm_pytorch.audiolm.fingerprints import differences
 from musiclm_pytorch.audiolm.stages import PAD
 from musiclm_pytorch.audiolm.tokens import SHARD, STREAM_FILE, read_stream, shard_identity
 from musiclm_pytorch.checks import check_choice, check_positive, typechecked
@@ -36,7 +37,7 @@ class TokenCrops(Dataset):
     whole. What the data set could not read is left out.
 
     Args:
-        folder: the cache.
+        folder: the cache, or several, whose tokens are of the same modules and follow one another.
         stage: 'semantic', 'coarse' or 'fine'.
         seconds: length of the crops; by default 30, 10 and 3 s for the three stages.
         conditioning: give MuLaN's codes too, those of the window nearest to the middle of the crop.
@@ -55,7 +56,7 @@ class TokenCrops(Dataset):
     @typechecked
     def __init__(
         self,
-        folder: str | Path,
+        folder: str | Path | Sequence[str | Path],
         stage: str,
         *,
         seconds: float | None = None,
@@ -75,7 +76,10 @@ class TokenCrops(Dataset):
             raise ValueError(f'begin_share must lie in [0, 1], got {begin_share}')
         if text_share > 0 and not conditioning:
             raise ValueError('text_share needs conditioning=True')
-        self.folder = Path(folder)
+        folders = [folder] if isinstance(folder, str | Path) else folder
+        self.folders = [Path(it) for it in folders]
+        if len({it.resolve() for it in self.folders}) < max(1, len(self.folders)):
+            raise ValueError(f'pass one folder of tokens or several that differ, got {[*map(str, self.folders)]}')
         self.stage = stage
         self.seconds = STAGE_SECONDS[stage] if seconds is None else seconds
         self.conditioning = conditioning
@@ -94,18 +98,19 @@ class TokenCrops(Dataset):
             names.append('melody')
         if words:
             names.append('words')
-        self.streams = {name: _Stream(self.folder / name) for name in names}
+        self.streams = {name: _Joined([it / name for it in self.folders]) for name in names}
         first, *others = self.streams.values()
         for other in others:
-            if any(other.about[key] != first.about[key] for key in ('data', 'items')):
-                raise ValueError(f'{first.folder} and {other.folder} were computed from different data sets')
+            for one, same in zip(first.parts, other.parts):
+                if any(one.about[key] != same.about[key] for key in ('data', 'items')):
+                    raise ValueError(f'{one.folder} and {same.folder} were computed from different data sets')
 
         present = np.logical_and.reduce([stream.lengths > 0 for stream in self.streams.values()])
         if items is not None:
             present &= np.isin(np.arange(len(present)), items)
         self.items = np.flatnonzero(present)
         if len(self.items) == 0:
-            raise ValueError(f'{self.folder} has no item with tokens for the stage {stage!r}')
+            raise ValueError(f'{self.shown} has no item with tokens for the stage {stage!r}')
         # the least time after which frames of all streams begin together
         rates = [self.streams[name].rate for name in (*self.timed, *(('melody',) if melody else ()))]
         common = Fraction(math.gcd(*(r.numerator for r in rates)), math.lcm(*(r.denominator for r in rates)))
@@ -115,6 +120,11 @@ class TokenCrops(Dataset):
                 raise ValueError(
                     f'{self.seconds} s hold not even one frame of the {name} tokens, {float(rate):g} a second'
                 )
+
+    @property
+    def shown(self) -> str:
+        """The folders, for messages."""
+        return ' and '.join(map(str, self.folders))
 
     def facts(self, name: str) -> dict[str, Any]:
         """What is known of a stream: `codebook_size`, `quantizers` and others."""
@@ -132,7 +142,7 @@ class TokenCrops(Dataset):
     def __repr__(self) -> str:
         streams = ', '.join(self.streams)
         return (
-            f'{type(self).__name__}({len(self)} items of {self.folder}, {self.stage}: {self.seconds:g} s of {streams})'
+            f'{type(self).__name__}({len(self)} items of {self.shown}, {self.stage}: {self.seconds:g} s of {streams})'
         )
 
     def __len__(self) -> int:
@@ -182,7 +192,7 @@ class TokenCrops(Dataset):
         if not 0 < valid_fraction < 1:
             raise ValueError(f'valid_fraction must lie between 0 and 1, got {valid_fraction}')
         if len(self) < 2:
-            raise ValueError(f'{self.folder} has one item only; splitting needs at least two')
+            raise ValueError(f'{self.shown} has one item only; splitting needs at least two')
         held_out = min(max(1, round(valid_fraction * len(self))), len(self) - 1)
         order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed)).numpy()
         parts = (order[held_out:], self.training), (order[:held_out], False)
@@ -191,7 +201,30 @@ class TokenCrops(Dataset):
     def _of(self, items: np.ndarray, training: bool) -> TokenCrops:
         names = 'seconds', 'conditioning', 'text_share', 'melody', 'words', 'begin_share'
         keywords = {name: getattr(self, name) for name in names}
-        return TokenCrops(self.folder, self.stage, training=training, items=items.tolist(), **keywords)
+        return TokenCrops(self.folders, self.stage, training=training, items=items.tolist(), **keywords)
+
+
+class _Joined:
+    """The same stream of one or more caches, one after another."""
+
+    def __init__(self, folders: Sequence[Path]):
+        self.parts = [_Stream(it) for it in folders]
+        first, *others = self.parts
+        for other in others:
+            if changes := [
+                it for key in ('module', 'facts') for it in differences(first.about[key], other.about[key], key)
+            ]:
+                raise ValueError(
+                    f'{other.folder} was not computed as {first.folder} was: {changes[0]}; compute one of them again'
+                )
+        self.about, self.rate = first.about, first.rate
+        self.lengths = np.concatenate([it.lengths for it in self.parts])
+        self.firsts = np.cumsum([0, *(len(it.lengths) for it in self.parts)])
+
+    def read(self, item: int, start: int, stop: int) -> Tensor:
+        """`(frames, q)` int64, of the frames that there are."""
+        part = int(np.searchsorted(self.firsts, item, side='right')) - 1
+        return self.parts[part].read(item - int(self.firsts[part]), start, stop)
 
 
 class _Stream:

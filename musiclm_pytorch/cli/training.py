@@ -110,8 +110,10 @@ def train_codec(models) -> None:
 
 def train_stage(models, stage: str, what: str) -> None:
     parser = command(models, stage, run_train_stage, what, f'Train the {stage} stage: {what}.', stage=stage)
-    option(parser, '--tokens', metavar='FOLDER', required=True, help='tokens, made by `musiclm tokens`')
-    option(parser, '--valid-tokens', metavar='FOLDER', help='held-out tokens (default: a share of --tokens)')
+    what = 'tokens, made by `musiclm tokens`; several folders, of different clips, are used together'
+    option(parser, '--tokens', metavar='FOLDER', nargs='+', required=True, help=what)
+    what = 'held-out tokens (default: a share of --tokens)'
+    option(parser, '--valid-tokens', metavar='FOLDER', nargs='+', help=what)
     condition = parser.add_mutually_exclusive_group()
     what = 'the fitted quantizer that conditions the stage; without it, the stage has no conditioning'
     option(condition, '--quantizer', metavar='FOLDER', help=what)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -75,12 +75,13 @@ class StageRecipe(TrainedRecipe):
 
     def build_model(
         self,
-        tokens: str | Path,
+        tokens: str | Path | Sequence[str | Path],
         quantizer: MuLaNEmbedQuantizer | None = None,
         text_encoder: PretrainedTextTransformer | None = None,
     ) -> nn.Module:
-        """A new transformer for a cache of tokens, with weights drawn from torch's and Python's generators."""
-        found = {name: self.fact(Path(tokens), name) for name in self.SIZES}
+        """A new transformer for caches of tokens, with weights drawn from the generators of torch and Python."""
+        first = tokens if isinstance(tokens, str | Path) else tokens[0]
+        found = {name: self.fact(Path(first), name) for name in self.SIZES}
         if quantizer is not None:
             namespace = self.training.get('namespace') or self.part
             found |= dict(audio_text_condition=True, cond_dim=embeddings_of(quantizer, namespace).shape[-1])

@@ -143,7 +143,7 @@ class StageTrainer(Sharing, Trainer):
     Args:
         transformer: ours, or audiolm-pytorch's module; it is trained in place. Of one with adapters (`add_adapters`),
             they alone are trained; they are in the folder `adapters` within those of the model, which has them merged.
-        tokens: a cache that `compute_tokens` filled, or `TokenCrops` of it.
+        tokens: a cache that `compute_tokens` filled, or several of different clips, or `TokenCrops` of them.
         quantizer: the fitted quantizer that the cache was computed with, for a transformer with conditioning. Its
             embeddings of `namespace` are trained with the stage, in place; of one with a melody, those of melodies with
             the semantic stage.
@@ -180,7 +180,7 @@ class StageTrainer(Sharing, Trainer):
     def __init__(
         self,
         transformer: nn.Module,
-        tokens: str | Path | TokenCrops,
+        tokens: str | Path | Sequence[str | Path] | TokenCrops,
         *,
         quantizer: MuLaNEmbedQuantizer | None = None,
         text_encoder: PretrainedTextTransformer | None = None,
@@ -194,7 +194,7 @@ class StageTrainer(Sharing, Trainer):
         seconds: float | None = None,
         text_share: float = 0.0,
         begin_share: float = 0.0,
-        valid_tokens: str | Path | TokenCrops | None = None,
+        valid_tokens: str | Path | Sequence[str | Path] | TokenCrops | None = None,
         fsdp: bool = False,
         callbacks: Sequence[Callback] = (),
         config: TrainingConfig | None = None,
@@ -258,7 +258,7 @@ class StageTrainer(Sharing, Trainer):
             tokens = crops(tokens, seconds=seconds)
         elif seconds is not None or text_share or begin_share:
             raise ValueError('seconds, text_share and begin_share belong to TokenCrops, which were given already')
-        if isinstance(valid_tokens, (str, Path)):
+        if valid_tokens is not None and not isinstance(valid_tokens, TokenCrops):
             valid_tokens = crops(valid_tokens, seconds=tokens.seconds, training=False)
         self.unique_consecutive = unique_consecutive
         for crop in (tokens, valid_tokens):
@@ -345,7 +345,7 @@ class StageTrainer(Sharing, Trainer):
             found = tokens.facts(stream)[what]
             if own > found or (own < found and not at_most):
                 raise ValueError(
-                    f'the {stream} tokens in {tokens.folder} have {what} {found}, but the transformer was built for '
+                    f'the {stream} tokens in {tokens.shown} have {what} {found}, but the transformer was built for '
                     f'{own}'
                 )
         sources = dict.fromkeys(('audio', 'text'), (quantizer, 'quantizer or another MuLaN'))
@@ -353,7 +353,7 @@ class StageTrainer(Sharing, Trainer):
         for name, (module, what) in sources.items():
             if name in tokens.streams and tokens.streams[name].about['module'] != fingerprint(module):
                 raise ValueError(
-                    f'the {name} codes in {tokens.folder} were computed with another {what}; compute them again with '
+                    f'the {name} codes in {tokens.shown} were computed with another {what}; compute them again with '
                     'the one that is given'
                 )
         width = transformer.conditioning_dim
@@ -455,7 +455,7 @@ class CoarseTrainer(StageTrainer):
         found = Fraction(tokens.facts('semantic')['rate']) / Fraction(tokens.facts('codec')['rate'])
         if abs(found - told) > 1e-4:
             raise ValueError(
-                f'the tokens in {tokens.folder} have {float(found):g} semantic tokens a frame, but the transformer was '
+                f'the tokens in {tokens.shown} have {float(found):g} semantic tokens a frame, but the transformer was '
                 f'built for semantic_per_frame = {told:g}'
             )
 
