@@ -378,6 +378,37 @@ def test_a_folder_is_searched_by_words_and_by_sound(folder, tmp_path, capsys, ca
     assert (found['file'], round(found['score'], 3), found['tags']) == (str(path), 1.0, [])
 
 
+def test_files_that_are_gone_are_not_found(tmp_path, capsys, caplog):
+    music = SyntheticMusic(3, seconds=1.0, sample_rate=16000)
+    folder, out = tmp_path / 'music', tmp_path / 'index'
+    folder.mkdir()
+    for i in range(3):
+        soundfile.write(folder / f'{i}.wav', music[i][0].numpy(), 16000)
+    run('index', folder, '-o', out)
+    run('search', out, 'a flute')
+    lines = [line for line in capsys.readouterr().out.splitlines()[1:] if '1.wav' not in line]
+
+    (folder / '1.wav').unlink()
+    run('search', out, 'a flute')
+    assert capsys.readouterr().out.splitlines() == lines
+    assert f'1 of the clips of the index are no more in {folder}, such as 1.wav' in caplog.text
+    folder.rename(tmp_path / 'moved')
+    with pytest.raises(FileNotFoundError, match='none of the 3 clips of the index are in .* makes it anew'):
+        run('search', out, 'a flute')
+
+
+def test_clips_are_taken_out():
+    torch.manual_seed(0)
+    latents, whole, part = torch.randn(4, 8), MuLaNIndex(dim=8), MuLaNIndex(dim=8)
+    whole.add(list('abcd'), latents)
+    part.add(['a', 'c'], latents[[0, 2]])
+    with pytest.raises(ValueError, match="no clip 'x' in the index"):
+        whole.remove(['a', 'x'])
+    whole.remove(['b', 'd'])
+    assert whole.names == part.names
+    assert all(map(torch.equal, whole.nearest(latents), part.nearest(latents)))
+
+
 def test_bad_searches_are_told(folder, tmp_path):
     out = tmp_path / 'index'
     index = MuLaNIndex(dim=128)

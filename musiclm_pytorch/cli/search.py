@@ -6,10 +6,13 @@ import argparse
 import logging
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from musiclm_pytorch.cli.options import ANY_MULAN, add_device, add_model, add_output, command, option
 from musiclm_pytorch.cli.parser import models_that_ship, or_a_path
+
+if TYPE_CHECKING:
+    from musiclm_pytorch.inference.search import MuLaNIndex
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +42,8 @@ def search(subcommands) -> None:
         'search',
         run_search,
         'find music by words or by sound',
-        'The clips of an index that fit a text best, or that sound most like a file, with their cosines.',
+        'The clips of an index that fit a text best, or that sound most like a file, with their cosines. Files that '
+        'are gone since it was made are left out.',
     )
     option(parser, 'index', metavar='INDEX', help='a folder written by `musiclm index`')
     option(parser, 'text', metavar='TEXT', nargs='?', help='what the music is like')
@@ -100,6 +104,7 @@ def run_search(options: argparse.Namespace) -> dict[str, Any]:
 
     mulan = load_mulan(model, device=options.device)
     found = MuLaNIndex.load(options.index, mulan, backend=options.backend)
+    leave_out_gone(found, options.index)
     if options.text is not None:
         matches = found.search_text(options.text, options.k)
     else:
@@ -116,6 +121,22 @@ def run_search(options: argparse.Namespace) -> dict[str, Any]:
         words = '  ' + ', '.join(row['tags']) if row['tags'] else ''
         print(f'{row["score"]:.3f}  {row["file"]}{words}')
     return dict(matches=rows)
+
+
+def leave_out_gone(index: MuLaNIndex, where: str) -> None:
+    """Take the clips out whose files are no more where they were when the index was made. Raises FileNotFoundError if
+    that is all of them, as in a folder that was moved."""
+    folder = index.about.get('folder')
+    if folder is None:  # its names need not be those of files
+        return
+    gone = [name for name in index.names if not Path(folder, name).is_file()]
+    again = f'`musiclm index FOLDER -o {where} --overwrite` makes it anew'
+    if len(gone) == len(index):
+        raise FileNotFoundError(f'none of the {len(index)} clips of the index are in {folder} any more; {again}')
+    if gone:
+        index.remove(gone)
+        told = '%d of the clips of the index are no more in %s, such as %s, and left out; %s'
+        logger.warning(told, len(gone), folder, gone[0], again)
 
 
 def sound_files(folder: Path) -> list[Path]:

@@ -130,6 +130,16 @@ class MuLaNIndex:
             self._blocks.append(unit_vectors(latents, 'latents'))
             self.names += added
 
+    @typechecked
+    def remove(self, names: Sequence[str | Path]) -> None:
+        """Take clips out, such as those whose files are gone. Raises ValueError for a name that is not in the index."""
+        removed = set(map(str, names))
+        if unknown := removed - set(self.names):
+            raise ValueError(f'no clip {min(unknown)!r} in the index')
+        kept = [row for row, name in enumerate(self.names) if name not in removed]
+        self._blocks = [self.vectors[kept]]
+        self.names = [self.names[row] for row in kept]
+
     # searching
 
     @typechecked
