@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 CHECKSUM = 'checksum'
+DEEPEST = 100  # levels of arrays and objects in each other
 
 # what a file system answers that cannot take more, or does not want to
 REFUSED = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM}
@@ -140,6 +141,27 @@ def write_text(path: str | Path, text: str) -> None:
     write_together({Path(path): text})
 
 
+def parsed_json(text: str | bytes, **keywords: Any) -> Any:
+    """Like `json.loads`, with ValueError where arrays and objects are nested deeper than any that are meant to be."""
+    try:
+        content = json.loads(text, **keywords)
+    except RecursionError as error:
+        raise ValueError(f'arrays and objects in it are nested more than {DEEPEST} levels deep') from error
+    check_nesting(content)
+    return content
+
+
+def check_nesting(content: Any) -> None:
+    """Raise ValueError for what whoever goes through it, level by level, would run out of stack in."""
+    level = [content]
+    for _ in range(DEEPEST + 1):
+        level = [it for it in level if isinstance(it, (dict, list))]
+        if not level:
+            return
+        level = [inner for it in level for inner in (it.values() if isinstance(it, dict) else it)]
+    raise ValueError(f'arrays and objects in it are nested more than {DEEPEST} levels deep')
+
+
 def valid_json(content: Any, **keywords: Any) -> str:
     """Like `json.dumps`, with null for NaN and infinity, which JSON has no words for."""
     return json.dumps(json.loads(json.dumps(content, **keywords), parse_constant=lambda _: None), **keywords)
@@ -164,8 +186,8 @@ def read_checked_json(path: str | Path, verify: bool = True) -> Any:
     Raises OSError, and ValueError for what is no JSON, or not what was written, unless `verify` is off.
     """
     try:
-        content = json.loads(Path(path).read_bytes().decode('utf-8', errors='surrogateescape'))
-    except (ValueError, RecursionError) as error:
+        content = parsed_json(Path(path).read_bytes().decode('utf-8', errors='surrogateescape'))
+    except ValueError as error:
         raise ValueError(f'{path} is damaged, it is no JSON: {error}') from error
     if not isinstance(content, dict) or (told := content.pop(CHECKSUM, None)) is None:
         return content

@@ -12,7 +12,7 @@ from helpers.training import assert_same
 from safetensors.torch import save_file
 
 import musiclm_pytorch
-from musiclm_pytorch import MuLaN, MuLaNIndex
+from musiclm_pytorch import InferenceConfig, MuLaN, MuLaNIndex
 from musiclm_pytorch.atomic import (
     CHECKSUM,
     atomic_write,
@@ -22,8 +22,12 @@ from musiclm_pytorch.atomic import (
     write_tensors,
     write_text,
 )
+from musiclm_pytorch.cli.evaluate import read_texts
+from musiclm_pytorch.data.cells import captions_in_file, list_in
+from musiclm_pytorch.data.tables import names_in
 from musiclm_pytorch.pretrained.hub import save_encoder
 from musiclm_pytorch.trainer import checkpoints
+from musiclm_pytorch.trainer.config_schema import read_content
 
 
 @pytest.fixture(params=[0o022, 0o007], ids=oct)
@@ -162,6 +166,35 @@ def test_json_comes_back_as_it_was_or_not_at_all(tmp_path):
     del changed[CHECKSUM]
     path.write_text(json.dumps(changed))
     assert read_checked_json(path)['b'] == [1, 2.6]
+
+
+# the fewer levels are no more than Python's own reader bears
+@pytest.mark.parametrize('levels', [150, 20_000])
+@pytest.mark.parametrize(
+    ('name', 'read'),
+    [
+        ('x.json', read_checked_json),
+        ('x.json', InferenceConfig.from_json),
+        ('x.json', read_content),
+        ('x.yaml', read_content),
+        ('x.json', lambda path: read_texts(path, [])),
+        ('x.json', lambda path: captions_in_file(path.read_bytes(), '.json', 'x.json')),
+        ('x.jsonl', names_in),
+    ],
+)
+def test_what_is_nested_without_end_is_told_by_its_file(tmp_path, name, read, levels):
+    path = tmp_path / name
+    path.write_text(f'{{"a": {"[" * levels}{"]" * levels}}}\n')
+    with pytest.raises(ValueError, match=rf'{name}.* nested (more than 100 levels|too) deep'):
+        read(path)
+
+
+def test_cells_are_nested_so_deep_and_no_deeper(tmp_path):
+    (tmp_path / 'x.json').write_text(f'{"[" * 100}{"]" * 100}')
+    assert len(read_checked_json(tmp_path / 'x.json')) == 1
+    for cell in ('[' * 20_000, f"['a', {'-' * 20_000}1]"):
+        with pytest.raises(ValueError, match='nested more than 100 levels deep|captions is not a JSON list'):
+            list_in(cell)
 
 
 def test_a_change_can_be_passed_over(tmp_path):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import csv
 import io
-import json
 import logging
 import re
 from pathlib import Path
@@ -178,6 +177,8 @@ def paired_with(generated: list[Path], reference: list[Path]) -> list[Path]:
 
 def read_texts(path: str, files: list[Path]) -> list[str]:
     """The text of each file. Raises FileNotFoundError, ValueError for texts that do not go with the files."""
+    from musiclm_pytorch.atomic import parsed_json
+
     source = Path(path)
     if not source.is_file():
         raise FileNotFoundError(f'no file of texts at {path}')
@@ -192,7 +193,7 @@ def read_texts(path: str, files: list[Path]) -> list[str]:
         return lines
     if source.suffix == '.json':
         try:
-            texts = json.loads(content)
+            texts = parsed_json(content)
         except ValueError as error:
             raise ValueError(f'{path} is not JSON: {error}') from error
     else:

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from musiclm_pytorch.atomic import parsed_json
+
 # Names of columns and keys, without case, spaces and underscores. Of the first, all count, and for files the first
 # that is not empty; one of the others counts where there is none of the first.
 AUDIO_KEYS = ('audio', 'path', 'filename')
@@ -127,12 +129,12 @@ def captions_at(names: Sequence[str], cells: Sequence[Any], places: list[int]) -
 def list_in(text: str) -> list[str]:
     """A list of strings that a cell holds, written in JSON or, as pandas does it, in Python."""
     try:
-        return json.loads(text)
+        return parsed_json(text)
     except json.JSONDecodeError as error:
         try:
             # numpy leaves out the commas, and then Python would join the strings
             found = None if re.search(r'[\'"]\s+[\'"]', text) else ast.literal_eval(text.strip())
-        except (ValueError, SyntaxError):
+        except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):  # what it may raise
             found = None
         if not isinstance(found, list):
             raise ValueError(f'captions is not a JSON list: {error}') from error
@@ -149,7 +151,7 @@ def captions_in_file(content: bytes, suffix: str, name: str) -> list[str]:
     if suffix == '.txt':
         return [line.strip() for line in text.splitlines() if line.strip()]
     try:
-        found = json.loads(text, object_pairs_hook=once) if text.strip() else []
+        found = parsed_json(text, object_pairs_hook=once) if text.strip() else []
         cells = found if isinstance(found, dict) else dict(captions=found)
         return captions_at([*cells], [*cells.values()], caption_places([*cells]))
     except json.JSONDecodeError as error:

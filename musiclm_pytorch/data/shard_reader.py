@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import posixpath
 import tarfile
@@ -10,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from musiclm_pytorch.atomic import checksum_of_bytes, checksum_of_json
+from musiclm_pytorch.atomic import checksum_of_bytes, checksum_of_json, parsed_json
 from musiclm_pytorch.data.audio import AudioFile
 from musiclm_pytorch.data.cells import captions_in_file
 from musiclm_pytorch.data.sources import AUDIO_SUFFIXES, is_shown, split_name
@@ -107,7 +106,7 @@ class Shard:
 
 def note_in(content: bytes) -> dict[str, Any]:
     """What a .json beside a clip holds, if it is an object."""
-    note = json.loads(content.decode('utf-8-sig')) if content.strip() else None
+    note = parsed_json(content.decode('utf-8-sig')) if content.strip() else None
     return note if isinstance(note, dict) else {}
 
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from musiclm_pytorch.atomic import parsed_json
 from musiclm_pytorch.data.cells import AUDIO_KEYS, OTHER_AUDIO_KEYS, not_utf8, once, simple
 
 
@@ -153,7 +154,7 @@ def json_rows(path: Path) -> Iterator[tuple[int, tuple[str, ...], Sequence[Any]]
             text = text.strip().strip('\ufeff')
             if text:
                 try:
-                    row = json.loads(text, object_pairs_hook=once)
+                    row = parsed_json(text, object_pairs_hook=once)
                 except json.JSONDecodeError as error:
                     raise ValueError(f'{path}, line {line} is not JSON: {error}') from error
                 except ValueError as error:

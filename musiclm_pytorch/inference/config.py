@@ -138,11 +138,13 @@ class InferenceConfig:
 
         Raises FileNotFoundError for a missing file, ValueError for what is no JSON, and what the constructor raises.
         """
+        from musiclm_pytorch.atomic import parsed_json
+
         is_text = isinstance(source, str) and source.lstrip().startswith('{')
         text = source if is_text else Path(source).read_text(encoding='utf-8')
         try:
-            values = json.loads(text)
-        except json.JSONDecodeError as error:
+            values = parsed_json(text)
+        except ValueError as error:
             raise ValueError(f'{"the text" if is_text else source} is not JSON: {error}') from error
         return cls.from_dict(values)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
-import json
 import platform
 import re
 import shutil
@@ -13,7 +12,7 @@ from string import Template
 
 import soundfile
 
-from musiclm_pytorch.atomic import write_json, write_text, written_together
+from musiclm_pytorch.atomic import parsed_json, write_json, write_text, written_together
 from musiclm_pytorch.checks import typechecked
 from musiclm_pytorch.data.synthetic import SyntheticMusic
 from musiclm_pytorch.inference.batches import check_words, window_and_hop
@@ -166,7 +165,7 @@ def check_place(path: Path, overwrite: bool) -> None:
 def is_package(path: Path) -> bool:
     """Whether a folder was written by `DeploymentPackager`."""
     try:
-        content = json.loads((path / PACKAGE_FILE).read_text(encoding='utf-8'))
+        content = parsed_json((path / PACKAGE_FILE).read_text(encoding='utf-8'))
     except (OSError, ValueError):
         return False
     return isinstance(content, dict) and content.get('format') == FORMAT

@@ -23,6 +23,7 @@ from musiclm_pytorch.atomic import (
     atomic_write,
     checked_json,
     checksum_of,
+    parsed_json,
     read_checked_json,
     read_tensors,
     tensor_sizes,
@@ -132,7 +133,7 @@ def checksums_within(folder: str | Path, names: Iterable[str]) -> dict[str, str 
 def read_json_object(path: Path) -> dict[str, Any]:
     """An object as it stands in a file, empty where there is none."""
     try:
-        content = json.loads(path.read_text(encoding='utf-8'))
+        content = parsed_json(path.read_text(encoding='utf-8'))
     except (OSError, ValueError):  # whoever reads what belongs there tells more
         return {}
     return content if isinstance(content, dict) else {}

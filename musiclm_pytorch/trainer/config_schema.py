@@ -8,7 +8,6 @@ key given twice without a word, names neither file nor nearest key, and knows no
 from __future__ import annotations
 
 import inspect
-import json
 import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ from typing import Any
 
 import yaml
 
+from musiclm_pytorch.atomic import check_nesting, parsed_json
 from musiclm_pytorch.checks import fitted, keywords_of, shown, shown_hint
 from musiclm_pytorch.data.cells import once
 from musiclm_pytorch.trainer.config import nearest, shipped_recipes
@@ -146,12 +146,16 @@ def read_content(path: str | Path) -> Any:
     try:
         text = path.read_text(encoding='utf-8')
         if path.suffix.lower() == '.json':
-            return json.loads(text, object_pairs_hook=once)
-        return yaml.load(text, Loader=_Loader)  # a SafeLoader
+            return parsed_json(text, object_pairs_hook=once)
+        content = yaml.load(text, Loader=_Loader)  # a SafeLoader
+        check_nesting(content)
+        return content
     except UnicodeDecodeError as error:
         raise ValueError(f'{path} is not UTF-8: {error.reason} at byte {error.start}') from error
     except (yaml.YAMLError, ValueError) as error:
         raise ValueError(f'{path} cannot be read: {" ".join(str(error).split())}') from error
+    except RecursionError as error:
+        raise ValueError(f'{path} cannot be read: lists and sections in it are nested too deep') from error
 
 
 class _Loader(yaml.SafeLoader):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Iterator
@@ -10,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from musiclm_pytorch.atomic import atomic_write, valid_json
+from musiclm_pytorch.atomic import atomic_write, parsed_json, valid_json
 
 
 class Journal:
@@ -37,8 +36,8 @@ class Journal:
         lines: list[dict[str, Any]] = []
         for line in self.path.read_text(encoding='utf-8', errors='replace').splitlines():
             try:
-                entry = json.loads(line)
-            except json.JSONDecodeError:  # cut short when the process was killed
+                entry = parsed_json(line)
+            except ValueError:  # cut short when the process was killed
                 continue
             if isinstance(entry, dict) and entry.get('part') == part and isinstance(entry.get('step'), int):
                 while lines and lines[-1]['step'] >= entry['step']:
