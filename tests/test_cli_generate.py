@@ -96,6 +96,28 @@ def test_generate_writes_waves_and_a_page(tmp_path, capsys):
     assert (out / f'{names[0]}.wav').read_bytes() != first
 
 
+def test_pieces_of_another_format_are_overwritten_and_nothing_else(tmp_path, capsys):
+    command = ['generate', 'an organ', '--seconds', '0.3', '-o', str(tmp_path), '--overwrite', '--model', 'tiny']
+    assert main([*command, '--num-samples', '2']) == 0
+    lists = tmp_path / 'prompts.json'
+    outside = tmp_path.with_name('01-an-organ-1.ogg')
+    for file in (outside, tmp_path / '01-an-organ-1.mp3', tmp_path / 'mine.wav'):
+        file.write_bytes(b'mine')
+    pieces = json.loads(lists.read_text())
+    lists.write_text(json.dumps(pieces | {f'../{outside.name}': {}, 'mine.wav': {}}))  # changed by someone
+    capsys.readouterr()
+
+    assert main([*command, '--format', 'flac']) == 0
+    names = ['01-an-organ-1.flac', '01-an-organ-1.mp3', '01-an-organ-2.wav', 'mine.wav']
+    assert sorted(it.name for it in tmp_path.iterdir() if it.suffix[1:] in ('wav', 'flac', 'ogg', 'mp3')) == names
+    assert outside.exists()
+    assert list(json.loads(lists.read_text())) == names[:1]
+    assert f'{tmp_path} still holds 2 files of the earlier page, such as 01-an-organ-2.wav' in capsys.readouterr().err
+    lists.write_text('[')
+    assert main(command) == 0
+    assert list(json.loads(lists.read_text())) == ['01-an-organ-1.wav']
+
+
 @pytest.mark.parametrize(
     ('arguments', 'message'),
     [

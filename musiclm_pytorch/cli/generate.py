@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 PROMPT = 'words in quotes; @FILE for a sound to be like, or a latent of MuLaN in .npy; or "70%% a piano + 30%% @FILE"'
 NEGATIVE = 'what the music is to keep away from, as PROMPT'
+FORMATS = ('wav', 'flac', 'ogg', 'mp3')
 MELODY = 'a sound file, such as of a hum, whose melody to follow'
 
 
@@ -65,7 +66,7 @@ def generate(subcommands) -> None:
         help='pieces made at a time: fewer need less memory, more take less time, and prompts are then written '
         'together (default: those of a prompt)',
     )
-    option(parser, '--format', choices=('wav', 'flac', 'ogg', 'mp3'), default='wav', help='of the files')
+    option(parser, '--format', choices=FORMATS, default='wav', help='of the files')
     add_place(parser)
     option(parser, '--overwrite', action='store_true', help='write over a page that is in the folder already')
 
@@ -191,6 +192,7 @@ def run_generate(options: argparse.Namespace) -> dict[str, Any]:
     seconds = read_seconds(options.seconds, None, story, semantic_rate=None)
     negative = None if options.negative is None else prompt_in(options.negative)
     check_no_page(folder, options.overwrite)
+    earlier = listed_in(folder) if options.overwrite else []
     alone = options.prompts
     if len(alone) > 1 and all(len(prompt.split()) == 1 for prompt in alone):
         tell(f'these are {len(alone)} prompts, each with music of its own; for one, quote it: "{" ".join(alone)}"')
@@ -249,16 +251,18 @@ def run_generate(options: argparse.Namespace) -> dict[str, Any]:
                     write_clip(folder, clip, musiclm.sample_rate)
                     made.append(clip)
                     print(f'{clip.note}  {folder / clip.file}', flush=True)
-            pieces = write_lists(folder, made, how, dict(given))
+            pieces = write_lists(folder, made, how, dict(given), earlier)
     except KeyboardInterrupt:
         if not made:
             raise
-        write_lists(folder, made, how, dict(given))
+        write_lists(folder, made, how, dict(given), earlier)
         whole = len(prompts) * options.num_samples
         raise KeyboardInterrupt(
             f'interrupted; {len(made)} of {whole} pieces are done, on the page in {folder}'
         ) from None
     took = time.perf_counter() - start
+    if left := [file for file in earlier if file not in pieces and (folder / file).exists()]:
+        tell(f'{folder} still holds {len(left)} files of the earlier page, such as {left[0]}, which this one has not')
     print(f'{len(made) * seconds:g} s of music in {took:.1f} s; the page is {folder / "index.html"}')
     pieces = [dict(file=folder / it.file, **pieces[it.file], warning=it.remark) for it in made]
     return dict(pieces=pieces, page=folder / 'index.html')
@@ -312,9 +316,23 @@ def prompt_in(line: str) -> Any:
     return prompt_of(read_line(line))
 
 
-def write_lists(folder: Path, clips: list[Clip], how: dict[str, Any], given: dict[str, Any]) -> dict[str, dict]:
+def listed_in(folder: Path) -> list[str]:
+    """The sound files in a folder that its `prompts.json` names."""
+    from musiclm_pytorch.atomic import parsed_json
+
+    try:
+        content = parsed_json((folder / 'prompts.json').read_text(encoding='utf-8'))
+    except (OSError, ValueError):  # none, or no longer one
+        return []
+    names = content if isinstance(content, dict) else ()
+    return [name for name in names if Path(name).name == name and Path(name).suffix[1:] in FORMATS]
+
+
+def write_lists(
+    folder: Path, clips: list[Clip], how: dict[str, Any], given: dict[str, Any], earlier: list[str]
+) -> dict[str, dict]:
     """The page of clips that are there, and `prompts.json`: what makes each again, which `musiclm evaluate` reads where
-    the prompts are words."""
+    the prompts are words. Of the files listed `earlier`, those go that are such a clip in another format."""
     from musiclm_pytorch.atomic import write_text
     from musiclm_pytorch.gallery import write_page
 
@@ -324,6 +342,10 @@ def write_lists(folder: Path, clips: list[Clip], how: dict[str, Any], given: dic
     write_text(folder / 'prompts.json', json.dumps(pieces, indent=2, ensure_ascii=False) + '\n')
     settings = [f'{name.replace("_", " ")} {it}' for name, it in how.items() if it is not None]
     write_page(folder, clips, title='Music', intro=', '.join(settings))
+    names = {clip.name for clip in clips}
+    for file in earlier:
+        if file not in pieces and Path(file).stem in names:
+            (folder / file).unlink(missing_ok=True)
     return pieces
 
 
