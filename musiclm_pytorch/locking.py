@@ -35,7 +35,7 @@ _compiled: set[Hashable] = set()
 
 
 class FolderInUseError(OSError):
-    """Another process, or another thread of this one, writes into the folder."""
+    """Another process, or another thread of this one, writes into the folder, or another run has done so since."""
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 
 from musiclm_pytorch import MuLaN
 from musiclm_pytorch.atomic import write_checked_json
+from musiclm_pytorch.locking import FolderInUseError
 from musiclm_pytorch.trainer import MuLaNTrainer, best, checkpoints
 from musiclm_pytorch.trainer.folders import clear_leftovers
 from musiclm_pytorch.trainer.interrupts import loaded
@@ -329,6 +330,30 @@ def test_a_checkpoint_that_does_not_fit_leaves_what_was_there(tmp_path):
         run.train(num_train_steps=3, **QUIET)
     assert [path.name for path in run.checkpoint_folder.iterdir()] == ['step-000000002']
     assert resumed(tmp_path).step == 2
+
+
+@pytest.mark.parametrize('resume', [False, True])
+def test_a_run_whose_folder_another_one_took_writes_nothing_more(tmp_path, resume):
+    first = trained(tmp_path / 'run')
+    second = trainer(tmp_path / 'run', build(), resume=resume, checkpoint_every=100)
+    first.train(num_train_steps=3, **QUIET)  # nothing has begun there yet
+    second.train(num_train_steps=4, **QUIET)
+    left = {path: path.read_bytes() for path in tmp_path.rglob('*') if path.is_file()}
+    state = weights(first.mulan)
+    for write in (lambda: first.train(num_train_steps=5, **QUIET), first.train_step, first.save):
+        with pytest.raises(FolderInUseError, match=r'run was taken by another run since .* resume=True, or keep this'):
+            write()
+    assert {path: path.read_bytes() for path in tmp_path.rglob('*') if path.is_file()} == left
+    second.train(num_train_steps=5, **QUIET)
+
+    # what the error tells to do
+    first.save(tmp_path / 'kept.safetensors')
+    again = trainer(tmp_path / 'other', scrambled(build()), checkpoint_every=100)
+    again.load(tmp_path / 'kept.safetensors')
+    assert_same(weights(again.mulan), state)
+    again.train(num_train_steps=4, **QUIET)
+    assert resumed(tmp_path / 'run').step == 5
+    assert [path.name for path in again.checkpoint_folder.iterdir()] == ['step-000000004']
 
 
 # ---- when it is stopped ----

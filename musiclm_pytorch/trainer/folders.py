@@ -5,16 +5,18 @@ from __future__ import annotations
 import logging
 import os
 import re
+import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from musiclm_pytorch.atomic import free_name
-from musiclm_pytorch.locking import WITHIN
+from musiclm_pytorch.atomic import free_name, write_text
+from musiclm_pytorch.locking import WITHIN, FolderInUseError
 
 logger = logging.getLogger(__name__)
 
+OWNER = 'run-id'  # the file that tells which run a folder is of
 ASIDE = re.compile(r'\..+\.(\d+)\.(?:tmp|old)')  # names of what a process writes or removes, with its number
 
 
@@ -42,6 +44,27 @@ def new_results(folder: Path, *, resume: bool, clear: bool) -> Iterator[None]:
         logger.warning('%s held earlier results; they are now in %s', folder, earlier)
 
 
+def take(folder: Path) -> str:
+    """Make a folder that of another run from here on, and give the name of that run."""
+    name = secrets.token_hex(8)
+    write_text(folder / OWNER, name)
+    return name
+
+
+def check_own(folder: Path, run: str) -> None:
+    """Raise FolderInUseError where a folder was taken by another run since; one that somebody has removed was not."""
+    try:
+        owner = (folder / OWNER).read_text(encoding='utf-8')
+    except FileNotFoundError:
+        return
+    if owner != run:
+        raise FolderInUseError(
+            f'{folder} was taken by another run since this trainer last wrote there, and their checkpoints would mix; '
+            'go on with that run by a trainer with resume=True, or keep this one by its save(FILE), and load(FILE) in '
+            'a trainer with another results_folder'
+        )
+
+
 def move_aside(folder: Path) -> Path | None:
     """Rename a folder that is not empty to `name.1`, `name.2`, …, so that nothing in it is lost; tells where it is."""
     if not holds_something(folder):
@@ -52,7 +75,7 @@ def move_aside(folder: Path) -> Path | None:
 
 
 def holds_something(folder: Path) -> bool:
-    return folder.is_dir() and any(path.name != WITHIN for path in folder.iterdir())
+    return folder.is_dir() and any(path.name not in (WITHIN, OWNER) for path in folder.iterdir())
 
 
 def moved_aside(folder: Path, holding: str) -> Path | None:

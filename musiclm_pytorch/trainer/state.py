@@ -14,7 +14,7 @@ from accelerate.utils import gather_object
 from musiclm_pytorch.audiolm.fingerprints import differences
 from musiclm_pytorch.collectives import world_size
 from musiclm_pytorch.trainer import best, checkpoints
-from musiclm_pytorch.trainer.folders import moved_aside, new_results
+from musiclm_pytorch.trainer.folders import check_own, moved_aside, new_results, take
 from musiclm_pytorch.trainer.optimizers import trained_names
 
 logger = logging.getLogger(__name__)
@@ -23,6 +23,7 @@ logger = logging.getLogger(__name__)
 class Resumable:
     """The part of a trainer that keeps a run in a folder, and goes on from there."""
 
+    run: str | None = None  # the name of this run in its folder, once that was opened
     recipe: Any = None  # what the trainer was built from, to be kept beside the results
 
     @property
@@ -35,15 +36,22 @@ class Resumable:
 
     @contextlib.contextmanager
     def opening_results(self) -> Iterator[None]:
-        """Take the results folder over, once; what was there is there again if the block fails."""
+        """Take the results folder over, once; what was there is there again if the block fails.
+
+        Raises FolderInUseError where another run has taken it over since.
+        """
         if not (self.results_opened or self.resume):
             # of a checkpoint that was loaded: the model that reached it stays behind with what is moved aside
             self.best = self.validated = None
-        if not self.is_main or self.results_opened:
+        if not self.is_main:
+            yield
+        elif self.results_opened:
+            check_own(self.results_folder, self.run)
             yield
         else:
             with new_results(self.results_folder, resume=self.resume, clear=self.clear):
                 yield
+                self.run = take(self.results_folder)
             checkpoints.set_aside_after(self.checkpoint_folder, self.step)
             if self.recipe is not None:
                 self.recipe.save(self.results_folder)

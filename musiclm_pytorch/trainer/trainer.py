@@ -374,7 +374,8 @@ class Trainer(Resumable):
             the last metrics, of training and validation.
 
         Raises:
-            FolderInUseError: another training writes into the results folder. TrainingError: it cannot go on.
+            FolderInUseError: another training writes into the results folder, or has since. TrainingError: it cannot
+            go on.
         """
         total = self.total_steps(num_epochs, num_train_steps)
         results: dict[str, Any] = {}
