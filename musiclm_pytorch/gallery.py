@@ -168,7 +168,7 @@ def log_mel(wave: Tensor, sample_rate: int) -> Tensor:
     """`(128, frames)`, in dB below the loudest; windows of some 64 ms, eight to a window."""
     n_fft = 2 ** round(sample_rate * 0.064).bit_length() // 2
     wave = torch.nn.functional.pad(wave.detach().cpu().float(), (0, max(0, n_fft - len(wave))))
-    window = torch.hann_window(n_fft)
+    window = torch.hann_window(n_fft, dtype=torch.float32)
     power = torch.stft(wave, n_fft, n_fft // 8, window=window, return_complex=True).abs().square()
     filters = mel_filters(BANDS, bins=n_fft // 2 + 1, sample_rate=sample_rate, f_min=20.0, f_max=sample_rate / 2)
     mel = filters.T @ power

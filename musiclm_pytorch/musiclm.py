@@ -638,7 +638,7 @@ class MusicLM(HubModel, AudioStages):
     def _score(self, waves: Tensor, wanted: Tensor, story: Story | None, progress: Progress = False) -> Tensor:
         """Cosine of each wave of `(p, s, n)` with the latent of its prompt, or with the mean of a story's, `(p, s)`."""
         if story:
-            shares = torch.tensor([length for length, _ in story], device=wanted.device)
+            shares = torch.tensor([length for length, _ in story], dtype=wanted.dtype, device=wanted.device)
             wanted = l2norm((wanted * shares[:, None]).sum(dim=0, keepdim=True))
         flat = rearrange(waves, 'p s n -> (p s) n')
         audio = []

@@ -166,7 +166,7 @@ class MuLaNEmbedQuantizer(HubModel, nn.Module):
             raise ValueError(f'this quantizer has a melody already, {self.melody!r}; build another quantizer')
         dim = self.conditioning_dims[self.namespaces.index(MELODY_NAMESPACE)]
         self.melody = melody.to(self.device).eval()
-        self.melody_embedding = MelodyEmbedding(melody.rq, dim).to(self.device)
+        self.melody_embedding = MelodyEmbedding(melody.rq, dim).to(next(iter(self.cond_embeddings.values())))
         return self
 
     def embed_melody(self, codes: Tensor, tokens: int, rate: Fraction) -> Tensor:
@@ -215,7 +215,7 @@ class MuLaNEmbedQuantizer(HubModel, nn.Module):
         conditioning = self.embed(indices, namespace)
         if not self.training or self.cond_drop_prob == 0:
             return conditioning
-        kept = torch.rand(len(conditioning), device=conditioning.device) >= self.cond_drop_prob
+        kept = torch.rand(len(conditioning), dtype=torch.float32, device=conditioning.device) >= self.cond_drop_prob
         return conditioning * rearrange(kept, 'b -> b 1 1')
 
     @torch.no_grad()
@@ -409,7 +409,7 @@ class MuLaNEmbedQuantizer(HubModel, nn.Module):
         )
         if (told := config.content.get(NOT_SAVED)) is not None:
             with config.refused(f'{NOT_SAVED!r} must hold keywords', told):
-                kind, wanted = told['kind'], torch.tensor(told.get('latent', []))
+                kind, wanted = told['kind'], torch.tensor(told.get('latent', []), dtype=torch.float32)
             if mulan is None:
                 raise ValueError(f'{folder} was saved without its {kind}, which cannot be rebuilt; pass it as mulan')
             found = _identity(own_mulan(mulan))
@@ -417,7 +417,7 @@ class MuLaNEmbedQuantizer(HubModel, nn.Module):
                 raise ValueError(
                     f'{folder} was fitted with a {kind}, got a {found["kind"]}; pass the one it was fitted with'
                 )
-            latent = torch.tensor(found.get('latent', []))
+            latent = torch.tensor(found.get('latent', []), dtype=torch.float32)
             same = latent.shape == wanted.shape and torch.allclose(latent, wanted, atol=1e-3)
             if found.get('weights') != told.get('weights') or not same:
                 raise ValueError(f'{folder} was fitted with another {kind}; pass the one that it was fitted with')
@@ -426,7 +426,8 @@ class MuLaNEmbedQuantizer(HubModel, nn.Module):
         quantizer = config.build(cls, 'quantizer', mulan)
         if MELODY_FOLDER in (config.content.get(checkpoint.WITHIN) or {}):
             melody = MelodyQuantizer.from_pretrained(Path(folder) / MELODY_FOLDER, verify=verify)
-            quantizer.add_melody(melody)
+            with checkpoint.own_defaults():
+                quantizer.add_melody(melody)
             weights |= {f'melody.{name}': tensor for name, tensor in melody.state_dict().items()}
         weights |= {f'mulan.{name}': tensor for name, tensor in mulan.state_dict().items()}
         trained = mulan.text.trained_tokens

@@ -136,7 +136,7 @@ class FrameCodec(HubModel, nn.Module):
             return codes
         if return_recons_only:
             return self.decode_from_codebook_indices(codes)
-        return self.vectors_of(codes), codes, torch.zeros((), device=x.device)
+        return self.vectors_of(codes), codes, x.new_zeros(())
 
     def decode_from_codebook_indices(self, quantized_indices: Tensor) -> Tensor:
         """`decode`, with a channel: `(b, 1, samples)`."""

@@ -69,8 +69,8 @@ class FixedStep:
         self.cache, places = cache, cache.keys[0].shape[1]
         device = cache.keys[0].device
         cache.at = torch.tensor([cache.ahead + cache.length], device=device)
-        self.x = torch.zeros(rows, 1, transformer.dim, device=device)
-        self.bias = torch.zeros(transformer.heads, 1, places - cache.ahead, device=device)
+        self.x = torch.zeros(rows, 1, transformer.dim, dtype=torch.float32, device=device)
+        self.bias = torch.zeros(transformer.heads, 1, places - cache.ahead, dtype=torch.float32, device=device)
         self.run = partial(torch.compile(transformer.run), self.x, self.bias, cache)
         self.graph = None
         if device.type == 'cuda':

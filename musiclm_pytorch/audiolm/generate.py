@@ -396,7 +396,7 @@ def _generate(
                 total_tokens=(total_length or length) * q,
                 compile=compile,
             )
-            drawn = torch.zeros(len(jobs), steps)
+            drawn = torch.zeros(len(jobs), steps, dtype=torch.float32)
             counts = [(w.stop - w.known) * q for w in windows]
             if min(counts) == steps:
                 drawn = noise.draw(steps, rows)

@@ -317,7 +317,8 @@ class Noise:
 
 
 def _uniform(shape: tuple[int, ...], generator: torch.Generator | None) -> Tensor:
-    return torch.rand(shape, generator=generator, device='cpu' if generator is None else generator.device)
+    device = 'cpu' if generator is None else generator.device
+    return torch.rand(shape, generator=generator, dtype=torch.float32, device=device)
 
 
 def read_sampling(*, conditioned: Sequence[bool], **given: Any) -> list[Sampling]:

@@ -34,9 +34,9 @@ class KMeansCodebook(Float32Buffers):
         check_positive(dim=dim, codebook_size=codebook_size)
         self.dim = dim
         self.codebook_size = codebook_size
-        self.register_buffer('mean', torch.zeros(dim))
-        self.register_buffer('std', torch.ones(dim))
-        self.register_buffer('centers', torch.zeros(codebook_size, dim))
+        self.register_buffer('mean', torch.zeros(dim, dtype=torch.float32))
+        self.register_buffer('std', torch.ones(dim, dtype=torch.float32))
+        self.register_buffer('centers', torch.zeros(codebook_size, dim, dtype=torch.float32))
         self.register_buffer('fitted', torch.tensor(False))
 
     @property

@@ -262,7 +262,7 @@ class AudioStages(nn.Module):
         known = math.ceil(end * self.semantic_rate), math.ceil(end * self.frame_rate)
         semantic = torch.cat((semantic[:, : known[0]], next_semantic), dim=1)
         coarse = torch.cat((codes[:, : known[1], :levels], next_coarse), dim=1)
-        likely = torch.zeros(b, device=semantic.device)
+        likely = torch.zeros(b, dtype=torch.float32, device=semantic.device)
         if next_semantic.shape[1]:
             begin = max(0, semantic.shape[1] - round(self.windows[0] * self.semantic_rate))
             told = dict(known=known[0] - begin, conditioning=part.conditions['semantic'][0])
@@ -374,12 +374,12 @@ def join(given: Tensor, made: Tensor, sample_rate: int, *, fade: float = FADE, s
     room = 1 / made[..., known:].abs().amax(dim=-1).clamp(min=SILENT, max=1)  # up to full scale
     gain = torch.minimum(gain, room)[..., None]
     if settle is not None:
-        after = torch.arange(made.shape[-1], device=made.device) - known
+        after = torch.arange(made.shape[-1], device=made.device).to(made.dtype) - known
         gain = gain ** (1 - after / (settle * sample_rate)).clamp(0, 1)
     made = made * gain
 
     fade = min(round(fade * sample_rate), known)
-    angle = torch.linspace(0, math.pi / 2, fade, device=made.device)
+    angle = torch.linspace(0, math.pi / 2, fade, dtype=made.dtype, device=made.device)
     crossed = given[known - fade :] * angle.cos() + made[..., known - fade : known] * angle.sin()
     before = given[: known - fade].expand(*made.shape[:-1], -1)
     return torch.cat((before, crossed, made[..., known:]), dim=-1)

@@ -153,10 +153,12 @@ class SpectralCodec(SpectrogramCodec):
         self.codebook_dim = min(components, dim)
         self.register_buffer('analysis', analysis, persistent=False)
         self.register_buffer('synthesis', synthesis, persistent=False)
-        self.register_buffer('fft_window', torch.hann_window(self.n_fft), persistent=False)
-        self.register_buffer('mean', torch.zeros(dim))
-        self.register_buffer('basis', torch.zeros(dim, self.codebook_dim))
-        self.register_buffer('codebooks', torch.zeros(num_quantizers, codebook_size, self.codebook_dim))
+        self.register_buffer('fft_window', torch.hann_window(self.n_fft, dtype=torch.float32), persistent=False)
+        self.register_buffer('mean', torch.zeros(dim, dtype=torch.float32))
+        self.register_buffer('basis', torch.zeros(dim, self.codebook_dim, dtype=torch.float32))
+        self.register_buffer(
+            'codebooks', torch.zeros(num_quantizers, codebook_size, self.codebook_dim, dtype=torch.float32)
+        )
         self.register_buffer('initted', torch.tensor(False))
 
     @torch.no_grad()
@@ -170,7 +172,7 @@ class SpectralCodec(SpectrogramCodec):
 
     def decode(self, codes: Tensor) -> Tensor:
         waves = list(self.decode_stream([codes]))
-        return torch.cat(waves, dim=1) if waves else torch.zeros(codes.shape[:2], device=codes.device)
+        return torch.cat(waves, dim=1) if waves else self.mean.new_zeros(codes.shape[:2])
 
     @torch.no_grad()
     def decode_stream(self, chunks: Iterable[Tensor]) -> Iterator[Tensor]:
@@ -237,7 +239,7 @@ class SpectralCodec(SpectrogramCodec):
             vectors = self._vectors(wave[None].float().to(self.device))[0]
             places = random.permutation(len(vectors))[:each]
             drawn.append(vectors[torch.from_numpy(places)].cpu())
-        vectors = torch.cat(drawn) if drawn else torch.zeros(0, len(self.mean))
+        vectors = torch.cat(drawn) if drawn else torch.zeros(0, len(self.mean), dtype=torch.float32)
         least = max(self.codebook_size, self.codebook_dim)
         if len(vectors) < least:
             raise ValueError(
@@ -318,7 +320,7 @@ def integrate_phases(magnitudes: Tensor, hop: int, turns: Tensor | None = None) 
         found = found + turns[..., None]
     found = found % 1.0
     # the lobe of a window around a peak alternates in sign
-    phases = 2 * math.pi * found.gather(1, nearest).float() + math.pi * (bins - nearest)
+    phases = 2 * math.pi * found.gather(1, nearest).float() + math.pi * (bins - nearest).float()
     return torch.polar(torch.ones_like(phases), phases), found[..., -1]
 
 
@@ -334,7 +336,7 @@ def griffin_lim(
     length = (magnitudes.shape[-1] - 1) * hop
     magnitudes = magnitudes * (window.sum() / 2)
     kept = phases[..., :fixed]
-    last = torch.zeros((), device=magnitudes.device)
+    last = 0.0
     for _ in range(iterations):
         waves = torch.istft(magnitudes * phases, length=length, **shape)
         rebuilt = torch.stft(waves, pad_mode='constant', return_complex=True, **shape)

@@ -499,7 +499,7 @@ class CoarseTransformer(StageTransformer):
         # each place is for the frame of the code that follows it
         frames = torch.arange(1 + count, device=semantic.device) // self.num_levels
         semantic = F.pad(semantic, (0, 1), value=PAD)  # what lies behind the last one
-        ids = semantic[:, (frames * self.semantic_per_frame).long().clamp(max=semantic.shape[1] - 1)]
+        ids = semantic[:, (frames.float() * self.semantic_per_frame).long().clamp(max=semantic.shape[1] - 1)]
         seen = self.mask_given(ids)
         return self.aligned_embedding(ids.masked_fill(~seen, 0)) * seen[..., None]
 
@@ -673,7 +673,7 @@ def forgetful_mask(shape: tuple[int, int], prob: float, device: torch.device) ->
 
     Training with it keeps attention from leaning on a few tokens (forgetful causal masking, arXiv 2210.13432).
     """
-    noise = torch.randn(shape, device=device)
+    noise = torch.randn(shape, dtype=torch.float32, device=device)
     noise[:, 0] = -torch.inf
     hidden = min(int(shape[-1] * prob), shape[-1] - 1)
     return torch.ones(shape, dtype=torch.bool, device=device).scatter(1, noise.topk(hidden).indices, False)

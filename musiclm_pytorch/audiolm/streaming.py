@@ -302,7 +302,7 @@ def _decode_overlapping(codec: Codec, chunks: Iterable[Tensor]) -> Iterator[Tens
         made = waves[:, given * factor : stop * factor].clone()
         if tail is not None and made.shape[1]:
             count = min(tail.shape[1], made.shape[1])
-            share = torch.linspace(0, 1, count, device=made.device)
+            share = torch.linspace(0, 1, count, dtype=made.dtype, device=made.device)
             made[:, :count] = torch.lerp(tail[:, :count], made[:, :count], share)
         tail = waves[:, stop * factor :][:, : round(CROSSED * codec.sample_rate)]
         dropped = max(0, stop - before)

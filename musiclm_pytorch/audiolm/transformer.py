@@ -198,7 +198,7 @@ class Transformer(nn.Module):
         for layer in self.layers:
             attention = layer[which].branch
             if attention.null_kv is None:
-                k = v = torch.zeros(batch, 0, self.dim_head, device=self.norm.gamma.device)
+                k = v = at_least_float32(self.norm.gamma.new_zeros(batch, 0, self.dim_head))
             else:
                 k, v = repeat(at_least_float32(attention.null_kv), 'two g d -> two b g d', b=batch)
             if context is not None:

@@ -22,7 +22,7 @@ def mel_distance(waves: Tensor, made: Tensor, sample_rate: int, max_hz: float | 
     max_hz = sample_rate / 2 if max_hz is None else max_hz
     filters = mel_filters(BANDS, bins=n_fft // 2 + 1, sample_rate=sample_rate, f_min=0.0, f_max=max_hz).to(waves.device)
     filters = filters[:, filters.sum(dim=0) > 0]  # bands narrower than a bin
-    window = torch.hann_window(n_fft, device=waves.device)
+    window = torch.hann_window(n_fft, dtype=torch.float32, device=waves.device)
 
     def levels(x: Tensor) -> Tensor:
         spectrum = torch.stft(x.float(), n_fft, hop, window=window, pad_mode='constant', return_complex=True)

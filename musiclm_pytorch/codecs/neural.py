@@ -143,8 +143,8 @@ class NeuralCodec(SpectrogramCodec):
         bins = self.n_fft // 2 + 1
         filters = band_means(self.n_fft, sample_rate, resolved_hz, bands)
         self.register_buffer('analysis', filters, persistent=False)
-        self.register_buffer('fft_window', torch.hann_window(self.n_fft), persistent=False)
-        hertz = torch.arange(bins) * sample_rate / self.n_fft
+        self.register_buffer('fft_window', torch.hann_window(self.n_fft, dtype=torch.float32), persistent=False)
+        hertz = (torch.arange(bins) * sample_rate).float() / self.n_fft
         weights = 1 / (700 + hertz)  # bins a mel, so that the loss counts mels
         self.register_buffer('bin_weights', weights / weights.mean(), persistent=False)
         band_weights = (filters > 0).float() @ self.bin_weights
@@ -160,7 +160,7 @@ class NeuralCodec(SpectrogramCodec):
 
         inputs = frames * len(filters)
         self.codebook_dim = min(codebook_dim, inputs)
-        self.register_buffer('input_mean', torch.zeros(inputs))
+        self.register_buffer('input_mean', torch.zeros(inputs, dtype=torch.float32))
         # beside the straight lines that `fit` finds, the blocks begin at 0
         self.encoder_line = nn.Linear(inputs, self.codebook_dim)
         self.decoder_line = nn.Linear(self.codebook_dim, frames * bins)
@@ -264,7 +264,7 @@ class NeuralCodec(SpectrogramCodec):
             count += len(inputs[-1])
             if count >= max_frames:
                 break
-        inputs = torch.cat(inputs) if inputs else torch.zeros(0, len(self.input_mean))
+        inputs = torch.cat(inputs) if inputs else torch.zeros(0, len(self.input_mean), dtype=torch.float32)
         mean = inputs.mean(dim=0)
         inputs -= mean
         # the directions in which the inputs differ most, and as far that on average they differ by 1
@@ -276,7 +276,7 @@ class NeuralCodec(SpectrogramCodec):
         quantized = torch.cat([self.quantizer.cpu().eval()(part[None])[0][0] for part in vectors.split(4096)])
         self.quantizer.to(self.device).train(self.training)
         given = F.pad(quantized, (0, 1), value=1.0)
-        squares = given.T @ given + 1e-3 * torch.eye(given.shape[1])
+        squares = given.T @ given + 1e-3 * torch.eye(given.shape[1], dtype=given.dtype)
         products = sum(a.T @ b.float() for a, b in zip(given.split(4096), torch.cat(targets).split(4096)))
         back = torch.linalg.solve(squares, products).T
         self.input_mean += mean.to(self.device)
@@ -363,7 +363,7 @@ def band_means(n_fft: int, sample_rate: int, resolved_hz: float, bands: int) -> 
     """`(d, bins)`: means over bands, a bin each up to `resolved_hz` and of one ratio above."""
     bins = torch.arange(n_fft // 2 + 1)
     resolved = int(resolved_hz * n_fft / sample_rate)
-    edges = torch.logspace(0, 1, bands + 1, base=(len(bins)) / (resolved + 1)) * (resolved + 1)
+    edges = torch.logspace(0, 1, bands + 1, base=(len(bins)) / (resolved + 1), dtype=torch.float32) * (resolved + 1)
     edges = torch.cat((torch.arange(resolved + 1), edges.round())).unique()
     filters = ((bins >= edges[:-1, None]) & (bins < edges[1:, None])).float()
     return filters / filters.sum(dim=1, keepdim=True)
@@ -400,7 +400,7 @@ class DecodingState:
         count = 0 if self.levels is None else self.levels.shape[-1]
         until = count - 1 - (0 if last else codec.edge)
         if until <= self.given:
-            return torch.zeros(len(codes), 0, device=codes.device)
+            return codec.fft_window.new_zeros(len(codes), 0)
         waves, _ = griffin_lim(self.levels, self.phases, codec.iterations, codec.hop, codec.fft_window)
         waves = waves[:, self.given * codec.hop : until * codec.hop]
         dropped = max(0, until - codec.edge)

@@ -160,13 +160,13 @@ class PretrainedCodec(FrameCodec):
     def decode(self, codes: Tensor) -> Tensor:
         batch, frames, _ = codes.shape
         if frames == 0:
-            return torch.zeros(batch, 0, device=self.device)
+            return torch.zeros(batch, 0, dtype=torch.float32, device=self.device)
         window = self.window or frames
-        made = torch.zeros(batch, 0, device=self.device)
+        made = torch.zeros(batch, 0, dtype=torch.float32, device=self.device)
         for start, stop in windows(frames, window, window - window // 8 if self.window else window):
             part = self._decode(codes[:, start:stop])
             overlap = made.shape[1] - start * self.downsample_factor
-            fade = torch.linspace(0, 1, overlap + 2, device=self.device)[1:-1]
+            fade = torch.linspace(0, 1, overlap + 2, dtype=torch.float32, device=self.device)[1:-1]
             kept, before = made[:, : len(made[0]) - overlap], made[:, len(made[0]) - overlap :]
             made = torch.cat((kept, before + fade * (part[:, :overlap] - before), part[:, overlap:]), dim=1)
         return made

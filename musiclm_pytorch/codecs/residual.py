@@ -26,9 +26,10 @@ class ResidualQuantizer(nn.Module):
     def __init__(self, dim: int, size: int, levels: int, decay: float = 0.98):
         super().__init__()
         self.decay = decay
-        self.register_buffer('codebooks', torch.zeros(levels, size, dim))
-        self.register_buffer('counts', torch.zeros(levels, size))
-        self.register_buffer('initted', torch.tensor(0.0))  # a number, for averages of weights copy no bools
+        self.register_buffer('codebooks', torch.zeros(levels, size, dim, dtype=torch.float32))
+        self.register_buffer('counts', torch.zeros(levels, size, dtype=torch.float32))
+        # a number, for averages of weights copy no bools
+        self.register_buffer('initted', torch.tensor(0.0, dtype=torch.float32))
 
     def forward(self, vectors: Tensor, levels: int | None = None) -> tuple[Tensor, Tensor]:
         """The quantized vectors `(b, t, d)`, and codes `(b, t, q)` int64; of all levels, or of the first ones."""

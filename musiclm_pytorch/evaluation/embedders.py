@@ -122,7 +122,7 @@ class MuLaNEmbedder:
         else:
             pieces, counts = cut(waves, self.window, self.hop)
 
-        latents = torch.empty(len(pieces), self.dim)
+        latents = torch.empty(len(pieces), self.dim, dtype=torch.float32)
         with evaluating(self.mulan):
             for rows in batches_by_length(pieces, self.batch_size, mixed=self.mulan.audio.support_variable_length):
                 latents[rows] = embed_together(self.mulan, [pieces[row] for row in rows])

@@ -118,7 +118,8 @@ class BatchInferenceEngine:
         mulan, model = plain(self.mulan), self.embeds
         plan = WindowPlan(paths, *window_and_hop(mulan, window, hop), self.batch_size)
         total, done = len(plan.paths), 0
-        sums, counts = torch.zeros(total, mulan.dim_latent), torch.zeros(total, 1)
+        sums = torch.zeros(total, mulan.dim_latent, dtype=torch.float32)
+        counts = torch.zeros(total, 1, dtype=torch.float32)
         needs = mulan.sample_rate, mulan.audio.min_samples
         # compiled code takes all threads by itself, and torch.compile's must not be called from several; and where
         # memory counts, one batch is enough
@@ -162,7 +163,7 @@ class BatchInferenceEngine:
         """
         if isinstance(texts, str):
             raise TypeError(f'texts must be a list of strings, got the string {texts!r:.80}')
-        latents = torch.empty(len(texts), plain(self.mulan).dim_latent)
+        latents = torch.empty(len(texts), plain(self.mulan).dim_latent, dtype=torch.float32)
         text_tower = plain(self.embeds).text
         with counted_steps(progress, 'latents', len(texts)) as advance, evaluating(self.embeds):
             if isinstance(self.embeds, PretrainedMuLaN):  # it tokenizes by itself

@@ -102,7 +102,7 @@ class MuLaNIndex:
     def vectors(self) -> Tensor:
         """`(n, dim)` float32, of length 1, in the order of `names`."""
         if len(self._blocks) != 1:
-            self._blocks = [torch.cat(self._blocks) if self._blocks else torch.empty(0, self.dim)]
+            self._blocks = [torch.cat(self._blocks) if self._blocks else torch.empty(0, self.dim, dtype=torch.float32)]
         return self._blocks[0]
 
     @typechecked
@@ -165,7 +165,9 @@ class MuLaNIndex:
         k = min(k, len(self))
         chunk = max(1, MOST_NUMBERS // max(len(self), (k + SPARE) * self.dim))
         found = [self._nearest(part, k) for part in queries.split(chunk)]
-        scores, rows = zip(*found) if found else ([torch.empty(0, k)], [torch.empty(0, k, dtype=torch.long)])
+        if not found:
+            return torch.empty(0, k, dtype=torch.float32), torch.empty(0, k, dtype=torch.long)
+        scores, rows = zip(*found)
         return torch.cat(scores), torch.cat(rows)
 
     def _nearest(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:

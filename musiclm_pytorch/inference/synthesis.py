@@ -108,7 +108,9 @@ def ascend(
     """
     is_wave = not mulan.audio.accept_spec
     sought_shape = (shape[0] // 2 + 1, 2) if is_wave else shape
-    rows = [torch.randn(sought_shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+    rows = [
+        torch.randn(sought_shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float32) for seed in seeds
+    ]
     sought = torch.stack(rows).to(mulan.device).requires_grad_()
     shortest = mulan.audio.min_samples
 
@@ -130,7 +132,7 @@ def ascend(
 
 def wave_of(spectrum: Tensor, samples: int) -> Tensor:
     """Waves `(b, samples)` in [-1, 1] of coefficients `(b, samples // 2 + 1, 2)`, pink where those are white."""
-    frequencies = torch.arange(spectrum.shape[1], device=spectrum.device).clamp(min=1)
+    frequencies = torch.arange(spectrum.shape[1], device=spectrum.device).clamp(min=1).float()
     # without what is constant, which is not heard and would take up the loudness; a single sample has nothing else
     scale = frequencies.rsqrt() if samples == 1 else F.pad(frequencies[1:].rsqrt(), (1, 0))
     wave = torch.fft.irfft(torch.view_as_complex(spectrum) * scale, n=samples)

@@ -410,7 +410,7 @@ class AudioSpectrogramTransformer(nn.Module):
 
 def sincos_2d(height: int, width: int, dim: int, *, device: torch.device, temperature: float = 10000) -> Tensor:
     """`(height, width, dim)` sinusoidal positions of a grid (Better plain ViT baselines, arXiv 2205.01580)."""
-    omega = torch.arange(dim // 4, device=device) / (dim // 4 - 1)
+    omega = torch.arange(dim // 4, device=device).float() / (dim // 4 - 1)
     omega = 1.0 / temperature**omega
     y, x = (rearrange(torch.arange(size, device=device), 'p -> p 1') * omega for size in (height, width))
     y, x = repeat(y, 'y d -> y x d', x=width), repeat(x, 'x d -> y x d', y=height)
@@ -431,10 +431,10 @@ def choose_patches(
         how many are real, or None when all are.
     """
     total = height * width
-    score = torch.zeros(batch, total, device=device)
+    score = torch.zeros(batch, total, dtype=torch.float32, device=device)
     if dropout > 0.0:
         # drawn column by column, so that padding at the end does not change what the first columns get
-        score = rearrange(torch.rand(batch, width, height, device=device), 'b x y -> b (y x)')
+        score = rearrange(torch.rand(batch, width, height, dtype=torch.float32, device=device), 'b x y -> b (y x)')
     counts = torch.full((batch,), total, device=device)
     if columns is not None:
         x = torch.arange(total, device=device) % width

@@ -235,6 +235,18 @@ def placing(device: str | torch.device, dtype: torch.dtype | None) -> Callable[[
     return lambda module: module.to(device=found, dtype=dtype)
 
 
+@contextmanager
+def own_defaults() -> Iterator[None]:
+    """In the block, modules are built in float32 on the CPU, whatever torch's defaults are."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with torch.device('cpu'):
+            yield
+    finally:
+        torch.set_default_dtype(before)
+
+
 @dataclass(frozen=True)
 class SavedConfig:
     """What a `config.json` holds, and how to build from it.
@@ -264,7 +276,7 @@ class SavedConfig:
             }
             sizes = tensor_sizes(self.path.parent)
             check_counts(keywords, max(sizes, default=0))
-            with AllocationLimit(sizes):
+            with AllocationLimit(sizes), own_defaults():
                 return kind(*arguments, **keywords)
 
     @contextmanager
@@ -398,11 +410,12 @@ def _build_upstream(
 ) -> nn.Module:
     state, _ = read_upstream(path)
     known_audio, known_text, known_mulan = _infer_config(state, known=audio or {}, source=path)
-    mulan = cls(
-        AudioSpectrogramTransformer(**{**known_audio, **(audio or {})}),
-        TextTransformer(**{**known_text, **(text or {})}),
-        **{**known_mulan, **keywords},
-    )
+    with own_defaults():
+        mulan = cls(
+            AudioSpectrogramTransformer(**{**known_audio, **(audio or {})}),
+            TextTransformer(**{**known_text, **(text or {})}),
+            **{**known_mulan, **keywords},
+        )
     load_strictly(mulan, state, source=path)
     return mulan.eval()
 

@@ -27,8 +27,9 @@ class LowRank(nn.Module):
     def __init__(self, weight: Tensor, rank: int, alpha: float):
         super().__init__()
         self.rank, self.alpha = rank, alpha
-        self.down = nn.Parameter(torch.empty(rank, weight.shape[1], device=weight.device))
-        self.up = nn.Parameter(torch.zeros(weight.shape[0], rank, device=weight.device))
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        self.down = nn.Parameter(torch.empty(rank, weight.shape[1], dtype=dtype, device=weight.device))
+        self.up = nn.Parameter(torch.zeros(weight.shape[0], rank, dtype=dtype, device=weight.device))
         nn.init.kaiming_uniform_(self.down, a=5**0.5)
 
     def forward(self, weight: Tensor) -> Tensor:

@@ -114,8 +114,8 @@ class Chromagram(Float32Buffers):
         n_fft = 2 ** round(math.log2(0.25 * sample_rate))
         self.spectrogram = Spectrogram(n_fft, n_fft, hop_length=round(0.05 * sample_rate), power=2)
         per_semitone = bins // 12
-        pitches = torch.arange(LOWEST * per_semitone, HIGHEST * per_semitone) / per_semitone
-        hertz = torch.arange(1, self.spectrogram.bins) * sample_rate / n_fft
+        pitches = torch.arange(LOWEST * per_semitone, HIGHEST * per_semitone).float() / per_semitone
+        hertz = (torch.arange(1, self.spectrogram.bins) * sample_rate).float() / n_fft
         distance = (69 + 12 * torch.log2(hertz / 440))[:, None] - pitches
         # as wide as half a semitone, or as a bin where these lie further apart
         width = (12 * torch.log2(1 + sample_rate / n_fft / hertz)).clamp(min=0.5)[:, None]

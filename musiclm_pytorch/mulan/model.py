@@ -150,7 +150,7 @@ class JointEmbedding(HubModel, nn.Module):
 
     def _embed_windows(self, read, total: int, rate: int, window: float, hop: float, batch_size: int) -> Tensor:
         spans = windows(total, max(1, round(window * rate)), max(1, round(hop * rate)))
-        mean, count = torch.zeros(self.dim_latent, device=self.device), 0
+        mean, count = torch.zeros(self.dim_latent, dtype=torch.float32, device=self.device), 0
         with evaluating(self):
             while batch := list(islice(spans, batch_size)):
                 # neighbouring windows overlap: read what they share once

@@ -187,7 +187,7 @@ class PretrainedMuLaN(JointEmbedding):
         return evaluating(self.model) if isinstance(self.model, nn.Module) else nullcontext()
 
     def _temperature(self) -> Tensor:
-        return self.model.logit_scale_a.exp() if self.is_clap else torch.tensor(TEMPERATURE)
+        return self.model.logit_scale_a.exp() if self.is_clap else torch.tensor(TEMPERATURE, dtype=torch.float32)
 
     # saving
 

@@ -62,7 +62,7 @@ class Spectrogram(Float32Buffers):
         self.pad = pad
         self.center = center
         self.pad_mode = pad_mode
-        self.register_buffer('window', torch.hann_window(win_length))
+        self.register_buffer('window', torch.hann_window(win_length, dtype=torch.float32))
 
     @property
     def bins(self) -> int:
@@ -214,8 +214,8 @@ def mel_filters(n_mels: int, *, bins: int, sample_rate: int, f_min: float, f_max
     They are torchaudio's `melscale_fbanks` to the bit.
     """
     low, high = (_hz_to_mel(hz) for hz in (f_min, f_max))
-    corners = _mel_to_hz(torch.linspace(low, high, n_mels + 2))
-    frequencies = torch.linspace(0, sample_rate // 2, bins)
+    corners = _mel_to_hz(torch.linspace(low, high, n_mels + 2, dtype=torch.float32))
+    frequencies = torch.linspace(0, sample_rate // 2, bins, dtype=torch.float32)
     slopes = corners[None, :] - frequencies[:, None]  # (bins, n_mels + 2)
     widths = corners.diff()
     rising, falling = -slopes[:, :-2] / widths[:-1], slopes[:, 2:] / widths[1:]
@@ -258,7 +258,7 @@ class RandomTimeStretch(nn.Module):
         self.power = power
         self.min_frames = min_frames
         # read by nobody, but part of the state dict of musiclm-pytorch 0.2.8
-        self.register_buffer('phase_advance', torch.linspace(0, math.pi * 0.8, 201)[..., None])
+        self.register_buffer('phase_advance', torch.linspace(0, math.pi * 0.8, 201, dtype=torch.float32)[..., None])
 
     def forward(self, spec: Tensor, frames: Tensor | None) -> tuple[Tensor, Tensor | None]:
         if self.max_log_rate == 0.0:
@@ -266,9 +266,9 @@ class RandomTimeStretch(nn.Module):
         batch, total = spec.shape[0], spec.shape[-1]
         if frames is None:
             frames = torch.full((batch,), total, device=spec.device)
-        rates = torch.exp((2 * torch.rand(batch, device=spec.device) - 1) * self.max_log_rate)
+        rates = torch.exp((2 * torch.rand(batch, dtype=torch.float32, device=spec.device) - 1) * self.max_log_rate)
         # a fast rate must leave enough for one patch
-        rates = torch.minimum(rates, (frames / self.min_frames).clamp(min=1.0))
+        rates = torch.minimum(rates, (frames.float() / self.min_frames).clamp(min=1.0))
         return self.stretch(spec, frames, rates)
 
     def stretch(self, spec: Tensor, frames: Tensor, rates: Tensor) -> tuple[Tensor, Tensor]:
@@ -322,8 +322,8 @@ class RandomMask(nn.Module):
         else:
             sizes = torch.full((batch,), total, device=device) if frames is None else frames
 
-        widest = (sizes * self.max_fraction).long().clamp(max=self.max_width)
-        widths, starts = torch.rand(2, batch, device=device)
+        widest = (sizes.float() * self.max_fraction).long().clamp(max=self.max_width)
+        widths, starts = torch.rand(2, batch, dtype=torch.float32, device=device)
         widths = (widths * (widest + 1)).long()
         starts = (starts * (sizes - widths + 1)).long()
 

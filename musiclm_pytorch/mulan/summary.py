@@ -28,7 +28,7 @@ class Chroma(Float32Buffers):
 
     def __init__(self, *, bins: int, sample_rate: int):
         super().__init__()
-        hertz = torch.arange(bins) * (sample_rate / (2 * (bins - 1)))
+        hertz = torch.arange(bins).float() * (sample_rate / (2 * (bins - 1)))
         inside = (hertz >= self.F_MIN) & (hertz <= self.F_MAX)
         pitch = 69 + 12 * torch.log2(hertz.clamp(min=self.F_MIN) / 440)
         distance = (rearrange(pitch, 'f -> f 1') - torch.arange(PITCH_CLASSES) + 6).remainder(12) - 6

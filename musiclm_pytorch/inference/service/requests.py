@@ -331,7 +331,7 @@ class PromptReader:
         if isinstance(prompt, MixPrompt):
             return Mix([(weight, self(part)) for weight, part in prompt.mix])
         if isinstance(prompt, LatentPrompt):
-            latent = torch.tensor(prompt.latent)
+            latent = torch.tensor(prompt.latent, dtype=torch.float32)
             if len(latent) != self.dim_latent:
                 raise invalid(f'a latent must have {self.dim_latent} numbers, got {len(latent)}')
             return latent

@@ -146,7 +146,7 @@ class ModelWorker:
         _finish([job for job, _ in taken], embed)
 
     def _embed(self, job: Job, files: Sequence[AudioFile], texts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        latents = [torch.empty(0, self.mulan.dim_latent)]
+        latents = [torch.empty(0, self.mulan.dim_latent, dtype=torch.float32)]
         for file in files:
             job.check()
             try:
