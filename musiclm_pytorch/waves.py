@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import soundfile
+import torch
 from torch import Tensor
 
 from musiclm_pytorch.atomic import atomic_write
 
 # samples: libsndfile 1.2 does not bear all that it may be given for Vorbis
 AT_ONCE = 2**16
+KNEE = 0.9  # of full scale, from which on a stream is bent
 MP3_RATES = (8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000)  # Hz
 
 
@@ -107,6 +109,13 @@ def format_of(suffix: str) -> str:
     return name
 
 
+def bent(wave: Tensor) -> Tensor:
+    """`(samples,)` within [-1, 1], for a stream, of which nobody knows how loud it will become: what lies within `KNEE`
+    as it is, the rest smoothly below full scale, each sample by itself, so that blocks join."""
+    over = (wave.abs() - KNEE) / (1 - KNEE)
+    return torch.where(over > 0, wave.sign() * (KNEE + (1 - KNEE) * over.tanh()), wave)
+
+
 class WavStream:
     """A WAV of one channel and 16 bits that grows.
 
@@ -125,9 +134,9 @@ class WavStream:
         self._head = struct.pack('<4sI4s4sIHHIIHH4sI', *parts)
 
     def push(self, wave: Tensor) -> bytes:
-        """What `(samples,)` add to the file; what lies beyond [-1, 1] is clipped."""
+        """What `(samples,)` add to the file; peaks from 0.9 of full scale on are `bent` below it."""
         head, self._head = self._head, b''
-        levels = (wave.detach().cpu().float().clamp(-1, 1) * (2**15 - 1)).round().short()
+        levels = (bent(wave.detach().cpu().float()) * (2**15 - 1)).round().short()
         return head + levels.numpy().astype('<i2').tobytes()
 
     def close(self) -> bytes:
@@ -159,7 +168,7 @@ class OpusStream:
         """As of `WavStream`; the last few hundredths of a second come with the next ones."""
         import av
 
-        levels = wave.detach().cpu().float().clamp(-1, 1)[None].numpy()
+        levels = bent(wave.detach().cpu().float())[None].numpy()
         frame = av.AudioFrame.from_ndarray(levels, format='fltp', layout='mono')
         frame.sample_rate, frame.time_base, frame.pts = self._rate, Fraction(1, self._rate), self._samples
         self._samples += levels.shape[1]

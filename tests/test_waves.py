@@ -10,7 +10,7 @@ import pytest
 import soundfile
 import torch
 
-from musiclm_pytorch.waves import Music, Waves
+from musiclm_pytorch.waves import Music, Waves, WavStream
 
 RATE = 8000
 
@@ -86,6 +86,29 @@ def test_a_piece_that_is_too_loud_is_saved_softer_as_a_whole(tmp_path):
     samples = torch.from_numpy(soundfile.read(tmp_path / 'loud.wav')[0]).float()
     torch.testing.assert_close(samples, loud[0] / loud.abs().max(), atol=1e-4, rtol=0)
     assert loud.abs().max() > 1  # what was given stays
+
+
+def streamed(wave, size):
+    encoder = WavStream(24_000, len(wave))
+    content = b''.join(map(encoder.push, wave.split(size))) + encoder.close()
+    return torch.from_numpy(soundfile.read(io.BytesIO(content), dtype='float32')[0])
+
+
+def test_a_stream_bends_its_peaks_and_nothing_else():
+    wave = 2 * torch.sin(torch.arange(4000) * 0.01)
+    found = streamed(wave, 4000)
+    for size in (7, 1500):
+        assert torch.equal(streamed(wave, size), found)
+    soft = wave.abs() <= 0.9
+    assert torch.equal(found[soft], (wave[soft] * 32767).round() / 32768)
+    # where it clipped, no two samples in a row were told apart
+    loud = wave[~soft & (wave > 0)].sort().values
+    made = streamed(loud, 100)
+    assert (made.diff() >= 0).all()
+    assert (made < 1).all()
+    assert len(made[loud > 1].unique()) > 100
+    assert made[0] - loud[0] == pytest.approx(0, abs=1e-3)  # without a step
+    assert torch.equal(streamed(-loud, 100), -made)
 
 
 def test_a_notebook_gets_a_player_for_each_piece():

@@ -26,7 +26,7 @@ from musiclm_pytorch.inference.layout import CSS, lay_out
 from musiclm_pytorch.inference.live import LiveMusic
 from musiclm_pytorch.inference.music_maker import MusicMaker, read_mix, title_of
 from musiclm_pytorch.musiclm import MusicLM
-from musiclm_pytorch.waves import sound_bytes
+from musiclm_pytorch.waves import bent, sound_bytes
 
 if TYPE_CHECKING:
     import gradio
@@ -146,7 +146,7 @@ def create_app(
                     note = f'Playing “{html.escape(title_of(own))}”: {samples / rate:.0f} s are made.'
                     told = with_remark(note, maker.remarks([own], negative))
                     # a part by itself is not made softer than its neighbours
-                    yield [told, sound_bytes(wave.clamp(-1, 1), rate), *[gr.skip()] * 4]
+                    yield [told, sound_bytes(bent(wave), rate), *[gr.skip()] * 4]
                     if request.session_hash in stopping:
                         break
             title = ' – '.join(map(title_of, prompts))
