@@ -43,6 +43,6 @@ def models_inside(folder: Path) -> list[Path]:
     for path in (*sorted(folder.glob('*/config.json')), *sorted(folder.glob('*/*/config.json'))):
         try:
             found.append((json.loads(path.read_text(encoding='utf-8'))['model'], path.parent))
-        except (ValueError, KeyError, TypeError):  # the config of something else
+        except (ValueError, KeyError, TypeError, RecursionError):  # the config of something else
             continue
     return [inner for kind in ('MusicLM', 'MuLaN') for model, inner in found if model == kind]
