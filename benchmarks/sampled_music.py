@@ -4,11 +4,12 @@
         /usr/share/sounds/sf3/MuseScore_General_Full.sf3    # beside 'tiny'
 
 Prompts are captions of SyntheticMusic in held-out phrasings; for comparison they are played by a sound font that
-training never hears (Debian: timgm6mb-soundfont). Instrument, register and drums are read by logistic regressions on
-the features of musicnn, the tempo by one on the rhythm; all were fitted to other clips of that font and of those that
-the model was trained on, for who knows a violin from one font alone does not know that of another. Beside the music,
-the best of 4 by MuLaN, stand real clips of the same labels, and what the codec, the fine stage from real coarse codes,
-and both later stages from real semantic tokens leave of those. FAD is taken on those features to further real clips.
+training never hears (Debian: timgm6mb-soundfont). Instrument (and so its family, of 8), register and drums are read by
+logistic regressions on the features of musicnn, the tempo by one on the rhythm; all were fitted to other clips of that
+font and of those that the model was trained on, for who knows a violin from one font alone does not know that of
+another. Beside the music, the best of 4 by MuLaN, stand real clips of the same labels, and what the codec, the fine
+stage from real coarse codes, and both later stages from real semantic tokens leave of those. FAD is taken on those
+features to further real clips.
 
 Needs the extras `test` and `scores`, FluidSynth, the font, and the package musicnn (see `musicnn_judge.py`).
 """
@@ -21,14 +22,16 @@ from pathlib import Path
 
 import numpy as np
 from musicnn_judge import MusicnnJudge
+from obedience import FAMILIES
 from real_music import BASELINE, FONT, REAL, ROOT, frechet, from_real_clips, make
-from real_music_judges import RATE, SECONDS, Probes, listen, render, share
+from real_music_judges import RATE, SECONDS, Heard, Probes, compare, listen, render, share
 from results import add_out, write_results
 
 from musiclm_pytorch import MusicLM, SyntheticMusic
-from musiclm_pytorch.data.attributes import INSTRUMENTS
+from musiclm_pytorch.data.attributes import INSTRUMENTS, MusicLabels
 
 ASKED = ('instrument', 'tempo', 'register', 'drums')
+SHOWN = ('instrument', 'family', *ASKED[1:])  # a family is that of the instrument that was read
 
 
 def main(args: argparse.Namespace) -> None:
@@ -47,18 +50,23 @@ def main(args: argparse.Namespace) -> None:
     labels = clips.labels()
     rows: dict[str, dict[str, object]] = {}
 
+    def compared(heard: Heard, wanted: list[MusicLabels]) -> dict[str, np.ndarray]:
+        read = probes.read(heard)
+        pairs = zip(read['instrument'], wanted)
+        return compare(read, wanted) | dict(family=np.array([FAMILIES[a] == FAMILIES[b.instrument] for a, b in pairs]))
+
     def show(who: str, right: dict, fad: object = None) -> None:
         rows[who] = {name: share(right[name]).to_dict() for name in right}
-        told = [f'{right[name].mean():.1%}' for name in ASKED]
+        told = [f'{right[name].mean():.1%}' for name in SHOWN]
         told.append('' if fad is None else f'{fad.value:.1f}')
         rows[who] |= {} if fad is None else dict(fad=fad.value)
         print(f'| {who} | ' + ' | '.join(told) + ' |', flush=True)
 
-    print('| | ' + ' | '.join(ASKED) + ' | FAD |\n|' + '---|' * (len(ASKED) + 2))
-    show(f'{REAL}: the probes themselves', probes.right(heard, labels))
+    print('| | ' + ' | '.join(SHOWN) + ' | FAD |\n|' + '---|' * (len(SHOWN) + 2))
+    show(f'{REAL}: the probes themselves', compared(heard, labels))
     if args.trained_on:
         played, own = clips_of(args.clips, 'valid', 3, args.trained_on)
-        show('the same by the fonts that the model was trained on', probes.right(own, played.labels()))
+        show('the same by the fonts that the model was trained on', compared(own, played.labels()))
     for place in dict.fromkeys([BASELINE, *args.model]):
         musiclm = MusicLM.from_pretrained(place)
         # each model is asked for what it knows
@@ -67,16 +75,16 @@ def main(args: argparse.Namespace) -> None:
         prompts = [clips.music.caption(labels[i], i, mention=(*ASKED, 'mode', 'texture')) for i in known]
         reference = heard.part(np.setdiff1d(np.arange(len(clips)), known))
         real = heard.part(known)
-        show(f'{REAL}, as asked of {place}', probes.right(real, wanted), frechet(reference, real))
+        show(f'{REAL}, as asked of {place}', compared(real, wanted), frechet(reference, real))
         if place != BASELINE:
             waves = [clips.wave(i) for i in known]
             for what, made in from_real_clips(musiclm, prompts, waves, args.batch).items():
                 own = listen(judge, made, musiclm.sample_rate)
-                show(f'{place}: {what}', probes.right(own, wanted), frechet(reference, own))
+                show(f'{place}: {what}', compared(own, wanted), frechet(reference, own))
         start = time.perf_counter()
         own = listen(judge, make(musiclm, prompts, args.samples, args.batch, seed=1000), musiclm.sample_rate)
         took = time.perf_counter() - start
-        show(f'{place}, the best of {args.samples}', probes.right(own, wanted), frechet(reference, own))
+        show(f'{place}, the best of {args.samples}', compared(own, wanted), frechet(reference, own))
         rows[f'{place}, the best of {args.samples}'] |= dict(seconds=took)
     write_results(args.out, dict(prompts=args.prompts, samples=args.samples, rows=rows))
 

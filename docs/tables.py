@@ -270,7 +270,7 @@ def sampled_music() -> str:
         'small, the best of 4': 'the best of 4 by MuLaN',
         'tiny, the best of 4': 'the best of 4 of `tiny`',
     }
-    found, asked = figures('sampled_music'), ['instrument', 'tempo', 'register', 'drums']
+    found, asked = figures('sampled_music'), ['instrument', 'family', 'tempo', 'register', 'drums']
     rows = [
         [title, *(percent(it[name]['value']) for name in asked), f'{it["fad"]:.1f}']
         for title, it in ((title, found['rows'][name]) for name, title in titles.items())

@@ -93,9 +93,14 @@ def main(args: argparse.Namespace) -> None:
     own = [*args.sound_font, *args.sound_font, *args.more]  # whole ones twice as often
     pieces = SyntheticMusic(-(-3 * length // 4), sound_font=own, mentions=MENTIONS, **clips)
     scores = Arrangements(-(-length // 4), sound_font=args.sound_font, more=args.more, **clips)
+    kinds = [(it.instrument, it.register, it.texture, it.drums) for it in map(pieces.labels, range(len(pieces)))]
+    kinds += [it.style for it in map(scores.labels, range(len(scores)))]
     trainer = MuLaNTrainer(
         mulan,
         ConcatDataset([pieces, scores]),
+        groups=kinds,  # every other batch is of like clips, from which it learns what tells those apart
+        group_size=8,
+        groups_after=50,
         batch_size=args.batch_size,
         num_train_steps=args.steps,
         lr=6e-4,
@@ -106,7 +111,7 @@ def main(args: argparse.Namespace) -> None:
         max_grad_norm=1.0,
         mixed_precision='auto',
         use_ema=False,
-        valid_frac=512 / length,
+        valid_frac=0.01,
         num_workers=args.workers,
         results_folder=args.output,
     )
