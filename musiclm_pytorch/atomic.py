@@ -155,7 +155,8 @@ def check_nesting(content: Any) -> None:
     """Raise ValueError for what whoever goes through it, level by level, would run out of stack in."""
     level = [content]
     for _ in range(DEEPEST + 1):
-        level = [it for it in level if isinstance(it, (dict, list))]
+        # what an alias of YAML repeats is looked at once a level: copies of copies would be too many
+        level = [*{id(it): it for it in level if isinstance(it, (dict, list))}.values()]
         if not level:
             return
         level = [inner for it in level for inner in (it.values() if isinstance(it, dict) else it)]

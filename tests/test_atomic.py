@@ -16,6 +16,7 @@ from musiclm_pytorch import InferenceConfig, MuLaN, MuLaNIndex
 from musiclm_pytorch.atomic import (
     CHECKSUM,
     atomic_write,
+    check_nesting,
     read_checked_json,
     read_tensors,
     write_checked_json,
@@ -187,6 +188,16 @@ def test_what_is_nested_without_end_is_told_by_its_file(tmp_path, name, read, le
     path.write_text(f'{{"a": {"[" * levels}{"]" * levels}}}\n')
     with pytest.raises(ValueError, match=rf'{name}.* nested (more than 100 levels|too) deep'):
         read(path)
+
+
+def test_what_is_repeated_is_looked_at_once():
+    shared, within = [], {}
+    for _ in range(60):
+        shared = [shared, shared]
+    check_nesting(shared)
+    within['itself'] = within
+    with pytest.raises(ValueError, match='nested more than 100 levels deep'):
+        check_nesting(within)
 
 
 def test_cells_are_nested_so_deep_and_no_deeper(tmp_path):
