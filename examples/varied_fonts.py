@@ -353,4 +353,5 @@ if __name__ == '__main__':
         varied=lambda: varied(args.sources, args.seed),
     )
     write(args.output, made[args.kind]())
-    print(f'{args.output} has {len(SoundFont.open(args.output.resolve()).path.read_bytes()) / 1e6:.0f} MB')
+    SoundFont.open(args.output.resolve())  # which raises if FluidSynth cannot read it
+    print(f'{args.output} has {args.output.stat().st_size / 1e6:.0f} MB')
