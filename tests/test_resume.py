@@ -40,7 +40,7 @@ def resumed(folder, **keywords):
 # ---- settings ----
 
 
-@pytest.mark.parametrize('optimizer', ['adamw', 'lion'])
+@pytest.mark.parametrize('optimizer', ['adamw', 'lion', 'muon'])
 def test_settings_of_a_resumed_run_are_its_own(tmp_path, optimizer):
     """Resumed with other settings, it goes on as the run would have gone on if they had changed in the middle."""
     run = trained(tmp_path / 'run', optimizer=optimizer, weight_decay=0.1)
@@ -52,7 +52,7 @@ def test_settings_of_a_resumed_run_are_its_own(tmp_path, optimizer):
     run.train(num_train_steps=4, **QUIET)
     again = resumed(tmp_path / 'again', optimizer=optimizer, **told)
     again.train(num_train_steps=4, **QUIET)
-    assert again.optimizer.param_groups[0]['betas'] == (0.5, 0.6)
+    assert again.optimizer.param_groups[-1]['betas'] == (0.5, 0.6)
     assert_same(weights(again.mulan), weights(run.mulan))
 
 
@@ -90,6 +90,8 @@ def test_adam_goes_on_as_adamw(tmp_path):
             "was written with optimizer='lion', and optimizer='adam' keeps other statistic",
         ),
         (dict(), dict(use_lion=True), "was written with optimizer='adam' or 'adamw', and optimizer='lion' keeps other"),
+        (dict(), dict(optimizer='muon'), "written with optimizer='adam' or 'adamw', and optimizer='muon' keeps other"),
+        (dict(optimizer='muon'), dict(), "was written with optimizer='muon', and optimizer='adam' keeps other"),
         (dict(), dict(frozen=True), 'audio_to_latents.weight and 0 more are not in both; let the same ones require'),
         (
             dict(),

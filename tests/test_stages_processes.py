@@ -121,6 +121,10 @@ def test_two_processes_equal_one_and_each_other(tmp_path, stages):
 
 def test_what_needs_whole_weights_is_named(tmp_path):
     compute(tmp_path / 'tokens')
-    for wrong, name in ((dict(use_ema=True), 'use_ema'), (dict(mixed_precision='fp16'), "mixed_precision='fp16'")):
+    for wrong, name in (
+        (dict(use_ema=True), 'use_ema'),
+        (dict(mixed_precision='fp16'), "mixed_precision='fp16'"),
+        (dict(optimizer='muon'), "optimizer='muon'"),
+    ):
         with pytest.raises(ValueError, match=f'fsdp shares the weights out, which {name} needs whole'):
             make_trainer(tmp_path / 'run', tmp_path / 'tokens', conditioned=False, fsdp=True, **wrong)

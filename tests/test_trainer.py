@@ -23,6 +23,7 @@ from helpers.training import (
     trainer,
     weights,
 )
+from torch import nn
 
 from musiclm_pytorch import MuLaN
 from musiclm_pytorch.trainer import (
@@ -37,7 +38,7 @@ from musiclm_pytorch.trainer import (
 from musiclm_pytorch.trainer import trainer as loop
 from musiclm_pytorch.trainer.config import TrainingKeywords, field_docs
 from musiclm_pytorch.trainer.grad_cache import grad_cache_backward, join_latents, split_batch
-from musiclm_pytorch.trainer.optimizers import learning_rate
+from musiclm_pytorch.trainer.optimizers import build_optimizer, learning_rate
 from musiclm_pytorch.trainer.resumable_loader import Batches
 from musiclm_pytorch.trainer.retrieval import mean_cosine, retrieval_metrics, similarity_histogram
 
@@ -80,7 +81,7 @@ def test_the_tokens_that_were_trained_are_recorded(tmp_path, keywords):
         assert torch.equal(MuLaN.from_pretrained(tmp_path / folder).text.trained_tokens, mulan.text.trained_tokens)
 
 
-@pytest.mark.parametrize('optimizer', ['adam', 'adamw', 'lion'])
+@pytest.mark.parametrize('optimizer', ['adam', 'adamw', 'lion', 'muon'])
 def test_optimizers_decay_matrices_only(tmp_path, optimizer):
     mulan = build()
     run = trainer(tmp_path, mulan, optimizer=optimizer, weight_decay=0.1)
@@ -92,6 +93,40 @@ def test_optimizers_decay_matrices_only(tmp_path, optimizer):
     assert not {'contrast.temperatures', 'text.token_emb.weight', 'text.cls_token'} & names
     assert not any(name.endswith(('bias', 'gamma', 'q_scale')) for name in names)
     run.train(num_train_steps=1, with_validation=False)
+
+
+def test_muon_moves_a_matrix_in_all_of_its_directions():
+    """One step as Muon's authors and Moonlight's define it: singular values of about 1, times 0.2 √(longer side)."""
+
+    class Small(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embedding = nn.Embedding(11, 12)
+            self.hidden = nn.Linear(12, 20)
+            self.to_logits = nn.Linear(20, 11)
+
+        def forward(self, ids):
+            return self.to_logits(self.hidden(self.embedding(ids)).tanh())
+
+    torch.manual_seed(0)
+    model = Small()
+    before, plain = weights(model), Small()
+    plain.load_state_dict(before)
+    steps = {}
+    for name, it in (('muon', model), ('adamw', plain)):
+        optimizer = build_optimizer(name, it, 0.01, (0.9, 0.98), 0.0)
+        ids = torch.arange(11)
+        nn.functional.cross_entropy(it(ids), ids.flip(0)).backward()
+        optimizer.step()
+        steps[name] = {key: value - before[key] for key, value in weights(it).items()}
+    values = torch.linalg.svdvals(steps['muon'].pop('hidden.weight')) / (0.01 * 0.2 * 20**0.5)
+    assert values.median() > 0.6
+    assert values.max() < 1.3
+    for key, step in steps['muon'].items():  # heads, embeddings and biases by AdamW
+        torch.testing.assert_close(step, steps['adamw'][key])
+
+    with pytest.raises(ValueError, match="'muon' is for the matrices of linear layers, and none is trained"):
+        build_optimizer('muon', model.embedding, 0.01, (0.9, 0.98), 0.0)
 
 
 def test_schedules():

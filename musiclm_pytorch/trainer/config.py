@@ -16,7 +16,7 @@ from typing import Any
 
 from typing_extensions import TypedDict
 
-OPTIMIZERS = ('adam', 'adamw', 'lion')
+OPTIMIZERS = ('adam', 'adamw', 'lion', 'muon')
 SCHEDULES = ('constant', 'linear', 'cosine')
 SHIPPED = Path(__file__).resolve().parent / 'shipped_recipes'
 PRECISIONS = ('no', 'bf16', 'fp16', 'auto')
@@ -35,7 +35,8 @@ class TrainingConfig:
         lr: highest learning rate; by default 3e-4, of a codec 2e-4.
         betas: decay of the moving averages of the gradient and of its square.
         weight_decay: of matrices alone, never of gains, biases, embeddings or temperatures.
-        optimizer: 'adam', 'adamw' or 'lion'.
+        optimizer: 'adam', 'adamw', 'lion', or 'muon': Muon for the matrices of hidden linear layers and AdamW for the
+            rest, at one learning rate, some two or three times AdamW's best one.
         max_grad_norm: largest norm of the gradients; None for no clipping.
         lr_scheduler_type: 'constant', 'linear' or 'cosine'; see `optimizers.learning_rate`.
         warmup_steps: steps over which the learning rate rises from 0.

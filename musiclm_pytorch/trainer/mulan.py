@@ -27,6 +27,7 @@ from musiclm_pytorch.trainer.callbacks import Callback
 from musiclm_pytorch.trainer.config import TrainingConfig, TrainingKeywords
 from musiclm_pytorch.trainer.grad_cache import grad_cache_backward, join_latents, split_batch
 from musiclm_pytorch.trainer.grouping import Grouping
+from musiclm_pytorch.trainer.optimizers import optimizers_of
 from musiclm_pytorch.trainer.retrieval import mean_cosine, retrieval_metrics, similarity_histogram
 from musiclm_pytorch.trainer.trainer import Trainer, TrainingError, detached
 from musiclm_pytorch.trainer.upstream import UpstreamNames, moments_by_name, set_moments
@@ -297,7 +298,7 @@ class MuLaNTrainer(UpstreamNames, Trainer):
         moments = None
         if optimizer is not None:
             moments = moments_by_name(optimizer, [name for name in weights if name in own], source=path)
-        if moments and any('exp_avg_sq' in it for it in moments.values()) == (self.optimizer_name == 'lion'):
+        if moments and self.optimizer_name not in optimizers_of(moments.values()):
             raise ValueError(
                 f'{path} was saved with another optimizer than {self.optimizer_name!r}, which keeps other statistics; '
                 'use_lion=True or False as then, or MuLaN.load_upstream for the weights alone'

@@ -4,11 +4,16 @@ there is no schedule state to save or to lose."""
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from lion_pytorch import Lion
 from torch import nn
 from torch.nn.utils import parametrize
+
+# what no other optimizer keeps of a weight, by the names of those that do; looked for in this order
+STATISTICS = {'momentum_buffer': ('muon',), 'exp_avg_sq': ('adam', 'adamw'), 'exp_avg': ('lion',)}
 
 
 def build_optimizer(
@@ -18,7 +23,19 @@ def build_optimizer(
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not parameters:
         raise ValueError('the model has no parameter that requires a gradient: there is nothing to train')
-    decayed = {id(p) for module in model.modules() if isinstance(module, nn.Linear) for p in matrices_of(module)}
+    linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    decayed = {id(p) for module in linear.values() for p in matrices_of(module)}
+    if name == 'muon':
+        # what tells tokens apart has a row for each of them, as embeddings have
+        hidden = {id(p) for name, it in linear.items() if 'logits' not in name for p in matrices_of(it)}
+        if not any(id(p) in hidden for p in parameters):
+            raise ValueError("optimizer='muon' is for the matrices of linear layers, and none is trained; use 'adamw'")
+        groups = [
+            dict(params=[p for p in parameters if id(p) in hidden], weight_decay=weight_decay),
+            dict(params=[p for p in parameters if id(p) in decayed - hidden], weight_decay=weight_decay),
+            dict(params=[p for p in parameters if id(p) not in decayed], weight_decay=0.0),
+        ]
+        return MuonAndAdamW(groups[0], [it for it in groups[1:] if it['params']], lr=lr, betas=betas)
     groups = [
         dict(params=[p for p in parameters if id(p) in decayed], weight_decay=weight_decay),
         dict(params=[p for p in parameters if id(p) not in decayed], weight_decay=0.0),
@@ -30,6 +47,48 @@ def build_optimizer(
     kind = torch.optim.AdamW if name == 'adamw' or weight_decay > 0 else torch.optim.Adam
     # one pass over each weight and its moments instead of ten
     return kind(groups, lr=lr, betas=betas, fused=True)
+
+
+class MuonAndAdamW(torch.optim.Optimizer):
+    """Muon (https://kellerjordan.github.io/posts/muon) for matrices, AdamW for the rest, as one optimizer.
+
+    Muon makes the singular values of a matrix's momentum alike, so that a step moves it in all of its directions. Steps
+    are as large as AdamW's (arXiv 2502.16982, section 2.2), and one learning rate is for both.
+    """
+
+    def __init__(self, matrices: dict[str, Any], rest: list[dict[str, Any]], *, lr: float, betas: tuple[float, float]):
+        self.parts = [torch.optim.Muon([matrices], lr=lr, adjust_lr_fn='match_rms_adamw')]
+        if rest:
+            self.parts.append(torch.optim.AdamW(rest, lr=lr, betas=betas, fused=True))
+        super().__init__([group for part in self.parts for group in part.param_groups], {})
+        self._share()
+
+    def _share(self) -> None:
+        """Have the parts work on the groups and statistics of the whole."""
+        groups = iter(self.param_groups)
+        for part in self.parts:
+            part.param_groups = [next(groups) for _ in part.param_groups]
+            part.state = self.state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self._share()
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for part in self.parts:
+            part.step()
+        return loss
+
+
+def optimizers_of(statistics: Iterable[dict[str, Any]]) -> tuple[str, ...]:
+    """The names of the optimizers that keep such statistics of weights; none of none."""
+    kept = set().union(*statistics)
+    return next((names for key, names in STATISTICS.items() if key in kept), ())
 
 
 def matrices_of(layer: nn.Linear) -> list[nn.Parameter]:

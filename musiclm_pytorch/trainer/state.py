@@ -15,7 +15,7 @@ from musiclm_pytorch.audiolm.fingerprints import differences
 from musiclm_pytorch.collectives import world_size
 from musiclm_pytorch.trainer import best, checkpoints
 from musiclm_pytorch.trainer.folders import check_own, moved_aside, new_results, take
-from musiclm_pytorch.trainer.optimizers import trained_names
+from musiclm_pytorch.trainer.optimizers import optimizers_of, trained_names
 
 logger = logging.getLogger(__name__)
 
@@ -167,13 +167,12 @@ class Resumable:
             names = sorted(name for name in {**saved, **own} if saved.get(name) != own.get(name))
             raise ValueError(f'{where} is of another model: {"; ".join(changed) or f"{names[0]} and others differ"}')
         instead = 'or begin another run, in another folder, with the weights of this one'
-        kinds = {True: "'adam' or 'adamw'", False: "'lion'"}
-        statistics = state['optimizer']['state'].values()
-        second_moments, own = any('exp_avg_sq' in it for it in statistics), self.optimizer_name != 'lion'
-        if statistics and second_moments != own:
+        written_by = optimizers_of(state['optimizer']['state'].values())
+        if written_by and self.optimizer_name not in written_by:
+            kinds = ' or '.join(map(repr, written_by))
             raise ValueError(
-                f'{where} was written with optimizer={kinds[second_moments]}, and optimizer={self.optimizer_name!r} '
-                f'keeps other statistics; go on with optimizer={kinds[second_moments]}, {instead}'
+                f'{where} was written with optimizer={kinds}, and optimizer={self.optimizer_name!r} '
+                f'keeps other statistics; go on with optimizer={kinds}, {instead}'
             )
         now = trained_names(self.optimizer, self.model)
         then = state.get('trained', now)
