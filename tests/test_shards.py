@@ -4,6 +4,7 @@ import io
 import json
 import logging
 import pickle
+import shutil
 import sys
 import tarfile
 from itertools import chain, groupby
@@ -18,6 +19,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from musiclm_pytorch import AudioTextDataset, ShardedAudioText, collate_pairs, write_shards
 from musiclm_pytorch.data.clips import Clip
+from musiclm_pytorch.data.opening import open_pairs
 
 RATE = 8000
 
@@ -198,6 +200,18 @@ def test_other_data_sets(tmp_path):
         write_shards(Endless(), tmp_path / 'd', sample_rate=RATE)
     with pytest.raises(ValueError, match='shard_size must be greater than 0, got 0'):
         write_shards(pairs, tmp_path / 'e', shard_size=0, sample_rate=RATE)
+
+
+def test_a_folder_of_folders_of_shards_is_all_of_them(folders, tmp_path):
+    everything = opened(folders, training=False)
+    assert captions(everything) == [f'clip {index}' for index in range(11)] * 3
+    assert type(open_pairs(folders, sample_rate=RATE)) is ShardedAudioText
+    assert sorted(captions(opened(folders))) == sorted(EVERYTHING * 3)
+    # tars in folders that write_shards did not fill are not taken for the music of a folder of files
+    write(tmp_path / 'music' / 'a.wav', ramp(2), caption='of a file')
+    shutil.copytree(folders / '3', tmp_path / 'music' / 'backup')
+    (tmp_path / 'music' / 'backup' / 'index.json').unlink()
+    assert captions(open_pairs(tmp_path / 'music', sample_rate=RATE)) == ['of a file']
 
 
 class Endless(IterableDataset):

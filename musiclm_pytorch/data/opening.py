@@ -10,7 +10,7 @@ from torch.utils.data import Dataset
 from musiclm_pytorch.checks import typechecked
 from musiclm_pytorch.data.datasets import AudioTextDataset
 from musiclm_pytorch.data.scores.dataset import ScoreMusic
-from musiclm_pytorch.data.shards import ShardedAudioText, ShardItems
+from musiclm_pytorch.data.shards import ShardedAudioText, ShardItems, parts_of
 from musiclm_pytorch.data.synthetic import SyntheticMusic
 
 SYNTHETIC = 'synthetic'
@@ -38,7 +38,8 @@ def open_pairs(
     """The data set at `source`: a folder, a manifest, MusicCaps' CSV (with `audio_folder`), shards, 'synthetic', which
     is `SyntheticMusic`, or 'scores', which is `ScoreMusic` with the sound font that it finds.
 
-    A folder with .tar files in it is one of shards. A folder named synthetic or scores is reached as './synthetic'.
+    A folder with .tar files in it is one of shards, and so is one of folders that `write_shards` filled. A folder named
+    synthetic or scores is reached as './synthetic'.
 
     Args:
         sample_rate: of the waves given, in Hz.
@@ -63,7 +64,7 @@ def open_pairs(
         more = dict(split=split, mentions=mentions, sound_font=sound_font)
         return make(length, seed=seed, seconds=max_seconds, sample_rate=sample_rate, **more)
     path = Path(source)
-    if audio_folder is None and (path.suffix == '.tar' or (path.is_dir() and any(path.glob('*.tar')))):
+    if audio_folder is None and (path.suffix == '.tar' or any(path.glob('*.tar')) or parts_of(path)):
         return ShardedAudioText(source, **crops, training=training, mixed_shards=mixed_shards)
     if audio_folder is None and not path.exists():
         raise FileNotFoundError(f'no folder, manifest or shards at {source}')

@@ -53,8 +53,9 @@ class ShardedAudioText(ClipReader, IterableDataset):
     and given as None, which `collate_pairs` drops.
 
     Args:
-        shards: a folder that `write_shards` or another WebDataset writer filled, or the tar files themselves, as paths
-            or as `'name-{000000..000015}.tar'`. Samples are an audio file and a .json or .txt with captions.
+        shards: a folder that `write_shards` or another WebDataset writer filled, one of several that `write_shards`
+            filled, or the tar files themselves, as paths or as `'name-{000000..000015}.tar'`. Samples are an audio file
+            and a .json or .txt with captions.
         sample_rate, max_seconds, min_seconds, seed, training: as in `AudioTextDataset`. Outside of training the order
             is that of the shards.
         batch_size: that of the `DataLoader`.
@@ -117,6 +118,8 @@ class ShardedAudioText(ClipReader, IterableDataset):
                 return self._indexed(folder)
             if folder.is_dir():
                 paths = sorted(folder.glob('*.tar'))
+                if not paths:
+                    return [shard for part in parts_of(folder) for shard in self._indexed(part)]
             else:
                 paths = [Path(path) for path in webdataset().shardlists.expand_urls(str(shards))]
         else:
@@ -324,6 +327,11 @@ class NumberedKeys(Sequence):
 
     def __getitem__(self, place: int) -> str:
         return key_of(self.path, place)
+
+
+def parts_of(folder: Path) -> list[Path]:
+    """The folders in a folder that `write_shards` filled, such as the parts of a mixture."""
+    return sorted(path.parent for path in folder.glob(f'*/{INDEX}') if any(path.parent.glob('*.tar')))
 
 
 def key_of(path: Path, place: int) -> str:
