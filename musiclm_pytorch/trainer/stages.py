@@ -240,7 +240,6 @@ class StageTrainer(Sharing, Trainer):
         if fsdp:
             refused = dict(use_ema=config.use_ema, melody_only=melody_only, adapters=bool(adapters_of(transformer)))
             refused["mixed_precision='fp16'"] = config.mixed_precision == 'fp16'
-            refused["optimizer='muon'"] = config.optimizer == 'muon'
             if given_too := [name for name, it in refused.items() if it]:
                 raise ValueError(
                     f'fsdp shares the weights out, which {given_too[0]} needs whole; leave out one of them'
