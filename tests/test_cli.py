@@ -86,6 +86,10 @@ def epochs_of(folder, epoch):
             ['{here}/music', '-o', '{here}/out', '--clips', '3', '--sound-font', 'a'],
             'error: --clips, --sound-font: files have',
         ),
+        (
+            ['scores', '-o', '{here}/out', '--everyday', '0.3'],
+            'error: "scores" has captions of its own; --everyday is of',
+        ),
         (['synthetic', '-o', '{here}/out', '--sound-font', 'a.sf2'], 'error: no sound font is at a.sf2'),
         (['{here}/none.csv', '-o', '{here}/out'], 'musiclm shard: error: no manifest at .*none.csv'),
         (['{here}/music', '-o', '{here}/out', '--shard-size', '0'], 'error: shard_size must be greater than 0, got 0'),

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from helpers.models import tiny_mulan
 
-from musiclm_pytorch import MuLaN
+from musiclm_pytorch import MuLaN, SyntheticMusic
 from musiclm_pytorch.data.attributes import ATTRIBUTES, SAMPLED, SAMPLED_ATTRIBUTES, MusicLabels
 from musiclm_pytorch.data.captions import check_shares, draw_mentions, write_caption
 from musiclm_pytorch.data.everyday import EIGHT, draw_prompt, everyday_words, plain_captions
@@ -50,6 +50,34 @@ def test_prompts_mean_what_their_words_do():
                 seen[words] += 1
                 assert meaning['instrument'] == instrument, (text, meaning)
     assert all(seen[words] > 5 for words in (*OUTRIGHT, *STYLES)), seen
+
+
+def test_a_share_of_the_captions_of_a_data_set_are_such_prompts_and_true():
+    plain, music = (SyntheticMusic(3000, sample_rate=8000, everyday=share) for share in (0.0, 0.4))
+    other = [i for i in range(3000) if music.text(i) != plain.text(i)]
+    assert 1050 < len(other) < 1350
+    assert music[7][0].equal(plain[7][0])
+    for i in range(3000):
+        assert music.labels(i) == plain.labels(i)  # what is mentioned is not compared
+        assert (music.labels(i).mentioned == plain.labels(i).mentioned) or i in other
+    random, words = np.random.default_rng(0), Counter()
+    for i in other:
+        text, labels = music.text(i), music.labels(i)
+        assert {*labels.mentioned} <= {'instrument', 'tempo', 'mode', 'register', 'texture', 'drums'}
+        assert labels.mentioned
+        for told, means in OUTRIGHT.items():
+            if re.search(rf'\b{told}\b', text):
+                words[told] += 1
+                assert all(getattr(labels, name) == value for name, value in means.items()), (text, labels)
+    assert min(words.values()) > 0
+    assert len(words) > 3
+    # of sampled instruments, some of which the eight are not
+    for _ in range(300):
+        labels = MusicLabels.draw(random, SAMPLED_ATTRIBUTES)
+        _, meaning = draw_prompt(random, labels=labels)
+        assert all(getattr(labels, name) == value for name, value in meaning.items())
+    with pytest.raises(ValueError, match=r'everyday must lie in \[0, 1\], got 1.5'):
+        SyntheticMusic(everyday=1.5)
 
 
 def test_no_word_said_outright_has_two_meanings():

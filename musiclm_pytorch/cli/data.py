@@ -21,6 +21,9 @@ from musiclm_pytorch.cli.options import (
     option,
 )
 
+# of what is made here
+GIVEN = ('seconds', 'sample_rate', 'split', 'seed', 'sound_font', 'everyday')
+
 
 def shard(subcommands) -> None:
     parser = command(
@@ -48,18 +51,22 @@ def shard(subcommands) -> None:
     option(made, '--split', choices=['train', 'valid'], help='valid is music and phrasings that train has not')
     option(made, '--seed', metavar='N', help='another seed, other clips (default: 0)')
     option(made, '--sound-font', metavar='FILE', action='append', help='a .sf2 or .sf3, or several, that play')
+    everyday = 'of "synthetic": share of the captions that are prompts in ordinary words (default: 0)'
+    option(made, '--everyday', metavar='SHARE', type=float, help=everyday)
 
 
 def run_shard(options: argparse.Namespace) -> dict[str, Any]:
-    from musiclm_pytorch.data.opening import GENERATED
+    from musiclm_pytorch.data.opening import GENERATED, SYNTHETIC
     from musiclm_pytorch.data.shard_writer import write_shards
     from musiclm_pytorch.data.sources import list_clips
 
-    given = {name: getattr(options, name) for name in ('seconds', 'sample_rate', 'split', 'seed', 'sound_font')}
+    given = {name: getattr(options, name) for name in GIVEN}
     given = {name: it for name, it in dict(length=options.clips, **given).items() if it is not None}
     if options.source in GENERATED:
         if options.audio_folder is not None:
             raise ValueError(f'"{options.source}" is made here; --audio-folder belongs to a manifest')
+        if options.everyday is not None and options.source != SYNTHETIC:
+            raise ValueError(f'"{options.source}" has captions of its own; --everyday is of "{SYNTHETIC}"')
         listing = GENERATED[options.source](**dict(length=20_000, seconds=10.0, sample_rate=24000) | given)
     elif given:
         names = ', '.join('--clips' if name == 'length' else f'--{name.replace("_", "-")}' for name in given)

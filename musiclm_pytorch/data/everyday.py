@@ -57,21 +57,25 @@ def everyday_words() -> dict[str, Any]:
 
 
 def draw_prompt(
-    random: np.random.Generator, instruments: Mapping[str, Sequence[str]] = SAMPLED
+    random: np.random.Generator,
+    instruments: Mapping[str, Sequence[str]] = SAMPLED,
+    labels: MusicLabels | None = None,
 ) -> tuple[str, dict[str, Any]]:
     """A prompt in ordinary words, and the attributes that it tells: some of `MusicLabels`, one at least.
 
     Args:
         random: what draws it.
         instruments: those that there are with the registers of each; nothing is said that means another.
+        labels: of a clip that the prompt is to be true of.
     """
     tables = {
-        name: [row for row in table if row.get('instrument') in (None, *instruments)]
+        name: [row for row in table if row.get('instrument') in (None, *instruments) and is_true_of(row, labels)]
         for name, table in everyday_words().items()
         if name != 'instruments'
     }
+    names = sorted(instruments) if labels is None else [labels.instrument]
     while True:
-        instrument = choose(random, sorted(instruments)) if random.random() < 0.6 else ''
+        instrument = choose(random, names) if random.random() < 0.6 else ''
         outright = {'instrument': instrument} if instrument else {}
         usual: dict[str, Any] = {}
         adjectives = say(random, tables['adjectives'], 0.62, 3, outright, usual)
@@ -94,6 +98,15 @@ def draw_prompt(
     return sentence(random, name, adjectives, style, noun, more, scene), meaning
 
 
+def is_true_of(row: Mapping[str, Any], labels: MusicLabels | None) -> bool:
+    """Whether what the words of a row mean, and what is usual with them, is true of these labels."""
+    if labels is None:
+        return True
+    told = {**row, **row.get('usually', {})}
+    said = {name: it for name, it in told.items() if name not in ('words', 'usually', 'never')}
+    return row.get('never') != labels.instrument and all(getattr(labels, name) == it for name, it in said.items())
+
+
 def say(
     random: np.random.Generator,
     table: Sequence[Mapping[str, Any]],
@@ -105,7 +118,7 @@ def say(
     """Some words of a table, each as likely, whatever it means, that do not contradict what was told; their meaning is
     added to that, and to `usual` what is usual with them."""
     texts: list[str] = []
-    while len(texts) < most and random.random() < share:
+    while table and len(texts) < most and random.random() < share:
         row = choose(random, table, [len(it['words']) for it in table])
         meaning = {name: it for name, it in row.items() if name not in ('words', 'usually', 'never')}
         if all(told.get(name, it) == it for name, it in meaning.items()):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,14 +12,15 @@ from torch import Tensor
 
 from musiclm_pytorch.checks import typechecked
 from musiclm_pytorch.data import attributes
-from musiclm_pytorch.data.attributes import MusicLabels, check_seed, generator
+from musiclm_pytorch.data.attributes import SAMPLED, MusicLabels, check_seed, generator
 from musiclm_pytorch.data.captions import check_mentions, check_shares, draw_mentions, write_caption
 from musiclm_pytorch.data.composition import compose
+from musiclm_pytorch.data.everyday import EIGHT, draw_prompt
 from musiclm_pytorch.data.generated import GeneratedMusic
 from musiclm_pytorch.data.synthesis import render_notes
 
 # what a generator of random numbers is for; part of its key, so that no two uses share their numbers
-_LABELS, _CAPTION, _WAVE, _ITEM = range(4)
+_LABELS, _CAPTION, _WAVE, _ITEM, _EVERYDAY = range(5)
 
 
 class SyntheticMusic(GeneratedMusic):
@@ -48,6 +50,8 @@ class SyntheticMusic(GeneratedMusic):
             those that tell the tempo and the mode.
         sound_font: path of a .sf2 or .sf3, or several, of which each item takes one that has what it plays; by
             default, eight instruments are synthesised.
+        everyday: share of the captions that are prompts in ordinary words, 'a relaxing lo-fi beat', instead; styles and
+            scenes in them are associations (`data/everyday.yaml`). In the split 'valid' they are no other ones.
 
     Raises:
         TypeError: an argument of another type.
@@ -72,9 +76,12 @@ class SyntheticMusic(GeneratedMusic):
         split: str = 'train',
         mentions: Mapping[str, float] | None = None,
         sound_font: str | os.PathLike | Sequence[str | os.PathLike] | None = None,
+        everyday: float = 0.0,
     ):
         super().__init__(length, seed=seed, seconds=seconds, sample_rate=sample_rate, split=split)
-        self.mentions = check_shares(mentions or {})
+        if not 0 <= everyday <= 1:
+            raise ValueError(f'everyday must lie in [0, 1], got {everyday}; it is a share of the captions')
+        self.mentions, self.everyday = check_shares(mentions or {}), everyday
         self.sound_fonts = []
         if sound_font is not None:
             # what plays them takes a while to import
@@ -90,15 +97,26 @@ class SyntheticMusic(GeneratedMusic):
 
     def labels(self, index: int) -> MusicLabels:
         """What is true of item `index`, in some 50 µs: nothing is synthesised."""
-        index = self._index(index)
+        return self._told(self._index(index))[0]
+
+    def _told(self, index: int) -> tuple[MusicLabels, str | None]:
+        """Labels of an item, and its caption if that is a prompt in ordinary words."""
         mentioned = draw_mentions(generator(*self._key(_CAPTION, index)), self.mentions)
-        return MusicLabels.draw(generator(*self._key(_LABELS, index)), self.ATTRIBUTES, mentioned=mentioned)
+        labels = MusicLabels.draw(generator(*self._key(_LABELS, index)), self.ATTRIBUTES, mentioned=mentioned)
+        random = generator(*self._key(_EVERYDAY, index))
+        if random.random() >= self.everyday:
+            return labels, None
+        prompt, meaning = draw_prompt(random, SAMPLED if self.sound_fonts else EIGHT, labels)
+        return replace(labels, mentioned=tuple(meaning)), prompt
 
     def text(self, index: int) -> str:
         """The caption of item `index`, without its wave."""
         index = self._index(index)
+        labels, prompt = self._told(index)
+        if prompt is not None:
+            return prompt
         random = generator(*self._key(_CAPTION, index))
-        return write_caption(self.labels(index), draw_mentions(random, self.mentions), self.split, random)
+        return write_caption(labels, draw_mentions(random, self.mentions), self.split, random)
 
     def captions(self, index: int) -> list[str]:
         """What may be said of item `index`: the caption that it has."""
