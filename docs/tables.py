@@ -57,6 +57,15 @@ def span(value: dict[str, float], show: Any = '{:.3f}'.format) -> str:
 # ---- speed ----
 
 
+def optimizers() -> str:
+    rows = figures('optimizers')['rows']
+    names = dict.fromkeys(row['optimizer'] for row in rows)
+    best = [min((row for row in rows if row['optimizer'] == name), key=lambda row: row['loss']) for name in names]
+    body = [[row['optimizer'], row['lr'], f'{row["loss"]:.2f}', f'{row["step_seconds"]:.2f} s'] for row in best]
+    head = ['optimizer', 'the best of its learning rates', 'nats a code, held out', 'a step']
+    return f'{measured("optimizers")}\n\n{table(head, body)}'
+
+
 def speed() -> str:
     """The README's: the case of each script that tells most."""
     mulan = {it['case']: it for it in figures('mulan')['cases']}
@@ -381,7 +390,7 @@ def benchmarks() -> str:
 
 
 SHOWN = dict(scaling='scaling_steps', streaming='speed', obedience_small='obedience_small_music')
-TABLES = [speed, mulan, generation, stages, scaling_steps, scaling_loss, inference, memory, service]
+TABLES = [speed, optimizers, mulan, generation, stages, scaling_steps, scaling_loss, inference, memory, service]
 TABLES += [obedience_small, obedience_small_music, own_words, sampled_music, sampled_mulan]
 TABLES += [obedience, memorised, prompt_scores, separation, structure, codecs, damage, benchmarks]
 
