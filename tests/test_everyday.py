@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from helpers.models import tiny_mulan
 
 from musiclm_pytorch import MuLaN, SyntheticMusic
+from musiclm_pytorch.audiolm.fingerprints import fingerprint_data
 from musiclm_pytorch.data.attributes import ATTRIBUTES, SAMPLED, SAMPLED_ATTRIBUTES, MusicLabels
 from musiclm_pytorch.data.captions import check_shares, draw_mentions, write_caption
 from musiclm_pytorch.data.everyday import EIGHT, draw_prompt, everyday_words, plain_captions
@@ -76,6 +77,9 @@ def test_a_share_of_the_captions_of_a_data_set_are_such_prompts_and_true():
         labels = MusicLabels.draw(random, SAMPLED_ATTRIBUTES)
         _, meaning = draw_prompt(random, labels=labels)
         assert all(getattr(labels, name) == value for name, value in meaning.items())
+    # what was computed of a data set before there was a share is of the same data; of another share it is not
+    assert 'everyday' not in fingerprint_data(plain)
+    assert fingerprint_data(music)['everyday'] == 0.4
     with pytest.raises(ValueError, match=r'everyday must lie in \[0, 1\], got 1.5'):
         SyntheticMusic(everyday=1.5)
 

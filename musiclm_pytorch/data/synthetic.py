@@ -64,6 +64,8 @@ class SyntheticMusic(GeneratedMusic):
 
     #: the values of each attribute
     ATTRIBUTES = attributes.ATTRIBUTES
+    # not of the object where it is 0, so that tokens made before there was one are still of the same data
+    everyday = 0.0
 
     @typechecked
     def __init__(
@@ -81,7 +83,9 @@ class SyntheticMusic(GeneratedMusic):
         super().__init__(length, seed=seed, seconds=seconds, sample_rate=sample_rate, split=split)
         if not 0 <= everyday <= 1:
             raise ValueError(f'everyday must lie in [0, 1], got {everyday}; it is a share of the captions')
-        self.mentions, self.everyday = check_shares(mentions or {}), everyday
+        self.mentions = check_shares(mentions or {})
+        if everyday:
+            self.everyday = everyday
         self.sound_fonts = []
         if sound_font is not None:
             # what plays them takes a while to import

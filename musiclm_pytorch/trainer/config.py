@@ -36,7 +36,7 @@ class TrainingConfig:
         betas: decay of the moving averages of the gradient and of its square.
         weight_decay: of matrices alone, never of gains, biases, embeddings or temperatures.
         optimizer: 'adam', 'adamw', 'lion', or 'muon': Muon for the matrices of hidden linear layers and AdamW for the
-            rest, at one learning rate, some two or three times AdamW's best one.
+            rest, at one learning rate, some two to five times AdamW's best one.
         max_grad_norm: largest norm of the gradients; None for no clipping.
         lr_scheduler_type: 'constant', 'linear' or 'cosine'; see `optimizers.learning_rate`.
         warmup_steps: steps over which the learning rate rises from 0.
