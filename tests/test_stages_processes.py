@@ -41,6 +41,10 @@ def gradients(trainer, rank, processes):
     return found
 
 
+def optimizer_of(stage):
+    return 'muon' if 'muon' in stage else 'adam'
+
+
 def train(folder, tokens, stage, rank, processes):
     kind, adapted, sharded = stage.split()[0], 'adapted' in stage, 'sharded' in stage
     alone = dict(conditioned=False, prefix_loss_weight=0.0) if 'alone' in stage else {}
@@ -50,8 +54,7 @@ def train(folder, tokens, stage, rank, processes):
     trainer = make_trainer(
         f'{folder}/{stage}', crops, kind, transformer, seconds=None, batch_size=4 // processes, grad_accum_every=2,
         mask_prob=0.0, cond_drop_prob=0.0, use_ema=not sharded, drop_last=False, fsdp=sharded,
-        optimizer='muon' if 'muon' in stage else 'adam',
-        **alone,
+        optimizer=optimizer_of(stage), **alone,
     )  # fmt: skip
     assert len(trainer.batches.items.dataset) == 9
     first = {} if sharded else gradients(trainer, rank, processes)
@@ -108,16 +111,16 @@ def test_two_processes_equal_one_and_each_other(tmp_path, stages):
         for _, own, first in found:
             torch.testing.assert_close(first, expected, atol=1e-5, rtol=0)
             assert own == pytest.approx(results, abs=1e-4)
-    if stages == SHARDED:  # one process reads what two have written, and goes on
-        crops = TokenCrops(tmp_path / 'tokens', 'coarse', seconds=0.8, training=False)
-        keywords = dict(seconds=None, batch_size=4, drop_last=False, resume=True, optimizer='muon')
-        resumed = make_trainer(tmp_path / 'two' / stage, crops, 'coarse', **keywords)
-        assert resumed.step == 4
-        written = load_module(tmp_path / 'two' / stage / 'last').state_dict()
-        for name, tensor in resumed.transformer.state_dict().items():
-            assert torch.equal(tensor, found[0][0][f'transformer.{name}']), name
-            assert torch.equal(tensor, written[name]), name
-        assert resumed.train(num_train_steps=5)['loss'] > 0
+        if stage in SHARDED:  # one process reads what two have written, and goes on
+            crops = TokenCrops(tmp_path / 'tokens', 'coarse', seconds=0.8, training=False)
+            keywords = dict(seconds=None, batch_size=4, drop_last=False, resume=True, optimizer=optimizer_of(stage))
+            resumed = make_trainer(tmp_path / 'two' / stage, crops, 'coarse', **keywords)
+            assert resumed.step == 4
+            written = load_module(tmp_path / 'two' / stage / 'last').state_dict()
+            for name, tensor in resumed.transformer.state_dict().items():
+                assert torch.equal(tensor, found[0][0][f'transformer.{name}']), name
+                assert torch.equal(tensor, written[name]), name
+            assert resumed.train(num_train_steps=5)['loss'] > 0
 
 
 def test_what_needs_whole_weights_is_named(tmp_path):

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -97,30 +98,26 @@ class SyntheticMusic(GeneratedMusic):
     def __getitem__(self, index: int) -> tuple[Tensor, str]:
         """The wave, `(samples,)` float32, and the caption of an item. Raises IndexError beyond the length."""
         index = self._index(index)
-        return self._wave(self.labels(index), self._key(_WAVE, index)), self.text(index)
+        labels, text = self._told(index)
+        return self._wave(labels, self._key(_WAVE, index)), text()
 
     def labels(self, index: int) -> MusicLabels:
         """What is true of item `index`, in some 50 µs: nothing is synthesised."""
         return self._told(self._index(index))[0]
 
-    def _told(self, index: int) -> tuple[MusicLabels, str | None]:
-        """Labels of an item, and its caption if that is a prompt in ordinary words."""
-        mentioned = draw_mentions(generator(*self._key(_CAPTION, index)), self.mentions)
+    def _told(self, index: int) -> tuple[MusicLabels, Callable[[], str]]:
+        """Labels of an item, and what gives its caption."""
+        random = generator(*self._key(_CAPTION, index))
+        mentioned = draw_mentions(random, self.mentions)
         labels = MusicLabels.draw(generator(*self._key(_LABELS, index)), self.ATTRIBUTES, mentioned=mentioned)
-        random = generator(*self._key(_EVERYDAY, index))
-        if random.random() >= self.everyday:
-            return labels, None
-        prompt, meaning = draw_prompt(random, SAMPLED if self.sound_fonts else EIGHT, labels)
-        return replace(labels, mentioned=tuple(meaning)), prompt
+        if self.everyday and (words := generator(*self._key(_EVERYDAY, index))).random() < self.everyday:
+            prompt, meaning = draw_prompt(words, SAMPLED if self.sound_fonts else EIGHT, labels)
+            return replace(labels, mentioned=tuple(meaning)), lambda: prompt
+        return labels, partial(write_caption, labels, mentioned, self.split, random)
 
     def text(self, index: int) -> str:
         """The caption of item `index`, without its wave."""
-        index = self._index(index)
-        labels, prompt = self._told(index)
-        if prompt is not None:
-            return prompt
-        random = generator(*self._key(_CAPTION, index))
-        return write_caption(labels, draw_mentions(random, self.mentions), self.split, random)
+        return self._told(self._index(index))[1]()
 
     def captions(self, index: int) -> list[str]:
         """What may be said of item `index`: the caption that it has."""
